@@ -105,8 +105,7 @@ func defaultCache() string {
 	return filepath.Join(dir, "prebake", "build")
 }
 
-// programFlags returns the flags for the programs of the load test. By default these programs are in the folder of this
-// program.
+// programFlags returns the flags for the programs of the load test.
 func programFlags() []ucli.Flag {
 	guestinit := cli.String("guestinit", programBeside("guestinit"), "the load test's init `PROGRAM`")
 	probe := cli.String("probe", programBeside("nvmlprobe"), "the load test's `PROGRAM` that queries NVML")
@@ -123,7 +122,7 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// requireFlags returns an error that lists those of the given flags that have no value.
+// requireFlags returns an error that lists the given flags without a value.
 func requireFlags(cmd *ucli.Command, names ...string) error {
 	var none []string
 	for _, name := range names {
@@ -137,8 +136,8 @@ func requireFlags(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags returns an error if any of the given flags is set. The argument setting is a text for the error. It says
-// together with which setting these flags have no effect.
+// refuseFlags returns an error if any of the named flags is set. The error says that the flag has no effect with the
+// given setting.
 func refuseFlags(cmd *ucli.Command, setting string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
@@ -149,8 +148,8 @@ func refuseFlags(cmd *ucli.Command, setting string, names ...string) error {
 	return nil
 }
 
-// oneSignature refuses settings with which modules would be signed twice. With --google-modules, it also refuses
-// settings that have no effect on modules that Google compiled.
+// oneSignature refuses settings that would sign modules twice. With --google-modules, it also refuses settings that
+// affect only a compilation.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
 		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")

@@ -32,8 +32,8 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags returns the flags with the credentials for a registry. The argument flag is the flag in which the user
-// gives the registry; the help text refers to it.
+// registryFlags returns the flags with the credentials for a registry. The help text names the flag that gives this
+// registry.
 func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
@@ -48,8 +48,8 @@ func selectFlag(name, usage string) ucli.Flag {
 	return f
 }
 
-// openBundle opens a bundle or a registry. For a registry, openBundle uses the credentials in Docker's configuration,
-// or Google's credentials for Google's registries.
+// openBundle opens a bundle or a registry. The credentials for a registry come from Docker's configuration or from
+// Google.
 func openBundle(ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
 }
@@ -62,8 +62,8 @@ func openWithLogin(cmd *ucli.Command, ref string) (*registry.Repository, error) 
 	})
 }
 
-// fileRef makes a reference from a file's name, or from several names with + between them. If the name begins with oci:
-// or oci-archive:, it is a reference already, and fileRef returns it unchanged.
+// fileRef makes a reference from a file's name, or from several names with + between them. A name that begins with oci:
+// or oci-archive: is returned unchanged.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
 		return name
@@ -130,7 +130,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 	return cli.Print(cmd, report, func(w io.Writer) error { return printBundle(w, file, report) })
 }
 
-// oneArg returns the only argument of a command. The argument what says in the error which argument the command needs.
+// oneArg returns the only argument of a command. The given description of that argument appears in the error.
 func oneArg(cmd *ucli.Command, what string) (string, error) {
 	if cmd.Args().Len() != 1 {
 		return "", fault.New(
@@ -142,8 +142,7 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file under a temporary name, and renames the complete file to its final name. So a file with
-// the final name is always complete.
+// writeAtomically writes a file under a temporary name. When the file is complete, it gets its final name.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
@@ -218,8 +217,7 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	return c, err
 }
 
-// optionalVerifier returns a verifier for the signers in the flags. If neither --public-key nor --trusted-root is set,
-// it returns nil.
+// optionalVerifier returns a verifier for the signers in the flags, or nil if no flag names a signer.
 func optionalVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
 		return nil, nil

@@ -76,9 +76,8 @@ Example:
 	}
 }
 
-// pushDrivers copies the drivers of a bundle to a registry. Before it sends anything, it checks that the licence rule
-// allows every flavour in the bundle at this destination. After the copy it checks the destination again, because only
-// then it can try whether a client without credentials can read the drivers (docs/decisions/0031).
+// pushDrivers copies the drivers of a bundle to a registry, if the licence rule allows every flavour there. Only after
+// the copy can it try to read them without credentials, so it checks again (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
 	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {

@@ -23,9 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination starts the registry of the library go-containerregistry. If audience is not empty, the registry sends
-// audience in a header. If hidden is true, the registry lists tags only to clients with credentials. writes is the
-// number of requests that write.
+// destination starts a registry of the library go-containerregistry. A given audience is sent in a header. A hidden
+// registry lists tags only to clients with credentials. The counter counts requests that write.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}
@@ -47,7 +46,7 @@ func destination(t *testing.T, audience string, hidden bool) (ref string, writes
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver", writes
 }
 
-// bundleOf makes a bundle in a folder. The bundle has one driver of each given flavour.
+// bundleOf makes a bundle with one driver of each given flavour in a folder.
 func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	t.Helper()
 	ref := "oci:" + filepath.Join(t.TempDir(), "bundle")
@@ -63,8 +62,7 @@ func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	return ref
 }
 
-// TestBundlePushLicence checks that the push refuses a driver before it sends anything, if the driver may not go to a
-// public destination.
+// TestBundlePushLicence checks that a forbidden driver is refused before anything is sent.
 func TestBundlePushLicence(t *testing.T) {
 	t.Parallel()
 	open, both := bundleOf(t, target.Open), bundleOf(t, target.Open, target.Proprietary)
@@ -104,8 +102,8 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// TestPushDriversOnTheInternet checks that pushDrivers accepts --private for a destination on the internet. If a client
-// without credentials can read the drivers after the copy, pushDrivers must fail.
+// TestPushDriversOnTheInternet checks that --private is accepted for a destination on the internet. The push must fail
+// if a client without credentials can read the drivers afterwards.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
 	from, err := registry.Open(bundleOf(t, target.Proprietary), registry.Options{})

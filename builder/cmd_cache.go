@@ -17,16 +17,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// buildNeeds is the disk space in bytes that a build takes at its peak, for a work folder with debug information and
-// for the build's new entries in the cache. docs/decisions/0016 has the measurement.
+// buildNeeds is the disk space in bytes that a build takes at its peak. docs/decisions/0016 has the measurement.
 const buildNeeds = 4 << 30
 
 func cacheFlag() ucli.Flag {
 	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
 }
 
-// homeDefault changes how help shows the default folder of a flag: if the folder is below the user's home, the home is
-// written as ~.
+// homeDefault makes help write the user's home as ~ in a flag's default.
 func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	if home, err := os.UserHomeDir(); err == nil && home != "/" {
 		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
@@ -57,8 +55,7 @@ func parseSize(text string) (int64, error) {
 	return int64(n), nil
 }
 
-// trimCache removes entries until the cache is at most as large as --cache-size. Callers call it after each build.
-// Without the flag it does nothing.
+// trimCache removes entries until the cache is at most as large as --cache-size. Without the flag it does nothing.
 func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.Trimmed, error) {
 	size, err := parseSize(cmd.String("cache-size"))
 	if err != nil || size == 0 {
@@ -92,7 +89,7 @@ fetches or makes a removed entry again when it needs this entry.`,
 	}
 }
 
-// withCache opens the cache, calls the function do with it, and closes the cache.
+// withCache opens the cache, passes it to the callback, and closes it afterwards.
 func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {

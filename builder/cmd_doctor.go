@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// doctorCommand accepts those settings of build and work that doctor can check, and requires none of them.
+// doctorCommand accepts the settings of build and work that doctor can check. It requires none.
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
@@ -90,8 +90,8 @@ func reportTable(r *doctor.Report) string {
 	return out.String()
 }
 
-// writeIndented writes head and then text, in lines of at most 80 columns, unless one word is longer. Each line after
-// the first is indented by the length of head.
+// writeIndented writes the head and the text in lines of at most 80 columns. Later lines are indented by the length of
+// the head.
 func writeIndented(out *strings.Builder, head, text string) {
 	const width = 80
 	line := head

@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emugpuCommand compiles the emulated GPU. The program deploy/mirror runs this command when it writes a bucket with
-// boot archives. Load tests do not use this command; they compile the emulated GPU themselves.
+// emugpuCommand compiles the emulated GPU. Only deploy/mirror runs this command, when it writes boot archives.
 func emugpuCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "emugpu",

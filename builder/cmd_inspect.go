@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand checks whether a bucket has those files of a COS build that building a driver needs. The check takes
-// about a minute.
+// inspectCommand checks whether a bucket has the files of a COS build that building a driver needs.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

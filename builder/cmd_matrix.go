@@ -95,7 +95,7 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts those settings of build that a plan uses.
+// planCommand accepts the settings of build that a plan uses.
 func planCommand() *ucli.Command {
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
@@ -147,7 +147,7 @@ func readWish(file string) (*plan.Wish, error) {
 	return plan.Parse(file, text)
 }
 
-// matrix has the configuration of a batch that is ready to run, and the open connections that the batch uses.
+// matrix is a configured batch with its open connections.
 type matrix struct {
 	cfg              pipeline.Config
 	batch            batch.Config
@@ -182,9 +182,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	}
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// Destinations.Published finds published cells fast, but does not check who signed the modules, or whether debug
-	// symbols and BTF exist. If a setting asks for any of these, Published is not used, and the pipeline itself examines
-	// every cell.
+	// Destinations.Published does not check who signed the modules, or whether debug symbols and BTF exist. If a setting
+	// asks for these, the pipeline examines every cell.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
@@ -194,8 +193,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
-	// The pipeline sets no labels, because a label depends on all cells together. The method setLabels sets the labels
-	// after all cells are built.
+	// Labels depend on all cells together, so the method setLabels sets them after the last build.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
@@ -229,8 +227,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations and loads the signing key. So a mistake in one of them gives an error before
-// the first build begins. A cell counts as published only if this key signed the statements about its artifact.
+// openDestinations opens the destinations and loads the signing key. A cell counts as published only if this key signed
+// the statements about its artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
@@ -276,7 +274,7 @@ func (m *matrix) close() error {
 	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
-// plan returns the current cells of a wish list. It asks the buckets which kernels and drivers they have.
+// plan returns the current cells of a wish list. The buckets say which kernels and drivers exist.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
@@ -285,7 +283,7 @@ func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	return plan.Expand(ctx, w, m.kernels, images)
 }
 
-// openPlan reads the wish list, opens the mirrors and destinations, and plans the cells. The caller closes the matrix.
+// openPlan reads the wish list, opens the buckets and destinations, and plans the cells. The caller closes the matrix.
 func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, error) {
 	w, err := readWish(cmd.String("wish"))
 	if err != nil {

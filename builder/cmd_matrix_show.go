@@ -43,8 +43,7 @@ func shorten(s string, n int) string {
 	return s
 }
 
-// printMatrix writes a table of at most 80 columns, with one row for each cell. If a cell failed, the reason follows
-// below its row.
+// printMatrix writes a table with one row for each cell. Below the row of a failed cell it writes the reason.
 func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	rows := [][4]string{{"KERNEL", "DRIVER", "FLAVOUR", "STATE"}}
 	for _, j := range r.Jobs {
@@ -84,8 +83,7 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			for _, line := range wrapText(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
-			// The log of a build has the hint of its failure. A cell that was not tried has no log, so this table shows
-			// the hint.
+			// A cell that was not tried has no log, so show the hint here.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
 				for _, line := range wrapText("next: "+hint, columns-4) {
 					fmt.Fprintf(out, "    %s\n", line)
@@ -135,10 +133,10 @@ func summary(r *batch.Report, took time.Duration) string {
 	return text
 }
 
-// maxReason is the largest number of characters that the table shows of an error. The log has the full text.
+// maxReason is the maximum number of characters of an error in the table.
 const maxReason = 600
 
-// wrapText splits a text into lines at its spaces. It splits a word only if the word is longer than a line.
+// wrapText splits a text into lines at its spaces. Only a word longer than a line is split.
 func wrapText(text string, width int) []string {
 	var lines []string
 	line := []rune(nil)
@@ -159,8 +157,8 @@ func wrapText(text string, width int) []string {
 	return append(lines, string(line))
 }
 
-// screen shows the progress of many cells. On a terminal it shows a moving line for each running cell and a permanent
-// line for each finished one. Elsewhere it prints a plain line for each finished phase.
+// screen shows the progress of many cells: a line for each cell on a terminal, elsewhere a line for each finished
+// phase.
 type screen struct {
 	w    io.Writer
 	bars *mpb.Progress // nil unless the output is a terminal

@@ -32,8 +32,8 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"builder": main})
 }
 
-// publicRegistry runs the registry of the library go-containerregistry. The registry reports the same audience as a
-// public Prebake server.
+// publicRegistry runs a registry of the library go-containerregistry, with the audience header of a public Prebake
+// server.
 func publicRegistry(t *testing.T) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -45,8 +45,7 @@ func publicRegistry(t *testing.T) string {
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 }
 
-// TestScript runs the scripts in testdata/script, which use the program as an operator does. $KEY is a signing key.
-// $PUBLIC is a public repository.
+// TestScript runs the scripts in testdata/script. $KEY is a signing key, and $PUBLIC a public repository.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	public := publicRegistry(t)
@@ -81,8 +80,7 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// TestTable checks that the table has at most 80 columns for any content, and that it quotes the compiler's error for a
-// failed cell.
+// TestTable checks that the table has at most 80 columns, and that it quotes the compiler's error for a failed cell.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	job := func(id, version string, f target.Flavour, s batch.State) *batch.Job {
@@ -130,8 +128,7 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// TestScreen checks the progress on a terminal: each running cell has a moving line and each finished cell a permanent
-// one. At the end no moving line is left.
+// TestScreen checks the lines on a terminal: moving for a running cell, permanent for a finished cell.
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}

@@ -13,19 +13,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// defaultGrace is how long running cells of a wish list may continue after a stop signal. The time is long, because
-// without a queue no other builder takes these cells.
+// defaultGrace is how long running cells of a wish list may continue after a stop signal. It is long, because without a
+// queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
-// runWorkWish keeps a wish list published. In each round it reads the file, asks the buckets, and builds what is
-// missing. After a stop signal it starts no more builds. After a second stop signal it cancels the running builds.
+// runWorkWish keeps a wish list published. After a stop signal it starts no more builds. A second signal cancels the
+// running builds.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {
 		return err
 	}
-	// At the start, a mistake in the list ends the program, because the operator is there and sees the error. In later
-	// rounds the program logs the mistake and waits for the next round.
+	// A mistake in the list ends the program only at the start, while the operator watches. Later rounds log it.
 	if _, err := readWish(cmd.String("wish")); err != nil {
 		return err
 	}
@@ -62,8 +61,7 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 }
 
-// runOnce builds the cells that are not published now. If the wish list has a mistake, runOnce returns an error and
-// builds nothing.
+// runOnce builds the cells that are not published now. If the wish list has a mistake, it builds nothing.
 func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) error {
 	begin := time.Now()
 	w, err := readWish(file)
@@ -88,9 +86,8 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 	return m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
 }
 
-// logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells
-// that failed in an earlier round with the same inputs are logged at debug level too, because that round logged the
-// failure.
+// logEvent logs the events of a batch. Cells published before, and failures that an earlier round logged, get debug
+// level.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {

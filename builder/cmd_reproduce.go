@@ -65,8 +65,8 @@ Example:
 	}
 }
 
-// splitReference splits host/repository@digest or host/repository:tag into the repository and the digest or tag. The
-// colon before a port does not begin a tag.
+// splitReference splits host/repository@digest or host/repository:tag into repository and digest or tag. The colon
+// before a port does not begin a tag.
 func splitReference(ref string) (repository, name string, err error) {
 	if at := strings.LastIndex(ref, "@"); at > 0 {
 		return ref[:at], ref[at+1:], nil
@@ -145,8 +145,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	return nil
 }
 
-// reproduceAll rebuilds one artifact after the other. All rebuilds share one cache for build products. This cache is
-// empty at the start, so that every file is compiled again. It is removed at the end of the call.
+// reproduceAll rebuilds one artifact after the other. The cache for build products starts empty, so every file is
+// compiled.
 func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
 	all []reproduce.Config) (_ []*reproduce.Report, err error) {
 	dir, cleanup, err := cache.TempDir("products-")

@@ -56,8 +56,8 @@ func keyFlags(roles ...string) []ucli.Flag {
 	return flags
 }
 
-// keyRef returns the reference of a role's key. If the flag for this key is set, the reference is the value of the
-// flag. Otherwise it is the path of the key's file in the folder that --keys gives.
+// keyRef returns the reference of a role's key: the value of the role's flag, or the key's file in the folder of
+// --keys.
 func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if ref := cmd.String(role + "-key"); ref != "" {
 		return ref, nil
@@ -178,8 +178,8 @@ many as the threshold of the previous root says.`,
 	}
 }
 
-// rootKeys returns the root keys of a folder. For each root key it returns the file of the private key, or the file of
-// the public key if the private one is missing.
+// rootKeys returns the files of the root keys in a folder. If a private key is missing, it returns the public key's
+// file.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string
 	for i := 1; ; i++ {
@@ -201,7 +201,7 @@ func rootKeys(dir string) ([]string, error) {
 	return refs, nil
 }
 
-// withSnapshot opens the folder of the snapshot, calls the function do with it, and closes the folder.
+// withSnapshot opens the folder of the snapshot, passes it to the callback, and closes it afterwards.
 func withSnapshot(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	r, err := maker.Open(cmd.String("to"), time.Now)
 	if err != nil {
@@ -293,8 +293,8 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	return by, err
 }
 
-// listOf asks a server for all artifacts. The server's list comes in pages, and an artifact that changes meanwhile can
-// appear twice. If one of these two entries says yanked or quarantined, listOf keeps that entry.
+// listOf asks a server for all artifacts. An artifact that changes meanwhile can appear twice. An entry that says
+// yanked or quarantined then wins.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

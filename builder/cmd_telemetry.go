@@ -17,7 +17,7 @@ func metricsFlag() ucli.Flag {
 }
 
 // startTelemetry serves metrics at --metrics-address, and sends the traces that the OTEL_* environment variables
-// configure. A command without the flag --metrics-address has no metrics.
+// configure.
 func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry,
 	error) {
 	return telemetry.Start(ctx,

@@ -68,8 +68,7 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags returns the flags that a configuration file must not contain. The value of each is the setting that the
-// operator uses instead.
+// secretFlags returns the flags that a configuration file must not contain, each with the setting to use instead.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -139,9 +138,8 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// addServerToken returns a function that returns the registry options of a destination. The argument options returns
-// the configured ones. If the registry of a destination is part of the server, addServerToken adds the protocol (http
-// or https) of --server and the server's token, so that the operator need not set them twice.
+// addServerToken wraps a function that returns the registry options of a destination. If the registry is part of the
+// server, the options get the scheme of --server and the server's token.
 func addServerToken(
 	server *url.URL,
 	token func() (string, error),
@@ -153,7 +151,7 @@ func addServerToken(
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		// If the token cannot be read, the request is sent without a token. The registry's error then says what is missing.
+		// If the token cannot be read, send no token. The registry's error then says what is missing.
 		if secret, err := token(); err == nil && o.Password == "" {
 			o.Username, o.Password = "token", secret
 		}

@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks that the example file has no mistake. For each mistake that a row adds, the check reports line
-// and column before it opens anything.
+// TestConfigCheck checks the example file, and the line and column that are reported for mistakes in it.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "builder.yaml"), root, []configcheck.Row{

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// failureStore opens the store of failures for the settings of this run. Single builds and wish lists share the store.
-// If forget is true, the store finds no earlier failure, so a build retries the cells that failed before.
+// failureStore opens the store of failures, which single builds and wish lists share. The last argument makes the store
+// find no earlier failure.
 func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*batch.FailureStore, error) {
 	host, err := sandbox.HostTools()
 	if err != nil {
@@ -27,9 +27,8 @@ func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forge
 	}, nil
 }
 
-// keepFailure records why a single build failed, so that a later build of a wish list does not try the cell again. If
-// the build failed before all inputs were fetched, keepFailure records nothing, because a missing input may be
-// published later.
+// keepFailure records why a single build failed, so that a wish list does not try the cell again. A failure before all
+// inputs were fetched is not recorded, because a missing input may be published later.
 func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result, failed error) (err error) {
 	if ctx.Err() != nil || !batch.Permanent(fault.Of(failed), res) || res == nil || len(res.Phases) < 2 {
 		return nil

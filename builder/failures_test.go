@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestKeepFailure checks which failures of a single build are kept for wish lists: only those that the same inputs
-// would cause again.
+// TestKeepFailure checks that only a failure which the same inputs would cause again is kept for wish lists.
 func TestKeepFailure(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -28,8 +28,7 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
-// checkKey returns an error if --key is keyless and --trusted-root is missing, or if --key is not keyless and
-// --identity-token is set.
+// checkKey refuses --key keyless without --trusted-root, and --identity-token with any other key.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(requireFlags(cmd, "trusted-root"), "key")
@@ -50,8 +49,7 @@ func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
 }
 
-// newVerifier returns a verifier that trusts the public keys in --public-key, and the keyless signer that the
-// --certificate flags describe.
+// newVerifier returns a verifier that trusts the public keys and the keyless signer in the flags.
 func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	var policy trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {

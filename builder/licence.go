@@ -32,8 +32,8 @@ func licenceRule(cmd *ucli.Command) licence.Rule {
 	}
 }
 
-// licenceNotes returns a note for each flavour in the plan and each destination, if the licence rule does not let this
-// flavour go to this destination. A note has the reason and a hint.
+// licenceNotes returns a note for each flavour in the plan that the licence rule keeps from a destination. A note has
+// the reason and a hint.
 func (m *matrix) licenceNotes(ctx context.Context, p *plan.Plan) (notes []string, err error) {
 	var flavours []target.Flavour
 	for _, c := range p.Cells {

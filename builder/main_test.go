@@ -23,8 +23,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator runs the program with common mistakes of operators. For each mistake, the program must end with the
-// right exit code and say what the operator must do next.
+// TestOperator checks exit code and hint for common mistakes of operators.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -17,9 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestCarriers checks that containerd handles an artifact as any other image. It mounts the artifact, as kubelet does
-// for an image volume. It pulls the artifact through a mirror, as containerd does with peers such as Spegel. The
-// artifact's registry in this test, farm.example, does not exist: the file hosts.toml gives the mirror in its place.
+// TestCarriers checks that containerd handles an artifact as any other image: it mounts the artifact as an image
+// volume, and pulls it through a mirror. The artifact's registry, farm.example, does not exist; hosts.toml contains the
+// mirror.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd runs as root only; run the test as root")
@@ -52,8 +52,8 @@ func TestCarriers(t *testing.T) {
 			}
 		})
 	}
-	// The pull-through mirror passes on manifests and layers, but not the list of an artifact's attestations. A node
-	// therefore accepts nothing that comes only from such a mirror (docs/how-to/carriers.md).
+	// The mirror passes on manifests and layers, but no attestations. A node therefore accepts nothing from the mirror
+	// alone (docs/how-to/carriers.md).
 	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
 	if err != nil {
 		t.Fatal(err)
@@ -67,8 +67,8 @@ func TestCarriers(t *testing.T) {
 	}
 }
 
-// hostsDir returns a folder with a file hosts.toml, which tells containerd to pull the images of a registry from a
-// mirror. The format of the file is in containerd's docs/hosts.md.
+// hostsDir returns a folder with a hosts.toml that makes containerd pull a registry's images from a mirror. The format
+// is in containerd's docs/hosts.md.
 func hostsDir(t *testing.T, registry, mirror string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -21,8 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// script runs a script of deploy/ci. The script's environment has the variables in env, and PATH, HOME and
-// PREBAKE_PAUSE.
+// script runs a script of deploy/ci with the given environment, PATH, HOME and PREBAKE_PAUSE.
 func script(t *testing.T, name string, env []string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "ci/"+name, args...)
@@ -125,8 +124,8 @@ func TestCIScripts(t *testing.T) {
 	}
 }
 
-// TestPreflightWaits checks that preflight.sh waits until the artifact of a pool is published, and then lets the pool
-// move. The summary for GitHub lists the pool.
+// TestPreflightWaits checks that preflight.sh waits until a pool's artifact is published, and lists the pool in
+// GitHub's summary.
 func TestPreflightWaits(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
@@ -163,14 +162,12 @@ func TestPreflightWaits(t *testing.T) {
 	}
 }
 
-// TestCIScriptsRunAnImage checks the scripts with PREBAKE_IMAGE. They must pass the server, the token and the network
-// to the program in the image.
+// TestCIScriptsRunAnImage checks that the scripts pass server, token and network to a program in PREBAKE_IMAGE.
 func TestCIScriptsRunAnImage(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	bin := t.TempDir()
-	// This script replaces Docker. It runs the program with only those variables for which the command line has an option
-	// -e.
+	// This script replaces Docker. The program gets only the variables of the options -e.
 	docker := "#!/bin/bash\nset -eu\n[[ \"$1 $2 $3\" == 'run --rm --network=host' ]]\nshift 3\nwith=()\n" +
 		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec " +
 		"env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
@@ -200,9 +197,8 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild decodes cloudbuild.yaml into the type of Google's own client. The file must have only members that
-// this type has. The test also checks that each step runs a script that exists, and sets only variables that a script
-// reads.
+// TestCloudBuild checks that cloudbuild.yaml has only members of the type in Google's own client. Each step must run an
+// existing script, and set only variables that a script reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
 	strict := func(text string) (b cloudbuild.Build, err error) {
@@ -246,8 +242,8 @@ func TestCloudBuild(t *testing.T) {
 	}
 }
 
-// TestGitHubFiles checks the workflow with actionlint. For that, the workflow uses the action from a local folder.
-// actionlint reads only the action's inputs, so the test itself checks the action's steps.
+// TestGitHubFiles checks the workflow with actionlint. actionlint reads only the action's inputs, so the test itself
+// checks the action's steps.
 func TestGitHubFiles(t *testing.T) {
 	t.Parallel()
 	action := read(t, "deploy/ci/action.yml")
@@ -300,7 +296,7 @@ func TestGitHubFiles(t *testing.T) {
 	known := variables(t)
 	input := regexp.MustCompile(`inputs\.([a-z-]+)`)
 	for _, step := range a.Runs.Steps {
-		// An input inside the text of a script could inject commands, so the steps must pass inputs in the environment.
+		// An input in the text of a script could inject commands, so steps must pass inputs in the environment.
 		if strings.Contains(step.Run, "${{") || step.Shell != "bash" {
 			t.Errorf("step %q with shell %q; want bash, and inputs by the environment", step.Run, step.Shell)
 		}

@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are the programs of other projects that the tests use with the registry. deploy/tool.sh builds oras and
-// regctl; the other programs come from Debian packages.
+// stockClients are other projects' programs for the registry. deploy/tool.sh builds oras and regctl; the others are
+// Debian packages.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
 // client runs stock programs against a server. Each client has a home folder of its own.
@@ -46,8 +46,7 @@ func newClient(t *testing.T, r runningServer) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program for at most one minute. It returns what the program printed on stdout. If the program fails, the
-// error has all that the program printed.
+// try runs a program for at most one minute, and returns its stdout. The error of a failed program has all its output.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -88,8 +87,8 @@ func (c client) mustFail(why, program string, args ...string) {
 	}
 }
 
-// checkDigest compares want with the digest that the registry has under a name; "" means that there must be none. It
-// uses a library that none of the clients use, and no credentials.
+// checkDigest compares the digest of a name in the registry; "" means that there must be none. It uses another library
+// than the clients, and no credentials.
 func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)
@@ -143,8 +142,8 @@ func imageLayout(t *testing.T, dir string) string {
 	return digest.String()
 }
 
-// TestStockClients checks that common clients work with the registry. They log in with the token as the password, push,
-// copy within the registry, read without a login, and delete.
+// TestStockClients checks common clients with the registry. They log in with the token as the password, push, copy
+// within the registry, read without a login, and delete.
 func TestStockClients(t *testing.T) {
 	r := startServer(t)
 	t.Run("oras", func(t *testing.T) { orasClient(newClient(t, r)) })
@@ -239,7 +238,7 @@ func skopeoClient(c client) {
 	c.mustFail("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	// Debian's skopeo encodes an index again, so its digest in the registry differs from its digest in the layout.
+	// Debian's skopeo encodes an index again, which changes its digest.
 	said, err := os.ReadFile(filepath.Join(c.home, "digest"))
 	if err != nil {
 		t.Fatal(err)
@@ -263,7 +262,7 @@ func skopeoClient(c client) {
 	c.checkDigest("skopeo/image:v1", digest)
 }
 
-// ctrClient tests ctr. ctr has no command that deletes from a registry, so regctl deletes, and ctr then finds nothing.
+// ctrClient tests ctr. ctr cannot delete from a registry, so regctl deletes, and ctr then finds nothing.
 func ctrClient(c client) {
 	t := c.t
 	repo, other := c.host+"/ctr/image", c.host+"/ctr/copy"
@@ -306,7 +305,7 @@ func startContainerd(c client) string {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a folder in the system's temporary folder
 	socket := filepath.Join(dir, "s")
 	file := filepath.Join(dir, "config.toml")
-	// The test runs no container, so the CRI plugin is disabled. It would need a network and /opt.
+	// The CRI plugin would need a network and /opt, and the test runs no container.
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", "+
 		"\"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket)

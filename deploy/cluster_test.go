@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the kinds of other projects that the components use. Each row has the Go module that publishes the
-// definition (CRD) of one kind, and the file of the definition in that module.
+// foreignKinds are other projects' kinds that the components use. Each definition (CRD) is a file of a Go module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -50,8 +49,7 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// writeOverlay writes an overlay, as an operator would write it: overlays/gke with components. It returns the folder of
-// the new overlay.
+// writeOverlay writes an operator's overlay, overlays/gke with components, and returns its folder.
 func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -74,8 +72,8 @@ func writeOverlay(t *testing.T, components ...string) string {
 	return dir
 }
 
-// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need
-// definitions of other projects. A second apply must change nothing.
+// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need foreign
+// definitions. A second apply must change nothing.
 func TestClusterTakesComponents(t *testing.T) {
 	c := cluster.Start(t)
 	for _, kind := range foreignKinds {
@@ -103,7 +101,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			}
 		}
 		if i == 0 {
-			// KEDA sets the number of replicas in this way. The next apply must not change it back.
+			// KEDA sets the number of replicas so. The next apply must not change it back.
 			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder",
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
@@ -125,7 +123,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("the manifests with all components have no %s", want)
 		}
 	}
-	// The API server must really check manifests against the definitions, and so refuse a manifest with an unknown member.
+	// The API server must check manifests against the definitions, and refuse an unknown member.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},

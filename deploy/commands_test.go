@@ -15,14 +15,12 @@ import (
 
 var commandPrograms = []string{"builder", "server", "fetcher"}
 
-// otherValues has the flags whose value has several names in help. The text is the reason: the value is the same kind
-// of thing under each name.
+// otherValues has the flags whose value has several names in help, with the common meaning of the names.
 var otherValues = map[string]string{
 	"--to": "where the result goes: a REF, or the FOLDER of a snapshot, which is published as files",
 }
 
-// TestFlagsAgree checks that flags of one name take the same kind of value in every command of every program. It reads
-// the pages, which are generated from the commands.
+// TestFlagsAgree checks, on the generated pages, that a flag takes the same kind of value in every command.
 func TestFlagsAgree(t *testing.T) {
 	t.Parallel()
 	type place struct{ value, where string }
@@ -49,8 +47,8 @@ func TestFlagsAgree(t *testing.T) {
 	}
 }
 
-// TestManPages checks that mandoc reads the manual pages without a warning. Only the warning about a missing date is
-// permitted: the pages are generated from the program, and have its version in place of a date.
+// TestManPages checks that mandoc reads the manual pages without a warning. Only a missing date is permitted: the pages
+// have the program's version instead.
 func TestManPages(t *testing.T) {
 	t.Parallel()
 	pages, err := filepath.Glob(filepath.Join(root, "docs", "man", "*.1"))
@@ -70,7 +68,7 @@ func TestManPages(t *testing.T) {
 }
 
 // TestConfigSchemas checks the schemas of the configuration files with an independent validator. Each schema must
-// accept the example, and must refuse the mistakes that the program refuses.
+// accept the example, and refuse the mistakes that the program refuses.
 func TestConfigSchemas(t *testing.T) {
 	t.Parallel()
 	for program, command := range map[string]string{"builder": "work", "server": "serve", "fetcher": "run"} {

@@ -13,8 +13,7 @@ import (
 // wayRow matches a row of the table in CONTRIBUTING.md: number, text, file, function.
 var wayRow = regexp.MustCompile("(?m)^\\| [0-9]+ \\| [^|]+ \\| `([^`]+)` \\| `([^`]+)` \\|$")
 
-// TestContributingNamesFunctions checks that the code has each function in the table of CONTRIBUTING.md. The table
-// shows the way from a BUILD_ID to a loaded module.
+// TestContributingNamesFunctions checks that each function in the table of CONTRIBUTING.md exists.
 func TestContributingNamesFunctions(t *testing.T) {
 	t.Parallel()
 	rows := wayRow.FindAllStringSubmatch(read(t, "CONTRIBUTING.md"), -1)
@@ -30,7 +29,7 @@ func TestContributingNamesFunctions(t *testing.T) {
 	}
 }
 
-// functions returns the functions that a file declares. A method has the form Type.Method.
+// functions returns the functions that a file declares. A method is named Type.Method.
 func functions(name string) (all []string, err error) {
 	file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
 	if err != nil {

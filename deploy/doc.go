@@ -1,4 +1,4 @@
 // Package deploy has the files with which operators run Prebake: Kubernetes manifests, and a cloud-init example for
-// plain COS machines. It also has the scripts that the Makefile calls. Its tests check these files, and also the
-// documents and imports of the whole repository. The package has no code of the product.
+// plain COS machines. It also has the Makefile's scripts. Its tests check these files, and the whole repository's
+// documents and imports.
 package deploy

@@ -30,8 +30,8 @@ func TestGeneratedExitCodes(t *testing.T) {
 	checkPart(t, "docs/reference/exit-codes.md", "exit codes", table.String())
 }
 
-// checkPart compares one part of a page with want. Two marker comments enclose the part. With -update, checkPart writes
-// want into the page.
+// checkPart compares one part of a page with want. Two marker comments enclose the part. With -update, it writes the
+// part.
 func checkPart(t *testing.T, name, part, want string) {
 	t.Helper()
 	begin := fmt.Sprintf("<!-- begin generated: %s (make generate) -->\n", part)

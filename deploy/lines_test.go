@@ -16,8 +16,7 @@ const maxColumns = 120
 var unbreakable = regexp.MustCompile(`\S{80,}|://`)
 
 // TestLineLength refuses long lines. It ignores lines that a line break would change: raw strings, Markdown's tables
-// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive applies only to
-// its own line.
+// and code blocks, and addresses. It also ignores nolint directives, which apply only to their own line.
 func TestLineLength(t *testing.T) {
 	t.Parallel()
 	for _, name := range files(t, ".go", ".md") {

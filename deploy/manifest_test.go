@@ -169,7 +169,7 @@ func TestBuilderManifest(t *testing.T) {
 			p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	checkUnprivileged(t, c)
-	// The builder sends its token only to the registry at --server, so the host in --to must be the same. The server also
+	// --to and --server must have the same host. The builder sends its token only to the host of --server, and the server
 	// recognises its own repository by this host.
 	value := func(flag string) string {
 		for _, arg := range c.Args {

@@ -47,8 +47,8 @@ func TestGeneratedMetrics(t *testing.T) {
 }
 
 // metricsOf finds the metrics that a file declares. It reads calls such as
-// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). If a
-// function in the file wraps such a call for one namespace, metricsOf also reads the calls of that function.
+// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). It
+// also reads calls of the file's own wrappers for one namespace.
 func metricsOf(program string, file *ast.File) (all []metric) {
 	wrappers := map[string]metric{}
 	ast.Inspect(file, func(n ast.Node) bool {

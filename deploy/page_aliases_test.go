@@ -13,7 +13,7 @@ import (
 )
 
 // earlierFlags maps the former names of a program's flags to the present ones. It reads the calls of cli.WasCalled in
-// the program's source, because --help does not show former names.
+// the program's source.
 func earlierFlags(t *testing.T, program string) map[string]string {
 	t.Helper()
 	text := func(e ast.Expr) string {
@@ -54,9 +54,8 @@ func earlierFlags(t *testing.T, program string) map[string]string {
 	return earlier
 }
 
-// TestPageAliases checks that the page of a program uses the present names of the program's flags, even where the page
-// has a flag without its command. A former name is allowed if another command of the program has a flag of that name.
-// TestPageCommands checks whole commands on all pages.
+// TestPageAliases checks that the page of a program uses the present names of its flags, even outside of commands. A
+// former name is allowed if another command has a flag of that name.
 func TestPageAliases(t *testing.T) {
 	t.Parallel()
 	all, found := pages(t), 0

@@ -16,8 +16,7 @@ import (
 // programsOfPages are the programs whose help is in docs/reference.
 var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 
-// flagsOf returns the flags of each command, such as "builder build". It reads them from the pages in docs/reference.
-// TestReference of each program checks that these pages equal --help.
+// flagsOf returns the flags of each command, such as "builder build", from the pages in docs/reference.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)
@@ -40,8 +39,7 @@ func flagsOf(t *testing.T) map[string]map[string]bool {
 	return all
 }
 
-// checkShell parses a script and checks the calls of Prebake's programs in it. On the pages "…" stands for an omission.
-// checkShell treats it as a word.
+// checkShell parses a script and checks the calls of Prebake's programs in it. "…", an omission, counts as a word.
 func checkShell(script string, flags map[string]map[string]bool) (problems []string) {
 	file, err := syntax.NewParser().Parse(strings.NewReader(script), "")
 	if err != nil {
@@ -76,8 +74,8 @@ func literal(w *syntax.Word) string {
 	return b.String()
 }
 
-// checkCall checks the flags in a call of one of the programs. The words of another program may come before, as in
-// "kubectl exec POD -- fetcher status".
+// checkCall checks the flags in a call of one of the programs. Another program may run it: "kubectl exec POD -- fetcher
+// status".
 func checkCall(words []string, flags map[string]map[string]bool) (problems []string) {
 	if len(words) == 0 {
 		return nil
@@ -114,8 +112,8 @@ func checkCall(words []string, flags map[string]map[string]bool) (problems []str
 	return problems
 }
 
-// TestPageCommands checks that command blocks are valid bash, and that the calls of Prebake's programs in them use
-// existing flags. Commands between backquotes in a line are checked in the same way.
+// TestPageCommands checks that commands in blocks and between backquotes are valid bash. Calls of Prebake's programs
+// must use existing flags.
 func TestPageCommands(t *testing.T) {
 	t.Parallel()
 	flags := flagsOf(t)

@@ -22,8 +22,7 @@ func pages(t *testing.T) map[string]*page.Page {
 	return all
 }
 
-// TestPageLinks checks that each link within the repository leads to an existing file and heading. It does not follow
-// links to other places.
+// TestPageLinks checks that each link within the repository leads to an existing file and heading.
 func TestPageLinks(t *testing.T) {
 	t.Parallel()
 	all := pages(t)
@@ -83,8 +82,8 @@ var pathSpan = regexp.MustCompile(`^\.{0,2}/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+/
 // goName matches a package with a name in it, such as pkg/queue.Open.
 var goName = regexp.MustCompile(`^(.*/[a-z0-9]+)\.[A-Z]\w*$`)
 
-// TestPagePaths checks the paths that pages write between backquotes. A path that begins with a top folder must exist,
-// either from the repository's top or from the page's own folder.
+// TestPagePaths checks the paths between backquotes. A path that begins with a top folder must exist, from the
+// repository's top or from the page's own folder.
 func TestPagePaths(t *testing.T) {
 	t.Parallel()
 	folders := map[string]bool{}

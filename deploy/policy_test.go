@@ -82,8 +82,7 @@ func policies(t *testing.T) map[string]policy {
 	return all
 }
 
-// TestPoliciesSelectOurPods checks that each policy selects existing pods. A policy that selects none protects nothing,
-// and nobody would notice.
+// TestPoliciesSelectOurPods checks that each policy selects existing pods. A policy that selects none protects nothing.
 func TestPoliciesSelectOurPods(t *testing.T) {
 	t.Parallel()
 	pods := map[string]bool{} // by namespace and component
@@ -155,8 +154,8 @@ func TestBuilderNetwork(t *testing.T) {
 	}
 }
 
-// TestProbesHaveTimeouts checks that each probe sets a timeout. Kubernetes' default is one second. A busy disk may take
-// longer, and Kubernetes would then kill the pod.
+// TestProbesHaveTimeouts checks that each probe sets a timeout. With Kubernetes' default of one second, a busy disk
+// would get the pod killed.
 func TestProbesHaveTimeouts(t *testing.T) {
 	t.Parallel()
 	found := 0

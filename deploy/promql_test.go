@@ -19,8 +19,7 @@ import (
 
 const monitoring = "deploy/kubernetes/components/monitoring/"
 
-// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks all fields, on an
-// API server with the definition of the Prometheus operator.
+// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks all fields.
 type rules struct {
 	Spec struct {
 		Groups []struct {
@@ -100,8 +99,8 @@ func scaledObject(t *testing.T) scaled {
 	return s
 }
 
-// TestScaledObject checks that valueLocation, a setting of KEDA, is a valid Prometheus selector. It also checks that
-// KEDA asks the address on which the server listens.
+// TestScaledObject checks that KEDA's setting valueLocation is a valid Prometheus selector, and that KEDA asks the
+// server's address.
 func TestScaledObject(t *testing.T) {
 	t.Parallel()
 	s := scaledObject(t)
@@ -131,8 +130,8 @@ const upMetric = "up"
 // nameLabel is the label that has a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
 
-// TestMetricsExist parses every expression as Prometheus does. It checks that a running server exports the metrics and
-// labels that the expression uses. TestMetricsOfDeploy of fetcher/internal/report checks the fetcher's metrics.
+// TestMetricsExist parses every expression as Prometheus does, and checks that a running server exports its metrics and
+// labels. A test of fetcher/internal/report checks the fetcher's metrics.
 func TestMetricsExist(t *testing.T) {
 	t.Parallel()
 	known := serverMetrics(t)
@@ -162,7 +161,7 @@ func TestMetricsExist(t *testing.T) {
 	}
 }
 
-// TestDashboard checks the dashboard with Grafana's own schema. Grafana generates its types from that schema.
+// TestDashboard checks the dashboard with the types that Grafana generates from its own schema.
 func TestDashboard(t *testing.T) {
 	t.Parallel()
 	runtime := cog.NewRuntime()

@@ -19,8 +19,7 @@ const root = ".."
 
 const module = "github.com/prebake/prebake/"
 
-// files returns the repository's files with these endings, relative to root. It leaves out the folders that a build or
-// a tool makes.
+// files returns the repository's files with these endings, relative to root, without the folders of builds and tools.
 func files(t *testing.T, endings ...string) []string {
 	t.Helper()
 	var found []string
@@ -92,8 +91,7 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists the banned imports of folders, with the reasons. If several rows match a file, all of them apply, not
-// only the row with the longest folder.
+// walls lists the banned imports of folders, with the reasons. All rows that match a file apply.
 var walls = []struct {
 	below, banned, why string
 }{
@@ -173,8 +171,7 @@ func TestFileLength(t *testing.T) {
 	}
 }
 
-// foreignHosts are host names that must not be in the repository, because only a machine's own configuration may
-// contain them.
+// foreignHosts are host names that only a machine's own configuration may contain.
 var foreignHosts = []string{
 	"deb." + "debian.org", "security." + "debian.org", "ftp." + "debian.org", "snapshot." + "debian.org",
 	"proxy." + "golang.org", "sum." + "golang.org", "registry." + "npmjs.org",

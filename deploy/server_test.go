@@ -24,8 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// programs is the folder with the server's program. The first test that needs the program builds it, for all tests of
-// this package.
+// programs is the folder with the server's program, built once for all tests of this package.
 var programs string
 
 // program builds the server once.

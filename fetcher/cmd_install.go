@@ -35,8 +35,7 @@ func installCommand() *ucli.Command {
 	}
 }
 
-// runTraced starts a tracer, calls [runOnce] with it, and closes it. It is for the commands that do one run and then
-// end.
+// runTraced calls [runOnce] with a tracer, and closes the tracer.
 func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {
@@ -48,7 +47,7 @@ func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context)
 }
 
 // startTraces starts the tracer that the OTEL_* environment variables configure. If they are wrong, it prints the error
-// and returns nil: the command then runs without traces, because the node must get its driver anyway.
+// and returns nil: the node must get its driver anyway.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {
@@ -58,7 +57,7 @@ func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *trac
 	return tracer
 }
 
-// runOnce calls run, traces it, and prints its report, also after an error. It returns the error of run.
+// runOnce traces a run and prints its report, even after an error.
 func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer,
 	run func(context.Context) (*agent.Report, error)) error {
 	ctx, span := tracer.Begin(ctx, cmd.Name, nil)

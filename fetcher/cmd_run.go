@@ -68,9 +68,12 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout is the longest expected time of one check of the driver. A check ends sooner in any case: either the
-// driver answers, or the probe times out.
+// checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
 const checkTimeout = 3 * time.Minute
+
+// runTimeout is the longest expected time between two verdicts during a run. A run checks the active driver each minute
+// while it waits for the network. It does not check while it replaces the driver.
+const runTimeout = 15 * time.Minute
 
 // retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run left
 // the node with another driver than the wanted one.
@@ -114,16 +117,15 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 				}
 			},
 		}
+		k.quickVerdict = a.QuickVerdict
 		if outside.cluster != nil { // the cluster may still show the driver of an earlier boot
 			if v, ok := a.QuickVerdict(gctx); ok {
 				outside.cluster.Report(v)
 			}
-			k.quickVerdict = a.QuickVerdict
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
-			// The program ends because no driver is ready. Operators look for the reason in the cluster, so write it there
-			// first.
+			// Operators look into the cluster for the reason why the program ends.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 			defer done()
 			outside.cluster.Flush(last)
@@ -136,14 +138,27 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 // flushTime is how long a failing program waits at most until the cluster has stored the reason.
 const flushTime = 10 * time.Second
 
-// listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.
+// listeners receive the driver's state. The cluster is optional.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
+	watched bool // verdicts expire
 }
 
-// Report implements [agent.Watcher].
+// Watch sets the age at which a verdict expires; 0 means never.
+func (l *listeners) Watch(age time.Duration) {
+	l.watched = age > 0
+	l.server.Watch(age)
+	if l.cluster != nil {
+		l.cluster.Watch(age)
+	}
+}
+
+// Report implements [agent.Watcher]. From the first ready driver on, verdicts expire.
 func (l *listeners) Report(v gpucheck.Verdict) {
+	if v.State == gpucheck.Ready && !l.watched {
+		l.Watch(runTimeout)
+	}
 	l.server.Report(v)
 	if l.cluster != nil {
 		l.cluster.Report(v)
@@ -167,33 +182,28 @@ type daemon struct {
 	every   time.Duration
 	once    bool
 	outside *listeners
-	// run is a function that does one run of the agent, and prints the report.
+	// run does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict returns a verdict for the cluster after a run that ended without one; see [agent.Agent.QuickVerdict].
-	// The function is nil if no cluster is configured.
+	// quickVerdict returns a verdict after a run that ended without one; see [agent.Agent.QuickVerdict].
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending is called after each run: with the reason why the node has another driver than the wanted one, or with nil
-	// if it has the wanted driver.
+	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
 }
 
-// reportFailure reports to the cluster why no driver is ready, after a run that failed before its check of the driver.
-func (k daemon) reportFailure(ctx context.Context, why error) {
-	if k.quickVerdict == nil {
-		return
-	}
-	v, ok := k.quickVerdict(ctx)
-	if !ok {
-		return
-	}
+// reportFailure reports why no driver is ready, after a run that failed before its check of the driver.
+func (k daemon) reportFailure(v gpucheck.Verdict, why error) {
 	v.Reason = fault.Of(why).String() + ": " + why.Error()
-	k.outside.cluster.Report(v)
+	k.outside.Report(v)
 }
 
 func (k daemon) stay(ctx context.Context) error {
 	ready := false
 	for {
-		k.outside.server.Watch(0) // a run may take long before it checks the driver: no deadline
+		if ready {
+			k.outside.Watch(runTimeout)
+		} else {
+			k.outside.Watch(0) // the run may compile a driver before there is a verdict
+		}
 		var pending error
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
@@ -202,11 +212,15 @@ func (k daemon) stay(ctx context.Context) error {
 			}
 			if r.Verdict.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(r.Verdict)
-				// With Starting, only NVLink's fabric manager is missing. It starts after the driver, so the daemon must not
-				// end.
+				// In state Starting, NVLink's fabric manager is missing. It starts only after the driver.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
-			} else if err != nil && !ready {
-				k.reportFailure(ctx, err)
+			} else if err != nil {
+				// Another driver than a ready one may be active still. A run that unloaded the ready driver and could not load
+				// it again leaves none.
+				if v, ok := k.quickVerdict(ctx); ok && (!ready || v.NotLoaded()) {
+					k.reportFailure(v, err)
+					ready = false
+				}
 			}
 			k.outside.server.ReportRun(r.Phases, err)
 			return r, err
@@ -220,14 +234,17 @@ func (k daemon) stay(ctx context.Context) error {
 		k.pending(pending)
 		watch, stop := ctx, func() {}
 		if pending != nil {
-			// The loaded driver works, but the node wants another driver. If this program ended here, kubelet or systemd would
-			// only start it again and again.
+			// The loaded driver works, so keep running: kubelet or systemd would only restart this program again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed
-		k.outside.server.Watch(3*k.every + checkTimeout)
+		k.outside.Watch(3*k.every + checkTimeout)
 		held := k.node.Monitor(watch, k.every, k.outside)
 		stop()
+		if errors.Is(held, agent.ErrNotLoaded) && ctx.Err() == nil {
+			ready = false
+			continue
+		}
 		if held != nil || ctx.Err() != nil || pending == nil {
 			return held
 		}

@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks that the example file has no mistake. It also checks that each planted mistake is found with
-// its line and column, before the program opens anything.
+// TestConfigCheck checks that the example file is correct. Each planted mistake must be reported with its line and
+// column.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "fetcher.yaml"), root, []configcheck.Row{
@@ -31,7 +31,7 @@ func TestConfigCheck(t *testing.T) {
 			`5:1: server: server "prebake": want a URL`},
 		{"driver", "driver: newest", "driver: R535", "6:1: driver: "},
 		{"digest without a place", "driver: sha256:" + strings.Repeat("0", 64), "driver: R535",
-			"6:1: driver: --driver with a digest needs the artifact's repository; name"},
+			"6:1: driver: --driver with a digest needs the artifact's repository; set"},
 		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0",
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
 		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs the name of a node"},

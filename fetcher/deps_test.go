@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// banned are the packages that the program on the node must not contain, each with its reason. A path that ends with a
-// slash bans everything below it.
+// banned maps packages that the program must not contain to the reason. A path that ends with a slash bans everything
+// below it.
 var banned = map[string]string{
 	"runtime/cgo": "the program is static: it runs in any image and beside any C " +
 		"library",
@@ -53,7 +53,7 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
-// TestSize builds the program as it is shipped. The limit of its size is a requirement of the project.
+// TestSize checks the size of the program as it is shipped.
 func TestSize(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "fetcher")

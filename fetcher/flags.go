@@ -121,8 +121,7 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags are the flags for the trusted signers. The fetcher loads only drivers that one of these signers signed,
-// and drivers that this node compiled.
+// trustFlags are the flags for the trusted signers.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
@@ -195,7 +194,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	return cfg, usage(cmd, errs)
 }
 
-// readConfig reads the settings of [readHostConfig] and which driver the node wants. It reports all mistakes at once.
+// readConfig reads the settings of [readHostConfig] and the wish for a driver. It reports all mistakes at once.
 func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg, err := readHostConfig(cmd)
 	errs := []error{err}
@@ -219,11 +218,10 @@ func usage(cmd *ucli.Command, errs []error) error {
 	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
-// digestPrefix is the beginning of a value of --driver that is the digest of one artifact instead of a wish.
+// digestPrefix begins a --driver that is an artifact's digest instead of a wish.
 const digestPrefix = "sha256:"
 
-// paramPattern permits no white space in a module parameter, because the kernel splits a parameter string at white
-// space.
+// paramPattern permits no white space, because the kernel splits a parameter string there.
 var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)
 
 func readParams(list []string) (map[string]string, error) {
@@ -239,8 +237,7 @@ func readParams(list []string) (map[string]string, error) {
 	return params, nil
 }
 
-// logger returns the logger of a program that runs long. Short commands do not log; they report by progress lines and
-// errors.
+// logger returns the logger of a long-running program. Short commands do not log.
 func logger(cmd *ucli.Command, long bool) (*slog.Logger, error) {
 	if !long {
 		return slog.New(slog.NewTextHandler(io.Discard, nil)), nil

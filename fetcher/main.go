@@ -1,5 +1,5 @@
 // Command fetcher finds, verifies and installs the NVIDIA driver that a Container-Optimized OS node should run. The
-// program is static and small. It refuses to hold a private key, to use SQL and to link C. This package is wiring only.
+// program is static, holds no private key, and links neither SQL nor C. This package is wiring only.
 package main
 
 import (
@@ -27,8 +27,8 @@ func main() {
 		os.Exit(fault.Of(err).ExitCode())
 	}
 	if os.Getenv("GOGC") == "" {
-		// Most of the live heap, some 17 MB, is the decompression windows of two layers. GC percent 10 keeps the heap small
-		// and costs CPU time. On a node, memory is worth more than CPU time.
+		// Most of the live heap, some 17 MB, is the decompression windows of two layers. On a node, memory is worth more than
+		// CPU time.
 		debug.SetGCPercent(10)
 	}
 	if cosinstaller.Recognise(os.Args) {

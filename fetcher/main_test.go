@@ -209,8 +209,8 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	}
 }
 
-// fakeBuilder stands in for the builder. It accepts the builder's command line, and returns an artifact that was made
-// before. To make it fail, set the environment variable FAIL to the exit status.
+// fakeBuilder accepts the builder's command line, and returns an artifact that was made before. The environment
+// variable FAIL makes it fail with that exit status.
 func fakeBuilder() {
 	args := map[string]string{}
 	for i := 2; i+1 < len(os.Args); i += 2 {

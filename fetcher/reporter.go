@@ -17,14 +17,14 @@ func reportFlag() []ucli.Flag {
 	return cli.Group(groupTo, cli.Bool("report", "report to the server whether the driver loads"))
 }
 
-// These are the time limits for one report, and for the remaining reports when the program ends.
+// These are the time limits for one report, and for the last reports at the end.
 const (
 	reportTimeout = 10 * time.Second
 	leaveTime     = 3 * time.Second
 )
 
-// reporter tells the server whether artifacts loaded on this node. It sends from its own goroutine, so that a slow or
-// absent server blocks nothing. Reports that the server does not accept are lost.
+// reporter tells the server whether artifacts loaded on this node. It sends from its own goroutine, because a slow
+// server must not block the node. Failed reports are lost.
 type reporter struct {
 	send func(ctx context.Context, r api.NodeReport) error
 	log  *slog.Logger
@@ -73,8 +73,8 @@ func (t *reporter) one(r api.NodeReport) {
 	}
 }
 
-// queue hands a report to the reporter's goroutine and returns at once. If that goroutine already has eight reports to
-// send, the report is lost.
+// queue hands a report to the reporter's goroutine and returns at once. If eight reports already wait, the report is
+// lost.
 func (t *reporter) queue(r api.NodeReport) {
 	select {
 	case t.next <- r:
@@ -83,7 +83,7 @@ func (t *reporter) queue(r api.NodeReport) {
 	}
 }
 
-// close waits, at most leaveTime, until the queued reports are sent. Nobody may call queue after close.
+// close waits, at most leaveTime, until the queued reports are sent. Do not call queue after close.
 func (t *reporter) close() {
 	close(t.next)
 	select {

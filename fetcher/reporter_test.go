@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestReporterHoldsUpNothing checks that a server that accepts no report does not delay the node, and delays its end
-// only briefly.
+// TestReporterHoldsUpNothing checks that a server that accepts no report does not delay the node, and its end only
+// briefly.
 func TestReporterHoldsUpNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

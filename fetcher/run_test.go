@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -25,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher is a writer that calls the function seen once, when the text appears in what is written.
+// watcher is a writer that calls a function once, as soon as the given text is written.
 type watcher struct {
 	bytes.Buffer
 	text string
@@ -41,8 +42,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, the program gets an
-// address that is in use.
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
+// use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -98,7 +99,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node that wants another driver. During the first inUse runs, the present driver is in use.
+// busy is a node that wants another driver. The present driver is in use during the first inUse runs.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -124,8 +125,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
-// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it. The node
-// gets the wanted driver as soon as possible. A node without a ready driver ends.
+// TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
+// node without a ready driver ends.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {
@@ -153,6 +154,128 @@ func TestPending(t *testing.T) {
 			if state == gpucheck.Ready &&
 				!slices.Equal(b.held, []time.Duration{retryChecks * time.Minute, retryChecks * time.Minute, 0}) {
 				t.Errorf("held for %v; want ten looks each time", b.held)
+			}
+		})
+	}
+}
+
+// scripted is a node whose runs and watches are functions.
+type scripted struct {
+	run   func(ctx context.Context, n int) (*agent.Report, error)
+	watch func(ctx context.Context, n int) error
+	runs  int
+}
+
+func (s *scripted) Run(ctx context.Context) (*agent.Report, error) {
+	s.runs++
+	return s.run(ctx, s.runs)
+}
+
+func (s *scripted) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) error {
+	return s.watch(ctx, s.runs)
+}
+
+// daemonOf returns a daemon for the node. quick is the verdict after a run without a verdict.
+func daemonOf(node *scripted, out *report.Server, quick gpucheck.Verdict) daemon {
+	return daemon{
+		node: node, every: time.Minute, outside: &listeners{server: out}, pending: func(error) {},
+		run: func(run func(context.Context) (*agent.Report, error)) error {
+			_, err := run(context.Background())
+			return err
+		},
+		quickVerdict: func(context.Context) (gpucheck.Verdict, bool) { return quick, quick.State != gpucheck.Ready },
+	}
+}
+
+// status returns the status of a GET.
+func status(h http.Handler, path string) int {
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	return w.Code
+}
+
+var (
+	readyVerdict  = gpucheck.Verdict{State: gpucheck.Ready, Modules: map[string]string{"nvidia": "", "nvidia_uvm": ""}}
+	unloadedState = gpucheck.Verdict{State: gpucheck.Unusable, Modules: map[string]string{}}
+)
+
+// TestRunThatHangs checks that a ready driver does not stay ready if a later run hangs, and that a first run may take
+// long.
+func TestRunThatHangs(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		hangs int // the run that hangs
+		want  int // the status of /healthz after an hour
+	}{{1, http.StatusOK}, {2, http.StatusServiceUnavailable}} {
+		synctest.Test(t, func(t *testing.T) {
+			out := report.New(time.Now)
+			end := make(chan struct{})
+			node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
+				if n == row.hangs {
+					<-end
+					return &agent.Report{}, fault.New(fault.Internal, "it hung", "")
+				}
+				return &agent.Report{Verdict: readyVerdict}, fault.New(fault.Busy, "another driver is wanted", "wait")
+			}, watch: func(ctx context.Context, _ int) error {
+				<-ctx.Done()
+				return nil
+			}}
+			done := make(chan error)
+			go func() { done <- daemonOf(node, out, unloadedState).stay(t.Context()) }()
+			time.Sleep(time.Hour)
+			if got := status(out, "/healthz"); got != row.want || status(out, "/readyz") != http.StatusServiceUnavailable {
+				t.Errorf("run %d hangs: /healthz = %d, /readyz = %d; want %d, and not ready", row.hangs, got,
+					status(out, "/readyz"), row.want)
+			}
+			close(end)
+			if err := <-done; err == nil {
+				t.Error("stay = nil; want the error of the run")
+			}
+		})
+	}
+}
+
+// TestDriverThatDisappears checks what the daemon does when a ready driver is no longer loaded: after another process
+// unloaded it, the daemon runs again. After a failed run of its own, it ends, and kubelet starts it again.
+func TestDriverThatDisappears(t *testing.T) {
+	t.Parallel()
+	failed := fault.New(fault.Rejected, "the kernel refused a module", "")
+	for _, row := range []struct {
+		name string
+		run  func(ctx context.Context, n int) (*agent.Report, error)
+		held error // what Monitor returns after the first run
+		runs int
+		err  error
+		want int // the status of /readyz at the end
+	}{
+		{"another process unloaded it, and the next run loads it", func(context.Context, int) (*agent.Report, error) {
+			return &agent.Report{Verdict: readyVerdict}, nil
+		}, agent.ErrNotLoaded, 2, nil, http.StatusOK},
+		{"another process unloaded it, and the next run cannot load it", func(_ context.Context, n int) (*agent.Report, error) {
+			if n == 1 {
+				return &agent.Report{Verdict: readyVerdict}, nil
+			}
+			return &agent.Report{}, failed
+		}, agent.ErrNotLoaded, 2, failed, http.StatusServiceUnavailable},
+		{"a run unloaded it and could not load it again", func(_ context.Context, n int) (*agent.Report, error) {
+			if n == 1 {
+				return &agent.Report{Verdict: readyVerdict, Pending: "another driver is wanted"}, nil
+			}
+			return &agent.Report{}, failed
+		}, nil, 2, failed, http.StatusServiceUnavailable},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			out := report.New(time.Now)
+			node := &scripted{run: row.run, watch: func(_ context.Context, n int) error {
+				if n == 1 {
+					return row.held
+				}
+				return nil
+			}}
+			err := daemonOf(node, out, unloadedState).stay(t.Context())
+			if !errors.Is(err, row.err) || node.runs != row.runs || status(out, "/readyz") != row.want {
+				t.Errorf("%s: stay = %v after %d runs, /readyz = %d; want %v, %d, %d", row.name, err, node.runs,
+					status(out, "/readyz"), row.err, row.runs, row.want)
 			}
 		})
 	}

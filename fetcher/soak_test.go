@@ -17,12 +17,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// soakRounds is the number of rounds. The command make soak sets a higher number with PREBAKE_SOAK.
+// soakRounds is the number of rounds. PREBAKE_SOAK sets another number.
 const soakRounds = 50
 
-// TestSoak kills the real program at random moments while it changes between three drivers, rolls back and uninstalls.
-// The next run must repair whatever the killed run left. This test installs the driver and does not load it. TestFaults
-// of package agent also loads it.
+// TestSoak kills the real program at random moments of installs, rollbacks and uninstalls. The next run must repair
+// what remains. No driver is loaded.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

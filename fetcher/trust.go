@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// newVerifier returns a verifier that trusts the keys and identities of the flags or the policy. The returned function
-// refreshes the signed list that the policy demands; it is nil without such a list.
+// newVerifier returns a verifier that trusts the signers in the flags or the policy. The returned function refreshes
+// the signed list, and is nil without a list.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,
@@ -36,7 +36,7 @@ func newVerifier(
 	return v, rule.Refresh, err
 }
 
-// newListing returns the rule for the signed list that a policy demands; nil means that the policy demands none.
+// newListing returns the rule for the signed list that a policy demands, or nil.
 func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*listed.Rule, error) {
 	if p.Snapshot == nil {
 		return nil, nil
@@ -55,8 +55,8 @@ func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*liste
 	}, err
 }
 
-// trustPolicy reads the policy file, or else the trust flags. With trust flags, the default key file may be missing if
-// the flags have a certificate identity. A file that --public-key gives must exist.
+// trustPolicy reads the policy file, or else the trust flags. With a certificate identity, the default key file may be
+// missing. A file of --public-key must exist.
 func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	if err := checkTrust(cmd); err != nil {
 		return policy.Policy{}, err
@@ -68,7 +68,7 @@ func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	return policy.Policy{Policy: p}, err
 }
 
-// checkTrust refuses trust settings that contradict each other. It reads no file.
+// checkTrust refuses contradicting trust settings. It reads no file.
 func checkTrust(cmd *ucli.Command) error {
 	if cmd.String("policy") == "" {
 		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
@@ -71,8 +72,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent makes an agent that installs drivers. The argument long is true for a command that runs long and therefore
-// logs.
+// newAgent makes an agent that installs drivers. A command that runs long also logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
@@ -116,7 +116,7 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	if err != nil {
 		return nil, nil, err
 	}
-	parts.Finder, parts.Verifier = finder, verifier
+	parts.Finder, parts.Verifier, parts.Registries = finder, verifier, cmd.StringSlice("registry")
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
 	tell, err := newReporter(cmd, log)
 	if err != nil {
@@ -149,9 +149,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-// nodeBuilds returns the part of the owner's policy that applies to artifacts compiled on this node. It returns an
-// error of kind Unverified if the node must not use such artifacts: the policy file refuses them, or there is no policy
-// file and --builder is never.
+// nodeBuilds returns the part of the owner's policy for artifacts compiled on this node. If the policy file refuses
+// them, or without a file --builder is never, the error is of kind Unverified.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -175,7 +174,6 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// identity returns the certificate identity in the flags.
 func identity(cmd *ucli.Command) trust.Identity {
 	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
@@ -184,7 +182,7 @@ func identity(cmd *ucli.Command) trust.Identity {
 	}
 }
 
-// serverURL returns the URL of the Prebake server to ask; nil means none.
+// serverURL returns the URL of the Prebake server to ask, or nil.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	server := cmd.String("server")
 	if server == "" {
@@ -230,8 +228,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	return policy, nil
 }
 
-// nodeVerifier returns a verifier that trusts this node's own key, which is in the state folder. The verifier demands
-// no load test: the node is about to load the artifact that it compiled, and sees then whether the modules load.
+// nodeVerifier returns a verifier that trusts this node's own key. It demands no load test, because the node itself
+// will load the modules next.
 func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	p, err := nodeBuilds(cmd)
 	if err != nil {
@@ -257,14 +255,14 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 		RetryFor:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
-	// A server that is reached over plain HTTP serves its own registry over plain HTTP, too.
+	// The registry of a server on plain HTTP uses plain HTTP, too.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true
 	}
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil if this node must not compile, or if --builder is not set and no builder is beside fetcher.
+// newBuilder returns nil if this node must not compile, or if no builder is set or beside fetcher.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -320,16 +318,17 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder returns a finder that asks the server first and then the registries. If neither is configured, the node can
-// only compile the driver itself; if the argument compiles is false, that is an error. The verifier v is for the lists
-// of supported GPUs. If v is nil, the finder reads no such list.
+// newFinder returns a finder that asks the server first and then the registries. Without both, the node must compile
+// drivers itself, or the result is an error. The verifier is for the lists of supported GPUs; nil means that no list is
+// read.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
+	registries := cmd.StringSlice("registry")
 	var gpus resolve.Lister
 	if v != nil {
-		gpus = resolve.Signed(v, func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) })
+		open := func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) }
+		gpus = resolve.Signed(v, open, registries...)
 	}
 	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
-	registries := cmd.StringSlice("registry")
 	if pinned && len(registries) == 0 {
 		return nil, pinnedNowhere()
 	}
@@ -368,8 +367,8 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	)
 }
 
-// registryFinder returns a finder that asks one repository. The finder opens the repository again for each question,
-// because the credentials of an open repository may expire during a long run.
+// registryFinder returns a finder that asks one repository. It opens the repository again for each question, because
+// credentials expire.
 func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
 		Ref: ref, GPUs: gpus,
@@ -378,18 +377,15 @@ func registryFinder(ref string, open func() (*registry.Repository, error), gpus 
 			if err != nil {
 				return nil, err
 			}
-			return repo.Tags(ctx)
+			tags, err := repo.Tags(ctx)
+			return tags, notRegistry(err)
 		},
 		Resolve: func(ctx context.Context, tag string) (string, error) {
 			repo, err := open()
 			if err != nil {
 				return "", err
 			}
-			d, err := repo.Resolve(ctx, tag)
-			if err != nil {
-				return "", err
-			}
-			return d.Digest.String(), nil
+			return artifactOf(ctx, repo, tag)
 		},
 		Driver: func(ctx context.Context, digest string) (target.Driver, error) {
 			repo, err := open()
@@ -398,9 +394,39 @@ func registryFinder(ref string, open func() (*registry.Repository, error), gpus 
 			}
 			raw, err := repo.Manifest(ctx, digest)
 			if err != nil {
-				return target.Driver{}, err
+				return target.Driver{}, notRegistry(err)
 			}
 			return bundle.DriverOf(raw)
 		},
 	}
+}
+
+// artifactOf returns the digest of the artifact with a tag. A media type that an artifact does not have is no answer
+// yet: artifactOf then reads the manifest, because some registries name another type.
+func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (string, error) {
+	d, err := repo.Resolve(ctx, tag)
+	if err != nil {
+		return "", notRegistry(err)
+	}
+	if d.MediaType == types.OCIManifestSchema1 {
+		return d.Digest.String(), nil
+	}
+	raw, err := repo.Manifest(ctx, d.Digest.String())
+	if err == nil {
+		_, err = bundle.DriverOf(raw)
+	}
+	if err != nil {
+		return "", notRegistry(fmt.Errorf("tag %s in %s has media type %.80q: %w", tag, repo.Name(), d.MediaType, err))
+	}
+	return d.Digest.String(), nil
+}
+
+// notRegistry makes an error of kind Unverified a passing one, so that the next source is asked. Something else than
+// the registry responds, such as the login page of a network or the error page of a proxy.
+func notRegistry(err error) error {
+	if !fault.Is(err, fault.Unverified) {
+		return err
+	}
+	return fault.Wrap(fault.Transient, err,
+		"check that --registry names a repository with drivers, and that no proxy or login page answers in its place")
 }

@@ -16,15 +16,14 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// The constants groupWhat, groupServer and groupOutput are the headings under which --help lists the flags that several
-// commands share.
+// The constants groupWhat, groupServer and groupOutput are headings in the output of --help.
 const (
 	groupWhat   = cli.What
 	groupServer = cli.From
 	groupOutput = cli.Advanced
 )
 
-// clientFlags returns a command's own flags and the flags that every client command has, such as the server's URL.
+// clientFlags returns a command's own flags and the flags of all client commands, such as the server's URL.
 func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, own...),
@@ -33,8 +32,7 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	)
 }
 
-// writeFlags returns the flags of [clientFlags] and the two flags for the caller's token. The server answers calls that
-// change something, and some reads, only with a token.
+// writeFlags returns the flags of [clientFlags], and two flags for the caller's token.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
 	return append(clientFlags(own...), cli.Group(cli.Trust,
 		cli.String("token", "", "`TOKEN` for the server; prefer --token-file"),
@@ -53,7 +51,7 @@ func client(cmd *ucli.Command) (*api.Client, error) {
 	return api.NewClient(cmd.String("server"), token, nil), nil
 }
 
-// noArgs refuses arguments of a command that takes none, because the command would ignore them.
+// noArgs returns an error if a command without arguments gets one.
 func noArgs(cmd *ucli.Command) error {
 	if first := cmd.Args().First(); first != "" {
 		return fault.New(
@@ -131,7 +129,7 @@ func buildCommand() *ucli.Command {
 	}
 }
 
-// followEvery is the pause between two reads of a log that grows. Builders send their logs at the same interval.
+// followEvery is the pause between two reads of a growing log. Builders send their logs at the same interval.
 const followEvery = 2 * time.Second
 
 func requestCommand() *ucli.Command {
@@ -174,8 +172,8 @@ Example:
 	}
 }
 
-// errUnlessPublished returns an error if the caller waited for a build and the build was not published. The kind of the
-// error is the class of the build's failure. A build that has ended without a class was cancelled.
+// errUnlessPublished returns an error if the caller waited for a build that was not published. A build without a class
+// was cancelled.
 func errUnlessPublished(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil

@@ -19,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reader reads the artifacts of a registry. It does not trust the registry: it accepts only statements with a trusted
-// signature.
+// reader reads the artifacts of an untrusted registry. It accepts only statements with a trusted signature.
 type reader struct {
 	repo     *registry.Repository
 	verifier *trust.Verifier
@@ -31,13 +30,13 @@ type reader struct {
 type artifact struct {
 	digest   string
 	identity bundle.Identity
-	// kernels has the kernels that the artifact is verified for. If there are none, err says why.
+	// kernels are the kernels for which the artifact is verified. If there are none, err says why.
 	kernels []target.Kernel
 	err     error
 }
 
-// readAtOnce is how many requests to the registry run at the same time. maxAttestations is the most kernels that the
-// statements about one artifact may be for.
+// readAtOnce is the maximum number of simultaneous requests to the registry. maxAttestations is the maximum number of
+// kernels of one artifact.
 const (
 	readAtOnce      = 8
 	maxAttestations = 5000
@@ -46,7 +45,7 @@ const (
 // listTag matches the tag under which clients without the referrers API keep the list of an image's referrers.
 var listTag = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,}`)
 
-// readAll returns all tagged artifacts, sorted by digest. An artifact with several tags is in the result once.
+// readAll returns each tagged artifact once, sorted by digest.
 func (r *reader) readAll(ctx context.Context) ([]artifact, error) {
 	tags, err := r.repo.Tags(ctx)
 	if fault.Is(err, fault.NoArtifact) {
@@ -95,8 +94,7 @@ func (r *reader) forEach(ctx context.Context, n int, do func(context.Context, in
 	return context.Cause(ctx)
 }
 
-// isArtifactError reports whether err is about the artifact itself. If it is not, the artifact could not be read, for
-// example because of the network.
+// isArtifactError reports whether an error is about the artifact itself. Other errors are failures to read it.
 func isArtifactError(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
@@ -108,8 +106,8 @@ func isArtifactError(ctx context.Context, err error) bool {
 	return false
 }
 
-// readOne reads an artifact. It returns an error only if the registry failed. An error about the artifact itself is in
-// the field err of the result.
+// readOne reads an artifact. It returns an error only if the registry failed. An error about the artifact is in the
+// result's field err.
 func (r *reader) readOne(ctx context.Context, digest string) (artifact, error) {
 	a := artifact{digest: digest}
 	err := r.read(ctx, &a)
@@ -163,9 +161,8 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 	return refusal
 }
 
-// candidates returns the kernels that the artifact's statements may be about. Most of these kernels come from the
-// labels of statements. The others come from the text of statements without a label. A label proves nothing, so the
-// caller has to verify each kernel.
+// candidates returns the kernels that an artifact's statements name, in labels or in unlabelled statements. The caller
+// has to verify each kernel, because anybody can write a label.
 func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel, error) {
 	attached, err := r.repo.Referrers(ctx, digest, "")
 	if err != nil {
@@ -215,8 +212,8 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	return all, nil
 }
 
-// verify makes the checks that a node with kernel k makes. It returns the signed kernel match, which has more facts
-// about the kernel than k has.
+// verify makes the checks that a node with kernel k makes. It returns the signed kernel match, with further facts about
+// the kernel.
 func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trust.KernelMatch, error) {
 	bundles, err := r.repo.AttachedIf(
 		ctx,
@@ -241,9 +238,8 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 	return verdict.Match, nil
 }
 
-// statementKey returns a function that returns a key for a bundle. [registry.Repository.AttachedIf] keeps only one of
-// several bundles with the same key. The key identifies the signer, the type and the content of the bundle's statement.
-// If the signature is not valid, or if the statement is about another artifact, the key is empty.
+// statementKey returns a callback for [registry.Repository.AttachedIf], which keeps one bundle for each key. The key
+// consists of the signer, type and content of a statement. It is empty for an invalid signature or another artifact.
 func (r *reader) statementKey(digest string) func([]byte) string {
 	return func(raw []byte) string {
 		st, err := r.verifier.Statement(raw)

@@ -69,19 +69,15 @@ Example:
 	}
 }
 
-// backup copies the databases in a fixed order, so that everything that one copy refers to is also in the next copy:
+// backup copies the queue, then the catalogue. The operator copies the registry last. Do not change this order:
 //
-//   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep queues
-//     such a build again. A build that a builder took in that moment ends as failed, and the next request tries it
-//     again. In the opposite order, the queue would have jobs of builds that the older catalogue does not know. The
-//     catalogue would then give the numbers of those builds to other builds.
-//   - The catalogue goes before the registry, which the operator copies. Builders push an artifact first and tell the
-//     catalogue afterwards. All artifacts of the copied catalogue are therefore in the later copy of the registry. That
-//     copy may have more artifacts; the command server reindex finds them. In the opposite order, the catalogue would
-//     send nodes to artifacts that the copied registry lacks.
+//   - The queue before the catalogue. A queued build without a job is queued again by the sweep. In the other
+//     order, the queue would have jobs of builds that the catalogue lacks. The catalogue would give the numbers of
+//     those builds to other builds.
+//   - The catalogue before the registry. Builders push an artifact before they report it, so the later copy of the
+//     registry has every artifact of the catalogue. The command reindex finds the artifacts that only the registry has.
 //
-// One case remains: an artifact may be deleted between the last two copies. The copied catalogue then still has it, and
-// the command server reindex reports it as absent.
+// If an artifact is deleted between the last two copies, the command reindex reports it as absent.
 func backup(ctx context.Context, s settings, folder string) (done backupResult, err error) {
 	folder, err = filepath.Abs(folder)
 	if err != nil {
@@ -137,8 +133,8 @@ func backup(ctx context.Context, s settings, folder string) (done backupResult, 
 	return done, syncFolder(filepath.Dir(folder))
 }
 
-// copyToken copies the file with the first token, and reports whether there is such a file. There is none in the data
-// folder if the server gets its token by --token, or from a file elsewhere, such as a secret of the platform.
+// copyToken copies the file with the first token, and reports whether there is one. There is none if the token comes
+// from --token or from a file outside the data folder.
 func copyToken(s settings, to string) (bool, error) {
 	from := s.TokenFile
 	if from == "" {

@@ -19,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// copies has the two functions that stand for an operator: one backs up a database and the token, the other restores
-// them.
+// copies are the operator's two steps: back up a database and the token, and restore them.
 type copies struct {
 	backup  func(t *testing.T, dir, folder string)
 	restore func(t *testing.T, folder, dir string)
@@ -52,7 +51,7 @@ func TestBackup(t *testing.T) {
 	})
 }
 
-// TestBackupOfOneFile keeps catalogue and queue in one file. The backup copies that file once.
+// TestBackupOfOneFile backs up a server that keeps catalogue and queue in the same file.
 func TestBackupOfOneFile(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "both.db")
@@ -80,8 +79,8 @@ func TestBackupOfOneFile(t *testing.T) {
 	})
 }
 
-// backUpAndRestore backs up a server while it works, deletes its data, and restores it. The restored server must also
-// have the artifacts that were published after the backup.
+// backUpAndRestore backs up a running server, deletes its data, and restores it. The restored server must also have the
+// artifacts that were published after the backup.
 func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -20,16 +20,15 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Builders publish tarballs in a bucket, beside the registry: docs/decisions/0014-tarball-twins.md. The bucket has a
-// signed index for each COS build and board. For each tarball, the index has the digest of the artifact that the
-// tarball was made of. The command reindex looks for those artifacts in the registry, to find what the registry has
-// lost. The catalogue records nothing about the bucket, because the server never sends nodes there.
+// Builders can publish tarballs in a bucket: docs/decisions/0014-tarball-twins.md. A signed index for each COS build
+// and board contains the digest of each tarball's artifact. The command reindex looks for these artifacts in the
+// registry.
 
 // bucketObject is the predicate type of a statement about an object of a bucket.
 const bucketObject = "https://prebake.dev/bucket-object/v1"
 
-// maxIndex is the largest size of an index, in bytes. maxEntries is the most drivers that an index may have. Builders
-// have the same limits.
+// maxIndex is the maximum size of an index, in bytes. maxEntries is its maximum number of drivers. Builders have the
+// same limits.
 const (
 	indexFile  = "index.json"
 	maxIndex   = 4 << 20
@@ -54,15 +53,14 @@ type tarball struct {
 	kernel target.Kernel
 }
 
-// bucket is a bucket of tarballs. It is not trusted: only what a trusted key signed is believed.
+// bucket is an untrusted bucket of tarballs. Only content with a trusted signature is used.
 type bucket struct {
 	b        *cosbucket.Bucket
 	verifier *trust.Verifier
 }
 
-// tarballs reads all indexes. The result all has the tarballs that are in an index and in the bucket. The result bad
-// has a finding for each index that cannot be trusted, and for each tarball that is in an index but not in the bucket.
-// If the bucket cannot be read, tarballs returns an error.
+// tarballs reads all indexes. It returns the tarballs that are both in an index and in the bucket. It also returns a
+// finding for each untrusted index and for each tarball that is missing in the bucket.
 func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
 	ids, err := b.b.BuildIDs(ctx)
 	if err != nil {
@@ -88,7 +86,7 @@ func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, er
 	return all, bad, nil
 }
 
-// readIndexes reads the indexes of one COS build, one for each board. Its results are those of [bucket.tarballs].
+// readIndexes reads the indexes of one COS build, and returns the same results as [bucket.tarballs].
 func (b *bucket) readIndexes(ctx context.Context, id string) (all []tarball, bad []finding, err error) {
 	names, err := b.b.List(ctx, id+"/")
 	if err != nil {
@@ -128,9 +126,8 @@ func (b *bucket) readIndexes(ctx context.Context, id string) (all []tarball, bad
 	return all, bad, nil
 }
 
-// hasObject reports whether the bucket has an object. The argument listed is a sorted list of the bucket's objects. It
-// was read before the index, so it may lack a newer object. If an object is not in the list, hasObject asks the bucket
-// for it.
+// hasObject reports whether the bucket has an object. It first searches the given sorted list. The list may be older
+// than the index, so hasObject then asks the bucket.
 func (b *bucket) hasObject(ctx context.Context, listed []string, name string) (bool, error) {
 	if _, ok := slices.BinarySearch(listed, name); ok {
 		return true, nil
@@ -145,9 +142,8 @@ func (b *bucket) hasObject(ctx context.Context, listed []string, name string) (b
 	return true, body.Close()
 }
 
-// readIndex reads an index, and checks its signature before it uses the content. Each version of an index has its own
-// signature, in a file whose name contains the digest of that version. Builders write this file before the index, so
-// each version that can be read has a signature.
+// readIndex reads an index and verifies its signature. The name of the signature's file contains the index's digest.
+// Builders write the signature before the index.
 func (b *bucket) readIndex(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
 	text, err := b.b.ReadSmall(ctx, name, maxIndex)
 	if err != nil {
@@ -177,7 +173,7 @@ func (b *bucket) readIndex(ctx context.Context, name string, k target.Kernel) (x
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "the signed statement is not about this index", "")
 	}
-	// Somebody may copy the signed index of one COS build over the index of another. The copy is not trusted.
+	// Otherwise a signed index could be copied to another COS build.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
 			fmt.Sprintf("the signature is for the index %.200q of kernel %.40q/%.40q, not for this index",
@@ -192,8 +188,7 @@ func (b *bucket) readIndex(ctx context.Context, name string, k target.Kernel) (x
 	return x, nil
 }
 
-// asUnverified changes the kind of an error to Unverified if the file cannot be an index: if the file is too long, or
-// if its checksum is wrong.
+// asUnverified changes the kind of an error to Unverified if the file is too long or has a wrong checksum.
 func asUnverified(err error) error {
 	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
 		return fault.Wrap(fault.Unverified, err, "")
@@ -215,7 +210,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {
 			return err
 		}
-		// A digest has the same form as a fingerprint, so one parser serves both.
+		// A digest has the format of a fingerprint, so the same parser checks both.
 		if _, err := target.ParseFingerprint(t.Artifact); t.Artifact != "" && err != nil {
 			return fmt.Errorf("artifact %.80q: want sha256: and 64 hex digits", t.Artifact)
 		}
@@ -226,8 +221,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 	return nil
 }
 
-// addBucket adds findings about artifacts that only the bucket has. It adds none about artifacts that the registry has,
-// because [compare] has compared those with the catalogue already.
+// addBucket adds findings about artifacts that only the bucket has.
 func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
 	opened, err := cosbucket.Open(ctx, url)
 	if err != nil {
@@ -240,7 +234,7 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 	}
 	c.Bucket, c.InBucket = url, len(all)
 	c.Findings = append(c.Findings, bad...)
-	// Each artifact gets one finding, with all kernels for which the bucket has a tarball of it.
+	// Each artifact gets one finding, with the kernels of all its tarballs.
 	at := map[string]int{}
 	for _, t := range all {
 		if c.serves(t) {
@@ -260,8 +254,7 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 	return nil
 }
 
-// serves reports whether the registry has the artifact that a tarball was made of, and whether this artifact is
-// verified for the tarball's kernel.
+// serves reports whether the registry has a tarball's artifact, verified for the tarball's kernel.
 func (c *comparison) serves(t tarball) bool {
 	return slices.ContainsFunc(c.held, func(a artifact) bool {
 		if a.err != nil || a.identity.Driver != t.Driver || t.Artifact != "" && a.digest != t.Artifact {

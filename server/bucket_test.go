@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestReindexBucket compares a bucket with a registry. The bucket has tarballs of artifacts that the registry has,
-// tarballs of artifacts that the registry has lost, and tarballs that a stranger put there.
+// TestReindexBucket compares a bucket with a registry that has some of its artifacts. A stranger has put tarballs
+// there, too.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -57,8 +57,7 @@ func TestReindexBucket(t *testing.T) {
 	index("17800.0.48", farm, "17800.0.48", entry("17800.0.48", foreign.Digest))
 	index("17800.0.51", farm, "17800.0.51", entry("17800.0.51", gone))
 	index("17800.0.52", farm, "17800.0.52", entry("17800.0.52", gone))
-	// The bucket has a tarball of this artifact for this COS build. The registry has the artifact, but no statement that
-	// it fits this COS build.
+	// The registry has this artifact, but no statement for this COS build.
 	index("17800.0.53", farm, "17800.0.53", entry("17800.0.53", held.Digest))
 	index("17800.0.54", farm, "17800.0.54", entry("17800.0.54", ""))
 	removed := entry("17800.0.55", held.Digest)
@@ -97,7 +96,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(wantLost, lostFor); diff != "" {
 		t.Errorf("reindex finds lost (-want +got):\n%s", diff)
 	}
-	// Five indexes and the stranger's artifact are unverified. The tarball that was removed is absent.
+	// Five indexes and the stranger's artifact are unverified. The removed tarball is absent.
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
@@ -114,8 +113,8 @@ func TestReindexBucket(t *testing.T) {
 	}
 }
 
-// TestReindexBuildersBucket reads a bucket that package builder/internal/tarball wrote. A test of that package keeps
-// the bucket up to date.
+// TestReindexBuildersBucket reads a bucket that package builder/internal/tarball wrote. A test there keeps it up to
+// date.
 func TestReindexBuildersBucket(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -21,8 +21,7 @@ type cell struct {
 	BuildID, Board, Driver, Flavour string
 }
 
-// cellFlags returns the flags that select a cell. The argument required is false for a command that can also select a
-// cell in another way. Such a command checks its arguments itself.
+// cellFlags returns the flags that select a cell. They are not required if the command has another way to select one.
 func cellFlags(required bool) []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{
@@ -43,14 +42,14 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// command returns the text of a command that has the flags of [cellFlags], such as watch, with the values of this cell.
+// command returns the text of a command, such as watch, with flags that select this cell.
 func (c cell) command(name string) string {
 	return fmt.Sprintf("server %s --build-id %s --board %s --driver %s --flavour %s",
 		name, c.BuildID, c.Board, c.Driver, c.Flavour)
 }
 
-// cellError returns nil for a published cell, and otherwise an error. If a build of the cell is queued or running, the
-// error has kind Pending, so that a pipeline can wait. Otherwise it has kind NoArtifact.
+// cellError returns nil for a published cell. If the cell's build is queued or running, the error has kind Pending.
+// Otherwise it has kind NoArtifact.
 func cellError(asked cell, r api.Resolution) error {
 	of := "COS build"
 	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
@@ -165,7 +164,7 @@ Example:
 	}
 }
 
-// pools returns the cells that the arguments of preflight select. The parts that an argument leaves out come from base.
+// pools returns the cells that the arguments of preflight select. Missing parts come from base.
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {
@@ -244,8 +243,7 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
 }
 
-// kernelOf returns the name of the kernel in an answer. If the answer has no kernel, it returns the GKE version and the
-// board of the question.
+// kernelOf returns the name of the kernel in an answer. Without a kernel, it returns the GKE version and the board.
 func kernelOf(v api.PoolVerdict) string {
 	if v.Resolution.Kernel.BuildID == "" {
 		return v.Pool.GKE + "/" + v.Pool.Board

@@ -12,12 +12,11 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// maxCandidates is how many entries of a list completion reads from the server. The newest entries are enough on a
-// command line.
+// maxCandidates is the maximum number of entries that completion reads from a list. They are the newest.
 const maxCandidates = 200
 
-// complete returns the possible values of a flag or of an argument. Some values are fixed words; others come from the
-// server. If the server does not answer, those are left out.
+// complete returns the possible values of a flag or an argument. If the server does not answer, it returns only fixed
+// words.
 func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	switch at.Flag {
 	case "flavour":
@@ -56,7 +55,7 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	return nil
 }
 
-// arguments returns the possible values of a command's next argument. Only preflight takes more than one argument.
+// arguments returns the possible values of a command's next argument.
 func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	if at.Command == "preflight" {
 		return buildIDs(ctx, at)
@@ -130,8 +129,8 @@ func buildIDs(ctx context.Context, at cli.Place) []cli.Candidate {
 	})
 }
 
-// driversOf returns driver versions as candidates. For commands whose --driver may also be a wish, it adds default,
-// latest and the branches.
+// driversOf returns driver versions. If --driver of the command accepts wishes, it adds default, latest and the
+// branches.
 func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 	var words, branches []cli.Candidate
 	seen := map[string]bool{}

@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck shows that the example has no mistake. It also shows that each mistake is reported with its line and
-// column, before the server opens anything.
+// TestConfigCheck checks the example configuration, and the line and column in the report of each mistake.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "server.yaml"), program, []configcheck.Row{

@@ -16,8 +16,7 @@ func TestDependencies(t *testing.T) {
 		"github.com/prebake/prebake/pkg/vm":  "test machines belong to builders",
 		"github.com/sigstore/sigstore/pkg/signature/kms": "no private key may come near the process that is reachable from " +
 			"the network",
-		// Package testing itself is allowed, because it is linked in any case: the library with which pkg/trust reads
-		// timestamps imports it.
+		// Package testing is allowed, because the timestamp library of pkg/trust imports it.
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
 		"net/http/httptest":                      "test helpers do not ship",
 	})

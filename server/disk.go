@@ -11,9 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// disk measures the free space on the disk of the data folder. If less than the reserve is free, the server refuses
-// uploads and build logs, and reports that it is not ready. The reserve keeps space for the databases, which must not
-// meet a full disk.
+// disk measures the free space on the disk of the data folder. If less than the reserve is free, uploads and build logs
+// are refused. The reserve keeps space for the databases.
 type disk struct {
 	dir     string
 	reserve uint64 // bytes
@@ -24,8 +23,7 @@ type disk struct {
 	err  error
 }
 
-// measurementLife is how long the result of one measurement is used. Uploads ask so often that they must not all
-// measure.
+// measurementLife is how long a measurement is used. Uploads are too frequent to measure each time.
 const measurementLife = time.Second
 
 // Free returns how many bytes this program may still write.
@@ -59,5 +57,5 @@ func (d *disk) CheckFree() error {
 	return nil
 }
 
-// Ping does what [disk.CheckFree] does. The readiness check calls it by this name.
+// Ping is [disk.CheckFree] under the name that the readiness check calls.
 func (d *disk) Ping(context.Context) error { return d.CheckFree() }

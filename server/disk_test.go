@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestFullDisk starts a server whose reserve is larger than the free space. The server must not be ready. It must
-// refuse uploads and logs, and its answers must not contain a path of its machine.
+// TestFullDisk starts a server with a reserve larger than the free space. The server must not be ready, must refuse
+// uploads, and must not show a path of its machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -43,8 +43,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestCreateOnlyPatterns shows that the operator chooses the repositories in which no tag can be moved. The tags under
-// which older clients keep lists of referrers can be moved in all repositories.
+// TestCreateOnlyPatterns checks in which repositories tags cannot be moved. Tags that older clients use for referrers
+// can always be moved.
 func TestCreateOnlyPatterns(t *testing.T) {
 	t.Parallel()
 	s := settings{CreateOnly: []string{"prebake/*", "mine/a"}}

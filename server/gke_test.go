@@ -13,9 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestGKEAndGPUs runs a server that reads Google's list of images. The server must store the GKE versions of kernels,
-// and answer questions with a GKE version or a type of GPU. The list is like gke-to-cos.json (see package discover).
-// The driver lists are like gpu_driver_versions.proto of cos/tools.
+// TestGKEAndGPUs asks a server for GKE versions and types of GPUs. The list of images is like gke-to-cos.json (see
+// package discover). The driver lists are like gpu_driver_versions.proto of cos/tools.
 func TestGKEAndGPUs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -71,7 +70,7 @@ func TestGKEAndGPUs(t *testing.T) {
 		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05",
 			""},
 		{[]string{"gpus", "--gpu", "NVIDIA_L4"}, 0, "no such COS build has a driver list", ""},
-		{[]string{"gpus"}, 2, "", "add --build-id"},
+		{[]string{"gpus"}, 2, "", "--build-id, --milestone, --gke and --gpu"},
 		{[]string{"preflight", "1.33.5-gke.1080000:lakitu:default@NVIDIA_H100_80GB"}, fault.NoArtifact.ExitCode(),
 			"580.95.05", "server request --build-id 18867.199.52"},
 		{[]string{"preflight", "1.33.5-gke.1080000", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "1.34.0-gke.1/lakitu",

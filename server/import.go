@@ -18,9 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// importCommand returns the command that pushes a bundle to the server, and then records its drivers in the catalogue
-// as reindex does. The command sends nothing before it has verified all that it will send, layers included. [importSet]
-// says which attachments of a driver are sent.
+// importCommand returns the command that pushes a bundle to the server and records its drivers in the catalogue. It
+// verifies everything, layers included, before it sends anything.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
@@ -101,7 +100,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 
 func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
 
-// drivers returns the tagged artifacts that are drivers. If there are none, the error has kind NoArtifact.
+// drivers returns the tagged artifacts that are drivers. Without any, the error has kind NoArtifact.
 func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	tags, err := r.repo.Tags(ctx)
 	if err != nil {

@@ -54,8 +54,7 @@ func packBundle(t *testing.T, dir string) string {
 	return file
 }
 
-// TestImport imports a bundle twice into an empty server. Then it imports a bundle with a driver that no trusted key
-// signed.
+// TestImport imports a bundle twice, and then a bundle with a driver without a trusted signature.
 func TestImport(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -12,13 +12,13 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// importSet is the part of a bundle that is sent to a server. It is complete before anything is sent. It has the
-// drivers of the bundle, and three kinds of attachments to drivers:
+// importSet is what an import sends to a server: the drivers of a bundle and their attachments. It is complete before
+// anything is sent. Three kinds of attachments are sent:
 //
 //   - signed statements about the driver;
 //   - byproducts whose digests are in the driver's signed provenance, such as the build's log;
-//   - deltas. A delta needs no signature, because its result must have the diff id that is in the signed config
-//     (docs/decisions/0025). A delta that no node can use is left out.
+//   - deltas that a node can use. They need no signature, because nodes compare the result with the diff id in the
+//     signed config (docs/decisions/0025).
 type importSet struct {
 	r        *reader
 	drivers  map[v1.Hash]bool
@@ -32,16 +32,16 @@ type sized struct {
 	size   int64
 }
 
-// maxDeltas is the most deltas of one driver that are sent. Builders attach at most three deltas, one for each of three
-// former kernels, and a node tries at most three.
+// maxDeltas is the maximum number of deltas of one driver that are sent. Builders attach at most three, and nodes try
+// at most three.
 const maxDeltas = 16
 
 func newImportSet(r *reader) *importSet {
 	return &importSet{r, map[v1.Hash]bool{}, map[v1.Hash]bool{}, map[sized]bool{}, 0}
 }
 
-// addDriver adds a driver and its attachments to the set. It verifies every byte of them that will be sent. The caller
-// has verified that the driver has the statements it needs.
+// addDriver adds a driver and its attachments to the set, and verifies every byte of them. The caller has verified the
+// driver's statements.
 func (v *importSet) addDriver(ctx context.Context, digest string) error {
 	img, err := v.r.repo.Image(ctx, digest)
 	if err != nil {
@@ -112,8 +112,7 @@ func (v *importSet) addDriver(ctx context.Context, digest string) error {
 	return err
 }
 
-// compare verifies that the content of a blob matches its digest. It reads each blob once, even if several manifests
-// refer to it.
+// compare verifies that a blob's content matches its digest. It reads each blob only once.
 func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	blob := sized{d.Digest, d.Size}
 	if v.compared[blob] {
@@ -126,8 +125,8 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	return nil
 }
 
-// attachment returns the manifest of an attachment. It returns nil if the bundle lists the manifest but does not have
-// it, if the manifest does not have exactly one layer, and if its subject is not the driver.
+// attachment returns the manifest of an attachment, or nil if the bundle lacks the manifest. It also returns nil if the
+// manifest does not have exactly one layer, or is not attached to the driver.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {
@@ -144,8 +143,8 @@ func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descrip
 	return &m, nil
 }
 
-// isTrustedStatement reports whether a payload is a statement about this driver with a trusted signature. If the
-// statement is the provenance, isTrustedStatement adds the SHA-256 of each of the build's byproducts to the map.
+// isTrustedStatement reports whether a payload is a statement about this driver with a trusted signature. From a
+// provenance, it adds the SHA-256 of each byproduct to the map.
 func (v *importSet) isTrustedStatement(
 	ctx context.Context,
 	subject string,
@@ -184,8 +183,8 @@ func (v *importSet) isTrustedStatement(
 	return true, nil
 }
 
-// isDelta reports whether nodes would use an attachment as a delta. A delta has an annotation with the layer that it
-// starts from. It is at most half as large as the driver's layer of modules.
+// isDelta reports whether nodes would use an attachment as a delta. A delta names its base layer, and is at most half
+// as large as the driver's layer of modules.
 func isDelta(a, driver *v1.Manifest) bool {
 	if registry.ArtifactType(a) != bundle.ArtifactTypeDelta {
 		return false
@@ -201,7 +200,6 @@ func isDelta(a, driver *v1.Manifest) bool {
 	return false
 }
 
-// isDriver and isAttached are callbacks of [registry.CopyTagged]. They report whether to copy an image, or an
-// attachment.
+// isDriver and isAttached are callbacks of [registry.CopyTagged]. They report whether to copy a manifest.
 func (v *importSet) isDriver(d v1.Descriptor, _ *v1.Manifest) bool { return v.drivers[d.Digest] }
 func (v *importSet) isAttached(d v1.Descriptor) bool               { return v.attached[d.Digest] }

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// site is a server that has no artifacts, and a bundle that its operator has brought to the site.
+// site is a server without artifacts, and a bundle to import.
 type site struct {
 	url, layout string
 	client      *api.Client
@@ -65,8 +65,7 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", packBundle(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages a layer of the bundle's last driver. The import must report the damage before it
-// sends anything, even of the first driver.
+// TestImportOfADamagedLayer damages the bundle's last driver. The import must fail before it sends anything.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -104,8 +103,8 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 }
 
-// TestImportOfAttachments shows which attachments an import sends: those that a trusted key has signed or refers to,
-// and deltas that are small enough for nodes.
+// TestImportOfAttachments checks which attachments an import sends: trusted statements, what they refer to, and small
+// deltas.
 func TestImportOfAttachments(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -15,27 +15,27 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// largestPage is the most entries that the server sends in one page. Lists whose pages are counted in kernels have a
-// lower limit. [api.Client] then asks for as many kernels as the server allows.
+// largestPage is the maximum number of entries of a page. [api.Client] lowers it for lists whose pages are counted in
+// kernels.
 const largestPage = 1000
 
-// pagedList describes a command that prints the first entries of a list, up to a limit.
+// pagedList describes a command that prints the first entries of a list.
 type pagedList[T any] struct {
 	name, usage, description string
 	flags                    []ucli.Flag
 	// token is true if only administrators may read the list.
 	token bool
-	// what is the plural noun for the things that --limit counts. most is the default of --limit.
+	// what is the plural noun for what --limit counts. most is the default of --limit.
 	what string
 	most int
 	// of stands before "at most" in the help of --limit; it is set if key is set.
 	of string
-	// key returns the group that an entry belongs to. It is set if --limit counts groups instead of entries.
+	// key returns the group of an entry. It is set if --limit counts groups.
 	key func(T) string
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
 	// table prints the entries.
 	table func(io.Writer, []T) error
-	// tableGKE prints the entries if --gke is given; nil means that table prints them in that case, too.
+	// tableGKE prints the entries if --gke is given; nil means table.
 	tableGKE func(io.Writer, []T) error
 }
 
@@ -92,8 +92,8 @@ func (p pagedList[T]) command() *ucli.Command {
 	}
 }
 
-// readFirst reads at most as many entries as the argument most says, or all entries if most is 0. If key is not nil,
-// most is a number of groups of entries. The result more is true if there are further entries.
+// readFirst reads the given maximum number of entries, or all if it is 0. If key is not nil, the maximum is a number of
+// groups. It also reports whether there are further entries.
 func readFirst[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""
@@ -114,8 +114,7 @@ func readFirst[T any](entries iter.Seq2[T, error], most int, key func(T) string)
 	return all, false, nil
 }
 
-// filter returns the values of the flags that restrict a list. The value of a flag that the command does not have is
-// empty.
+// filter returns the values of the flags that restrict a list. Flags that the command lacks are empty.
 func filter(cmd *ucli.Command) api.Filter {
 	return api.Filter{
 		BuildID: cmd.String(
@@ -126,8 +125,8 @@ func filter(cmd *ucli.Command) api.Filter {
 	}
 }
 
-// kernelFilters returns the flags that select kernels in a list. They have no environment variables, because a variable
-// with a node's own kernel must not restrict a list.
+// kernelFilters returns the flags that select kernels in a list. They have no environment variables: a node's variables
+// must not restrict a list.
 func kernelFilters() []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{Name: "build-id", Usage: "show only entries for the COS build `BUILD_ID`"},

@@ -1,5 +1,5 @@
-// Command server is Prebake's catalogue, build queue and registry in one process. It needs no other service. This
-// package has no rules of its own: it connects the parts, and prints the answers of the API.
+// Command server is Prebake's catalogue, build queue and registry in one process. This package only connects the parts
+// and prints answers of the API.
 package main
 
 import (

@@ -42,8 +42,8 @@ func (l *locked) String() string {
 	return l.buf.String()
 }
 
-// start runs "server serve" with the data folder dir. It returns the server's URL, a function that stops the server
-// and returns its exit status, and the server's output.
+// start runs "server serve" and returns the server's URL and output. The function stop ends the server and returns its
+// exit status.
 func start(t *testing.T, dir string, more ...string) (url string, stop func() int, log *locked) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -175,8 +175,7 @@ func TestOperator(t *testing.T) {
 	}
 	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
-	// The job ended without a report, so the new process's sweep may have marked the build as failed by now. The server
-	// must accept the report that the artifact is published even then.
+	// The new process may have marked the build as failed already. The server must still accept the report.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
 		t.Fatal(err)
 	}
@@ -296,7 +295,7 @@ func TestWait(t *testing.T) {
 		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 		t.Fatal(err)
 	}
-	// The request after the failure added build 2. This loop ends that build, too.
+	// This loop also ends build 2, which the request after the failure added.
 	for {
 		all, err := c.Builds(t.Context(), api.Queued)
 		if err != nil {

@@ -24,7 +24,7 @@ import (
 // difference is one way in which registry and catalogue differ.
 type difference string
 
-// Each comment says what the difference means. With --apply, reindex records the artifacts where the comment says so.
+// With --apply, reindex records the artifacts whose comment says so.
 const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
@@ -52,7 +52,7 @@ type comparison struct {
 	// InRegistry and InCatalogue are the numbers of artifacts of this repository in the registry and in the catalogue.
 	InRegistry  int `json:"inRegistry"`
 	InCatalogue int `json:"inCatalogue"`
-	// Bucket is the URL of a bucket that was compared too; "" means none. InBucket is the number of its tarballs.
+	// Bucket is the URL of the compared bucket; "" means none. InBucket is the number of its tarballs.
 	Bucket   string    `json:"bucket,omitempty"`
 	InBucket int       `json:"inBucket,omitempty"`
 	Findings []finding `json:"findings"`
@@ -68,11 +68,9 @@ func signerFlags() []ucli.Flag {
 	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
 }
 
-// reindexCommand returns the command that compares the catalogue with a registry. It asks a running server and writes
-// through its API. An operator who lost the database first starts the server on the remaining data folder, or on a new
-// one. The server then makes empty tables and serves its own registry. Meanwhile nodes load what they have installed.
-// The same command therefore works for the server's own registry and for any other, with SQLite and with PostgreSQL.
-// The API checks each record as it checks those of other callers, and the audit log has the caller.
+// reindexCommand returns the command that compares the catalogue with a registry. It writes through the API of a
+// running server, so it works with each database and registry. After the loss of a database, the server must be started
+// first: it makes an empty one.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what the catalogue lacks",
@@ -174,8 +172,8 @@ func publisherVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	return trust.NewVerifier(p)
 }
 
-// openRepository opens a repository by its name in the catalogue. It sends no token, because the server's own registry
-// can be read without one, and no other registry may see the server's token.
+// openRepository opens a repository by its name in the catalogue. It sends no token, because another registry must not
+// see the server's token.
 func openRepository(base, repository string) (*registry.Repository, error) {
 	if !strings.HasPrefix(repository, "/") {
 		return registry.Open(repository, registry.Options{UserAgent: "prebake-server/" + version})
@@ -185,9 +183,8 @@ func openRepository(base, repository string) (*registry.Repository, error) {
 		registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
 }
 
-// compare reads the registry first, and then the catalogue. A builder may publish an artifact in between. The artifact
-// is then in the catalogue's list and not in the registry's. Therefore compare asks the registry once more for each
-// artifact that seems to be absent.
+// compare reads the registry, then the catalogue. A builder may publish an artifact in between. Therefore compare asks
+// the registry again for each artifact that seems to be absent.
 func compare(ctx context.Context, c *api.Client, r *reader, repository string) (*comparison, error) {
 	held, err := r.readAll(ctx)
 	if err != nil {
@@ -291,7 +288,7 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 	return notes
 }
 
-// without returns the kernels in all that are not in others.
+// without returns the kernels of the first list that the second lacks.
 func without(all, others []target.Kernel) (rest []target.Kernel) {
 	have := map[string]bool{}
 	for _, k := range others {
@@ -312,11 +309,11 @@ func kernelNames(kernels []target.Kernel) string {
 	return kernels[0].String()
 }
 
-// maxCall is how many kernels of an artifact the server accepts in one call.
+// maxCall is the maximum number of kernels of an artifact in one call.
 const maxCall = 1000
 
-// apply adds to the catalogue what can be added. If the server refuses an artifact, the difference remains, and apply
-// goes on with the next artifact. If the server does not answer any more, apply stops.
+// apply adds the missing records to the catalogue. It continues after a refused artifact, and stops if the server does
+// not answer.
 func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	for i := range c.Findings {
 		f := &c.Findings[i]
@@ -340,7 +337,7 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	return nil
 }
 
-// remainingError returns an error if differences remain. Its hint says what to do about them.
+// remainingError returns an error with a hint if differences remain.
 func (c *comparison) remainingError() error {
 	count := map[difference]int{}
 	rest := 0
@@ -367,8 +364,8 @@ func (c *comparison) remainingError() error {
 	return nil
 }
 
-// printable returns the text with a ? in place of each character that is not printable. Errors may quote text from a
-// registry, and such text must not send control sequences to a terminal.
+// printable replaces each character that is not printable by a ?. Text from a registry must not send control sequences
+// to a terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsGraphic(r) {

@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reindexed is a server and another registry. The server's catalogue may lack artifacts of that registry.
+// reindexed is a server and another registry, whose artifacts the server's catalogue may lack.
 type reindexed struct {
 	dir, url, name string // the server's folder and address, and the repository
 	client         *api.Client
@@ -67,8 +67,7 @@ func (r *reindexed) args() []string {
 	return []string{"reindex", "--server", r.url, "--repository", r.name, "--key", r.pem, "--token-file", token}
 }
 
-// TestReindex compares a catalogue with another registry. The registry has one artifact for each kind of difference,
-// and some artifacts of a stranger.
+// TestReindex compares a catalogue with another registry. The registry has an artifact for each kind of difference.
 func TestReindex(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -85,7 +84,7 @@ func TestReindex(t *testing.T) {
 	same.Publish(t, repo)
 	add(same, driver, same.Kernel)
 
-	// Most statements have labels. There are more statements than one request returns.
+	// Most statements have labels. One request does not return all of them.
 	lacking := sample("2", farm)
 	lacking.Publish(t, repo)
 	want := []target.Kernel{lacking.Kernel}
@@ -293,8 +292,7 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
-// attach signs a kernel match of a sample with a key, and attaches it. Its labels are those that builders write, and
-// the argument labels.
+// attach signs a kernel match of a sample and attaches it with the usual labels and the given ones.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {
 	t.Helper()

@@ -25,8 +25,8 @@ func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// answerCommand returns a command with one argument, such as a digest. The command calls the API with the argument and
-// prints the answer. The texts what and hint are the argument's name, and what to do if it is missing.
+// answerCommand returns a command that calls the API with its only argument, and prints the answer. If the argument is
+// missing, the command's error has the given hint.
 func answerCommand[T any](name, usage, what, hint string, flags []ucli.Flag,
 	call func(context.Context, *api.Client, string) (T, error), show func(io.Writer, T) error) *ucli.Command {
 	return &ucli.Command{
@@ -49,8 +49,7 @@ func answerCommand[T any](name, usage, what, hint string, flags []ucli.Flag,
 	}
 }
 
-// quietCommand returns a command with one argument, such as a token's id. The command calls the API with the argument
-// and prints nothing. The texts what and hint are those of [answerCommand].
+// quietCommand is like [answerCommand], but its command prints nothing.
 func quietCommand(name, usage, what, hint string, call func(context.Context, *api.Client, string) error) *ucli.Command {
 	return &ucli.Command{
 		Name: name, Usage: usage, ArgsUsage: what, Flags: writeFlags(),

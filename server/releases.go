@@ -14,7 +14,7 @@ import (
 
 // releases is a summary of the newest COS builds.
 type releases struct {
-	// Times has the percentiles of the cells that became ready within the last Days days.
+	// Times are percentiles of the cells that became ready within the last Days days.
 	Days     int                  `json:"days"`
 	Times    api.ReadyDuration    `json:"times"`
 	Releases []api.ReleaseSummary `json:"releases"`
@@ -64,7 +64,7 @@ func between(least, most int) func(int) error {
 
 func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
 	out.Days = days
-	// The field Page is a number of kernels. A COS build has a kernel for each of its boards, which are usually two.
+	// Page is a number of kernels. A COS build usually has two, one for each board.
 	out.Releases, _, err = readFirst(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
 		func(r api.ReleaseSummary) string { return r.BuildID })
 	if err == nil {

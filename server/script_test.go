@@ -20,8 +20,8 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"server": main})
 }
 
-// TestScript runs the commands as people and pipelines do. Each script has its own server; its address and token are in
-// the variables PREBAKE_SERVER and PREBAKE_TOKEN. Apart from the usual commands, scripts have these:
+// TestScript runs the commands as people and pipelines do. Each script has its own server, whose address and token are
+// in PREBAKE_SERVER and PREBAKE_TOKEN. Scripts have these commands in addition:
 //
 //	reports ID JSON      sends a builder's report of a build
 //	publishes ID DIGEST  sends a builder's last report; the variable DIGEST is set

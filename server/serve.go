@@ -66,8 +66,7 @@ func (s *settings) dataPaths() error {
 	if s.Queue == "" {
 		s.Queue = s.Database
 		if strings.HasPrefix(s.Database, "sqlite://") {
-			// The queue has a file of its own. Builders write to the queue all the time, and the catalogue must not wait for
-			// them.
+			// The queue has its own file, so that the catalogue does not wait for the builders' writes.
 			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
 		}
 	}
@@ -125,8 +124,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 	}
 	if os.Getenv("GOGC") == "" {
-		// A call that runs at the same time as a garbage collection takes some milliseconds longer. Even for a catalogue of
-		// 60,000 cells the heap is small. It may therefore triple before the next collection; by Go's default it may double.
+		// The heap is small, so it may triple before the next garbage collection; Go's default is to double. Fewer
+		// collections mean fewer slow calls.
 		debug.SetGCPercent(200)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {
@@ -234,7 +233,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
-	// The file gets its name only when it is complete: a program that waits for the file must not read half of it.
+	// The file gets its name only when it is complete, because a program may wait for it.
 	addressFile := filepath.Join(s.Data, "address")
 	scheme := "http"
 	if secure != nil {
@@ -280,8 +279,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()
-		// The shutdown has two steps. First the server accepts no new requests. After the grace period it closes the
-		// connections of the requests that still run.
+		// First accept no new requests. After the grace period, close the connections of those that still run.
 		log.Info("server stopping", "grace", s.Grace)
 		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
 		defer cancel()
@@ -309,12 +307,11 @@ func (s settings) sources() (all []discover.Source) {
 	return all
 }
 
-// fallbackTag matches a tag under which a client without the referrers API keeps an image's list of referrers. The
-// client moves the tag each time it adds a referrer.
+// fallbackTag matches the tag under which a client without the referrers API lists referrers. The client moves this
+// tag.
 var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
 
-// createOnly reports whether a tag is protected. A protected tag refers to the same digest for ever. The operator
-// chooses the repositories with protected tags.
+// createOnly reports whether a tag is protected: it refers to the same digest for ever.
 func (s settings) createOnly(repo, tag string) bool {
 	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
 		ok, err := path.Match(pattern, repo)
@@ -326,7 +323,7 @@ func (s settings) createOnly(repo, tag string) bool {
 // collectEvery is the pause between two collections.
 const collectEvery = 6 * time.Hour
 
-// collect runs a collection at intervals, until ctx is done. A collection deletes unreferenced content of the registry.
+// collect deletes unreferenced content of the registry at intervals, until ctx is done.
 func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()

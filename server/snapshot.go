@@ -15,8 +15,8 @@ var snapshotFile = regexp.MustCompile(
 	`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`,
 )
 
-// snapshotFiles returns a handler that serves the files of a snapshot from a folder. The builder may write to the
-// folder at the same time. The server does not verify the files, because each node verifies them.
+// snapshotFiles returns a handler that serves the files of a snapshot from a folder. The server does not verify the
+// files; each node does.
 func snapshotFiles(dir string) (http.Handler, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

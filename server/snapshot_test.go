@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestSnapshots shows that a node gets the signed list from the server, and that the server serves no other file of the
-// folder.
+// TestSnapshots checks that nodes get the signed list, and that no other file of the folder is served.
 func TestSnapshots(t *testing.T) {
 	t.Parallel()
 	now := time.Now()

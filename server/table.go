@@ -11,15 +11,14 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// columns is the greatest width of a table, in characters. It is the width of the usual terminal.
+// columns is the maximum width of a table, in characters: the width of the usual terminal.
 const columns = 80
 
-// minLastColumn is the least width of a table's last column, in characters, unless the texts in it are shorter.
+// minLastColumn is the minimum width of the last column, in characters, unless its texts are shorter.
 const minLastColumn = 12
 
-// printTable prints rows as a table with a head. Without rows, it prints the text none. The last column has the width
-// that the others leave, and its texts are cut to fit. If the others leave too little, the widest of them is made
-// narrower until the last column has its least width.
+// printTable prints rows as a table with a head. Without rows, it prints the given text. The last column is cut to fit.
+// If less than minLastColumn is left for it, the widest other columns are cut, too.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)

@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// certificate is the server's TLS certificate. If its file changes, it is read again. The server therefore needs no
-// restart after a renewal, for example by cert-manager.
+// certificate is the server's TLS certificate. A changed file is read again, so a renewal needs no restart.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
@@ -23,7 +22,7 @@ type certificate struct {
 	loaded  *tls.Certificate
 }
 
-// reloadInterval is the shortest time between two checks whether the file has changed.
+// reloadInterval is the minimum pause between two checks for a changed file.
 const reloadInterval = time.Second
 
 // openCertificate reads the certificate and its key from PEM files.
@@ -55,8 +54,8 @@ func (c *certificate) read() error {
 	return nil
 }
 
-// get returns the certificate for a new connection; crypto/tls calls it. Certificate and key are read as a pair. If
-// they cannot be read, for example because only one of the two files is written, the former pair stays in use.
+// get returns the certificate for a new connection; crypto/tls calls it. If certificate and key cannot be read as a
+// pair, the former pair stays in use.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

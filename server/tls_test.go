@@ -49,8 +49,8 @@ func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 	return cert
 }
 
-// TestTLS shows that the server uses TLS, and that it needs no restart after its certificate was renewed. If only one
-// file of a new pair is written, the former pair must stay in use.
+// TestTLS renews a server's certificate while the server runs. If only one file is new, the former pair must stay in
+// use.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -14,9 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// loadToken returns the first token. It comes from --token, or else from the file that --token-file gives, or else from
-// the file token in the data folder. If the last file is missing, loadToken makes it, with a random value. The value is
-// never logged.
+// loadToken returns the server's first token: from --token, --token-file, or the file token in the data folder. If that
+// file is missing, loadToken makes it with a random value. The value is never logged.
 func loadToken(s settings, log *slog.Logger) (string, error) {
 	if s.Token != "" {
 		return s.Token, checkToken(s.Token, "--token")

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// clock formats a time in the local zone. If the time is more than 12 hours away, the text has the date, too.
+// clock formats a time in the local zone. It includes the date if the time is more than 12 hours away.
 func clock(t time.Time) string {
 	if time.Until(t) > 12*time.Hour {
 		return t.Local().Format("2006-01-02 15:04")
@@ -24,8 +24,8 @@ func clock(t time.Time) string {
 	return t.Local().Format("15:04")
 }
 
-// positionInterval is the pause between two questions about a build's place in the queue. againAfter is the pause
-// before the next attempt, if the server does not answer.
+// positionInterval is the pause between two questions about a place in the queue. againAfter is the pause before a
+// retry.
 const (
 	positionInterval = 10 * time.Second
 	againAfter       = time.Second
@@ -34,15 +34,14 @@ const (
 // progress is a build, and its place in the queue while the build is open.
 type progress struct {
 	api.Build
-	// Position and ETA are those of [api.Resolution].
+	// Position and ETA are copied from [api.Resolution].
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 }
 
 func (p progress) ended() bool { return p.State != api.Queued && p.State != api.Building }
 
-// text returns the line that a person reads. [follow] reports a state only if its text differs from that of the former
-// state.
+// text returns the line that a person reads. [follow] reports a state only if this text changed.
 func (p progress) text() string {
 	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
 	if p.ended() {
@@ -60,8 +59,8 @@ func (p progress) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// follow waits until a build ends. It calls the function say for each change that a person would notice. If the server
-// does not answer, follow calls the function away once, and waits until the server answers again.
+// follow waits until a build ends. It passes each noticeable change to the last callback. If the server stops
+// answering, it calls the other callback once, and waits for the server.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {
@@ -119,8 +118,8 @@ func follow(
 	}
 }
 
-// queuePosition updates the place in the queue of an open build. If it cannot ask the server, the last known place
-// stays. It returns no error, because the watch of the build reports the same trouble.
+// queuePosition updates an open build's place in the queue. On an error, it keeps the last place, because the watch
+// reports the same error.
 func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	if now.State != api.Queued {
 		now.Position = 0
@@ -136,7 +135,7 @@ func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	}
 	was := now.ETA
 	now.Position, now.ETA = r.Position, r.ETA
-	// If the time changes by less than a minute, the former time stays, so that no new line is printed.
+	// Keep the former time if it changes by less than a minute, so that no new line is printed.
 	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
 		now.ETA = was
 	}
@@ -213,8 +212,7 @@ func buildToWatch(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Bu
 		return api.Build{}, err
 	}
 	if r.Build == nil || r.State.Withdrawn() {
-		// There is nothing to wait for in two cases. An artifact that was published elsewhere has no build here. A withdrawn
-		// artifact may have a build, but that build was published.
+		// There is nothing to wait for: the artifact was published elsewhere, or it was published and then withdrawn.
 		if err := cellError(asked, r); err != nil {
 			return api.Build{}, err
 		}

@@ -36,7 +36,7 @@ func TestProgressText(t *testing.T) {
 }
 
 // TestFollowWaitsForTheServer stops a server while a client follows a build. The client must report the trouble once,
-// wait for the server, and then report what happened meanwhile.
+// and later what happened meanwhile.
 func TestFollowWaitsForTheServer(t *testing.T) {
 	t.Parallel()
 	server, _, _ := start(t, t.TempDir(), "--token", scriptToken)

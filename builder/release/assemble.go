@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants are the names of files in a release that this program also reads, when it checks a release.
+// Names of files in a release that the check of a release reads, too.
 const (
 	sumsFile       = "SHA256SUMS"
 	provenanceFile = "provenance.json"
@@ -86,8 +86,7 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	return nil
 }
 
-// checkRemovable returns an error if the folder out has content that is not a release, because assemble would delete
-// this content.
+// checkRemovable returns an error if the folder has content that is not a release. assemble would delete this content.
 func checkRemovable(out string) error {
 	entries, err := os.ReadDir(out)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
@@ -276,7 +275,7 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 			return err
 		}
 		fmt.Fprintf(&text, "%s  %s\n", sum, name)
-		// The provenance lists each program and each image. It covers all other files by the digest of the checksums file.
+		// The provenance lists programs and images. It covers all other files by the digest of the checksums file.
 		if strings.HasPrefix(name, "linux-") || strings.HasPrefix(name, "images/") {
 			facts.Files = append(facts.Files, sign.Material{Name: name, Digest: "sha256:" + sum})
 		}
@@ -312,8 +311,8 @@ func digestOf(text []byte) string {
 	return ocidigest.FromBytes(text).String()
 }
 
-// sign writes the signature and the public key. Without -key, it makes a key pair, and assemble deletes the private key
-// afterwards. A user who got the release from elsewhere must not trust the public key of such a pair.
+// sign writes the signature and the public key. Without -key, it makes a key pair, and assemble deletes the private
+// key. A user who got the release from elsewhere must not trust the public key of that pair.
 func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
 	key, name := c.key, "release.pub"
 	if key == "" {

@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// bannedFunctions has the functions whose results differ from run to run, by import path. An entry without functions
-// bans the whole package.
+// bannedFunctions lists, by import path, functions whose results differ from run to run. An empty list bans the
+// package.
 var bannedFunctions = map[string][]string{
 	"time":                   {"Now", "Since", "Until", "After", "AfterFunc", "NewTicker", "NewTimer", "Tick"},
 	"os":                     {"Hostname", "Getpid", "Getppid"},
@@ -53,8 +53,7 @@ func findVarying(file *ast.File) (found []string) {
 	return found
 }
 
-// TestAsksNoClock checks that the code that makes a release uses no clock, no host name and no random number. Only a
-// throw-away key needs a random number, and package sign makes that key.
+// TestAsksNoClock checks that the code for a release uses no clock, no host name and no random number.
 func TestAsksNoClock(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("*.go")

@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// debPackage is one Debian package. arch, sum, size and path come from packages.lock. control is the package's own
-// control file, which has name and version.
+// debPackage is one Debian package. arch, sum, size and path come from packages.lock.
 type debPackage struct {
 	arch, sum string // sum is the SHA-256 in hex
 	size      int64  // in bytes
@@ -139,8 +138,8 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	return nil
 }
 
-// download fetches packages from one archive with apt's own client. The argument indexes says which packages of all it
-// fetches. The result failed has the indexes of those packages that the archive does not have with the right SHA-256.
+// download fetches the packages with the given indexes from one archive, with apt's own client. It returns the indexes
+// of packages that the archive does not have with the right SHA-256.
 func download(ctx context.Context, base string, all []debPackage, indexes []int) (failed []int, err error) {
 	for batch := range slices.Chunk(indexes, 32) {
 		args := []string{"-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file"}
@@ -156,8 +155,7 @@ func download(ctx context.Context, base string, all []debPackage, indexes []int)
 			args = append(args, url, all[i].file+".part", "SHA256:"+all[i].sum)
 		}
 		if len(args) > 5 {
-			// apt-helper fails if the archive lacks one package of several. So download ignores the error, and checks
-			// afterwards which files exist.
+			// apt-helper fails if one of the packages is missing. Check below which files exist.
 			_, _ = output(ctx, "", nil, "/usr/lib/apt/apt-helper", args...)
 			if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
@@ -238,14 +236,13 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	return nil
 }
 
-// rootFS writes a root file system of Debian packages as a tar. No maintainer script runs, so that packages of another
-// architecture can be unpacked in the same way. [rootFS.finish] writes what the scripts of these packages would write.
+// rootFS writes a root file system of Debian packages as a tar, for any architecture. So no maintainer script runs, and
+// [rootFS.finish] writes what the scripts would write.
 type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.
 	seen map[string]bool
-	// certificates has the CA certificates, and masters has Debian's templates of passwd and group. Both map a path to the
-	// file's content. finish makes other files from them.
+	// certificates and masters (Debian's templates of passwd and group) map a path to the file's content, for finish.
 	certificates map[string][]byte
 	masters      map[string][]byte
 	status       bytes.Buffer
@@ -270,8 +267,8 @@ func writeRoot(ctx context.Context, w io.Writer, arch string, all []debPackage) 
 	return errors.Join(r.finish(), r.tw.Close())
 }
 
-// usrLinks has, for each architecture, the top-level folders that are links into usr since Debian 12. On an installed
-// Debian, debootstrap makes these links.
+// usrLinks has, for each architecture, the top-level folders that are links into usr since Debian 12. debootstrap makes
+// them.
 var usrLinks = map[string][]string{
 	"amd64": {"bin", "lib", "lib64", "sbin"},
 	"arm64": {"bin", "lib", "sbin"},
@@ -316,8 +313,8 @@ func (r *rootFS) file(name string, text []byte, mode int64) error {
 	return err
 }
 
-// rootPath returns the path in the root file system for a file of a package. Since Debian 12, folders such as /bin are
-// links into usr. So the path of a file in /bin is in usr/bin.
+// rootPath returns the path in the root file system for a file of a package. A file in /bin goes to usr/bin, because
+// /bin is a link since Debian 12.
 func rootPath(name string) string {
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	top, rest, _ := strings.Cut(name, "/")
@@ -328,8 +325,7 @@ func rootPath(name string) string {
 	return name
 }
 
-// isOmitted reports whether the image omits a file, because the file is documentation that nobody reads in a container.
-// Licences are not omitted.
+// isOmitted reports whether a file is documentation that the image omits. Licences are not omitted.
 func isOmitted(name string) bool {
 	if rest, ok := strings.CutPrefix(name, "usr/share/doc/"); ok {
 		return strings.Contains(rest, "/") && path.Base(rest) != "copyright"
@@ -391,8 +387,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case there:
 		return errors.New("another package has this file")
 	}
-	// The new header takes these fields only. Without extended attributes (capabilities) and without the setuid and
-	// setgid bits, no file can make its user root.
+	// The new header has no capabilities, no setuid and no setgid bit, so no file makes its user root.
 	h = &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode & 0o1777,
 		Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime,

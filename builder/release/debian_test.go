@@ -121,7 +121,7 @@ func TestRootRefuses(t *testing.T) {
 	if err := c.fetch(t.Context(), other); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("fetch of a package for all as one for arm64 = %v; want %v", err, fault.Mismatch)
 	}
-	// If the file in an archive does not have the SHA-256 in packages.lock, the file counts as missing in this archive.
+	// A file whose SHA-256 differs from packages.lock counts as missing.
 	c.cache = t.TempDir()
 	if err := os.WriteFile(filepath.Join(c.archives[0], packages[0].path), []byte("other"), 0o600); err != nil {
 		t.Fatal(err)
@@ -176,8 +176,8 @@ func TestReadLockRefuses(t *testing.T) {
 	}
 }
 
-// TestLock checks that packages.lock has the form that packages.sh writes, and that it lists all packages that the
-// Dockerfile installs, for both architectures.
+// TestLock checks that packages.lock has the format of packages.sh, and lists all packages of the Dockerfile for both
+// architectures.
 func TestLock(t *testing.T) {
 	t.Parallel()
 	all, err := readLock("packages.lock")

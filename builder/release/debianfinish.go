@@ -15,8 +15,7 @@ const (
 	masterDir       = "usr/share/base-passwd"
 )
 
-// keeper returns the map that keeps the content of a file for [rootFS.finish]. If finish does not need the file, keeper
-// returns nil.
+// keeper returns the map that keeps the content of a file for [rootFS.finish], or nil if finish does not need the file.
 func (r *rootFS) keeper(name string) map[string][]byte {
 	switch path.Dir(name) {
 	case certificateDir:
@@ -27,8 +26,7 @@ func (r *rootFS) keeper(name string) map[string][]byte {
 	return nil
 }
 
-// alternatives are names of commands, each with the program that runs under this name. On an installed Debian,
-// maintainer scripts of essential packages set up these names with update-alternatives.
+// alternatives are names of commands with their programs. On an installed Debian, update-alternatives sets them up.
 var alternatives = []struct{ name, program string }{
 	{"awk", "usr/bin/mawk"},
 	{"nawk", "usr/bin/mawk"},
@@ -36,8 +34,8 @@ var alternatives = []struct{ name, program string }{
 	{"which", "usr/bin/which.debianutils"},
 }
 
-// finish writes what maintainer scripts would write: users and groups, alternatives, and the bundle of certificates. It
-// also writes dpkg's list of installed packages, because image scanners read that list.
+// finish writes what maintainer scripts would write. It also writes dpkg's list of installed packages for image
+// scanners.
 func (r *rootFS) finish() (err error) {
 	for _, dir := range []string{
 		"etc", "etc/alternatives", "etc/ssl", "etc/ssl/certs", "usr/bin",

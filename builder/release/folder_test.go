@@ -24,8 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// smallRelease is the release that the tests of this file read. The first of these tests makes it from this tree. With
-// "make release-test", the tests read a complete release instead (see folder).
+// smallRelease is a release of this tree. The first test that needs it makes it.
 var smallRelease = struct {
 	sync.Mutex
 	dir, all string
@@ -42,8 +41,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// folder returns the folder of the release, and whether the release is complete. "make release-test" makes a complete
-// release and sets the environment variable PREBAKE_RELEASE to its folder.
+// folder returns the folder of the release, and whether the release is complete. "make release-test" sets
+// PREBAKE_RELEASE to the folder of a complete release.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {
@@ -65,8 +64,8 @@ func folder(t *testing.T) (dir string, whole bool) {
 	return smallRelease.dir, false
 }
 
-// publicKey returns the public key in the release's folder. Tests may trust this key, because they made the release. A
-// user who got the release from elsewhere must get the key in another way.
+// publicKey returns the public key in the release's folder. Only these tests may trust it, because they made the
+// release.
 func publicKey(t *testing.T, dir string) []byte {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, signatureDir, "*.pub"))
@@ -136,7 +135,7 @@ func TestCheckRefuses(t *testing.T) {
 	write := func(name, text string) func(string) error {
 		return func(dir string) error {
 			path := filepath.Join(dir, name)
-			// Remove the file first: the copy's files are hard links to those of the release.
+			// The copy's files are hard links to the release, so remove the file first.
 			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
@@ -198,8 +197,7 @@ func module(t *testing.T, name, version, vermagic string) string {
 	return string(content)
 }
 
-// TestInstalls checks that the programs of the release work together. With these programs only, it packs a driver for a
-// site without a network and installs the driver.
+// TestInstalls packs and installs a driver with the programs of the release only.
 func TestInstalls(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -257,8 +255,7 @@ func TestInstalls(t *testing.T) {
 	}
 }
 
-// TestManifestsNameTheImages reads the images with skopeo and renders the Kubernetes manifests with kubectl. The
-// rendered manifests must have the digests of the images.
+// TestManifestsNameTheImages checks that the rendered Kubernetes manifests have the digests of the images.
 func TestManifestsNameTheImages(t *testing.T) {
 	t.Parallel()
 	dir, whole := folder(t)
@@ -313,9 +310,8 @@ func TestManifestsNameTheImages(t *testing.T) {
 	}
 }
 
-// inspectImage compares the image of one architecture with its description im. It also compares the programs in the
-// image with the programs in the release's folder. If the release is complete, it runs commands in the builder's image,
-// too.
+// inspectImage compares the image of one architecture with its description, and its programs with the release's folder.
+// In a complete release, it also runs commands in the builder's image.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)

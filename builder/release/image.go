@@ -23,11 +23,10 @@ import (
 )
 
 // image describes one container image of the release. Dockerfile.builder and Dockerfile.fetcher describe the same
-// images, for people who build only one of them. TestLock compares the lists of Debian packages. No test compares the
-// rest, so change images and Dockerfiles together.
+// images. TestLock compares only their Debian packages, so change images and Dockerfiles together.
 type image struct {
 	name string
-	// If debian is true, the image has all Debian packages. If debian is false, the image has only the CA certificates.
+	// If debian is true, the image has all Debian packages. Otherwise it has only the CA certificates.
 	debian   bool
 	programs []string
 	// links has the targets of the symbolic links, by the link's name.
@@ -54,13 +53,13 @@ const imagePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // madeImage describes an image that was written.
 type madeImage struct {
 	name string
-	// digest is the digest of the index over all architectures. arches has the digest of the image for each architecture.
+	// digest names the index over all architectures. arches has the image's digest for each architecture.
 	digest string
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive for each image below dir. An archive has an index over all architectures. The
-// programs in the images come from dir, too. work is a folder for temporary files.
+// buildImages writes an OCI archive with all architectures for each image into the release's folder. The programs come
+// from the same folder.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}
@@ -209,7 +208,7 @@ func filesLayer(entries []entry) (v1.Layer, error) {
 	return tarball.LayerFromOpener(open, tarball.WithCompressedCaching, tarball.WithMediaType(types.OCILayer))
 }
 
-// writeArchive writes an index as an OCI image layout in a tar. It first writes the layout to the folder dir.
+// writeArchive writes an index as an OCI image layout in a tar. The layout is first written to the given folder.
 func writeArchive(file, dir string, index v1.ImageIndex, ref string) error {
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {

@@ -1,7 +1,6 @@
-// Command release makes a release of Prebake in one folder: programs, container images, manifests with the images'
-// digests, contents (SPDX), checksums, and a signed provenance statement. The same commit gives the same bytes, except
-// for the folder of signatures. The command refuses a source tree with uncommitted changes. The command also refuses a
-// Debian package whose SHA-256 differs from packages.lock.
+// Command release makes a release of Prebake in one folder: programs, container images, manifests, contents (SPDX),
+// checksums and a signed provenance statement. The same commit gives the same bytes, except for the signatures. The
+// command refuses uncommitted changes, and Debian packages that differ from packages.lock.
 package main
 
 import (
@@ -24,24 +23,21 @@ type config struct {
 	source string
 	// version is the version of the release, which the programs print. commit is the commit of the source.
 	version, commit string
-	// date is the commit's time, or SOURCE_DATE_EPOCH if that is set. Every file, layer and statement that has a time
-	// has this time.
+	// date is the commit's time, or SOURCE_DATE_EPOCH. Every file, layer and statement has this time.
 	date time.Time
 	// arches are the architectures, with the names of GOARCH.
 	arches []string
 	// lock is the path of the file that lists the Debian packages of the builder's image (packages.lock).
 	lock string
-	// archives are base URLs or folders that have these packages. If empty, the release uses the archives of this
-	// machine's apt.
+	// archives are base URLs or folders with these packages. If empty, the archives of this machine's apt are used.
 	archives []string
 	// cache keeps downloaded packages.
 	cache string
-	// key is the signing key: a file or a KMS URI. If empty, the release is signed with a new key, which is then deleted.
+	// key is the signing key: a file or a KMS URI. If empty, a new key signs and is then deleted.
 	key string
 	// builderID is the URI that says in the provenance who made the release.
 	builderID string
-	// check is called before the release is signed. It returns an error if the source has changed since the release began.
-	// If check is nil, nothing is checked.
+	// check returns an error if the source has changed. It is called before signing; if nil, nothing is checked.
 	check func(context.Context) error
 	// say prints progress for a person.
 	say func(format string, args ...any)

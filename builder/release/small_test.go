@@ -13,8 +13,7 @@ import (
 // testCommit is the commit of test releases. No such commit exists.
 var testCommit = strings.Repeat("c", 40)
 
-// debFile makes a Debian package with dpkg-deb and puts it into an archive. It returns the package's line for
-// packages.lock.
+// debFile puts a new Debian package into an archive. It returns the package's line for packages.lock.
 func debFile(t *testing.T, archive, name, arch string, files map[string]string, links map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
@@ -62,8 +61,7 @@ func debFile(t *testing.T, archive, name, arch string, files map[string]string, 
 	return fmt.Sprintf("%s %s %d %s\n", arch, sum, size, pool)
 }
 
-// smallConfig returns the configuration of a release of this tree for this machine's architecture. The release has only
-// a few Debian packages, which the test makes.
+// smallConfig returns the configuration of a release with few Debian packages, for this machine's architecture.
 func smallConfig(t *testing.T) config {
 	t.Helper()
 	dir := t.TempDir()

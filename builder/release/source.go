@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// output runs a program in a folder, with env added to the environment, and returns what the program prints to stdout.
+// output runs a program in a folder and returns its stdout. The given variables are added to the environment.
 func output(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
@@ -72,7 +72,7 @@ func (c *config) trackedFiles(ctx context.Context, folder string) ([]string, err
 	return strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 }), nil
 }
 
-// readCommit reads the commit and its date from git. If no version was given, it reads the version from git, too.
+// readCommit reads the commit, its date and, if none was given, the version from git.
 func (c *config) readCommit(ctx context.Context) error {
 	git := func(args ...string) (string, error) { return c.git(ctx, args...) }
 	var err error
@@ -81,8 +81,7 @@ func (c *config) readCommit(ctx context.Context) error {
 	}
 	c.check = c.checkUnchanged
 	if c.version == "" {
-		// The length of the commit in the version is fixed, because git's default depends on the number of objects in the
-		// clone.
+		// Without a fixed length, git's abbreviation depends on the number of objects in the clone.
 		if c.version, err = git("describe", "--tags", "--always", "--abbrev=12"); err != nil {
 			return err
 		}
@@ -103,15 +102,14 @@ func (c *config) readCommit(ctx context.Context) error {
 	return nil
 }
 
-// goVersion returns the Go release in go.mod. This Go release compiles every program of a Prebake release.
+// goVersion returns the Go release in go.mod, which compiles every program of a Prebake release.
 func (c *config) goVersion(ctx context.Context) (string, error) {
 	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
 	return "go" + strings.TrimSpace(string(out)), err
 }
 
-// checkGo returns an error if this program was compiled by another Go release than the one in go.mod. The argument
-// running is the Go release that compiled this program. Its standard library compresses the images' layers, and another
-// Go release may give other bytes.
+// checkGo returns an error if another Go release than the one in go.mod compiled this program. The program compresses
+// the images' layers with its standard library, and another Go release may give other bytes.
 func (c *config) checkGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
@@ -124,8 +122,8 @@ func (c *config) checkGo(ctx context.Context, running string) error {
 // triples has the GNU name of each architecture, as in the names of Debian's compilers.
 var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
-// programs are compiled for each architecture. All are static except nvmlprobe. nvmlprobe opens NVIDIA's libraries, so
-// it uses the C library of the node that it runs on.
+// programs are compiled for each architecture. nvmlprobe opens NVIDIA's libraries, so it uses the node's C library. The
+// others are static.
 var programs = []struct {
 	name, pkg string
 	cgo       bool
@@ -137,8 +135,8 @@ var programs = []struct {
 	{"nvmlprobe", "./fetcher/nvmlprobe", true},
 }
 
-// platform returns the folder of an architecture's programs. The programs keep their names there, because builder looks
-// for guestinit and nvmlprobe in its own folder.
+// platform returns the folder of an architecture's programs. builder looks for guestinit and nvmlprobe in its own
+// folder, so the programs keep their names.
 func platform(arch string) string { return "linux-" + arch }
 
 // buildPrograms compiles the programs into the platforms' folders below dir.
@@ -154,7 +152,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 		}
 		for _, p := range programs {
 			c.say("building %s for %s", p.name, arch)
-			// These variables set everything that changes the compiled program, so that the user's environment has no effect.
+			// These variables override everything in the user's environment that changes the compiled program.
 			env := []string{
 				"GOOS=linux", "GOARCH=" + arch, "GOAMD64=v1", "GOARM64=v8.0",
 				"GOEXPERIMENT=", "GOFIPS140=off", "GOWORK=off",
@@ -177,8 +175,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 	return nil
 }
 
-// releaseNotes returns the section of CHANGELOG.md for a version. If the version has no heading of its own, it returns
-// the section of unreleased changes.
+// releaseNotes returns the section of CHANGELOG.md for a version, or else the section of unreleased changes.
 func releaseNotes(changelog []byte, version string) ([]byte, error) {
 	sections := map[string]string{}
 	heading := ""

@@ -39,7 +39,7 @@ func TestRemovable(t *testing.T) {
 	if err := checkRemovable(dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("checkRemovable(something) = %v; want %v", err, fault.Usage)
 	}
-	// Many folders have a file of checksums. So a folder that has only this file is not a release.
+	// Many folders have a checksums file, so it alone does not make a folder a release.
 	for _, name := range []string{sumsFile, provenanceFile} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -56,8 +56,7 @@ func TestRemovable(t *testing.T) {
 	}
 }
 
-// TestOfCommit checks that readCommit takes the time from git, not from a clock, and that it refuses uncommitted
-// changes.
+// TestOfCommit checks that readCommit takes the time from git, and that it refuses uncommitted changes.
 func TestOfCommit(t *testing.T) {
 	dir := t.TempDir()
 	git := func(args ...string) {
@@ -113,8 +112,7 @@ func TestOfCommit(t *testing.T) {
 	}
 }
 
-// TestSameGo checks that the release program must be compiled by the Go release in go.mod, because its standard library
-// compresses the layers.
+// TestSameGo checks that the release program must be compiled by the Go release in go.mod.
 func TestSameGo(t *testing.T) {
 	t.Parallel()
 	c := config{source: "../.."}

@@ -9,8 +9,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// sandboxCommand is a command like the one with which a builder runs kbuild. It prints 42 if shell, make, bc and awk
-// work.
+// sandboxCommand is like the builder's command for kbuild. It prints 42 if shell, make, bc and awk work.
 const sandboxCommand = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
 	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
 	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +
@@ -18,8 +17,8 @@ const sandboxCommand = `bwrap --unshare-all --unshare-user --disable-userns --ui
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// checkStarts runs commands in the builder's image for this machine's architecture. The commands work only if no Debian
-// package is missing. copied is a folder with skopeo's copy of the image.
+// checkStarts runs commands in the builder's image to find missing Debian packages. The given folder has skopeo's copy
+// of the image.
 func checkStarts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")
@@ -46,8 +45,7 @@ func checkStarts(t *testing.T, copied string, layers []v1.Descriptor) {
 	}{
 		"sandbox": {sandboxCommand, []string{"42\n"}},
 		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
-		// With a network card, QEMU starts only if the card's boot ROM exists. The boot ROM is in a Debian package of its
-		// own, which somebody may forget in packages.lock.
+		// QEMU's network card needs a boot ROM, which is in a Debian package of its own.
 		"qemu": {
 			"echo quit | qemu-system-x86_64 -accel tcg -machine q35 -display none -S -netdev user,id=n " +
 				"-device virtio-net-pci,netdev=n -monitor stdio",

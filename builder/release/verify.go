@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// verifyRelease compares every file of a release with its checksum. It also verifies that one of the given public keys
-// (PEM) signed the checksums, and returns the id of that key. If anything is wrong, the error is [fault.Unverified].
+// verifyRelease compares every file of a release with its checksum, and verifies the signature of the checksums. It
+// returns the id of the public key (PEM) that signed. Every error is [fault.Unverified].
 func verifyRelease(dir string, keys []byte) (signer string, err error) {
 	if signer, err = verifyAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
@@ -86,8 +86,7 @@ func verifyAll(dir string, keys []byte) (string, error) {
 	return statement.KeyID, nil
 }
 
-// samePayload returns an error if the content of a file differs from the signed statement. signature is the Sigstore
-// bundle, which contains this statement.
+// samePayload returns an error if a file differs from the statement in the given Sigstore bundle.
 func samePayload(signature []byte, file string) error {
 	var bundle struct {
 		Envelope struct {

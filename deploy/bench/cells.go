@@ -50,9 +50,12 @@ func (k build) upstream() string {
 type cell struct {
 	kernel build
 	driver string
-	// role is "cold" for the first cell. It is "sibling" if a sibling kernel already had the driver. On a kernel that
-	// already had the first driver, it is "neighbour" for the second driver and "next" for the third. It is "" for any
-	// other cell.
+	// role is what the builder has already built before this cell:
+	//   - "cold": nothing
+	//   - "sibling": the driver, for a sibling kernel
+	//   - "neighbour": another driver, for this kernel; the cell has the second driver
+	//   - "next": another driver, for this kernel; the cell has the third driver
+	//   - "": anything else
 	role string
 }
 
@@ -79,8 +82,7 @@ type bench struct {
 	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives to
-// which the builds are compared.
+// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives.
 func (b *bench) measureOnce(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
@@ -152,8 +154,7 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// inRun reports whether a run builds a cell. A run builds a cell if it measures the cell, or if a cell that it measures
-// depends on it.
+// inRun reports whether a run builds a cell: it measures the cell, or a cell that depends on it.
 func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
@@ -212,8 +213,8 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 	return seconds, r.Phases, nil
 }
 
-// headerTree unpacks the headers of a kernel, as a person would do by hand, and returns their folder. It unpacks the
-// headers of each kernel once, and the toolchain once.
+// headerTree unpacks the headers of a kernel as a person would do by hand, and returns their folder. It unpacks each
+// kernel's headers once, and the toolchain once.
 func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	if dir := b.headers[k.Release]; dir != "" {
 		return dir, nil
@@ -242,8 +243,8 @@ func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	return b.headers[k.Release], nil
 }
 
-// source unpacks the runfile of a driver, as a person would do by hand, and returns the folder with the sources of the
-// proprietary modules. It unpacks each runfile once.
+// source unpacks the runfile of a driver as a person would do by hand, once. It returns the folder with the sources of
+// the proprietary modules.
 func (b *bench) source(ctx context.Context, driver string) (string, error) {
 	if dir := b.sources[driver]; dir != "" {
 		return dir, nil
@@ -273,15 +274,15 @@ func makeFlags(headers string) []string {
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
 }
 
-// clangFlags returns additional arguments of make for a kernel that clang compiled. Without the compiler flags in
-// KCFLAGS, the conftest of these drivers stops at clang's warnings.
+// clangFlags returns additional arguments of `make` for a kernel that clang compiled. Without KCFLAGS, the conftest of
+// these drivers stops at clang's warnings.
 func clangFlags() []string {
 	return []string{"LLVM=1", "ARCH=x86_64", "CC=x86_64-cros-linux-gnu-clang", "LD=x86_64-cros-linux-gnu-ld.lld",
 		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++",
 		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
-// measurePlain measures what people do by hand: make modules in unpacked sources.
+// measurePlain measures what people do by hand: `make modules` in unpacked sources.
 func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
@@ -307,8 +308,8 @@ func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It
-// does not load the modules, because the time for that does not depend on who made them.
+// installOnNode builds the first cell again, and installs it on a folder like the root of a COS node. It loads no
+// modules.
 func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.measurePlain(ctx, c)

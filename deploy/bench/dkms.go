@@ -11,10 +11,9 @@ import (
 	"time"
 )
 
-// dkmsSeconds returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in
-// the source tree of dkms, and ends when dkms has written the stripped modules. dkms is a script. It runs from its
-// unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It builds for the cell's kernel only,
-// and installs nothing. At the end, dkmsSeconds removes the modules.
+// dkmsSeconds returns the seconds in which Debian's dkms makes a cell's stripped modules from sources in its source
+// tree. dkms runs from its unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It installs
+// nothing. At the end, dkmsSeconds removes the modules.
 func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
@@ -75,8 +74,8 @@ func dkmsModules() []string {
 	return []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 }
 
-// dkmsConf returns the text of dkms.conf for a driver. The text is the template in NVIDIA's runfile, filled in as
-// NVIDIA's installer does it. dkmsConf adds the names of the compiler and of the header tree.
+// dkmsConf returns the text of dkms.conf for a driver: the template in NVIDIA's runfile, filled in as NVIDIA's
+// installer does, with the compiler and the header tree.
 func dkmsConf(version string) string {
 	var conf strings.Builder
 	fmt.Fprintf(&conf, "PACKAGE_NAME=nvidia\nPACKAGE_VERSION=%s\nAUTOINSTALL=yes\n", version)

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fetching has the measurements of a node that gets a published driver. The node fetches, verifies and stages the
-// driver from a registry on loopback. It does so again after an update of its OS.
+// fetching has the measurements of a node that fetches, verifies and stages a published driver. The registry is on
+// loopback. The node fetches again after an update of its OS.
 type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB
@@ -87,9 +87,11 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 	return r.Layers, json.Unmarshal(out, &r)
 }
 
-// fetchOnce measures an install of the driver for the newer kernel, cells[1], on a fresh node, and fetches the same
-// layers by hand for comparison. It then installs the driver for the older kernel, cells[0], on another fresh node, and
-// updates that node to the newer kernel. It keeps the number of bytes that this node fetched for the update.
+// fetchOnce measures two fresh nodes:
+//   - One installs the driver for the newer kernel, cells[1]. The same layers are also fetched by hand.
+//   - The other installs the driver for the older kernel, cells[0], and is then updated to the newer kernel.
+//
+// It keeps the number of bytes that the update fetched.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -158,9 +160,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
-// crane is installed, fetchByHand also fetches and unpacks the artifact with crane. It keeps the seconds that each of
-// the two ways takes.
+// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. It
+// also does so with crane, if crane is installed. It keeps the seconds of each way.
 func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder

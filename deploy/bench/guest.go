@@ -15,10 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// guest measures, in the virtual node, the time from the start of the fetcher until the modules are loaded. It compares
-// that with the time for loading the same files when they are already on the node. Both are seconds of the guest's
-// clock, which advances by 1 ns for each instruction that the guest executes, and by the host's time while the guest
-// waits. The clock is thus that of a processor that executes 10^9 instructions a second, whatever the emulator's speed.
+// guest measures how long the virtual node takes from the start of the fetcher until the modules are loaded. For
+// comparison it loads files that are already on the node. Both times are of the guest's clock, which does not depend on
+// the emulator's speed (CountInstructions of package vm).
 func (b *bench) guest(ctx context.Context) (err error) {
 	if err := b.UseFastEmulator(ctx); err != nil {
 		return err
@@ -44,8 +43,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 	}
 	node := testbed.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out,
 		CountInstructions: true}
-	// "builder build" published the driver without the queue, so the server's registry has the artifact but the server's
-	// catalogue does not. The fetcher therefore gets the name of the registry.
+	// "builder build" published the driver without the queue, so the server's catalogue does not have it. The fetcher
+	// therefore gets the name of the registry.
 	registry := strings.Replace(srv.Repository(), "127.0.0.1", vm.HostAddress, 1)
 	for range b.runs {
 		install := testbed.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
@@ -71,8 +70,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		byHand := node
 		var steps []vm.Step
-		// The first line of /proc/modules is the module that was loaded last. A module needs those that were loaded before
-		// it, so the steps load the modules in the reverse order of the lines.
+		// /proc/modules lists the module that was loaded last first. The steps load in the reverse order, because a module
+		// needs the modules loaded before it.
 		for _, name := range testbed.Live(live.Stdout) {
 			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
 			byHand.Files = append(byHand.Files, f)
@@ -94,8 +93,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 	return nil
 }
 
-// untilLoaded returns the time from the beginning of a run to the end of its phase "load", in seconds. A run without
-// this phase is an error.
+// untilLoaded returns the seconds from the beginning of a run to the end of its phase "load", which must exist.
 func untilLoaded(phases []timeline.Phase) (float64, error) {
 	for _, p := range phases {
 		if p.Name == "load" && p.Of == "" {

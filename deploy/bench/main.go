@@ -1,6 +1,5 @@
-// Command bench measures Prebake's headline numbers. Each number is the ratio of Prebake's result to that of an
-// alternative, which the same run measures. Only such ratios are comparable with those of another machine. The program
-// does not judge the numbers, and no test depends on a time.
+// Command bench measures Prebake's headline numbers. Each number is the ratio of Prebake's result to an alternative's
+// result in the same run, because only ratios are comparable between machines. No test depends on a time.
 package main
 
 import (
@@ -79,8 +78,8 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
-	// plainOnce runs plain make only once in a run, for the first cell, and dkms only once for each driver. The other
-	// cells are compared with these times.
+	// plainOnce runs plain `make` only for the first cell, and dkms only once for each driver. The other cells are
+	// compared with these times.
 	plainOnce bool
 	only      map[string]bool
 }
@@ -156,9 +155,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror makes a mirror with four kernels and three drivers of one branch. The mirror program chooses the four
-// kernels: the two oldest, on which all drivers compile, and the two newest. With --clang, the mirror has one kernel
-// only, which clang has compiled.
+// makeMirror makes a mirror with three drivers of one branch and four kernels: the two oldest, on which all drivers
+// compile, and the two newest. With --clang, the mirror has one kernel, compiled by clang.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}

@@ -1,6 +1,6 @@
 // Package browser checks the server's pages as a reader sees them. playwright-core opens the pages in Chromium: on a
-// desktop, on a phone, in dark mode and without JavaScript. The server's data is empty, small, or a farm with 60,000
-// cells. The package does not depend on how the pages are made.
+// desktop, on a phone, in dark mode and without JavaScript. The tests run with three data sets: an empty one, a small
+// one, and one with 60,000 cells.
 package browser
 
 import (
@@ -21,7 +21,7 @@ const root = "../.."
 // maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const maxWeight = 100_000
 
-// statFiles reads the metadata of files and folders. Go's cache of test results then depends on them.
+// statFiles reads the metadata of files and folders, so that Go's cache of test results depends on them.
 func statFiles(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -118,9 +118,8 @@ func checkPage(t *testing.T, d *driver, r row, s *set, url string, titles map[st
 	return a.Findings
 }
 
-// TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. It writes them to the folder
-// in PREBAKE_SCREENSHOTS, which make screenshots sets. If the variable is not set, it draws only one page, as a check
-// that drawing works.
+// TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. PREBAKE_SCREENSHOTS is their
+// folder. Without it, the test draws only one page, to check that drawing works.
 func TestDraw(t *testing.T) {
 	dir := os.Getenv("PREBAKE_SCREENSHOTS")
 	draw, names := pages, []string{"empty", "small", "large"}

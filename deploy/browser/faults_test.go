@@ -11,8 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestChecksFindFaults runs the checks on pages that have faults, and on some that have none. The checks must find
-// exactly the faults.
+// TestChecksFindFaults checks that the checks find exactly the faults of some test pages.
 func TestChecksFindFaults(t *testing.T) {
 	statFiles(t, "testdata")
 	served := http.FileServer(http.Dir("testdata"))

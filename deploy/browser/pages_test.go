@@ -4,7 +4,7 @@ package browser
 type row struct {
 	// Name is the name of the subtest and of the screenshots.
 	Name string
-	// Path may contain {names}, for which a data set has values. A set without a value for one of them has no such page.
+	// Path may contain {names}, which each data set replaces. A data set that lacks one of them does not have the page.
 	Path string
 	// Sets are the data sets in which the page is checked; empty means all three.
 	Sets []string
@@ -14,16 +14,15 @@ type row struct {
 	Kind string
 	// Sticky is the selector of the table head that must stay on the screen while the table is scrolled.
 	Sticky string
-	// SharesTitle is true if the page is another page with a filter. It then has the title of that page.
+	// SharesTitle is true if the page is another page with a filter, and has its title.
 	SharesTitle bool
-	// Draw is true if make screenshots draws the page.
+	// Draw is true if `make screenshots` draws the page.
 	Draw bool
 
-	// Missing is true if the server does not have the page yet. The server must then answer 404. If it answers anything
-	// else, the test fails until Missing is removed.
+	// Missing says that the server does not have the page yet. The page must then answer 404.
 	Missing bool
-	// Waits has the checks that the page does not pass yet, with the reasons. If the page passes such a check in all of
-	// its data sets, the test fails until the check is removed from Waits.
+	// Waits has the checks that the page does not pass yet, with the reasons. A check that passes in all data sets must be
+	// removed from Waits.
 	Waits map[string]string
 }
 

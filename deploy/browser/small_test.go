@@ -60,8 +60,7 @@ func (c story) resolve(t *testing.T, s *set) api.Resolution {
 	return r
 }
 
-// fillSmall brings cells into every possible state, with the API calls of builders, nodes and operators. Cells that
-// nobody asks for are unknown, and proprietary cells of R620 are unsupported.
+// fillSmall brings cells into every possible state, with the API calls of builders, nodes and operators.
 func fillSmall(t *testing.T, s *set) {
 	t.Helper()
 	known := 0
@@ -201,8 +200,7 @@ func play(t *testing.T, s *set, c story) {
 	}
 }
 
-// publish publishes a build's artifact as a builder does. Then it makes the calls that bring the artifact into its
-// state.
+// publish publishes a build's artifact as a builder does, and brings it into its state.
 func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	t.Helper()
 	host := strings.TrimPrefix(s.URL, "http://")
@@ -244,8 +242,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report reports that an artifact did not load. Each node reports from a network of its own, because reports from only
-// one network put no artifact in quarantine.
+// report sends a node's report that an artifact did not load. Each node reports from its own network, because one
+// network's reports put no artifact in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}
@@ -261,8 +259,7 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// keepReporting sends reports about a build until the test ends. Without reports, the server would give the build to
-// another builder.
+// keepReporting sends reports about a build until the test ends. Otherwise another builder would get the build.
 func keepReporting(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

@@ -1,7 +1,8 @@
-// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, and starts
-// a server and a builder. The builder builds a real NVIDIA driver for a real kernel. The program then boots a virtual
-// COS node, which finds, verifies, installs and loads the driver. It ends with PASS or FAIL, and says what the run
-// proved. No step is faked.
+// Command demo runs Prebake's main job on one machine, and fakes no step:
+//   - It makes a COS-shaped mirror from Debian's packages.
+//   - It starts a server, and a builder that builds a real NVIDIA driver for a real kernel.
+//   - It boots a virtual COS node, which finds, verifies, installs and loads the driver.
+//   - It prints PASS or FAIL, and what the run proved.
 package main
 
 import (
@@ -75,8 +76,8 @@ type demo struct {
 	version string        // version of the driver
 	kernel  target.Kernel // kernel of the node
 	build   api.Build     // build of the driver for kernel
-	// second is the build of the same driver for sibling, a kernel of the same upstream version. If Debian's archive has
-	// no such kernel, which happens at times, both are zero.
+	// second is the build of the same driver for sibling, a kernel of the same upstream version. Both are zero if Debian's
+	// archive has no such kernel.
 	sibling target.Kernel
 	second  api.Build
 	bare    *nodeRun // the node before it has a GPU
@@ -223,8 +224,7 @@ func (d *demo) node(ctx context.Context) (err error) {
 	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-// reusedPhases returns the names of the phases in which a build used the result of an earlier build. The note of such a
-// phase contains "cached".
+// reusedPhases returns the phases of a build that used an earlier result. Their notes contain "cached".
 func reusedPhases(b api.Build) (phases []string) {
 	for _, p := range b.Phases {
 		if p.Of == "" && strings.Contains(p.Note, "cached") {

@@ -25,16 +25,14 @@ import (
 // diskBytes is the size of the node's disk. The image is sparse, and the driver takes less than a GiB of it.
 const diskBytes = 3 << 30
 
-// disk is the node's disk, which has the install folder. It is kept from one run of the demo to the next, as a real
-// node keeps its disk between boots. The fetcher compares digests, and does not download a layer that the disk already
-// has.
+// disk is the node's disk, with the install folder. Like a real node's disk, it is kept between runs.
 type disk struct {
 	path string
 	file *os.File // locked while the disk is in use
 }
 
 // openDisk opens the disk that earlier runs left in the folder state, or makes an empty one. If another run uses that
-// disk, openDisk makes an empty disk in dir.
+// disk, it makes an empty disk in dir.
 func openDisk(ctx context.Context, state, dir string) (_ *disk, err error) {
 	if err := os.MkdirAll(state, 0o755); err != nil {
 		return nil, err
@@ -78,8 +76,8 @@ func (d *disk) format(ctx context.Context) error {
 	return nil
 }
 
-// close releases the disk. keep is false if the run failed. close then also empties the disk, and the next run makes a
-// new file system.
+// close releases the disk. After a failed run (keep is false), it empties the disk, and the next run makes a new file
+// system.
 func (d *disk) close(keep bool) error {
 	var err error
 	if !keep {
@@ -96,7 +94,7 @@ type nodeRun struct {
 	boot   float64  // duration of the node's boot, in seconds
 }
 
-// boot boots the node without a GPU and asks the fetcher what it sees. It then adds the emulated GPU, lets the fetcher
+// boot boots the node without a GPU and asks the fetcher what it sees. Then it adds the emulated GPU, lets the fetcher
 // install the driver, and switches the node off.
 func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	const gpu = "/lib/emugpu.ko"
@@ -133,8 +131,7 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	return nil
 }
 
-// readRun reads the output of the fetcher in one step. It prints the result with the modules that were in the kernel at
-// the end.
+// readRun reads the fetcher's output in one step. It prints the result and the modules in the kernel at the end.
 func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
 	step, err := testbed.StepNamed(res, name)
 	if err != nil {
@@ -160,7 +157,7 @@ func (r *nodeRun) phases() []timeline.Phase {
 }
 
 // wantGPU checks the report of the node with the emulated GPU. The modules must be in the kernel, and NVML must answer
-// with the version that was built. The driver cannot start the emulated GPU, so the correct verdict is "unusable".
+// with the built version. The verdict must be "unusable", because the driver cannot start the emulated GPU.
 func (r *nodeRun) wantGPU(version, digest string) error {
 	var problems []error
 	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
@@ -179,8 +176,8 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
 
-// wantNoDevice checks the report of the node before it has a GPU. On a new disk no driver is installed either, and the
-// fetcher reports that first.
+// wantNoDevice checks the report of the node before it has a GPU. On a new disk, the missing driver is reported
+// instead.
 func (r *nodeRun) wantNoDevice() error {
 	if n := r.report.Verdict.PCIGPUs; n != 0 {
 		return fmt.Errorf("before the emulated GPU is put in, the fetcher sees %d GPUs; want none", n)
@@ -202,9 +199,9 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 // reuseNote matches the note of a phase in which the builder used stored results.
 var reuseNote = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
-// wantRemembered checks the phases of the build for the sibling kernel. At least nine tenths of conftest's answers and
-// of the object files must come from the caches that the build for the first kernel filled. If the demo ran before, the
-// finished modules are in the cache: then nothing is compiled, and there is nothing to check.
+// wantRemembered checks the build for the sibling kernel. The first build's caches must supply nine tenths of
+// conftest's answers and of the object files. After an earlier demo the finished modules are cached, and there is
+// nothing to check.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
 		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")
@@ -213,7 +210,7 @@ func wantRemembered(phases []timeline.Phase) error {
 	}
 	var problems []error
 	for _, name := range []string{"conftest", "compile"} {
-		// Both phases are parts of a phase that is also called "compile", so the search looks only at parts.
+		// Both phases are parts of a phase that is also called "compile".
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
 			problems = append(problems, fmt.Errorf("the build for the sibling kernel has no phase %s", name))

@@ -91,8 +91,7 @@ func TestWantRemembered(t *testing.T) {
 	}
 }
 
-// TestDisk checks that a disk is kept after a run that passed, and emptied after one that failed. Two runs never use
-// the same disk.
+// TestDisk checks that a disk is kept after a passed run, and emptied after a failed run. Two runs never share a disk.
 func TestDisk(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()
@@ -115,8 +114,7 @@ func TestDisk(t *testing.T) {
 	if first.path != kept || second.path == kept {
 		t.Errorf("two runs at a time have disks %s and %s; want only the first to have %s", first.path, second.path, kept)
 	}
-	// The superblock of ext4 begins after the first KiB. It has the volume's name at offset 120, as ext4's documentation
-	// says.
+	// ext4's superblock begins after the first KiB, and has the volume's name at offset 120 (ext4's documentation).
 	const label = 1024 + 120
 	if _, err := first.file.WriteAt([]byte("kept"), label); err != nil {
 		t.Fatal(err)

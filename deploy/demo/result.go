@@ -19,8 +19,7 @@ import (
 // states are the folders below the cache folder that the demo uses.
 var states = []string{"mirror", "packages", "build", "demo"}
 
-// fail prints why the demo failed, and keeps the logs of server and builder. The error that it returns is of the same
-// kind as err.
+// fail prints why the demo failed, and keeps the logs of server and builder. The returned error has the kind of err.
 func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	if ctx.Err() != nil {
 		err = fault.New(fault.Cancelled, "interrupted", "")
@@ -153,8 +152,8 @@ func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 	}
 }
 
-// sizes returns the disk space of the demo's folders: a text with the size of each, and the sum in bytes. A file with
-// several hard links is counted once.
+// sizes returns the disk space of the demo's folders: a text with each size, and the sum in bytes. A file with several
+// hard links counts once.
 func sizes(state string) (text string, total int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}

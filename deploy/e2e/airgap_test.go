@@ -28,12 +28,10 @@ type offlineBundle struct {
 	LeftOutBytes int64  `json:"leftOutBytes"`
 }
 
-// TestAirGap installs a driver from a bundle on a node that never has a network. The builder makes the bundles on a
-// machine that reaches the farm. The test then puts them on the node's disk, as if somebody had carried them there.
+// TestAirGap installs a driver from a bundle on a node that never has a network.
 //
-// Then the node's OS is updated. The second bundle is a delta. It has the driver for the new OS, but not the parts that
-// the node has already. On a node without these parts the install fails, and the error says which bundle the node
-// needs.
+// Then the node's OS is updated. The second bundle is a delta: it lacks the parts that the node has already. On a node
+// without these parts the install fails, and the error names the missing bundle.
 func TestAirGap(t *testing.T) {
 	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)
@@ -124,8 +122,7 @@ func TestAirGap(t *testing.T) {
 	}
 }
 
-// checkInstalled checks the result of an install: the artifact with this digest is active, and the emulated GPU is
-// unusable.
+// checkInstalled checks an install: this artifact is active, and the emulated GPU is unusable.
 func checkInstalled(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
 	step := stepNamed(t, res, name)

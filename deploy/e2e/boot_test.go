@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig returns a GRUB configuration like that of COS. It has the entries A and B, each once with a local root and
-// once with a verified root. An entry with a verified root has a quoted argument. The model for the file is the test
-// data of cos_image_analyzer in cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
+// grubConfig returns a GRUB configuration as on COS: the entries A and B, each with a local root and with a verified
+// root. A verified root has a quoted argument. The model for the file is the test data of cos_image_analyzer in
+// cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
 		"loadpin.exclude=kernel-module,firmware " +
@@ -35,8 +35,8 @@ func grubConfig() string {
 }
 
 // TestNodeBootConfiguration checks a node whose kernel loads only signed modules. The fetcher changes the boot
-// configuration on a real EFI partition. The node boots with the new configuration, and then loads unsigned modules.
-// One command restores the configuration.
+// configuration on a real EFI partition. After a boot, the node loads unsigned modules. One command restores the
+// configuration.
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)

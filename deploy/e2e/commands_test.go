@@ -49,8 +49,8 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 	return all
 }
 
-// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. Most commands
-// run on a machine with the public key and a token in the current folder. The command for nodes runs on a node.
+// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. One of them is
+// for a node. The others need the public key and a token in the current folder.
 func TestCommandsOfPages(t *testing.T) {
 	t.Parallel()
 	k, driver := shared.kernel(0), shared.driver()
@@ -87,8 +87,7 @@ func TestCommandsOfPages(t *testing.T) {
 		t.Errorf("the download is %v, %v; want a driver", info, err)
 	}
 
-	// Nobody has requested this cell before. After the commands, its build waits in the queue, or has failed because the
-	// driver does not exist. The test cancels the build.
+	// Nobody has requested this cell before, and its driver does not exist. The test cancels its build.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}

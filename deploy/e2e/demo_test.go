@@ -25,9 +25,8 @@ func demoProgram(t *testing.T) string {
 	return program
 }
 
-// TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running. All commands that it
-// suggests must work, and Ctrl-C must end it. The node has an empty disk, as in the first demo on a machine. In
-// contrast, `make demo` uses the disk that an earlier demo left.
+// TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running until Ctrl-C. All
+// commands that it suggests must work. The node's disk is empty, as in a first demo.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	if err := os.RemoveAll(filepath.Join(shared.State, "demo", "node.img")); err != nil {
@@ -102,12 +101,11 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// TestDemoFails checks that a failed demo prints FAIL, the step and the reason, and that its exit status is not 0.
+// TestDemoFails checks that a failed demo prints FAIL, the step and the reason, and does not exit with 0.
 func TestDemoFails(t *testing.T) {
 	t.Parallel()
 	program := demoProgram(t)
-	// The folder has all programs. Only builder is replaced, by a script whose command keygen fails as it would with a
-	// full disk.
+	// All programs are real, except builder: its command keygen fails as with a full disk.
 	bin := t.TempDir()
 	for _, name := range []string{"server", "fetcher", "mirror", "guestinit", "nvmlprobe"} {
 		if err := os.Symlink(shared.Program(name), filepath.Join(bin, name)); err != nil {

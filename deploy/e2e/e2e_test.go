@@ -1,5 +1,5 @@
 // Package e2e runs Prebake's main job as an operator would, with the real programs, real kernels and real NVIDIA
-// drivers. It does not look inside the programs. It uses only their output, the API, the registry and the disk.
+// drivers. It uses only the programs' output, the API, the registry and the disk.
 //
 // The tests need the programs in bin/ and the Debian packages of `make setup`; run them with `make test`. With -short
 // they do not run.
@@ -95,8 +95,8 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if os.Getenv(scenariosEnv) != "" { // TestNodeScenarios decides itself what is built, and in which order
 		return st, nil
 	}
-	// The builds that most tests need are requested together. A load test leaves one processor idle, which another build
-	// can use meanwhile.
+	// The builds that most tests need are requested together. During one build's load test, another can use the idle
+	// processor.
 	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 			_, err := st.srv.Client.RequestBuild(ctx,
@@ -110,7 +110,7 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 }
 
 // kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels. Both flavours
-// of the older driver compile for these, but its open flavour does not compile for the newest kernel.
+// of the older driver compile for them.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
 // driver returns the older driver version, which has both flavours.

@@ -50,8 +50,8 @@ func layer(t *testing.T, m *v1.Manifest, kind bundle.LayerKind) v1.Descriptor {
 	return v1.Descriptor{}
 }
 
-// TestMatrixSharesUserspace builds both flavours for two kernels. The four artifacts must share identical layers of
-// user space and firmware.
+// TestMatrixSharesUserspace builds both flavours for two kernels. The four artifacts must share the layers of user
+// space and firmware.
 func TestMatrixSharesUserspace(t *testing.T) {
 	modules := map[string]string{}
 	user, firmware := map[string]bool{}, map[string]bool{}
@@ -73,8 +73,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// TestTwinBuildSharesArtifact checks a second COS build with the same kernel. Nothing may be compiled for it: it must
-// get the existing artifact. The artifact must get a kernel match for the second COS build too.
+// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel compiles nothing. It must get the
+// existing artifact, with a kernel match for itself.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
 	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
@@ -91,9 +91,8 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// TestKilledBuilderReproduces kills a builder in the middle of a compile. This builder has folders of its own with
-// empty caches. After a restart it must finish the build. The result must be one artifact, identical to the artifact of
-// the shared worker.
+// TestKilledBuilderReproduces kills a builder with empty caches of its own in the middle of a compile. After a restart
+// it must finish the build. The result must be identical to the artifact of the shared worker.
 func TestKilledBuilderReproduces(t *testing.T) {
 	k := shared.kernel(1)
 	want := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -177,8 +176,7 @@ func objects(dir string) (n int) {
 	return n
 }
 
-// TestHonestFailures checks that a failed build reports its class, first error line and log, through the API and the
-// command line.
+// TestHonestFailures checks that API and command line report a failed build's class, first error line and log.
 func TestHonestFailures(t *testing.T) {
 	broken := corruptHeaders(t, shared.mirror, shared.kernel(0))
 	dir := t.TempDir()
@@ -289,8 +287,8 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 	return &copied
 }
 
-// TestStockCrane checks that the standard crane program pulls an artifact from the embedded registry, and from another
-// registry to which the same artifact was published.
+// TestStockCrane checks that the standard crane program pulls an artifact from the embedded registry and from another
+// one.
 func TestStockCrane(t *testing.T) {
 	k := shared.kernel(1)
 	b := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -329,8 +327,8 @@ func crane(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// craneRegistry starts crane's own registry on a free port of loopback. The registry chooses the port itself, because
-// another test could take a port that was free a moment ago.
+// craneRegistry starts crane's own registry on loopback. The registry chooses its port itself: another test could take
+// a port that was free a moment ago.
 func craneRegistry(t *testing.T) string {
 	t.Helper()
 	crane(t, "version") // builds crane

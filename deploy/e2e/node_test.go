@@ -100,8 +100,8 @@ func nodeRoot(t *testing.T, k target.Kernel) string {
 	return root
 }
 
-// TestNodeRefusesFlippedByte changes one byte in the registry's copy of a real artifact. The node must refuse it, and
-// keep its former driver.
+// TestNodeRefusesFlippedByte changes one byte in the registry's copy of an artifact. The node must refuse it, and keep
+// its former driver.
 func TestNodeRefusesFlippedByte(t *testing.T) {
 	k := shared.kernel(1)
 	good := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -189,7 +189,7 @@ func findFile(t *testing.T, dir, part string) string {
 }
 
 // TestNodeCompilesLocally checks that a node without a matching artifact compiles the driver itself, with the program
-// builder, and trusts its own result. The server of this test has no artifact.
+// builder, and trusts its own result. The server has no artifact.
 func TestNodeCompilesLocally(t *testing.T) {
 	k := shared.kernel(1)
 	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary) // fills the shared build cache with the modules

@@ -12,8 +12,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// TestPages runs the commands on the pages for newcomers. They must work as they are written, and print the output that
-// the page shows.
+// TestPages runs the commands on the pages for newcomers. They must print the output that the page shows.
 func TestPages(t *testing.T) {
 	names, err := filepath.Glob("../../docs/*/*.md")
 	if err != nil {

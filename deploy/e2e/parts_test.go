@@ -29,16 +29,15 @@ const (
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor has the parts that use only one processor: emulated machines, and programs that compress and decompress.
-// These parts run in parallel.
+// oneProcessor has the parts that use only one processor, such as emulated machines. They run in parallel.
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
 	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
 }
 
-// TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Elsewhere
-// such tests are skipped if an input is missing. Here all inputs exist, so no test may be skipped.
+// TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Here all
+// inputs exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
 	k := shared.kernel(1)
 	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -62,8 +61,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// TestRealSameBytes compiles the modules of a cell with make alone, and compares them with the modules in the farm's
-	// cache. So the cache must have the cell.
+	// TestRealSameBytes compares the modules of a cell with those in the farm's cache, so the cache must have the cell.
 	mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 

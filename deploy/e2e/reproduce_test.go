@@ -16,10 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestReproduce rebuilds a published artifact from its provenance, without using results in the builder's caches. A
-// second party signs that the result is the same. The test also publishes an artifact with one changed byte in a
-// module, signed with a trusted key. builder reproduce must detect the change, and report the file and the section that
-// changed.
+// TestReproduce rebuilds a published artifact from its provenance, without results in the builder's caches. A second
+// party signs that the result is the same. `builder reproduce` must also find a changed byte in an artifact that a
+// trusted key has signed.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
@@ -98,8 +97,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns those statements of an artifact whose signature v accepts. Several statements may have the same
-// type: an artifact that fits two COS builds has a kernel match for each.
+// statements returns an artifact's statements whose signature the verifier accepts. An artifact has a kernel match for
+// each COS build.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
@@ -114,9 +113,8 @@ func statements(t *testing.T, repo *registry.Repository, digest string, v *trust
 	return all
 }
 
-// tamper makes an artifact that differs from a published one in one byte of one module. It signs the provenance of the
-// original with another key, and publishes the changed artifact with this provenance. It returns the reference of the
-// changed artifact.
+// tamper publishes a copy of an artifact with one changed byte in a module, and returns its reference. Another key
+// signs the original's provenance for it.
 func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
 	t.Helper()
 	ctx, repo := t.Context(), open(t, repository)

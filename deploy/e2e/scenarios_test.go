@@ -25,8 +25,8 @@ import (
 const scenariosEnv = "PREBAKE_SCENARIOS"
 
 // TestNodeScenarios runs testdata/*.txtar. Each file runs on one virtual node, with the emulated GPU and NVIDIA's real
-// driver. Each section of a file is a scenario, and the state of the node is kept from one to the next. If the install
-// folder is on a disk, the node may die and boot again.
+// driver. Each section of a file is a scenario; the node keeps its state between them. If the install folder is on a
+// disk, the node may die and boot again.
 //
 //	fetcher ARGUMENT... => STATUS   run the fetcher, and expect this exit status
 //	sh COMMAND => STATUS            run a shell command
@@ -42,8 +42,8 @@ const scenariosEnv = "PREBAKE_SCENARIOS"
 // versions), $PROPRIETARY, $OPEN and $OTHER (digests; $OTHER is for another kernel), $BUILD, $BEFORE (an earlier COS
 // build), $TOKEN (the server's) and $DIR (the install folder).
 //
-// The machine is emulated, and reads the whole driver for each load. A file takes minutes, so the test runs only if
-// PREBAKE_SCENARIOS is set (make scenarios). TestScenarioScripts always reads the files.
+// A file takes minutes, so the test runs only if PREBAKE_SCENARIOS is set (`make scenarios`). TestScenarioScripts
+// always reads the files.
 func TestNodeScenarios(t *testing.T) {
 	if os.Getenv(scenariosEnv) == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
@@ -104,8 +104,7 @@ func TestNodeScenarios(t *testing.T) {
 	}
 }
 
-// TestScenarioScripts checks that the scripts of TestNodeScenarios can be read: each line has a known word, and each
-// command has a status.
+// TestScenarioScripts checks that each line of the scripts has a known word, and each command a status.
 func TestScenarioScripts(t *testing.T) {
 	t.Parallel()
 	scripts, err := filepath.Glob("testdata/*.txtar")

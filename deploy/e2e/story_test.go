@@ -21,8 +21,8 @@ import (
 )
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The server plans both flavours, because a wish list wants them. Two builders build one flavour
-// each. A node that asked before anything was published gets its driver. Nobody requests a build.
+// and is announced. The server plans both flavours of a wish list, and two builders build one flavour each. A node that
+// asked before anything was published gets its driver.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -42,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list has the COS build before the mirror does. It asks for COS's default driver.
+	// The wish list has the COS build before the mirror does.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -132,12 +132,10 @@ func waitStep(srv *testbed.Server) vm.Step {
 	return step
 }
 
-// answeredMetric matches a line of the server's metrics: the number of questions of nodes that the server has answered,
-// if there are any.
+// answeredMetric matches the server's metric of answered questions of nodes, if it is not 0.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// waitAsked returns when a node has asked the server. The channel done receives the end of the node. If that comes
-// first, the test fails.
+// waitAsked returns when a node has asked the server. The test fails if the channel reports the node's end first.
 func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
@@ -181,7 +179,7 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	}
 }
 
-// link copies a folder with hard links. A test can then add files to the copy.
+// link copies a folder with hard links. The copy can then get more files.
 func link(t *testing.T, from, to string) {
 	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {

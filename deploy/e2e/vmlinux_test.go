@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestLoadTestOnVMLinux uses a bucket as COS has it, with vmlinux and without a boot archive. The load test must boot
-// exactly that vmlinux, and the signed result must say so. The boot image starts with Prebake's own entry code, as for
-// a COS kernel. (qemu could also start Debian's kernels at their entry point for PVH.)
+// TestLoadTestOnVMLinux uses a bucket with vmlinux and without a boot archive, like COS's. The load test must boot
+// exactly that vmlinux, with Prebake's own entry code, and the signed result must say so.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	k, other := shared.kernel(1), shared.kernel(0)

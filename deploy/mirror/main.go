@@ -1,6 +1,5 @@
 // Command mirror makes folders from Debian's packages that look like a COS release bucket and COS's bucket of NVIDIA
-// drivers. With them, Prebake can be tried where neither bucket can be reached. The program is no part of the product:
-// the demo, the tests and newcomers run it beside the builder. This package only connects the parts.
+// drivers. With them, Prebake can be tried where neither bucket can be reached. The program is no part of the product.
 package main
 
 import (
@@ -163,7 +162,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// emugpu compiles the emulated GPU for boot archives. It runs the program builder for that.
+// emugpu compiles the emulated GPU for boot archives, with the program builder.
 type emugpu struct{ builder, work string }
 
 func (g emugpu) run(ctx context.Context, args ...string) (string, error) {

@@ -1,7 +1,6 @@
-// Command nvmlprobe opens NVML, NVIDIA's management library, and asks it for the driver's version and the GPUs. It
-// prints the answer as one JSON object and ends. It is a separate program, because NVML needs cgo and dlopen, which the
-// static fetcher must not have. It refuses to judge the answer. It changes nothing on a GPU except, with --persist,
-// persistence mode.
+// Command nvmlprobe asks NVML, NVIDIA's management library, for the driver's version and the GPUs, and prints a JSON
+// object. It is a separate program, because NVML needs cgo and dlopen, and the fetcher is static. It does not judge the
+// answer. It changes nothing on a GPU except, with --persist, persistence mode.
 package main
 
 import (
@@ -30,7 +29,7 @@ type Answer struct {
 	CUDAVersion string   `json:"cudaVersion,omitempty"`
 	Devices     []Device `json:"devices"`
 	Error       string   `json:"error,omitempty"`
-	// Code is NVML's return value for Error; 0 if the error came from elsewhere.
+	// Code is NVML's return value for Error, or 0 if the error came from elsewhere.
 	Code int `json:"code,omitempty"`
 }
 
@@ -40,11 +39,11 @@ type Device struct {
 	Name        string `json:"name,omitempty"`
 	PCIBusID    string `json:"pciBusId,omitempty"`
 	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
-	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. "" means that the
-	// GPU has no fabric, or that the library does not report it.
+	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. It is "" without a
+	// fabric, or if the library does not report one.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on, off, or the reason why it could not be turned on; "" means that the GPU does not report it. With
-	// persistence mode, the driver keeps the GPU initialised while no process uses it.
+	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. With
+	// it, the driver keeps an unused GPU initialised.
 	Persistence string `json:"persistence,omitempty"`
 	// Error is the reason why NVML cannot use or describe this GPU.
 	Error string `json:"error,omitempty"`
@@ -101,8 +100,8 @@ type asked interface {
 	LookupSymbol(string) error
 }
 
-// ask asks NVML, and fills the answer as far as NVML responds. If NVML does not find its library, the function why
-// returns the dynamic loader's error.
+// ask fills the answer as far as NVML responds. If NVML's library cannot be loaded, the callback returns the loader's
+// error.
 func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
@@ -137,7 +136,7 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 		}
 		device := describe(d)
 		device.Persistence = persistence(d, persist)
-		// Drivers before R525 lack this function. The dynamic loader ends a program that calls a missing function.
+		// Drivers before R525 lack this function. A call of a missing function ends the program.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
 			device.Fabric = fabric(d)
 		}
@@ -154,7 +153,7 @@ type facts interface {
 	GetMemoryInfo() (nvml.Memory, nvml.Return)
 }
 
-// describe reads the properties of a GPU. Its field Error is about the first property that NVML did not report.
+// describe reads the properties of a GPU. Error is about the first property that NVML did not report.
 func describe(d facts) (out Device) {
 	note := func(what string, ret nvml.Return) bool {
 		if ret != nvml.SUCCESS && out.Error == "" {
@@ -176,7 +175,7 @@ func describe(d facts) (out Device) {
 	return out
 }
 
-// persistence turns persistence mode on if the argument on is true, and then returns the mode.
+// persistence returns whether persistence mode is on. If on is true, it first turns the mode on.
 func persistence(d interface {
 	SetPersistenceMode(nvml.EnableState) nvml.Return
 	GetPersistenceMode() (nvml.EnableState, nvml.Return)
@@ -197,7 +196,7 @@ func persistence(d interface {
 	return "off"
 }
 
-// fabric returns a GPU's progress in joining its NVLink fabric; "" means that it has none.
+// fabric returns a GPU's progress in joining its NVLink fabric, or "" without one.
 func fabric(d interface {
 	GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return)
 }) string {

@@ -17,8 +17,7 @@ type Token struct {
 	ExpiresAt time.Time  `json:"expiresAt"`
 	UsedAt    *time.Time `json:"usedAt,omitempty"` // time of the last use, rounded to the hour
 	RevokedAt *time.Time `json:"revokedAt,omitempty"`
-	// Secret is the value that the holder sends with each request. The server returns it once, in the answer to
-	// CreateToken.
+	// Secret is the value that the holder sends with each request. Only CreateToken returns it.
 	Secret string `json:"secret,omitempty"`
 }
 
@@ -37,7 +36,7 @@ type AuditEntry struct {
 	Method string    `json:"method"`
 	Path   string    `json:"path"`
 	Status int       `json:"status"`
-	// Request is the id of the request. The server writes this id into its log and into its answer to the caller.
+	// Request is the id of the request. The server also writes it into its log and into its answer.
 	Request string `json:"request"`
 	// Source is the network address of the caller.
 	Source string `json:"source"`
@@ -48,7 +47,7 @@ func (c *Client) Tokens(ctx context.Context) (all []Token, err error) {
 	return all, c.call(ctx, http.MethodGet, "/v1/tokens", nil, &all)
 }
 
-// CreateToken makes a token. The result contains the token's secret, which no later call returns.
+// CreateToken makes a token. No later call returns the token's secret.
 func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err error) {
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", n, &t)
 }

@@ -1,5 +1,5 @@
 // Package api defines the types that server, builder and fetcher exchange over HTTP and through the queue, and a typed
-// client. It decides nothing: the component that owns a rule, such as which artifact a node gets, implements the rule.
+// client. It implements no rules: each rule is in the component that owns it.
 package api
 
 import (
@@ -14,7 +14,7 @@ import (
 // State is the state of a cell of the matrix.
 type State string
 
-// The states of a cell. A build can have only the states queued, building, published, failed and cancelled.
+// The states of a cell. A build can only be queued, building, published, failed or cancelled.
 const (
 	Published   State = "published"   // an artifact exists
 	Building    State = "building"    // a builder works on it
@@ -27,8 +27,8 @@ const (
 	Unknown     State = "unknown"     // nobody has requested a build of the cell, or the kernel is not known; see Reason
 )
 
-// Withdrawn reports whether an artifact exists but must not be used. A node must then not fetch the artifact from
-// another registry, and must not compile the driver itself.
+// Withdrawn reports whether an artifact exists but must not be used. A node must then neither fetch the artifact
+// elsewhere nor compile the driver itself.
 func (s State) Withdrawn() bool { return s == Yanked || s == Quarantined }
 
 // Kernel is a kernel of the catalogue.
@@ -36,16 +36,15 @@ type Kernel struct {
 	target.Kernel
 	// Fingerprint is empty until a builder has read the kernel's headers.
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
-	// Default, Latest and Branches come from these files of the COS build: gpu_default_version, gpu_latest_version and
-	// gpu_driver_versions.
+	// Default, Latest and Branches come from gpu_default_version, gpu_latest_version and gpu_driver_versions of the COS
+	// build.
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
 	// GPUs has the versions that gpu_driver_versions lists for single GPU types. The key is COS's name of the type, such
 	// as NVIDIA_L4.
 	GPUs map[string]GPUDrivers `json:"gpus,omitempty"`
-	// GKE lists the GKE versions whose nodes boot this kernel, newest first. The server reads them from the image list
-	// that it follows.
+	// GKE lists the GKE versions whose nodes boot this kernel, newest first.
 	GKE    []string  `json:"gke,omitempty"`
 	SeenAt time.Time `json:"seenAt"`
 	// FirstSeenAt is when the catalogue first recorded the kernel.
@@ -65,7 +64,7 @@ type GPUDrivers struct {
 type DriverRelease struct {
 	Version string `json:"version"`
 	Branch  string `json:"branch"`
-	// Flavours are the flavours that the release is known to have; empty means that they are not known yet.
+	// Flavours are the flavours that the release is known to have. If empty, they are not known yet.
 	Flavours []target.Flavour `json:"flavours,omitempty"`
 	SeenAt   time.Time        `json:"seenAt"`
 }
@@ -98,12 +97,11 @@ type NewArtifact struct {
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Release     string             `json:"release,omitempty"`
-	// Kernels are the COS builds that have a kernel-match attestation for the artifact. All must have one architecture.
+	// Kernels are the COS builds with a kernel-match attestation for the artifact. All must have one architecture.
 	Kernels []target.Kernel `json:"kernels"`
 }
 
-// MaxBuildLog is the greatest size in bytes of the log of one build. The server refuses a longer log. A builder
-// therefore sends only the last MaxBuildLog bytes of a longer log.
+// MaxBuildLog is the maximum size in bytes of the log of one build. Builders send only the end of a longer log.
 const MaxBuildLog = 64 << 20
 
 // Bounds on the log of a running build, in bytes.
@@ -112,8 +110,8 @@ const (
 	MaxLiveLogPart = 256 << 10 // greatest size of one part that a builder appends
 )
 
-// HeartbeatInterval is the time after which a builder reports again that it works on a build. If several reports are
-// missing, the server gives the build to another builder.
+// HeartbeatInterval is the time between two reports of a builder on a build. If several reports are missing, the server
+// gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
 // BuildRequest asks the server to build a cell.
@@ -134,10 +132,10 @@ type Build struct {
 	Phase   string        `json:"phase,omitempty"`
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
-	// Class is the kind of the failure if State is failed. If State is queued, Class is the kind of the previous attempt's
-	// failure, or "" if there was no previous attempt.
+	// Class is the kind of the failure if State is failed. If State is queued, it is the kind of the previous attempt's
+	// failure, or "".
 	Class string `json:"class,omitempty"`
-	// Error is the first error line. For an API break it comes from the compiler's output.
+	// Error is the first error line.
 	Error  string           `json:"error,omitempty"`
 	Hint   string           `json:"hint,omitempty"`
 	Digest string           `json:"digest,omitempty"`
@@ -151,7 +149,7 @@ type Build struct {
 	HeartbeatAt *time.Time `json:"beatAt,omitempty"`
 }
 
-// BuildUpdate is a builder's report about a build. A zero field leaves the catalogue's value unchanged.
+// BuildUpdate is a builder's report about a build. A zero field changes nothing.
 type BuildUpdate struct {
 	State       State              `json:"state,omitempty"`
 	Worker      string             `json:"worker,omitempty"`
@@ -170,11 +168,11 @@ type BuildUpdate struct {
 // Resolution is the answer to the question which driver a node with this kernel should run.
 type Resolution struct {
 	Kernel target.Kernel `json:"kernel"`
-	// Driver is the exact driver that the wish resolved to; empty if no driver fits.
+	// Driver is the exact driver for the wish; empty if no driver fits.
 	Driver target.Driver `json:"driver"`
 	State  State         `json:"state"`
-	// Repository and Digest identify the artifact if State is published. A Repository that begins with "/" has no host:
-	// it is on the server itself.
+	// Repository and Digest identify the artifact if State is published. A Repository that begins with "/" is on the
+	// server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
 	// Replacement is the digest of the artifact to use in place of the cell's yanked artifact.
@@ -182,7 +180,7 @@ type Resolution struct {
 	// ReadyAt is the time at which the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
 	// Position is the place of a queued cell in the queue; 1 is the next one. ETA is the expected time at which a queued
-	// or building cell is ready, from the duration of recent builds. Both are estimates.
+	// or building cell is ready. Both are estimates.
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 	// Build is the newest build of the cell; nil if there is none.
@@ -192,8 +190,7 @@ type Resolution struct {
 	Hint   string `json:"hint,omitempty"`
 }
 
-// WishList is a stored wish list: the cells that the farm builds before anybody asks. The text is in the builder's
-// format; "builder wish schema" prints its schema.
+// WishList is a stored wish list, in the builder's format. "builder wish schema" prints its schema.
 type WishList struct {
 	Name string `json:"name"`
 	Text string `json:"text"`
@@ -201,7 +198,7 @@ type WishList struct {
 	Version   int64     `json:"version"`
 	ChangedAt time.Time `json:"changedAt"`
 	// PlannedAt is the time at which the server last compared the list with the catalogue. Cells is the number of cells
-	// that the wishes in the list stand for. Problems says why some wishes stand for no cell.
+	// that the wishes stand for. Problems says why some wishes stand for no cell.
 	PlannedAt *time.Time `json:"plannedAt,omitempty"`
 	Cells     int        `json:"cells"`
 	Problems  []string   `json:"problems,omitempty"`
@@ -210,8 +207,8 @@ type WishList struct {
 // NewWishList is the body of a request that stores a wish list.
 type NewWishList struct {
 	Text string `json:"text"`
-	// Version is the version of the text that this one replaces. If the stored text has another version, the server stores
-	// nothing. 0 replaces any version.
+	// Version is the version of the text to replace. If the stored text has another version, the server stores nothing. 0
+	// replaces any version.
 	Version int64 `json:"version,omitempty"`
 }
 
@@ -225,16 +222,16 @@ type Release struct {
 	BuildID string    `json:"buildId"`
 	SeenAt  time.Time `json:"seenAt"`
 	Kernels []Kernel  `json:"kernels"`
-	// Cells are the cells that somebody asked for, including those of wish lists. Ready is the number of published cells.
-	// Open is the number of cells that are queued or being built.
+	// Cells are the cells that somebody or a wish list asked for. Ready is the number of published cells. Open is the
+	// number of queued and building cells.
 	Cells []Resolution  `json:"cells"`
 	Ready int           `json:"ready"`
 	Open  int           `json:"open"`
 	Times ReadyDuration `json:"times"`
 }
 
-// ReadyDuration summarises how much time passed from the first sight of a cell's kernel until the cell was ready. Count
-// is the number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
+// ReadyDuration summarises how long cells took to become ready, from the first sight of their kernel. Count is the
+// number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
 type ReadyDuration struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`
@@ -247,17 +244,17 @@ type ReadyDuration struct {
 type Pool struct {
 	Name string `json:"name,omitempty"`
 	// BuildID is the BUILD_ID of the COS build. GKE is a GKE version, such as 1.33.5-gke.1080000, and stands for the COS
-	// build that the nodes of this GKE version boot. One of the two is empty.
+	// build that its nodes boot. One of the two is empty.
 	BuildID string `json:"buildId,omitempty"`
 	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
-	// Driver and Flavour have the same values as in a BuildRequest. Empty means default for Driver, and auto for Flavour.
+	// Driver and Flavour are as in a BuildRequest. Empty means default for Driver, and auto for Flavour.
 	Driver  string `json:"driver,omitempty"`
 	Flavour string `json:"flavour,omitempty"`
 }
 
-// BuildOrGKE returns name as one of its two results; the other result is empty. A name with "-gke." in it is a GKE
-// version. Any other name is a BUILD_ID.
+// BuildOrGKE returns the given name as one of its two results; the other result is empty. A name with "-gke." in it is
+// a GKE version. Any other name is a BUILD_ID.
 func BuildOrGKE(name string) (buildID, gke string) {
 	if strings.Contains(name, "-gke.") {
 		return "", name
@@ -284,8 +281,8 @@ type PoolVerdict struct {
 	Resolution Resolution `json:"resolution"`
 }
 
-// Problem is the body of every error answer (RFC 9457, media type application/problem+json). Its members Kind and Hint
-// are Prebake's own.
+// Problem is the body of every error answer (RFC 9457, media type application/problem+json). Kind and Hint are
+// Prebake's own members.
 type Problem struct {
 	Title  string     `json:"title"`
 	Status int        `json:"status"`
@@ -294,14 +291,14 @@ type Problem struct {
 	Hint   string     `json:"hint,omitempty"`
 }
 
-// BuildJob is a build in the queue. It is the argument of a River job of the kind that [BuildJob.Kind] returns.
+// BuildJob is a build in the queue: the argument of a River job.
 type BuildJob struct {
 	Build   int64  `json:"build" river:"unique"`
 	BuildID string `json:"build_id"`
 	Board   string `json:"board"`
 	Driver  string `json:"driver"` // an exact version
 	Flavour string `json:"flavour"`
-	// KernelMirror and DriverMirror are the URLs of the buckets with the inputs; "" means the builder's own default.
+	// KernelMirror and DriverMirror are the URLs of the buckets with the inputs. "" means the builder's default.
 	KernelMirror string `json:"kernel_mirror,omitempty"`
 	DriverMirror string `json:"driver_mirror,omitempty"`
 }

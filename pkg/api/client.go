@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The log of
-// a build needs no bound here, because the server has one: [MaxBuildLog].
+// Bounds on the answers that the client reads, in bytes. The server itself bounds the log of a build; see
+// [MaxBuildLog].
 const (
 	maxAnswer  = 64 << 20 // of an answer in JSON
 	maxProblem = 1 << 20  // of an error answer, and of one event
@@ -35,15 +35,14 @@ type Client struct {
 	http  *http.Client
 }
 
-// Time limits. The transfer of a long log may take longer than callTime. So its total time is not limited; it ends with
-// an error only if no data moves for idleTimeout.
+// Time limits. The transfer of a log has no total limit. It fails if no data moves for idleTimeout.
 const (
 	callTime    = time.Minute // of a call whose answer is JSON
 	idleTimeout = time.Minute
 )
 
 // NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
-// only reads. If hc is nil, the client uses an HTTP client that waits at most idleTimeout for an answer to begin.
+// only reads. A nil HTTP client means one that waits at most idleTimeout for an answer to begin.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
@@ -53,10 +52,10 @@ func NewClient(base, token string, hc *http.Client) *Client {
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
 }
 
-// maxToken is the greatest size of a token in bytes. A token of Kubernetes has about 1,500 bytes.
+// maxToken is the maximum size of a token in bytes. A token of Kubernetes has about 1,500 bytes.
 const maxToken = 64 << 10
 
-// ReadToken reads a token from a file, without the white space around it. If the file cannot be opened or has no token,
+// ReadToken reads a token from a file, without surrounding white space. If the file cannot be opened or has no token,
 // the error is of kind Usage.
 func ReadToken(file string) (string, error) {
 	f, err := os.Open(file)
@@ -78,8 +77,7 @@ func ReadToken(file string) (string, error) {
 	return token, nil
 }
 
-// WithTokenFile returns a client that reads its token from a file at each call. A program that renews the token, as
-// Kubernetes does, need not notify the client.
+// WithTokenFile returns a client that reads its token from a file at each call, so the token may be renewed.
 func (c *Client) WithTokenFile(file string) *Client {
 	return &Client{base: c.base, http: c.http, token: func() (string, error) { return ReadToken(file) }}
 }
@@ -102,15 +100,13 @@ func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
 	return collect(c.EachArtifact(ctx, Filter{}))
 }
 
-// Question is the input of [Client.Resolve]. Driver is a wish, as in a [BuildRequest]; "" means default. Flavour is
-// auto, proprietary or open; "" means auto. Release is what `uname -r` prints on the node. If it differs from the
-// release of the kernel in the catalogue, the answer has no artifact.
+// Question is the input of [Client.Resolve]. Driver and Flavour are as in a [BuildRequest]; "" means default and auto.
+// Release is what `uname -r` prints on the node. If it is not the release in the catalogue, the answer has no artifact.
 type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }
 
-// Resolve asks which artifact a node with this kernel should run. Every valid question gets an answer: if the State is
-// not published, that is not an error.
+// Resolve asks which artifact a node with this kernel should run. A State other than published is not an error.
 func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	values := url.Values{"buildId": {q.BuildID}, "board": {q.Board}}
 	for name, value := range map[string]string{"driver": q.Driver, "flavour": q.Flavour, "release": q.Release} {
@@ -122,8 +118,8 @@ func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/resolve?"+values.Encode(), nil, &out)
 }
 
-// RequestBuild asks for the build of a cell. If a build of the cell is queued or running, or has published the cell,
-// RequestBuild returns that build and starts no other.
+// RequestBuild asks for the build of a cell. If a build is queued, running or published, it returns that build and
+// starts no other.
 func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
@@ -152,9 +148,9 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 	return out, c.call(ctx, http.MethodPatch, buildPath(id), u, &out)
 }
 
-// Watch calls f with each new state of a build, until the build is over or f returns an error. If the stream breaks,
-// Watch returns an error of kind Transient, and the caller should watch again. Watch is a function and not a method for
-// the same reason as [FollowLog].
+// Watch passes each new state of a build to the callback, until the build is over or the callback returns an error. If
+// the stream breaks, the error is of kind Transient: watch again. Watch is a function for the same reason as
+// [FollowLog].
 func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
 	resp, err := c.request(ctx, http.MethodGet, path, "", nil)
@@ -256,8 +252,8 @@ func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, 
 // YankRequest is the body of a yank.
 type YankRequest struct {
 	Reason string `json:"reason"`
-	// Replacement is the digest of another published artifact; "" means none. That artifact must have the same
-	// fingerprint, and the same driver or a newer one.
+	// Replacement is the digest of another published artifact; "" means none. It must have the same fingerprint, and the
+	// same driver or a newer one.
 	Replacement string `json:"replacement,omitempty"`
 }
 
@@ -269,7 +265,7 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 	return err
 }
 
-// answer works as call does, and returns the header of the answer.
+// answer is like call, and also returns the header of the answer.
 func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -327,8 +323,7 @@ func drain(resp *http.Response) error {
 	return errors.Join(err, resp.Body.Close())
 }
 
-// request sends a request. If the status of the answer is an error, request returns that error and no answer; status
-// 416 is an exception, see send.
+// request sends a request. An answer with an error status becomes an error; for status 416, see send.
 func (c *Client) request(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response,
 	error) {
 	header := http.Header{}
@@ -338,8 +333,8 @@ func (c *Client) request(ctx context.Context, method, path, contentType string, 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send works as request does, and adds these headers. For a request of a range, it returns an answer of status 416
-// without an error: [FollowLog] requests a range of a log, and the log may be shorter than it was.
+// send is like request, with these headers. For a request of a range, status 416 is not an error: a log that
+// [FollowLog] reads may have become shorter.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,
@@ -374,8 +369,8 @@ func (c *Client) send(
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
-// problem returns an error with a fault kind for an error answer. If the answer does not come from the server, but for
-// example from a proxy, the status alone decides the kind, and the error has the URL.
+// problem returns an error with a fault kind for an error answer. If the answer is not the server's own, but for
+// example a proxy's, the status decides the kind.
 func problem(resp *http.Response, fail func(error) error) error {
 	var p Problem
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
@@ -386,7 +381,7 @@ func problem(resp *http.Response, fail func(error) error) error {
 		if text == "" {
 			text = p.Title
 		}
-		return fault.New(p.Kind, text, p.Hint)
+		return withRetryAfter(fault.New(p.Kind, text, p.Hint), resp)
 	}
 	kind, hint := fault.Internal, ""
 	switch {
@@ -399,5 +394,5 @@ func problem(resp *http.Response, fail func(error) error) error {
 	case resp.StatusCode >= 400:
 		kind = fault.Usage
 	}
-	return fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint)
+	return withRetryAfter(fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint), resp)
 }

@@ -2,8 +2,8 @@ package api
 
 import "testing"
 
-// TestClientBoundsNoTransfer checks that the default HTTP client has no timeout for a whole call. Such a timeout would
-// also end the transfer of a long log.
+// TestClientBoundsNoTransfer checks that the default HTTP client has no timeout for a whole call, such as a long
+// transfer.
 func TestClientBoundsNoTransfer(t *testing.T) {
 	t.Parallel()
 	if got := NewClient("http://server.example", "", nil).http.Timeout; got != 0 {

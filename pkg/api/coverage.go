@@ -11,8 +11,8 @@ type Coverage struct {
 	// At is the time of the count, which may be some seconds ago.
 	At    time.Time      `json:"at"`
 	Total CoverageCounts `json:"total"`
-	// Milestones has one entry for each COS milestone, newest first. The entry for milestone 0 has the kernels whose
-	// milestone is not known yet.
+	// Milestones has one entry for each COS milestone, newest first. Milestone 0 has the kernels whose milestone is not
+	// known.
 	Milestones []MilestoneCoverage `json:"milestones"`
 }
 

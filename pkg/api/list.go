@@ -11,16 +11,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on a list that the client reads page by page. A page has at most pageLimit entries. A page of cells has the
-// cells of at most cellLimit kernels. A list has at most maxPages pages.
+// Bounds on a list that the client reads page by page. A page has at most pageLimit entries, or the cells of at most
+// cellLimit kernels. A list has at most maxPages pages.
 const (
 	pageLimit = 1000
 	cellLimit = 100
 	maxPages  = 10000
 )
 
-// Filter selects entries of a list. An empty field matches any entry. The server refuses a field that the list does not
-// support. The comment of each method of [Client] says which fields its list supports.
+// Filter selects entries of a list. An empty field matches any entry. Each method of [Client] says which fields it
+// supports.
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
@@ -32,8 +32,8 @@ type Filter struct {
 	State   State
 	// Actor is the caller in an entry of the audit log.
 	Actor string
-	// Page is the number of entries that one request reads; 0 means the largest number that the server allows. For lists
-	// of cells, it is the number of kernels.
+	// Page is the number of entries that one request reads; 0 means the server's maximum. For lists of cells, it is the
+	// number of kernels.
 	Page int
 }
 
@@ -59,7 +59,7 @@ func (f Filter) query(largest int) url.Values {
 // nextLink matches the only form in which the server's Link header has the next page.
 var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
 
-// readPages reads a list page by page, until the caller stops. After an error, it yields the error and stops.
+// readPages reads a list page by page. After an error, it yields the error and stops.
 func readPages[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
@@ -86,7 +86,6 @@ func readPages[T any](ctx context.Context, c *Client, path string, query url.Val
 	}
 }
 
-// collect reads a whole list.
 func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 	all := []T{}
 	for entry, err := range entries {
@@ -140,8 +139,8 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 	return out, c.call(ctx, http.MethodGet, "/v1/artifacts/"+url.PathEscape(digest), nil, &out)
 }
 
-// ReadyTimes summarises how much time passed from the first sight of a cell's kernel until the cell was ready. It
-// covers the cells that became ready within this number of days before now.
+// ReadyTimes summarises how long cells took to become ready, from the first sight of their kernel. It covers the cells
+// that became ready in this number of past days.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration
 	return out, c.call(ctx, http.MethodGet, "/v1/ready-times?days="+strconv.Itoa(days), nil, &out)

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens the log of a build. For a running build, it reads the part that exists now. The caller must close the
+// BuildLog opens the log of a build. For a running build, it has the part that exists now. The caller must close the
 // log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -24,14 +24,14 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 		cancel()
 		return nil, err
 	}
-	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
+	return stall.WatchSparse(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
-// FollowLog writes a build's log while it grows, until the build has ended. The argument pause is the time between two
-// requests. If the server does not answer, FollowLog tries again. If the log is shorter than before, a new attempt has
-// begun, and FollowLog writes the new log from its beginning. If the log of a new attempt becomes longer than the
-// former log within one pause, FollowLog does not notice the new attempt, and continues at the former position.
-// FollowLog is a function and not a method of [Client], so that a program that does not call it does not link it.
+// FollowLog writes a build's log while it grows, until the build has ended. It pauses between two requests, and retries
+// if the server does not answer. If the log has become shorter, a new attempt has begun, and FollowLog writes the new
+// log from its beginning. It misses a new attempt whose log grows longer than the former log within one pause.
+//
+// FollowLog is a function and not a method, so that a program that does not call it does not link it.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
 	written := int64(0)
 	for {
@@ -71,7 +71,7 @@ func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (
 	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // a new attempt has begun
 		return 0, drain(resp)
 	}
-	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
+	body := stall.WatchSparse(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
 	if resp.StatusCode == http.StatusPartialContent && written > 0 {
 		_, err = io.CopyN(io.Discard, body, 1)
 	} else {
@@ -100,8 +100,8 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	return drain(resp)
 }
 
-// AppendBuildLog appends a part to the log of a running build. The argument offset is the length in bytes of the log
-// before this part. The error is of kind Mismatch if the server's log has another length, or if the build has ended.
+// AppendBuildLog appends a part to the log of a running build. The offset is the length in bytes of the log before this
+// part. If the log has another length, or the build has ended, the error is of kind Mismatch.
 func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
 	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
 	resp, err := c.request(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))
@@ -111,8 +111,8 @@ func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []by
 	return drain(resp)
 }
 
-// idleTimer restarts a timer with each read. The HTTP client reads the next bytes only after it has sent the previous
-// ones, so the timer runs out when the server takes nothing more.
+// idleTimer restarts a timer with each read. The HTTP client reads only after it has sent the previous bytes, so the
+// timer runs out if the server takes nothing more.
 type idleTimer struct {
 	r     io.Reader
 	timer *time.Timer

@@ -28,8 +28,7 @@ func (s *slow) Read(p []byte) (int, error) {
 	return copy(p, "line\n"), nil
 }
 
-// reader is a server that reads the whole request. If the field most is above 0, the server stops reading after that
-// number of bytes.
+// reader is a server that reads the whole request, or only the number of bytes in its field.
 type reader struct{ most int }
 
 func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -51,8 +50,8 @@ func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// TestPutBuildLogTakesItsTime checks that a slow log is sent completely while data moves, however long that takes. A
-// transfer that stands still for a minute ends.
+// TestPutBuildLogTakesItsTime checks that a slow log is sent completely, and that a transfer that stands still for a
+// minute ends.
 func TestPutBuildLogTakesItsTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

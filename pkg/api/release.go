@@ -15,12 +15,12 @@ type ReleaseSummary struct {
 	SeenAt    time.Time `json:"seenAt"`
 	// Cells has, for each state, the number of cells that somebody asked for.
 	Cells map[State]int `json:"cells"`
-	// Times summarises how much time passed from the first sight of a cell's kernel until the cell was ready.
+	// Times says how long the cells took to become ready, from the first sight of their kernel.
 	Times ReadyDuration `json:"times"`
 }
 
-// EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size is a number of
-// kernels, not of COS builds: a COS build has one kernel for each board.
+// EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size counts kernels: a
+// COS build has one kernel for each board.
 func (c *Client) EachRelease(ctx context.Context, f Filter) iter.Seq2[ReleaseSummary, error] {
 	return readPages[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
 }

@@ -29,13 +29,13 @@ type NodeReport struct {
 	// Class is the kind of the error, and Message is its first line. Both are empty if the outcome is Loaded.
 	Class   string `json:"class,omitempty"`
 	Message string `json:"message,omitempty"`
-	// Node is a text of 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same text in
-	// each report, so that the server counts the node once. Nobody can tell from the text which node it is.
+	// Node identifies the node by 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same
+	// text in each report. Nobody can tell from the text which node it is.
 	Node string `json:"node"`
 }
 
-// ReportCounts has, for an artifact on one kernel, the number of nodes with each outcome. Only the last report of each
-// node within thirty days counts.
+// ReportCounts has the number of nodes with each outcome, for an artifact on one kernel. Only each node's last report
+// within thirty days counts.
 type ReportCounts struct {
 	BuildID  string    `json:"buildId"`
 	Board    string    `json:"board"`

@@ -8,13 +8,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Warning is a cell whose builds fail, and that an early-warning entry of a wish list asked for. Most such cells are of
-// a milestone that is not released yet.
+// Warning is a cell whose builds fail, and that an early-warning entry of a wish list asked for.
 type Warning struct {
 	Kernel target.Kernel `json:"kernel"`
 	Driver target.Driver `json:"driver"`
-	// Class is the class of the failure, such as api-break. Error is the first line of the message that locates the
-	// failure.
+	// Class is the class of the failure, such as api-break. Error is the first line of its message.
 	Class string `json:"class"`
 	Error string `json:"error"`
 	Hint  string `json:"hint,omitempty"`

@@ -1,5 +1,4 @@
-// Package archive unpacks a foreign tar below a folder. The tar may be plain, or compressed with gzip, xz or zstd. The
-// first bytes of the stream decide which.
+// Package archive unpacks a foreign tar below a folder. The tar may be plain, or compressed with gzip, xz or zstd.
 //
 // The package trusts no byte of the archive. It refuses:
 //   - names that are absolute, contain "..", or pass through a link
@@ -9,8 +8,8 @@
 //   - a second entry with the same name
 //   - more entries, more bytes or longer names than its bounds allow
 //
-// The package restores only the executable bit of the mode: folders become 0755, files 0644 or 0755. It ignores owners,
-// times and extended attributes. After an error, the caller removes the files that were unpacked.
+// Folders get mode 0755, files 0644 or 0755. Owners, times and extended attributes are ignored. After an error, the
+// caller removes the files that were unpacked.
 package archive
 
 import (
@@ -28,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Options are the limits and choices of an Unpack. If a field is zero, the default in its comment applies.
+// Options are the limits and choices of an Unpack.
 type Options struct {
 	// Entries is the largest number of entries; 0 means 500,000.
 	Entries int
@@ -36,11 +35,11 @@ type Options struct {
 	Bytes int64
 	// Name is the longest path in bytes; 0 means 1024.
 	Name int
-	// Outside is called for each symbolic link that could lead out of the folder. Unpack then leaves this link out. If
-	// Outside is nil and there is such a link, Unpack refuses the whole archive.
+	// Outside is called for each symbolic link that could lead out of the folder, and the link is left out. If Outside is
+	// nil, the link is an error.
 	Outside func(name, target string)
-	// Root says that the archive is a root file system. Unpack then makes absolute links relative to the archive's root,
-	// and leaves devices and pipes out.
+	// Root says that the archive is a root file system. Absolute links then become relative to the archive's root, and
+	// devices and pipes are left out.
 	Root bool
 	// XZTool is the path of an xz program for xz archives; "" means the decoder in Go.
 	XZTool string
@@ -66,8 +65,7 @@ type Stats struct {
 	Bytes                int64
 }
 
-// Unpack unpacks the tar in r into the folder root, which should be empty. If it refuses the archive, the error is of
-// kind Unverified.
+// Unpack unpacks a tar into the folder root, which should be empty. A refused archive is an error of kind Unverified.
 func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
 	o = o.withDefaults()
 	src, format, err := Decompress(ctx, r, o.XZTool)
@@ -81,8 +79,7 @@ func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, 
 	return stats, err
 }
 
-// UnpackTar works as Unpack does, for a tar that is not compressed. A program that calls only UnpackTar does not link
-// the decoders.
+// UnpackTar unpacks an uncompressed tar. A program that calls only UnpackTar does not link the decoders.
 func UnpackTar(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
 	return unpack(ctx, r, root, o.withDefaults(), Plain)
 }
@@ -141,8 +138,7 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// countEntry counts an entry of the archive, or a folder that only the name of another entry contains. Both take space
-// on the disk, so both count for the limit.
+// countEntry counts an entry, or a folder without an entry of its own. Both take space on the disk.
 func (u *unpacker) countEntry() error {
 	if u.count++; u.count > u.o.Entries {
 		return refuse("read tar: more than %d entries, including folders that have no entry of their own", u.o.Entries)
@@ -184,8 +180,7 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
 }
 
-// cleanName turns the name of a tar entry into a slash-separated path below the root. It refuses a name that leads out
-// of the root.
+// cleanName turns the name of a tar entry into a slash-separated path below the root.
 func cleanName(name string, limit int) (string, error) {
 	if len(name) > limit {
 		return "", refuse("unpack %.60q…: the name is longer than %d bytes", name, limit)
@@ -204,7 +199,7 @@ func cleanName(name string, limit int) (string, error) {
 	return path.Clean(name), nil
 }
 
-// folder makes the folder with this name, and its parents. Each of them is a real folder, never a link.
+// folder makes a folder and its parents. Each of them is a real folder, never a link.
 func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil
@@ -273,8 +268,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	return nil
 }
 
-// copy works as io.CopyBuffer does, with two differences. It separates errors of the source from errors of the disk,
-// and it stops when ctx ends.
+// copy is io.CopyBuffer that stops when ctx ends. It separates errors of the source from errors of the disk.
 func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
 	for {
 		if err := context.Cause(ctx); err != nil {
@@ -318,9 +312,9 @@ func (u *unpacker) symlink(name, target string) error {
 	return nil
 }
 
-// linkStays reports whether a link can never lead out of the folder, whatever other links exist. The folder that holds
-// the link is real (method folder ensures that), so each leading ".." of the target leads to the parent of a real
-// folder. A ".." after another name could climb out through a link of that name, so linkStays refuses it.
+// linkStays reports whether a link can never lead out of the folder, even with any other links. Each leading ".." of
+// the target leads to the parent of a real folder. A ".." after another name could climb out through a link of that
+// name, so linkStays refuses it.
 func linkStays(name, target string, limit int) bool {
 	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
 		return false
@@ -359,9 +353,8 @@ func (u *unpacker) hardlink(name, target string) error {
 	return nil
 }
 
-// readError classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
-// has ended, readError returns the cause of that end. It does not change an error that has a kind already, or an error
-// of a file on the disk.
+// readError gives damaged bytes the kind Unverified. It does not change an error that has a kind, or an error of a file
+// on the disk. If ctx has ended, it returns the cause.
 func readError(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
@@ -373,8 +366,7 @@ func readError(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Unverified, err, hintReplace)
 }
 
-// writeError classifies an error of the local file system. If the name exists already, the archive contains it twice,
-// because the folder was empty at the beginning.
+// writeError classifies an error of the local file system. A name that exists already is in the archive twice.
 func writeError(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):

@@ -286,7 +286,7 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	if err != nil {
 		t.Skip("the xz program is not installed")
 	}
-	// The program checks the header's checksum first, so the test corrects it. The checksum is the last four bytes.
+	// The program checks the header's checksum (its last four bytes) first, so the test corrects it.
 	header := whole[12 : 12+4*(int(whole[12])+1)]
 	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
 	_, _, err = unpack(t, whole, archive.Options{XZTool: tool})
@@ -352,8 +352,8 @@ func TestUnpackCancelled(t *testing.T) {
 	}
 }
 
-// FuzzUnpack needs -fuzzminimizetime=1x. The zstd decoder's goroutines make the coverage differ between runs, and the
-// engine would then minimise inputs for minutes.
+// FuzzUnpack needs -fuzzminimizetime=1x: the zstd decoder's goroutines change the coverage between runs, and the engine
+// would minimise inputs for minutes.
 func FuzzUnpack(f *testing.F) {
 	plain := makeTar(f,
 		entry{"d/", tar.TypeDir, 0o755, ""}, entry{"d/a", tar.TypeReg, 0o755, "a"},
@@ -377,13 +377,13 @@ func FuzzUnpack(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		// Unpack may refuse the archive or not. In both cases it must write nothing outside the folder.
+		// Whether Unpack refuses the archive or not, it must write nothing outside the folder.
 		_, _ = archive.Unpack(t.Context(), bytes.NewReader(data), root,
 			archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}
-		// No link leads out of the folder. A link that resolves has its target inside; any other target is missing.
+		// A link that resolves has its target inside the folder; any other target is missing.
 		real, rerr := filepath.EvalSymlinks(inner)
 		if rerr != nil {
 			t.Fatal(rerr)

@@ -31,12 +31,11 @@ const (
 // sniffLen is the number of bytes that Detect needs. The longest signature is "ustar" at offset 257 of a tar header.
 const sniffLen = 262
 
-// zstdWindow is the largest window that a zstd frame may ask for. The zstd modes --ultra and --long stay at or below
-// 128 MiB.
+// zstdWindow is the largest window that a zstd frame may ask for. zstd itself asks for 128 MiB at most.
 const zstdWindow = 128 << 20
 
-// Detect returns the format of a stream that begins with head; "" means that the format is not known. Detect needs 262
-// bytes to recognise a plain tar, and 6 bytes for the other formats.
+// Detect returns the format of a stream that begins with head, or "". A plain tar needs 262 bytes of head; the other
+// formats need 6.
 func Detect(head []byte) Format {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
@@ -51,11 +50,10 @@ func Detect(head []byte) Format {
 	return ""
 }
 
-// Decompress returns the tar inside r. The first bytes of r decide which decoder it uses. The caller must close the
-// result. Close ends the decoder or its process, but does not close r.
+// Decompress returns the tar inside r. The caller must close the result, which does not close r. If a decoding program
+// fails, the next Read returns the error.
 //
-// xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
-// for an archive of gigabytes. If the program fails, the next Read returns the error.
+// xzTool is the path of an xz program; "" means the decoder in Go, which is several times slower.
 func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser, Format, error) {
 	br := bufio.NewReaderSize(r, 256<<10)
 	head, err := br.Peek(sniffLen)
@@ -95,17 +93,17 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 	return nil, "", refuse("read archive: neither a tar nor a tar that is compressed with gzip, xz or zstd")
 }
 
-// xzDict is the largest dictionary that an xz stream may ask for. xz -9 asks for 64 MiB. The decoder allocates the
+// xzDict is the largest dictionary that an xz stream may ask for; xz -9 asks for 64 MiB. The decoder allocates the
 // dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
-// xzMemory is the flag that limits the memory of an xz program. The limit is higher than xzDict, because the program
-// runs several threads.
+// xzMemory limits the memory of an xz program. The limit is higher than xzDict because the program runs several
+// threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
 // checkXZ refuses a stream whose first block asks for a dictionary of more than xzDict bytes. The block header follows
-// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own
-// size, flags, up to two optional sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
+// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). It holds its own size, flags, up
+// to two optional sizes, and the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
@@ -174,8 +172,7 @@ func (p *xzProcess) Read(b []byte) (int, error) {
 	return n, p.err
 }
 
-// Close stops the program. A tar ends before its padding is read, so Close often meets a program that still runs;
-// stopping it is no error.
+// Close stops the program, which often still runs: a tar ends before its padding is read. That is no error.
 func (p *xzProcess) Close() error {
 	p.cancel()
 	if !p.done {

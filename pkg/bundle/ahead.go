@@ -9,14 +9,12 @@ const (
 	// aheadPiece is the number of bytes that [aheadReader] reads at once. A block of zstd has at most 128 KiB (RFC 8878,
 	// 3.1.1.2.4).
 	aheadPiece = 128 << 10
-	// aheadPieces is the number of pieces. One piece is being filled, one is being read, and one is full and waits. So
-	// the reader need not wait for each piece.
+	// aheadPieces is the number of pieces: one is being filled, one is being read, and one is full and waits.
 	aheadPieces = 3
 )
 
-// aheadReader reads a stream in its own goroutine, at most [aheadPieces] pieces before the caller needs them. So a
-// layer is downloaded, decompressed and written at the same time. The caller must call Close, which waits until a
-// running read of the stream ends.
+// aheadReader reads a stream in its own goroutine, at most [aheadPieces] pieces ahead. So a layer is downloaded,
+// decompressed and written at the same time. The caller must call Close, which waits for a running read of the stream.
 type aheadReader struct {
 	full chan piece  // filled pieces; the last one has the error
 	free chan []byte // empty pieces

@@ -39,8 +39,7 @@ func TestReadAhead(t *testing.T) {
 	}
 }
 
-// TestReadAheadClose calls Close in the middle of an endless stream. When Close returns, the goroutine has ended, so
-// nothing reads the stream any more.
+// TestReadAheadClose checks that the goroutine has ended when Close returns, even in the middle of an endless stream.
 func TestReadAheadClose(t *testing.T) {
 	t.Parallel()
 	var reads int // without a lock, so that the race detector reports a read after Close

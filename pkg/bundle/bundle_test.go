@@ -31,8 +31,8 @@ func sampleID() Identity {
 	}
 }
 
-// tree writes files to a folder. The map has the content of each file by its name. A content of "-> x" makes a link, a
-// name with a trailing slash makes a folder, and a leading "#!" makes the file executable.
+// tree writes files to a folder, from a map of names to contents. The content "-> x" makes a link, a trailing slash in
+// the name makes a folder, and a leading "#!" makes the file executable.
 func tree(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -205,10 +205,8 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
-// Published bytes must not change. If this test fails, for example after an update of the compression library, then old
-// inputs get new digests. It is then an error to publish such an artifact again, because its tag points to the old
-// digest, and a tag is never moved. If the new bytes are wanted, PackRecipe must change together with the digests
-// below.
+// TestPackKeepsItsBytes checks that old inputs keep their digests. Otherwise they could not be published again, because
+// their tags point to the old digests. If new bytes are wanted, change PackRecipe together with the digests below.
 func TestPackKeepsItsBytes(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names returns the names of all files, folders and links below root, for [CheckTree]. It returns an error if one of
-// the names does not belong to a layer of this kind.
+// Names returns the names of all files, folders and links below root, for [CheckTree]. If a name does not belong to a
+// layer of this kind, it returns an error.
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
@@ -31,14 +31,12 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	return names, nil
 }
 
-// CheckTree checks that an unpacked layer below root still matches the signed config. It packs the files again and
-// compares the diff ID, because equal trees give equal archives. It packs only the entries in the list names; a nil
-// list means all entries below root. The source of that list need not be trusted, because other names give another
-// archive.
+// CheckTree checks that an unpacked layer below root still matches the signed config. It packs the named entries again
+// and compares the diff ID; nil means all entries. The names may come from an untrusted source: with wrong names the
+// diff ID does not match.
 //
-// For a layer of modules, CheckTree also returns a map from the name of each file to the SHA-256 digest of the bytes
-// that it read. If a file was changed or is missing, the error is of kind Unverified. If the machine has no more memory
-// or file handles, the error is of kind Transient.
+// For a layer of modules, CheckTree also returns the SHA-256 digest of each file, by name. If a file was changed or is
+// missing, the error is of kind Unverified. If memory or file handles ran out, the error is of kind Transient.
 func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string,
 	names []string) (map[string]string, error) {
 	files, got, err := digestTree(ctx, root, kind, names)
@@ -137,8 +135,8 @@ func entriesByName(root *os.Root, names []string) ([]entry, error) {
 	return entries, nil
 }
 
-// checkPlain refuses a file that [Unpack] cannot have made: a file of another owner, a file that others may write, or a
-// file with a setuid, setgid or sticky bit. The diff ID does not show these differences.
+// checkPlain refuses a file that [Unpack] cannot have made, by its owner, write permissions or special bits. The diff
+// ID does not show these differences.
 func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,

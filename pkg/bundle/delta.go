@@ -14,25 +14,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A delta turns the archive of one layer, the former layer, into the archive of another layer. The new archive is split
-// into chunks of deltaChunk bytes. The delta has, for each chunk, the length of a zstd frame (4 bytes, little endian)
-// and the frame itself (RFC 8878). The frame's dictionary is raw content without an ID: the bytes of the former archive
-// around the chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such frames. To
-// write or to read a delta, no whole archive is needed in memory or on the disk.
+// A delta makes the archive of one layer from the archive of a former layer. The new archive is split into chunks of
+// deltaChunk bytes. For each chunk, the delta has the length of a zstd frame (4 bytes, little endian) and the frame
+// (RFC 8878). The frame's dictionary is raw content without an ID: the former archive's bytes around the chunk, as
+// [window] defines. `zstd --patch-from` writes and reads these frames.
 const (
-	// ArtifactTypeDelta is the artifact type of a delta that is attached to an artifact. The delta makes one layer of
-	// that artifact.
+	// ArtifactTypeDelta is the artifact type of a delta. It is attached to the artifact whose layer it makes.
 	ArtifactTypeDelta = "application/vnd.prebake.delta.v1"
 	// AnnotationDeltaFrom has the diff ID of the former layer.
 	AnnotationDeltaFrom = "dev.prebake.delta.from"
 
 	deltaChunk  = 2 << 20
 	deltaMargin = 1 << 20
-	// maxFrame is the greatest size of a frame in bytes: the size for a chunk that zstd cannot compress.
+	// maxFrame is the maximum size of a frame in bytes, for a chunk that zstd cannot compress.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
 	// deltaSlack is a number of bytes. The result of a delta may have at most twice the former layer's size plus
-	// deltaSlack. Anybody may attach a delta, and the result is verified only at its end. Without the bound, the result
-	// of a hostile delta could fill the disk before that.
+	// deltaSlack. Without this bound, a hostile delta could fill the disk before the result is verified.
 	deltaSlack = 16 << 20
 )
 
@@ -75,9 +72,8 @@ func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) erro
 	}
 }
 
-// UnpackDelta works as [Unpack] does, but it makes the layer from a delta and from the former layer's archive oldTar.
-// That archive need not be verified, because the result is verified: UnpackDelta succeeds only if the delta has this
-// size and digest, and the result has this diff ID.
+// UnpackDelta is like [Unpack], for a layer that is made of a delta and the former layer's archive. It succeeds only if
+// the delta has this size and digest, and the result has this diff ID. So the former archive need not be verified.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,
@@ -177,9 +173,8 @@ func (d *deltaReader) chunk() error {
 	return nil
 }
 
-// window provides the dictionary of each chunk. The dictionary has the former archive's bytes from deltaMargin before
-// the chunk's position to deltaMargin after the chunk. If the archive ends earlier, the dictionary is the last
-// deltaChunk+2*deltaMargin bytes of the archive.
+// window provides the dictionary of each chunk: the former archive from deltaMargin before the chunk to deltaMargin
+// after it. If the archive ends earlier, the dictionary is its last deltaChunk+2*deltaMargin bytes.
 type window struct {
 	r     io.Reader
 	buf   []byte
@@ -189,7 +184,7 @@ type window struct {
 	ended bool
 }
 
-// next returns the dictionary of the next chunk. The dictionary is valid until next is called again.
+// next returns the dictionary of the next chunk. It is valid until the next call.
 func (w *window) next() ([]byte, error) {
 	if w.buf == nil {
 		w.buf, w.piece = make([]byte, 0, deltaChunk+2*deltaMargin), make([]byte, 256<<10)
@@ -212,7 +207,7 @@ func (w *window) next() ([]byte, error) {
 // size returns the size of the archive. The result is right only after the archive has ended.
 func (w *window) size() int64 { return w.start + int64(len(w.buf)) }
 
-// push appends bytes to the buffer. If the buffer is full, push drops the oldest bytes.
+// push appends bytes to the buffer, and drops the oldest bytes if the buffer is full.
 func (w *window) push(p []byte) {
 	if over := len(w.buf) + len(p) - cap(w.buf); over > 0 {
 		w.buf = w.buf[:copy(w.buf, w.buf[over:])]
@@ -228,8 +223,7 @@ func noEOF(err error) error {
 	return err
 }
 
-// OpenArchive decompresses a packed layer and returns the layer's archive, for [WriteDelta]. The caller must close the
-// result.
+// OpenArchive decompresses a packed layer, for [WriteDelta]. The caller must close the result.
 func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	zr, err := newDecoder(packed)
 	if err != nil {
@@ -238,8 +232,8 @@ func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	return zr.IOReadCloser(), nil
 }
 
-// TreeArchive packs an unpacked layer into the archive that [Unpack] read, for [UnpackDelta]. It packs the entries with
-// these names; nil means all entries. The caller must close the result.
+// TreeArchive packs the named entries of an unpacked layer, for [UnpackDelta]; nil means all entries. The result is the
+// archive that [Unpack] read. The caller must close it.
 func TreeArchive(ctx context.Context, root *os.Root, kind LayerKind, names []string) io.ReadCloser {
 	ctx, cancel := context.WithCancel(ctx)
 	r, w := io.Pipe()

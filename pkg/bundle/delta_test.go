@@ -42,8 +42,7 @@ func applyDelta(delta, from []byte) ([]byte, error) {
 	return io.ReadAll(&deltaReader{r: bytes.NewReader(delta), win: &window{r: bytes.NewReader(from)}})
 }
 
-// deltaCases returns pairs of byte streams. The field most is the greatest length in bytes that the delta of the pair
-// may have.
+// deltaCases returns pairs of byte streams, with the maximum length of each pair's delta in bytes.
 func deltaCases() map[string]struct {
 	from, to []byte
 	most     int
@@ -88,8 +87,8 @@ func TestDelta(t *testing.T) {
 	}
 }
 
-// TestDeltaByZstd checks the frames with the zstd program. zstd must read each frame that [WriteDelta] writes, and
-// [UnpackDelta] must read the frames that zstd writes.
+// TestDeltaByZstd checks that the zstd program reads the frames of [WriteDelta], and that [UnpackDelta] reads those of
+// zstd.
 func TestDeltaByZstd(t *testing.T) {
 	t.Parallel()
 	zstd, err := exec.LookPath("zstd")

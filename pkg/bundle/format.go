@@ -8,9 +8,8 @@ const MediaTypeLayer = "application/vnd.oci.image.layer.v1.tar+zstd"
 // FormatVersion is the value of [AnnotationFormat]. This code writes and reads only this version.
 const FormatVersion = "1"
 
-// Annotations of the manifest. Together they are the whole identity of an artifact. BUILD_IDs are not among them,
-// because one artifact fits every COS build with its fingerprint. For each of these COS builds there is a signed
-// kernel-match statement.
+// Annotations of the manifest. Together they are the whole identity of an artifact. BUILD_IDs are not among them: the
+// signed kernel-match statements have them.
 const (
 	AnnotationFormat        = "dev.prebake.format"
 	AnnotationFingerprint   = "dev.prebake.kernel.fingerprint"
@@ -27,29 +26,27 @@ const AnnotationLayer = "dev.prebake.layer"
 // LayerKind is the kind of a layer's content.
 type LayerKind string
 
-// Kinds of layers, in manifest order. Paths in them are relative to the install folder that COS nodes and the GKE
-// device plugin expect.
+// Kinds of layers, in manifest order. Paths in layers are relative to the install folder of COS nodes and the GKE
+// device plugin.
 const (
 	// LayerModules has drivers/*.ko. Each fingerprint needs its own layer.
 	LayerModules LayerKind = "modules"
-	// LayerUserspace has bin/, lib64/, share/ and vulkan/. For each driver version and architecture there is one such
-	// layer.
+	// LayerUserspace has bin/, lib64/, share/ and vulkan/. It is the same for all kernels of an architecture.
 	LayerUserspace LayerKind = "userspace"
-	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. For each driver version and architecture there is one such
-	// layer.
+	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. It is the same for all kernels of an architecture.
 	LayerFirmware LayerKind = "firmware"
 )
 
 // LayerKinds returns the three kinds in manifest order.
 func LayerKinds() []LayerKind { return []LayerKind{LayerModules, LayerUserspace, LayerFirmware} }
 
-// annotationTitle is an annotation on each layer's descriptor. oras saves the layer as a file with this name (OCI
+// annotationTitle is an annotation on each layer's descriptor: the file name under which oras saves the layer (OCI
 // image-spec, annotations.md).
 const annotationTitle = "org.opencontainers.image.title"
 
 // title returns the file name of a layer of this kind.
 func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
-// ImageRecipe is the version of the code that makes a manifest and a config from layers. If a change of that code gives
-// another manifest for equal layers, change ImageRecipe.
+// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it if equal layers get
+// another manifest.
 const ImageRecipe = "image-3"

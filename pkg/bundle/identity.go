@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Identity is what the annotations of an artifact's manifest say about the artifact. The identity and the signed
-// statements decide whether the artifact fits a node.
+// Identity is what the annotations of a manifest say about the artifact. With the signed statements, it decides whether
+// the artifact fits a node.
 type Identity struct {
 	Fingerprint target.Fingerprint
 	Arch        target.Arch
@@ -21,8 +21,8 @@ type Identity struct {
 	Driver   target.Driver
 }
 
-// Bounds on the fields with free text. The struct utsname has 64 bytes for a release. A vermagic is a release and a few
-// words.
+// Bounds on the fields with free text. A release has at most 64 bytes in struct utsname. A vermagic is a release and a
+// few words.
 var (
 	releasePattern  = regexp.MustCompile(`^[!-~]{1,64}$`)
 	vermagicPattern = regexp.MustCompile(`^[ -~]{1,256}$`)
@@ -58,8 +58,7 @@ func (id Identity) Annotations() map[string]string {
 	}
 }
 
-// parseIdentity parses the identity in a manifest's annotations. All annotations of an identity are required; other
-// annotations are ignored.
+// parseIdentity parses the identity in a manifest's annotations. All its annotations are required; others are ignored.
 func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:
@@ -86,8 +85,8 @@ func parseIdentity(annotations map[string]string) (Identity, error) {
 	return id, nil
 }
 
-// Tag returns the tag of an artifact: version, flavour and the fingerprint's first digits. A tag helps people and
-// programs to find the artifact. A program that has found it must still compare the whole identity.
+// Tag returns the tag of an artifact: version, flavour and the fingerprint's first digits. A program that finds an
+// artifact by its tag must still compare the whole identity.
 func Tag(id Identity) string {
 	return id.Driver.String() + "-" + id.Fingerprint.Short()
 }

@@ -15,9 +15,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// Image returns the artifact as an OCI image with an image config, three layers and the identity as annotations. Any
-// registry can store the image, and any runtime can unpack it. The result depends only on the arguments, and not on the
-// time or the host.
+// Image returns the artifact as an OCI image with an image config, three layers and the identity as annotations. The
+// result depends only on the arguments.
 func Image(id Identity, layers []Layer) (v1.Image, error) {
 	if err := id.validate(); err != nil {
 		return nil, fmt.Errorf("make image: %w", err)

@@ -10,9 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Annotations of the manifest about the licences of the artifact's parts. Their values depend only on the flavour, and
-// not on what an operator allows. So equal inputs give equal digests. Artifacts from a time before these annotations do
-// not have them.
+// Annotations of the manifest about the licences of the artifact's parts. Their values depend only on the flavour.
+// Older artifacts do not have them.
 const (
 	AnnotationModulesLicence   = "dev.prebake.licence.modules"
 	AnnotationUserspaceLicence = "dev.prebake.licence.userspace"
@@ -23,8 +22,8 @@ const (
 	annotationLicenses = "org.opencontainers.image.licenses"
 )
 
-// Licences as SPDX expressions. SPDX's list does not have NVIDIA's licence. The text of NVIDIA's licence is
-// share/LICENSE in the layer of user space.
+// Licences as SPDX expressions. SPDX's list does not have NVIDIA's licence: its text is share/LICENSE in the layer of
+// user space.
 const (
 	// LicenceOpen is the meaning of "Dual MIT/GPL" in the open modules (Linux,
 	// Documentation/process/license-rules.rst).
@@ -39,8 +38,8 @@ type Redistribution string
 const (
 	// RedistributeNone allows no part under NVIDIA's licence.
 	RedistributeNone Redistribution = "none"
-	// RedistributeUserspace allows user space and firmware, which are unchanged files of NVIDIA. So artifacts with open
-	// modules may be published.
+	// RedistributeUserspace allows user space and firmware, which are unchanged files of NVIDIA. It is enough for
+	// artifacts with open modules.
 	RedistributeUserspace Redistribution = "userspace"
 	// RedistributeAll also allows proprietary modules.
 	RedistributeAll Redistribution = "all"
@@ -50,8 +49,7 @@ func redistributions() []Redistribution {
 	return []Redistribution{RedistributeNone, RedistributeUserspace, RedistributeAll}
 }
 
-// Covers reports whether the allowed level r includes the required level. If one of the two is unknown, the result is
-// false.
+// Covers reports whether this allowed level includes the required level. It returns false if one of them is unknown.
 func (r Redistribution) Covers(required Redistribution) bool {
 	return slices.Contains(redistributions(), required) &&
 		slices.Index(redistributions(), r) >= slices.Index(redistributions(), required)
@@ -99,10 +97,9 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// For an artifact of Prebake, the flavour in the annotations decides. The same is true for a manifest that is attached
-// to an artifact and has the artifact's annotations, such as that of debug symbols. For every other manifest,
-// RestrictionOf returns RedistributeNone. Other content of the manifest, or its length, cannot lower the level. If the
-// annotations or the flavour cannot be parsed, the content is unknown, and RestrictionOf returns RedistributeAll.
+// For an artifact, or a manifest attached with its annotations, the flavour in the annotations decides. Every other
+// manifest is RedistributeNone. Nothing else in the manifest can lower the level. If the annotations or the flavour
+// cannot be parsed, the result is RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

@@ -14,8 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxManifest is the greatest size in bytes of a manifest or a config. The manifests and configs that Prebake makes
-// have about 2 KB.
+// MaxManifest is the maximum size in bytes of a manifest or a config. Prebake's own have about 2 KB.
 const MaxManifest = 1 << 20
 
 // ContentLayer describes one layer of a published artifact.
@@ -68,8 +67,7 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 }
 
 // ParseManifest parses an artifact's manifest and config. It refuses everything that this package would not have
-// written: another kind of image, other layers, or a config that does not belong to the manifest. Before the call, the
-// caller must have compared the manifest's bytes with the manifest's digest.
+// written. The caller must have compared the manifest's bytes with the manifest's digest.
 func ParseManifest(manifest, config []byte) (Content, error) {
 	c, err := parseManifest(manifest, config)
 	if err != nil {

@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on one layer. They are far above the size of any driver so far: the user space of a release has about 600 MB
-// in 300 entries. They are low enough to stop a hostile layer early.
+// Bounds on one layer, against hostile layers. The user space of a release has about 600 MB in 300 entries.
 const (
 	maxEntries = 20_000
 	maxBytes   = 4 << 30 // uncompressed, tar headers included
@@ -33,8 +32,8 @@ const (
 	packWindow = 4 << 20 // zstd's window for packing: 8 MiB would save 1.5 % of a user-space layer
 )
 
-// PackRecipe is the version of the code that packs layers. If a change of that code gives other bytes for equal input,
-// change PackRecipe, because the keys of cached layers contain it.
+// PackRecipe is the version of the code that packs layers, and a part of the keys of cached layers. Change it if equal
+// input gives other bytes.
 const PackRecipe = "tar-zstd-2"
 
 // Layer is one packed layer on disk.
@@ -155,8 +154,8 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 	return entries, nil
 }
 
-// checkPlace returns an error if a name does not belong to this kind of layer. The three kinds have no names in common,
-// so all layers can be unpacked into one folder.
+// checkPlace returns an error if a name does not belong to this kind of layer. The three kinds share no names, so all
+// layers can be unpacked into one folder.
 func checkPlace(kind LayerKind, name string, dir bool) error {
 	top, rest, _ := strings.Cut(name, "/")
 	ok := false
@@ -175,15 +174,14 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	return nil
 }
 
-// writeTar writes entries as an archive. The function open returns the content of a regular file.
+// writeTar writes entries as an archive. The callback opens a regular file.
 func writeTar(ctx context.Context, w io.Writer, entries []entry, open func(entry) (io.ReadCloser, error)) error {
 	tw := tar.NewWriter(w)
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		// The header's field Format is not set. So archive/tar writes USTAR, and adds PAX records only for values that do
-		// not fit into USTAR.
+		// Without the field Format, archive/tar writes USTAR, and adds PAX records only for values that do not fit.
 		hdr := &tar.Header{Name: e.name, ModTime: time.Unix(0, 0), Mode: fileMode(e.mode)}
 		switch e.mode.Type() {
 		case fs.ModeDir:
@@ -235,9 +233,8 @@ func checkName(name string) error {
 	return nil
 }
 
-// checkLink accepts relative links that stay inside the tree. ".." is allowed only at the beginning of the target. The
-// parents of a link are real folders, so a leading ".." leads to one of them. A ".." after a name is refused: the name
-// could be another link, and the ".." would then leave the folder to which that link leads.
+// checkLink accepts relative links that stay inside the tree. ".." is allowed only at the beginning of the target,
+// where it leads to a real folder. A ".." after a name is refused, because the name could be another link.
 func checkLink(name, link string) error {
 	bad := func(why string) error { return fmt.Errorf("link %s -> %.80q %s", name, link, why) }
 	if link == "" || len(link) > maxName || path.IsAbs(link) || strings.ContainsAny(link, "\x00\\\n\r") {
@@ -268,8 +265,7 @@ func (c *countHash) Write(p []byte) (int, error) {
 
 func (c *countHash) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, c.h).String() }
 
-// ctxReader stops reading when its context ends. It may have a context as a field, because it is used only during one
-// call.
+// ctxReader stops reading when its context ends. It is used only during one call.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

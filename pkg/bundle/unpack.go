@@ -21,9 +21,14 @@ import (
 )
 
 // Unpack reads one compressed layer and writes its files below dst, in one pass. It succeeds only if all of this is
-// true: the compressed bytes have this size and digest; the tar in them has this diff ID; nothing follows the tar; and
-// every entry is a folder, a regular file or a link to a path in the layer. Modes become 0644 or 0755. Owners and times
-// are not restored. After an error, the caller must remove the content of dst, because nothing in it is verified.
+// true:
+//
+//   - The compressed bytes have this size and digest.
+//   - The tar in them has this diff ID, and nothing follows it.
+//   - Every entry is a folder, a regular file or a link to a path in the layer.
+//
+// Modes become 0644 or 0755. Owners and times are not restored. After an error, the caller must remove the content of
+// dst, because nothing in it is verified.
 //
 // Several layers may be unpacked into the same dst. Folders may exist already, but files and links may not.
 func Unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, size int64, dst *os.Root) error {
@@ -59,8 +64,8 @@ func (m *meter) check(wantDigest string, size int64) error {
 		// The source failed, so an error of the parsers is only a consequence.
 		return fmt.Errorf("read: %w", m.err)
 	}
-	// Bytes that were changed in transit first cause a parse error of a frame or a header. The digest is compared
-	// nevertheless, because its error says the cause.
+	// Bytes that were changed in transit first cause a parse error. Compare the digest nevertheless: its error says the
+	// cause.
 	if _, err := io.Copy(io.Discard, m); err != nil && !m.over {
 		return fmt.Errorf("read: %w", err)
 	}
@@ -86,8 +91,8 @@ func unpackStream(packed io.Reader, wantDiffID string, dst *os.Root, limit int64
 	return unpackPlain(plain, wantDiffID, dst, limit)
 }
 
-// newDecoder returns a reader that decompresses a packed layer. It starts no threads and uses limited memory, because
-// it runs on nodes that have other work. The frame's own checksum is ignored, because the diff ID proves more.
+// newDecoder returns a reader that decompresses a packed layer. It starts no threads and uses limited memory, for nodes
+// with other work. The frame's checksum is ignored, because the diff ID proves more.
 func newDecoder(packed io.Reader) (*zstd.Decoder, error) {
 	return zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
 		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))
@@ -113,7 +118,7 @@ func unpackPlain(archive io.Reader, wantDiffID string, dst *os.Root, limit int64
 	return nil
 }
 
-// onlyZeros reads r to its end, and returns an error if a byte is not zero. Only zero bytes may follow a tar archive.
+// onlyZeros reads r to its end. Only zero bytes may follow a tar archive.
 func onlyZeros(r io.Reader) error {
 	buf := make([]byte, 32<<10)
 	for {
@@ -188,8 +193,7 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 	if _, dup := x.seen[name]; dup {
 		return "", fmt.Errorf("%s is in the archive twice", name)
 	}
-	// The parent must be a folder in this archive, which this code has created or checked. So no entry can be written
-	// through a link.
+	// The parent must be a folder that this code has created or checked. So no entry is written through a link.
 	if parent := path.Dir(name); parent != "." && x.seen[parent] != tar.TypeDir {
 		return "", fmt.Errorf("%s has no entry for its folder before it", name)
 	}
@@ -223,8 +227,7 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	return errors.Join(err, f.Chmod(mode), f.Close())
 }
 
-// earlyWriter tells the kernel to write a large file to the disk while the rest of the file is still being unpacked. So
-// the sync after unpacking takes less time.
+// earlyWriter makes the kernel write a large file to the disk during unpacking, so the sync afterwards takes less time.
 type earlyWriter struct {
 	f     *os.File
 	n, at int64 // bytes that were written, and bytes whose write to the disk was started
@@ -243,7 +246,7 @@ func (e *earlyWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// archiveReader adds a fault kind to errors of the archive. So these errors differ from errors of the disk.
+// archiveReader adds a fault kind to errors of the archive, to tell them from errors of the disk.
 type archiveReader struct{ r io.Reader }
 
 func (b *archiveReader) Read(p []byte) (int, error) {
@@ -254,8 +257,7 @@ func (b *archiveReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// meter counts and hashes the bytes that are read through it. If the stream is longer than limit, meter ends it with
-// an error.
+// meter counts and hashes the bytes that are read through it. It returns an error if the stream is longer than limit.
 type meter struct {
 	r     io.Reader
 	h     hash.Hash

@@ -1,5 +1,4 @@
-// Package bzimage extracts the ELF kernel from a bzImage, the image that boots on amd64. It does not boot or change an
-// image.
+// Package bzimage extracts the ELF kernel from a bzImage, the image that boots on amd64. It never changes an image.
 package bzimage
 
 import (
@@ -15,11 +14,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxLinked is the greatest size, in bytes, of an ELF kernel without its debug information.
+// maxLinked is the maximum size, in bytes, of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
-// Offsets of the fields in a bzImage's setup header that locate the compressed kernel, from
-// Documentation/arch/x86/boot.rst. Version 2.08 of the boot protocol and later versions have all of them.
+// Offsets of the fields in a bzImage's setup header that locate the compressed kernel
+// (Documentation/arch/x86/boot.rst). Version 2.08 of the boot protocol added the last of them.
 const (
 	atSetupSects    = 0x1f1
 	atHeaderMagic   = 0x202
@@ -29,8 +28,8 @@ const (
 	endOfHeader     = 0x250
 )
 
-// Linked returns the kernel inside a bzImage as the linker wrote it: an ELF file without debug information. Debian
-// compresses the kernel with LZ4, and from 6.12 on with zstd. The kernel that this repository compiles uses gzip.
+// Linked returns the ELF file inside a bzImage, without debug information. The kernel may be compressed with LZ4, zstd
+// or gzip.
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bzImage returns an image in the layout that a kernel build makes: a boot sector, a setup sector, some code, the
-// compressed kernel, and its size.
+// bzImage returns an image in the layout of a kernel build: boot sector, setup sector, code, compressed kernel, and its
+// size.
 func bzImage(t testing.TB, linked []byte, size int) []byte {
 	t.Helper()
 	var packed bytes.Buffer
@@ -73,7 +73,7 @@ func TestLinked(t *testing.T) {
 	if err := errors.Join(err, zw.Close()); err != nil {
 		t.Fatal(err)
 	}
-	// gzip data ends with its own size. Linked must not take bytes after that end for a part of the stream.
+	// gzip data ends with its own size. Linked must not read the bytes after it.
 	got, err = Linked(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
 		t.Errorf("Linked(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))

@@ -1,19 +1,21 @@
-// Package cas is a content-addressed cache in one folder. Any number of processes of one machine may share it.
+// Package cas is a content-addressed cache in one folder. Any number of processes of one machine may share it. Several
+// machines may share the folder over a network only if flock works on its file system.
 //
-// The cache has three kinds of entries. A blob is a file; its name is its SHA-256. A tree is a folder; its name is a
-// kind and a key, which is computed from the inputs of the tree. A fact is a small value that was expensive to find
-// out. A rename makes each entry visible, after the entry is complete. The next Open removes the incomplete files of a
+// The cache has three kinds of entries:
+//
+//   - A blob is a file; its name is its SHA-256. It is verified when it is stored, and again only by Verify.
+//   - A tree is a folder; its name is a kind and a key, which is computed from the inputs of the tree. A process
+//     verifies the content at its first use of a tree, and then only the metadata. A damaged tree is made again.
+//   - A fact is a small value that was expensive to find out. It is verified at each use. A damaged fact counts as
+//     missing.
+//
+// A rename makes each entry visible, after the entry is complete. The next Open removes the incomplete files of a
 // killed process.
-//
-// A blob is verified when it is stored, and not when it is used; Verify reads and verifies a stored blob. A tree is
-// read and verified at its first use by a process. At each later use, only the metadata of the tree's files is
-// compared. A damaged tree is made again. A fact is verified at each use, and a damaged fact counts as missing.
 //
 // A caller must not write to a path that the cache returned. Trim removes entries that were unused for a long time, but
 // no entry that a living process has obtained.
 //
-// The package does not download, and does not decide which entries are worth keeping. Several machines may share the
-// folder over a network only if flock works on its file system.
+// The package does not download, and does not decide which entries are worth keeping.
 package cas
 
 import (
@@ -51,7 +53,7 @@ const (
 	usesDir   = "uses"   // <kind>@<key> is the stamp of a blob or tree; see use.go
 )
 
-// maxFact is the greatest size in bytes of the value of a fact.
+// maxFact is the maximum size in bytes of the value of a fact.
 const maxFact = 1 << 20
 
 // lockPoll is the interval at which a process checks whether another process has finished a tree.
@@ -64,12 +66,11 @@ var (
 
 // Cache is an open cache. Its methods may be called concurrently.
 type Cache struct {
-	// Notify receives a line of text about each damaged tree that is made again. nil means no notice. Set Notify before
-	// the first use.
+	// Notify receives a line of text about each damaged tree that is made again. It may be nil. Set it before the first
+	// use.
 	Notify func(text string)
-	// Count is called for each lookup. The argument kind is "blob", a tree's kind, or "fact:" and a fact's kind. The
-	// argument hit says whether the cache had the entry. nil means no call. Set Count before the first use. It may be
-	// called concurrently.
+	// Count is called for each lookup. The kind is "blob", a tree's kind, or "fact:" and a fact's kind. A hit means that
+	// the cache had the entry. Count may be nil. Set it before the first use. It may be called concurrently.
 	Count func(kind string, hit bool)
 
 	dir   string
@@ -83,8 +84,7 @@ type Cache struct {
 	pins  map[string]*pin
 }
 
-// Open opens the cache in dir, and makes the folder if it is missing. It removes the incomplete files of dead
-// processes.
+// Open opens the cache in dir, and makes the folder if it is missing.
 func Open(dir string) (*Cache, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -95,8 +95,8 @@ func Open(dir string) (*Cache, error) {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
 		}
 	}
-	// Only one Open runs at a time. Otherwise, another Open could see an owner file before its process has locked it, and
-	// take the process for dead.
+	// Only one Open runs at a time. Otherwise another Open could take this process for dead before it has locked its owner
+	// file.
 	gate := flock.New(filepath.Join(dir, "open.lock"))
 	if err := gate.Lock(); err != nil {
 		return nil, disk(fmt.Errorf("open cache %s: lock: %w", dir, err))
@@ -132,7 +132,7 @@ func open(dir string) (*Cache, error) {
 	return c, nil
 }
 
-// sweep removes the incomplete files of each owner whose lock no process has.
+// sweep removes the incomplete files of dead owners: no process has locked their files.
 func sweep(dir string) error {
 	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
 	if err != nil {
@@ -173,7 +173,7 @@ func sweep(dir string) error {
 			}
 		}
 	}
-	// The owner files are removed last. If this process is killed before that, the next sweep removes the rest.
+	// Remove the owner files last. If this process is killed before that, the next sweep removes the rest.
 	for _, file := range dead {
 		// An owner that closed the cache after ReadDir has removed its file itself.
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -205,9 +205,8 @@ func (c *Cache) blobPath(digest string) string {
 	return filepath.Join(c.dir, blobsDir, strings.TrimPrefix(digest, "sha256:"))
 }
 
-// PutBlob stores the bytes of r, and returns their digest and size. If want is not "" and the bytes have another
-// digest, the error is of kind Checksum, and nothing is stored. If the cache already has a blob with the digest want,
-// PutBlob does not read r.
+// PutBlob stores the bytes of r, and returns their digest and size. If want is not empty and the digest is another one,
+// nothing is stored, and the error is of kind Checksum. If the cache has the wanted blob, PutBlob does not read r.
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
@@ -256,8 +255,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	return digest, size, nil
 }
 
-// Blob returns the path of a stored blob. Trim does not remove the blob before the present piece of work ends; see
-// Begin.
+// Blob returns the path of a stored blob. Trim does not remove the blob during the present piece of work; see Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
 	defer func() { c.countLookup(blobKind, ok) }()
 	if !digestPattern.MatchString(digest) {
@@ -274,8 +272,8 @@ func (c *Cache) Blob(digest string) (path string, ok bool) {
 	return path, err == nil && fi.Mode().IsRegular()
 }
 
-// Verify reads a stored blob again. If the digest of its bytes is another one, Verify removes the blob and returns an
-// error of kind Checksum.
+// Verify reads a stored blob again. If its digest is wrong, Verify removes the blob and returns an error of kind
+// Checksum.
 func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	path, ok := c.Blob(digest)
 	if !ok {
@@ -298,13 +296,12 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	return nil
 }
 
-// Tree returns the folder of this kind and key. If there is none, Tree calls the function fill with an empty folder,
-// and then gives the folder its name. If several processes need the same tree at once, one process makes the tree, and
-// the others wait.
+// Tree returns the folder of this kind and key. If there is none, or its content has changed, Tree passes an empty
+// folder to the callback, and then gives the folder its name. If several processes need the same tree at once, one
+// makes it, and the others wait.
 //
-// The result cached is true if the tree existed and its content had not changed since it was made. A tree with changed
-// content is made again. Kind and key are file names of at most 200 characters. The prefix "sha256:" of a digest is
-// removed from the key.
+// cached is true if this call did not make the tree. Kind and key are file names of at most 200 characters. The prefix
+// "sha256:" is removed from the key.
 func (c *Cache) Tree(ctx context.Context, kind, key string,
 	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
@@ -435,8 +432,7 @@ func (c *Cache) factPath(kind, key string) string {
 	return filepath.Join(c.dir, factsDir, kind, hex.EncodeToString(sum[:]))
 }
 
-// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup. Close also removes it.
-// After a crash of this process, the next Open removes it.
+// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
 	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {
@@ -450,7 +446,7 @@ func isDir(path string) bool {
 	return err == nil && fi.IsDir()
 }
 
-// disk adds the kind DiskFull to the error of a full disk. An error that has a kind already stays as it is.
+// disk adds the kind DiskFull to the error of a full disk, unless the error has a kind already.
 func disk(err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) {

@@ -207,7 +207,7 @@ func TestTreeIsMadeOnce(t *testing.T) {
 }
 
 // TestDamagedTreeIsMadeAgain checks that any change of a tree is detected when the tree is used, and that the tree is
-// made again. The bytes of a tree may become a part of a signed artifact.
+// made again.
 func TestDamagedTreeIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -457,8 +457,7 @@ func TestDigestTree(t *testing.T) {
 		return sum
 	}
 	base := make(func(string) error { return nil })
-	// Builders find published artifacts by digests of this scheme. If this digest changes, they find no artifact that was
-	// published before.
+	// Builders find published artifacts by digests of this scheme. If this digest changes, they find no older artifact.
 	if want := "sha256:2455ddcd1a936088c1f4af695e2e4c9ed47b9ac301187d189ed5793e79785096"; base != want {
 		t.Errorf("DigestTree = %s; want %s", base, want)
 	}

@@ -8,8 +8,7 @@ import (
 	"slices"
 )
 
-// Key is the name of a tree or a fact. It is computed from the parts that decide the content. Two keys are equal only
-// if the same parts were added in the same order.
+// Key is the name of a tree or a fact. Two keys are equal only if the same parts were added in the same order.
 type Key struct {
 	parts []Part
 }
@@ -40,8 +39,7 @@ func (k *Key) String() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Differs returns the name of the first part in which two keys differ; "" means that they are equal. The name explains
-// why an entry was not found although a similar entry exists.
+// Differs returns the name of the first part in which two keys differ; "" means that they are equal.
 func (k *Key) Differs(other *Key) string {
 	for i, p := range k.parts {
 		if i >= len(other.parts) || other.parts[i] != p {
@@ -57,9 +55,8 @@ func (k *Key) Differs(other *Key) string {
 // keyKind is the kind of the facts that [Cache.Used] stores.
 const keyKind = "keys"
 
-// MissReason explains why the cache lacks an entry. It compares the entry's key with the key that [Cache.Used] stored
-// last for the same purpose, and returns the name of the first part in which the two keys differ. It returns "" if no
-// key was stored, or if the keys are equal because the entry was removed.
+// MissReason returns the name of the first part in which a missing entry's key differs from the key that [Cache.Used]
+// stored last for the same purpose. It returns "" if no key was stored, or if the keys are equal.
 func (c *Cache) MissReason(purpose string, key *Key) string {
 	raw, ok := c.Fact(keyKind, purpose)
 	var last Key
@@ -69,9 +66,8 @@ func (c *Cache) MissReason(purpose string, key *Key) string {
 	return key.Differs(&last)
 }
 
-// Used stores the key of an entry that was made or found, for MissReason. The argument purpose says what the entry is
-// for. Used ignores errors: they only make a later MissReason less exact. If the disk is full, the next entry that is
-// stored gives the error.
+// Used stores the key of an entry that was made or found, for MissReason. The purpose says what the entry is for. Used
+// ignores errors, which only make MissReason less exact.
 func (c *Cache) Used(purpose string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
 		_ = c.PutFact(keyKind, purpose, raw)

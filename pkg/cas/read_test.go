@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestTreeIsReadOnce checks that a tree with unchanged content is not made again, whatever its files' times are. A
-// change of the content is found even if size and times are as before.
+// TestTreeIsReadOnce checks that only a change of the content makes a tree again, and that it does so even if size and
+// times are as before.
 func TestTreeIsReadOnce(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())

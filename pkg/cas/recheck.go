@@ -9,14 +9,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recheck again compares the tree that contains path with its seal. [Cache.Tree] did so before a job began to read the
-// tree. A long job calls Recheck at its end, before it trusts its own output. If the tree was damaged meanwhile,
-// Recheck removes it and returns an error of kind Transient, because the same job may succeed the next time. A path
-// outside of all trees gives no error.
+// Recheck compares the tree that contains path with its seal again. Call it at the end of a long job that read the
+// tree. If the tree was damaged meanwhile, Recheck removes it, and the error is of kind Transient. A path outside of
+// all trees gives no error.
 func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }
 
-// Reread works as Recheck does, and reads every byte again. It therefore finds errors of the disk that change no
-// metadata. Call it before a step that cannot be undone, such as a signature.
+// Reread is like [Cache.Recheck], but reads every byte again. It finds errors of the disk that change no metadata. Call
+// it before a step that cannot be undone, such as a signature.
 func (c *Cache) Reread(ctx context.Context, path string) error { return c.recheck(ctx, path, true) }
 
 func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {

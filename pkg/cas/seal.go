@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A seal is a file with the digest of a tree. The seal is written before the tree gets its name. If a disk error, a
-// power cut or a person changes the tree later, the tree no longer matches its seal. Without seals, changed bytes would
-// be compiled, signed and published.
+// A seal is a file with the digest of a tree. It is written before the tree gets its name. If the tree is damaged
+// later, it no longer matches its seal. Without seals, changed bytes would be compiled, signed and published.
 
 func (c *Cache) sealPath(kind, key string) string {
 	return filepath.Join(c.dir, sealsDir, kind, key)
@@ -32,9 +31,8 @@ func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 	return c.writeFile(c.sealPath(kind, key), []byte(digest))
 }
 
-// intact reports whether the tree exists and matches its seal. If the tree exists and does not match its seal, the
-// result trouble says what is wrong. An error means that the check was not possible: ctx has ended, or the tree belongs
-// to another user.
+// intact reports whether the tree exists and matches its seal. For an existing tree, trouble says why it does not
+// match. An error means that the check was not possible: ctx has ended, or the tree belongs to another user.
 func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
 	if !isDir(path) {
 		return false, "", nil
@@ -80,13 +78,10 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	return true, "", nil
 }
 
-// inodes returns a digest of the metadata of all files in a tree, without reading them: device, inode, size, and the
-// inode's change time, which no program can set. As long as the digest stays the same, files that a process has read
-// are unchanged, unless the disk itself damages them; see [Cache.Reread]. The result state is "" if the metadata cannot
-// be read.
-//
-// A file that has just changed may change again within the same step of the file system's clock, without a difference
-// in the metadata. The result quiet is true if no file changed so recently.
+// inodes returns a digest of the metadata of all files in a tree: device, inode, size, and the inode's change time,
+// which no program can set. While the digest stays the same, only the disk itself can have changed the files; see
+// [Cache.Reread]. state is "" if the metadata cannot be read. quiet is true if no file changed within the last tick: a
+// later change in the same step of the file system's clock would not show.
 func inodes(dir string) (state string, quiet bool) {
 	h, begin, newest := sha256.New(), time.Now(), time.Time{}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

@@ -19,11 +19,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme is the first text that is hashed for every tree digest. If the digest of a tree is computed in another way
-// some day, this text must change, too. Otherwise a new digest could equal an old one.
+// treeScheme is hashed first for every tree digest. If digests are computed in another way some day, change it: a new
+// digest must not equal an old one.
 const treeScheme = "prebake tree 1\n"
 
-// maxWorkers is the largest number of files that are hashed in parallel. More workers would only wait for the disk.
+// maxWorkers is the maximum number of files that are hashed in parallel.
 const maxWorkers = 8
 
 type treeEntry struct {
@@ -34,8 +34,8 @@ type treeEntry struct {
 
 // DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
 // covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
-// folders. It leaves out an entry if the function skip returns true for the entry's slash-separated path. An entry that
-// is no folder, file or symbolic link is an error.
+// folders. The callback gets each slash-separated path, and returns true to leave the entry out. An entry that is no
+// folder, file or symbolic link is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -131,8 +131,8 @@ func hashFile(path string, e *treeEntry, buf []byte) error {
 	return nil
 }
 
-// syncTree makes a tree's content durable before the tree becomes visible. Otherwise, the rename could survive a power
-// cut that destroys the content. One syncfs takes far less time than an fsync for each of thousands of files.
+// syncTree makes a tree's content durable. Otherwise the rename could survive a power cut that destroys the content.
+// One syncfs takes far less time than an fsync for each of thousands of files.
 func syncTree(dir string) (err error) {
 	f, err := os.Open(dir)
 	if err != nil {

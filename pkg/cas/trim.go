@@ -21,9 +21,9 @@ import (
 
 // Kind describes all entries of one kind.
 type Kind struct {
-	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of another program's folder in the cache's
-	// folder. Two more names are for files that are no entries: "unfinished" (temporary files of running builds) and
-	// "records" (locks, seals and stamps).
+	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of another program's folder. Two more names
+	// are for files that are no entries: "unfinished" (temporary files of running builds) and "records" (locks, seals and
+	// stamps).
 	Name    string `json:"kind"`
 	Entries int    `json:"entries"`
 	Bytes   int64  `json:"bytes"`
@@ -41,7 +41,7 @@ type Limit struct {
 	MinFree int64
 	// OlderThan is the longest time for which an unused entry may stay.
 	OlderThan time.Duration
-	// DryRun removes nothing. The result says what Trim would remove.
+	// DryRun removes nothing. The result says what would be removed.
 	DryRun bool
 }
 
@@ -107,8 +107,8 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	return kinds, nil
 }
 
-// hasStamp reports whether the entry has a stamp. An entry of an older version of the program has no stamp. For such an
-// entry, lockUse would create a stamp with the current time, and the entry would then count as used now.
+// hasStamp reports whether the entry has a stamp. Entries of older versions of the program have none. lockUse would
+// create one, and the entry would then count as used now.
 func (c *Cache) hasStamp(e entry) bool {
 	if e.use == "" {
 		return false
@@ -141,8 +141,8 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 }
 
 // Trim removes the entries that were unused for the longest time, until the cache is within the limit. It never removes
-// an entry that a living process has obtained; see Begin. If the process is killed, each entry is either complete or
-// gone.
+// an entry that a living process has obtained; see Begin. It never leaves an incomplete entry, even if the process is
+// killed.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
 	gate := flock.New(filepath.Join(c.dir, "trim.lock"))
@@ -237,7 +237,7 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// entries lists the entries that can be removed. The result rest has the totals of all other files.
+// entries lists the entries that can be removed, and the totals of all other files.
 func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err error) {
 	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
 	top, err := os.ReadDir(c.dir)
@@ -307,7 +307,7 @@ func (k *Kind) add(path string) {
 	k.Entries += files
 }
 
-// eachEntry calls f for every entry of a folder. It skips entries that were removed meanwhile.
+// eachEntry passes every entry of a folder to the callback. It skips entries that were removed meanwhile.
 func eachEntry(dir string, f func(name, path string, info fs.FileInfo)) error {
 	list, err := os.ReadDir(dir)
 	if err != nil {
@@ -321,8 +321,8 @@ func eachEntry(dir string, f func(name, path string, info fs.FileInfo)) error {
 	return nil
 }
 
-// foreignFiles returns the files in the folder of another program, such as a compiler cache. Each file can be removed
-// alone. Lock files and files younger than minAge are left out.
+// foreignFiles returns the files in the folder of another program, such as a compiler cache. It leaves out lock files
+// and files younger than minAge.
 func foreignFiles(kind, dir string) (all []entry) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -369,8 +369,7 @@ func (c *Cache) Free() (int64, error) {
 	return int64(s.Bavail) * s.Bsize, nil
 }
 
-// CheckFree returns an error of kind DiskFull if the cache's disk has fewer than need free bytes. The error has both
-// numbers.
+// CheckFree returns an error of kind DiskFull if the cache's disk has fewer than need free bytes.
 func (c *Cache) CheckFree(need int64) error {
 	free, err := c.Free()
 	if err != nil || free >= need {

@@ -64,8 +64,7 @@ func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
 	return m
 }
 
-// agedCache returns a cache with three trees and a blob, none of which is in use. Tree 0 was unused for the longest
-// time.
+// agedCache returns a cache with three trees and a blob, all unused. Tree 0 was unused for the longest time.
 func agedCache(t *testing.T) (c *cas.Cache, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -138,8 +137,7 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process or another piece of work has
-// obtained.
+// TestTrimLeavesWhatIsInUse checks that Trim leaves what another process or another piece of work has obtained.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -181,8 +179,8 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	}
 }
 
-// TestTrimAgainstUse trims a cache all the time while others use it. Every caller of Tree must get a complete tree that
-// stays until the caller's piece of work ends.
+// TestTrimAgainstUse trims a cache while others use it. Every caller of Tree must get a complete tree that stays until
+// the caller's piece of work ends.
 func TestTrimAgainstUse(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -224,8 +222,8 @@ func TestTrimAgainstUse(t *testing.T) {
 	trims.Wait()
 }
 
-// TestTrimWithoutStamps checks a cache whose entries have no stamps, as older versions of the program made it. Kinds
-// and a dry run of Trim create no stamps, so a later Trim still uses the modification times of the entries.
+// TestTrimWithoutStamps checks a cache without stamps, as older versions of the program made it. Kinds and a dry run
+// must create no stamps, so that a later Trim uses the entries' own times.
 func TestTrimWithoutStamps(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -296,8 +294,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts the files in that folder,
-// and Trim removes them one by one. Both leave out young files and lock files.
+// TestTrimForeign checks that Kinds counts the files in another program's folder, and that Trim removes them one by
+// one. Both leave out young files and lock files.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)

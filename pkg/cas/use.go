@@ -13,10 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each blob and each tree has a file in uses/: the stamp of this entry. A stamp says three things. Its modification
-// time is the time of the entry's last use. Its content is the entry's size. A shared flock on the stamp means that a
-// living process may be reading the entry. A process that removes the entry locks the stamp exclusively, and removes
-// the stamp last.
+// Each blob and each tree has a stamp, which is a file in uses/:
+//
+//   - Its modification time is the time of the entry's last use.
+//   - Its content is the entry's size.
+//   - A shared flock on it means that a living process may be reading the entry.
+//
+// A process that removes the entry locks the stamp exclusively, and removes the stamp last.
 
 // Names of the kinds that are not kinds of trees.
 const (
@@ -32,9 +35,9 @@ type pin struct {
 	last uint64 // value of the cache's counter at the last use
 }
 
-// Begin begins a piece of work, such as one build. The function end ends it. When the cache returns an entry, Trim
-// cannot remove the entry until every piece of work that runs at this moment has ended. If no piece of work runs at
-// this moment, the entry stays until the next piece of work ends, or until Close.
+// Begin begins a piece of work, such as one build. The returned function ends it. After the cache has returned an
+// entry, Trim cannot remove it until all pieces of work that run at that moment have ended. If none runs, the entry
+// stays until the next one ends, or until Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -64,9 +67,8 @@ func (c *Cache) Begin() (end func()) {
 	}
 }
 
-// markUsed sets the time of an entry's stamp to the current time, and locks the stamp, so that no process removes the
-// entry. After the call, the caller must check whether the entry exists, because another process may have removed it
-// before the stamp was locked.
+// markUsed sets the time of an entry's stamp to now, and locks the stamp, so that no process removes the entry.
+// Afterwards the caller must check that the entry exists: it may have been removed before the stamp was locked.
 func (c *Cache) markUsed(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -101,10 +103,9 @@ func (c *Cache) unpin() {
 // errInUse means that a process uses the entry, which therefore must not be removed now.
 var errInUse = errors.New("in use")
 
-// lockUse opens a stamp and locks it. If the stamp is missing, lockUse creates it. The argument how is unix.LOCK_SH or
-// unix.LOCK_EX, perhaps with unix.LOCK_NB. With unix.LOCK_NB, the error is errInUse if another process has locked the
-// stamp. If another process has removed the stamp before it was locked, the lock protects nothing, and lockUse starts
-// again.
+// lockUse opens a stamp, or creates it, and locks it with these flags of flock. With unix.LOCK_NB, the error is
+// errInUse if another process has the lock. If the stamp was removed meanwhile, the lock protects nothing, and lockUse
+// starts again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -139,7 +140,7 @@ func flockRetry(fd, how int) error {
 	}
 }
 
-// size returns the disk space that an entry takes. The space is measured only once, because entries do not change.
+// size returns the disk space that an entry takes. It is measured only once, because entries do not change.
 func (c *Cache) size(name, path string) int64 {
 	use := c.usePath(name)
 	text, err := os.ReadFile(use)
@@ -151,8 +152,7 @@ func (c *Cache) size(name, path string) int64 {
 	if err != nil {
 		return n // an entry without a stamp: an older version of the program made it
 	}
-	// The stamp is written in place and not replaced, because other processes may have locked this file. Then it gets its
-	// old time again.
+	// Write the stamp in place, because other processes may have locked this file. Then restore its time.
 	if err := os.WriteFile(use, []byte(strconv.FormatInt(n, 10)), 0o644); err == nil {
 		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // on failure, the entry only counts as used now
 	}

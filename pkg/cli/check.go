@@ -16,9 +16,11 @@ import (
 // helpLines is the number of lines of two screens.
 const helpLines = 80
 
-// CheckHelp is for the tests of programs. It returns one error for each of these mistakes: a help page that is longer
-// than two screens or wider than a terminal; a command without an example; an example with a flag that its command does
-// not have; and a flag without a heading, if other flags of the same command have one.
+// CheckHelp is for the tests of programs. It returns an error for each of these mistakes:
+//   - a help page is longer than two screens, or wider than a terminal
+//   - a command has no example
+//   - an example has a flag that its command does not have
+//   - a flag has no heading, but other flags of its command have one
 func CheckHelp(program func() *ucli.Command) error {
 	var problems []error
 	eachCommand(program(), func(path []string, cmd *ucli.Command) {
@@ -42,7 +44,7 @@ func CheckHelp(program func() *ucli.Command) error {
 	return errors.Join(problems...)
 }
 
-// eachCommand calls f with each command that is not hidden, and with the names on the way to that command.
+// eachCommand visits each command that is not hidden. The path holds the names of its parents and its own.
 func eachCommand(root *ucli.Command, f func(path []string, cmd *ucli.Command)) {
 	var look func(path []string, cmd *ucli.Command)
 	look = func(path []string, cmd *ucli.Command) {
@@ -111,9 +113,9 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 	return problems
 }
 
-// CompareDocs is for the tests of programs. It generates documentation from the program's commands, and compares it
-// with the files below a folder: a man(1) page for each command, a page with all flags, and the schema of the
-// configuration file. It returns an error for each file that differs. If write is true, it replaces these files.
+// CompareDocs is for the tests of programs. It compares generated documentation with the files below a folder: manual
+// pages, a page with all flags, and the schema of the configuration file. It returns an error for each file that
+// differs. If write is true, it replaces these files.
 func CompareDocs(folder string, program func() *ucli.Command, write bool) error {
 	root := program()
 	files := manual(program())
@@ -151,14 +153,13 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 	return errors.Join(append(problems, err)...)
 }
 
-// flagUse is one row of the page with all flags: a flag, and the commands that have it.
+// flagUse is one row of the page with all flags: a flag and its commands.
 type flagUse struct {
 	names, value, text, def, kind string
 	commands                      []string
 }
 
-// flagUses returns the flags of a program in the order of their names. A flag that differs between commands in meaning,
-// value or default has one entry for each form.
+// flagUses returns the flags of a program, sorted by name. A flag that differs between commands has several entries.
 func flagUses(root *ucli.Command) []flagUse {
 	var all []flagUse
 	eachCommand(root, func(path []string, cmd *ucli.Command) {

@@ -1,13 +1,12 @@
 // Package cli is the terminal behaviour of every Prebake program: signals, logging, errors with hints, exit codes, and
-// the output format. Only main packages import it. It does not know what a command does.
+// the output format. Only main packages import it.
 //
-// The package enforces these rules for all programs:
+// It enforces these rules for all programs:
 //   - stdout is the result, and stderr is everything else.
-//   - An error is one "error:" line. Further errors follow as indented lines. If there is a hint, a "hint:" line
-//     follows.
+//   - An error is one "error:" line. Further errors follow as indented lines, then a "hint:" line.
 //   - The kind of the error decides the exit code; package fault has the list.
-//   - A flag overrides the environment, which overrides the configuration file, which overrides the default. The name
-//     of an environment variable is PREBAKE_ and the flag's name; a key in the file is the flag's name.
+//   - A flag overrides the environment, which overrides the configuration file, which overrides the default.
+//   - An environment variable is named PREBAKE_ and the flag's name; a key in the file has the flag's name.
 //   - Progress and colour appear only on a terminal; elsewhere the output has plain lines.
 //   - Every command that reads has --output text|json|yaml. JSON and YAML have the same keys.
 //   - "completion SHELL" prints a script that completes commands, flags and values.
@@ -53,9 +52,8 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 	return fault.Of(err).ExitCode()
 }
 
-// prepare makes every command of a program report a usage error as one line and a hint. The library would print the
-// whole help text instead. prepare also adds the checks of [oneVariable], and puts the program's name into
-// descriptions.
+// prepare makes every command report a usage error as one line and a hint, not as the library's whole help text. It
+// also adds the checks of [oneVariable], and sets the program's name in descriptions.
 func prepare(root *ucli.Command) {
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {
@@ -86,7 +84,7 @@ func walk(cmd *ucli.Command, f func(*ucli.Command)) {
 	}
 }
 
-// PrintError writes an error and its hint in the form that every program uses.
+// PrintError writes an error and its hint, in the same format for all programs.
 func PrintError(w io.Writer, err error) {
 	fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
 	if hint := fault.Hint(err); hint != "" {
@@ -94,7 +92,7 @@ func PrintError(w io.Writer, err error) {
 	}
 }
 
-// Logger returns the logger that the flags of LogFlags describe. It writes to stderr.
+// Logger returns a logger for stderr with the level and format of the flags of [LogFlags].
 func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cmd.String("log-level"))); err != nil {
@@ -111,7 +109,7 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 		"use --log-format text or json")
 }
 
-// durationText replaces durations by text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
+// durationText replaces durations by text, such as 1.5s. JSON would show a number of nanoseconds.
 func durationText(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())

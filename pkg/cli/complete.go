@@ -28,13 +28,12 @@ type Place struct {
 	Flag string
 	// Args are the arguments before the completed one.
 	Args []string
-	// Value returns the value of a flag of the command: from the command line, else from its environment variable, else
-	// its default.
+	// Value returns a flag's value on the command line, or else its environment variable, or else its default.
 	Value func(flag string) string
 }
 
-// Completer returns the possible values at a place, the most likely values first. A user waits at the prompt for the
-// result, so ctx ends after completeTime.
+// Completer returns the possible values at a place, the most likely first. ctx ends after completeTime, because a user
+// waits for the result.
 type Completer func(ctx context.Context, at Place) []Candidate
 
 const (
@@ -42,14 +41,13 @@ const (
 	completeTime = 2 * time.Second
 )
 
-// Complete sets the function f, which completes the values of a program's flags and arguments.
+// Complete sets the callback that completes the values of a program's flags and arguments.
 func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	root.Metadata = map[string]any{completerKey: f}
 	return root
 }
 
-// scripts make shells ask the program for completions. The library's own scripts are not used: they pass the user's
-// input to eval, and complete no values.
+// scripts make shells ask the program for completions. The library's own scripts pass the user's input to eval.
 //
 //go:embed completion
 var scripts embed.FS
@@ -141,16 +139,14 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return withPrefix(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plainValue matches values that need no quotes in a shell. Other values are not offered, because bash inserts a
-// completion without quotes.
+// plainValue matches values that need no quotes in a shell, because bash inserts completions without quotes.
 var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// withPrefix returns the candidates that begin with what the user has typed, and puts the argument prefix before each.
+// withPrefix returns the candidates that begin with the typed text. It puts the prefix before each of them.
 func withPrefix(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
-		// The output has one line for each candidate, with a tab between value and description, and a terminal prints it.
-		// So neither may contain a control character.
+		// A terminal prints the value and the description, so neither may contain a control character.
 		if strings.HasPrefix(c.Value, typed) && plainValue.MatchString(c.Value) &&
 			!strings.ContainsFunc(c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
@@ -195,8 +191,7 @@ func takesValue(f ucli.Flag) bool {
 	return ok && doc.TakesValue()
 }
 
-// flag returns the flag with a name, which may begin with dashes. If several commands of the path have a flag of this
-// name, the flag of the innermost command wins.
+// flag returns the flag with a name, with or without dashes. A flag of an inner command wins.
 func (t *parsedLine) flag(name string) ucli.Flag {
 	name = strings.TrimLeft(name, "-")
 	for _, f := range slices.Backward(t.flags) {
@@ -227,8 +222,7 @@ func (t *parsedLine) flagNames() []Candidate {
 	return append(all, Candidate{"--help", "show help"})
 }
 
-// values returns the possible values of a flag, or of the next argument if flag is "". If there are none, the shell
-// offers files.
+// values returns the possible values of a flag, or of the next argument if flag is "".
 func (t *parsedLine) values(ctx context.Context, flag string) []Candidate {
 	if flag == "output" {
 		return words(formats[:]...)

@@ -16,28 +16,27 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// maxConfig is the greatest size of a configuration file in bytes.
+// maxConfig is the maximum size of a configuration file in bytes.
 const maxConfig = 1 << 20
 
-// configFlag is the flag with the path of the file. The file itself cannot set this flag.
+// configFlag is the flag for the path of the file. The file itself cannot set it.
 const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. Each key is
-	// the name of a flag. The value is what the file should have instead, such as "token-file".
+	// Secrets are the flags that the file must not set, because many people may read it. Each value says what to use
+	// instead, such as "token-file".
 	Secrets map[string]string
-	// Check returns the errors of settings that do not fit together, each made by [About]. It must not open files or
-	// connections, because "config check" also runs on other machines. nil checks nothing.
+	// Check returns errors of settings that do not fit together, each made by [About]; nil checks nothing. It must not
+	// open files or connections, because "config check" also runs on other machines.
 	Check func(*ucli.Command) error
 
 	// places maps each setting whose value comes from the file to its place there, as FILE:LINE.
 	places map[string]string
 }
 
-// WithConfig adds the flag --config FILE to a command. The file is YAML, and its keys are the long names of the
-// command's flags. A flag and its variable override the file, and the file overrides the default. The command runs only
-// if the file has no mistake and c.Check returns no error.
+// WithConfig adds the flag --config FILE to a command. The keys of the YAML file are the long names of the command's
+// flags. The command runs only if the file has no mistake and c.Check returns no error.
 func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
 	cmd.Flags = append(cmd.Flags, Group(Advanced,
 		String(configFlag, "", "YAML `FILE` with settings, each named like its flag"))...)
@@ -60,8 +59,8 @@ type flagsError struct {
 // Unwrap returns the error without the names of the flags.
 func (e *flagsError) Unwrap() error { return e.error }
 
-// About marks an error with the flags that it is about. If the configuration file sets one of these flags, the error is
-// reported with the line of the first such flag. A nil err stays nil.
+// About marks an error with the flags that it is about. If the configuration file sets one of them, the report shows
+// the line in the file. A nil err stays nil.
 func About(err error, flags ...string) error {
 	if err == nil {
 		return nil
@@ -77,7 +76,7 @@ type configFile struct {
 	keys   map[string]yamlfile.At
 }
 
-// load sets each flag that is not set yet to its value in the file. Then it checks all settings.
+// load sets the flags from the file, except those that are set already. Then it checks all settings.
 func (c *Config) load(cmd *ucli.Command) error {
 	name := cmd.String(configFlag)
 	if name == "" {
@@ -123,8 +122,7 @@ func fileFlags(flags []ucli.Flag) []ucli.Flag {
 	})
 }
 
-// checkKey reports whether a key is the name of a flag. If it is not, checkKey records a mistake with the name of the
-// nearest flag.
+// checkKey reports whether a key is the name of a flag. If not, it records a mistake and suggests the nearest flag.
 func (f *configFile) checkKey(key yamlfile.At) bool {
 	name, flags := key.Node.Value, fileFlags(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
@@ -147,8 +145,7 @@ func (f *configFile) checkKey(key yamlfile.At) bool {
 	return false
 }
 
-// setFlag checks the value of a setting. Then it sets the flag, unless the flag has a value from the command line or
-// the environment.
+// setFlag checks a setting. It sets the flag unless the command line or the environment has a value.
 func (f *configFile) setFlag(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
@@ -167,7 +164,7 @@ func (f *configFile) setFlag(name string, value yamlfile.At) {
 	f.config.places[name] = fmt.Sprintf("%s:%d", f.Name, value.Node.Line)
 }
 
-// schemaType returns boolean, integer, duration, array or string; "" for a flag of another type.
+// schemaType returns boolean, integer, duration, array or string, or "" for a flag of another type.
 func schemaType(flag ucli.Flag) string {
 	if f, ok := flag.(interface{ SchemaType() string }); ok {
 		return f.SchemaType()
@@ -175,8 +172,8 @@ func schemaType(flag ucli.Flag) string {
 	return ""
 }
 
-// text returns the text to which the flag is to be set. It records a mistake if the value has another type than the
-// flag, or if the flag's own parser refuses it.
+// text returns the new text of a flag. It records a mistake if the value's type is wrong or the flag's parser refuses
+// it.
 func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	before := f.Mistakes()
 	text := value.Node.Value
@@ -207,7 +204,7 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	return text, f.Mistakes() == before
 }
 
-// readText reads one text. A secret in the text is a mistake.
+// readText reads a text, and records a mistake if it contains a secret.
 func (f *configFile) readText(value yamlfile.At) string {
 	if value.Node.Tag == "!!bool" {
 		f.Want(value, "a text; if the value is meant as a text, put it in quotes")
@@ -256,9 +253,7 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// addErrors adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
-// prefers a flag whose value comes from the file to a flag whose value in the file was refused. addErrors returns the
-// errors for which the file has no such line.
+// addErrors records each error of [About] at the line that sets one of its flags. It returns the errors without a line.
 func (f *configFile) addErrors(err error) (rest []error) {
 	for _, part := range splitError(err) {
 		var about *flagsError
@@ -286,8 +281,8 @@ func (f *configFile) addErrors(err error) (rest []error) {
 	return rest
 }
 
-// splitError splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of
-// the error that wrapped it.
+// splitError splits an error into the errors of [About] and all others. Each part gets the kind and hint of its
+// wrapper.
 func splitError(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. The function of returns the command that reads the file.
+// ConfigCommand returns the command "config", which checks a configuration file, shows the resulting settings, and
+// prints the file's schema. The callback returns a new copy of the command, made by [WithConfig], that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -69,8 +69,7 @@ Example:
 	}
 }
 
-// readSettings reads the settings of a command as a run of the command would, but calls the function then instead of
-// the command's action.
+// readSettings reads the settings of a command as a run would, and then calls the callback instead of the action.
 func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
 		return fault.New(fault.Usage, "read configuration: no file is given", "give the file: "+cmd.FullName()+" FILE")
@@ -86,7 +85,7 @@ func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucl
 	root := &ucli.Command{Name: cmd.Root().Name, Commands: []*ucli.Command{of}}
 	root.Writer, root.ErrWriter = cmd.Root().Writer, cmd.Root().ErrWriter
 	prepare(root)
-	// The context is detached, because the library would otherwise find the running command "config" in it.
+	// In the original context, the library would find the running command "config".
 	return root.Run(detachedContext{ctx}, slices.Concat(args, cmd.Args().Tail()))
 }
 
@@ -104,7 +103,7 @@ type setting struct {
 	From string `json:"from"`
 }
 
-// settings returns the settings with which the command would run. args are the command's flags on the command line.
+// settings returns the settings with which the command would run. args are its flags on the command line.
 func settings(cmd *ucli.Command, args []string) []setting {
 	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	var all []setting
@@ -168,7 +167,7 @@ func printSettings(w io.Writer, all []setting) error {
 	return nil
 }
 
-// durationPattern is the form of a duration without a sign, as Go's time.ParseDuration reads it.
+// durationPattern matches a duration without a sign, as Go's time.ParseDuration reads it.
 const durationPattern = `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`
 
 // configSchema returns the JSON schema of a command's configuration file.

@@ -72,8 +72,7 @@ func runConfigured(t *testing.T, text string, args ...string) (code int, stdout,
 	return code, clean(out.String()), clean(errs.String())
 }
 
-// TestConfig checks that a flag overrides its variable, the variable overrides the file, and the file overrides the
-// default.
+// TestConfig checks the order of precedence: flag, variable, file, default.
 func TestConfig(t *testing.T) {
 	t.Setenv("PREBAKE_COUNT", "5")
 	const text = "name: 535.10\nto: [a, \"b,c\"]\nquick: true\ncount: 7\n"
@@ -106,8 +105,7 @@ log-format                   text  (default)
 	}
 }
 
-// TestConfigMistakes checks that "config check" and the command itself report each mistake in a file with its line and
-// column.
+// TestConfigMistakes checks that each mistake in a file is reported with its line and column.
 func TestConfigMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{
@@ -174,8 +172,7 @@ func TestConfigMistakes(t *testing.T) {
 	}
 }
 
-// TestConfigRest checks that a mistake in a flag's value is not reported at a line of the file. An error that belongs
-// to no line keeps its kind and its hint.
+// TestConfigRest checks that an error that belongs to no line of the file keeps its kind and its hint.
 func TestConfigRest(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ text, args string }{
@@ -204,8 +201,7 @@ func TestConfigEmptyVariable(t *testing.T) {
 	}
 }
 
-// TestEarlierVariable checks a variable that also has an earlier name. One of the two is enough; if both are set and
-// differ, the command refuses them.
+// TestEarlierVariable checks a variable with an earlier name. The command refuses the two if both are set and differ.
 func TestEarlierVariable(t *testing.T) {
 	t.Setenv("PREBAKE_DATA", "/old")
 	if code, _, errs := runConfigured(t, "", "work"); code != 0 {

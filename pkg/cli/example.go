@@ -6,8 +6,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Examples adds examples to commands. The keys are the commands' paths, such as "tokens create". The text is what a
-// user types, without the program's name; each line is one example.
+// Examples adds examples to commands. A key is a command's path, such as "tokens create". Each line of the text is one
+// example, without the program's name.
 func Examples(root *ucli.Command, examples map[string]string) *ucli.Command {
 	for path, text := range examples {
 		cmd := root

@@ -9,16 +9,16 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Env returns the source that reads the environment variable of a flag. The variable's name is PREBAKE_ and the flag's
-// name in upper case, with _ in place of -.
+// Env returns the source that reads a flag's environment variable: PREBAKE_ and the flag's name in upper case, with _
+// for -.
 func Env(flag string) ucli.ValueSourceChain { return variables(flag) }
 
 func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// String returns a flag with a text value, a default, and an environment variable. In the argument usage, the name of
-// the value is in back quotes, such as `FILE`. The same holds for usage in the functions below.
+// String returns a flag with a text value, a default, and an environment variable. In every usage text, the name of the
+// value is in back quotes, such as `FILE`.
 func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
@@ -43,7 +43,7 @@ func Duration(name string, value time.Duration, usage string) *ucli.DurationFlag
 	return &ucli.DurationFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// choiceFlag is a flag that has only a few possible values. The schema of the configuration file lists them.
+// choiceFlag is a flag with a fixed list of values. The schema of the configuration file contains the list.
 type choiceFlag struct {
 	*ucli.StringFlag
 	choices []string
@@ -90,8 +90,8 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled lets a flag keep its earlier name, too: both as a flag and as an environment variable. If the variables of
-// both names are set and differ, the command ends with an error of kind Usage.
+// WasCalled keeps a flag's earlier name, also as an environment variable. Variables of both names that differ are an
+// error of kind Usage.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
 	f.Sources = variables(f.Name, earlier)
@@ -103,8 +103,7 @@ func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
-// TrustFlags returns --trusted-root and the flags for the names of trusted keyless signers, for commands that verify.
-// The flags have the names that cosign uses.
+// TrustFlags returns --trusted-root and the flags for trusted keyless signers, named as in cosign.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
 		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// TestGracePeriod checks that work may continue for the grace period after the program was told to stop.
+// TestGracePeriod checks that work may continue for the grace period.
 func TestGracePeriod(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -28,8 +28,7 @@ func TestGracePeriod(t *testing.T) {
 	})
 }
 
-// TestGraceSignals checks that work continues after one signal, whether or not that signal ended ctx. The second signal
-// ends the work.
+// TestGraceSignals checks that work continues after one signal and ends at the second.
 func TestGraceSignals(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

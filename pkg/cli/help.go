@@ -11,8 +11,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// The headings for flags in a help page, in this order. A command uses only the headings that it needs, and none if it
-// has few flags.
+// The headings for flags in a help page, in this order. A command uses only the headings that it needs.
 const (
 	What      = "What"
 	From      = "Where from"
@@ -29,8 +28,7 @@ const (
 	helpColumn = 28 // the texts of flags begin at this column at the latest
 )
 
-// Group puts flags under a heading of --help. The heading is one of the constants above. Several calls may use the same
-// heading.
+// Group puts flags under a heading of --help: one of the constants above.
 func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	for _, f := range flags {
 		if c, ok := f.(ucli.CategorizableFlag); ok {
@@ -40,7 +38,7 @@ func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	return flags
 }
 
-// useHelp makes the library print help with helpText. The library offers only a global variable for that.
+// useHelp makes the library print help with helpText, for which it offers only a global variable.
 var useHelp = sync.OnceFunc(func() {
 	ucli.HelpPrinter = func(w io.Writer, _ string, data any) {
 		if cmd, ok := data.(*ucli.Command); ok {
@@ -95,7 +93,7 @@ func helpText(cmd *ucli.Command) string {
 	return b.String()
 }
 
-// groupFlags sorts flags by their headings. Flags without a heading, such as --help, come at the end of the last group.
+// groupFlags sorts flags by heading. Flags without a heading, such as --help, come last.
 func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.Flag) {
 	groups = map[string][]ucli.Flag{}
 	var rest []ucli.Flag
@@ -119,8 +117,7 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 	return headings, groups
 }
 
-// flagRow returns the name of a flag with the name of its value, and the flag's description. The usage text has the
-// name of the value in back quotes.
+// flagRow returns the two columns of a flag: its names with the name of its value, and its description.
 func flagRow(f ucli.Flag) (row [2]string) {
 	var names []string
 	for i, name := range f.Names() {
@@ -161,7 +158,7 @@ func flagRow(f ucli.Flag) (row [2]string) {
 	return row
 }
 
-// defaultText returns a flag's default. It returns "" for a zero or empty default, which the usage text explains.
+// defaultText returns a flag's default. It returns "" for a zero default, because the usage text explains it.
 func defaultText(f ucli.DocGenerationFlag) string {
 	if text := f.GetDefaultText(); text != "" {
 		return text
@@ -181,9 +178,8 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment returns the sentence about the flags' environment variables. (The function Env makes the names of the
-// variables.) The sentence has one variable as an example. It prefers the shortest flag with a dash, because the
-// example then shows what replaces the dash in the name of the variable.
+// environment returns the help text about the flags' environment variables. Its example is a short flag with a dash,
+// because the variable shows what replaces the dash.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string
@@ -254,8 +250,7 @@ func section(b *strings.Builder, heading string, rows [][2]string) {
 	}
 }
 
-// line writes text that begins at a column. It breaks the text between words before column 80, and indents the next
-// line to the same column.
+// line writes text that begins at a column, and breaks it before column 80. Each new line begins at the same column.
 func line(b *strings.Builder, column int, text string) {
 	used := column
 	for i, word := range strings.Fields(text) {

@@ -81,8 +81,7 @@ variable.
 	}
 }
 
-// TestHelpEnvironment checks that the help lists the environment variables of flags, and no variable that does not
-// exist.
+// TestHelpEnvironment checks that the help lists exactly the environment variables that exist.
 func TestHelpEnvironment(t *testing.T) {
 	t.Parallel()
 	plain := func(name string) ucli.Flag { return &ucli.BoolFlag{Name: name} }

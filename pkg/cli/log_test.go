@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// TestLoggedDurations checks that logs have durations as text that people and programs can read, also in JSON.
+// TestLoggedDurations checks that logs show durations as text, also in JSON.
 func TestLoggedDurations(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{"json": `"grace":"1m30s"`, "text": "grace=1m30s"} {

@@ -8,8 +8,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// manual returns the man(1) pages of a program by file name: as for git, one page for the program and one for each
-// command. The pages are written in the language of man(7).
+// manual returns the man(1) pages by file name: one for the program and one for each command. Their language is man(7).
 func manual(root *ucli.Command) map[string]string {
 	root.Commands = append(root.Commands, completionCommands(root)...)
 	prepare(root)
@@ -74,7 +73,7 @@ func manPage(root, cmd *ucli.Command, name string) string {
 
 func upperFirst(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
-// eachSynopsis calls f with each form in which a command is called: its words, and the arguments after them.
+// eachSynopsis passes each way to call a command to the callback: its words, and the arguments after them.
 func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	switch {
 	case cmd == root:
@@ -90,8 +89,8 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description. If follows is true, other text comes before the description, which then begins a new
-// paragraph. The line breaks of indented lines, such as examples, stay as they are.
+// manText writes a description, in a new paragraph if other text comes before it. Indented lines, such as examples,
+// keep their line breaks.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {
 		return
@@ -148,8 +147,7 @@ func manFlags(b *strings.Builder, heading string, cmd *ucli.Command) {
 	}
 }
 
-// roff escapes text for man(7): backslashes, hyphens that must stay hyphens, and a dot or a quote at the beginning of a
-// line, which would otherwise start a request.
+// roff escapes text for man(7): backslashes, hyphens, and a dot or a quote that begins a line.
 func roff(text string) string {
 	text = strings.NewReplacer(`\`, `\e`, "-", `\-`, "…", "...", "\u00a0", " ").Replace(text)
 	if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {

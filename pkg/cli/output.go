@@ -28,8 +28,7 @@ func OutputFlag() ucli.Flag {
 	}
 }
 
-// Print writes a result to stdout. The value of --output decides the form: v as indented JSON, v as YAML, or the output
-// of the function text.
+// Print writes a result to stdout in the format of --output: indented JSON, YAML, or what the callback writes.
 func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {
@@ -43,8 +42,8 @@ func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	return text(w)
 }
 
-// PrintOne writes one of several results that follow each other. The value of --output decides the form: v as one line
-// of JSON, v as one document of YAML, or the output of the function text.
+// PrintOne writes one of several results in the format of --output: a line of JSON, a YAML document, or what the
+// callback writes.
 func PrintOne(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {

@@ -18,8 +18,8 @@ func IsTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// Progress returns a watcher for a timeline. On a terminal it shows a moving line. Elsewhere it prints one plain line
-// when a phase begins, and one when it ends.
+// Progress returns a watcher for a timeline. It shows a moving line on a terminal. Elsewhere it prints a plain line at
+// the beginning and the end of each phase.
 func Progress(w io.Writer) func(timeline.Event) {
 	if IsTerminal(w) {
 		return (&bar{w: w}).watch
@@ -46,7 +46,7 @@ func doneLine(p *timeline.Phase) string {
 	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, name, p.Seconds, p.Note)
 }
 
-// bar shows the running phase on the last line of a terminal, and one line for each finished phase above it.
+// bar shows the running phase on the last line of a terminal, and the finished phases above it.
 type bar struct {
 	w  io.Writer
 	mu sync.Mutex

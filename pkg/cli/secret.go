@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// secretQueries are the names of a query's parameters, in lower case, that hold a secret. A signed
-// URL gives access to everybody who has it, so its signature is a secret.
+// secretQueries are the secret parameters of a URL's query, in lower case. A signature is a secret too: a signed URL
+// gives access to everybody.
 var secretQueries = []string{
 	"password", "token",
 	"sslpassword",          // PostgreSQL's connection URIs
@@ -19,9 +19,8 @@ var secretQueries = []string{
 	"x-amz-security-token", // the session token in a presigned URL of AWS
 }
 
-// secretURL reports whether a text is a URL with a secret in it: a password before the host, or a
-// secret in the query. If a text looks like a URL but cannot be parsed, an @ in it may follow a
-// password, and secretURL returns true.
+// secretURL reports whether a text is a URL with a password before the host, or with a secret in its query. It also
+// returns true for a URL that contains an @ and cannot be parsed.
 func secretURL(text string) bool {
 	u, err := url.Parse(text)
 	if err != nil {

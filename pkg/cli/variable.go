@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// variable is an environment variable of a flag. It records whether the library has read the variable. The library
-// reads it only if the flag is not on the command line.
+// variable is an environment variable of a flag. The library reads it only if the flag is not on the command line.
 type variable struct {
 	key   string
 	asked bool
@@ -44,9 +43,8 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// setVariables returns the names of the set environment variables that could decide a flag's value. If the flag is on
-// the command line, the library has read no variable, and setVariables returns none. Otherwise setVariables returns the
-// first variable that the library has read and every variable after it, if they are set.
+// setVariables returns the set environment variables that could decide a flag's value: the first variable that the
+// library has read, and all after it. If the flag is on the command line, there are none.
 func setVariables(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
@@ -89,8 +87,7 @@ func fromEmptyVariable(flag ucli.Flag) bool {
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise the
-// program would silently ignore one of the two.
+// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {

@@ -1,13 +1,12 @@
 // Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles. The bucket may be in Google Cloud
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
-// everywhere. A bucket may have several mirrors. If one mirror cannot be reached, the package uses another one.
+// everywhere. If one mirror of a bucket cannot be reached, the package uses another one.
 //
-// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end, the
-// package compares the download with the size, md5 and crc32c that the bucket reports for the object.
+// The package resumes a broken download if the object has not changed. At the end, it compares the download with the
+// size, md5 and crc32c that the bucket reports.
 //
-// The package does not write. It sends credentials to Google only if they are configured for this account, and never to
-// other servers. Apart from the sums, it checks only the content of small text files. A caller that downloads an
-// archive must compare the archive with the checksum that the bucket has beside it.
+// The package does not write. It sends credentials only to Google, and only if they are configured for this account. A
+// caller that downloads an archive must compare it with the checksum that the bucket has beside it.
 package cosbucket
 
 import (
@@ -32,22 +31,20 @@ type Attrs struct {
 	Size int64
 	// MD5 and CRC32C are in hex; "" means unknown.
 	MD5, CRC32C string
-	// URL is the URL from which the object was read. With several mirrors it is the URL on the mirror that had the
-	// object.
+	// URL is the URL from which the object was read. With several mirrors, it names the mirror that answered.
 	URL string
-	// pin is the version of the object: a generation or an ETag. "" means unknown; then the download cannot be resumed on
-	// this mirror.
+	// pin is the object's generation or ETag. If it is empty, the download cannot be resumed on this mirror.
 	pin string
 }
 
 // backend reads a bucket by one protocol. Object names are valid fs paths.
 type backend interface {
-	// open opens an object at an offset in bytes. If pin is not empty and the object has another version now, the error
-	// is of kind Transient.
+	// open opens an object at an offset in bytes. If pin is not empty and the object has another version, the error is of
+	// kind Transient.
 	open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error)
 	// list returns the names of objects that begin with prefix.
 	list(ctx context.Context, prefix string) ([]string, error)
-	// folders returns the names of the top-level folders: the part of each object's name before its first slash.
+	// folders returns the names of the top-level folders.
 	folders(ctx context.Context) ([]string, error)
 	// sibling opens another bucket by the same protocol, on the same server or in the same parent folder.
 	sibling(ctx context.Context, bucket string) (backend, error)
@@ -55,7 +52,7 @@ type backend interface {
 	close() error
 }
 
-// maxListed is the greatest number of names in one listing. Google's driver bucket has tens of thousands of names.
+// maxListed is the maximum number of names in one listing. Google's driver bucket has tens of thousands.
 const maxListed = 1 << 20
 
 func tooMany() error {
@@ -65,19 +62,17 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the index of the mirror that is asked first. If that mirror did not answer, first becomes the index of the
-	// mirror that answered instead.
+	// first is the index of the mirror that is asked first. After a failure, it changes to the mirror that answered.
 	first atomic.Int32
 	wait  time.Duration // time before the first retry of a broken download
 }
 
-// Open returns the bucket at a gs://, https://, http:// or file:// URL. If the URL has a path after the bucket's name,
-// the path is a prefix of every object's name.
+// Open returns the bucket at a gs://, https://, http:// or file:// URL. A path after the bucket's name is a prefix of
+// every object's name.
 //
-// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order. It asks the
-// next mirror only if a mirror cannot be reached. Later calls then begin with the mirror that answered. If a mirror
-// answers that an object does not exist, no other mirror is asked, and the error is of kind InputMissing. If a mirror
-// sends damaged bytes, no other mirror is asked either.
+// Several URLs, separated by commas, are mirrors of one bucket. Only if a mirror cannot be reached, the next mirror is
+// asked. Later calls begin with the mirror that answered. If a mirror answers that an object does not exist, the error
+// is of kind InputMissing.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
@@ -146,12 +141,11 @@ func (b *Bucket) Close() error {
 	return errors.Join(errs...)
 }
 
-// URL returns the object's URL, for messages and for provenance. With several mirrors it is the URL on the first
-// mirror. [Attrs] has the URL from which an object was read.
+// URL returns the object's URL on the first mirror, for messages and for provenance.
 func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
 
-// tryMirrors calls the function f for one mirror after the other until a mirror answers. If f lists and a mirror cannot
-// list, tryMirrors goes on with the next mirror.
+// tryMirrors passes one mirror after the other to the callback, until a mirror answers. A mirror that cannot list is
+// skipped.
 func (b *Bucket) tryMirrors(ctx context.Context, f func(m backend) error) error {
 	var troubles, cannot []error
 	start := int(b.first.Load())
@@ -192,7 +186,7 @@ func (b *Bucket) prefer(at int) {
 // Get opens an object. If the object does not exist, the error is fault.InputMissing. After a transient error, Get
 // tries again a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with
 // the size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of
-// io.EOF. If no bytes arrive for stallLimit, the read returns a transient error.
+// io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
@@ -215,7 +209,7 @@ func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, er
 	return stall.Watch(s, s.attrs.URL, stallLimit, cancel), s.attrs, nil
 }
 
-// stallLimit is the longest time that one read of a download may take, including retries.
+// stallLimit is the longest time that reads of 64 KiB may take together, including retries.
 const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.
@@ -224,7 +218,7 @@ func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byt
 	return text, err
 }
 
-// readSmall works as [Bucket.ReadSmall] does, and also returns the URL from which the object was read.
+// readSmall is like [Bucket.ReadSmall], and also returns the URL from which the object was read.
 func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text []byte, from string, err error) {
 	r, attrs, err := b.Get(ctx, name)
 	if err != nil {

@@ -228,8 +228,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// flaky is a web server that fails the first requests for each object. It breaks the first download of the big object
-// in the middle.
+// flaky is a web server that fails the first requests for each object, and breaks the first download of the big object.
 type flaky struct {
 	dir http.Handler
 
@@ -306,7 +305,7 @@ func TestWebCancelled(t *testing.T) {
 	}
 }
 
-// A read ends with an error if the bucket sends nothing for a long time. A slow reader does not cause that error.
+// TestSilence checks that a read fails if the bucket sends nothing for a long time, but not if the reader is slow.
 func TestSilence(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// parallel is the greatest number of listings that run at once.
+// parallel is the maximum number of listings that run at once.
 const parallel = 16
 
-// List returns the sorted names of all objects that begin with prefix. If all mirrors are web servers, which cannot
-// list, the error is of kind Unsupported.
+// List returns the sorted names of all objects that begin with prefix. If no mirror can list, the error is of kind
+// Unsupported.
 func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	if prefix != "" {
 		if err := checkName(strings.TrimSuffix(prefix, "/")); err != nil {
@@ -26,7 +26,7 @@ func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	return b.listNames(ctx, prefix, func(m backend) ([]string, error) { return m.list(ctx, prefix) })
 }
 
-// listNames calls the function f for the mirrors in turn until one can list, and returns the sorted names.
+// listNames asks the mirrors in turn until one can list, and returns the sorted names.
 func (b *Bucket) listNames(ctx context.Context, what string, f func(m backend) ([]string, error)) (names []string,
 	err error) {
 	err = b.tryMirrors(ctx, func(m backend) (err error) {
@@ -39,8 +39,8 @@ func (b *Bucket) listNames(ctx context.Context, what string, f func(m backend) (
 	return names, err
 }
 
-// BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It lists only the top level, so
-// its cost does not depend on the number of objects.
+// BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It costs one listing of the top
+// level.
 func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	names, err := b.listNames(ctx, "", func(m backend) ([]string, error) { return m.folders(ctx) })
 	if err != nil {
@@ -54,10 +54,8 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// BuildsOf returns the kernels of these COS builds, in the order of ids. A COS build has one kernel for each board for
-// which the bucket has an object kernel_commit, in the current or in the former layout. BuildsOf does not read the
-// commit; see [Bucket.Describe]. Each COS build costs one listing. So a caller that needs only the newest COS builds
-// should pass only their BUILD_IDs.
+// BuildsOf returns the kernels of these COS builds, in the order of ids: one for each board with an object
+// kernel_commit. It costs one listing for each COS build. It does not read the commit; see [Bucket.Describe].
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)

@@ -32,15 +32,14 @@ type DriverList struct {
 	Branches map[string]string
 	// Versions has all versions in any of the files, lowest first.
 	Versions []string
-	// GPUs has a list for each GPU type for which COS lists versions of its own. The keys are COS's names of the types,
-	// such as NVIDIA_L4.
+	// GPUs has a list for each GPU type with versions of its own. The keys are COS's names of the types, such as
+	// NVIDIA_L4.
 	GPUs map[string]DriverList
 }
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. Each object may be missing; if all are missing, the error is of kind
-// InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins,
-// because COS's own installer reads that file.
+// gpu_driver_versions as text or serialized. If all are missing, the error is of kind InputMissing. A file with a
+// single version wins over gpu_driver_versions, because COS's own installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {
@@ -92,8 +91,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
-// versionList reads gpu_driver_versions of a COS build. If there is none, the result is empty. The text form and the
-// serialized form have the same data. The newest COS builds have only the serialized form.
+// versionList reads gpu_driver_versions of a COS build, as text or serialized. If there is none, the result is empty.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
@@ -117,8 +115,8 @@ func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, 
 
 var branchFile = regexp.MustCompile(`/gpu_(R[0-9]{3,4})_version$`)
 
-// branchFiles returns the branches that may have a file gpu_R*_version. If the bucket can list, these are the branches
-// of the listed files. Otherwise they are the branches of the versions in l.
+// branchFiles returns the branches that may have a file gpu_R*_version. If the bucket cannot list, these are the
+// branches of the versions in l.
 func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList) ([]string, error) {
 	var branches []string
 	cannot := false
@@ -155,9 +153,8 @@ func ParseVersionFile(text []byte) (string, error) {
 	return version, nil
 }
 
-// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, versions that do not have
-// NVIDIA's format, and lists of GPU types whose names do not have COS's format. If several entries give one label to
-// different versions, the entry for all other GPUs wins over the entry for one GPU type.
+// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and malformed versions and GPU
+// types. If several entries give one label to different versions, the entry for all other GPUs wins.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
@@ -208,7 +205,7 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	return l, nil
 }
 
-// add adds the versions and labels of one entry. It does not replace a label that the list has already.
+// add adds the versions and labels of one entry. It never replaces a label.
 func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	for _, v := range info.GetSupportedDriverVersions() {
 		if !target.ValidVersion(v.GetVersion()) {
@@ -228,8 +225,7 @@ func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	}
 }
 
-// rank is the order in which entries are added: the entry for all other GPUs, then the entries for one GPU type, then
-// the entry for machines without a GPU. If a label has several versions, the first version wins.
+// rank is the order in which entries are added. If a label has several versions, the first wins.
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
 	switch info.GetGpuDevice().GetGpuType() {
 	case "OTHERS", "OTHER":
@@ -250,8 +246,7 @@ func sortVersions(versions []string) []string {
 	return slices.Compact(versions)
 }
 
-// Choose returns the version for a wish. An exact version is always allowed, even if COS does not list it, because
-// driver buckets have more versions than COS lists.
+// Choose returns the version for a wish. An exact version need not be in COS's list.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil
@@ -293,9 +288,8 @@ func (l DriverList) offerGPUs() string {
 		"; or leave the GPU type out"
 }
 
-// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest version of
-// the branch in the list. Newest does not choose a version with a suffix from the list, because a user must ask for it
-// by its exact name.
+// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest one
+// without a suffix.
 func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {

@@ -133,8 +133,7 @@ func FuzzParseVersionFile(f *testing.F) {
 	})
 }
 
-// COS's lists have versions for each GPU type. The list in this test is invented. It has the schema of Google's
-// repository cos/tools.
+// TestChooseByGPU uses an invented list with the schema of Google's repository cos/tools.
 func TestChooseByGPU(t *testing.T) {
 	t.Parallel()
 	entry := func(gpu string, versions ...string) string {
@@ -163,8 +162,7 @@ func TestChooseByGPU(t *testing.T) {
 	}
 }
 
-// Names of GPU types come from a bucket and are stored in catalogues. So each name must have COS's format, and the
-// number of names is bounded.
+// TestGPUTypesAreBounded checks the format and the number of GPU types, because they come from a bucket and are stored.
 func TestGPUTypesAreBounded(t *testing.T) {
 	t.Parallel()
 	list := func(names ...string) (text string) {

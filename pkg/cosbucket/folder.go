@@ -51,8 +51,8 @@ func (f *folder) open(_ context.Context, name string, offset int64, _ string) (i
 	return r, Attrs{Size: info.Size()}, nil
 }
 
-// fileError adds a fault kind to an error of opening a file. It distinguishes a missing file from a file that exists
-// but cannot be opened, because a checksum file that cannot be opened must not be taken for missing.
+// fileError adds a fault kind to an error of opening a file. A file that cannot be opened does not count as missing:
+// otherwise an unreadable checksum file would be skipped.
 func fileError(err error) error {
 	var errno syscall.Errno
 	switch {

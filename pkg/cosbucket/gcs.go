@@ -25,8 +25,8 @@ import (
 	"github.com/prebake/prebake/pkg/gcs"
 )
 
-// googleBucket is a bucket in Google Cloud Storage. The environment variable STORAGE_EMULATOR_HOST redirects it to an
-// emulator, because the client library reads that variable.
+// googleBucket is a bucket in Google Cloud Storage. The client library sends all requests to an emulator if
+// STORAGE_EMULATOR_HOST is set.
 type googleBucket struct {
 	gcs.Bucket
 	wait time.Duration
@@ -42,8 +42,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
-		// COS's buckets are public. Google answers a request without a token, but refuses the token of a machine that
-		// has no access rights.
+		// COS's buckets are public. Google refuses the token of a machine without access rights, but answers without a token.
 		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
 	const hint = "check the Google credentials of this account; if the bucket is public, " +
@@ -53,8 +52,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
 	transport.Transport = bounded{transport.Transport}
-	// WithoutAuthentication is needed here, too. Otherwise the client would ask the metadata server for credentials,
-	// and wait for it.
+	// Without this option, the client would ask the metadata server for credentials, and wait for it.
 	client, err := storage.NewClient(ctx, option.WithHTTPClient(transport), option.WithoutAuthentication())
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)
@@ -65,7 +63,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 }
 
 // credentialsConfigured reports whether application default credentials are configured for this account, by a variable
-// or by a file. It does not ask a metadata server; openGCS says why.
+// or by a file. It does not ask a metadata server.
 func credentialsConfigured(getenv func(string) string) bool {
 	if getenv("GOOGLE_APPLICATION_CREDENTIALS") != "" {
 		return true
@@ -78,8 +76,8 @@ func credentialsConfigured(getenv func(string) string) bool {
 	return err == nil
 }
 
-// bounded is a transport that limits the number of requests for one download. The library itself resumes a broken
-// download. Without this limit, it would never give up on a server that breaks every response at once.
+// bounded is a transport that limits the number of requests for one download. Otherwise, the library would never give
+// up on a server that breaks every response.
 type bounded struct{ http.RoundTripper }
 
 type budgetKey struct{}
@@ -107,7 +105,7 @@ func (g *googleBucket) open(ctx context.Context, name string, offset int64, pin 
 		}
 		pin = strconv.FormatInt(attrs.Generation, 10)
 	}
-	// The generation identifies the content. So a resumed download continues with the same bytes, or it fails.
+	// The generation identifies the content, so a resumed download gets the same bytes or fails.
 	generation, err := strconv.ParseInt(pin, 10, 64)
 	if err != nil {
 		return nil, Attrs{}, fault.Wrap(fault.Internal, err, "")

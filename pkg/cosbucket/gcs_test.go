@@ -29,8 +29,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// proxy is a proxy in front of an emulator, which alters responses as a faulty network would. The tests that use it
-// are not parallel, because the library reads its server's address from the environment.
+// proxy is a proxy in front of an emulator, which alters responses as a faulty network would. Its tests are not
+// parallel, because the library reads the server's address from the environment.
 type proxy struct {
 	*gcs.Server
 	next *httputil.ReverseProxy
@@ -39,9 +39,9 @@ type proxy struct {
 	content  []string // requests for an object's bytes: range and generation
 	requests int
 	auth     bool
-	// spoil may replace the writer of the response to the nth request for an object's bytes. It may be nil.
+	// spoil may replace the writer of the nth response with an object's bytes. It may be nil.
 	spoil func(n int, w http.ResponseWriter) http.ResponseWriter
-	// page is the greatest number of entries in each page of a listing. "" means no limit.
+	// page is the maximum number of entries in each page of a listing. "" means no limit.
 	page string
 }
 
@@ -118,8 +118,7 @@ func TestEmulator(t *testing.T) {
 		p.Put(t, "cos-tools", name, []byte(text))
 		p.Put(t, "cos-tools-eu", "below/"+name, []byte(text))
 	}
-	// The metadata server of a machine without access rights gives a token that Google refuses, even for public buckets.
-	// So the package must not ask that server.
+	// The package must not ask the metadata server: its token may be refused even for public buckets.
 	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the metadata server was asked")
 	}))
@@ -172,8 +171,8 @@ func TestEmulator(t *testing.T) {
 	})
 }
 
-// Google's servers can decompress an object while they send it. The API delivers the stored bytes, which match the
-// sums. Plain HTTPS delivers the decompressed bytes, which do not match the sums.
+// If an object is stored compressed, the API delivers the stored bytes, which match the sums. Plain HTTPS delivers the
+// decompressed bytes, which do not match.
 func TestEmulatorStoredCompressed(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -327,7 +326,7 @@ func (r *replacingWriter) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// BuildIDs costs one listing, however many COS builds the bucket has. BuildsOf costs one listing for each COS build.
+// TestEmulatorManyBuilds checks that BuildIDs costs one listing, and BuildsOf one for each COS build.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on retries. A request is sent at most five times, within about eight seconds. A download that makes no
-// progress is resumed at most four times.
+// Bounds on retries. A request is sent at most five times, within about eight seconds. A download without progress is
+// resumed at most four times.
 const (
 	retryMax  = 4
 	retryWait = 500 * time.Millisecond
@@ -48,14 +48,14 @@ func openHTTP(u *url.URL, wait time.Duration) (*web, error) {
 
 func (w *web) url(name string) string { return w.base.JoinPath(name).String() }
 
-// fetch requests an object's bytes from offset to the end. If etag is not empty, the object must still have that ETag.
+// fetch requests an object's bytes from an offset to the end. If etag is not empty, the object must still have that
+// ETag.
 func (w *web) fetch(ctx context.Context, name string, offset int64, etag string) (*http.Response, error) {
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, w.url(name), nil)
 	if err != nil {
 		return nil, err
 	}
-	// The sums that a bucket reports are those of the stored bytes, so the server must not send the bytes in another
-	// encoding.
+	// The sums that a bucket reports are those of the stored bytes. So ask for the bytes without another encoding.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
@@ -109,8 +109,7 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 			return nil, Attrs{}, errors.Join(err, resp.Body.Close())
 		}
 	}
-	// Google's sums are those of the stored bytes. If Google's server decompresses an object, the sums and the length do
-	// not match the bytes that arrive.
+	// If Google's server decompresses an object, its sums and length are still those of the stored bytes.
 	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" ||
 		resp.Header.Get("Content-Encoding") == stored {
 		a.MD5, a.CRC32C = googHash(resp.Header)
@@ -133,8 +132,7 @@ func total(contentRange string, offset int64) (int64, error) {
 	return size, nil
 }
 
-// googHash returns the md5 and the crc32c that Google Cloud Storage sends with an object, in hex. "" means that there
-// is none.
+// googHash returns the md5 and the crc32c that Google Cloud Storage sends with an object, in hex. "" means none.
 func googHash(h http.Header) (md5, crc32c string) {
 	for _, line := range h.Values("X-Goog-Hash") {
 		for part := range strings.SplitSeq(line, ",") {
@@ -163,8 +161,8 @@ func cannotList() error {
 		"give the BUILD_ID and the board of each COS build, or use the bucket's gs:// URL")
 }
 
-// google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the
-// path or of the host name.
+// google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the path
+// or of the host name.
 const google = "storage.googleapis.com"
 
 func (w *web) sibling(_ context.Context, bucket string) (backend, error) {

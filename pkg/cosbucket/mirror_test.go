@@ -142,8 +142,7 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-// If a mirror does not answer, the mirror that answered instead is asked first from then on, and the attributes of an
-// object have the URL on that mirror.
+// TestMirrorStays checks that after a failure, the mirror that answered is asked first.
 func TestMirrorStays(t *testing.T) {
 	t.Parallel()
 	down, up := &mirror{down: true}, &mirror{objects: map[string]string{"a": "a\n", "b": "b\n"}}
@@ -199,8 +198,8 @@ func TestResumption(t *testing.T) {
 	}
 }
 
-// If the first mirror is a web server, which cannot list, the next mirror lists. The web server is still asked first
-// for objects.
+// TestMirrorThatLists checks that the next mirror lists if the first one is a web server. The web server is still asked
+// first for objects.
 func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}

@@ -16,8 +16,8 @@ const (
 	commitFile  = "kernel_commit"
 )
 
-// Layouts returns the names that an object may have: its name in the current layout and then, if the object can be in
-// the former layout, its name there. The argument name is the object's name in the current layout.
+// Layouts returns the names that an object may have: the given name in the current layout, and then its name in the
+// former layout, if there is one.
 func Layouts(k target.Kernel, name string) []string {
 	if rest, ok := strings.CutPrefix(name, k.BuildID+"/"+legacyBoard+"/"); ok && k.Board == legacyBoard {
 		return []string{name, k.BuildID + "/" + rest}
@@ -33,16 +33,14 @@ func HeadersName(k target.Kernel) string { return under(k, "kernel-headers.tgz")
 // ToolchainName returns the name of the object with the compiler.
 func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz") }
 
-// ToolchainPointerName returns the name of the object that points to the compiler if the compiler is in another bucket;
-// see [ParsePointer].
+// ToolchainPointerName returns the name of the object that points to a compiler in another bucket; see [ParsePointer].
 func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.tar.xz.gcs") }
 
-// ToolchainURLName returns the name of the object with the compiler's URL. Only old COS builds have it; see
-// [ParseToolchainURL].
+// ToolchainURLName returns the name of the object with the compiler's URL, in old COS builds; see [ParseToolchainURL].
 func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
 
-// ToolchainPathName returns the name of the object with the compiler's path. Only the COS builds of COS's own test runs
-// have it; see [ParseToolchainPath].
+// ToolchainPathName returns the name of the object with the compiler's path, in COS builds of COS's own test runs; see
+// [ParseToolchainPath].
 func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
 
 // VMLinuxName returns the name of the object with the kernel, its symbols and its type information.
@@ -60,8 +58,8 @@ func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 // DriverVersionsName returns the name of the object with the driver versions for each GPU type.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
 
-// DriverVersionsBinName returns the name of the object with the list of [DriverVersionsName] as a serialized protobuf
-// message.
+// DriverVersionsBinName returns the name of the object with the same list as [DriverVersionsName], as a serialized
+// protobuf message.
 func DriverVersionsBinName(k target.Kernel) string { return under(k, "gpu_driver_versions.bin") }
 
 // DefaultVersionName returns the name of the object with the default driver version.
@@ -75,15 +73,14 @@ func BranchVersionName(k target.Kernel, branch string) string {
 	return under(k, "gpu_"+branch+"_version")
 }
 
-// SignatureNames returns the names that the object with Google's signatures of a driver's modules may have. The name in
-// newer COS builds comes first.
+// SignatureNames returns the possible names of the object with Google's signatures of a driver's modules, newest first.
 func SignatureNames(k target.Kernel, version string) []string {
 	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"),
 		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
-// TrustedKeyName returns the name of the object with a copy of the root certificate that is built into the kernel. The
-// kernel verifies Google's module signatures with this certificate.
+// TrustedKeyName returns the name of the object with the kernel's built-in root certificate for Google's module
+// signatures.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
 // SignedDriverName returns the name of the object with the open modules of a driver, which Google compiled and signed.
@@ -91,8 +88,8 @@ func SignedDriverName(k target.Kernel, version string) string {
 	return under(k, "nvidia-drivers-"+version+".tgz")
 }
 
-// BootName returns the name of the object with the files that a virtual machine needs to boot this kernel. Only mirrors
-// that Prebake makes have it; COS's buckets do not.
+// BootName returns the name of the object with the files that a virtual machine needs to boot this kernel. Only
+// Prebake's own mirrors have it.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
 // MD5Name returns the name of the object with another object's md5 in hex.
@@ -115,13 +112,16 @@ func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
 
-// RunfileLocation is a name that a runfile may have in a bucket, with the name of the object that has the runfile's
-// sha256.
+// RunfileLocation is a possible name of a runfile, with the name of the object that has the runfile's sha256.
 type RunfileLocation struct{ Runfile, Sum string }
 
-// RunfileLocations returns the locations that the known buckets use for a driver version, in this order: COS's own
-// layout; a plain folder; a folder for each version with the checksum beside the file. NVIDIA's download server and
-// Google's former buckets have such folders. A version with a suffix may be in the folder of its release.
+// RunfileLocations returns the possible locations of a runfile, in this order:
+//
+//   - COS's own layout
+//   - a plain folder
+//   - a folder for each version with the checksum beside the file, as NVIDIA and Google's former buckets have it
+//
+// A version with a suffix may be in the folder of its release.
 func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 	name := RunfileName(version, arch)
 	all := []RunfileLocation{{name, RunfileSumName(version, arch)}}
@@ -138,7 +138,7 @@ func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 
 var runfileName = regexp.MustCompile(`(?:^|/)NVIDIA-Linux-(x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
 
-// ParseRunfile parses the name of an object in a driver bucket. ok is true if the object is a runfile in one of its
+// ParseRunfile parses the name of an object in a driver bucket. ok is true if the name is one of a runfile's
 // [RunfileLocations].
 func ParseRunfile(object string) (version string, arch target.Arch, ok bool) {
 	m := runfileName.FindStringSubmatch(object)

@@ -13,18 +13,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxPointer is the greatest size in bytes of an object with a pointer.
+// MaxPointer is the maximum size in bytes of an object with a pointer.
 const MaxPointer = 4 << 10
 
-// Pointer is the location of an object in another bucket. [Bucket.Sibling] opens that bucket by the protocol of the
-// bucket that has the pointer.
+// Pointer is the location of an object in another bucket; see [Bucket.Sibling].
 type Pointer struct{ Bucket, Path string }
 
 // String returns the object's gs:// URL.
 func (p Pointer) String() string { return "gs://" + p.Bucket + "/" + p.Path }
 
 var (
-	// bucketPattern is Google's rule for bucket names, but without dots. So a name with a domain does not match.
+	// bucketPattern is Google's rule for bucket names, but without dots: a domain must not match.
 	bucketPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]$`)
 	pathPattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+=@~/-]{0,999}$`)
 )
@@ -72,7 +71,7 @@ func ParsePointer(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainURL parses toolchain_url of old COS builds: one URL that begins with https://storage.googleapis.com/ or
+// ParseToolchainURL parses toolchain_url of old COS builds: a URL that begins with https://storage.googleapis.com/ or
 // gs://.
 func ParseToolchainURL(text []byte) (Pointer, error) {
 	if len(text) > MaxPointer {
@@ -97,8 +96,8 @@ func ParseToolchainURL(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainPath parses toolchain_path: the compiler's path in COS's SDK bucket. The compiler of older COS builds
-// is in Chromium OS's SDK bucket, under the same path. So ParseToolchainPath returns both places.
+// ParseToolchainPath parses toolchain_path: the compiler's path in COS's SDK bucket. It also returns the same path in
+// Chromium OS's SDK bucket, which has the compiler of older COS builds.
 func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	if len(text) > MaxPointer {
 		return nil, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
@@ -109,7 +108,7 @@ func ParseToolchainPath(text []byte) ([]Pointer, error) {
 }
 
 // Sibling opens the pointer's bucket beside bucket b: in Google Cloud Storage, on the same web server, or in the same
-// parent folder. So a pointer can choose another bucket, but not another host or protocol.
+// parent folder. A pointer cannot choose another host or protocol.
 func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 	if err := p.check(); err != nil {
 		return nil, err
@@ -121,7 +120,7 @@ func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", p.Bucket, errors.Join(err, s.Close()))
 		}
-		// Several mirrors may have the same sibling: mirrors in Google Cloud Storage always do.
+		// Several mirrors may have the same sibling. Mirrors in Google Cloud Storage always do.
 		if at := n.url(""); slices.Contains(known, at) {
 			err = n.close()
 		} else {

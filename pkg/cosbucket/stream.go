@@ -15,12 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// progress is the number of bytes that a download must deliver between two breaks so that its retries are counted from
-// 0 again.
+// progress is the number of bytes after which the retries of a download are counted from 0 again.
 const progress = 1 << 20
 
-// stream is a download. After a break, it continues on the same mirror or on another one that has the same bytes. At
-// the end, it compares the sums of the bytes with the sums that the bucket reported.
+// stream is a download. After a break, it continues on a mirror that has the same bytes. At the end, it compares the
+// sums of the bytes with those that the bucket reported.
 type stream struct {
 	ctx    context.Context //nolint:containedctx // a Reader has no other way to be cancelled; it is for one download
 	bucket *Bucket
@@ -98,7 +97,7 @@ func (s *stream) resume(cause error) error {
 func (s *stream) otherMirror(broken error) error {
 	for i, m := range s.bucket.mirrors {
 		if m == s.from {
-			// The next download asks the next mirror first, even if it is a download of this object again.
+			// Ask the next mirror first from now on, even for this object.
 			s.bucket.prefer(i + 1)
 			continue
 		}
@@ -133,8 +132,8 @@ func (s *stream) otherMirror(broken error) error {
 
 func (s *stream) Close() error { return s.body.Close() }
 
-// same reports whether two objects have the same bytes. The result decided is false if the two buckets report too few
-// sums and sizes to decide that.
+// same reports whether two objects have the same bytes. The second result is false if the buckets report too little to
+// decide that.
 func (a Attrs) same(b Attrs) (same, decided bool) {
 	decided = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
 	differ := func(x, y string) bool { return x != "" && y != "" && x != y }

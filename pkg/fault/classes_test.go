@@ -6,8 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestClassesOfBuilds checks that the classes of a failed build do not change. Users' scripts depend on the exit codes,
-// dashboards on the names, and the queue on the retry rules.
+// TestClassesOfBuilds checks that the classes of a failed build do not change: users' scripts, dashboards and the queue
+// depend on them.
 func TestClassesOfBuilds(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -1,6 +1,8 @@
-// Package fault is the closed list of the ways in which Prebake fails. For each way it defines the exit code, the HTTP
-// status, the retry rule and the metric label. The lowest layer that knows the remedy attaches the kind and a hint.
-// Code above that layer wraps the error with %w, and decides by its kind ([Of]), never by its text.
+// Package fault is the closed list of the ways in which Prebake fails. Each kind has an exit code, an HTTP status, a
+// retry rule and a metric label.
+//
+// The lowest layer that knows the remedy attaches the kind and a hint. Layers above it wrap the error with %w, and
+// decide by its kind ([Of]), never by its text.
 //
 // The package imports no other package of the project.
 package fault
@@ -12,7 +14,7 @@ import (
 	"syscall"
 )
 
-// Kind is one way to fail. The zero value is Internal, because an error that nobody classified counts as a bug.
+// Kind is one way to fail. The zero value is Internal: an unclassified error counts as a bug.
 type Kind int
 
 // The closed list of kinds. A new kind needs a row in the table below.
@@ -56,8 +58,8 @@ type row struct {
 	what  string // one line for the table of exit codes in the documentation
 }
 
-// Exit codes 0 to 2 have their usual meanings: success, error, wrong usage. The shell uses the codes from 126 on. The
-// number of a kind never changes, and no other kind ever gets it.
+// Exit codes 0 to 2 have their usual meanings; the shell uses the codes from 126 on. The code of a kind never changes
+// and is never used again.
 var table = [kinds]row{
 	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
 	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},
@@ -172,8 +174,8 @@ func Errorf(kind Kind, format string, args ...any) error {
 	return &Error{Kind: kind, Err: fmt.Errorf(format, args...)}
 }
 
-// Of returns the kind of the outermost classified error in err's chain. If the chain has no classified error, Of
-// returns Cancelled for a cancelled context, TimedOut for an expired context, and Internal for any other error.
+// Of returns the kind of the outermost classified error in err's chain. Without a classified error, it returns
+// Cancelled for a cancelled context, TimedOut for an expired context, and else Internal.
 func Of(err error) Kind {
 	var e *Error
 	switch {
@@ -207,7 +209,7 @@ func NoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// Disk adds the kind DiskFull and the hint to the error of a full disk. It returns any other error, and nil, unchanged.
+// Disk adds the kind DiskFull and the hint to the error of a full disk. It returns any other error unchanged.
 func Disk(err error, hint string) error {
 	if !NoSpace(err) {
 		return err

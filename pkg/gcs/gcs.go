@@ -1,6 +1,5 @@
-// Package gcs holds the code that readers and writers of Google Cloud Storage share: a handle for a bucket or a folder
-// in it, and the meaning of the library's errors. The package opens no client. Its callers do, because a reader needs
-// no credentials for a public bucket, but a writer always needs them.
+// Package gcs is shared by readers and writers of Google Cloud Storage. It has a handle for a bucket or a folder in it,
+// and the meaning of the library's errors. The caller opens the client, because only some clients need credentials.
 package gcs
 
 import (
@@ -23,7 +22,7 @@ type Bucket struct {
 	prefix string // "" or ending in a slash
 }
 
-// New returns a handle for a folder of a bucket; folder "" means the whole bucket. [Bucket.Close] closes the client.
+// New returns a handle for a folder of a bucket; "" means the whole bucket. [Bucket.Close] closes the client.
 func New(client *storage.Client, name, folder string) Bucket {
 	b := Bucket{client.Bucket(name), client, strings.Trim(folder, "/")}
 	if b.prefix != "" {
@@ -32,11 +31,10 @@ func New(client *storage.Client, name, folder string) Bucket {
 	return b
 }
 
-// Path returns an object's full name in the bucket: the folder's path, and then name, which is the object's name in the
-// folder. [Bucket.Trim] does the reverse.
+// Path returns the full name in the bucket of an object in the folder. [Bucket.Trim] does the reverse.
 func (b Bucket) Path(name string) string { return b.prefix + name }
 
-// Trim returns an object's name in the folder. path is the object's full name in the bucket.
+// Trim returns the name in the folder of an object with this full name.
 func (b Bucket) Trim(path string) string { return strings.TrimPrefix(path, b.prefix) }
 
 // Object returns a handle for an object in the folder.
@@ -66,7 +64,7 @@ func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }
 
-// TransientError returns an error of kind Transient. err is an error of the service that may not occur at a later call.
+// TransientError returns an error of kind Transient, for an error of the service that may pass.
 func TransientError(err error) error {
 	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err),
 		"check the network, then try again")

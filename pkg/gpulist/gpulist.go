@@ -1,8 +1,7 @@
-// Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a given
-// GPU. The builder reads NVIDIA's supported-gpus.json. A node reads a short form of that file, from a signed statement.
+// Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a GPU. The
+// builder reads NVIDIA's supported-gpus.json. A node reads a short list from a signed statement.
 //
-// The package makes no guess about products. If a list has no entry for a GPU, the GPU's architecture decides, as it
-// does without a list.
+// If a list has no entry for a GPU, the GPU's architecture decides.
 package gpulist
 
 import (
@@ -37,8 +36,8 @@ const kernelOpen = "kernelopen"
 
 // Chip is one product.
 type Chip struct {
-	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of a board; "" means that
-	// the entry is for all boards with this device.
+	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of a board. If they are
+	// "", the entry is for all boards with this device.
 	Device    string `json:"device"`
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
@@ -46,8 +45,7 @@ type Chip struct {
 	Name string `json:"name,omitempty"`
 	// Features are NVIDIA's names of features. A list from [List.Short] has only kernelopen.
 	Features []string `json:"features,omitempty"`
-	// Legacy is the older branch, such as 470.xx, that this product needs because the release does not support it any
-	// more. "" means that the release supports the product.
+	// Legacy is the older branch, such as 470.xx, for a product that the release no longer supports; "" for others.
 	Legacy string `json:"legacy,omitempty"`
 }
 
@@ -58,8 +56,7 @@ func (c Chip) Open() bool { return slices.Contains(c.Features, kernelOpen) }
 type List struct {
 	Version string `json:"version"`
 	Chips   []Chip `json:"gpus"`
-	// LeftOut gives the reasons why entries of NVIDIA's file could not be read, for the first twenty of them. Only
-	// [ParseFile] sets it.
+	// LeftOut says why entries of NVIDIA's file could not be read, for the first twenty of them.
 	LeftOut []string `json:"-"`
 }
 
@@ -71,8 +68,8 @@ var (
 	legacyPattern = regexp.MustCompile(`^[0-9]{1,4}(\.[0-9x]{1,4}){0,3}$`)
 )
 
-// ParseFile reads NVIDIA's supported-gpus.json. It ignores fields that it does not know, because the file may be newer
-// than this program.
+// ParseFile reads NVIDIA's supported-gpus.json. It ignores unknown fields, because the file may be newer than the
+// program.
 func ParseFile(version string, text []byte) (*List, error) {
 	l, err := parseFile(version, text)
 	if err != nil {
@@ -125,7 +122,7 @@ func parseChip(raw []byte) (Chip, error) {
 	return chip, chip.normalize()
 }
 
-// ParsePredicate reads the predicate of a statement. The caller must have verified the statement's signature before.
+// ParsePredicate reads the predicate of a statement. The caller must verify the statement's signature first.
 func ParsePredicate(text []byte) (*List, error) {
 	l := &List{}
 	err := json.Unmarshal(text, l)
@@ -186,9 +183,8 @@ func (c Chip) compare(d Chip) int {
 		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
-// Short returns a list with only the facts by which a node chooses a flavour: ids, whether the open modules drive the
-// product, and the legacy branch. If the boards of a device agree in these facts, Short writes one entry for all of
-// them.
+// Short returns a list with only the facts by which a node chooses a flavour. If they are equal for all boards of a
+// device, the boards become one entry.
 func (l *List) Short() *List {
 	short := &List{Version: l.Version}
 	rest := l.Chips
@@ -237,7 +233,7 @@ func (g GPU) String() string {
 	return g.Address + " (" + id + ")"
 }
 
-// find returns the entry for a GPU's board. If there is none, it returns the entry for the GPU's device.
+// find returns the entry for a GPU's board, or else the entry for the GPU's device.
 func (l *List) find(g GPU) (Chip, bool) {
 	if l == nil {
 		return Chip{}, false
@@ -258,8 +254,7 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// listsOpen reports whether any entry of the list has the feature kernelopen. If none has it, the list says nothing
-// about the open modules.
+// listsOpen reports whether any entry has the feature kernelopen. If not, the list says nothing about the open modules.
 func (l *List) listsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
 // firstTuring is lower than the PCI device id of every GPU with a GSP (TU102, 0x1e02 and up). The open modules need a
@@ -271,8 +266,8 @@ func turing(device string) bool {
 	return err == nil && id >= firstTuring
 }
 
-// Serves reports whether modules of this flavour drive a GPU; if not, the result why is the reason. If the list is nil
-// or has no entry for the GPU, the GPU's architecture decides: the open modules need Turing or newer.
+// Serves reports whether modules of this flavour drive a GPU, and why not. Without an entry for the GPU, its
+// architecture decides: the open modules need Turing or newer.
 func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	c, listed := l.find(g)
 	switch {
@@ -288,10 +283,9 @@ func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	return true, ""
 }
 
-// Drives reports whether modules of this flavour drive any product that belongs to a gpu_type of COS's
-// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to the type if the product's name contains the
-// words of the type, in the same order and with no word between them. The words NVIDIA and TESLA of the type do not
-// count.
+// Drives reports whether modules of this flavour drive any product of a gpu_type of COS's gpu_driver_versions, such as
+// NVIDIA_TESLA_P100. A product's name must contain the words of the type, except NVIDIA and TESLA, next to each other
+// and in the same order.
 func (l *List) Drives(gpuType string, f target.Flavour) bool {
 	words := strings.FieldsFunc(strings.ToUpper(gpuType), func(r rune) bool { return r == '_' })
 	words = slices.DeleteFunc(words, func(w string) bool { return w == "NVIDIA" || w == "TESLA" })
@@ -318,7 +312,7 @@ type Offer struct {
 }
 
 // Choose returns the index of the offer that a node with these GPUs should take. Like COS itself, it prefers the open
-// modules to the proprietary ones, if they drive every GPU. A node without GPUs can take any offer.
+// modules if they drive every GPU. A node without GPUs can take any offer.
 func Choose(gpus []GPU, offers []Offer) (int, error) {
 	var whys []string
 	for _, f := range []target.Flavour{target.Open, target.Proprietary} {

@@ -176,8 +176,7 @@ func TestDrives(t *testing.T) {
 	}
 }
 
-// TestParseLeavesOut checks that ParseFile skips an unreadable entry and keeps the others. The list is only advice, so
-// the rest of it stays useful.
+// TestParseLeavesOut checks that ParseFile skips an unreadable entry and keeps the others.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
 	odd := strings.Replace(file, `"chips": [`,
@@ -231,8 +230,7 @@ func FuzzParseFile(f *testing.F) {
 			}
 			return
 		}
-		// The full list and its short form must give the same answer about each product. Shortening a short form must
-		// change nothing.
+		// The full list and its short form must give the same answers. Shortening a short form must change nothing.
 		s := shortForm(t, l)
 		if diff := cmp.Diff(s, shortForm(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)

@@ -1,5 +1,5 @@
-// Package hostfile copies files and computes their checksums, by path. It refuses to overwrite an existing file. It is
-// not for paths that somebody else chose: open those through an os.Root, and pass the open files to Fill.
+// Package hostfile copies files by path and computes their checksums. It never overwrites a file. For paths that
+// somebody else chose, use an os.Root, and pass the open files to Fill.
 package hostfile
 
 import (
@@ -11,7 +11,7 @@ import (
 	"os"
 )
 
-// Copy copies a file to a new file. The mode is 0755 if the source is executable, else 0644. After an error, the caller
+// Copy copies a file to a new file, with mode 0755 if the source is executable, else 0644. After an error, the caller
 // removes the incomplete file.
 func Copy(to, from string) error {
 	in, err := os.Open(from)
@@ -34,7 +34,7 @@ func Copy(to, from string) error {
 	return Fill(out, in)
 }
 
-// CopySum copies a file to a new file of mode 0644. It returns the SHA-256 of the copied bytes, in hex.
+// CopySum copies a file to a new file of mode 0644, and returns the SHA-256 of the copied bytes, in hex.
 func CopySum(to, from string) (sum string, err error) {
 	in, err := os.Open(from)
 	if err != nil {

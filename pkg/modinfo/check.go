@@ -32,7 +32,7 @@ type Rules struct {
 	MadeFor string
 }
 
-// Problem is one reason why the kernel would refuse a module, or would crash after it loaded the module.
+// Problem is one reason why the kernel would refuse a module or crash after loading it.
 type Problem struct {
 	Module string
 	// Symbol is the symbol that the problem is about. It may be empty.
@@ -58,11 +58,11 @@ const (
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
 
-// maxProblems is the greatest number of problems that Check reports for each module.
+// maxProblems is the maximum number of problems that Check reports for each module.
 const maxProblems = 8
 
-// Check reports every reason why this kernel would refuse the modules if they were loaded together. In the errors,
-// these modules are called the set. The error is of kind fault.CheckFailed, and wraps a [Problem] for each reason.
+// Check reports every reason why this kernel would refuse the modules, loaded together. The error is of kind
+// fault.CheckFailed, and wraps a [Problem] for each reason. In the errors, "the set" means these modules.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
@@ -137,8 +137,7 @@ func (c *checker) module(m *Module) {
 	for _, s := range m.Imports {
 		c.symbol(m, s, needs)
 	}
-	// The field CRCs also has checksums of names that are not imported symbols, such as module_layout. The kernel compares
-	// them too.
+	// CRCs also has checksums of names that are not imported, such as module_layout. The kernel compares them too.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
 			if _, imported := slices.BinarySearchFunc(m.Imports, name,
@@ -152,9 +151,8 @@ func (c *checker) module(m *Module) {
 	}
 }
 
-// origin checks that a module was built with the source tree of this kernel. It compares processor, build salt, size of
-// struct module and ABI fingerprint. If two sibling kernels have the same release and compare no checksums, only these
-// facts tell a module for one kernel from a module for the other.
+// origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
+// and no checksums. Only these facts then tell their modules apart.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
@@ -177,7 +175,7 @@ func (c *checker) origin(m *Module) {
 }
 
 func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
-	// The assemblers for x86 and Arm add this symbol. The kernel ignores it when it loads a module.
+	// The assemblers for x86 and Arm add this symbol, and the kernel ignores it.
 	if s.Name == "_GLOBAL_OFFSET_TABLE_" {
 		return
 	}
@@ -222,8 +220,8 @@ func (c *checker) crc(m *Module, symbol string, want uint32, whose string) {
 	}
 }
 
-// gplCompatible reports whether the kernel treats a licence as compatible with the GPL. The list is that of
-// license_is_gpl_compatible in the kernel's include/linux/license.h.
+// gplCompatible reports whether the kernel treats a licence as compatible with the GPL (license_is_gpl_compatible in
+// include/linux/license.h).
 func gplCompatible(license string) bool {
 	switch license {
 	case "GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL":
@@ -232,8 +230,8 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order sorts the modules for loading. Each module comes after the given modules on which it depends. Modules that do
-// not depend on each other are sorted by name. Order fails if a module depends on itself, directly or through others.
+// Order sorts the modules for loading: each after the modules on which it depends, otherwise by name. It fails if a
+// module depends on itself, directly or through others.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {
@@ -253,7 +251,7 @@ func Order(mods []*Module) ([]*Module, error) {
 				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
 				remedySet)
 		}
-		// Each round takes only one module. An additional module therefore does not change the order of the others.
+		// With one module a round, an additional module does not change the order of the others.
 		next := slices.Min(ready)
 		ordered = append(ordered, waiting[next])
 		delete(waiting, next)

@@ -1,6 +1,6 @@
-// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers. It checks
-// whether the kernel would load the modules. It does not load or change a module, and it trusts no file: every size in
-// a file is bounded, because the file may be hostile.
+// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers. It checks whether
+// the kernel would load the modules, but never loads or changes one. The files may be hostile, so every size in them is
+// bounded.
 package modinfo
 
 import (
@@ -29,8 +29,8 @@ type Module struct {
 	Vermagic string
 	// License is MODULE_LICENSE, such as NVIDIA or GPL v2.
 	License string
-	// Depends are the modules that must be loaded before this module. Their names are as modpost writes them, with - or _;
-	// see [Canonical].
+	// Depends are the modules that must be loaded first. Their names are as modpost writes them, with - or _; see
+	// [Canonical].
 	Depends []string
 	// Firmware has the names of firmware files that the module may request.
 	Firmware []string
@@ -49,11 +49,10 @@ type Module struct {
 	BuildID string
 	// Salt is CONFIG_BUILD_SALT of the kernel that the module was built for. It may be empty.
 	Salt string
-	// MadeFor is the ABI fingerprint that the builder stamped into the module (see [StampSection]). It is empty
-	// without a stamp.
+	// MadeFor is the ABI fingerprint in the builder's stamp (see [StampSection]). It is empty without a stamp.
 	MadeFor string
-	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux 6.4 and later
-	// versions compare it.
+	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux compares it since
+	// 6.4.
 	StructSize uint64
 	// Machine is the module's processor architecture.
 	Machine elf.Machine
@@ -63,17 +62,17 @@ type Module struct {
 	Size int64
 }
 
-// Symbol is an undefined symbol. If it is weak, the kernel loads the module even if nothing exports the symbol.
+// Symbol is an undefined symbol. The kernel loads a module even if nothing exports a weak symbol.
 type Symbol struct {
 	Name string
 	Weak bool
 }
 
-// Canonical returns a module's name in the form that the kernel compares: with _ for each -.
+// Canonical returns a module's name as the kernel compares it: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
-// Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour. It has
-// 250 MB as built, and 100,000 symbols. Each of its tables has less than a tenth of the limit for that table.
+// Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour: 250 MB
+// as built, with 100,000 symbols.
 const (
 	maxFile    = 2 << 30
 	maxSection = 64 << 20
@@ -81,7 +80,7 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads the facts of a module file. size is the length of the file in bytes. Errors are of kind fault.CheckFailed.
+// Read reads the facts of a module file of size bytes. Errors are of kind fault.CheckFailed.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
@@ -217,8 +216,8 @@ func first(values []string) string {
 	return values[0]
 }
 
-// structName reads the name in struct module, for modules without name= (before Linux 4.13). The name comes after the
-// state (an int with padding) and a list head.
+// structName reads the name in struct module, for modules without name= (before Linux 4.13). The name follows the state
+// (an int with padding) and a list head.
 func structName(f *elf.File) (string, error) {
 	const offset, length = 24, 56
 	data, err := section(f, ".gnu.linkonce.this_module", maxModinfo)
@@ -229,9 +228,9 @@ func structName(f *elf.File) (string, error) {
 	return Canonical(string(name)), nil
 }
 
-// readVersions reads the checksums that the module expects. They are in the section __versions. Each record has 64
-// bytes: a checksum in the first eight, and a name in the others. Since Linux 6.14, a module may have the checksums in
-// two other sections instead (CONFIG_EXTENDED_MODVERSIONS). Names may be longer there.
+// readVersions reads the checksums that the module expects. A record of the section __versions is a checksum of eight
+// bytes and a name of 56. Since Linux 6.14, two other sections may hold the checksums, with longer names
+// (CONFIG_EXTENDED_MODVERSIONS).
 func (m *Module) readVersions(f *elf.File) error {
 	const record, nameAt = 64, 8
 	m.CRCs = map[string]uint32{}
@@ -325,8 +324,8 @@ func (m *Module) readSymbols(f *elf.File) error {
 }
 
 // SignatureMagic is the end of a signed module. The twelve bytes before it are the kernel's struct module_signature.
-// The third of these bytes is the kind of signature (2 is PKCS #7). The last four are the signature's length in bytes,
-// with the most significant byte first.
+// Its third byte is the kind of signature (2 is PKCS #7). Its last four bytes are the signature's length in bytes,
+// big-endian.
 const SignatureMagic = "~Module signature appended~\n"
 
 // signatureSize returns the number of bytes of the appended signature with its trailer, or 0 if there is none.

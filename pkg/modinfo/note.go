@@ -8,13 +8,12 @@ import (
 	"fmt"
 )
 
-// BuildIDNote is the section that has the build ID. For a loaded module, the kernel shows the section as the file
+// BuildIDNote is the section with the build ID. For a loaded module, the kernel shows it as the file
 // /sys/module/<name>/notes/<BuildIDNote>.
 const BuildIDNote = ".note.gnu.build-id"
 
-// The builder's stamp is one note in the section StampSection, with owner [StampOwner] and type [StampType]. The
-// note's content is the ABI fingerprint of the kernel that the module was built for. A loaded module shows the note in
-// /sys/module/<name>/notes/<StampSection>.
+// The builder's stamp is a note in the section StampSection. It contains the ABI fingerprint of the kernel for which
+// the module was built. For a loaded module it is in /sys/module/<name>/notes/<StampSection>.
 const (
 	StampSection = ".note.prebake"
 	StampOwner   = "Prebake"
@@ -28,12 +27,13 @@ const (
 	saltType   = 0x100
 )
 
-// maxNote is the greatest length in bytes of a note's owner, and of its content.
+// maxNote is the maximum length in bytes of a note's owner, and of its content.
 const maxNote = 256
 
-// Note returns the content of the first note with this owner and type in a note section, or nil. A note has these
-// parts: the length of the owner, the length of the content, the type, the owner with a zero byte, and the content.
-// Owner and content are padded to four bytes.
+// Note returns the content of the first note with this owner and type in a note section, or nil. A note consists of:
+//   - the length of the owner, the length of the content, and the type
+//   - the owner with a zero byte, padded to four bytes
+//   - the content, padded to four bytes
 func Note(section []byte, owner string, kind uint32) []byte {
 	const head = 12
 	for len(section) >= head {
@@ -65,8 +65,8 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 	return pad(append(section, content...))
 }
 
-// BuildID returns the build ID in hexadecimal digits. note is the content of the section [BuildIDNote]. BuildID returns
-// "" if the section has no build ID, or if the build ID has more than 64 bytes.
+// BuildID returns the build ID in the content of the section [BuildIDNote], in hexadecimal digits. It returns "" if
+// there is none, or if it has more than 64 bytes.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

@@ -54,8 +54,8 @@ const (
 	maxSymversLine  = 4 << 10
 )
 
-// ReadSymvers reads Module.symvers. A line has a checksum, a symbol, a module, a kind of export and, since Linux 5.4,
-// a namespace. The fields are separated by tabs.
+// ReadSymvers reads Module.symvers. Tabs separate the fields of a line: checksum, symbol, module, kind of export and,
+// since Linux 5.4, a namespace.
 func ReadSymvers(r io.Reader) (Symvers, error) {
 	all := Symvers{}
 	lines := bufio.NewScanner(r)
@@ -110,8 +110,7 @@ func parseExport(line string) (string, Export, error) {
 	case "EXPORT_SYMBOL_GPL", "EXPORT_SYMBOL_GPL_FUTURE", "EXPORT_UNUSED_SYMBOL_GPL":
 		e.GPL = true
 	default:
-		// The first releases of Linux 5.4 and 5.5 wrote the namespace before the module, so this field is then not the kind
-		// of export. No kinds are known but those above.
+		// The first releases of Linux 5.4 and 5.5 wrote the namespace before the module, so this field may be the module.
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {

@@ -14,8 +14,8 @@ import (
 
 // bucket has the functions of a COS release bucket that Expand needs.
 type bucket interface {
-	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf needs one more listing for
-	// each BUILD_ID.
+	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf lists once more for each
+	// BUILD_ID.
 	BuildIDs(ctx context.Context) ([]string, error)
 	BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error)
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. If it is true and the release does
-	// not have the flavour, that is no failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. The release may then lack it
+	// without a failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
@@ -63,8 +63,8 @@ type Plan struct {
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Labels returns, for each kernel that has cells, the labels of the wish list and the driver version of each label. The
-// version is "" if the bucket has no version for that driver and kernel.
+// Labels returns the driver version of each label in the wish list, for each kernel with cells. A version is "" if the
+// bucket has none for that driver and kernel.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -84,8 +84,8 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 // maxRequests is the largest number of simultaneous requests to the bucket.
 const maxRequests = 8
 
-// Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
-// the other cells are not affected. The argument images is the image map, or nil if the wish list has none.
+// Expand returns the cells of a wish list. If a kernel or a driver cannot be resolved, only its cell has a Problem.
+// images may be nil.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {
@@ -130,8 +130,7 @@ type expander struct {
 	unused map[int]bool // indexes of the exclude rules that have removed no cell so far
 }
 
-// wantedKernel is one kernel that the wish list asks for. If no kernel was found for an entry, the field err has the
-// error.
+// wantedKernel is one kernel of the wish list, or the error if no kernel was found for an entry.
 type wantedKernel struct {
 	kernel target.Kernel
 	asked  string
@@ -139,8 +138,8 @@ type wantedKernel struct {
 	err    error
 }
 
-// kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
-// early warning only if all these entries are early warnings.
+// kernels resolves the wish list's entries for kernels. A kernel of several entries appears once. It is an early
+// warning only if all its entries are.
 func (e *expander) kernels(ctx context.Context) []wantedKernel {
 	var all []wantedKernel
 	var known *listing
@@ -209,16 +208,16 @@ func merge(all []wantedKernel, w wantedKernel) []wantedKernel {
 	return append(all, w)
 }
 
-// listing caches which COS builds the bucket has. A bucket has thousands of them, so newestKernels asks for the boards
-// of a COS build only if a wish may want that build.
+// listing caches the bucket's COS builds. It reads boards only for a build that a wish may want, because a bucket has
+// thousands of COS builds.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }
 
-// listBuilds returns the COS builds of the bucket. A bucket on a plain web server cannot be listed. The COS builds then
-// come from the image map.
+// listBuilds returns the COS builds of the bucket. A plain web server has no listing; its COS builds come from the
+// image map.
 func (e *expander) listBuilds(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)
@@ -291,8 +290,7 @@ type answer struct {
 	err  error
 }
 
-// readLists reads the bucket's driver list of each kernel. If every wish is an exact version, no list is needed, and
-// readLists reads none.
+// readLists reads the bucket's driver list of each kernel, unless every wish is an exact version.
 func (e *expander) readLists(ctx context.Context, kernels []wantedKernel) []answer {
 	all := make([]answer, len(kernels))
 	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
@@ -366,7 +364,7 @@ func (e *expander) cells(kernels []wantedKernel, lists []answer) []Cell {
 			}
 		}
 	}
-	// If a wish has a version for no kernel at all, the wish is probably a mistake in the file. It counts as a failure.
+	// A wish without a version for any kernel is probably a mistake in the file, so it counts as a failure.
 	for i := range all {
 		if p := all[i].Problem; p != nil && p.Unavailable &&
 			!slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
@@ -392,8 +390,8 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	return version, nil
 }
 
-// isExcluded reports whether an exclude rule removes a cell. If the cell has no version, the driver of a rule is
-// compared with the text of the wish.
+// isExcluded reports whether an exclude rule removes a cell. A cell without a version is compared by the text of its
+// wish.
 func (e *expander) isExcluded(c Cell, asked string) bool {
 	if c.Problem != nil && c.Kernel.BuildID == "" {
 		return false

@@ -13,7 +13,7 @@ import (
 // MaxGKE is the largest number of GKE versions of one kernel. If there are more, the newest are kept.
 const MaxGKE = 200
 
-// gkeVersion is the form of a GKE version, such as 1.33.5-gke.1080000.
+// gkeVersion matches a GKE version, such as 1.33.5-gke.1080000.
 var gkeVersion = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}\.[0-9]{1,4}-gke\.[0-9]{1,9}$`)
 
 // ParseGKE reads a GKE version. It accepts a leading v, because kubelets print versions with it.
@@ -29,8 +29,8 @@ func CompareGKE(a, b string) int {
 	return target.CompareVersions(strings.Replace(a, "-gke.", ".", 1), strings.Replace(b, "-gke.", ".", 1))
 }
 
-// GKE returns the kernels of the image map that GKE's nodes boot, newest BUILD_ID first. It also returns the GKE
-// versions of each kernel, newest first, by the key BUILD_ID/board.
+// GKE returns the image map's kernels that GKE's nodes boot, newest BUILD_ID first. It also returns each kernel's GKE
+// versions, newest first, by the key BUILD_ID/board.
 func (m *ImageMap) GKE() (kernels []target.Kernel, versions map[string][]string) {
 	if m == nil {
 		return nil, nil

@@ -9,14 +9,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxImageMap is the greatest size of an image map in bytes. Google's image map has less than a megabyte.
+// MaxImageMap is the maximum size of an image map in bytes. Google's image map has less than a megabyte.
 const MaxImageMap = 32 << 20
 
 const maxImages = 200_000
 
-// imageName is the form of a COS image's name: the milestone and the three numbers of the BUILD_ID. GKE's own images
-// have longer names and do not match. Other entries of the list have the names of the COS images that GKE's images are
-// made from.
+// imageName matches a COS image's name: the milestone and the three numbers of the BUILD_ID. GKE's own images have
+// longer names and do not match.
 var imageName = regexp.MustCompile(
 	`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
 
@@ -28,8 +27,8 @@ type ImageMap struct {
 	gke        map[string][]string // GKE versions by BUILD_ID/board
 }
 
-// ParseImageMap reads a list of images in the format of Google's gke-to-cos.json. It skips entries whose image is not a
-// COS image. A list without any COS image is an error of kind fault.Unsupported.
+// ParseImageMap reads a list of images in the format of Google's gke-to-cos.json. It skips images that are not COS
+// images. A list without any COS image is an error of kind fault.Unsupported.
 func ParseImageMap(data []byte) (*ImageMap, error) {
 	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the format of " +
 		"https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
@@ -81,8 +80,8 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	return m, nil
 }
 
-// milestone returns the milestone of a COS build. It takes the milestone from the image map, or else from the first
-// number of the BUILD_ID; 0 means unknown.
+// milestone returns the milestone of a COS build, from the image map or else from the BUILD_ID's first number; 0 means
+// unknown.
 func (m *ImageMap) milestone(buildID string) int {
 	if m != nil && m.milestones[buildID] != 0 {
 		return m.milestones[buildID]

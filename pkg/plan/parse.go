@@ -15,8 +15,8 @@ import (
 const hintSchema = "correct the file as in docs/examples/wish.yaml; " +
 	"to print a schema for editors, run: builder wish schema"
 
-// Parse reads a wish list. The argument name is the file's name in error messages. One error of kind fault.Usage lists
-// all mistakes, each with its line and column, what was found, and what is wanted.
+// Parse reads a wish list. name is the file's name in errors. One error of kind fault.Usage lists all mistakes, each
+// with its line and column, what was found, and what is wanted.
 func Parse(name string, data []byte) (*Wish, error) {
 	p := &parser{Reader: yamlfile.Reader{Name: name}}
 	w := &Wish{}

@@ -18,8 +18,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
 
-// versionPattern is the form of a driver version. [target.ValidVersion] accepts the same texts, except that it refuses
-// a flavour's name as a suffix.
+// versionPattern matches a driver version. Unlike [target.ValidVersion], it accepts a flavour's name as a suffix.
 const versionPattern = `[0-9]{1,5}(\.[0-9]{1,5}){1,3}(-[a-z][a-z0-9]{0,15}){0,2}`
 
 func TestVersionPattern(t *testing.T) {
@@ -77,7 +76,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// TestSchema checks that the embedded schema and the one in docs match the types.
+// TestSchema checks that the embedded schema and the schema in docs match the types.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)

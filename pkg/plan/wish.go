@@ -1,11 +1,9 @@
-// Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains. It lists the wanted
-// COS builds, drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a COS
-// release bucket which COS builds and drivers exist. It returns one cell for each combination of kernel, driver version
-// and flavour.
+// Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains: the wanted COS builds,
+// drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a COS release bucket
+// what exists, and returns a cell for each combination of kernel, driver version and flavour.
 //
-// The results of Parse and Expand depend only on the file, the bucket and the image map. The package itself opens a
-// connection only in LoadImageMap. The package refuses to guess. It reports a field that it does not know, a milestone
-// that has no COS builds, and a driver that COS does not offer; it never skips them silently.
+// The package reports unknown fields, milestones without COS builds, and drivers that COS does not offer; it never
+// skips them silently. It opens a connection only in LoadImageMap.
 package plan
 
 import (
@@ -15,7 +13,7 @@ import (
 // FormatVersion is the version of the wish list's file format.
 const FormatVersion = 1
 
-// MaxFile is the greatest size of a wish list in bytes.
+// MaxFile is the maximum size of a wish list in bytes.
 const MaxFile = 1 << 20
 
 // Upper limits for the content of a wish list. They are far above what a farm can build in a day.

@@ -24,7 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// runWorker runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
+// runWorker runs one worker until it has got n builds, and returns them in this order.
 func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -44,8 +44,8 @@ func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// TestPriorities checks that a build that somebody waits for comes before a build that only a wish list wants. The
-// order of insertion does not matter, and the priority may be raised after the insertion.
+// TestPriorities checks that a build that somebody waits for comes before a build of a wish list, in any order of
+// insertion.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -66,8 +66,7 @@ func TestPriorities(t *testing.T) {
 	})
 }
 
-// TestCancel checks that no worker gets a cancelled build. Cancelling a build that has ended or does not exist is no
-// error.
+// TestCancel checks that no worker gets a cancelled build. An ended or unknown build can be cancelled without an error.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -91,8 +90,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestRelease checks that Release makes the running job of a dead worker available to a worker of any name. A waiting
-// job does not change.
+// TestRelease checks that Release makes a dead worker's running job available to any worker, and changes no waiting
+// job.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -131,8 +130,8 @@ func TestRelease(t *testing.T) {
 	})
 }
 
-// TestReleasedWorkerComesBack checks a worker that returns after its job was released, while the successor works on the
-// build. Neither its success nor its failure ends the successor's job.
+// TestReleasedWorkerComesBack checks a worker that returns after its job was released. It must not end the successor's
+// job.
 func TestReleasedWorkerComesBack(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]error{"success": nil,
@@ -185,8 +184,8 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 	}
 }
 
-// TestDeadWorkersBuildIsNext checks that the build of a dead worker is the next one, however many builds wait. This
-// holds after a release, and after a process of the same name has started again.
+// TestDeadWorkersBuildIsNext checks that a dead worker's build comes before all waiting builds, after a release and
+// after a restart of the worker.
 func TestDeadWorkersBuildIsNext(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"release", "same name"} {

@@ -32,21 +32,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxAttempts is the largest number of attempts of a build. A job that fails in this attempt is not tried again, even
-// if the fault is retryable.
+// MaxAttempts is the maximum number of attempts of a build, even if the fault is retryable.
 const MaxAttempts = 5
 
-// JobTimeout is the time limit for one attempt of one build. If a worker has not ended its job after RescueAfter, the
-// queue gives the job to another worker. RescueAfter is longer than JobTimeout, so that the queue takes no running
-// build from its worker.
+// JobTimeout is the time limit for one attempt of a build. After RescueAfter, the queue gives the job to another
+// worker. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a running build.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
 )
 
-// grace is how long running builds may continue after Work was told to stop. It is long enough for a build that is
-// about to publish. It is also short enough that a process manager, such as Kubernetes, does not kill the process
-// first.
+// grace is how long running builds may continue after Work was told to stop. A build can finish publishing in that
+// time. A process manager such as Kubernetes does not kill the process so early.
 const grace = 5 * time.Second
 
 // Queue is an open queue. The caller closes it.
@@ -68,8 +65,8 @@ type client interface {
 	Stopped() <-chan struct{}
 }
 
-// Open opens sqlite:///abs/path or postgres://… and updates River's tables. Several processes of one machine may open
-// the same SQLite file.
+// Open opens sqlite:///abs/path or postgres://… and updates River's tables. Several processes of one machine may share
+// a SQLite file.
 func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	q := &Queue{log: slog.New(slog.DiscardHandler)}
 	var err error
@@ -94,10 +91,10 @@ func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	return q, nil
 }
 
-// SetLogger sets the logger for River's own messages. Without a logger, these messages are dropped.
+// SetLogger sets the logger for River's own messages, which are dropped by default.
 func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
 
-// SetGrace sets how long Work lets running builds continue after it was told to stop. The default is five seconds.
+// SetGrace sets how long running builds may continue after Work was told to stop. The default is five seconds.
 func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
@@ -105,8 +102,8 @@ func (q *Queue) openSQLite(path string) error {
 		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path),
 			"write sqlite:///abs/path/queue.db")
 	}
-	// Immediate transactions and a busy timeout let server and builder share the file. SQLite allows one writer at a time,
-	// and a deferred transaction that begins to write later fails at once instead of waiting.
+	// Server and builder share the file, and SQLite allows one writer at a time. An immediate transaction waits for its
+	// turn. A deferred transaction that begins to write later fails at once.
 	dsn := url.URL{Scheme: "file", Path: path, RawQuery: url.Values{
 		"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(NORMAL)", "foreign_keys(1)"},
 		"_txlock": {"immediate"},
@@ -135,9 +132,8 @@ func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
 	return nil
 }
 
-// migrationLock is the key of PostgreSQL's advisory lock around migrations. The number is arbitrary, and nobody else
-// uses it. With SQLite, a lock file beside the database has the same purpose. The locks are needed because River's
-// migrations take no lock.
+// migrationLock is the key of PostgreSQL's advisory lock around migrations, an arbitrary number. River's migrations
+// take no lock. With SQLite, a lock file beside the database has the same purpose.
 const migrationLock = 0x70726562616b65
 
 // migrate runs River's migrations. Only one process runs them at a time.
@@ -208,8 +204,7 @@ const (
 	PriorityWarning = 4 // the build is for a milestone that is not released yet
 )
 
-// Insert adds a build to the queue. A second Insert of the same build changes nothing: the job and its priority stay.
-// Priority 0 means PriorityAsked.
+// Insert adds a build to the queue. Priority 0 means PriorityAsked. A second Insert of the same build changes nothing.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return q.outsideTx().insertBuild(ctx, job, priority)
 }
@@ -250,7 +245,7 @@ type JobState struct {
 	State string
 	// Attempt is the number of attempts so far.
 	Attempt int
-	// Priority is the current priority: the one at insertion, or the one that it was raised to.
+	// Priority is the current priority, which may have been raised after the insertion.
 	Priority int
 	// Error is the newest error; "" means none.
 	Error string
@@ -296,8 +291,7 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 // jobsPerQuery is the largest number of jobs that one query returns.
 const jobsPerQuery = 5000
 
-// Open returns the states of all jobs that have not ended, by build number. A farm may have many jobs, so each query
-// reads a part of them.
+// Open returns the states of all jobs that have not ended, by build number. Each query reads a part of them.
 func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {
@@ -322,9 +316,9 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	}
 }
 
-// Cancel cancels a build's job. If the job is running, Cancel does not interrupt the worker; the server tells the
-// worker in the reply to its next report. The job is cancelled whatever the worker reports. If the build has no job, or
-// its job has ended, Cancel changes nothing and returns nil.
+// Cancel cancels a build's job. It does not interrupt a running worker: the server tells the worker in the reply to its
+// next report. The job ends as cancelled, even if the worker reports another result. If the build has no job, or its
+// job has ended, Cancel changes nothing and returns nil.
 func (q *Queue) Cancel(ctx context.Context, build int64) error {
 	return q.outsideTx().cancel(ctx, build)
 }
@@ -340,8 +334,8 @@ func (db database) cancel(ctx context.Context, build int64) error {
 	return nil
 }
 
-// SetPriority raises the priority of a build's waiting job. It never lowers a priority. River has no function that
-// changes a priority, so SetPriority writes to River's table.
+// SetPriority raises, and never lowers, the priority of a build's waiting job. It writes to River's table, because
+// River has no function for that.
 func (q *Queue) SetPriority(ctx context.Context, build int64, priority int) error {
 	return q.outsideTx().raise(ctx, build, priority)
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// eachDatabase runs a test with every available database. The test gets a function that opens a new queue.
+// eachDatabase runs a test with every available database. The test can open several queues.
 func eachDatabase(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
@@ -177,12 +177,12 @@ func TestStopHandsBack(t *testing.T) {
 	})
 }
 
-// TestKilledWorker checks the running job of a killed worker. The next process with the same id gets the job again; a
-// process with another id does not.
+// TestKilledWorker checks the running job of a killed worker. Only the next process with the same id gets the job
+// again.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
-		// The first process hangs in the build, and its database is closed. A killed process leaves the same state behind.
+		// The first process hangs in the build, and its database is closed, as after a kill.
 		dead := open(t)
 		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
@@ -214,7 +214,7 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expectBuild runs a worker named w1 until it gets the build, and checks the number of the attempt.
+// expectBuild runs a worker named w1 until it gets the build. It checks the number of the attempt.
 func expectBuild(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)

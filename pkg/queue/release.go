@@ -14,10 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Release gives the running jobs of these builds to other workers. The caller knows or assumes that the present workers
-// are dead. Release ends each job and inserts a second job, its successor, which continues with the next attempt. If a
-// worker is alive after all, it therefore ends only the first job, not the successor. Jobs that are not running do not
-// change.
+// Release gives the running jobs of these builds to other workers, because the present workers seem to be dead. It ends
+// each job and inserts a successor, which continues with the next attempt. A worker that is alive after all can then
+// end only the first job.
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
@@ -38,8 +37,8 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	return nil
 }
 
-// End ends the job of a build that has ended, even if the job's worker has died. No worker gets the job again. If the
-// build has no job, or its job has ended, End changes nothing and returns nil.
+// End ends the job of a build that has ended, even if its worker is dead. If the build has no job, or its job has
+// ended, End changes nothing and returns nil.
 func (q *Queue) End(ctx context.Context, build int64) error {
 	row, err := q.outsideTx().find(ctx, build)
 	if err != nil {
@@ -79,9 +78,8 @@ func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err 
 	return tx.Commit(ctx)
 }
 
-// successor is the SQL statement that inserts a waiting copy of an ended job. River has no function for such a copy: a
-// job that River inserts has no former attempts. The statement copies neither a job that ended by itself meanwhile nor
-// a job that another server has copied.
+// successor inserts a waiting copy of an ended job, with its former attempts. River has no function for that. It leaves
+// out a job that ended by itself meanwhile, or that another server has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
@@ -89,8 +87,8 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes jobs available again if the database shows them as running under this worker's id. No process runs them,
-// because the id belongs to this process, which has just started. A job in its last attempt is discarded.
+// adopt makes jobs available again that the database shows as running under this worker's id. No process runs them,
+// because this process has just started. A job in its last attempt is discarded.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 10000, OrderByClause: "id ASC",

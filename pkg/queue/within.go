@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Within writes to the queue inside a transaction of the caller. The writes take effect when that transaction is
-// committed, together with all its other writes.
+// Within writes to the queue inside a transaction of the caller. The writes take effect when the transaction is
+// committed.
 type Within struct {
 	q    *Queue
 	conn *sql.Conn
 	tx   *sql.Tx
 }
 
-// Within returns the queue for writes in tx, a transaction on conn. Both must belong to the queue's own database. For
-// PostgreSQL they must come from the database/sql driver "pgx".
+// Within returns the queue for writes in a transaction on a connection. Both must belong to the queue's own database.
+// For PostgreSQL they must come from the database/sql driver "pgx".
 func (q *Queue) Within(conn *sql.Conn, tx *sql.Tx) Within { return Within{q, conn, tx} }
 
 // Insert works as [Queue.Insert] does.
@@ -43,7 +43,7 @@ func (w Within) Cancel(ctx context.Context, build int64) error {
 	return w.do(func(db database) error { return db.cancel(ctx, build) })
 }
 
-// do calls the argument f with River's functions for the caller's transaction.
+// do passes River's functions for the caller's transaction to the callback.
 func (w Within) do(f func(database) error) error {
 	if c, ok := w.q.insert.(*river.Client[*sql.Tx]); ok {
 		return f(inTx(c, w.tx))
@@ -67,7 +67,7 @@ func (w Within) do(f func(database) error) error {
 	})
 }
 
-// database has River's functions. They work on the database itself or in one transaction.
+// database has River's functions, for the database itself or for one transaction.
 type database struct {
 	exec   riverdriver.Executor
 	insert func(context.Context, river.JobArgs, *river.InsertOpts) (*rivertype.JobInsertResult, error)
@@ -92,11 +92,10 @@ func inTx[T any](c *river.Client[T], tx T) database {
 	}
 }
 
-// borrowedConn is a connection on which database/sql has begun a transaction. River may use the transaction, but only
-// database/sql may end it.
+// borrowedConn is a connection with a transaction of database/sql. River may use the transaction, but must not end it.
 type borrowedConn struct{ *connection }
 
-// connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of borrowedConn.
+// connection is another name of pgx.Conn. An embedded field Conn would hide the method Conn of borrowedConn.
 type connection = pgx.Conn
 
 var errNotOwner = errors.New("only the owner of the transaction may do this")
@@ -106,5 +105,5 @@ func (j borrowedConn) Commit(context.Context) error          { return errNotOwne
 func (j borrowedConn) Rollback(context.Context) error        { return errNotOwner }
 func (j borrowedConn) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
 
-// Conn returns the connection. River calls it to learn in which mode the connection sends a query's parameters.
+// Conn returns the connection, which tells River how it sends a query's parameters.
 func (j borrowedConn) Conn() *pgx.Conn { return j.connection }

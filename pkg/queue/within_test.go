@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// TestWithin checks writes to the queue inside a transaction of the caller. The writes take effect when the transaction
-// is committed, and not at all if it is rolled back.
+// TestWithin checks writes to the queue inside a transaction of the caller: they share its commit and its rollback.
 func TestWithin(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {

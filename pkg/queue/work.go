@@ -12,16 +12,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Work takes builds from the queue and calls the function do for each build, until ctx ends. At most concurrency calls
-// run at a time. When ctx has ended, Work takes no more builds, waits a grace period for the running builds (see
-// [Queue.SetGrace]), and cancels those that still run. It returns nil after all of them have ended.
+// Work passes builds from the queue to the callback until ctx ends. At most concurrency callbacks run at a time. After
+// the end of ctx, Work takes no more builds, waits a grace period for the running builds ([Queue.SetGrace]), and
+// cancels the rest. It returns nil when all have ended.
 //
-// id is the name of the worker. The caller ensures that only one process uses the name at a time, for example with a
-// lock file. If a killed process with the same id left jobs behind, they become available again at once.
+// id is the name of the worker. The caller ensures that only one process uses it at a time, for example with a lock
+// file. Jobs of a killed process with the same id become available again at once.
 //
-// The error of the function do decides what happens to the job. An error from [Requeue] gives the job back to the
-// queue. An error that is not retryable, or of kind Cancelled, ends the job. After any other error the job is tried
-// again, with growing pauses, until it has had MaxAttempts attempts.
+// The callback's error decides what happens to the job:
+//   - An error of [Requeue] gives the job back to the queue.
+//   - An error that is not retryable, or of kind Cancelled, ends the job.
+//   - After any other error the job is tried again, with growing pauses, up to MaxAttempts attempts.
 func (q *Queue) Work(
 	ctx context.Context,
 	id string,
@@ -66,8 +67,7 @@ func (q *Queue) Work(
 	return nil
 }
 
-// handBackPause is the pause before the next attempt of a job that a worker gave back while the worker was not
-// stopping.
+// handBackPause is the pause before the next attempt of a job that a running worker gave back.
 const handBackPause = 15 * time.Second
 
 // requeueError is the error that [Requeue] returns.
@@ -75,13 +75,12 @@ type requeueError struct{ error }
 
 func (h requeueError) Unwrap() error { return h.error }
 
-// Requeue marks an error that the build did not cause, such as a stopped worker or a server that does not answer. The
-// queue offers the job again: at once if the worker is stopping, else after a short pause. The attempt does not count.
+// Requeue marks an error that the build did not cause, such as a stopped worker or a silent server. The queue offers
+// the job again: at once if the worker is stopping, else after a short pause. The attempt does not count.
 func Requeue(err error) error { return requeueError{err} }
 
-// riverError converts the error of a build to the error that River expects. Whether the job ends depends only on the
-// error and not on ctx. The function do may report the error to others, and they must come to the same result as the
-// queue. ctx decides only about the pause.
+// riverError converts the error of a build to an error for River. Only the given error decides whether the job ends,
+// because the callback may have reported the error to others. ctx decides only about the pause.
 func riverError(ctx context.Context, err error) error {
 	var back requeueError
 	switch {

@@ -11,8 +11,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// AudienceHeader is a header in every response of the registry of a Prebake server. Its value is [AudiencePrivate] or
-// [AudiencePublic], as the operator has configured it.
+// AudienceHeader is a header in every response of a Prebake server's registry.
 const AudienceHeader = "Prebake-Audience"
 
 // The values of [AudienceHeader].
@@ -23,8 +22,7 @@ const (
 
 // AnonymousAccess is what a client without credentials learns about a repository.
 type AnonymousAccess struct {
-	// Host is the host that was asked, with the port if the reference has one. "" means that the repository is not on
-	// a registry.
+	// Host is the registry's host, with the port if the reference has one, or "" without a registry.
 	Host string
 	// Visibility is the registry's own answer: "private", "public", or "" if it gives none.
 	Visibility string
@@ -32,10 +30,9 @@ type AnonymousAccess struct {
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. If digest is not empty, Reads says whether that manifest can
-// be read. Otherwise Reads says whether the repository's tags can be listed. A response of 404 to the request for the
-// tags means that the repository does not exist, and that the registry says so to everybody. Reads is then true,
-// because everybody will be able to read what is pushed there.
+// AnonymousAccess asks the registry without credentials. If a digest is given, Reads is true if that manifest can be
+// read. Otherwise Reads is true if the tags can be listed, or if the answer is 404: then everybody will be able to read
+// what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {

@@ -21,21 +21,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AnnotationBase is the annotation that makes the index of a layout a delta: the layout leaves out the blobs of an
-// earlier layout. The value is the digest of the earlier layout's index.json.
+// AnnotationBase marks the index of a layout as a delta, which leaves out the blobs of an earlier layout. The value is
+// the digest of the earlier layout's index.json.
 const AnnotationBase = "dev.prebake.bundle.base"
 
 const (
 	archivePrefix = "oci-archive:" // the same prefix as in skopeo and podman
 	partsBetween  = "+"
-	// maxEntries is the greatest number of entries of an archive: about 5,000 artifacts with their attestations.
+	// maxEntries is the maximum number of entries of an archive: about 5,000 artifacts with their attestations.
 	maxEntries = 1 << 18
 	maxMarker  = 4 << 10
 	markerFile = "oci-layout"
 )
 
-// archives reads an image layout from a sequence of tar files or folders. The last part has the index. Blobs that the
-// last part leaves out are in the parts before it.
+// archives reads an image layout from a sequence of tar files or folders. The last one has the index.
 type archives struct {
 	paths []string
 
@@ -54,7 +53,7 @@ type part struct {
 // extent is the position of a file's bytes in a tar.
 type extent struct{ at, size int64 }
 
-// openArchives parses FILE[+FILE…]. It opens no file; the first read opens all of them.
+// openArchives parses FILE[+FILE…] and opens no file.
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {
@@ -97,8 +96,7 @@ func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCl
 	return nil, missing(parts, name)
 }
 
-// missing returns the error for a file that no part has. If the first part is a delta, the error says which bundle must
-// come before it.
+// missing returns the error for a file that no part has. For a delta, it names the bundle that must come first.
 func missing(parts []part, name string) error {
 	first := parts[0]
 	if first.base == "" {
@@ -116,7 +114,7 @@ func missing(parts []part, name string) error {
 	)
 }
 
-// load reads the index and the file table of each part, once. It checks that each delta belongs to the part before it.
+// load reads all parts once, and checks that each delta belongs to the part before it.
 func (a *archives) load(ctx context.Context) ([]part, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -170,7 +168,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// The error does not wrap fs.ErrNotExist, because callers would take a missing archive for an empty folder.
+		// Do not wrap fs.ErrNotExist: callers would take a missing archive for an empty folder.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
@@ -242,8 +240,8 @@ func scanFile(file string) (map[string]extent, error) {
 // layoutFile matches the names of a layout's files. An archive may have other files, which are ignored.
 var layoutFile = regexp.MustCompile(`^(oci-layout|index\.json|blobs/sha256/[0-9a-f]{64})$`)
 
-// scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each
-// file once. It does not read the bytes of the files.
+// scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each file
+// once.
 func scan(r io.ReadSeeker) (map[string]extent, error) {
 	size, err := r.Seek(0, io.SeekEnd)
 	if err == nil {
@@ -272,7 +270,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue
 		}
-		// The tar reader has read only the header so far, so the file's bytes begin at the present position.
+		// The tar reader has read only the header, so the file's bytes begin here.
 		at, err := r.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return nil, err
@@ -374,8 +372,8 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether the layout has this blob with exactly this size. For a truncated blob it returns false. Has does
-// not compare the digest. If a delta was opened without the bundle before it, Has looks only in the delta.
+// Has reports whether the layout has this blob with exactly this size. It does not compare the digest. In a delta that
+// was opened alone, it looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
@@ -405,7 +403,7 @@ func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return false, nil
 }
 
-// length returns the size of a blob in bytes. Only a blob on a web server is read to its end for that.
+// length returns the size of a blob in bytes. It reads a blob on a web server to its end.
 func length(rc io.Reader) (int64, error) {
 	switch r := rc.(type) {
 	case *os.File:

@@ -6,8 +6,7 @@ import (
 	"testing"
 )
 
-// FuzzScan scans arbitrary tars. Every file that scan finds must lie within the tar and have the name of a layout's
-// file.
+// FuzzScan checks that every file in an arbitrary tar lies within the tar and has the name of a layout's file.
 func FuzzScan(f *testing.F) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)

@@ -62,7 +62,7 @@ func packed(t testing.TB, entries ...entry) []byte {
 	return b.Bytes()
 }
 
-// folderEntries returns a folder's files as entries of a tar, with the names that tar -C FOLDER . gives them.
+// folderEntries returns a folder's files as tar entries, with the names that tar -C FOLDER . gives them.
 func folderEntries(t testing.TB, dir string) (all []entry) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -154,8 +154,7 @@ func TestArchive(t *testing.T) {
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve of what is not there = %v; want kind no-artifact", err)
 	}
-	// A layout has two lists of attachments: the entries of the index, and the list under a tag. A reader finds the
-	// attachments if the layout has only one of them.
+	// Attachments are found if only the index lists them, and if only the list under a tag does.
 	for name, keep := range map[string]func(d v1.Descriptor) bool{
 		"entries alone": func(d v1.Descriptor) bool {
 			return !strings.HasPrefix(d.Annotations[registry.AnnotationRefName], "sha256-")
@@ -202,8 +201,7 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// split makes a whole bundle and a delta from a folder. The delta has the index with the base annotation, and the blobs
-// for which the function inDelta returns true.
+// split makes a whole bundle and a delta from a folder. The callback selects the blobs of the delta.
 func split(t *testing.T, dir string, inDelta func(name string) bool) (base, delta string, baseIndex string) {
 	t.Helper()
 	var first, second []entry

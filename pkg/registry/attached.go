@@ -13,39 +13,36 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments is the greatest number of payloads that are read from attachments with all wanted annotations. Up to
-	// MaxAttachments more payloads are read from attachments that lack some of these annotations.
+	// MaxAttachments is the maximum number of payloads with all wanted annotations. It is also the maximum number of
+	// payloads that lack some of them.
 	MaxAttachments = 64
-	// MaxAttachment is the greatest size of one payload in bytes.
+	// MaxAttachment is the maximum size of one payload in bytes.
 	MaxAttachment = 1 << 20
-	// maxManifests is the greatest number of manifests that one search reads.
+	// maxManifests is the maximum number of manifests that one search reads.
 	maxManifests = 1024
-	// maxOthers is the greatest number of useless payloads that [Repository.AttachedIf] returns.
+	// maxOthers is the maximum number of useless payloads that [Repository.AttachedIf] returns.
 	maxOthers = 8
 )
 
 // Attached returns the payloads of this type that are attached to a manifest. It compares each payload with its digest.
 // Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
-// wanted is empty.
+// there are no sets.
 //
-// Attachments that have all annotations of one set come first. They are taken from the sets in turns, so many
-// attachments for one set cannot hide those for another set. After them come attachments that lack an annotation of a
-// set but contradict none: a registry may list an attachment without its annotations.
+// Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
+// Then come attachments that lack an annotation but contradict none, because a registry may list attachments without
+// annotations.
 //
-// Attached reads at most [MaxAttachments] payloads of attachments with all annotations of a set, and as many of the
-// others. Anybody who may push can attach anything. So Attached leaves out payloads of more than [MaxAttachment] bytes,
-// and manifests that do not have exactly one layer.
+// Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
+// payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
 	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
-// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from a useless one. Anybody who may
-// push can attach useless payloads. The function useful returns a name for what the payload says, or "" if the payload
-// is useless. Of several payloads with the same name, AttachedIf returns only the first. Many useless payloads, or many
-// copies of one useful payload, therefore cannot hide another useful payload. If a listed attachment is missing or
-// damaged, the other attachments are still returned. A few useless payloads come last, so that the caller can report
-// what was wrong with them.
+// AttachedIf is [Repository.Attached] for a caller that can recognise useful payloads. The callback returns a name for
+// what a payload says, or "" for a useless payload. Only the first payload of each name is returned, so neither useless
+// payloads nor copies hide a useful one. Missing and damaged attachments are skipped. A few useless payloads come last,
+// for error messages.
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -71,7 +68,7 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 }
 
 // sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns.
-// The second has the attachments that lack an annotation of a set, but do not contradict that set.
+// The second has the attachments that lack an annotation but do not contradict the set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomplete []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -97,8 +94,8 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomp
 	return complete, incomplete
 }
 
-// matchSet returns the index of the first set whose elements are all among the annotations, or -1. The result possible
-// is false if the annotations contradict every set.
+// matchSet returns the index of the first set whose elements are all among the annotations, or -1. The second result is
+// false if the annotations contradict every set.
 func matchSet(annotations map[string]string, wanted []map[string]string) (first int, possible bool) {
 	for i, set := range wanted {
 		all, contradicts := true, false
@@ -126,9 +123,8 @@ type search struct {
 	looks  int
 }
 
-// leftOut reports whether an attachment is skipped because of err. An attachment that is listed but does not exist is
-// always skipped. A damaged attachment is skipped if the caller has given the function useful. An error of the network
-// says nothing about the attachment: it is not skipped, and the search fails.
+// leftOut reports whether to skip an attachment after this error. A missing attachment is always skipped, a damaged one
+// only if the search has a callback. A network error ends the search.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
@@ -166,8 +162,7 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 	return all, nil
 }
 
-// payload returns the payload of one attachment. It returns nil if the manifest is not an attachment of the wanted type
-// and annotations.
+// payload returns the payload of one attachment, or nil if the attachment does not match.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	layer, err := s.layer(ctx, d, MaxAttachment)
 	if err != nil || layer == nil {
@@ -180,8 +175,8 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return payload, err
 }
 
-// layer returns the descriptor of the payload of one attachment. It returns nil if the manifest is not an attachment of
-// the wanted type and annotations, or if the payload has more than maxSize bytes.
+// layer returns the descriptor of one attachment's payload. It returns nil if the attachment does not match, or if the
+// payload has more than maxSize bytes.
 func (s *search) layer(ctx context.Context, d v1.Descriptor, maxSize int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
@@ -193,7 +188,7 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, maxSize int64) (*v1
 		m.Layers[0].Size < 0 || m.Layers[0].Size > maxSize || checkDigest(m.Layers[0].Digest.String()) != nil {
 		return nil, nil
 	}
-	// The list of referrers need not repeat the annotations of a manifest, so compare those in the manifest itself.
+	// The list of referrers may lack the annotations, so compare the manifest's own.
 	if _, possible := matchSet(m.Annotations, s.wanted); !possible && len(s.wanted) > 0 {
 		return nil, nil
 	}
@@ -202,12 +197,12 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, maxSize int64) (*v1
 	return &layer, nil
 }
 
-// maxPayloads is the greatest number of manifests that [Repository.Payloads] reads.
+// maxPayloads is the maximum number of manifests that [Repository.Payloads] reads.
 const maxPayloads = 256
 
-// Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the descriptors of the
-// payloads, the smallest first, each with the annotations of its attachment. It leaves out payloads of more than
-// maxSize bytes, and attachments that cannot be read.
+// Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the payloads'
+// descriptors, the smallest first, with the annotations of their attachments. It skips payloads of more than maxSize
+// bytes, and missing or damaged attachments.
 func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, maxSize int64,
 	wanted ...map[string]string) ([]v1.Descriptor, error) {
 	list, err := r.list(ctx, digest)
@@ -239,8 +234,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	return payloads, nil
 }
 
-// mayBe reports whether a listed manifest may be of an artifact type. If a registry does not know artifact types, its
-// list has the media type of the config instead, or no type.
+// mayBe reports whether a listed manifest may have an artifact type. A registry that does not know artifact types lists
+// the media type of the config, or no type.
 func mayBe(d v1.Descriptor, artifactType string) bool {
 	return d.ArtifactType == artifactType || d.ArtifactType == "" || d.ArtifactType == emptyType
 }

@@ -114,8 +114,8 @@ func removeAnnotations(page *v1.IndexManifest, _ http.Header) {
 	}
 }
 
-// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. The function change may alter
-// a page.
+// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. The callback may alter a
+// page.
 func newPaged(t *testing.T, change func(page *v1.IndexManifest, h http.Header)) string {
 	t.Helper()
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: testkit.Registry(t, true)})
@@ -201,8 +201,7 @@ func TestHostilePages(t *testing.T) {
 	}
 }
 
-// Useless attachments do not hide a useful attachment, whatever annotations they have. An attachment that is missing or
-// broken does not prevent reading the others.
+// TestAttachedIf checks that useless, missing and broken attachments do not hide a useful one.
 func TestAttachedIf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

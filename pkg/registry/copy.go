@@ -22,9 +22,9 @@ type Copied struct {
 	Referrers int
 }
 
-// Copy copies the image with this digest, and the manifests that are attached to it, from one repository to another. It
-// copies byte for byte, so the digests stay the same. Copy does not send again what the target has already, and copies
-// no tags. The function want selects the attached manifests to copy; a nil function selects all.
+// Copy copies an image and its attached manifests from one repository to another. The callback selects the attached
+// manifests; nil selects all. Copy copies byte for byte, so the digests stay the same. It skips what the target has
+// already, and copies no tags.
 //
 // Copy, [CopyTagged] and [Compare] are functions and not methods, so that a program that does not call them does not
 // link them.
@@ -85,8 +85,8 @@ func copyAttached(ctx context.Context, from, to *Repository, subject, digest str
 	return to.s.attach(ctx, a)
 }
 
-// ArtifactType returns the type of an artifact as a list of referrers has it: the manifest's artifactType or, if that
-// is empty, the config's media type (image-spec 1.1, "guidelines for artifact usage").
+// ArtifactType returns the value for the artifactType field in a referrers list: the manifest's artifactType or, if
+// that is empty, the config's media type (image-spec 1.1, "guidelines for artifact usage").
 func ArtifactType(m *v1.Manifest) string {
 	if m.ArtifactType != "" {
 		return m.ArtifactType
@@ -94,8 +94,8 @@ func ArtifactType(m *v1.Manifest) string {
 	return string(m.Config.MediaType)
 }
 
-// Image returns the image with this digest. Image compares the manifest and the config with their digests. The layers
-// are read from the repository when the caller reads them; their digests are not compared.
+// Image returns the image with this digest. It compares the manifest and the config with their digests, but not the
+// layers, which are read later.
 func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error) {
 	raw, err := r.Manifest(ctx, digest)
 	if err != nil {
@@ -130,8 +130,8 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 	return partial.CompressedToImage(remoteImage{ctx, r, raw, config, m})
 }
 
-// remoteImage has the methods from which package partial makes a v1.Image. It has a context, so it is used within one
-// call only.
+// remoteImage has the methods from which package partial makes a v1.Image. It contains a context, so it is used within
+// one call only.
 type remoteImage struct {
 	ctx         context.Context
 	r           *Repository
@@ -180,7 +180,7 @@ const ReferrersListType = types.OCIImageIndex
 // listTag returns the tag under which a subject's referrers are listed.
 func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
 
-// ReferrersTag returns the tag of the list of a manifest's referrers, for a repository without the referrers API
+// ReferrersTag returns the tag of a manifest's list of referrers in a repository without the referrers API
 // (distribution-spec 1.1, "Referrers Tag Schema").
 func ReferrersTag(digest string) string { return listTag(digest) }
 
@@ -192,7 +192,7 @@ func ReferrersList(referrers []v1.Descriptor) ([]byte, error) {
 }
 
 // EntryAnnotations returns the annotations that an attached manifest may have in an index. It removes
-// [AnnotationRefName]: anybody may attach manifests, and an attached manifest must not get a tag that way.
+// [AnnotationRefName]. Otherwise anybody who may attach could set a tag.
 func EntryAnnotations(of map[string]string) map[string]string {
 	kept := maps.Clone(of)
 	delete(kept, refName)
@@ -207,9 +207,8 @@ type Tagged struct {
 	Attached int `json:"attached"`
 }
 
-// EachTagged calls visit for each image that has a tag, sorted by tag. It skips each tag of a manifest that is not an
-// image. In a layout, it also skips each name that is not a valid tag. It returns the first error of a request or of
-// visit.
+// EachTagged passes each tagged image to the callback, sorted by tag. It skips names that are not valid tags. It
+// returns the first error of a request or of the callback.
 func EachTagged(
 	ctx context.Context,
 	r *Repository,
@@ -254,10 +253,9 @@ func EachTagged(
 	return nil
 }
 
-// CopyTagged copies each image that has a tag and for which the function want returns true, with all its tags. The
-// function attached selects which of the manifests attached to such an image are copied; a nil function selects all.
-// CopyTagged returns what it copied, sorted by tag. It sends an image with several tags once. If another manifest has
-// such a tag in the target already, the error is [fault.PublishRefused].
+// CopyTagged copies each selected image that has a tag, with all its tags. The first callback selects images. The
+// second selects their attached manifests; nil selects all. The result is sorted by tag. If another manifest has the
+// tag in the target, the error is [fault.PublishRefused].
 func CopyTagged(
 	ctx context.Context,
 	from, to *Repository,

@@ -19,20 +19,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). The command oras
-// pull writes such layers as files.
+// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). `oras pull` uses
+// it.
 const annotationTitle = "org.opencontainers.image.title"
 
 // Bounds of an artifact whose layers are files.
 const (
-	// MaxFiles is the greatest number of files.
+	// MaxFiles is the maximum number of files.
 	MaxFiles = 4096
-	// MaxFile is the greatest size of one file in bytes.
+	// MaxFile is the maximum size of one file in bytes.
 	MaxFile = 256 << 20
 )
 
-// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each file's
-// descriptor with [FileDescriptor].
+// FilesManifest returns the manifest and the config of an artifact whose layers are files.
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,
@@ -45,8 +44,7 @@ func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config
 	return manifest, emptyConfig, err
 }
 
-// FileDescriptor returns the descriptor of a file. Its annotations have the file's name, which is a relative path with
-// slashes.
+// FileDescriptor returns the descriptor of a file. The name is a relative path with slashes.
 func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descriptor {
 	return v1.Descriptor{
 		MediaType: types.MediaType(mediaType), Digest: digest, Size: size,
@@ -55,9 +53,8 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 }
 
 // SaveFiles writes the files of an artifact of this type to a folder, and returns their names. It compares each file
-// with its digest. SaveFiles writes nothing and returns an error in these cases: a file exists already; a name leads
-// out of the folder; two files have the same name; or one file's name is the folder of another. If a later file cannot
-// be read or is damaged, SaveFiles removes the files that it wrote before.
+// with its digest. It replaces no file. It refuses names that lead out of the folder, equal names, and a file that is
+// the folder of another. After an error, it removes the files that it wrote.
 //
 // SaveFiles is a function and not a method, so that a program that does not call it does not link it.
 func SaveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {

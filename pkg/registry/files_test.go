@@ -16,8 +16,7 @@ import (
 
 const kindFiles = "application/vnd.test.files"
 
-// filesLayout makes an artifact of files with the content "text", and returns the artifact's digest. The file named
-// "lost" has no blob.
+// filesLayout makes an artifact of files with the content "text", and returns its digest. The file "lost" has no blob.
 func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	t.Helper()
 	body := "text"
@@ -76,7 +75,7 @@ func TestSaveFiles(t *testing.T) {
 	}
 }
 
-// SaveFiles writes nothing if one of the files cannot be written, whichever it is. The files that existed stay.
+// TestSaveFilesInTheWay checks that SaveFiles writes nothing if one of the files cannot be written.
 func TestSaveFilesInTheWay(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
@@ -117,7 +116,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	}
 }
 
-// filesIn lists the files and folders below a folder. It leaves out folders that SaveFiles made for a file.
+// filesIn lists the files and folders below a folder, without the folders that SaveFiles made for a file.
 func filesIn(t testing.TB, dir string) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

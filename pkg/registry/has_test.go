@@ -9,8 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// Has returns false for a blob that is too short or too long. Otherwise a delta would leave out that blob, and nobody
-// could read the delta.
+// TestLayoutHas checks that Has returns false for a blob that is too short or too long. Otherwise a delta would leave
+// out that blob.
 func TestLayoutHas(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := publishSample(t)

@@ -18,12 +18,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxImage is the greatest size in bytes of all layers of a pulled image together.
+// maxImage is the maximum size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage downloads an image into an empty folder. If the digest is that of an index, PullImage downloads the image
-// for the architecture arch. It compares the content of every file with its digest before it returns the image. The
-// returned image reads its layers from the folder.
+// PullImage downloads an image into an empty folder. From an index, it takes the image for the given architecture. It
+// compares each file with its digest. The returned image reads its layers from the folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
@@ -79,7 +78,7 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "use an image for this architecture")
 }
 
-// saveBlob writes a blob into a file. It replaces a file of an earlier pull, because that pull may have been killed.
+// saveBlob writes a blob into a file. It replaces the file of an earlier pull.
 func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
@@ -104,8 +103,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
-// Compare reads a blob to its end, and compares it with its digest and size. If they differ, the error is
-// [fault.Unverified].
+// Compare compares a blob with its digest and size. If they differ, the error is [fault.Unverified].
 func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {

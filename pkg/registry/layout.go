@@ -19,9 +19,8 @@ import (
 )
 
 // layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). index.json has one entry for each manifest and
-// tag. An attached manifest has an entry without a tag; the subject field of the manifest has the digest of the
-// manifest that it is attached to. Every file appears complete under its final name, or not at all. A lock file lets
-// only one writer of all processes write at a time.
+// tag, and one without a tag for each attached manifest. Every file appears complete under its final name, or not at
+// all. A lock file lets only one process write at a time.
 type layoutStore struct {
 	dir   string
 	files layoutFiles
@@ -29,12 +28,12 @@ type layoutStore struct {
 
 // layoutFiles reads the files of a layout.
 type layoutFiles interface {
-	// read reads a small file. open opens a blob, which must have no more than size bytes. If the file does not exist,
-	// the error is [fs.ErrNotExist].
+	// read reads a small file. open opens a blob of at most size bytes. If the file does not exist, the error is
+	// [fs.ErrNotExist].
 	read(ctx context.Context, name string, limit int64) ([]byte, error)
 	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
-	// cheapReads reports whether it is cheap to read many small files. allAttached reports whether the layout has all its
-	// attachments already. If it has, the list under the referrers tag is complete.
+	// cheapReads reports whether it is cheap to read many small files. allAttached reports whether the list under the
+	// referrers tag is complete.
 	cheapReads() bool
 	allAttached() bool
 }
@@ -140,12 +139,13 @@ func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, erro
 	return raw, err
 }
 
-// A layout can list attached manifests in two ways, and clients differ in which one they read. oras reads the entries
-// of index.json whose manifest has a subject. regclient reads the list under the tag of the referrers tag schema. This
-// package writes and reads both.
+// A layout can list attached manifests in two ways. This package writes and reads both:
+//
+//   - oras reads the entries of index.json whose manifest has a subject.
+//   - regclient reads the list under the tag of the referrers tag schema.
 
-// tagList returns the list under the referrers tag of subject, and the position of that tag in the index. If there is
-// no such tag, it returns nil and -1. If the tag is that of something else than a list, the list is nil.
+// tagList returns the list under a subject's referrers tag, and the tag's position in the index. Without such a tag, it
+// returns nil and -1. If the tag is not the tag of a list, the list is nil.
 func (s *layoutStore) tagList(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
 	error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })

@@ -46,8 +46,8 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	})
 }
 
-// listWith returns the list of a subject's referrers with d added. The result is nil if d is in the list already. The
-// caller must hold the lock.
+// listWith returns the list of a subject's referrers with d added, or nil if d is listed already. The caller must hold
+// the lock.
 func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descriptor) ([]byte, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -83,8 +83,8 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	return raw, err
 }
 
-// putList writes the list that [layoutStore.listWith] returned. The caller must hold the lock. Readers take no lock, so
-// the blob of the former list is not removed.
+// putList writes the list from [layoutStore.listWith]. The caller must hold the lock. The blob of the former list
+// stays, because readers take no lock.
 func (s *layoutStore) putList(ctx context.Context, subject string, raw []byte) error {
 	if raw == nil {
 		return nil
@@ -158,8 +158,7 @@ func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor)
 	})
 }
 
-// isIntact reports whether a regular file has this size and digest. A disk fault may have damaged a blob of an earlier
-// run.
+// isIntact reports whether a regular file has this size and digest.
 func isIntact(path string, digest v1.Hash, size int64) bool {
 	info, err := os.Lstat(path)
 	if err != nil || !info.Mode().IsRegular() || info.Size() != size {
@@ -255,8 +254,8 @@ func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) b
 	})
 }
 
-// withLock creates the folder, removes the temporary files of writers that died, and runs f. Meanwhile no other writer,
-// of any process, changes the folder.
+// withLock keeps out other writers of any process, and runs the callback. It creates the folder, and removes the
+// temporary files of dead writers.
 func (s *layoutStore) withLock(ctx context.Context, f func() error) (err error) {
 	if s.dir == "" {
 		return readOnly()
@@ -317,8 +316,7 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 	return nil
 }
 
-// writeFailure adds a fault kind and a hint to the error of a write if the disk is full or the user may not write. It
-// returns any other error unchanged.
+// writeFailure adds a fault kind and a hint if the disk is full or the user may not write. Other errors stay unchanged.
 func writeFailure(err error) error {
 	switch {
 	case fault.NoSpace(err):

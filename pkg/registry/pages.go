@@ -17,18 +17,18 @@ import (
 )
 
 const (
-	// maxList is the greatest size in bytes of a list of referrers with all its pages. The list repeats the annotations
-	// of each referrer, and anybody who may push can attach a manifest with megabytes of annotations.
+	// maxList is the maximum size in bytes of a list of referrers with all its pages. The list repeats annotations, and
+	// anybody who may push can attach a manifest with megabytes of them.
 	maxList = 32 << 20
-	// maxAnnotation is the greatest size in bytes of one annotation: key and value together.
+	// maxAnnotation is the maximum size in bytes of one annotation: key and value together.
 	maxAnnotation = 1 << 10
 )
 
-// maxPages is the greatest number of pages of one list of referrers.
+// maxPages is the maximum number of pages of one list of referrers.
 const maxPages = 256
 
-// pagesTransport joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"),
-// because the client library reads only the first page. All pages together may have at most maxList bytes.
+// pagesTransport joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"). The
+// client library reads only the first page.
 type pagesTransport struct{ next http.RoundTripper }
 
 func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -65,7 +65,7 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp = more
 	}
-	// A list repeats the annotations of the attachments, which anybody who may push can write.
+	// Drop long annotations: anybody who may push can write them.
 	for i, d := range whole.Manifests {
 		for key, value := range d.Annotations {
 			if len(key)+len(value) > maxAnnotation {
@@ -100,8 +100,8 @@ func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, 
 
 var nextLink = regexp.MustCompile(`<([^<>]*)>\s*;\s*rel="?next"?\s*(?:[,;]|$)`) // RFC 8288
 
-// nextPage returns the URL of the next page, or nil after the last page. The next page must have the scheme, host and
-// path of the first one, because the request for it has the credentials for this registry.
+// nextPage returns the URL of the next page, or nil after the last page. The URL must have the scheme, host and path of
+// the first page, because the request carries credentials.
 func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 	for _, link := range h.Values("Link") {
 		m := nextLink.FindStringSubmatch(link)

@@ -20,9 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// lenientTransport translates unusual responses about referrers into responses that the client library knows. Each
-// response that means "this registry has no referrers API" becomes a 404. The library then uses the tag of the
-// referrers tag schema instead of the API.
+// lenientTransport translates unusual responses about referrers for the client library. A response that means "no
+// referrers API" becomes a 404, after which the library uses the referrers tag schema.
 type lenientTransport struct{ next http.RoundTripper }
 
 // referrersTag matches the path of a manifest under the tag that replaces the referrers API (distribution-spec 1.1,
@@ -59,7 +58,6 @@ func (l lenientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// asNotFound turns a response into a 404.
 func asNotFound(resp *http.Response) *http.Response {
 	_ = resp.Body.Close() // the body is not needed
 	resp.StatusCode, resp.Status = http.StatusNotFound, "404 Not Found"
@@ -68,9 +66,9 @@ func asNotFound(resp *http.Response) *http.Response {
 	return resp
 }
 
-// checkReferrersTag checks the content under the tag of the referrers tag schema. The media type of a list is optional;
-// if it is missing, checkReferrersTag adds it. If the content is not a list, a reader gets a 404. A writer then gets an
-// error, because it must not replace that content with a list.
+// checkReferrersTag checks the content under the tag of the referrers tag schema. It adds the optional media type of a
+// list. If the content is not a list, a reader gets a 404, and a writer gets an error, because it must not replace the
+// content.
 func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
@@ -112,8 +110,7 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 	return resp, nil
 }
 
-// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait. The library alone would
-// wait one second and then three.
+// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait.
 type retryAfterTransport struct{ next http.RoundTripper }
 
 const (

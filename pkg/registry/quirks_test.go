@@ -25,8 +25,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// startProxy puts a proxy in front of a registry. The function answer may respond in the registry's place. The function
-// change may alter the registry's response.
+// startProxy puts a proxy in front of a registry. The first callback may respond in the registry's place. The second
+// may alter the registry's response.
 func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
 	change func(*http.Response) error) string {
 	t.Helper()
@@ -41,8 +41,8 @@ func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r 
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// A registry without the referrers API may respond with another status than 404. Attestations can still be attached and
-// found. The responses are not recorded: the test tries each status of HTTP that means "no such thing here".
+// TestOddReferrers checks that attestations are attached and found if a registry without the referrers API does not
+// answer 404. The responses are not recorded from real registries.
 func TestOddReferrers(t *testing.T) {
 	t.Parallel()
 	hosts := map[string]string{}
@@ -82,8 +82,8 @@ func TestOddReferrers(t *testing.T) {
 	}
 }
 
-// The list under the tag of the referrers tag schema may lack its media type. If an image has that tag, a list must not
-// replace the image.
+// TestOddReferrersTag checks that a list under the referrers tag may lack its media type, and that a list never
+// replaces an image under that tag.
 func TestOddReferrersTag(t *testing.T) {
 	t.Parallel()
 	put := func(host, tag, kind string, body []byte) {
@@ -137,7 +137,7 @@ func TestOddReferrersTag(t *testing.T) {
 	}
 }
 
-// The client waits as long as the registry asks. If that is longer than the bound, the client does not wait at all.
+// TestRetryAfter checks that the client waits as long as the registry asks, or not at all above the bound.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]struct {
@@ -186,8 +186,8 @@ func attachOne(t *testing.T, repo *registry.Repository, s testkit.Sample) error 
 	return err
 }
 
-// A layout lists attachments in two ways, and Prebake reads and writes both. oras uses entries of the index. regclient
-// uses a list under a tag (regctl image copy --referrers to ocidir://).
+// TestLayoutConventions checks both ways in which a layout lists attachments: entries of the index, as oras uses them,
+// and a list under a tag, as regclient does (regctl image copy --referrers to ocidir://).
 func TestLayoutConventions(t *testing.T) {
 	t.Parallel()
 	const refName = "org.opencontainers.image.ref.name"
@@ -243,8 +243,7 @@ func TestLayoutConventions(t *testing.T) {
 	}
 }
 
-// An attachment that would make the list of a subject's attachments too long for readers is refused. It leaves the
-// folder as it was.
+// TestLayoutListIsBounded checks that an attachment that makes the list too long is refused and changes nothing.
 func TestLayoutListIsBounded(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -277,8 +276,7 @@ func TestLayoutListIsBounded(t *testing.T) {
 	}
 }
 
-// edit removes the entries of an index for which the function keep returns false. The function keep may change an
-// entry.
+// edit removes the entries of an index for which the callback returns false. The callback may change an entry.
 func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	t.Helper()
 	raw, err := os.ReadFile(file)

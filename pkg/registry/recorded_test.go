@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Users of these registries recorded the responses in this file. The comment of each test refers to the issue with the
-// response. Fields that no client reads are left out.
+// Users of these registries recorded the responses in this file. Each test's comment cites the issue with the response.
+// Fields that no client reads are left out.
 
 // inProcess is a registry without a network, for tests with a fake clock.
 func inProcess(referrers bool, answer func(r *http.Request) *http.Response) http.RoundTripper {
@@ -47,8 +47,8 @@ type transport func(*http.Request) (*http.Response, error)
 
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
 
-// GitLab has no referrers API. It takes the tag of the referrers tag schema for the digest, and answers with the
-// artifact itself (oras-project/oras-go#1396, 2026-09-05).
+// GitLab has no referrers API. It takes the referrers tag for the digest, and answers with the artifact itself
+// (oras-project/oras-go#1396, 2026-09-05).
 func TestRecordedGitLab(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -84,8 +84,8 @@ func TestRecordedGitLab(t *testing.T) {
 	}
 }
 
-// Quay lists referrers from a cache that is up to a minute old. A new referrer is missing from the list if a client
-// requested the list shortly before (quay/quay#6510, 2026-07-14).
+// Quay lists referrers from a cache that is up to a minute old. So a new referrer may be missing (quay/quay#6510,
+// 2026-07-14).
 func TestRecordedQuayCache(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -139,9 +139,11 @@ func TestRecordedQuayUnknownManifest(t *testing.T) {
 	}
 }
 
-// Registries refuse a push in different ways. Harbor answers 401 to a user without rights, and also if the project does
-// not exist (goharbor/harbor#13115, 2020-09-21). If the repository does not exist, Amazon ECR answers 404 to a read
-// (plexsystems/sinker#55, 2022-01-13) and closes the connection of an upload (aws/containers-roadmap#1970, 2023-03-06).
+// Registries refuse a push in different ways:
+//
+//   - Harbor answers 401 to a user without rights, and also for a missing project (goharbor/harbor#13115, 2020-09-21).
+//   - Amazon ECR answers 404 to a read from a missing repository (plexsystems/sinker#55, 2022-01-13).
+//   - Amazon ECR closes the connection of an upload to a missing repository (aws/containers-roadmap#1970, 2023-03-06).
 func TestRecordedRefusals(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -1,7 +1,9 @@
 // Package registry reads and writes artifacts in one repository. The repository is on a registry with the OCI
-// distribution API, or in an OCI image layout. Everything that the package returns by digest has a bounded size, and
-// each manifest is compared with its digest. The package never overwrites a tag, and never follows a tag where the
-// caller asked for a digest. It does not decide whether an artifact can be trusted.
+// distribution API, or in an OCI image layout.
+//
+// Everything that the package returns by digest has a bounded size, and each manifest is compared with its digest. The
+// package never overwrites a tag. It never follows a tag if the caller asked for a digest. It does not decide whether
+// an artifact can be trusted; package trust does.
 package registry
 
 import (
@@ -22,22 +24,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxManifest is the greatest size in bytes of a manifest or an index. A list of referrers from the API may be longer;
-// see maxList.
+// MaxManifest is the maximum size in bytes of a manifest or an index. For a list of referrers, see maxList.
 const MaxManifest = 4 << 20
 
 // Options say how to speak to a registry. The zero value takes credentials from the user's Docker configuration.
 type Options struct {
-	// Username and Password are sent where the registry asks for them. A password without a username is a token. If
-	// both are empty, Keychain decides.
+	// Username and Password are sent where the registry asks for them. A password without a username is a token.
 	Username, Password string
 	// Keychain finds credentials if Password is empty. Nil means the user's Docker configuration.
 	Keychain authn.Keychain
-	// Plain makes the client speak HTTP without TLS. For loopback and private addresses the client tries HTTPS and
-	// then HTTP even if Plain is false.
+	// Plain makes the client speak HTTP without TLS. If Plain is false, the client tries HTTP only after HTTPS, and only
+	// for loopback and private addresses.
 	Plain bool
-	// RetryFor is how long a broken download is retried while no new data arrives. The minimum is two minutes; a
-	// smaller value means the minimum.
+	// RetryFor is how long a broken download is retried while no new data arrives. The minimum is two minutes.
 	RetryFor time.Duration
 	// UserAgent is the User-Agent header of each request.
 	UserAgent string
@@ -145,8 +144,8 @@ func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error
 	return raw, nil
 }
 
-// Blob opens a blob for reading. Blob does not verify it: the caller must hash what it reads, and must compare the hash
-// with the digest before it uses the bytes. The reader never returns more than size bytes.
+// Blob opens a blob for reading. It does not verify the blob: before the caller uses the bytes, it must compare their
+// hash with the digest. The reader never returns more than size bytes.
 func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
 	err := checkDigest(digest)
 	var rc io.ReadCloser
@@ -232,8 +231,8 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	return raw, nil
 }
 
-// Push stores an image under its digest, and gives it no tag. Push sends the blobs first, and skips each blob that the
-// repository already has.
+// Push stores an image under its digest, without a tag. It sends the blobs first, and skips blobs that the repository
+// already has.
 func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, error) {
 	d, err := describe(img)
 	if err == nil {
@@ -245,8 +244,8 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 	return d, nil
 }
 
-// Tag gives a manifest a tag. If this manifest has the tag already, Tag does nothing. If another manifest has the tag,
-// Tag changes nothing, and the error is [fault.PublishRefused].
+// Tag gives a manifest a tag. It never moves a tag: if another manifest has the tag, the error is
+// [fault.PublishRefused].
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
 		return fault.Errorf(fault.Usage, "set tag %.100q in %s: not a valid tag", tag, r.name)
@@ -263,7 +262,7 @@ func errTagTaken(have v1.Hash, want v1.Hash) error {
 		"if the tag is wrong, remove it by hand: builder never replaces a published artifact")
 }
 
-// Attach stores payload as a referrer of subject. If the same payload is attached again, there is still one referrer.
+// Attach stores a payload as a referrer of subject. A payload that is attached twice has only one referrer.
 func (r *Repository) Attach(
 	ctx context.Context,
 	subject v1.Descriptor,
@@ -278,8 +277,8 @@ func (r *Repository) Attach(
 	return r.AttachLayer(ctx, subject, artifactType, layer, open, annotations)
 }
 
-// AttachLayer is [Repository.Attach] for a payload of any size. The argument layer is the payload's descriptor. The
-// function open returns a reader of the payload.
+// AttachLayer is [Repository.Attach] for a payload of any size. The caller passes the payload's descriptor, and a
+// callback that opens the payload.
 func (r *Repository) AttachLayer(
 	ctx context.Context,
 	subject v1.Descriptor,
@@ -331,9 +330,9 @@ func damaged(err error) error {
 	)
 }
 
-// CheckPush reports whether the caller may write to the repository. On a registry, CheckPush begins an upload and
-// cancels it at once. Some registries create the repository when the upload begins. For a layout, it creates and
-// removes a file in the folder, or in the nearest parent folder that exists.
+// CheckPush reports whether the caller may write to the repository. On a registry, it begins an upload and cancels it;
+// some registries then create the repository. For a layout, it creates and removes a file in the nearest folder that
+// exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
 		return fmt.Errorf("try to write %s: %w", r.name, err)

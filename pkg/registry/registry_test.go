@@ -203,7 +203,7 @@ func TestLayoutIsOneForOthers(t *testing.T) {
 	} else if l, err := img.Layers(); err != nil || len(l) != 3 {
 		t.Errorf("Layers = %v, %v", l, err)
 	}
-	// A writer that dies leaves a temporary file; the next writer removes it.
+	// The next writer removes the temporary file of a writer that died.
 	stale := filepath.Join(dir, ".prebake.tmp-1")
 	if err := os.WriteFile(stale, []byte("half"), 0o600); err != nil {
 		t.Fatal(err)

@@ -39,7 +39,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if strings.Contains(ref, "://") {
 		return nil, errors.New("it is a URL, not a repository")
 	}
-	// Strict validation, because otherwise a name without a host would silently mean Docker Hub.
+	// Without strict validation, a name without a host would silently mean Docker Hub.
 	parse := []name.Option{name.StrictValidation}
 	if o.Plain {
 		parse = append(parse, name.Insecure)
@@ -66,8 +66,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 				retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{stallTransport{tr}}}}}},
 			),
 			remote.WithAuthFromKeychain(keys),
-			// 429 and 503 are not among these codes: [retryAfterTransport] handles them, and waits as long as the registry
-			// says.
+			// [retryAfterTransport] handles 429 and 503.
 			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
 				http.StatusGatewayTimeout),
 		}}
@@ -78,7 +77,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	return s, err
 }
 
-// reference parses a tag or a digest. The caller has checked that it is one of the two.
+// reference parses a valid tag or digest.
 func (s *remoteStore) reference(ref string) name.Reference {
 	if digestPattern.MatchString(ref) {
 		return s.repo.Digest(ref)
@@ -87,8 +86,7 @@ func (s *remoteStore) reference(ref string) name.Reference {
 }
 
 func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
-	// HEAD comes first, because registries do not count it as a pull. If HEAD gives no clear result, for example because
-	// a header is missing, GET decides.
+	// HEAD comes first, because registries do not count it as a pull. If HEAD gives no clear result, GET decides.
 	head, err := s.puller.Head(ctx, s.reference(ref))
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
@@ -121,8 +119,8 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 			return nil, nil, err
 		}
 		rc, err := layer.Compressed()
-		// The library hashes what passes through rc. Each caller of blob hashes the bytes again, so the first hash is
-		// not needed: body is read, and rc is only closed.
+		// The library hashes what passes through rc. The callers of blob hash the bytes anyway, so read body and only close
+		// rc.
 		return body, rc, err
 	}
 	if err := b.open(); err != nil {
@@ -131,8 +129,8 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return b, nil
 }
 
-// bodyKey is a context key. Its value is an *io.ReadCloser, in which [boundTransport] stores the body of the newest
-// response as it comes from the network.
+// bodyKey is a context key. Its value is an *io.ReadCloser, in which [boundTransport] stores the newest response's
+// body.
 type bodyKey struct{}
 
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
@@ -153,8 +151,7 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher skips what it has sent before, and does not ask the registry whether that is still there. A new pusher
-	// asks.
+	// A pusher skips what it sent before, without asking whether it is still there. A new pusher asks.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
@@ -182,8 +179,7 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writeError(ctx, err)
 	}
-	// The API has no request that creates a tag only if it does not exist: the last of two writers wins. So read the tag
-	// again.
+	// The API cannot create a tag only if it is missing, so the last of two writers wins. Read the tag again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = errTagTaken(have.Digest, d.Digest)
@@ -196,9 +192,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
-	// If the registry lacks the referrers API, attaching rewrites the list under a shared tag. If two writers rewrite it
-	// at once, one of the new entries is lost. So check whether the list has this attachment, and try again if it has
-	// not.
+	// Without the referrers API, attaching rewrites a list under a shared tag. If two writers do so at once, one entry is
+	// lost. So check the list, and try again.
 	const tries = 3
 	for range tries {
 		p, err := remote.NewPusher(s.options...)
@@ -209,8 +204,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		if err := p.Push(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
 			return s.writeError(ctx, err)
 		}
-		// If the manifest is there already, Push does nothing, even if an earlier run ended before the manifest was listed.
-		// Put updates the list in any case.
+		// If the manifest exists already, Push does nothing, even if the manifest is not listed. Put always updates the list.
 		listed, err := s.isListed(ctx, a)
 		if listed || err != nil {
 			return err
@@ -286,8 +280,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if err, ok := transportError(err, host); ok {
 		return err
 	}
-	// net/http has no error type for a server that speaks plain HTTP. On loopback the client then tries plain HTTP, and
-	// err is the error of that second try.
+	// net/http has no error type for a server that speaks plain HTTP. If the text has an http:// URL, the client has
+	// already tried plain HTTP.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err,
@@ -308,8 +302,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	return damaged(err)
 }
 
-// transportError adds the fault kind to an error that comes from TLS or from a transport of this package, and not from
-// the server's response. For any other error it returns false.
+// transportError adds the fault kind to an error from TLS or from a transport of this package. For any other error it
+// returns false.
 func transportError(err error, host string) (error, bool) {
 	var known *fault.Error
 	if errors.As(err, &known) { // from one of the transports between the library and the network
@@ -334,8 +328,7 @@ func onNetwork(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// Denied reports whether a registry answered with 401 or 403. Some registries also answer so if the artifact does not
-// exist.
+// Denied reports whether a registry answered with 401 or 403. Some registries answer so for a missing artifact, too.
 func Denied(err error) bool {
 	var api *transport.Error
 	return errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
@@ -347,7 +340,6 @@ func unknownName(api *transport.Error) bool {
 		func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
 }
 
-// createECR returns the command that creates a repository on Amazon ECR.
 func createECR(repo name.Repository) string {
 	return "aws ecr create-repository --repository-name " + repo.RepositoryStr()
 }

@@ -19,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. A builder wrote the layout as
-// oci:FOLDER, and an operator copied that folder to the server or the bucket. site sends GET requests only.
+// site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. It sends GET requests only.
 type site struct {
 	base     *url.URL
 	keys     authn.Keychain
@@ -33,14 +32,14 @@ type site struct {
 	at    time.Time // when index was read; zero means never
 }
 
-// maxSiteIndex is the greatest size in bytes of a site's index, which is enough for about 30,000 entries.
+// maxSiteIndex is the maximum size in bytes of a site's index, enough for about 30,000 entries.
 const maxSiteIndex = 16 << 20
 
-// indexAge is how long a site's index is used after it was read. To resolve one tag, the index is needed several times.
+// indexAge is how long a site's index is used after it was read.
 const indexAge = 30 * time.Second
 
-// storageHost is the host of Cloud Storage. The path of an object there is /BUCKET/OBJECT (Cloud Storage documentation,
-// "XML API request endpoints").
+// storageHost is the host of Cloud Storage. An object's path is /BUCKET/OBJECT (Cloud Storage documentation, "XML API
+// request endpoints").
 const storageHost = "storage.googleapis.com"
 
 // openSite opens a site by its URL: https://…, http://… or gs://BUCKET/PREFIX.
@@ -78,8 +77,7 @@ func openSite(ref string, o Options) (store, error) {
 				return errors.New("stopped after 10 redirects")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
-				// net/http copies the headers of the first request to the request after each redirect. In some cases it copies
-				// Authorization even if the next server is another one.
+				// In some cases, net/http sends Authorization even to another server after a redirect.
 				req.Header.Del("Authorization")
 			}
 			return nil
@@ -100,8 +98,7 @@ type resource string
 func (r resource) String() string      { return string(r) }
 func (r resource) RegistryStr() string { return string(r) }
 
-// get requests a file, first without credentials. A public bucket answers such a request, so no token is sent to a
-// server that did not ask for one.
+// get requests a file. It sends credentials only after the server has refused a request without them.
 func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	at := s.base.JoinPath(name)
 	for _, known := range []bool{false, true} {
@@ -258,7 +255,6 @@ func readOnly() error {
 	)
 }
 
-// isSite reports whether a layout is on a web server.
 func isSite(name string) bool {
 	scheme, _, ok := strings.Cut(name, "://")
 	return ok && (scheme == "https" || scheme == "http" || scheme == "gs")

@@ -173,7 +173,7 @@ func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
 	return authn.FromConfig(authn.AuthConfig{Username: k.user, Password: k.password}), nil
 }
 
-// Credentials go only to a server that asks for them, in the form that the server accepts.
+// TestSiteCredentials checks that credentials go only to a server that asks for them, in a form that it accepts.
 func TestSiteCredentials(t *testing.T) {
 	t.Parallel()
 	dir, digest := publishLayout(t)
@@ -243,7 +243,8 @@ func TestSiteNames(t *testing.T) {
 	}
 }
 
-// Credentials are not sent over plain HTTP, and not after a redirect to another server or scheme.
+// TestSiteKeepsCredentials checks that credentials are not sent over plain HTTP, or after a redirect to another server
+// or scheme.
 func TestSiteKeepsCredentials(t *testing.T) {
 	t.Parallel()
 	dir, _ := publishLayout(t)
@@ -300,7 +301,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// If a layout on a web server has very many manifests and no list of referrers, only some of the manifests are read.
+// TestSiteOfMany checks that only some manifests are read from a site with very many and no list of referrers.
 func TestSiteOfMany(t *testing.T) {
 	t.Parallel()
 	var index strings.Builder

@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// idleTimeout is how long a response may pause before its connection is given up. firstByteTimeout is how long a
-	// response may take to begin. It is longer than idleTimeout, because a registry that is a mirror first downloads the
-	// manifest itself.
+	// idleTimeout is how long a response may pause, or take for 64 KiB, before its connection is given up.
+	// firstByteTimeout is how long a response may take to begin. It is longer than idleTimeout, because a registry that is
+	// a mirror first downloads the manifest itself.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
 	// minRetryFor is the minimum time for which a broken download is retried.
@@ -27,13 +27,12 @@ const (
 	progress = 64 << 10
 )
 
-// stream reads one blob over one or several connections. If a connection breaks or sends nothing more, stream opens a
-// new connection and continues at the same offset.
+// stream reads one blob. If a connection breaks or stalls, stream opens a new one and continues at the same offset.
 type stream struct {
 	ctx  context.Context
 	size int64
-	// fetch opens a connection. The context has the offset under [offsetKey]. readError adds the fault kind to an error
-	// of a connection. retryFor is how long a download is retried after it broke.
+	// fetch opens a connection at the offset under [offsetKey]. readError adds the fault kind to an error of a connection.
+	// retryFor is how long a broken download is retried.
 	fetch     func(context.Context) (body io.Reader, rc io.Closer, err error)
 	readError func(context.Context, error) error
 	retryFor  time.Duration
@@ -73,7 +72,7 @@ func (b *stream) Read(p []byte) (int, error) {
 		case b.done == b.size: // complete, whatever error the connection ended with
 			return n, io.EOF
 		case errors.Is(err, io.EOF):
-			// A broken connection gives io.ErrUnexpectedEOF. io.EOF is the end of the blob, so the blob is too short.
+			// A broken connection gives io.ErrUnexpectedEOF. So after io.EOF, the blob itself is too short.
 			return n, damaged(fmt.Errorf("blob has %d bytes; its descriptor says %d", b.done, b.size))
 		}
 		if err = b.readError(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
@@ -117,14 +116,14 @@ func (b *stream) Close() error { return b.rc.Close() }
 // offsetKey is a context key. Its value is an int64: the offset at which a blob continues.
 type offsetKey struct{}
 
-// rangeTransport requests the rest of a blob by a Range header (RFC 9110, 14). If a registry ignores the header and
-// sends the whole blob, rangeTransport discards the beginning.
+// rangeTransport requests the rest of a blob by a Range header (RFC 9110, 14). If a registry sends the whole blob
+// instead, rangeTransport discards the beginning.
 type rangeTransport struct{ next http.RoundTripper }
 
 func (r rangeTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	from, _ := req.Context().Value(offsetKey{}).(int64)
-	// The library requests a token with the same context, and that request must have no range. The registry may redirect
-	// the request for a blob to a path without /blobs/. In such a request the field Response is not nil.
+	// A request for a token has the same context, but must have no range. After a redirect, the path may lack /blobs/, but
+	// the field Response is set.
 	if from <= 0 || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/blobs/") && req.Response == nil {
 		return r.next.RoundTrip(req)
 	}
@@ -154,7 +153,7 @@ func (r rangeTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var contentRange = regexp.MustCompile(`^bytes ([0-9]+)-[0-9]+/([0-9]+|\*)$`)
 
-// skipReader discards the first bytes of a response. A Read that discards bytes reads once and returns 0 bytes.
+// skipReader discards the first bytes of a response. A Read that discards bytes returns 0 bytes.
 type skipReader struct {
 	io.ReadCloser
 	rest int64 // number of bytes still to discard
@@ -169,12 +168,12 @@ func (s *skipReader) Read(p []byte) (int, error) {
 	return 0, err
 }
 
-// stallTransport gives up on a response that does not begin, or that stops in the middle. So no registry can block a
-// node for ever. An upload has no time limit.
+// stallTransport gives up on a response that does not begin, that stops in the middle, or that only trickles. So no
+// registry can block a node for ever. An upload has no time limit.
 type stallTransport struct{ next http.RoundTripper }
 
 func (s stallTransport) RoundTrip(req *http.Request) (*http.Response, error) {
-	// The first condition checks the path and not the method POST, because requests for tokens are POST requests, too.
+	// Check the path and not the method POST: requests for tokens are POST requests, too.
 	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut ||
 		req.Method == http.MethodPatch {
 		return s.next.RoundTrip(req)

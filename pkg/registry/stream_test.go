@@ -99,8 +99,8 @@ type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
 
-// A download that breaks continues at the same offset. The test uses the registry of the distribution project, because
-// it is independent of Prebake's code.
+// TestResume checks that a broken download continues at the same offset. It uses the registry of the distribution
+// project, because that is independent of Prebake's code.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
@@ -123,8 +123,7 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// A registry without support for ranges sends the blob from the beginning again, and the client discards the bytes that
-// it has already.
+// TestResumeWithoutRanges checks that the client discards the bytes that a registry without ranges sends again.
 func TestResumeWithoutRanges(t *testing.T) {
 	t.Parallel()
 	host := testkit.Registry(t, true)
@@ -248,6 +247,54 @@ type dead struct{}
 func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
 	<-r.Context().Done()
 	return nil, r.Context().Err()
+}
+
+// tricklingNetwork sends one byte of a blob every 40 seconds.
+type tricklingNetwork struct{ silentNetwork }
+
+func (n *tricklingNetwork) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := n.silentNetwork.RoundTrip(r)
+	if err == nil {
+		resp.Body = io.NopCloser(trickle{resp.Body, r.Context().Done()})
+	}
+	return resp, err
+}
+
+type trickle struct {
+	io.Reader
+	until <-chan struct{}
+}
+
+func (s trickle) Read(p []byte) (int, error) {
+	select {
+	case <-s.until:
+		return 0, net.ErrClosed
+	case <-time.After(40 * time.Second):
+	}
+	return s.Reader.Read(p[:min(len(p), 1)])
+}
+
+// A registry that sends a byte now and then is given up like a silent one.
+func TestTricklingRegistry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		data := bytes.Repeat([]byte("x"), 8<<10)
+		network := &tricklingNetwork{silentNetwork{data: data}}
+		repo, err := registry.Open("registry.example/x", registry.Options{Transport: network})
+		if err != nil {
+			t.Fatal(err)
+		}
+		rc, err := repo.Blob(t.Context(), fmt.Sprintf("sha256:%x", sha256.Sum256(data)), int64(len(data)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := io.Copy(io.Discard, rc); !fault.Is(err, fault.Transient) {
+			t.Errorf("Read = %d bytes, %v; want transient", n, err)
+		}
+		if err := rc.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // Large registries redirect the reader of a blob to a bucket. The client requests the rest of the blob from the

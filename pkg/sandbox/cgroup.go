@@ -18,13 +18,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of control groups (version 2). Each run gets its own group. The sandbox starts inside it, so no process of the
-// run can be outside. The groups of all runs of one builder are children of one group beside the builder's own group.
-// That parent group limits the memory of all runs together.
+// Names of control groups (version 2). Each run gets its own group, and the sandbox starts inside it. All these groups
+// are in one parent group, which limits the memory of all runs together.
 const (
 	groupRoot = "/sys/fs/cgroup"
-	// selfGroup is the group into which the builder itself moves: a group that delegates controllers to its children must
-	// not have processes.
+	// selfGroup is the group into which the builder itself moves. A group that delegates controllers must have no
+	// processes.
 	selfGroup = "prebake-builder"
 	allGroup  = "prebake-all-" // followed by a process id, a dash and the bound in MiB
 	runGroup  = "prebake-run-" // followed by a process id, a dash and random characters
@@ -36,8 +35,7 @@ const hintGroup = "in Kubernetes, set the memory limit of the pod; in a systemd 
 // LimitSupport says how this machine enforces the limits on memory and processes.
 type LimitSupport struct {
 	// ControlGroup is true if a control group enforces the limits for all processes together. If it is false, Reason says
-	// why, with a hint. Without a control group, the kernel limits the memory of each single process. It also limits the
-	// number of all processes of this user, but not if the user is root.
+	// why, with a hint. Then memory is limited for each process, and root may start any number of processes.
 	ControlGroup bool
 	Reason       error
 }
@@ -85,8 +83,7 @@ func parseOwnGroup(text string) (string, error) {
 	return "", errors.New("find own control group: this process has no control group of version 2")
 }
 
-// groupMemory returns the lowest memory limit, in bytes, of this group and its ancestors. It returns math.MaxInt64 if
-// there is no limit.
+// groupMemory returns the lowest memory limit, in bytes, of this group and its ancestors, or math.MaxInt64.
 func groupMemory(dir string) int64 {
 	least := int64(math.MaxInt64)
 	for ; len(dir) >= len(groupRoot); dir = filepath.Dir(dir) {
@@ -101,9 +98,9 @@ func groupMemory(dir string) int64 {
 	return least
 }
 
-// parent returns the control group in which the groups of the runs are created, and enables the controllers that these
-// groups need. A group that has processes cannot delegate controllers. So if this process is the only one in its group,
-// parent moves it into a child group. If there are other processes in the group, parent returns an error.
+// parent returns the control group for the groups of the runs, and enables the controllers that they need. A group with
+// processes cannot delegate controllers. So parent moves this process into a child group. It returns an error if the
+// group has other processes.
 func parent() (string, error) {
 	own, err := ownGroup()
 	if err != nil {
@@ -196,12 +193,10 @@ func newGroup(l Limits) (*group, error) {
 	}
 }
 
-// maxTries is how often newGroup retries after another run has removed the parent group. The number is enough: for each
-// retry, another run must begin and end at that moment.
+// maxTries is how often newGroup retries after another run has removed the parent group.
 const maxTries = 100
 
-// groupOfAll creates or finds the group for all runs of this process with the same [Limits.Together], which is the
-// argument most.
+// groupOfAll creates or finds the group for all runs of this process with the same [Limits.Together].
 func groupOfAll(base string, most int64) (string, error) {
 	path := filepath.Join(base, fmt.Sprintf("%s%d-%d", allGroup, os.Getpid(), most>>20))
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -224,7 +219,7 @@ func (g *group) set(l Limits) (err error) {
 	if err != nil {
 		return err
 	}
-	// With swap, a run would become very slow instead of ending. The file does not exist on a kernel without swap.
+	// With swap, a run would become very slow instead of ending. A kernel without swap does not have the file.
 	if err := writeGroup(g.path, "memory.swap.max", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -233,7 +228,7 @@ func (g *group) set(l Limits) (err error) {
 }
 
 // brokenLimit returns an error for the limit that the run exceeded, or nil. It reads the kernel's counters, because the
-// exit status does not tell who killed a program.
+// exit status does not say who killed a program.
 func (g *group) brokenLimit(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
 		// The counter "oom" is for the limits of this group and its children, and not for those of its parents.
@@ -279,8 +274,8 @@ func (g *group) peak() int64 {
 	return n
 }
 
-// close removes the group, and its parent if this was the last run. The kernel may still be removing the last process,
-// so close retries for half a second.
+// close removes the group, and its parent if this was the last run. It retries for half a second, because the kernel
+// may still be removing the last process.
 func (g *group) close() error {
 	var err error
 	if g.dir != nil {
@@ -317,8 +312,7 @@ func sweepGroups(base string) {
 			return // cannot happen: the pattern is constant
 		}
 		for _, dir := range append(runs, path) {
-			// The process id may belong to a builder in another container, which this process cannot see. So a group
-			// must be older than a minute.
+			// The process id may belong to a builder in another container. So remove only groups older than a minute.
 			if info, err := os.Stat(dir); err == nil && time.Since(info.ModTime()) > time.Minute {
 				_ = unix.Rmdir(dir) // fails while a process is in the group
 			}

@@ -8,10 +8,8 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// killWithChildren kills bubblewrap and its child. The child is the first process of a PID namespace, so everything in
-// the sandbox ends with it. While bubblewrap sets up the sandbox, it is not enough to kill bubblewrap. The child may
-// still wait for its user ids, or may not have told the kernel yet to kill it when its parent dies. Without bubblewrap,
-// the child would wait for ever.
+// killWithChildren kills bubblewrap and its child. Then everything in the sandbox ends. If only bubblewrap were killed
+// during set-up, the child would wait for ever.
 func killWithChildren(pid int) error {
 	// A stopped process starts no more children.
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {

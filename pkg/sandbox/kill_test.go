@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// holdLock is an environment variable. Its value is the folder with the lock file that the helper process below locks
-// inside a sandbox.
+// holdLock is an environment variable with the folder of the file that a helper process locks inside a sandbox.
 const holdLock = "PREBAKE_TEST_HOLD_LOCK"
 
 func TestMain(m *testing.M) {
@@ -49,8 +48,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// If SIGKILL ends the process that made the sandbox, everything in the sandbox ends. So the kernel releases the lock of
-// a program in the sandbox.
+// TestDiesWithParent checks that everything in the sandbox ends if SIGKILL ends the process that made the sandbox.
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -81,7 +79,7 @@ func TestDiesWithParent(t *testing.T) {
 	if err := helper.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	// Flock blocks while a process in the sandbox lives. If that never ends, the test's time limit does.
+	// Flock blocks while a process in the sandbox lives.
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		t.Errorf("flock: %v", err)
 	}

@@ -14,16 +14,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Limits are the limits on the resources of one program and all processes that it starts. If a program uses too much,
-// only this program fails, and the machine continues to work.
+// Limits are the limits on the resources of one program and all processes that it starts.
 type Limits struct {
-	// Memory is the greatest memory in bytes, including /tmp; 0 means the value of Together. Without a control group (see
-	// [SupportedLimits]), the limit applies to each process, and not to all processes together.
+	// Memory is the maximum memory in bytes, including /tmp; 0 means the value of Together. Without a control group (see
+	// [SupportedLimits]), the limit applies to each process.
 	Memory int64
-	// Together is the greatest memory in bytes of all runs of this process that run at the same time with the same value
-	// of Together. 0 means seven eighths of [AvailableMemory]. Without a control group, this limit does not apply.
+	// Together is the maximum memory in bytes of all simultaneous runs of this process with the same value of Together. 0
+	// means seven eighths of [AvailableMemory]. Without a control group, this limit does not apply.
 	Together int64
-	// Processes is the greatest number of processes and threads; 0 means 16384. Without a control group, all processes of
+	// Processes is the maximum number of processes and threads; 0 means 16384. Without a control group, all processes of
 	// this user count, and root has no limit.
 	Processes int
 	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. Run measures the binds every few seconds.
@@ -36,7 +35,7 @@ type Limits struct {
 
 // Usage is what a program used.
 type Usage struct {
-	// PeakMemory is the greatest memory use in bytes. 0 means unknown: there is no control group, or the kernel is older
+	// PeakMemory is the maximum memory use in bytes. 0 means unknown: there is no control group, or the kernel is older
 	// than 5.19.
 	PeakMemory int64
 	// Disk is how many bytes the writable binds grew by, at the last measurement.
@@ -53,8 +52,8 @@ const (
 	maxTime      = 2 * time.Hour
 )
 
-// prlimit is the program that sets the limits inside the sandbox, before it starts the actual program. If this process
-// set the limits from outside, the program could start other processes before the limits apply.
+// prlimit is the program that sets the limits inside the sandbox. If they were set from outside, the program could
+// start other processes first.
 const prlimit = "/usr/bin/prlimit"
 
 const (
@@ -88,8 +87,8 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// AvailableMemory returns the memory in bytes that this process may use: the machine's, or less if a control group has
-// a lower limit.
+// AvailableMemory returns the memory in bytes that this process may use: the machine's, or less in a control group with
+// a limit.
 func AvailableMemory() int64 {
 	var info unix.Sysinfo_t
 	most := int64(4 << 30) // used if the kernel does not report the memory
@@ -102,9 +101,8 @@ func AvailableMemory() int64 {
 	return most
 }
 
-// command returns the command that runs a program within the limits. If this process itself has a lower limit, the
-// lower limit applies. The argument perProcess is true if there is no control group: the limit on memory then applies
-// to each process.
+// command returns the command that runs a program within the limits, and within this process's own limits. perProcess
+// adds a limit on the memory of each process, for machines without a control group.
 func (l Limits) command(perProcess bool) ([]string, error) {
 	args := []string{prlimit, "--core=0"}
 	rows := []struct {
@@ -116,8 +114,7 @@ func (l Limits) command(perProcess bool) ([]string, error) {
 		{"--nproc", unix.RLIMIT_NPROC, uint64(l.Processes)},
 	}
 	if perProcess {
-		// RLIMIT_DATA limits private memory. RLIMIT_AS would limit address space, of which compilers map far more than they
-		// use.
+		// RLIMIT_AS would limit address space, of which compilers map far more than they use.
 		rows = append(rows, struct {
 			flag     string
 			resource int
@@ -134,8 +131,7 @@ func (l Limits) command(perProcess bool) ([]string, error) {
 	return args, nil
 }
 
-// diskWatch watches the disk space of the writable binds. A quota would be stricter, but it needs root and a file
-// system with quotas. RLIMIT_FSIZE only limits single files.
+// diskWatch watches the disk space of the writable binds. A quota would need root.
 type diskWatch struct {
 	limits  Limits
 	folders []string
@@ -167,8 +163,8 @@ func (w *diskWatch) checkFree() error {
 	return nil
 }
 
-// measure returns the total size of the files in the folders. It skips a file that disappears or cannot be read,
-// because checkFree still checks the disk's free space.
+// measure returns the total size of the files in the folders. It skips a file that it cannot read, because checkFree
+// still checks the free space.
 func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	for _, dir := range w.folders {
 		_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
@@ -189,14 +185,12 @@ func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	return bytes
 }
 
-// run calls stop when a limit is exceeded, and ends when ctx ends. It spends at most a hundredth of the time on
-// measuring.
+// run calls stop when a limit is exceeded, and ends when ctx ends. It measures for at most a hundredth of the time.
 func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
-	// The first measurement runs while the program starts, so that the program need not wait. Bytes that the program
-	// writes during that measurement may therefore not count.
+	// Bytes that the program writes during this first measurement may not count.
 	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()

@@ -42,8 +42,8 @@ func TestMemory(t *testing.T) {
 	if strings.Contains(out, "60000000") {
 		t.Errorf("%s printed %q; want it refused", grab, out)
 	}
-	// With a limit per process, the allocation fails and the program prints an error, which package compile reads.
-	// With a control group, the kernel kills the program and counts it.
+	// With a limit per process, the allocation fails and the program prints an error, which package compile reads. With a
+	// control group, the kernel kills the program.
 	if sandbox.SupportedLimits().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
@@ -53,14 +53,14 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// Each of two runs is within the limit, but both together are not. One of them ends, and its error says that the runs
-// together exceeded the limit.
+// TestTogether runs two programs, each within its limit, that exceed the common limit. One of them must end with an
+// error that says so.
 func TestTogether(t *testing.T) {
 	t.Parallel()
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
 		t.Skip(m.Reason)
 	}
-	// /tmp is in memory. Each run keeps 24 MB in /tmp until the other run has 24 MB there, too.
+	// /tmp is in memory. Each run keeps 24 MB there until the other run does, too.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
 		script := fmt.Sprintf(`head -c 24000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
 		_, _, err := runLimited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
@@ -89,8 +89,7 @@ func TestDisk(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "before"), make([]byte, 40<<20), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// The script writes until it is killed. Bytes that it writes before the first measurement, which may be late, do
-	// not count.
+	// The script writes until it is killed, because bytes before the first measurement do not count.
 	script := `i=0; while :; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); [ $i -lt 30 ] || sleep 0.2; done`
 	_, usage, err := runLimited(t, sandbox.Limits{Disk: 32 << 20}, script,
 		sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
@@ -126,7 +125,7 @@ func TestTime(t *testing.T) {
 	}
 }
 
-// The limit on processes applies to an ordinary user. It applies to root only with a control group.
+// TestProcesses checks the limit on processes for an ordinary user, and for root with a control group.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {
@@ -152,10 +151,10 @@ func TestBoundsSayWhy(t *testing.T) {
 	}
 }
 
-// asUser is an environment variable. Its value is the name of the test that this program runs as another user.
+// asUser is an environment variable with the name of the test that this program runs as another user.
 const asUser = "PREBAKE_TEST_AS_USER"
 
-// The sandbox does not need root: the tests of its isolation pass as an ordinary user.
+// TestAsOrdinaryUser checks that the tests of the sandbox's isolation pass without root.
 func TestAsOrdinaryUser(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)

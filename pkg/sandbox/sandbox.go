@@ -1,10 +1,10 @@
 // Package sandbox runs one program in a sandbox that bubblewrap makes. The program has no network. Its environment and
-// paths are the same on every machine. It can write only to the folders that the caller gives it, and to /tmp. If
+// paths are the same on every machine. It can write only to /tmp and to the folders that the caller gives it. If
 // bubblewrap or namespaces are missing, Run returns an error. It never runs the program directly on the host.
 //
 // The program sees:
 //
-//   - the host's /usr read-only, for the compilers' helpers, make and sh
+//   - the host's /usr read-only, for the compilers' helpers, `make` and `sh`
 //   - empty folders /usr/local, /usr/src and /usr/lib/modules
 //   - its own /proc, /dev and /tmp
 //   - the folders that the caller binds
@@ -14,8 +14,9 @@
 //
 // It runs as user and group 1000, without capabilities, and cannot create namespaces. A filter refuses system calls
 // that no build needs. Memory, processes, time, disk space, output and /tmp are limited; see [Limits].
-// [SupportedLimits] says how strictly this machine enforces the limits. /proc/self/mountinfo shows the host's paths of
-// the bound folders, because the kernel cannot hide them.
+// [SupportedLimits] says how strictly this machine enforces the limits.
+//
+// /proc/self/mountinfo shows the host's paths of the bound folders, because the kernel cannot hide them.
 package sandbox
 
 import (
@@ -62,7 +63,7 @@ type Config struct {
 	Binds []Bind
 	// Output receives stdout and stderr as one stream. Nil discards the output.
 	Output io.Writer
-	// MaxOutput is the greatest number of output bytes; 0 means 256 MiB. A program that prints more is killed.
+	// MaxOutput is the maximum number of output bytes; 0 means 256 MiB. A program that prints more is killed.
 	MaxOutput int64
 	// Limits bound the program's resources. The zero value has safe defaults.
 	Limits Limits
@@ -98,8 +99,8 @@ type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
 
-// Killed reports whether SIGKILL ended the program. If Run itself kills the program, Run returns another error. So if
-// Killed returns true, the kernel's out-of-memory killer ended the program.
+// Killed reports whether the kernel's out-of-memory killer ended the program. If Run kills the program, it returns
+// another error.
 func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
 
 const (
@@ -113,10 +114,13 @@ const (
 		"kernel.apparmor_restrict_unprivileged_userns=0"
 )
 
-// Run runs the program, and waits for it and for all processes that it started. The sandbox ends when ctx ends. It also
-// ends when this process ends, even if SIGKILL ends this process. If the program fails, the error is an [ExitError]. If
-// it exceeds a limit, the error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever the
-// program's exit status is. If the sandbox cannot be created, the error is fault.Usage.
+// Run runs the program, and waits for it and for all processes that it started. The sandbox ends when ctx ends, or when
+// this process ends, even by SIGKILL. The errors are:
+//
+//   - [ExitError] if the program fails
+//   - fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal if it exceeds a limit, whatever its exit
+//     status
+//   - fault.Usage if the sandbox cannot be created
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
@@ -185,8 +189,8 @@ func Run(ctx context.Context, c Config) error {
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
 
-// start runs bubblewrap, in a control group if one can be created. The result limitErr is the error for the limit that
-// was exceeded, according to the control group.
+// start runs bubblewrap, in a control group if one can be created. limitErr says which limit was exceeded, according to
+// the control group.
 func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (limitErr, err error) {
 	g, gerr := newGroup(c.Limits)
 	if gerr == nil {
@@ -201,22 +205,20 @@ func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (limi
 		if started {
 			return nil, err
 		}
-		// CLONE_INTO_CGROUP does not work, because the kernel is old or a filter of system calls refuses it. So try again
-		// without a control group.
+		// An old kernel or a filter of system calls refuses CLONE_INTO_CGROUP. Try again without a control group.
 	}
 	_, err = c.exec(ctx, bwrap, output, nil)
 	return nil, err
 }
 
-// exec runs bubblewrap in the control group g, or in no group of its own if g is nil. If the process could not be
-// created, the result started is false, and err says why.
+// exec runs bubblewrap in a control group, or in none if g is nil. If the process could not be created, started is
+// false.
 func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *group) (started bool, err error) {
 	limit, err := c.Limits.command(g == nil)
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
-	// The options are passed through file descriptors. If they were on the command line, the program could read the
-	// host's paths in /proc/1/cmdline.
+	// Pass the options through file descriptors. Otherwise the program could read the host's paths in /proc/1/cmdline.
 	calls, err := seccompFilter()
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
@@ -245,11 +247,10 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(g.dir.Fd())
 	}
 	cmd.Cancel = func() error { return killWithChildren(cmd.Process.Pid) }
-	// All processes end with the sandbox's first process. Wait needs the delay only if a pipe stays open longer.
+	// The delay is only for a pipe that stays open after the sandbox's first process has ended.
 	cmd.WaitDelay = 10 * time.Second
 
-	// With --die-with-parent, the sandbox ends when the thread that forked ends, and not only with the process. So that
-	// thread must live until the sandbox has ended.
+	// With --die-with-parent, the sandbox ends when the thread that forked ends. So keep that thread until then.
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -275,7 +276,6 @@ func setupHint(text string) string {
 	return "check that every bound folder exists, and that bubblewrap has version 0.8 or newer: bwrap --version"
 }
 
-// arguments returns bubblewrap's options.
 func arguments(c Config) []string {
 	args := []string{
 		"--unshare-all", "--unshare-user", "--disable-userns",
@@ -318,8 +318,7 @@ func arguments(c Config) []string {
 
 // memoryFile returns a file with this text that exists only in memory. The file's offset is 0.
 func memoryFile(text string) (*os.File, error) {
-	// The sysctl vm.memfd_noexec may require the flag MFD_NOEXEC_SEAL, by which the file is not executable. Kernels
-	// before 6.3 do not know this flag.
+	// The sysctl vm.memfd_noexec may require MFD_NOEXEC_SEAL. Kernels before 6.3 do not know this flag.
 	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
 	if errors.Is(err, unix.EINVAL) {
 		fd, err = unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
@@ -335,8 +334,7 @@ func memoryFile(text string) (*os.File, error) {
 	return f, nil
 }
 
-// outputFilter passes on the program's output up to a bound. It also keeps the first line, because bubblewrap prints
-// exactly one line before it gives up.
+// outputFilter passes on the program's output up to a bound. It keeps the first line, which may be bubblewrap's error.
 type outputFilter struct {
 	next io.Writer
 

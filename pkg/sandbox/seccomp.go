@@ -10,10 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The filter of system calls. A build reads and writes files and starts programs. The filter refuses calls that reach
-// outside the sandbox's namespaces. It also refuses calls into parts of the kernel that few programs use and that have
-// many bugs. And it refuses every call that a newer kernel adds. Docker's and Flatpak's default filters refuse calls
-// for the same reasons.
+// The filter of system calls. For the same reasons as Docker's and Flatpak's default filters, it refuses:
+//
+//   - calls that reach outside the sandbox's namespaces
+//   - calls into parts of the kernel that few programs use and that have many bugs
+//   - calls that a newer kernel adds
 //
 // Most refused calls return ENOSYS, because the C library then assumes an old kernel.
 
@@ -27,8 +28,7 @@ const (
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// refusedCalls are the refused calls that every architecture has. archRefusedCalls are the refused calls that only this
-// architecture has.
+// refusedCalls are refused on every architecture. archRefusedCalls exist only on this one.
 var refusedCalls = []uint32{
 	// Calls on other processes' memory and descriptors.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE, unix.SYS_KCMP,
@@ -52,8 +52,8 @@ var refusedCalls = []uint32{
 	unix.SYS_VHANGUP,
 }
 
-// allowedFamilies are the socket families that a program may use. All other families are refused, because a network
-// namespace does not confine them or because no build needs them.
+// allowedFamilies are the socket families that a program may use. No build needs the others, and a network namespace
+// does not confine some of them.
 var allowedFamilies = []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
 
 // seccompFilter returns the filter in the format of bubblewrap's --seccomp: an array of struct sock_filter.
@@ -63,14 +63,12 @@ func seccompFilter() ([]byte, error) {
 	}
 	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
 	p := []bpf.Instruction{
-		// A program may use the system call ABI of another architecture, in which the numbers mean other calls. All calls
-		// of such an ABI are refused.
+		// Refuse the system call ABI of another architecture, in which the numbers mean other calls.
 		bpf.LoadAbsolute{Off: dataArch, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: auditArch, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 		bpf.LoadAbsolute{Off: dataNumber, Size: 4},
-		// Calls above lastCall are newer than the list of refused calls. The numbers of the x32 ABI are above lastCall,
-		// too.
+		// Calls above lastCall are newer than the list. The numbers of the x32 ABI are above lastCall, too.
 		bpf.JumpIf{Cond: bpf.JumpLessOrEqual, Val: lastCall, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}

@@ -21,8 +21,7 @@ import (
 // inFilter is an environment variable that makes this program try system calls instead of running its tests.
 const inFilter = "PREBAKE_TEST_SECCOMP"
 
-// tryCalls prints the kernel's answer to each system call: nothing if it is allowed, or the error's name. So the test
-// checks the kernel's behaviour and not the text of the filter.
+// tryCalls prints the kernel's answer to each system call: nothing if it is allowed, or the error's name.
 func tryCalls() {
 	call := func(name string, number uintptr, args ...uintptr) {
 		var a [6]uintptr
@@ -55,8 +54,7 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Without a sandbox, most of the calls have another result. This shows that the filter refuses them, and not this
-	// machine's kernel.
+	// Without a sandbox, most of the calls have another result. So the filter refuses them, and not this machine's kernel.
 	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Env = []string{inFilter + "=1"}
 	bare, err := cmd.Output()
@@ -98,7 +96,7 @@ socket 17 EAFNOSUPPORT`
 	}
 }
 
-// A program that uses the 32-bit system call ABI is refused, too, because its numbers mean other calls.
+// TestOtherABI checks that a program with the 32-bit system call ABI is refused.
 func TestOtherABI(t *testing.T) {
 	t.Parallel()
 	if runtime.GOARCH != "amd64" {
@@ -117,8 +115,8 @@ func TestOtherABI(t *testing.T) {
 	}
 }
 
-// oldCall returns a 64-bit program that calls getpid by int $0x80. The program exits with the error's number, or 0.
-// The header is from elf(5), and the machine code from Intel's manual.
+// oldCall returns a 64-bit program that calls getpid by int $0x80. It exits with the error's number, or 0. The header
+// is from elf(5), and the machine code from Intel's manual.
 func oldCall() []byte {
 	const base = 0x400000
 	code := []byte{

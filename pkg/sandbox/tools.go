@@ -14,9 +14,8 @@ import (
 	"strings"
 )
 
-// hostTools are the programs in the host's /usr that a kernel's build system and a driver's scripts run. They are the
-// programs in the kernel's Documentation/process/changes.rst that a module's build needs, and those that shell scripts
-// use.
+// hostTools are the programs in the host's /usr that a build runs: those in the kernel's
+// Documentation/process/changes.rst that a module needs, and those that shell scripts use.
 var hostTools = []string{
 	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env",
 	"expr", "false",
@@ -27,9 +26,8 @@ var hostTools = []string{
 	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
 }
 
-// HostTools returns a digest of the host's programs that builds run, with the loader and the C library of these
-// programs. The results of a build depend on these programs as well as on the build's inputs. HostTools reads the files
-// again each time, about 25 MB, because the host may be updated while a builder runs.
+// HostTools returns a digest of the host's programs that builds run, with their loader and C library. It reads the
+// files again each time, about 25 MB, because the host may be updated while a builder runs.
 func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 
 // digestTools returns a digest of programs in a folder. The digest also covers which programs are missing.
@@ -72,9 +70,9 @@ func digestTools(dir string, names []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// neededFiles returns the files of a program's loader and libraries. It searches them where the loader of Debian and
-// similar distributions searches them. For a script it returns no files. It does not return the libraries' own
-// dependencies: these are the C library, or come in the same package.
+// neededFiles returns the files of a program's loader and libraries, or none for a script. It searches where the loader
+// of Debian and similar distributions does. It leaves out the libraries' own dependencies: they are the C library, or
+// come in the same package.
 func neededFiles(file string) (found []string, err error) {
 	f, err := elf.Open(file)
 	var format *elf.FormatError
@@ -113,7 +111,7 @@ func neededFiles(file string) (found []string, err error) {
 	return found, nil
 }
 
-// maxLoader is the greatest length of a loader's path in bytes.
+// maxLoader is the maximum length of a loader's path in bytes.
 const maxLoader = 4096
 
 func digestFile(name string) (sum string, err error) {

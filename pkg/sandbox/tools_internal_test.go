@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Another content of make, or no make, changes the digest. Another time stamp does not.
+// TestDigestTools checks that another content of `make`, or no `make`, changes the digest, and another time stamp does
+// not.
 func TestDigestTools(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

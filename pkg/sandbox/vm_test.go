@@ -17,15 +17,15 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// inGuest is an environment variable that makes this program prepare the virtual machine in which it runs, before it
-// runs its tests. Its value says in which control group the tests run. The value root means the root group of the
-// machine. The value unit means a separate group, such as systemd makes for a service. The value user means a separate
-// group that is delegated to an ordinary user.
+// inGuest is an environment variable that makes this program prepare its virtual machine before it runs its tests. The
+// value says in which control group the tests run:
+//
+//   - root: the root group of the machine
+//   - unit: a separate group, as systemd makes for a service
+//   - user: a separate group that is delegated to an ordinary user
 const inGuest = "PREBAKE_TEST_GUEST"
 
-// TestInVirtualMachine tests the limits that need a control group, in a virtual machine that has control groups. The
-// same tests run there three times: in the root group, in a separate group, and as an ordinary user in a delegated
-// group.
+// TestInVirtualMachine runs the tests that need a control group in a virtual machine, once for each value of inGuest.
 func TestInVirtualMachine(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -82,8 +82,8 @@ func TestInVirtualMachine(t *testing.T) {
 	}
 }
 
-// TestGroupsAreRemoved checks that a run leaves no control group behind. The test is not parallel, because it would
-// find the groups of other tests' runs.
+// TestGroupsAreRemoved checks that a run leaves no control group behind. It is not parallel, because it would find the
+// groups of other tests.
 func TestGroupsAreRemoved(t *testing.T) {
 	needBubblewrap(t)
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
@@ -104,8 +104,8 @@ func TestGroupsAreRemoved(t *testing.T) {
 	}
 }
 
-// enterGuest mounts a new root, because bubblewrap needs pivot_root, which does not work on an initramfs. It mounts
-// control groups there, and moves into the group where the tests run.
+// enterGuest mounts a new root, because bubblewrap's pivot_root does not work on an initramfs. It mounts control groups
+// there, and moves into the group where the tests run.
 func enterGuest(where string) error {
 	const root = "/new"
 	steps := []error{os.MkdirAll(root, 0o755), unix.Mount("tmpfs", root, "tmpfs", 0, "mode=755")}

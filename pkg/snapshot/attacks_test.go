@@ -29,8 +29,8 @@ func editSigned(t testing.TB, data []byte, change func(signed map[string]any)) [
 // futureVersion is a version of the timestamp that is higher than any that the node has seen.
 var futureVersion = start.AddDate(0, 0, 1).Unix()
 
-// TestAttacks checks that a node which has seen list 2 refuses each attack with the error for this attack. The node's
-// state must not change. The attacker has every file that was ever published, and in some rows also keys.
+// TestAttacks checks that a node with list 2 refuses each attack with its own error, and keeps its state. The attacker
+// has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
 	first := snapshots.New(t, start)

@@ -1,10 +1,15 @@
-// Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. A node
-// checks a snapshot without a connection to the farm. The package defines the form of the list. Its client reads the
-// list from any web server or folder, by the rules of TUF (The Update Framework, 1.0).
+// Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. It defines
+// the format of the list, and a client that reads the list from any web server or folder. The client follows TUF (The
+// Update Framework, 1.0), and needs no connection to the farm.
 //
-// The client refuses a list in each of these cases: it is older than a list that the client has seen; it has expired;
-// it mixes parts of several lists; it is longer than its signed size; or too few of the trusted keys signed it. The
-// package does not sign, and does not decide whether a node may use an artifact.
+// The client refuses a list in each of these cases:
+//   - It is older than a list that the client has seen.
+//   - It has expired.
+//   - It mixes parts of several lists.
+//   - It is longer than its signed size.
+//   - Too few of the trusted keys signed it.
+//
+// The package does not sign, and does not decide whether a node may use an artifact.
 package snapshot
 
 import (
@@ -21,15 +26,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Schema is the version of the list's form. A client refuses any other version. New fields need no new version, because
-// clients ignore fields that they do not know.
+// Schema is the version of the list's format. A client refuses any other version. New fields need no new version,
+// because clients ignore unknown fields.
 const Schema = 1
 
 // Name is the TUF target name of the list.
 const Name = "catalogue.json.zst"
 
-// The greatest sizes of a list in bytes, compressed and decompressed. They leave room for several times the artifacts
-// of a large farm.
+// The maximum sizes of a list in bytes, compressed and decompressed: several times those of a large farm.
 const (
 	MaxFile = 64 << 20
 	MaxText = 256 << 20
@@ -58,8 +62,8 @@ type Catalogue struct {
 type Artifact struct {
 	Digest string `json:"digest"`
 	State  State  `json:"state"`
-	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use in its
-	// place; "" means that the operator gave none.
+	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use instead; it
+	// may be "".
 	Reason      string             `json:"reason,omitempty"`
 	Replacement string             `json:"replacement,omitempty"`
 	Driver      target.Driver      `json:"driver"`
@@ -74,8 +78,7 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the file with the signed
-// digest.
+// Decode reads a list from its compressed file. It checks no signature; [Verify] does.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {
@@ -129,7 +132,7 @@ func (c Catalogue) Check() error {
 	return nil
 }
 
-// Find returns the entry with this digest. It returns false if the list has no such entry.
+// Find returns the entry with this digest, if there is one.
 func (c Catalogue) Find(digest string) (Artifact, bool) {
 	i, ok := slices.BinarySearchFunc(
 		c.Artifacts,

@@ -24,11 +24,11 @@ import (
 type Config struct {
 	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source. Each of
-	// them must be signed by enough keys of the root before it.
+	// Root is root metadata that the node's owner trusts, of any version. Newer roots come from the source, each signed by
+	// enough keys of the root before it.
 	Root []byte
-	// State is the path of the file that keeps the last list. The client refuses lists that are older than the kept one.
-	// Until the kept list expires, it is valid without a network. If State is "", the client keeps no list.
+	// State is the path of the file that keeps the last list; "" keeps none. The client refuses lists older than the kept
+	// list. The kept list is valid without a network until it expires.
 	State string
 	// ReadOnly says that the client reads the state file but does not write it.
 	ReadOnly bool
@@ -72,21 +72,18 @@ const (
 
 // state is the content of the state file.
 type state struct {
-	// Pinned is the configured root at the time when Files.Root was accepted. Files.Root is the newest root that follows
-	// from Pinned.
+	// Pinned is the configured root from which Files.Root, the newest root, follows.
 	Pinned []byte `json:"pinned"`
 	Files
-	// ListPinned and ListRoot are the configured root and the newest root at the time when the list was accepted. They are
-	// set only if they differ from Pinned and Files.Root. They may differ because a newer root can list keys that have not
-	// signed a list yet.
+	// ListPinned and ListRoot are the configured and the newest root at the time when the list was accepted. They are set
+	// only if they differ from Pinned and Files.Root: a newer root can list keys that have not signed a list yet.
 	ListPinned []byte `json:"listPinned,omitempty"`
 	ListRoot   []byte `json:"listRoot,omitempty"`
 }
 
-// Last returns the last list that this node accepted; nil means that there is none. It opens no connection. It checks
-// the signatures again, with the root under which the list was accepted. The caller checks whether the list has
-// expired. If the configured root has changed since then, Last returns only the withdrawn artifacts, and sets
-// [Snapshot.Former].
+// Last returns the last list that this node accepted, or nil. It opens no connection, and checks the signatures again.
+// The caller checks whether the list has expired. If the configured root has changed, Last returns only the withdrawn
+// artifacts, and sets [Snapshot.Former].
 func (c *Client) Last() (*Snapshot, error) {
 	st, err := c.loadState()
 	if err != nil || st.Catalogue == nil {
@@ -109,9 +106,8 @@ func (c *Client) Last() (*Snapshot, error) {
 	return s, nil
 }
 
-// loadState reads the state file. If the configured root has changed, loadState drops the stored root, because the
-// stored root follows from the former configured root. It keeps the stored list, because that list still tells which
-// lists are older and which artifacts were withdrawn.
+// loadState reads the state file. If the configured root has changed, it drops the stored root, which follows from the
+// former one. It keeps the stored list for the versions and the withdrawn artifacts in it.
 func (c *Client) loadState() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil
@@ -151,8 +147,8 @@ func (c *Client) loadState() (st state, err error) {
 	return st, nil
 }
 
-// Refresh reads the newest list from the source, and stores it. If the source does not answer (fault.Transient), or
-// serves a list that the client refuses (fault.Unverified), the stored list stays.
+// Refresh reads the newest list from the source, and stores it. If the source does not answer (fault.Transient) or its
+// list is refused (fault.Unverified), the stored list stays.
 func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -176,8 +172,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// The library writes the files of a list one by one, here into a work folder. Afterwards, the state file gets all of
-	// them at once. Half of a new list therefore never replaces a complete list.
+	// The library writes the files of a list one by one into a work folder. The state file then gets all of them at once.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err
@@ -198,8 +193,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	return s, c.saveState(state{Pinned: c.cfg.Root, Files: next})
 }
 
-// workFolder makes an empty folder. The folder is beside the state file, because that disk is writable. If the client
-// writes no state, the new folder is in the folder for temporary files.
+// workFolder makes an empty folder beside the state file. Without a state file to write, the folder is temporary.
 func (c *Client) workFolder() (string, error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		work, err := os.MkdirTemp("", "prebake-snapshot-")
@@ -210,7 +204,7 @@ func (c *Client) workFolder() (string, error) {
 	return work, c.disk(err)
 }
 
-// disk adds a kind and a hint to an error of the work folder if the disk is full. The hint says which disk it is.
+// disk adds a kind and a hint to the error of a full disk. The hint says which disk it is.
 func (c *Client) disk(err error) error {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return fault.TempDisk(err)

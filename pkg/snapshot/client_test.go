@@ -71,8 +71,8 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
-// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. If former is true, the list comes
-// from a former root, and the node knows only the withdrawn artifacts.
+// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. If former is true, it knows only
+// the withdrawn artifacts.
 func (n *node) checkList(t testing.TB, from string, former bool) {
 	t.Helper()
 	last, err := n.client(t, from).Last()
@@ -95,8 +95,7 @@ func serve(t testing.TB, dir string) string {
 	return server.URL
 }
 
-// TestRefresh reads a list from a folder and from a web server. Afterwards, the node knows the stored list even without
-// the folder and the web server.
+// TestRefresh reads a list from a folder and from a web server. The node then knows the list without them.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -211,8 +210,7 @@ func TestEndlessData(t *testing.T) {
 	}
 }
 
-// TestAway checks that an unreachable source gives an error of kind Transient. The source may be reachable again later,
-// so the client does not report an attack.
+// TestAway checks that an unreachable source is an error of kind Transient, and no attack.
 func TestAway(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -240,8 +238,7 @@ func TestAway(t *testing.T) {
 	}
 }
 
-// TestRootStays checks that a node keeps a new root even if the rest of the answer is refused. The keys of the old root
-// were replaced for a reason.
+// TestRootStays checks that a node keeps a new root even if the rest of the answer is refused.
 func TestRootStays(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -340,7 +337,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestDecode checks that malformed lists are refused. One of them decompresses to more than [snapshot.MaxText] bytes.
+// TestDecode checks that malformed lists are refused, and a list that decompresses to more than [snapshot.MaxText]
+// bytes.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,

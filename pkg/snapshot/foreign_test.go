@@ -18,9 +18,8 @@ type bytesOf struct{ bytes.Buffer }
 
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
-// TestForeignClient reads the folder with another implementation of a TUF client: the first generation of the Update
-// Framework's Go client (go-tuf 0.7). This client shares only the encoder of canonical JSON with the library that
-// writes the folder.
+// TestForeignClient reads the folder with another implementation of a TUF client, go-tuf 0.7. It shares only the
+// encoder of canonical JSON with the library that writes the folder.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
 	now := time.Now().UTC() // the foreign client always uses the system clock
@@ -42,7 +41,7 @@ func TestForeignClient(t *testing.T) {
 	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
-	// The foreign client refuses a changed timestamp. The form of the file is valid, so the reason is the signature.
+	// The foreign client refuses a changed timestamp. Its format is valid, so the reason is the signature.
 	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
 		editSigned(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {

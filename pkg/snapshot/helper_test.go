@@ -16,8 +16,8 @@ func packed(t testing.TB, text string) []byte {
 	return enc.EncodeAll([]byte(text), nil)
 }
 
-// FuzzVerify checks that Verify accepts only lists of the known form that have an expiry time, and that no input makes
-// it panic. The root is a part of the input, because each run makes its own keys.
+// FuzzVerify checks that Verify accepts only lists of the known format with an expiry time, and never panics. The root
+// is a part of the input, because each run makes its own keys.
 func FuzzVerify(f *testing.F) {
 	farm := snapshots.New(f, start)
 	publish(f, farm, start, snapshot.Yanked)

@@ -9,9 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. Nodes accept a new
-// folder that has the old roots and a list version above the last one. Nobody needs to know how often the timestamp was
-// refreshed.
+// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. The new folder needs
+// only the old roots and a list version above the last one.
 func TestLostFolder(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -43,8 +42,8 @@ func TestLostFolder(t *testing.T) {
 	if err != nil || s.Refreshed != n.now.Unix()+1 {
 		t.Errorf("Refresh after the clock went back = %+v, %v; want timestamp %d", s, err, n.now.Unix()+1)
 	}
-	// The requested version also applies to the timestamp, because the version of the last timestamp may come from a clock
-	// that is ahead.
+	// The requested version also applies to the timestamp. The last timestamp's version may come from a clock that is
+	// ahead.
 	f.Least = n.now.Unix() + 100
 	publish(t, f, n.now, snapshot.Yanked)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())

@@ -54,7 +54,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 	return &web{base: strings.TrimSuffix(u.String(), "/") + "/", client: client, agent: agent}, nil
 }
 
-// idleTimeout is the longest time for which a server may send nothing.
+// idleTimeout is the longest time for which a server may send nothing, or less than 64 KiB of a longer file.
 const idleTimeout = 30 * time.Second
 
 type web struct {
@@ -114,7 +114,7 @@ func (f folder) String() string { return string(f) }
 func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
-		// The error is not wrapped, so that callers do not take a missing folder for a missing file in the folder.
+		// The error is not wrapped: callers must not take a missing folder for a missing file in it.
 		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot exists")
 	}
 	defer root.Close()
@@ -131,8 +131,7 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 // urlPrefix is the beginning of the URLs that the TUF library makes.
 const urlPrefix = "snapshot:/"
 
-// download is a function that reads one file of the source. The argument most is the greatest size of the file in
-// bytes.
+// download reads one file of the source, with at most this number of bytes.
 type download func(name string, most int64) ([]byte, error)
 
 // DownloadFile implements the Fetcher of the TUF library.
@@ -140,8 +139,7 @@ func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]b
 	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
-// fetch returns the download function of one refresh. The function uses the ctx of this call, because the library
-// passes no context.
+// fetch returns the download function of one refresh. It keeps this ctx, because the library passes no context.
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {

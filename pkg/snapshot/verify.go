@@ -19,7 +19,7 @@ var (
 	ErrAltered   = errors.New("a file differs from the signed file, or belongs to another snapshot")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it is malformed")
-	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
+	// ErrEndless is a special case of ErrAltered: a file is longer than its signed length.
 	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
 
@@ -76,18 +76,17 @@ type Files struct {
 // Snapshot is a list with valid signatures.
 type Snapshot struct {
 	Catalogue
-	// Version is the version of the list. Refreshed is the version of the timestamp: it grows each time the farm signs
-	// which list is the newest.
+	// Version is the version of the list. Refreshed is the version of the timestamp, which grows with each refresh.
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
-	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list has only the
-	// withdrawn artifacts. It does not say which artifacts are usable.
+	// Former says that the list was accepted under a root that the owner does not trust any more. It then has only the
+	// withdrawn artifacts.
 	Former bool
 }
 
-// Verify checks that the keys of the snapshot's root signed its parts, and that the parts belong together. It uses no
-// clock; the caller compares Expires. [Client] checks that the root is trusted, and that no newer list was seen.
+// Verify checks that the keys of the snapshot's root signed its parts, and that the parts belong together. The caller
+// compares Expires with the clock. [Client] checks that the root is trusted, and that no newer list was seen.
 func Verify(f Files) (*Snapshot, error) {
 	s, err := recoverPanic(func() (*Snapshot, error) { return verify(f) })
 	if err != nil {
@@ -152,8 +151,8 @@ func checkRoot(text []byte) error {
 	return nil
 }
 
-// recoverPanic turns a panic into an error of kind Unverified. The TUF library panics on metadata with null parts,
-// because it dereferences them before it checks the signature.
+// recoverPanic turns a panic into an error of kind Unverified. The TUF library panics on null parts of metadata, before
+// it checks the signature.
 func recoverPanic[T any](do func() (T, error)) (_ T, err error) {
 	defer func() {
 		if p := recover(); p != nil {

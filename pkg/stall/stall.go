@@ -1,4 +1,5 @@
-// Package stall ends downloads that receive no data any more. It does not know the protocol, and it does not retry.
+// Package stall ends downloads that receive no data any more, or next to none. It does not know the protocol, and it
+// does not retry.
 package stall
 
 import (
@@ -11,22 +12,40 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Reader is a stream that ends with an error when no data arrives.
+// least is how many bytes a download must bring within its limit, except at its end. With a limit of 45 seconds that
+// is 1.5 KB per second. A server that sends a byte now and then would otherwise hold its reader for ever.
+const least = 64 << 10
+
+// Reader is a stream that ends with an error when no data arrives, or too little.
 type Reader struct {
 	io.ReadCloser
 	what   string
 	limit  time.Duration
-	timer  *time.Timer // runs during a Read
+	least  int           // bytes that must arrive within limit
+	got    int           // bytes that arrived since left was limit
+	left   time.Duration // what the next Reads may still take together
+	timer  *time.Timer   // runs during a Read
 	silent *atomic.Bool
 	cancel context.CancelFunc
 }
 
-// Watch guards the stream of a download. A Read that takes longer than limit fails with an error of kind Transient.
-// Without the guard, a server that keeps the connection open and sends nothing would block its reader for ever. cancel
-// must cancel the context of the download; Watch calls it to end the Read. The argument what is the name of the
-// download in the error.
+// Watch guards the stream of a download. If the stream brings less than 64 KiB while its reader waits for the time
+// limit, Read fails with an error of kind Transient. The time between two Reads does not count. cancel must cancel the
+// context of the download; Watch calls it to end the Read. The argument what is the name of the download in the error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
-	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
+	return watch(r, what, limit, least, cancel)
+}
+
+// WatchSparse works as [Watch] does, for a stream that may bring little for a long time, such as a log that is being
+// written. Only a single Read that takes longer than limit fails.
+func WatchSparse(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
+	return watch(r, what, limit, 1, cancel)
+}
+
+func watch(r io.ReadCloser, what string, limit time.Duration, least int, cancel context.CancelFunc) *Reader {
+	w := &Reader{
+		ReadCloser: r, what: what, limit: limit, least: least, left: limit, silent: new(atomic.Bool), cancel: cancel,
+	}
 	w.timer = time.AfterFunc(limit, func() {
 		w.silent.Store(true)
 		cancel()
@@ -37,19 +56,31 @@ func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.Can
 
 // Read implements [io.Reader].
 func (w *Reader) Read(p []byte) (int, error) {
-	w.timer.Reset(w.limit)
+	began := time.Now()
+	w.timer.Reset(w.left)
 	n, err := w.ReadCloser.Read(p)
 	w.timer.Stop()
+	w.left -= time.Since(began)
+	if w.got += n; w.got >= w.least {
+		w.got, w.left = 0, w.limit
+	}
 	if err != nil {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
 		// The stream returned the error of a cancelled context. It reads as if a person had cancelled, so another error
 		// replaces it.
-		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
+		err = fault.New(fault.Transient, w.reason(),
 			"try again; check the network path to the server")
 	}
 	return n, err
+}
+
+func (w *Reader) reason() string {
+	if w.got == 0 {
+		return fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit)
+	}
+	return fmt.Sprintf("fetch %s: only %d bytes arrived in %v; want %d or more", w.what, w.got, w.limit, w.least)
 }
 
 // Close implements [io.Closer].

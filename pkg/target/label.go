@@ -5,8 +5,7 @@ import (
 	"strings"
 )
 
-// ParseLabel reads a label of COS's driver lists in its exact spelling: DEFAULT, LATEST, or a branch such as R535. It
-// returns the wish of the same meaning.
+// ParseLabel reads a label of COS's driver lists in its exact spelling: DEFAULT, LATEST, or a branch such as R535.
 func ParseLabel(s string) (Wish, error) {
 	switch w := Wish(strings.ToLower(s)); {
 	case s == strings.ToUpper(s) && (w == Default || w == Latest):
@@ -17,8 +16,7 @@ func ParseLabel(s string) (Wish, error) {
 	return "", fmt.Errorf("label %.40q: want DEFAULT, LATEST or a branch such as R535", s)
 }
 
-// CheckLabel returns an error if a driver version cannot have a label: the text is no label, or it is the label of
-// another branch.
+// CheckLabel returns an error if a driver version cannot have a label: it is no label, or another branch's label.
 func CheckLabel(label, version string) error {
 	w, err := ParseLabel(label)
 	if err != nil {

@@ -2,18 +2,15 @@ package target
 
 import "strings"
 
-// Milestone returns the COS milestone that a BUILD_ID belongs to. An image has the milestone as VERSION in
-// /etc/os-release. Milestone returns false if the milestone is not known: for COS builds of a development branch, for
-// milestones newer than this table, and for a text that is no BUILD_ID.
+// Milestone returns the COS milestone of a BUILD_ID: VERSION in the image's /etc/os-release. It returns false for
+// development branches, for milestones newer than this table, and for a text that is no BUILD_ID.
 //
-// The BUILD_IDs of a milestone begin with the number of the branch on which the milestone was made. Google publishes no
-// list of these numbers, but the name of an image has both numbers (cos-109-17800-570-40). This table therefore comes
-// from the release notes of each milestone. For milestones that are out of support it comes from endoflife.date's list
-// of last releases.
+// A BUILD_ID begins with the number of the branch on which the milestone was made. Google publishes no list of these
+// numbers, but the name of an image has both numbers (cos-109-17800-570-40). The table comes from the release notes of
+// each milestone. For milestones out of support it comes from endoflife.date's list of last releases.
 //
-// The table leaves out development images. One milestone has many branch numbers for them: 133 had 19672, 19700 and
-// 19879 before 19999. Milestone does not guess from the intervals between the numbers, because it would then take an
-// unknown milestone for a known one.
+// The table leaves out development images, which have many branch numbers for one milestone: 133 had 19672, 19700 and
+// 19879 before 19999. Do not guess from the intervals: an unknown milestone would pass for a known one.
 func Milestone(buildID string) (int, bool) {
 	if !buildIDPattern.MatchString(buildID) {
 		return 0, false

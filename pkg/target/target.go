@@ -57,8 +57,7 @@ var (
 	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
 )
 
-// ParseKernel checks a BUILD_ID and a board, and returns the kernel that they identify. The board's name decides the
-// architecture.
+// ParseKernel checks a BUILD_ID and a board, and returns their kernel. The board's name decides the architecture.
 func ParseKernel(buildID, board string) (Kernel, error) {
 	if !buildIDPattern.MatchString(buildID) {
 		return Kernel{}, fmt.Errorf("BUILD_ID %q: want three numbers with dots, as in 17800.66.78", buildID)
@@ -95,8 +94,7 @@ func (k Kernel) Check() error {
 	return nil
 }
 
-// BoardArch returns the architecture of a COS board. The names of Arm boards end in -arm64, as lakitu-arm64 does; all
-// other boards are x86.
+// BoardArch returns the architecture of a COS board. The names of Arm boards end in -arm64, as in lakitu-arm64.
 func BoardArch(board string) Arch {
 	if strings.HasSuffix(board, "-arm64") {
 		return ARM64
@@ -127,8 +125,8 @@ func ParseFlavour(s string) (Flavour, error) {
 
 // Driver is one NVIDIA release in one flavour.
 type Driver struct {
-	// Version is NVIDIA's version, such as 535.261.03. If the runfile's name has a suffix, so has the version, as in
-	// 535.261.03-grid; see [ModuleVersion].
+	// Version is NVIDIA's version, such as 535.261.03, with the suffix in the runfile's name, as in 535.261.03-grid; see
+	// [ModuleVersion].
 	Version string  `json:"version"`
 	Flavour Flavour `json:"flavour"`
 }
@@ -148,14 +146,12 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// Modules returns the driver without the suffix of its runfile. The modules, libraries and firmware of a driver do not
-// contain the suffix.
+// Modules returns the driver without the suffix of its runfile, which modules, libraries and firmware do not contain.
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
-// ValidVersion reports whether s has the form of an NVIDIA driver version. The form is two to four numbers with dots,
-// then up to two words, each after a dash. The words are the name of an edition of the release:
-// NVIDIA-Linux-x86_64-535.261.03-grid.run is the edition for guests of vGPU. A flavour's name is not allowed as such a
-// word, because tags have the flavour after the version.
+// ValidVersion reports whether s has the format of an NVIDIA driver version: two to four numbers with dots, then up to
+// two words, each after a dash. The words name an edition: NVIDIA-Linux-x86_64-535.261.03-grid.run is for guests of
+// vGPU. A flavour's name is not such a word, because tags have the flavour after the version.
 func ValidVersion(s string) bool {
 	m := versionPattern.FindStringSubmatch(s)
 	if m == nil {
@@ -212,8 +208,7 @@ func CompareVersions(a, b string) int {
 // Wish is a request for a driver before a version is chosen.
 type Wish string
 
-// The two wishes that are words. Their names follow COS's fields gpu_default_version and gpu_latest_version. Every
-// other wish is a branch, such as R535, or an exact version.
+// The two wishes that are words, named like COS's fields gpu_default_version and gpu_latest_version.
 const (
 	Default Wish = "default"
 	Latest  Wish = "latest"
@@ -227,15 +222,15 @@ func ParseWish(s string) (Wish, error) {
 	return "", fmt.Errorf("driver %q: want default, latest, a branch such as R535, or a version such as 535.261.03", s)
 }
 
-// gpuPattern is the form of COS's gpu_type values, such as NVIDIA_L4 and NVIDIA_H100_80GB (gpu_driver_versions.proto of
+// gpuPattern matches COS's gpu_type values, such as NVIDIA_L4 and NVIDIA_H100_80GB (gpu_driver_versions.proto of
 // cos/tools).
 var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 
-// ValidGPU reports whether a text has the form of a gpu_type of COS.
+// ValidGPU reports whether a text is formatted as a gpu_type of COS.
 func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
 
-// ParseGPUWish reads every wish that ParseWish reads. It also reads default, latest or a branch for one GPU type, as in
-// default@NVIDIA_L4, because COS's driver lists have versions for each GPU type.
+// ParseGPUWish reads every wish that ParseWish reads, and also default, latest or a branch for one GPU type, as in
+// default@NVIDIA_L4.
 func ParseGPUWish(s string) (Wish, error) {
 	name, gpu, found := strings.Cut(s, "@")
 	w, err := ParseWish(name)
@@ -261,11 +256,11 @@ func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w))
 // BranchName returns the branch, and true, if the wish is a branch.
 func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.MatchString(string(w)) }
 
-// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the contents of the
-// header tree (without timestamps), the configuration, Module.symvers and the toolchain.
+// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the header tree (without
+// timestamps), the configuration, Module.symvers and the toolchain.
 type Fingerprint string
 
-// ParseFingerprint checks the form of a fingerprint.
+// ParseFingerprint checks the format of a fingerprint.
 func ParseFingerprint(s string) (Fingerprint, error) {
 	sum, ok := strings.CutPrefix(s, "sha256:")
 	if raw, err := hex.DecodeString(sum); !ok || err != nil || len(raw) != 32 || strings.ToLower(sum) != sum {
@@ -274,7 +269,7 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 	return Fingerprint(s), nil
 }
 
-// Short returns the first 16 hex digits. They are for names that people read. Never decide by them.
+// Short returns the first 16 hex digits, for names that people read. Never decide by them.
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]
@@ -283,8 +278,8 @@ func (f Fingerprint) Short() string {
 // sortFields is the largest number of fields in a version. Driver versions have up to four fields, BUILD_IDs three.
 const sortFields = 4
 
-// SortKey returns a key for a driver version or a BUILD_ID. Compared byte by byte, keys have the order of
-// [CompareVersions]. Databases need such keys, because they cannot call that function.
+// SortKey returns a key for a driver version or a BUILD_ID. Compared byte by byte, as databases do, keys have the order
+// of [CompareVersions].
 func SortKey(version string) string {
 	numbers, suffix, _ := strings.Cut(version, "-")
 	fields := strings.Split(numbers, ".")

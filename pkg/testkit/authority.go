@@ -114,8 +114,7 @@ func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Id
 	}, a.CA, pub, a.CAKey)
 }
 
-// Root returns the trusted root as trusted_root.json. The root lists the given logs, but the authority writes nothing
-// to them.
+// Root returns the trusted root as trusted_root.json. It lists the given logs; the authority writes nothing to them.
 func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
 	t.Helper()
 	from := a.CA.NotBefore
@@ -146,9 +145,8 @@ func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	return raw
 }
 
-// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. The server runs until
-// the test ends. It accepts every [Token] that is not expired, and checks no signature of a token. A real Fulcio with
-// CA and CAKey can replace this server.
+// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. It runs until the
+// test ends. It accepts every [Token] that is not expired, without checking the token's signature.
 func (a *Authority) ServeCertificates(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -187,9 +185,8 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// readRequest reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request
-// has a signature over the holder's mail address. The signature proves that the holder has the private key. readRequest
-// verifies this signature.
+// readRequest reads a request to Fulcio for a certificate that binds a public key to the holder of a token. It verifies
+// the signature over the holder's mail address, which proves possession of the private key.
 func readRequest(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
@@ -272,8 +269,8 @@ func (a *Authority) ServeTime(t testing.TB) string {
 	return s.URL
 }
 
-// Sign returns a Sigstore bundle with a signature over an in-toto statement, which is given as JSON. The key is new,
-// and its certificate is valid from the given time on. The bundle has this authority's time stamps of the given times.
+// Sign returns a Sigstore bundle with a signature over an in-toto statement in JSON. The key is new, and its
+// certificate is valid from the given time on. The bundle has this authority's time stamps of the given times.
 func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from time.Time, stamps ...time.Time) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -301,7 +298,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 	return raw
 }
 
-// certifier returns a certificate for a public key. The library that makes Sigstore bundles calls it.
+// certifier returns a certificate for a public key, for the library that makes Sigstore bundles.
 type certifier func(crypto.PublicKey) []byte
 
 func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,

@@ -1,5 +1,5 @@
 // Package testkit holds small real parts for tests: a registry in this process, a key pair, and a signed sample
-// artifact. Only test files import it. It replaces nothing that a test could use for real.
+// artifact. Only test files import it.
 package testkit
 
 import (
@@ -31,8 +31,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Registry runs a registry until the test ends, and returns its host:port. The argument referrers says whether the
-// registry has the referrers API.
+// Registry runs a registry until the test ends, with or without the referrers API. It returns the registry's host:port.
 func Registry(t testing.TB, referrers bool) string {
 	t.Helper()
 	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
@@ -87,7 +86,7 @@ func (k *Key) Verifier(t testing.TB) *trust.Verifier {
 	return v
 }
 
-// Sign returns a Sigstore bundle with a signature over an in-toto statement, which is given as JSON.
+// Sign returns a Sigstore bundle with a signature over an in-toto statement in JSON.
 func (k *Key) Sign(t testing.TB, payload []byte) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -193,7 +192,7 @@ type Sample struct {
 	Bundles [][]byte
 }
 
-// SampleKernel returns the COS build that [NewSample] uses. The argument patch is the last number of its BUILD_ID.
+// SampleKernel returns the COS build of [NewSample], with the given last number of its BUILD_ID.
 func SampleKernel(patch string) target.Kernel {
 	return target.Kernel{
 		BuildID: "17800.0." + patch, Board: "lakitu", Milestone: 109, Arch: target.AMD64,
@@ -201,7 +200,7 @@ func SampleKernel(patch string) target.Kernel {
 	}
 }
 
-// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Another
+// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Each
 // salt gives another artifact with the same [bundle.Identity].
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()
@@ -213,7 +212,7 @@ func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt st
 // Vermagic returns the vermagic string that a sample's modules must have, as package modinfo reads it.
 func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions" }
 
-// NewSampleOf works as [NewSample] does. The argument modules has the contents of the modules, by their paths.
+// NewSampleOf works as [NewSample] does, with the contents of the modules by path.
 func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
 	t.Helper()
 	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))

@@ -1,5 +1,5 @@
-// Package timeline records the phases of one run, such as a build or an installation: the name, the start and the
-// duration of each. It does not decide how phases are displayed; a caller passes a function for that.
+// Package timeline records the phases of one run, such as a build or an installation: the name, start and duration of
+// each. It does not decide how to display them; the caller passes a function for that.
 package timeline
 
 import (
@@ -17,8 +17,7 @@ type Phase struct {
 	Seconds float64 `json:"seconds"`
 	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
 	Note string `json:"note,omitempty"`
-	// Of is the name of the phase that contains this one; may be empty. The containing phase's time includes this phase's
-	// time.
+	// Of is the name of the phase that contains this one, and whose time includes it; may be empty.
 	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
@@ -33,7 +32,7 @@ type Event struct {
 	Text string
 }
 
-// Run collects the phases of one run. The zero value is ready to use. It has no watcher, so it displays nothing.
+// Run collects the phases of one run. The zero value is ready to use, and displays nothing.
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
@@ -57,8 +56,8 @@ func (r *Run) emit(e Event) {
 	}
 }
 
-// Do runs f as a phase and records the phase, even if f fails. f returns the note of the phase. Do returns f's error
-// unchanged.
+// Do runs a callback as a phase and records the phase, even if the callback fails. The callback returns the note of the
+// phase. Do returns the callback's error unchanged.
 func (r *Run) Do(name string, f func() (note string, err error)) error {
 	start := r.now()
 	r.mu.Lock()
@@ -95,7 +94,7 @@ func (r *Run) Phases() []Phase {
 	return append([]Phase(nil), r.phases...)
 }
 
-// Total returns the time of all phases in seconds. It does not count phases that are part of another phase.
+// Total returns the time of all phases in seconds, without phases that are part of another phase.
 func Total(phases []Phase) (seconds float64) {
 	for _, p := range phases {
 		if p.Of == "" {

@@ -1,6 +1,6 @@
-// Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP. It does so only if the standard
-// OTEL_* environment variables contain the address of a collector. Each run has one span, and each phase of the run has
-// a child span. If the collector cannot be reached, the run does not fail: the spans are lost, and the log gets a line.
+// Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP, if the standard OTEL_*
+// environment variables name a collector. Each run has a span, with a child span for each phase. If the collector
+// cannot be reached, the spans are lost, and the log gets a line.
 package traces
 
 import (
@@ -35,8 +35,8 @@ type Tracer struct {
 // flushTimeout is the longest time for which Close sends the last spans.
 const flushTimeout = 5 * time.Second
 
-// Start reads the environment and returns a tracer. service is the name of this program, such as prebake-builder. The
-// caller closes the tracer.
+// Start reads the environment and returns a tracer, which the caller closes. service is the name of this program, such
+// as prebake-builder.
 func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tracer, error) {
 	t := &Tracer{tracer: noop.NewTracerProvider().Tracer("")}
 	if wanted, err := tracesWanted(os.Getenv); err != nil || !wanted {
@@ -73,8 +73,7 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 	return t, nil
 }
 
-// tracesWanted reports whether the environment asks for traces. It reads the variables that the SDK itself does not
-// interpret.
+// tracesWanted reports whether the environment asks for traces, by variables that the SDK itself does not interpret.
 func tracesWanted(env func(string) string) (bool, error) {
 	if strings.EqualFold(env("OTEL_SDK_DISABLED"), "true") {
 		return false, nil
@@ -124,8 +123,7 @@ type Span struct {
 	once sync.Once
 }
 
-// Begin starts the span of a run, and returns a context with this span. The value of an attribute is a string, an
-// int64, an int or a bool.
+// Begin starts the span of a run, and returns a context with it. An attribute is a string, an int64, an int or a bool.
 func (t *Tracer) Begin(ctx context.Context, name string, attributes map[string]any) (context.Context, *Span) {
 	if t == nil {
 		return ctx, nil
@@ -151,8 +149,7 @@ func keyValues(attributes map[string]any) []attribute.KeyValue {
 	return all
 }
 
-// End ends the span of a run. Only the first call has an effect. End records the result, and attributes that were not
-// known at the beginning.
+// End ends the span of a run, and records the result and more attributes. Only the first call has an effect.
 func (s *Span) End(err error, attributes map[string]any) {
 	if s == nil {
 		return
@@ -185,8 +182,7 @@ func (s *Span) Phase(p timeline.Phase) {
 	}
 	span := s.open[p.Name]
 	if p.Of != "" || span == nil {
-		// The phase has no open span. Either it was measured elsewhere as a part of a running phase, or no event announced
-		// its beginning.
+		// The phase was measured elsewhere as a part of a running phase, or no event announced its beginning.
 		ctx := s.ctx
 		if whole := s.open[p.Of]; whole != nil {
 			ctx = api.ContextWithSpan(ctx, whole)

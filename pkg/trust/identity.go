@@ -16,16 +16,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle that was signed with a short-lived certificate. Each returned error wraps one of these errors and
-// adds details; compare with errors.Is.
+// Errors of a bundle that was signed with a short-lived certificate. Compare with errors.Is.
 var (
 	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
 	ErrOtherRoot       = errors.New("signed with a certificate of another root")
 	ErrNoTime          = errors.New("no trusted timestamp shows that the certificate was valid at the time of signing")
 )
 
-// Root is the root of trust of a Sigstore deployment, public or private: its certificate authorities, timestamp
-// authorities and logs.
+// Root is the root of trust of a Sigstore deployment: its certificate authorities, timestamp authorities and logs.
 type Root struct{ material *root.TrustedRoot }
 
 const (
@@ -33,8 +31,8 @@ const (
 	hintRoot    = "give a Sigstore trusted_root.json; to make one: cosign trusted-root create"
 )
 
-// ParseRoot parses a trusted_root.json, in the format of Sigstore's root of trust. The command cosign trusted-root
-// create writes such a file.
+// ParseRoot parses a trusted_root.json, in the format of Sigstore's root of trust. `cosign trusted-root create` writes
+// it.
 func ParseRoot(text []byte) (*Root, error) {
 	r, err := parseRoot(text)
 	if err != nil {
@@ -69,7 +67,7 @@ func parseRoot(text []byte) (*Root, error) {
 }
 
 // Certified returns nil if an authority of this root issued the certificate. It does not check who used the
-// certificate, and not when.
+// certificate, or when.
 func (r *Root) Certified(leaf *x509.Certificate) error {
 	if _, err := chains(r.material, leaf); err != nil {
 		return fault.Wrap(fault.Unverified, err, hintFor(err))
@@ -89,7 +87,7 @@ func chains(r root.TrustedMaterial, leaf *x509.Certificate) ([][]*x509.Certifica
 type Identity struct {
 	// Subject is the certificate's subject alternative name: a URL or a mail address.
 	Subject string
-	// Pattern is a regular expression that must match the whole name. It is used instead of Subject.
+	// Pattern is a regular expression that must match the whole name. It replaces Subject.
 	Pattern string
 	// Issuer is the URL of the OpenID Connect issuer.
 	Issuer string
@@ -109,8 +107,8 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	}
 	whole := ""
 	if i.Pattern != "" {
-		// The pattern is first compiled without the brackets below. Otherwise a pattern with an extra bracket could close
-		// the group, and then match a part of a name.
+		// Compile the pattern without the brackets first. An extra bracket in it could close the group, and the pattern would
+		// then match a part of a name.
 		if _, err := regexp.Compile(i.Pattern); err != nil {
 			return none, err
 		}
@@ -130,9 +128,8 @@ type certificates struct {
 
 func newCertificates(p Policy) (*certificates, error) {
 	c := &certificates{root: p.Root.material}
-	// A trusted timestamp is always required. If the root has logs of signatures or of certificates, a proof from such a
-	// log is also required. Otherwise somebody could sign in a publisher's name without an entry in the log, and the
-	// publisher would not notice.
+	// Require a timestamp, and a proof from each kind of log that the root has. Otherwise somebody could sign in a
+	// publisher's name unnoticed.
 	demanded := []verify.VerifierOption{verify.WithObserverTimestamps(1)}
 	if len(c.root.RekorLogs()) > 0 {
 		demanded = append(demanded, verify.WithTransparencyLog(1))
@@ -169,8 +166,8 @@ func nameOf(s certificate.Summary) Identity {
 	return Identity{Subject: s.SubjectAlternativeName, Issuer: s.Issuer}
 }
 
-// explain finds out why a bundle is refused. The library's error does not say that, because most of its errors have no
-// types. Every result of explain is an error, so explain cannot accept a bundle.
+// explain finds out why a bundle is refused, because most errors of the library have no types. Every result is an
+// error, so explain cannot accept a bundle.
 func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause error) error {
 	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
 		who, err := certificate.SummarizeCertificate(leaf)

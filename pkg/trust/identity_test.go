@@ -199,9 +199,8 @@ func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	}}
 }
 
-// TestPublicSigstore verifies a provenance that GitHub signed with a certificate of the public Sigstore deployment.
-// That deployment logs all certificates and all signatures. The provenance and the trusted root are files in the
-// source of sigstore-go.
+// TestPublicSigstore verifies a provenance that GitHub signed with a certificate of the public Sigstore deployment. The
+// provenance and the trusted root are files in the source of sigstore-go.
 func TestPublicSigstore(t *testing.T) {
 	t.Parallel()
 	dir, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}",

@@ -17,9 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// PublicKey is a trusted key. It is ECDSA on P-256, which every KMS and cosign support; ECDSA on P-384 or P-521; RSA
-// (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or Ed25519. A signature by the key must use the hash that Sigstore's
-// algorithm registry has for that kind of key.
+// PublicKey is a trusted key: ECDSA on P-256, P-384 or P-521; RSA (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or
+// Ed25519. A signature must use the hash that Sigstore's algorithm registry has for that kind of key.
 type PublicKey struct {
 	key crypto.PublicKey
 	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
@@ -93,16 +92,14 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 // openssl pkey -pubin -outform DER | sha256sum.
 func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
 
-// Hint returns the value by which a Sigstore bundle refers to the key that signed it: the whole SHA-256 of the key's
-// DER form, in base64.
+// Hint returns the SHA-256 of the key's DER form in base64. A Sigstore bundle refers to its key by this value.
 func (k PublicKey) Hint() string { return base64.StdEncoding.EncodeToString(k.sum[:]) }
 
 func (k PublicKey) verifier() (signature.Verifier, error) {
 	return signature.LoadDefaultVerifier(k.key)
 }
 
-// hintID returns the [PublicKey.ID] for a bundle's hint. If the hint is not a SHA-256 in base64, hintID returns its
-// beginning in quotes.
+// hintID returns the [PublicKey.ID] for a bundle's hint. For a malformed hint, it returns the beginning in quotes.
 func hintID(hint string) string {
 	if sum, err := base64.StdEncoding.DecodeString(hint); err == nil && len(sum) == sha256.Size {
 		return hex.EncodeToString(sum[:8])

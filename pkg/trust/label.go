@@ -2,9 +2,8 @@ package trust
 
 import "github.com/prebake/prebake/pkg/target"
 
-// Names of labels. A label is an annotation on an attached statement. Readers select statements by their labels, and so
-// need not fetch all statements. Labels are not signed, so they prove nothing. The first two names come from the
-// Sigstore bundle specification, and cosign reads these two labels.
+// Names of labels. A label is an annotation on an attached statement, by which readers select statements. Labels are
+// not signed, so they prove nothing. The first two are from the Sigstore bundle specification, and cosign reads them.
 const (
 	LabelContent   = "dev.sigstore.bundle.content"
 	LabelPredicate = "dev.sigstore.bundle.predicateType"
@@ -31,8 +30,7 @@ func OfType(predicateType string) map[string]string {
 	return map[string]string{LabelPredicate: predicateType}
 }
 
-// Wanted returns the labels of the statements that [Verifier.Verify] needs for a kernel. An artifact may have hundreds
-// of statements for other COS builds with the same kernel.
+// Wanted returns the labels of the statements that [Verifier.Verify] needs for a kernel.
 func Wanted(k target.Kernel) []map[string]string {
 	return []map[string]string{
 		OfType(PredicateProvenance),

@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateTestResult is the predicate type of the load test's result. It says whether the artifact's modules were
-// loaded before the artifact was published, and what happened.
+// PredicateTestResult is the predicate type of the load test's result.
 const PredicateTestResult = "https://in-toto.io/attestation/test-result/v0.1"
 
 // Outcomes of a load test, as they are shown to users.
@@ -24,7 +23,7 @@ const (
 	VerdictStatic = "static checks only"
 )
 
-// LoadTest is Prebake's own field in a test result. The standard fields of the predicate have only names of tests.
+// LoadTest is Prebake's own field in a test result.
 type LoadTest struct {
 	Verdict string `json:"verdict"`
 	// Reason says in one line why the verdict is not VerdictLoaded.
@@ -116,15 +115,14 @@ type loadTests struct {
 	static     bool
 }
 
-// testResults has the best pass and the rejection of each signer. A pass revokes only a rejection by the same signer.
+// testResults has the best pass and the rejection of each signer. A pass revokes only the signer's own rejection.
 type testResults struct {
 	passed   map[string]string
 	rejected map[string]error
 }
 
-// add adds one statement. An error means that the statement does not count. Every trusted signer may say that modules
-// were rejected. The function maySign returns an error if the signer may not say that modules were loaded. The result
-// passed is true if a signer that may say so says that a kernel has loaded the modules.
+// add adds one statement, and reports whether it is a pass that counts. An error means that the statement does not
+// count. Every trusted signer may reject modules. For a pass, the callback must accept the signer.
 func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
@@ -160,9 +158,7 @@ func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed b
 	return true, nil
 }
 
-// verdict returns the best pass. If a signer rejected the modules and did not revoke the rejection by a pass, verdict
-// returns that rejection instead. If there are several such rejections, it returns that of the signer whose name sorts
-// first.
+// verdict returns the best pass, or the first rejection without a pass by the same signer.
 func (t testResults) verdict() (passed string, rejected error) {
 	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
@@ -178,7 +174,7 @@ func (t testResults) verdict() (passed string, rejected error) {
 }
 
 // decide returns the load test's verdict for an artifact, or "" if there is none. It returns an error if the modules
-// were rejected, or if the policy p demands a load test that the artifact lacks.
+// were rejected, or if the policy demands a load test that is missing.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	for _, of := range []testResults{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {

@@ -85,7 +85,7 @@ func TestLoadTestDecides(t *testing.T) {
 	}
 }
 
-// If there are several rejections, Verify reports always the same one, whatever the order of the statements.
+// TestLoadTestRejections checks that Verify always reports the same of several rejections, in any order of statements.
 func TestLoadTestRejections(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -9,9 +9,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of the internal parameters in the provenance that say who signed the modules. FactModuleKey is the certificate
-// of the farm's own key. FactGoogleSignatures is the archive with Google's signatures. FactGoogleModules is the archive
-// with Google's own modules. If the provenance has none of the three, the modules are not signed.
+// Names of the internal parameters that say who signed the modules. If there are none, the modules are not signed.
+//
+//   - FactModuleKey is the certificate of the farm's own key.
+//   - FactGoogleSignatures is the archive with Google's signatures.
+//   - FactGoogleModules is the archive with Google's own modules.
 const (
 	FactModuleKey        = "moduleKey"
 	FactGoogleSignatures = "googleSignatures"
@@ -23,8 +25,7 @@ type provenance struct {
 	BuildDefinition struct {
 		BuildType          string     `json:"buildType"`
 		ExternalParameters Parameters `json:"externalParameters"`
-		// InternalParameters may have any form. Only the presence of FactModuleKey, FactGoogleSignatures and
-		// FactGoogleModules is checked.
+		// InternalParameters may have any form. Only the presence of the parameters named Fact… is checked.
 		InternalParameters   map[string]json.RawMessage `json:"internalParameters"`
 		ResolvedDependencies []struct {
 			Name   string            `json:"name"`
@@ -43,7 +44,6 @@ type provenance struct {
 	} `json:"runDetails"`
 }
 
-// checkProvenance checks the content of one provenance statement.
 func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
@@ -99,7 +99,7 @@ func fillProvenance(st *Statement, verdict *Verdict) {
 		return // cannot happen: checkProvenance has parsed the same bytes
 	}
 	run := p.RunDetails
-	// If several statements count, the oldest time decides. A statement without a time makes the time unknown (zero).
+	// If several statements count, the oldest time decides. A missing time makes the time unknown (zero).
 	at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn)
 	if verdict.BuilderID != "" {
 		if err != nil || at.Before(verdict.BuiltOn) {

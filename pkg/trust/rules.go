@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateReproduced is the predicate type of a reproduction. The signer of a reproduction says: I have built the
-// artifact again from the inputs in its provenance, and my artifact has the same digest.
+// PredicateReproduced is the predicate type of a reproduction. Its signer has built the artifact again from the same
+// inputs, with the same digest.
 const PredicateReproduced = "https://prebake.dev/reproduced/v1"
 
 // Reasons by which a policy refuses an artifact; compare with errors.Is.
@@ -27,8 +27,7 @@ var (
 	ErrOtherInput = errors.New("built from inputs of an untrusted source")
 )
 
-// Role is a group of signers whose signatures count for some types of statements. Examples are the builders of a farm,
-// or somebody who builds every artifact again.
+// Role is a group of signers, such as the builders of a farm. Rules name roles.
 type Role struct {
 	Name string
 	Keys []RoleKey
@@ -36,16 +35,14 @@ type Role struct {
 	Identities []Identity
 }
 
-// RoleKey is a key with its validity period. A signature by the key counts if a node accepts the artifact in that
-// period, by the node's clock. A zero time means no bound. An artifact that a node has accepted stays valid after the
-// period.
+// RoleKey is a key with its validity period. A signature counts if a node accepts the artifact in that period, by the
+// node's clock. A zero time means no bound.
 type RoleKey struct {
 	Key                 PublicKey
 	NotBefore, NotAfter time.Time
 }
 
-// Rule demands that enough signers of a role have signed a statement of one predicate type. Count is the least number
-// of different signers.
+// Rule demands that a number of different signers of a role have signed a statement of one predicate type.
 type Rule struct {
 	Statement string
 	Role      string
@@ -55,19 +52,17 @@ type Rule struct {
 // publisher is the only role of a policy that defines no roles.
 const publisher = "publisher"
 
-// Signature is a signature that counted for a rule. It has the predicate type of the signed statement, the signer, and
-// the signer's role.
+// Signature is a signature that counted for a rule.
 type Signature struct {
 	Statement string `json:"statement"`
 	Signer    string `json:"signer"`
 	Role      string `json:"role"`
-	// Entry is the index of the key or certificate identity in the role. If several subjects match the pattern of one
-	// identity, they count as one signer.
+	// Entry is the index of the key or certificate identity in the role. All subjects that match one pattern count as one
+	// signer.
 	Entry int `json:"entry"`
 }
 
-// Finding is the result of one rule of a policy for an artifact. OK says whether the artifact satisfies the rule;
-// Detail says why.
+// Finding is the result of one rule of a policy for an artifact. Detail gives the reason.
 type Finding struct {
 	Rule   string `json:"rule"`
 	OK     bool   `json:"ok"`
@@ -143,7 +138,6 @@ func (p *Policy) settle() error {
 	return nil
 }
 
-// statementName returns a readable name for a predicate type.
 func statementName(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
@@ -164,7 +158,7 @@ func statementName(predicate string) string {
 func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
 // signerIndex returns the index of the role's key or certificate identity that signed a statement. The error says why
-// the signature does not count. If now is zero, the validity periods of keys are not checked.
+// the signature does not count. If now is zero, validity periods are not checked.
 func (r Role) signerIndex(st *Statement, now time.Time) (entry int, err error) {
 	for i, k := range r.Keys {
 		if st.KeyID == "" || k.Key.Hint() != st.hint {
@@ -202,9 +196,9 @@ func (i Identity) matches(who Identity) bool {
 	return err == nil && whole.MatchString(who.Subject)
 }
 
-// countSignature adds a statement's signature to the verdict for each rule about the statement's type whose role has
-// the signer. If there is no such rule, it returns an error that says why. If the policy has no rule at all about the
-// statement's type, nothing is added, and the result is nil if the signer may sign the provenance.
+// countSignature adds a statement's signature to the verdict, once for each rule that the signer may sign for. If there
+// is no such rule, the error says why. If no rule is about the statement's type, the signer must be allowed to sign the
+// provenance, and nothing is added.
 func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
@@ -231,8 +225,8 @@ func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) erro
 	return why
 }
 
-// checkRule returns an error if fewer signers have signed than a rule demands. Otherwise it returns how many have
-// signed, and which.
+// checkRule returns how many signers have signed, and which. It returns an error if they are fewer than the rule
+// demands.
 func (x *evaluation) checkRule(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
@@ -256,7 +250,6 @@ func (x *evaluation) checkRule(rule Rule) (string, error) {
 	return detail, nil
 }
 
-// checkReproduction checks the content of a reproduction.
 func checkReproduction(st *Statement, e Expect) error {
 	var p struct {
 		Result      string             `json:"result"`
@@ -282,8 +275,7 @@ func (p Policy) revoked(digest string) (string, error) {
 }
 
 // minimum checks the driver's version. If MinVersions has a version of the driver's branch, the driver must not be
-// older than that version. If it has none, the driver must not be older than any version in the list: the list has the
-// maintained branches, and older branches are not maintained.
+// older. Otherwise it must not be older than any version in the list: an older branch is not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
 		return "any version will do", nil
@@ -341,8 +333,7 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }
 
-// Wanted returns the labels of the statements that this verifier needs for a kernel. An artifact may have hundreds of
-// statements for other COS builds with the same kernel.
+// Wanted returns the labels of the statements that this verifier needs for a kernel.
 func (v *Verifier) Wanted(k target.Kernel) []map[string]string {
 	wanted := Wanted(k)
 	for _, rule := range v.policy.Rules {

@@ -216,7 +216,8 @@ func least(versions ...string) func(*trust.Policy) {
 	return func(p *trust.Policy) { p.MinVersions = versions }
 }
 
-// NewVerifier refuses a policy that no artifact can satisfy, or that lacks a required rule.
+// TestPolicyThatCannotBe checks that NewVerifier refuses a policy that lacks a required rule, or that no artifact can
+// satisfy.
 func TestPolicyThatCannotBe(t *testing.T) {
 	t.Parallel()
 	k := testkit.NewKey(t).Public(t)

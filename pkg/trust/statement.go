@@ -14,18 +14,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle itself. Each returned error wraps one of these errors and adds details; compare with errors.Is.
+// Errors of a bundle itself. Compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed attestation")
 	ErrUnknownKey = errors.New("signed by an unknown key")
 	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
 )
 
-// Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles, so neither many nor large
-// bundles may cost much time.
+// Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles.
 const (
-	// MaxBundles has room for the bundles that match [Wanted], for as many bundles without labels, and for the
-	// caller's own bundles.
+	// MaxBundles is the sum of: 64 bundles that match [Wanted], 64 without labels, and 16 of the caller.
 	MaxBundles    = 64 + 64 + 16
 	MaxBundleSize = 1 << 20
 	maxSubjects   = 64
@@ -48,19 +46,17 @@ type Verifier struct {
 type Policy struct {
 	// Keys are the public keys of the publishers.
 	Keys []PublicKey
-	// Root verifies certificates. Identities are the names that the certificates may have. Either both are set, or
-	// neither.
+	// Root verifies certificates. Identities are the names that they may have. Both are set, or neither.
 	Root       *Root
 	Identities []Identity
 	// Roles and Rules replace Keys and Identities if several parties must sign. There must be rules for provenance and
-	// kernel match, and there may be rules for other types of statements.
+	// kernel match.
 	Roles []Role
 	Rules []Rule
-	// Builders are the builder IDs that the provenance may have. Sources are the prefixes that the URIs of the build's
-	// inputs may have. An empty list allows any value.
+	// Builders are the builder IDs that the provenance may have. Sources are the prefixes that the URIs of inputs may
+	// have. An empty list allows any value.
 	Builders, Sources []string
-	// MaxAge is the greatest age of an artifact's build at the time when a node first accepts the artifact. Zero allows
-	// any age.
+	// MaxAge is the maximum age of an artifact's build when a node first accepts the artifact. Zero allows any age.
 	MaxAge time.Duration
 	// MinVersions are the oldest driver versions that are accepted, one for each branch.
 	MinVersions []string
@@ -74,8 +70,8 @@ type Policy struct {
 
 // Listing decides about an artifact by a list that is not part of the policy, such as a snapshot.
 type Listing interface {
-	// Check returns an error if the artifact with this digest must not be used. The argument now is the time at which a
-	// new artifact is accepted. It is zero for an artifact that was accepted before.
+	// Check returns an error if the artifact with this digest must not be used. now is the time at which a new artifact is
+	// accepted. It is zero for an artifact that was accepted before.
 	Check(digest string, now time.Time) (detail string, err error)
 }
 
@@ -121,8 +117,8 @@ func NewVerifier(p Policy) (*Verifier, error) {
 
 // Statement is an in-toto statement with a valid signature.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer's key. Identity is the name in the signer's certificate. One of the two
-	// is empty.
+	// KeyID is the [PublicKey.ID] of the signer's key. Identity is the name in the signer's certificate. One of the two is
+	// empty.
 	KeyID    string
 	Identity string
 	// Subjects are the digests that the statement is about, as sha256:HEX.
@@ -146,8 +142,7 @@ func (s *Statement) About(digest string) bool {
 }
 
 // Statements returns the statements that have a valid signature, this digest as a subject, and this predicate type. It
-// is for callers that need the content of statements that [Verifier.Verify] does not read. It examines only the first
-// [MaxBundles] bundles.
+// examines only the first [MaxBundles] bundles.
 func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
 	var all []*Statement
 	for _, data := range bundles[:min(len(bundles), MaxBundles)] {
@@ -214,8 +209,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trustedSigners())
 	}
-	// The library does not compare the subject here. [Verifier.Verify] does so later, because its error then has the
-	// subject. Nothing is returned before the signature is verified.
+	// The library does not compare the subject here; [Verifier.Verify] does, for a better error.
 	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
 	if err != nil {
 		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())

@@ -1,8 +1,10 @@
 // Package trust decides whether an artifact can be trusted. A trusted signer must have stated how the artifact was
 // built, and that it fits this kernel and driver. The policy lists the trusted signers, as public keys or as
 // certificate identities. In this package, a bundle is a Sigstore bundle: one signed statement with the proof of its
-// signature. The package works offline and holds no secrets. It does not sign or fetch. It uses nothing from a
-// statement before it has verified the statement's signature.
+// signature.
+//
+// The package works offline and holds no secrets. It does not sign or fetch. It uses nothing from a statement before it
+// has verified the statement's signature.
 package trust
 
 import (
@@ -20,24 +22,21 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Predicate types of the statements that an artifact needs or may have, and the types under which they are stored.
+// Predicate types of the statements about an artifact, and the types under which they are stored.
 const (
 	// PredicateProvenance is the type of a statement about how, and from which inputs, an artifact was built.
 	PredicateProvenance = "https://slsa.dev/provenance/v1"
-	// PredicateKernelMatch is the type of a statement that an artifact fits one COS build. There is one such statement
-	// for each COS build with the artifact's fingerprint.
+	// PredicateKernelMatch is the type of a statement that an artifact fits one COS build.
 	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
-	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document. Verify does not need such
-	// a statement.
+	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document.
 	PredicateSBOM = "https://spdx.dev/Document"
-	// BuildType is the build type in the provenance. It defines the meaning of the provenance's parameters.
+	// BuildType is the build type in the provenance. It defines the meaning of the parameters.
 	BuildType = "https://prebake.dev/build/v1"
 	// ArtifactTypeBundle is the artifact type of attached Sigstore bundles.
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
 )
 
-// Errors of an artifact whose bundles could be read. Each returned error wraps one of these errors and adds details;
-// compare with errors.Is.
+// Errors of an artifact whose bundles could be read. Compare with errors.Is.
 var (
 	ErrOtherDigest   = errors.New("statement is about another artifact")
 	ErrNoProvenance  = errors.New("no provenance attached")
@@ -52,15 +51,14 @@ type Expect struct {
 	// Digest is the digest of the manifest. The caller must have compared the manifest's bytes with it.
 	Digest string
 	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared if both sides
-	// know them. Version is not compared: it has a build counter and a time, which may differ between the headers and the
-	// image. COS itself matches by BUILD_ID.
+	// know them. Version is not compared: its build counter and time may differ between the headers and the image.
 	Kernel target.Kernel
 	// Driver is the driver that was asked for.
 	Driver target.Driver
 	// Identity is what the manifest's annotations say about the artifact, such as its driver and its ABI fingerprint.
 	Identity bundle.Identity
-	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against this time.
-	// Zero skips these checks, and is for an artifact that was accepted before: such an artifact stays acceptable.
+	// Now is the time at which a new artifact is accepted, for the policy's periods and ages. Zero skips these checks, for
+	// an artifact that was accepted before.
 	Now time.Time
 }
 
@@ -86,8 +84,8 @@ type Material struct {
 
 // Verdict has the facts that were verified about an artifact.
 type Verdict struct {
-	// KeyID is the ID of the key that signed the provenance. Identity is the name in the certificate if a certificate
-	// signed it. One of the two is empty.
+	// KeyID is the ID of the key that signed the provenance. Identity is the name in the certificate that signed it. One
+	// of the two is empty.
 	KeyID    string `json:"keyId,omitempty"`
 	Identity string `json:"identity,omitempty"`
 	// BuilderID is the ID of the builder. InvocationID is the ID of the builder's run.
@@ -95,18 +93,17 @@ type Verdict struct {
 	InvocationID string `json:"invocationId,omitempty"`
 	// Built has the driver, and the COS build for whose kernel the driver was compiled.
 	Built Parameters `json:"built"`
-	// Match is the kernel match for the node's COS build. MatchedBy is the key or the certificate identity that signed
-	// the kernel match. It may differ from the signer of the provenance.
+	// Match is the kernel match for the node's COS build. MatchedBy is its signer, which may differ from the signer of the
+	// provenance.
 	Match     KernelMatch `json:"match"`
 	MatchedBy string      `json:"matchedBy"`
 	// Materials are the inputs of the build.
 	Materials []Material `json:"materials"`
-	// ModulesSigned is true if, according to the provenance, the modules have signatures that a kernel can check: by the
-	// farm's key or by Google's key.
+	// ModulesSigned is true if the provenance says that the modules are signed by the farm's key or by Google's key.
 	ModulesSigned bool `json:"modulesSigned,omitempty"`
 	// LoadTest is the load test's verdict. It is empty if no statement has one.
 	LoadTest string `json:"loadTest,omitempty"`
-	// BuiltOn is the time at which the build ended, according to the provenance. Zero means unknown.
+	// BuiltOn is the end of the build, according to the provenance. Zero means unknown.
 	BuiltOn time.Time `json:"builtOn,omitzero"`
 	// Signatures are all signatures that counted for a rule.
 	Signatures []Signature `json:"signatures,omitempty"`
@@ -114,8 +111,7 @@ type Verdict struct {
 	Ignored []string `json:"ignored,omitempty"`
 }
 
-// SignedBy returns the key or the certificate identity that signed the provenance. If another signer signed the kernel
-// match, SignedBy also returns that signer.
+// SignedBy returns the signer of the provenance, and the signer of the kernel match if it is another one.
 func (v *Verdict) SignedBy() string {
 	by := v.KeyID + v.Identity
 	if v.MatchedBy != "" && v.MatchedBy != by {
@@ -130,10 +126,9 @@ func (v *Verdict) String() string {
 		v.Built.Driver, v.Match.Kernel, v.SignedBy(), v.BuilderID, len(v.Materials))
 }
 
-// Verify decides whether an artifact may be used. There must be a valid provenance and a valid kernel match for e's COS
-// build, both about e's digest. If the policy demands a load test, there must be a passed load test. If a load test
-// failed, Verify always refuses the artifact. Anybody may attach bundles to an artifact; so if some bundles prove
-// enough, Verify ignores the bundles that prove nothing. It examines only the first [MaxBundles] bundles.
+// Verify decides whether an artifact may be used. It requires a valid provenance, and a valid kernel match for the
+// node's COS build. It refuses an artifact whose load test failed. It ignores bundles that prove nothing, because
+// anybody may attach them. It examines only the first [MaxBundles] bundles.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	verdict, err := v.verify(bundles, e)
 	if err != nil {
@@ -152,8 +147,8 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	return x.done(), nil
 }
 
-// Explain is [Verifier.Verify] for messages to a person. It returns the result of each rule, even after a rule has
-// refused the artifact. If the error is not nil, the verdict is nil.
+// Explain is [Verifier.Verify] for messages to a person. It also returns the result of each rule. If the error is not
+// nil, the verdict is nil.
 func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, error) {
 	x, checks := v.evaluate(bundles, e)
 	var findings []Finding
@@ -183,8 +178,7 @@ type evaluation struct {
 	reasons map[string][]error
 }
 
-// check is one rule. The function run returns a detail if the artifact satisfies the rule, or an error that says why it
-// does not.
+// check is one rule. The callback returns a detail, or an error if the artifact does not satisfy the rule.
 type check struct {
 	name string
 	run  func() (string, error)
@@ -295,7 +289,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	}
 }
 
-// check compares the manifest's identity with the driver and kernel that were asked for. It is the first check.
+// check compares the manifest's identity with the driver and kernel that were asked for.
 func (e Expect) check() error {
 	if _, err := target.ParseKernel(e.Kernel.BuildID, e.Kernel.Board); err != nil {
 		return fault.Wrap(fault.Usage, err, "")
@@ -362,8 +356,7 @@ func (m KernelMatch) fits(e Expect) error {
 	return nil
 }
 
-// tally collects the results of all statements of one type. The field ok is true if one of the statements is valid. The
-// field errs has the reasons why others are not valid.
+// tally collects the results of all statements of one type: whether one is valid, and why others are not.
 type tally struct {
 	ok   bool
 	errs []error
@@ -379,9 +372,8 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil if one of the statements is valid. Otherwise it returns the errors of the statements of that
-// type. If there are no such statements, it returns the errors of the bundles that could not be used. If there are no
-// such bundles either, it returns the error none.
+// explain returns nil if one of the statements is valid. Otherwise it returns their errors, or the errors of unusable
+// bundles, or else the given error.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error

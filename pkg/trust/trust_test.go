@@ -304,8 +304,7 @@ func FuzzParsePublicKeys(f *testing.F) {
 	})
 }
 
-// FuzzVerify looks for crashes, and for another bundle that verifies. A bundle that was made without the key or the
-// identity must never be trusted.
+// FuzzVerify checks that only bundles verify that were made with the key or the identity.
 func FuzzVerify(f *testing.F) {
 	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")

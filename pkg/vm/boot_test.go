@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bootFolder returns a folder with a real kernel. The environment variable PREBAKE_BOOT has its path; the end-to-end
-// run sets it.
+// bootFolder returns the folder with a real kernel in PREBAKE_BOOT, which the end-to-end run sets.
 func bootFolder(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PREBAKE_BOOT")
@@ -123,8 +122,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	}
 }
 
-// A disk stays after its machine's end. Flushed data is there at the next boot, and data that was not flushed is lost
-// when the power is cut.
+// TestBootWithDisk checks that a disk outlives its machine. Only data that was flushed is there at the next boot.
 func TestBootWithDisk(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
@@ -168,9 +166,8 @@ func TestBootWithDisk(t *testing.T) {
 	}
 }
 
-// COS's kernels for Arm have no driver for the serial port of the events. The kernel of this test has the driver, but
-// an argument on its command line keeps the driver from starting. On amd64 the machine gets the same PCI serial port as
-// on arm64.
+// TestBootWithoutSerialDriver checks the events on a kernel that has no driver for their serial port, as COS's kernels
+// for Arm. A kernel argument disables the driver. On amd64 the machine gets the PCI serial port of arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)

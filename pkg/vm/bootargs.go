@@ -12,12 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// BootArgs is the name of the file in a boot folder that has arguments for the kernel's command line, separated by
-// white space. COS's kernels need an argument that tells LoadPin which kinds of files it must not restrict. If the file
-// is missing, the boot folder adds no arguments.
+// BootArgs is the file in a boot folder with arguments for the kernel's command line, separated by white space. The
+// file is optional. COS's kernels need an argument that tells LoadPin which kinds of files it must not restrict.
 const BootArgs = "cmdline"
 
-// maxBootArgs is the greatest length of the file in bytes: as much as an amd64 kernel reads of its command line.
+// maxBootArgs is the maximum size of the file in bytes: the part of its command line that an amd64 kernel reads.
 const maxBootArgs = 2048
 
 // bootArgs reads the arguments from a boot folder's [BootArgs].
@@ -43,8 +42,7 @@ func bootArgs(boot string) (args []string, err error) {
 			return nil, fault.New(fault.Usage,
 				fmt.Sprintf("read boot folder %s: %s contains %q, which a kernel does not accept", boot, BootArgs, arg), "")
 		}
-		// The kernel passes everything after "--" to init. Arguments that this package adds later would then not reach the
-		// kernel.
+		// The kernel passes everything after "--" to init, also the arguments that this package adds later.
 		if arg == "--" {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("read boot folder %s: %s contains --", boot, BootArgs),
 				"remove -- from the file")

@@ -2,8 +2,8 @@ package vm
 
 import "strings"
 
-// crashMarks are the beginnings of the kernel's messages about its own failure. The message that explains the failure
-// best comes first. Machines run with oops=panic, so each of these failures ends the machine.
+// crashMarks are the beginnings of the kernel's messages about its own failure, the best explanation first. Machines
+// run with oops=panic, so each of these failures ends the machine.
 var crashMarks = []string{
 	"BUG: ",
 	"kernel BUG at ",
@@ -17,14 +17,13 @@ var crashMarks = []string{
 	"Oops: ",
 }
 
-// crashLine returns the line of the console's text that best says why the kernel crashed, without its time stamp. It
-// returns "" if there is no crash. A warning is not a crash.
+// crashLine returns the console's line that best says why the kernel crashed, without its time stamp, or "". A warning
+// is not a crash.
 func crashLine(console string) string {
 	for _, mark := range crashMarks {
 		for line := range strings.Lines(console) {
 			text := trimStamp(strings.TrimSpace(line))
-			// The mark must be at the beginning of the text. Otherwise the output of a program about a panic would
-			// count as a crash.
+			// Elsewhere in the text, the mark may be a program's output about a panic.
 			if strings.HasPrefix(text, mark) {
 				return text
 			}

@@ -12,27 +12,26 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// libraryFolders are the folders in which a glibc loader without a cache or configuration searches, on the
-// distributions that Prebake builds on. The last folder for arm64 is an exception: no loader searches there, but Debian
-// keeps the libraries of its cross compiler there.
+// libraryFolders are the folders in which a glibc loader searches without a cache or configuration, on the
+// distributions that Prebake builds on. Only the last folder for arm64 is not searched: Debian's cross compiler has its
+// libraries there.
 var libraryFolders = map[elf.Machine][]string{
 	elf.EM_X86_64: {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
 	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",
 		"/usr/aarch64-linux-gnu/lib"},
 }
 
-// guestFolders are the folders of the guest in which all libraries are placed, because the guest's loader searches
-// there.
+// guestFolders are the guest's folders for all libraries, which the guest's loader searches.
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
 // dlopenLibraries are parts of glibc that NVIDIA's libraries need. A program that opens NVIDIA's libraries with dlopen
-// need not be linked with these parts, so GlibcFiles always adds them.
+// may not be linked with them.
 var dlopenLibraries = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
-// GlibcFiles returns the files that dynamic programs and libraries need in a guest of their own architecture: the
-// loader, all libraries that they need directly or indirectly, and the parts of glibc that NVIDIA's libraries need.
-// The programs themselves are not in the result. GlibcFiles ignores run paths (DT_RPATH, DT_RUNPATH).
+// GlibcFiles returns the files that dynamic programs need in a guest of their own architecture: the loader, all needed
+// libraries, and the parts of glibc for NVIDIA's libraries. The programs themselves are not in the result. Run paths
+// (DT_RPATH, DT_RUNPATH) are ignored.
 func GlibcFiles(paths ...string) ([]File, error) {
 	found := map[string]bool{}
 	var files []File
@@ -106,10 +105,10 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 		fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
 }
 
-// maxInterpreter is the greatest length of a loader's path in bytes.
+// maxInterpreter is the maximum length of a loader's path in bytes.
 const maxInterpreter = 4096
 
-// dynamic has the loader and the libraries that a program or library needs, according to its ELF headers.
+// dynamic has the loader and the libraries that a program or library needs.
 type dynamic struct {
 	machine     elf.Machine
 	interpreter string

@@ -22,8 +22,7 @@ import (
 // folders are the folders that every guest has, in addition to the parent folders of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
-// Tree returns a [File] for every regular file, link and folder below dir. In the guest, these files are below the path
-// name.
+// Tree returns a [File] for every regular file, link and folder below dir. In the guest, they are below the path name.
 func Tree(name, dir string) ([]File, error) {
 	var files []File
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -55,8 +54,8 @@ func Tree(name, dir string) ([]File, error) {
 	return files, nil
 }
 
-// writeInitramfs writes the guest's whole root as a cpio archive. The archive is not compressed, because under
-// emulation decompressing takes longer than reading. The same config gives the same bytes.
+// writeInitramfs writes the guest's whole root as a cpio archive. It does not compress, because decompressing is slow
+// under emulation. The same config gives the same bytes.
 func writeInitramfs(w io.Writer, c Config) error {
 	files, err := guestFiles(c)
 	if err != nil {
@@ -113,7 +112,7 @@ func guestFiles(c Config) ([]File, error) {
 	return append(files, c.Files...), nil
 }
 
-// arrangeFiles checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
+// arrangeFiles checks the names, adds missing folders, and sorts every folder before its content.
 func arrangeFiles(files []File) ([]File, error) {
 	byName := map[string]File{}
 	var errs []error

@@ -32,11 +32,11 @@ type platform struct {
 // platforms has the machine of each architecture.
 //
 // On amd64 the processor has everything that the emulator supports, except AVX2. Under emulation, Go's AVX2 code for
-// SHA-256 is slower than its plain code, and a node hashes much data.
+// SHA-256 is slower than its plain code.
 //
-// On arm64 the processor is the processor of COS's Arm nodes. With qemu's processor "max", the emulation of pointer
-// authentication would take most of the time. The machine's only built-in serial port is the console, so the events use
-// a serial port on PCI.
+// On arm64 the processor is a Neoverse N1, as in COS's Arm nodes. With qemu's processor "max", the emulation of pointer
+// authentication would take most of the time. The only built-in serial port is the console, so the events use a serial
+// port on PCI.
 var platforms = map[target.Arch]platform{
 	target.AMD64: {
 		qemu: "qemu-system-x86_64", pkg: "qemu-system-x86", machine: "q35", cpu: "max,avx2=off",
@@ -66,7 +66,7 @@ func (c Config) args() []string {
 		kernel = append(kernel, emugpu.KernelArg(c.Arch))
 	}
 	kernel = append(kernel, c.KernelArgs...)
-	// The empty romfile leaves out the network card's boot code, because the machine does not boot from the network.
+	// The machine does not boot from the network: the empty romfile leaves out the card's boot code.
 	nic := []string{"-nic", "none"}
 	if c.Network {
 		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
@@ -91,7 +91,7 @@ func (c Config) args() []string {
 	}, p.events) // these options come after the console's, because the first -serial is the first port
 }
 
-// describe returns one line about the guest's machine. The line begins with qemu's own text about its version.
+// describe returns one line about the guest's machine, with qemu's version.
 func (c Config) describe(ctx context.Context) string {
 	p := platforms[c.Arch]
 	text := fmt.Sprintf("machine %s, processor %s (%d), emulated, %d MiB", p.machine, p.cpu, c.CPUs, c.MemoryMiB)
@@ -127,8 +127,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	m.start = time.Now()
 	started := make(chan error)
 	go func() {
-		// The kernel sends Pdeathsig when the thread that started the child ends. So that thread must live as long as the
-		// child.
+		// The kernel sends Pdeathsig when the thread that started the child ends, so that thread must live on.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		if err := cmd.Start(); err != nil {
@@ -139,8 +138,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 		m.done <- cmd.Wait()
 	}()
 	err = <-started
-	// The child has its own copies of the pipes' write ends. If this process kept its copies open, the readers would
-	// never see the end.
+	// The child has its own copies of the write ends. With open copies here, the readers would never see the end.
 	err = errors.Join(err, consoleW.Close(), eventsW.Close())
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", qemu, err), consoleR.Close(), eventsR.Close())

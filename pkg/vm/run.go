@@ -17,13 +17,12 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// maxConsole is how many bytes of the console are kept. These are the last bytes, because they show why the machine
-// ended.
+// maxConsole is the number of bytes at the console's end that are kept. They show why the machine ended.
 const maxConsole = 4 << 20
 
-// Run boots the machine, runs its steps and waits for the machine's end. A failed step is not an error of Run: the
-// result has the step's exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has
-// everything that was received before.
+// Run boots the machine, runs its steps and waits for its end. A failed step is not an error of Run: the result has its
+// exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has everything received
+// before.
 func Run(ctx context.Context, c Config) (*Result, error) {
 	c = c.WithDefaults()
 	if err := c.Validate(); err != nil {
@@ -70,8 +69,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends is what is known about the end of a run: the text of the console, the errors of qemu and of the event stream,
-// and what qemu printed.
+// ends is what is known about the end of a run.
 type ends struct {
 	console  string
 	exit     error
@@ -79,8 +77,7 @@ type ends struct {
 	stderr   string
 }
 
-// verdict returns why a run failed, or nil. If there are several causes, it returns the one that explains the failure
-// best.
+// verdict returns the best explanation why a run failed, or nil.
 func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
 	if !seen.ended {
 		res.KernelLog = e.console
@@ -116,8 +113,8 @@ func lastLine(text, none string) string {
 	return none
 }
 
-// stageInitramfs writes the initramfs to a file that has no name any more. The file therefore disappears when it is
-// closed, even if this process is killed. size is in bytes.
+// stageInitramfs writes the initramfs to an unnamed file, which disappears even if this process is killed. size is in
+// bytes.
 func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	f, err := os.CreateTemp("", "prebake-initramfs-")
 	if err != nil {
@@ -239,8 +236,7 @@ func (r *recorder) place() string {
 	return fmt.Sprintf("after step %q", r.steps[r.last].Name)
 }
 
-// copyConsole keeps the end of the console's text in keep, and writes the whole text to show. If show returns an error,
-// copyConsole stops writing to show, but the machine goes on.
+// copyConsole keeps the end of the console's text, and writes the whole text to show until show returns an error.
 func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	buf := make([]byte, 32<<10)
 	for {
@@ -260,7 +256,7 @@ func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	}
 }
 
-// tail keeps at least the last max bytes, and at most twice as many.
+// tail keeps the last bytes of a text: at least max, and at most 2*max.
 type tail struct {
 	buf bytes.Buffer
 	max int

@@ -1,9 +1,9 @@
-// Package vm boots a kernel in a qemu machine, runs a list of steps in it, and returns the output of the steps and of
-// the kernel. The machine runs in emulation, without hardware virtualisation. The guest sees only the files of an
-// initramfs, which is written for the run and deleted after it, and an optional disk, which stays. The guest's init is
-// the program in guestinit. With an emulated GPU (package emugpu), NVIDIA's real driver loads in the guest.
+// Package vm boots a kernel in a qemu machine, runs a list of steps in it, and returns the output of steps and kernel.
+// The machine runs in emulation, without hardware virtualisation. The guest sees only an initramfs, made for this run,
+// and an optional disk. With an emulated GPU (package emugpu), NVIDIA's real driver loads in the guest.
 //
-// The package does not judge the results of the steps. It never leaves a machine running after its caller has ended.
+// The package does not decide whether a step's result is good. It never leaves a machine running after its caller has
+// ended.
 package vm
 
 import (
@@ -89,13 +89,13 @@ type Config struct {
 	Network bool
 	// MemoryMiB is the guest's memory in MiB; 0 means 3072. With GPU it must be at least emugpu.Memory.
 	MemoryMiB int
-	// Disk is the path of a raw image on the host, which the guest has as /dev/vda; "" means no disk. The image stays
-	// after the run, as a disk stays after a power cut. Data that the guest did not flush is lost.
+	// Disk is the path of a raw image on the host, for /dev/vda in the guest; "" means no disk. The image stays after the
+	// run, without data that the guest did not flush.
 	Disk string
 	// CPUs is the number of virtual processors; 0 means 1.
 	CPUs int
-	// CountInstructions makes the guest's clock advance by 1 ns for each instruction that the guest executes, and by the
-	// host's time while the guest is idle. The guest's time then does not depend on the emulator's speed.
+	// CountInstructions makes the guest's clock independent of the emulator's speed. The clock advances by 1 ns for each
+	// instruction, and by the host's time while the guest is idle.
 	CountInstructions bool
 	// KernelArgs are added to the kernel's command line, after the arguments in the boot folder's [BootArgs].
 	KernelArgs []string
@@ -126,8 +126,12 @@ type Progress struct {
 // StepResult is the result of one step.
 type StepResult struct {
 	Name string
-	// ExitCode of a program is its exit status, 128 + the signal that killed it, 127 if it could not start, or 124 if
-	// it exceeded its time limit. ExitCode of a built-in is the errno, or 0 for success.
+	// ExitCode of a program is its exit status, or:
+	//   - 128 + the signal that killed it
+	//   - 127 if it could not start
+	//   - 124 if it exceeded its time limit
+	//
+	// ExitCode of a built-in is the errno, or 0 for success.
 	ExitCode       int
 	Stdout, Stderr []byte
 	// Error says why a step could not run or was ended. For a built-in it is the error text.
@@ -143,8 +147,8 @@ type StepResult struct {
 type Result struct {
 	// Steps has the steps that started, in order.
 	Steps []StepResult
-	// KernelLog is the kernel's log from boot to end, in dmesg's format. If the machine crashed or ended early, it is
-	// the console's text instead, because only the console has the crash.
+	// KernelLog is the kernel's log from boot to end, in dmesg's format. If the machine crashed or ended early, it is the
+	// console's text, which shows the crash.
 	KernelLog string
 	// BootSeconds is the time from qemu's start until the first step could run.
 	BootSeconds float64

@@ -1,7 +1,6 @@
 // Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
-// found, and what is wanted. It checks the nodes of the file itself, because the errors of the YAML library mention Go
-// types, have no column, and sometimes report only the first mistake. The package does not know the meaning of a file;
-// its callers do.
+// found, and what is wanted. It checks the nodes itself, because the YAML library's errors mention Go types and have no
+// column. It does not know the meaning of a file.
 package yamlfile
 
 import (
@@ -41,7 +40,7 @@ type Reader struct {
 	mistakes []mistake
 }
 
-// Say records a mistake at a node. The text is in the form "found X; want Y".
+// Say records a mistake at a node. Its text is "found X; want Y".
 func (r *Reader) Say(a At, format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
 	if a.Path != "" {
@@ -58,8 +57,8 @@ func (r *Reader) Want(a At, format string, args ...any) {
 // Mistakes returns how many mistakes were found so far.
 func (r *Reader) Mistakes() int { return len(r.mistakes) }
 
-// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are no
-// mistakes. The argument doing is the beginning of the error's text, such as "read wish list".
+// Err returns all mistakes as one error of kind Usage, sorted by line and column, or nil. The error's text begins with
+// the given activity, such as "read wish list".
 func (r *Reader) Err(doing, hint string) error {
 	n := len(r.mistakes)
 	if n == 0 {
@@ -105,9 +104,8 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file. The argument most is the greatest size of the file in bytes. The file must
-// have exactly one document. The argument want describes the expected content, for the error about an empty file. If
-// the result is false, Document has recorded a mistake and there is no node.
+// Document returns the top node of a file, which must have exactly one document and at most the given number of bytes.
+// The error about an empty file says what is wanted. If the result is false, Document has recorded a mistake.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -139,11 +137,12 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	return At{Node: doc.Content[0]}, true
 }
 
-// Fields calls the function each for every field of a mapping, with the field's name and value. It skips a field, and
-// records a mistake, in each of these cases: the key is repeated; the key is no scalar; or key or value is an anchor or
-// alias. The function known reports whether a key is known, and records a mistake if it is not. Fields returns the
-// known fields. If the node is no mapping, Fields records a mistake and returns nil. The argument what describes the
-// wanted value in that mistake.
+// Fields passes the name and value of every field of a mapping to the second callback, and returns the known fields.
+// The first callback reports whether a key is known, and records a mistake if not.
+//
+// Fields skips a field and records a mistake if the key is repeated or no scalar. It does the same if key or value is
+// an anchor or alias. If the node is no mapping, Fields returns nil and records a mistake with the given description of
+// the wanted value.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -184,8 +183,8 @@ func (r *Reader) checkLiteral(a At) bool {
 	return true
 }
 
-// Mapping calls the function in fields for each field of a mapping, by the field's name. A field that fields does not
-// have is a mistake. The argument what and the result are those of [Reader.Fields].
+// Mapping calls the callback of each field of a mapping, by the field's name. A field without a callback is a mistake.
+// The description and the result are as in [Reader.Fields].
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
 		if _, ok := fields[key.Node.Value]; ok {
@@ -208,7 +207,7 @@ func oneOf(fields map[string]func(At)) string {
 	return strings.Join(names[:len(names)-1], ", ") + " or " + names[len(names)-1]
 }
 
-// List calls the function item for each element of a list. An empty list is a mistake.
+// List passes each element of a list to the callback. An empty list is a mistake.
 func (r *Reader) List(a At, what string, item func(At)) {
 	if a.Node.Kind != yaml.SequenceNode || len(a.Node.Content) == 0 {
 		r.Want(a, "a list of %s", what)

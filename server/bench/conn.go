@@ -12,8 +12,8 @@ import (
 // answerWithin limits the time of one call.
 const answerWithin = 30 * time.Second
 
-// connection is an HTTP connection that stays open. Only one caller uses it at a time. The callers run on the same
-// cores as the server, so a call has to be cheap: it starts no goroutine and reuses its request.
+// connection is an open HTTP connection for one caller at a time. Callers share the server's cores, so a call starts no
+// goroutine and reuses its request.
 type connection struct {
 	host string // includes the port
 	net  net.Conn
@@ -24,7 +24,7 @@ type connection struct {
 	largest int64
 }
 
-// get requests a path and reads the answer to its end. After an error, the next call opens a new connection.
+// get requests a path and reads the whole answer. After an error, the next call opens a new connection.
 func (c *connection) get(path string) error {
 	now := time.Now()
 	if c.net != nil && now.Sub(c.used) > time.Minute { // the server may close an idle connection
@@ -75,7 +75,7 @@ func (c *connection) exchange(path string, now time.Time) error {
 	return nil
 }
 
-// close closes the connection, if there is one. It ignores an error, because the connection is not used again.
+// close closes the connection, if there is one. It ignores errors.
 func (c *connection) close() {
 	if c.net != nil {
 		_ = c.net.Close()

@@ -21,14 +21,14 @@ type world struct {
 	versions []string
 }
 
-// cursor returns the cursor of a random page in a list of kernels. It is encoded as package store encodes its cursors.
+// cursor returns the cursor of a random page of kernels, encoded as in package store.
 func (w world) cursor() string {
 	k := w.kernels[rand.IntN(len(w.kernels))]
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "[%q,%q]", target.SortKey(k.BuildID), k.Board))
 }
 
-// perFingerprint is how many COS builds share one ABI fingerprint. The number is about that of real milestones, in
-// which most releases do not change the kernel.
+// perFingerprint is the number of COS builds with the same ABI fingerprint. Most releases of real milestones do not
+// change the kernel.
 const perFingerprint = 4
 
 var branches = []int{19999, 19506, 19216, 18867, 18613, 18244, 17800}
@@ -120,7 +120,7 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 	return nil
 }
 
-// fillBuilds adds the builds of a year. The last s.queue builds wait for a builder; the others have ended.
+// fillBuilds adds the builds of a year. The last s.queue of them wait for a builder.
 func fillBuilds(ctx context.Context, db *store.Store, w world, s settings, r *rand.Rand, begin time.Time) error {
 	const at = 1000 // builds in one transaction
 	for done := 0; done < s.builds; done += at {

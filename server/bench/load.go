@@ -12,15 +12,14 @@ import (
 	"time"
 )
 
-// A load is a series of calls of one kind. row has the measurements of one load, which are one line of the printed
-// table.
+// row is the measurements of one load: a series of calls of one kind.
 type row struct {
 	name   string
 	took   []time.Duration
 	failed int
 	// largest is the size of the largest answer, in bytes on the wire; 0 means not measured.
 	largest int64
-	// server and load are the processor time of the two programs during this load, in cores. A value below 0 means not
+	// server and load are the processor time of the server and of this program, in cores. A negative value means not
 	// measured.
 	server, load float64
 }
@@ -72,13 +71,11 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is the largest number of calls that run at the same time. One proxy in front of a fleet of nodes opens about
-// as many connections.
+// callers is the maximum number of simultaneous calls. A proxy in front of many nodes opens about as many.
 const callers = 128
 
-// callAtRate makes calls at a fixed rate, however long the answers take. It measures the time of a call from the moment
-// when the call was due. A server that falls behind therefore shows long times. If the argument fresh is true, each
-// call opens a new connection.
+// callAtRate makes calls at a fixed rate. It measures each call from the moment when it was due, so a slow server shows
+// long times. If fresh is true, each call opens a new connection.
 func callAtRate(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
 	var next atomic.Int64
@@ -109,8 +106,8 @@ func callAtRate(ctx context.Context, host string, rate int, length time.Duration
 	return r
 }
 
-// measure runs all loads, one after the other. The first row is for /healthz, the call that takes the least time. The
-// table compares all other rows with it.
+// measure runs all loads, one after the other. The first row, /healthz, is the cheapest call; the table compares the
+// others with it.
 func measure(ctx context.Context, p *process, w world, s settings) ([]*row, error) {
 	host := strings.TrimPrefix(p.url, "http://")
 	question := func() string {
@@ -202,8 +199,8 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	return append(rows, all), ctx.Err()
 }
 
-// askOnce asks about each kernel once, with two calls at a time. The server has to read the answers from the database.
-// Afterwards they are in its cache.
+// askOnce asks about each kernel once, two at a time. The server reads these answers from the database and then caches
+// them.
 func askOnce(ctx context.Context, host string, w world) *row {
 	next := make(chan string)
 	all := make([]tally, 2)

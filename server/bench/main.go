@@ -1,7 +1,5 @@
 // Command bench measures the server with the catalogue of a large farm: 5,000 kernels, 60,000 cells, a year of builds.
-// It fills a database, runs the server's program with it, makes calls from the same machine and prints a table. Each
-// row says what was measured and what the result is compared with. The command has no limits that a result must keep,
-// because machines differ.
+// It fills a database, runs the server, calls it from the same machine and prints a table.
 package main
 
 import (
@@ -180,16 +178,16 @@ func (p *process) stop() error {
 	return p.cmd.Wait()
 }
 
-// usage has the processor time that the server and this program have used up to the moment in the field at. The field
-// ok is false if the kernel does not report processor times.
+// usage is the processor time of the server and of this program until the time at. ok is false if the kernel does not
+// report it.
 type usage struct {
 	at           time.Time
 	server, load time.Duration
 	ok           bool
 }
 
-// cpu reads the processor time up to now. The processor time of the server is in fields 14 and 15 of its file
-// /proc/PID/stat, in hundredths of a second (proc(5)).
+// cpu reads the processor times. The server's are fields 14 and 15 of /proc/PID/stat, in hundredths of a second
+// (proc(5)).
 func (p *process) cpu() usage {
 	u := usage{at: time.Now()}
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))

@@ -61,8 +61,7 @@ func ask(b *testing.B, h http.Handler, path string) {
 	}
 }
 
-// BenchmarkCells measures how long it takes to read the facts about all cells of one kernel from the database, as for
-// the first question about the kernel.
+// BenchmarkCells reads the facts about one kernel's cells from the database.
 func BenchmarkCells(b *testing.B) {
 	w, db := openFilled(b)
 	for i := 0; b.Loop(); i++ {
@@ -74,8 +73,8 @@ func BenchmarkCells(b *testing.B) {
 	}
 }
 
-// BenchmarkRemembered measures how long it takes to read the facts about all cells of one kernel from the cache. It
-// also reports how many times as long the database takes.
+// BenchmarkRemembered reads the facts about one kernel's cells from the cache. It also reports how many times as long
+// the database takes.
 func BenchmarkRemembered(b *testing.B) {
 	w, db := openFilled(b)
 	begin := time.Now()

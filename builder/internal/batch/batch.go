@@ -1,12 +1,11 @@
-// Package batch makes the cells of a plan, several at a time. It fetches each kernel and each driver once, and starts
-// cells in the order that uses the caches best. If an attempt fails for a reason that may be temporary, it tries the
-// cell again. It also writes the report. A failed cell does not block any other cell.
+// Package batch makes the cells of a plan, several at a time, and writes the report. It fetches each kernel and each
+// driver once, and starts cells in the order that uses the caches best. After a failure that may be temporary, it tries
+// the cell again. A failed cell does not block any other cell.
 //
-// Cells with the same fingerprint, driver and flavour lead to the same artifact. This package calls them cells of the
-// same build. Only one of these cells runs at a time. The first one compiles. The others then reuse its result, or fail
-// in the same way. While a cell unpacks a driver's user space into the cache, the cache locks the folder of that user
-// space. A second cell of the same driver would wait for the lock, so the runner starts a cell of another driver first
-// if it can.
+// Cells with the same fingerprint, driver and flavour lead to the same artifact. They are called cells of the same
+// build. Only one of them runs at a time; the others then reuse its result, or fail in the same way. Cells of the same
+// driver wait for each other while one of them unpacks the driver's user space, so the runner prefers a cell of another
+// driver.
 //
 // The package does not know how a cell is made or where its artifact is published. The functions in Config know that.
 package batch
@@ -34,32 +33,29 @@ import (
 
 // Config holds the functions and settings of a batch.
 type Config struct {
-	// Make makes one cell. On an error, the Result holds everything up to the failure. log receives
-	// the whole output of all tools, and line receives the phases.
+	// Make makes one cell. After an error, the Result has everything up to the failure. The writer gets the output of all
+	// tools.
 	Make func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
-	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. say receives
-	// progress, one line at a time.
+	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. The callback gets progress, one line at
+	// a time.
 	Kernel func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error)
 	// Driver fetches a driver release into the cache and returns the flavours in it.
 	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
-	// Published returns the digest of a cell's artifact if every destination has the artifact,
-	// signed for the cell's COS build. It returns "" if one destination lacks the artifact. Run
-	// calls Published before it fetches anything. If Published is nil, no cell counts as published.
+	// Published returns the digest of a cell's artifact, or "" if a destination lacks it. The artifact must be signed for
+	// the cell's COS build. Run calls Published before it fetches anything. With nil, no cell counts as published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
-	// Failures stores permanent failures. A failure is permanent if the same inputs would fail in the same way again. With
-	// nil, Run stores and finds no failures.
+	// Failures stores permanent failures: the same inputs would fail in the same way again. Nil stores none.
 	Failures failureStore
 	// Parallel is the number of cells made at the same time; 0 means one.
 	Parallel int
 	// Attempts is the number of attempts for a cell whose failure may be temporary; 0 means 3.
 	Attempts int
-	// Wait is the pause before the second attempt; 0 means 10 seconds. The pause before each further
-	// attempt is longer.
+	// Wait is the pause before the second attempt; 0 means 10 seconds. Later pauses are longer.
 	Wait time.Duration
 	// Logs is the folder for the cells' logs, one file for each cell.
 	Logs string
-	// Stopping is the stop signal. When the caller closes it, running cells continue to their end,
-	// and no further cell starts. Nil means that no stop signal comes.
+	// Stopping is the stop signal. When the caller closes it, running cells continue, and no further cell starts. It may
+	// be nil.
 	Stopping <-chan struct{}
 	// Watch receives the events, in order and one at a time. It may be nil.
 	Watch func(Event)
@@ -90,9 +86,8 @@ func FailureOf(err error) Failure {
 	return f
 }
 
-// Permanent reports whether the same inputs would fail in the same way each time. A failed load
-// test is never permanent, because the virtual machine may have been too slow on a busy computer.
-// In addition, the same cell may succeed with settings that need no load test.
+// Permanent reports whether the same inputs would fail in the same way each time. A failed load test is never
+// permanent: the virtual machine may have been too slow, or other settings may need no load test.
 func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	if res != nil {
 		for _, p := range res.Phases {
@@ -104,15 +99,15 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
-// maxLookups is the number of cells that are looked up at the same time. fetchers is the number of kernels and drivers
-// that are fetched at the same time, while cells are running.
+// maxLookups is the number of cells that are looked up at the same time, and fetchers the number of kernels and drivers
+// that are fetched at the same time.
 const (
 	maxLookups = 8
 	fetchers   = 2
 )
 
-// Run makes the missing cells of a plan and returns the state of every cell. When ctx ends, Run
-// stops the running cells, and every cell without a state becomes cancelled.
+// Run makes the missing cells of a plan and returns the state of every cell. When ctx ends, Run stops the running
+// cells, and every open cell becomes cancelled.
 func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	if cfg.Parallel <= 0 {
 		cfg.Parallel = 1
@@ -143,8 +138,7 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	return f.report(p)
 }
 
-// Status returns the state of every cell and makes no cell. If a destination does not answer,
-// Status returns an error, because it cannot know then which cells are missing.
+// Status returns the state of every cell and makes no cell. If a destination does not answer, Status returns an error.
 func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newRunner(cfg, p)
 	f.lookUp(ctx)
@@ -154,8 +148,8 @@ func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	return f.report(p), nil
 }
 
-// lookUp sets the state of the cells that Run need not make: cells that are published, cells whose failure is stored,
-// and cells that have a problem in the plan.
+// lookUp sets the state of the cells that Run need not make: published cells, stored failures, and cells with a problem
+// in the plan.
 func (f *runner) lookUp(ctx context.Context) {
 	var group errgroup.Group
 	group.SetLimit(maxLookups)
@@ -180,7 +174,7 @@ func (f *runner) lookUp(ctx context.Context) {
 func (f *runner) check(ctx context.Context, j *job) {
 	if f.cfg.Published != nil {
 		switch digest, err := f.cfg.Published(ctx, j.Cell); {
-		case err != nil: // the cell stays open: if the error lasts, the build reports it
+		case err != nil: // the cell stays open
 			f.mu.Lock()
 			f.lookupErr = cmp.Or(f.lookupErr, err)
 			f.mu.Unlock()
@@ -205,9 +199,8 @@ func (f *runner) check(ctx context.Context, j *job) {
 	}
 }
 
-// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then
-// its driver. So the first cell can start early. After the stop signal, fetch stops, because no
-// cell will use the inputs.
+// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then its driver. It stops
+// after the stop signal.
 func (f *runner) fetch(ctx context.Context) {
 	defer f.endFetches()
 	ctx, cancel := context.WithCancel(ctx)

@@ -43,8 +43,8 @@ func cells(texts ...string) *plan.Plan {
 	return p
 }
 
-// world is a fake of all functions that a batch calls. A kernel's fingerprint is the first number of its BUILD_ID, so
-// 1.0.1 and 1.0.2 are the same build. Driver 9.9 has no open flavour.
+// world is a fake of all functions that a batch calls. A kernel's fingerprint is the first number of its BUILD_ID.
+// Driver 9.9 has no open flavour.
 type world struct {
 	t *testing.T
 
@@ -52,9 +52,9 @@ type world struct {
 	began   []string // started cells, in order
 	fetched []string // fetched kernels and drivers, in order
 	running map[string]bool
-	most    int // the largest number of cells that ran at the same time
+	most    int // the maximum number of cells that ran at the same time
 
-	// outcome returns the result of an attempt; the first attempt is 1. Nil means success.
+	// outcome returns the result of an attempt, counted from 1. Nil means success.
 	outcome func(c plan.Cell, attempt int) error
 	// duration returns how long an attempt at a cell runs.
 	duration  func(c plan.Cell) time.Duration
@@ -170,7 +170,7 @@ func states(r *batch.Report) []string {
 	return lines
 }
 
-// waitASecond delays each input by a second, so that the plan's first cell is the first that can start.
+// waitASecond delays each input by a second, so that the plan's first cell starts first.
 func waitASecond(string) error {
 	time.Sleep(time.Second)
 	return nil
@@ -178,8 +178,8 @@ func waitASecond(string) error {
 
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
-// A failed cell does not block any other cell. Cells of the same build fail and succeed together. A cell does not start
-// if it is published, or if its failure is stored.
+// A failed cell does not block any other cell. Cells of the same build share their outcome. Published cells and stored
+// failures do not start.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, testRun)
@@ -216,15 +216,15 @@ func testRun(t *testing.T) {
 	if diff := cmp.Diff(want, states(r)); diff != "" {
 		t.Errorf("states (-want +got):\n%s", diff)
 	}
-	// The cells start one after the other, kernel by kernel. Cell "1.0.2 5.1-open" does not start, because the same
-	// build failed for kernel 1.0.1 already.
+	// The cells start kernel by kernel. Cell "1.0.2 5.1-open" does not start, because the same build failed for kernel
+	// 1.0.1.
 	if diff := cmp.Diff([]string{"1.0.1 5.1-proprietary", "1.0.1 5.1-open", "1.0.2 5.1-proprietary",
 		"1.0.1 9.9-proprietary"}, w.began); diff != "" {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// Run may or may not fetch kernel 2.0.1. The kernel's only open cell needs driver 9.9 with the open flavour, which
-	// does not exist. If the driver arrives first, the cell fails at once, and no cell needs the kernel.
+	// Run may or may not fetch kernel 2.0.1. Its only cell fails at once if driver 9.9, which lacks the flavour, arrives
+	// first.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)
@@ -263,8 +263,7 @@ func testRun(t *testing.T) {
 	}
 }
 
-// If a destination does not answer, nobody knows whether it has the cell. So Status returns an error, and Run makes the
-// cell.
+// If a destination does not answer, Status returns an error, and Run makes the cell.
 func TestUnknown(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}
@@ -285,8 +284,8 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// After a temporary failure of a cell, Run pauses and then tries the cell again. Other cells run during the pause. If a
-// cell ran out of memory, Run tries it again only when no other cell runs.
+// After a temporary failure, Run pauses and tries the cell again; other cells run meanwhile. A cell that ran out of
+// memory runs alone.
 func TestAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -328,8 +327,7 @@ func TestAgain(t *testing.T) {
 	})
 }
 
-// A kernel or driver that cannot be fetched fails only the cells that need it. A temporary failure of a fetch is
-// tried again.
+// A failed fetch fails only the cells that need the input. A temporary failure is tried again.
 func TestFetchTrouble(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -414,8 +412,7 @@ func TestStoppingFetch(t *testing.T) {
 	})
 }
 
-// If all failures have one class, the exit code is the code of that class. Failures of several classes have one common
-// code. Early warnings do not count.
+// The exit code is the code of the failures' class. Several classes have one common code. Early warnings do not count.
 func TestErr(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -450,7 +447,7 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// Events arrive one at a time. Each event has the counts of the time at which it was sent.
+// Events arrive one at a time, with the counts of their time.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations has the places where artifacts are published, and the keys that are trusted there.
+// Destinations has the places where artifacts are published, and the trusted keys.
 type Destinations struct {
 	Repositories []*registry.Repository
 	// Buckets hold the published tarballs of the artifacts in Repositories.
@@ -29,12 +29,13 @@ type Destinations struct {
 	seen map[string]bool // REPOSITORY@DIGEST of each layer that was found in its repository
 }
 
-// Published returns the digest of a cell's artifact if every destination has the artifact. Each
-// repository must have the tag of the cell's COS build and the complete artifact. A trusted key
-// must have signed the provenance and the kernel match. Each bucket must have the published tarball
-// of the artifact. Published returns "" if one destination lacks any of these. Published does not
-// compare the inputs of the artifact with the files in the input buckets, because the inputs of a
-// BUILD_ID and of a driver version never change.
+// Published returns the digest of a cell's artifact if every destination has the artifact, otherwise "". This means:
+//   - Each repository has the tag of the cell's COS build and the complete artifact.
+//   - A trusted key signed the provenance and the kernel match.
+//   - Each bucket has the artifact's tarball.
+//
+// Published does not compare the artifact's inputs with the input buckets, because the inputs of a BUILD_ID and of a
+// driver version never change.
 func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
 	if len(p.Repositories) == 0 {
 		return "", nil
@@ -96,8 +97,8 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// checkLayer returns an error if a repository does not have a layer. Many artifacts share a layer, so checkLayer asks a
-// repository only once for each digest.
+// checkLayer returns an error if a repository does not have a layer. It asks only once for each digest, because many
+// artifacts share a layer.
 func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()

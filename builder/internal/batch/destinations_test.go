@@ -155,8 +155,7 @@ func (f facts) Fact(kind, key string) ([]byte, bool) {
 	return v, ok
 }
 
-// Find finds a stored failure for the same inputs, whatever their BUILD_ID is. It does not find the failure if an input
-// has changed.
+// Find finds a stored failure for the same inputs, even with another BUILD_ID. It does not find it for changed inputs.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	cos := func(build string) files {

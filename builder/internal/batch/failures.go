@@ -15,14 +15,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// facts is the part of the cache that FailureStore needs. A fact is a small value that the cache
-// stores under a kind and a key.
+// facts is the part of the cache that FailureStore needs. A fact is a small value under a kind and a key.
 type facts interface {
 	PutFact(kind, key string, value []byte) error
 	Fact(kind, key string) ([]byte, bool)
 }
 
-// smallReader is the part of a bucket that FailureStore needs. ReadSmall reads an object of at most limit bytes.
+// smallReader is the part of a bucket that FailureStore needs. limit is in bytes.
 type smallReader interface {
 	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
 }
@@ -32,32 +31,27 @@ const (
 	maxSumFile  = 4 << 10 // limit for one checksum file, in bytes
 )
 
-// FailureStore stores permanent failures in the cache, so that a later run does not compile a cell
-// that must fail again. The key of a failure is a digest over the checksums that the buckets publish
-// for headers, toolchain and runfile. So Find neither fetches nor unpacks these files. If a bucket
-// does not publish these checksums, every run tries the cell again. A run also tries the cell again
-// if the builder's version, [compile.Recipe], a setting or an input has changed.
+// FailureStore stores permanent failures in the cache, so that a later run does not compile a cell that must fail
+// again. The key covers the checksums that the buckets publish for headers, toolchain and runfile, so Find does not
+// fetch these files. Without these checksums, every run tries the cell again. A run with another builder version,
+// [compile.Recipe], setting or input also tries the cell again.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers smallReader
 	// Version is the version of this program.
 	Version string
-	// BTF is true if the modules get BTF. Then the key also covers vmlinux, because a build with BTF reads the kernel's
-	// types from vmlinux.
+	// BTF is true if the modules get BTF. Then the key also covers vmlinux, which has the kernel's types.
 	BTF bool
-	// Settings is a text with all settings that can decide whether a build fails. The key covers
-	// Settings, because a failed cell may succeed with other settings.
+	// Settings is a text with all settings that can decide whether a build fails. The key covers it.
 	Settings string
 	// Signatures returns the names of the objects in the kernel bucket that may have signatures for a driver's modules.
-	// With nil, there are no such objects. These objects may appear later and may be replaced, so the key covers their
-	// checksums.
+	// The objects may change later, so the key covers their checksums. Nil means no objects.
 	Signatures func(k target.Kernel, version string) []string
 	// If Forget is true, Find finds no failure. Remember still stores failures.
 	Forget bool
 }
 
-// key returns the key of a cell's failure. The key is "" if a bucket does not publish a checksum
-// that the key needs, or does not answer.
+// key returns the key of a cell's failure. It is "" if a bucket does not answer or lacks a needed checksum.
 func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
@@ -94,8 +88,7 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Find returns the stored failure of a cell with the same inputs. The second result is false if no
-// failure is stored.
+// Find returns the stored failure of a cell with the same inputs. It returns false if there is none.
 func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	if m.Forget {
 		return Failure{}, false

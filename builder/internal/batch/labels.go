@@ -22,14 +22,12 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// Label sets the labels of every kernel of a plan in every bucket. A label, such as LATEST or R535,
-// is a name under which Google's installer finds a driver version for a COS build. The labels come
-// from the wish list and from COS. builder is the URI of this builder. Label removes each label that
-// this builder set before, if neither the wish list nor COS has that label now. Kernels outside the
-// plan keep their labels.
+// Label sets the labels of every kernel of a plan in every bucket. A label, such as LATEST or R535, is a name under
+// which Google's installer finds a driver version. The labels come from the wish list and from COS. Labels that this
+// builder set before are removed if nobody wants them now. Kernels outside the plan keep their labels.
 //
-// If Label fails for one kernel, it still sets the labels of the other kernels. A label stays
-// unchanged if its driver version is not published. Label calls note for each such label.
+// If Label fails for one kernel, it still sets the labels of the others. If a label's driver version is not published,
+// the label stays unchanged, and the callback gets a line about it.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fakeCOS is a fake COS release bucket. It maps a BUILD_ID to the driver version with the label DEFAULT. The version
-// "down" stands for a bucket that does not answer.
+// fakeCOS is a fake COS release bucket: the version with the label DEFAULT for each BUILD_ID. "down" stands for a
+// bucket that does not answer.
 type fakeCOS map[string]string
 
 func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
@@ -34,8 +34,8 @@ func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverLi
 	}
 }
 
-// The labels of a wish list are set for every COS build in every bucket. Labels that the wish list
-// no longer contains are removed.
+// The labels of a wish list are set for every COS build in every bucket. Labels that the wish list no longer contains
+// are removed.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestOrder checks the order in which several workers start cells. A cell waits while a running cell is the first one
-// with the same kernel or driver, as long as another cell can start. Each step first ends the running cell in its field
-// end, if there is one, and then starts a cell.
+// TestOrder checks the order in which several workers start cells. A cell waits while a running cell is the first with
+// the same kernel or driver, if another cell can start. Each step ends a running cell, if there is one, and starts a
+// cell.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	p := &plan.Plan{}
@@ -88,8 +88,7 @@ func TestLateTwin(t *testing.T) {
 	}
 }
 
-// While one attempt ends, another worker may look for work. That worker must start neither the same
-// cell again nor another cell of the same build.
+// While one attempt ends, another worker must start neither the same cell nor another cell of the same build.
 func TestNothingIsBegunMeanwhile(t *testing.T) {
 	t.Parallel()
 	var cells []plan.Cell

@@ -38,11 +38,9 @@ type Job struct {
 	Attempts int      `json:"attempts,omitempty"`
 	Seconds  float64  `json:"seconds"`
 	Failure  *Failure `json:"failure,omitempty"`
-	// Known is true if the failure comes from the FailureStore: an earlier run with the same inputs failed in this way.
+	// Known is true if the failure is from an earlier run with the same inputs.
 	Known bool `json:"known,omitempty"`
-	// Like is set if this cell failed without an attempt of its own, because another cell of the same build failed before.
-	// Like is the kernel of that other cell. Both kernels have the same fingerprint, so this cell would fail in the same
-	// way.
+	// Like is the kernel of another cell of the same build that failed before. This cell then failed without an attempt.
 	Like   string           `json:"like,omitempty"`
 	Log    string           `json:"log,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
@@ -81,7 +79,7 @@ type Count struct {
 // Report is the result of a run.
 type Report struct {
 	Jobs []*Job `json:"cells"`
-	// States has the number of cells in each state. Failures has the number of failed cells of each class.
+	// States has the number of cells in each state. Failures has the number of failed cells by class.
 	States   map[State]int `json:"states"`
 	Failures []Count       `json:"failures,omitempty"`
 	Notes    []string      `json:"notes,omitempty"`
@@ -114,9 +112,8 @@ func (f *runner) report(p *plan.Plan) *Report {
 	return r
 }
 
-// Err returns nil if no cell failed. Failed early warnings do not count. If all failures have one
-// class, the error has this class as its kind. If the classes differ, the kind is fault.Several. If
-// the run was stopped, the kind is fault.Cancelled, whatever failed before.
+// Err returns nil if no cell failed; early warnings do not count. If all failures have one class, the error has this
+// class as its kind. Otherwise the kind is fault.Several. If the run was stopped, the kind is always fault.Cancelled.
 func (r *Report) Err() error {
 	failed, kinds := 0, []fault.Kind{}
 	for _, c := range r.Failures {

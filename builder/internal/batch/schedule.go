@@ -35,8 +35,7 @@ type job struct {
 	pauses         *backoff.ExponentialBackOff
 }
 
-// buildKey identifies the cells of the same build (see the package comment). They have the same
-// outcome.
+// buildKey identifies the cells of the same build (see the package comment).
 type buildKey struct {
 	fingerprint target.Fingerprint
 	driver      target.Driver
@@ -44,8 +43,8 @@ type buildKey struct {
 
 func (j *job) buildKey() buildKey { return buildKey{j.kernel.fingerprint, j.Cell.Driver} }
 
-// ready reports whether the cell can be built: both inputs arrived without an error, and the driver
-// has the cell's flavour. The caller holds runner.mu.
+// ready reports whether the cell can be built: both inputs arrived, and the driver has the flavour. The caller holds
+// runner.mu.
 func (j *job) ready() bool {
 	return j.kernel.arrived && j.driver.arrived && j.kernel.err == nil && j.driver.err == nil &&
 		slices.Contains(j.driver.flavours, j.Cell.Driver.Flavour)
@@ -61,7 +60,7 @@ type runner struct {
 	changed   chan struct{}     // closed and replaced at each change, to wake waiting workers
 	done      int               // number of cells that have a state
 	ended     bool              // no further input will arrive
-	warm      map[any]bool      // fingerprints and driver versions of finished cells; their cached results can be reused
+	warm      map[any]bool      // fingerprints and driver versions of finished cells
 	failed    map[buildKey]*job // permanently failed builds
 	lookupErr error             // the first error of a lookup
 }
@@ -102,8 +101,7 @@ func (f *runner) stopping(ctx context.Context) bool {
 	}
 }
 
-// claim returns the input if a cell needs it and no other fetch has claimed it. Otherwise it
-// returns nil.
+// claim returns the input if a cell needs it and no other fetch has claimed it, otherwise nil.
 func (f *runner) claim(in *input) *input {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -115,9 +113,9 @@ func (f *runner) claim(in *input) *input {
 	return in
 }
 
-// endFetch records the end of a fetch. The function keep stores what the fetch returned. endFetch also gives a final
-// state to each cell that cannot be built any more. There are three reasons: the fetch of the cell's input failed, the
-// driver lacks the flavour, or another cell of the same build has failed.
+// endFetch records the end of a fetch; the callback stores what the fetch returned. A cell gets its final state if it
+// cannot be built any more: the fetch failed, the driver lacks the flavour, or another cell of the same build has
+// failed.
 func (f *runner) endFetch(ctx context.Context, in *input, keep func(), err error) {
 	f.mu.Lock()
 	in.arrived, in.err = true, err
@@ -191,9 +189,8 @@ func (f *runner) next(ctx context.Context) *job {
 	}
 }
 
-// pick returns the best cell that may start now, or nil. wait is the time until the next pause of a
-// cell ends; 0 means that no cell pauses. open says that a cell can start now or may become ready
-// later. The caller holds f.mu.
+// pick returns the best cell that may start now, or nil. The result wait is the time until the next pause ends; 0 means
+// no pause. The result open is true if a cell can start now or later. The caller holds f.mu.
 func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) {
 	running := map[buildKey]bool{}
 	busy := map[any]bool{}
@@ -232,10 +229,9 @@ func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) 
 	return best, wait, open
 }
 
-// cost returns the rank of a cell that may start; the lowest cost starts first. The cost is high if
-// a running cell is the first one with the same kernel or driver, because j would do the same work
-// at the same time. The cost is low if kernel and driver are warm, that is, a finished cell left
-// results in the cache. Cells with equal cost start in the plan's order, kernel by kernel.
+// cost returns the rank of a cell that may start. The lowest cost starts first; cells with equal cost start in the
+// plan's order. The cost is high if a running cell is the first with the same kernel or driver: both would do the same
+// work. The cost is low if kernel and driver are warm: a finished cell left results in the cache.
 func (f *runner) cost(j *job, busy map[any]bool) int {
 	cost := 0
 	for weight, key := range []any{j.Cell.Driver.Version, j.kernel.fingerprint} {
@@ -253,8 +249,8 @@ func (f *runner) cost(j *job, busy map[any]bool) int {
 	return cost
 }
 
-// endAttempt records the outcome of one attempt. It makes all changes under one lock. Otherwise another worker could
-// start the same cell again between two changes, or another cell of the same build.
+// endAttempt records the outcome of one attempt. All changes are under one lock. Otherwise another worker could start
+// the same cell, or another cell of the same build, between two changes.
 func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
 	j.running = false
@@ -306,7 +302,7 @@ func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, e
 	}
 }
 
-// failAlike gives a cell the failure of the cell of the same build that failed first.
+// failAlike gives a cell the failure of another cell of the same build.
 func (f *runner) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
 	first := f.failed[twin.buildKey()]
@@ -327,9 +323,8 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 	}
 }
 
-// stateOf returns the state of a cell that ended with this failure. If the driver's release does not have the flavour,
-// the state depends on the wish list. The cell is Failed if the flavour is in its own wish. The cell is Unavailable if
-// the flavour is only in the general list of flavours.
+// stateOf returns the state of a cell that ended with this failure. If the release lacks the flavour, the cell is
+// Failed if its own wish names the flavour. It is Unavailable if only the general list of flavours does.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:

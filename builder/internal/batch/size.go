@@ -10,16 +10,16 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// CellMemory is the memory that one cell may need, in bytes. The load test needs most: its virtual machine has 3 GiB,
-// and the programs around it need 0.5 GiB. The compile step runs about four compilers, which need less.
+// CellMemory is the memory that one cell may need, in bytes. The load test needs most: 3 GiB for its virtual machine,
+// and 0.5 GiB for the programs around it.
 const CellMemory = 3584 << 20
 
-// jobsPerCell is the number of processors that one cell uses well. Further processors would be idle
-// during the single-threaded steps (link, pack, load test), so they do more work for a second cell.
+// jobsPerCell is the number of processors that one cell uses well. More would be idle in the single-threaded steps
+// (link, pack, load test).
 const jobsPerCell = 4
 
-// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each cell. For
-// parallel and jobs, 0 means that Size chooses. memory is in bytes; 0 means unknown.
+// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each. If parallel
+// or jobs is 0, Size chooses. memory is in bytes; 0 means unknown.
 func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	cores = max(cores, 1)
 	if parallel <= 0 {
@@ -35,8 +35,8 @@ func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	return parallel, jobs
 }
 
-// ExtraCells returns the number of cells that may run in addition to the ones that compile. It is
-// one if the user gave no number and memory has room for another cell, and 0 otherwise.
+// ExtraCells returns the number of cells that may run besides the cells that compile. It is 1 if the user gave no
+// number and memory has room for another cell, and 0 otherwise.
 func ExtraCells(parallel, cells int, memory uint64) int {
 	if parallel > 0 || memory/CellMemory <= uint64(cells) {
 		return 0
@@ -47,10 +47,9 @@ func ExtraCells(parallel, cells int, memory uint64) int {
 // Cores returns the number of processors that this process may use.
 func Cores() int { return runtime.GOMAXPROCS(0) }
 
-// FreeMemory returns the memory in bytes that this process may still use: the machine's available
-// memory, or the rest of the control group's limit if the rest is less. root is the folder with proc
-// and sys: "/", or a copy in tests. 0 means unknown. If the limit leaves no memory, FreeMemory
-// returns 1, which is too little for any cell.
+// FreeMemory returns the memory in bytes that this process may still use: the machine's available memory, or the rest
+// of the control group's limit if that is less. root is the folder with proc and sys. 0 means unknown. If the limit
+// leaves no memory, FreeMemory returns 1.
 func FreeMemory(root string) uint64 {
 	var free uint64
 	if fs, err := procfs.NewFS(filepath.Join(root, "proc")); err == nil {
@@ -61,12 +60,11 @@ func FreeMemory(root string) uint64 {
 	group := filepath.Join(root, "sys", "fs", "cgroup")
 	limit, ok := number(filepath.Join(group, "memory.max"))
 	used, _ := number(filepath.Join(group, "memory.current"))
-	// The use includes the page cache. The kernel frees the inactive part of the page cache before it refuses memory.
-	// So this part counts as free here, as in kubelet's "working set".
+	// The kernel frees inactive page cache before it refuses memory, so it counts as free, as in kubelet's "working set".
 	used -= min(used, inactiveFile(filepath.Join(group, "memory.stat")))
 	if ok {
 		left := uint64(1)
-		if limit > used { // a group may use more than its limit, for example after the limit was lowered
+		if limit > used { // a group may use more than its limit
 			left = limit - used
 		}
 		if free == 0 || left < free {
@@ -76,8 +74,8 @@ func FreeMemory(root string) uint64 {
 	return free
 }
 
-// number reads a file with one number. The second result is false if the file cannot be read or has
-// no number. A control group without a limit has the text max in place of a number.
+// number reads a file with one number. It returns false for anything else, such as max for a control group without a
+// limit.
 func number(file string) (uint64, bool) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -88,7 +86,7 @@ func number(file string) (uint64, bool) {
 }
 
 // inactiveFile reads inactive_file of a control group's memory.stat, in bytes (cgroup-v2.rst of the kernel's
-// documentation). If the kernel does not report this value, inactiveFile returns 0.
+// documentation). It returns 0 if the kernel does not report it.
 func inactiveFile(file string) uint64 {
 	text, err := os.ReadFile(file)
 	if err != nil {

@@ -21,12 +21,12 @@ import (
 
 // Facts are the facts about a kernel that its vmlinux contains.
 type Facts struct {
-	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several such texts in a vmlinux,
-	// and the first text may be incomplete.
+	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several of them, and the first may
+	// be incomplete.
 	Banners []string
 	// BuildID is the GNU build id in hex, or "" if there is none.
 	BuildID string
-	// Config is the configuration that CONFIG_IKCONFIG put into the kernel. Config is nil without that option.
+	// Config is the configuration that CONFIG_IKCONFIG put into the kernel, or nil.
 	Config []byte
 }
 
@@ -46,8 +46,7 @@ var (
 
 const hintHeaders = "check that kernel-headers.tgz is the header archive of a COS build"
 
-// ReadFacts reads the facts from a vmlinux. If the file does not have the form of a vmlinux, the error has the kind
-// [fault.Unsupported].
+// ReadFacts reads the facts from a vmlinux. If the file is not a vmlinux, the error has the kind [fault.Unsupported].
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
@@ -102,8 +101,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID returns the GNU build id in hex, or "" if there is none. The note with this id has type 3 (NT_GNU_BUILD_ID in
-// elf.h) and the name GNU. In a kernel, the section .notes contains this note and other notes.
+// buildID returns the GNU build id in hex, or "". The note has type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -133,15 +131,17 @@ func buildID(file *elf.File) string {
 
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
-// ErrOtherRun means that kernel and headers have the same release and configuration, but come from two runs of make:
-// the user, the host, the time or the build number differs. Callers may accept such a kernel, because a bucket may have
-// an image and headers from different runs of make.
+// ErrOtherRun means that kernel and headers have the same release and configuration, but come from two runs of make.
+// Callers may accept this, because a bucket may have an image and headers from different runs.
 var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
-// Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. The releases must be
-// equal. If the kernel contains its configuration, the configurations must be equal. If the tree says who built the
-// kernel, when, and under which build number, these facts must be equal. If only these last facts differ, the error
-// also wraps [ErrOtherRun].
+// Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. It compares:
+//
+//   - the releases;
+//   - the configurations, if the kernel contains its own;
+//   - who built the kernel, when, and under which build number, if the tree says so.
+//
+// If only the last facts differ, the error also wraps [ErrOtherRun].
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -218,8 +218,7 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, whose values in the two configurations differ. If the
-// configurations are equal, it returns "".
+// firstDifference returns the first option, by name, whose values differ, or "".
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

@@ -1,8 +1,7 @@
-// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. The package also
-// reports whether a vmlinux is the kernel to which a header tree belongs.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. It also reports
+// whether a vmlinux is the kernel of a header tree.
 //
-// The package refuses to guess. For a file with another layout, or with the version text of another COS build, the
-// package returns an error that says what differs.
+// The package never guesses. An unknown layout, or the version text of another COS build, is an error.
 package bootimage
 
 import (
@@ -19,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe is the version number of the code that makes images. It is part of cache keys. Raise the number whenever Write
-// makes another image from the same vmlinux.
+// Recipe is part of cache keys. Raise its number when Write makes another image from the same vmlinux.
 const Recipe = "bootimage-1"
 
 // entryCode is the assembled entry.S. A test assembles entry.S again and compares.
@@ -28,8 +26,8 @@ const Recipe = "bootimage-1"
 //go:embed entry.bin
 var entryCode []byte
 
-// The machine loads the entry code, boot_params and the page tables together at the address entryAt. All three are
-// below the segments of the kernel. All sizes are in bytes.
+// The machine loads the entry code, boot_params and the page tables together at entryAt, below the segments of the
+// kernel. All sizes are in bytes.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
@@ -49,11 +47,13 @@ func badVMLinux(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
 }
 
-// Write writes an image that qemu's -kernel accepts. For amd64 the image is an ELF file with the kernel's own segments
-// and Prebake's entry code. The PVH note of the image has the address of this entry code, so every kernel boots, with
-// or without a PVH entry of its own. For arm64 the image is the kernel's Image: the same file that objcopy -O binary
-// makes from vmlinux. If vmlinux does not have the form of a kernel for arch, the error has the kind
-// [fault.Unsupported].
+// Write writes an image that qemu's -kernel accepts:
+//
+//   - for amd64 an ELF file with the kernel's segments and Prebake's entry code, whose address is in the PVH note. So
+//     every kernel boots, with or without a PVH entry of its own;
+//   - for arm64 the kernel's Image, as objcopy -O binary makes it from vmlinux.
+//
+// If vmlinux is not a kernel for the architecture, the error has the kind [fault.Unsupported].
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
@@ -89,15 +89,15 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	return writeELF(out, f.Entry, load)
 }
 
-// These constants are offsets in the header of an arm64 Image (Documentation/arm64/booting.rst). The linked kernel
-// begins with the same header.
+// Offsets in the header of an arm64 Image (Documentation/arm64/booting.rst). The linked kernel begins with the same
+// header.
 const (
 	atImageSize  = 16 // 8 bytes: the memory that the kernel needs
 	atImageMagic = 56
 )
 
-// writeFlat writes each segment at its place in memory. If a segment is incomplete, writeFlat returns an error, because
-// such a kernel would start and then hang.
+// writeFlat writes each segment at its place in memory. An incomplete segment is an error, because the kernel would
+// start and then hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
 		n, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()) //nolint:gosec // bounded by maxMemory
@@ -120,9 +120,11 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	return nil
 }
 
-// entry returns the content of the memory at entryAt. It has three parts: the entry code; the constants of boot_params
-// (Documentation/x86/boot.rst); and page tables that map 4 GiB of memory one to one. The entry code contains kernel,
-// the address of the kernel's own entry.
+// entry returns the content of the memory at entryAt:
+//
+//   - the entry code, with the address of the kernel's own entry;
+//   - the constants of boot_params (Documentation/x86/boot.rst);
+//   - page tables that map 4 GiB one to one.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)

@@ -20,8 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// TestEntry checks that the embedded code is the assembled entry.S. deploy/e2e shows on real kernels that the code
-// starts them, with and without a PVH entry of their own.
+// TestEntry checks that the embedded code is the assembled entry.S.
 func TestEntry(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"as", "ld"} {
@@ -48,8 +47,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel makes an ELF file for this processor with the machine's compiler and linker. The file contains the banner, and
-// its first segment is at the address in the argument at. A real x86 kernel is at 0x1000000.
+// kernel makes an ELF file with the banner, and its first segment at the given address. A real x86 kernel is at
+// 0x1000000.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -93,8 +92,7 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
 	"UTC 2025"
 
-// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note with the
-// address of the entry code.
+// TestWrite checks the kernel's segments, the entry code and the note in the image.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	vmlinux := kernel(t, banner, "0x1000000")
@@ -185,7 +183,7 @@ func linkSegments(parts ...part) []byte {
 	return out.Bytes()
 }
 
-// arm64Head returns the beginning of an Image: a branch, the size of the memory that it needs, and the magic number.
+// arm64Head returns the beginning of an Image: a branch, the size of the needed memory, and the magic number.
 func arm64Head(memory uint64) []byte {
 	b := make([]byte, 0x1000)
 	copy(b, "\x01\x00\x00\x14")
@@ -197,9 +195,8 @@ func arm64Head(memory uint64) []byte {
 // arm64Base is an address to which arm64 kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// TestWriteFlat checks that an Image has each segment at the segment's place in memory, with zeros between the
-// segments. The Image must end before the memory that has no data in the file, because the kernel clears that memory
-// itself.
+// TestWriteFlat checks that an Image has each segment at its place, with zeros between. Memory without data in the file
+// is not part of the Image, because the kernel clears it.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
@@ -234,8 +231,7 @@ func TestWriteFlat(t *testing.T) {
 	}
 }
 
-// TestWriteFlatAsObjcopy compares the Image with the output of binutils for the same file. The kernel's own Makefile
-// makes an Image in this way.
+// TestWriteFlatAsObjcopy compares the Image with the output of objcopy, which the kernel's own Makefile uses.
 func TestWriteFlatAsObjcopy(t *testing.T) {
 	t.Parallel()
 	const prefix = "aarch64-linux-gnu-"
@@ -409,8 +405,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestConfigInside reads the configuration inside a vmlinux. A configuration that is larger than any kernel's is
-// refused, because its first part alone would look like the configuration of another kernel.
+// TestConfigInside reads the configuration inside a vmlinux. A configuration that is too large is refused, because its
+// first part alone would look like another kernel's configuration.
 func TestConfigInside(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -1,11 +1,12 @@
-// Package btf reads BTF, the description of types that a kernel and its modules contain for tracers. The package
-// extracts the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the
-// numbers of the module's types and strings continue where the kernel's numbers end. Under the BTF of another kernel,
-// the same numbers mean other types and strings. A kernel without CONFIG_MODULE_ALLOW_BTF_MISMATCH refuses such a
-// module. A kernel with this option loads the module and ignores the module's BTF.
+// Package btf reads BTF, the description of types that kernels and modules contain for tracers. It extracts the BTF of
+// a kernel from vmlinux and compares a module's BTF with it.
 //
-// The package refuses to interpret types. It visits each type once and follows no reference from one type to another,
-// so that no input causes deep recursion or long run times. Only kernel and tracers need the meaning of a type.
+// The BTF of a module is split: the numbers of its types and strings continue where the kernel's numbers end. Under the
+// BTF of another kernel, these numbers mean other types. A kernel with CONFIG_MODULE_ALLOW_BTF_MISMATCH ignores the BTF
+// of this module. A kernel without it refuses the module.
+//
+// The package does not interpret types. It visits each type once and follows no reference to another type, so no input
+// causes deep recursion or long run times.
 package btf
 
 import (
@@ -20,15 +21,13 @@ import (
 // Section is the name of the ELF section with the types of a kernel or a module.
 const Section = ".BTF"
 
-// maxSize is the largest size of the BTF in one file, in bytes. The BTF of a distribution's kernel with all built-in
-// drivers has 6 MB.
+// maxSize is the maximum size of the BTF in one file, in bytes. A distribution's kernel has 6 MB.
 const maxSize = 64 << 20
 
 // ErrNone means that a file has no BTF.
 var ErrNone = errors.New("the file has no section " + Section)
 
-// Read returns the BTF of an ELF file. Read reads only the ELF headers and the section .BTF. If this section is
-// missing, the error is [ErrNone].
+// Read returns the BTF of an ELF file: its section .BTF. If this section is missing, the error is [ErrNone].
 func Read(r io.ReaderAt) ([]byte, error) {
 	f, err := elf.NewFile(r)
 	if err != nil {
@@ -94,14 +93,14 @@ const (
 	kindEnum64    = 19
 )
 
-// form describes the data of one kind of type. Every type begins with a head of three words of 4 bytes; the first word
-// is the type's name. A part of a type is a member, an enumerator, an argument or a variable.
+// form describes the data of one kind of type. Every type begins with a head of three 4-byte words; the first is its
+// name. The parts of a type are members, enumerators, arguments or variables.
 type form struct {
 	refers bool // the third word of the head is the number of a type
 	tail   int  // bytes after the head of a type that has no parts
 	each   int  // bytes after the head for each part of the type
-	// name is the position of a name within a part or within the tail, in words; -1 means none. types has the positions of
-	// the type numbers within a part or within the tail, in words.
+	// name and types are the positions of the name and of the type numbers within a part or the tail, in words. -1 means
+	// no name.
 	name  int
 	types []int
 }
@@ -134,8 +133,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF whose numbers continue where the numbers of base end. It checks type numbers as strictly as the
-// kernel does. It checks names more strictly than the kernel: a name must begin at the start of a string.
+// parse reads BTF that continues the numbers of base. It checks type numbers as strictly as the kernel, and names more
+// strictly: a name must begin at the start of a string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
@@ -243,8 +242,7 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName returns an error if no string begins at an offset. An offset below the size of the kernel's table of
-// strings (base) is in this table. Higher offsets continue in the table of t.
+// checkName returns an error if no string begins at an offset. The strings of t continue after the strings of base.
 func (t *Types) checkName(offset uint32, base *Types) error {
 	table, i := base.strings, uint64(offset)
 	if i >= uint64(len(table)) {

@@ -34,9 +34,8 @@ func edit(data []byte, index int, value uint32) []byte {
 	return out
 }
 
-// first is the index of the first word after the header, where the first type begins. The first type is an int of four
-// words: name, kind with number of parts, size, and the bits of the int. The second type, a pointer, begins at the word
-// with the index pointer.
+// first is the index of the first word after the header. The first type is an int of four words: name, kind with number
+// of parts, size, bits. The second type begins at the index pointer.
 const first, pointer = 6, 10
 
 func TestCheck(t *testing.T) {
@@ -54,7 +53,7 @@ func TestCheck(t *testing.T) {
 		if err := binary.Write(&added, binary.LittleEndian, append(head, words...)); err != nil {
 			t.Fatal(err)
 		}
-		// The new type replaces the first pointer. A pointer is as long as the head of the new type.
+		// The new type replaces the first pointer, which is as long as its head.
 		return append(out[:4*pointer:4*pointer], append(added.Bytes(), out[4*pointer+12:]...)...)
 	}
 	for _, row := range []struct {

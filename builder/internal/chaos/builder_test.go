@@ -32,8 +32,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asBuilder is the environment variable that makes this test program run as a builder. The variable's value is a
-// [builder] as JSON.
+// asBuilder is the environment variable that makes this test program a builder. Its value is a [builder] as JSON.
 const asBuilder = "PREBAKE_CHAOS_BUILDER"
 
 func TestMain(m *testing.M) {
@@ -52,7 +51,7 @@ type builder struct {
 	ID, State, Queue, Server, Token string
 	// Events is the folder with the file of notes, to which all builders write.
 	Events string
-	// Phase is the longest duration of one phase. A build has three phases.
+	// Phase is the maximum duration of one phase. A build has three phases.
 	Phase time.Duration
 }
 
@@ -74,7 +73,7 @@ type note struct {
 	Cell string
 	Pid  int
 	At   time.Time
-	// What has one of the values begin, end and broken. The value broken means that the build ended without an artifact.
+	// What is begin, end or broken. broken means that the build ended without an artifact.
 	What string
 }
 
@@ -103,13 +102,12 @@ func number(buildID string) int {
 	return n
 }
 
-// apiBreak reports whether a cell does not compile. trouble reports whether the first attempt of a cell has a transient
-// failure. By the cell's number, each of the two is true for one cell in ten.
+// apiBreak reports whether a cell does not compile. trouble reports whether a cell's first attempt has a transient
+// failure.
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
-// build replaces the pipeline. It takes some time, writes a log and pushes an artifact. Each artifact has random
-// content. So a second artifact of the same cell has another digest, by which the test notices it.
+// build replaces the pipeline. Each artifact has random content, so a second artifact of a cell has another digest.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID
@@ -166,8 +164,8 @@ func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	return res, err
 }
 
-// publish pushes an artifact under the cell's tag. If another artifact has the tag already, publish returns the digest
-// of this artifact. If the registry does not answer, publish retries for some seconds, as the package publish does.
+// publish pushes an artifact under the cell's tag. If another artifact has the tag already, it returns that artifact's
+// digest. While the registry does not answer, it retries for some seconds.
 func (b builder) publish(ctx context.Context, cell string) (digest string, err error) {
 	ref, err := tagOf(b.Server, cell)
 	if err != nil {

@@ -23,19 +23,18 @@ import (
 type size struct {
 	// workers is the number of builders.
 	jobs, workers int
-	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
+	// phase is the maximum duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// If long is true, there are two more kinds of faults: builders that end for good, and builders that stop for so long
-	// that the farm considers them dead. After each such fault, the farm needs up to a minute before it continues the
-	// builds.
+	// If long is true, some builders end for good, and others stop until the farm considers them dead. After these faults
+	// the farm needs up to a minute.
 	long bool
 }
 
-// shortRun is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
+// shortRun is the size of the run among the other tests.
 var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
 // TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
-// exactly once, or must have failed with a reason.
+// once, or have failed with a reason.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -94,9 +93,8 @@ func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// injectFaults requests all cells and injects faults in rounds. A round has at least one fault for each part of the
-// farm. A short run ends after one round. A long run begins further rounds until at most one cell in twenty is open. At
-// the end injectFaults waits for the remaining cells.
+// injectFaults requests all cells, injects faults in rounds, and waits for the remaining cells. A long run has rounds
+// until at most one cell in twenty is open.
 func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -139,8 +137,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// requestCells requests every cell, as a planner or a node would. It repeats each request until the server accepts the
-// request.
+// requestCells requests every cell until the server accepts the request.
 func (s *faultRun) requestCells(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
@@ -183,7 +180,7 @@ func (s *faultRun) openCells(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// roundFaults returns the faults of one round. Each of the returned functions injects one fault.
+// roundFaults returns the faults of one round, each as a function that injects it.
 func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
@@ -257,8 +254,8 @@ func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	return all
 }
 
-// leftInQueue returns the number of jobs that the queue still offers. It waits up to a minute, so that the server's
-// sweep can remove the jobs of builds that have ended.
+// leftInQueue returns the number of jobs that the queue still offers. It waits up to a minute for the server's sweep,
+// which removes the jobs of ended builds.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

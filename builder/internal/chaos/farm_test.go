@@ -110,7 +110,7 @@ func (f *farm) startBuilder(t *testing.T) {
 	}))
 }
 
-// startPostgres starts a PostgreSQL server that belongs to this farm, and returns its URL. The test may kill it.
+// startPostgres starts a PostgreSQL server for this farm, and returns its URL.
 func (f *farm) startPostgres(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
@@ -149,7 +149,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	if err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	// fsync can be off. A killed process loses nothing that it wrote, synced or not, because the machine keeps running.
+	// fsync can be off: a killed process loses nothing that it wrote, because the machine keeps running.
 	f.postgres = launch(t, f.dir, "postgres", func() *exec.Cmd {
 		return command("postgres", "-D", data, "-c", "listen_addresses=", "-c", "unix_socket_directories="+socket,
 			"-c", "fsync=off", "-c", "min_wal_size=2MB", "-c", "max_wal_size=32MB", "-c", "max_connections=60")
@@ -157,9 +157,8 @@ func (f *farm) startPostgres(t *testing.T) string {
 	return "postgres://prebake@/postgres?host=" + socket
 }
 
-// postgresUser returns the user that runs PostgreSQL. If the test runs as root, this is the user of PostgreSQL's
-// package, because PostgreSQL refuses to run as root. The given folders then get this user as their owner. Otherwise
-// postgresUser returns nil, and PostgreSQL runs as the user of the test.
+// postgresUser returns a user for PostgreSQL, which refuses to run as root, and makes it the owner of the given
+// folders. If the test does not run as root, postgresUser returns nil.
 func postgresUser(folders ...string) (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil

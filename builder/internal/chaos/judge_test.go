@@ -21,14 +21,13 @@ import (
 // verdict is the result of a run.
 type verdict struct {
 	jobs, published, failed int
-	// doubled has the cells that were published more than once. lost has the cells that are neither published nor failed
-	// with a reason. left is the number of jobs that are in the queue at the end.
+	// doubled cells were published more than once. lost cells are neither published nor failed with a reason. left is the
+	// number of jobs in the queue at the end.
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // number of failures by class
-	// interrupted is the number of attempts that were running in a builder when a fault hit that builder. resume is the
-	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest is a text
-	// with the cell and the fault of this longest time.
+	// interrupted is the number of running attempts that a fault hit. resume is the longest time from a fault until the
+	// cell continued or finished. slowest is the cell and fault of this time.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -82,8 +81,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 	return v
 }
 
-// countPublished counts a cell as published if the registry has the artifact that is in the catalogue. Otherwise it
-// counts the cell as lost.
+// countPublished counts a cell as published if the registry has the catalogue's artifact, and otherwise as lost.
 func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
@@ -120,7 +118,7 @@ func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	return times
 }
 
-// findResumes finds the attempts that were running at each fault, and the times at which their cells continued.
+// findResumes finds the attempts that faults hit, and the times at which their cells continued.
 func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
@@ -213,8 +211,7 @@ func (v *verdict) check(t *testing.T, run size) {
 	if v.reasons[fault.APIBreak.String()] > breaks {
 		t.Errorf("%d cells failed as an API break; want at most %d", v.reasons[fault.APIBreak.String()], breaks)
 	}
-	// The farm guarantees one minute only if nothing else uses the machine. A short run shares the machine with other
-	// tests.
+	// A short run shares the machine with other tests, so a minute is not guaranteed.
 	if run.long && v.resume > time.Minute {
 		t.Errorf("a build continued %v after a fault (%s); want at most a minute", v.resume, v.slowest)
 	}

@@ -84,8 +84,7 @@ func (p *process) runOnce(t *testing.T) bool {
 	return p.wanted
 }
 
-// signal sends a signal to the running program and returns the program's process id. If no program runs, signal returns
-// 0.
+// signal sends a signal to the running program and returns its process id, or 0 if none runs.
 func (p *process) signal(s syscall.Signal) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -105,8 +104,8 @@ func (p *process) retire() int {
 	return pid
 }
 
-// smallDisk mounts a small file system of size MiB on dir, which the test can fill. Only root can mount. Without a
-// mount, dir is a plain folder, and full is false.
+// smallDisk mounts a small file system of the given size in MiB, which the test can fill. Without the right to mount,
+// the folder stays a plain folder, and full is false.
 func smallDisk(t *testing.T, dir, size string) (full bool) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {

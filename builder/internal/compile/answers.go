@@ -23,9 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insideAsk is the work folder of a conftest question inside the question's sandbox. A question is
-// one call of the driver's conftest.sh. Each question has its own work folder, its own /tmp and its
-// own folder of compiler faults (see guard.go). A question can write to nothing else.
+// insideAsk is the work folder of a conftest question inside the sandbox. A question is one call of the driver's
+// conftest.sh. Each question has its own work folder, /tmp and fault file (see guard.go), and can write to nothing
+// else.
 const insideAsk = "/prebake/ask"
 
 // Limits in bytes for an answer, for the plan and for one file of the folder conftest/.
@@ -35,31 +35,28 @@ const (
 	maxHeader = 4 << 20
 )
 
-// errUseMake means that this package cannot answer conftest's questions before make asks them. The
-// wrapping error gives the reason. The build continues without stored answers: make runs conftest
-// itself, which takes longer.
+// errUseMake means that this package cannot answer conftest's questions before `make` asks them. The build continues,
+// and `make` runs conftest itself, which takes longer.
 var errUseMake = errors.New("make has to run conftest itself")
 
-// answerer answers conftest's questions before make asks them. If the conftest cache has the answer
-// to the same question for an equal view (see view.go), no test runs. Otherwise the test runs in its
-// own sandbox. The sandbox shows only files that the key of the answer covers, so a stored answer
-// cannot depend on anything else.
+// answerer answers conftest's questions before `make` asks them. It uses a stored answer if the question and the view
+// (see view.go) are equal. Otherwise it runs the test in a sandbox that shows only files that the answer's key covers.
 type answerer struct {
 	*build
 	view   *view
-	box    sandbox.Config    // make's sandbox without the sources; the view's replacements cover the masked files
+	box    sandbox.Config    // `make`'s sandbox without the sources; the view's replacements cover the masked files
 	files  map[string]string // files of the folder conftest/, by name
 	script *conftest.Script
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
 	stored conftest.Answers
-	// present is the text of conftest/headers.h; it is empty until the questions about headers have
-	// answers. wrapperDir is the folder with the compiler wrapper that uses precompiled headers.
+	// present is the text of conftest/headers.h. wrapperDir is the folder of the compiler wrapper that uses precompiled
+	// headers.
 	present, wrapperDir string
 }
 
-// answerQuestions writes conftest's answers into the staged sources. If it returns an error that
-// wraps errUseMake, it has not changed the staged sources.
+// answerQuestions writes conftest's answers into the staged sources. If the error wraps errUseMake, the staged sources
+// are unchanged.
 func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -71,8 +68,7 @@ func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
-	// The mode patch_check of conftest.sh prints macros that are defined in patch files. No cache key
-	// covers the patch files.
+	// The mode patch_check of conftest.sh prints macros from patch files, which no cache key covers.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources contain patch files (patch-*.h)", errUseMake)
 	}
@@ -107,10 +103,8 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 	return conftest.Answers{}, nil
 }
 
-// findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If
-// the cache does not have the plan yet, findPlan runs make, which runs the driver's sanity checks
-// and writes the plan. The cache key covers everything that decides the plan: the makefiles and
-// scripts of the driver and of the kernel.
+// findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If the plan is not in
+// the cache, `make` runs the driver's sanity checks and writes the plan.
 func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
@@ -125,8 +119,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	// In this run make gets its own copy of the sources. It sees masked headers, so files that it
-	// changes must not get into the build.
+	// Here `make` gets its own copy of the sources. It sees masked headers, so its changes must not get into the build.
 	dir := filepath.Join(a.r.WorkDir, "plan")
 	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
 	if err := os.MkdirAll(told, 0o755); err != nil {
@@ -151,7 +144,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
-	err = sandbox.Run(ctx, box) // an exit error is normal: with PlanRules, make fails after it has written the plan
+	err = sandbox.Run(ctx, box) // an exit error is normal: `make` fails after it has written the plan
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
@@ -180,9 +173,8 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan returns the error for a missing plan. If one of the driver's sanity checks failed, the
-// driver refuses the kernel, and noPlan returns make's error err unchanged. In any other case the
-// error wraps errUseMake.
+// noPlan returns the error for a missing plan. If a sanity check of the driver failed, noPlan returns the given error
+// of `make` unchanged. Otherwise the error wraps errUseMake.
 func (a *answerer) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -208,15 +200,13 @@ type question struct {
 	test      string   // the only test that this question's copy of conftest.sh contains; "" means no test
 	argv      []string // the script's arguments from the fifth on
 	headers   string   // the part of conftest/headers.h that the test may see
-	// header is the precompiled header that the question's program begins with; nil means none.
-	// lines are the program's first lines after the lines that the script puts before every
-	// program. The last of them is the include line for the precompiled header's last file.
+	// header is the precompiled header that the question's program begins with; nil means none. lines are the program's
+	// first lines after the script's own lines, up to the include of the precompiled header's last file.
 	header *sharedHeader
 	lines  []string
 }
 
-// find returns the files of the folder conftest/. It runs the tests without a stored answer and
-// stores their answers.
+// find returns the files of the folder conftest/. It runs the tests without a stored answer and stores the new answers.
 func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
@@ -238,8 +228,7 @@ func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The empty release is harmless here: headers.h has the release in a comment only, and no test
-	// reads comments.
+	// The release may be empty here: headers.h has it in a comment only.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
 			a.present = f.Text
@@ -272,8 +261,7 @@ func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	return a.plan.Files(headers, tests, tests[conftest.ModePatches], release), nil
 }
 
-// ask returns the answer to each question, by the question's name. If a question has no stored
-// answer, ask runs the question's test and adds the answer to a.stored.
+// ask returns the answer to each question, by the question's name. It runs the tests without a stored answer.
 func (a *answerer) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
@@ -286,7 +274,7 @@ func (a *answerer) ask(ctx context.Context, about []question) (map[string]string
 	}
 	remembered := len(found)
 	if _, ok := found[conftest.ModePatches]; ok {
-		remembered-- // the patch list is not a question about the kernel, so the progress display does not count it
+		remembered-- // the patch list is not a question about the kernel
 	}
 	a.watch.reuse(phaseConftest, remembered)
 	dir := filepath.Join(a.r.WorkDir, "ask")
@@ -327,8 +315,7 @@ func (a *answerer) ask(ctx context.Context, about []question) (map[string]string
 	return found, errors.Join(g.Wait(), context.Cause(ctx))
 }
 
-// askOne runs the driver's conftest.sh for one question in its own sandbox and returns what the
-// script printed.
+// askOne runs the driver's conftest.sh for one question in its own sandbox and returns the script's output.
 func (a *answerer) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
@@ -370,8 +357,7 @@ func (a *answerer) askOne(ctx context.Context, q question, dir string) (text str
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release puts the kernel's release into the answer to the question uts_release, in place of the
-// masked string. It returns the new answer.
+// release replaces the masked string in the answer to uts_release by the kernel's release.
 func (a *answerer) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
@@ -388,10 +374,9 @@ func (a *answerer) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/. In the makefiles some of these files depend on
-// others, and make compares their times. So write creates each file after the files on which it
-// depends. It also replaces the driver's conftest.sh by a script that only prints the stored answers.
-// So no code of the driver's conftest.sh runs in make's sandbox.
+// write writes the files of the folder conftest/. A file comes after the files that it depends on, because `make`
+// compares their times. write also replaces the driver's conftest.sh by a script that only prints the stored answers.
+// So no conftest code of the driver runs in the sandbox of `make`.
 func (a *answerer) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
@@ -407,8 +392,7 @@ func (a *answerer) write(files []conftest.File) error {
 	return nil
 }
 
-// unchanged reports whether the files of the folder conftest/ still have the content that write gave
-// them.
+// unchanged reports whether the files of the folder conftest/ still have the content from write.
 func (a *answerer) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {

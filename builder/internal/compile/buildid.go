@@ -6,12 +6,11 @@ import (
 	"os"
 )
 
-// setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. If
-// debug is not "", it is the path of the unstripped module, which gets the same build id. A module
-// without a build id stays unchanged.
+// setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. The unstripped module,
+// if there is one, gets the same build id. A module without a build id stays unchanged.
 //
-// The linker's build id depends on the debug sections too. With it, a build with debug information
-// and a build without would give stripped modules that differ in the build id only.
+// The linker's build id depends on the debug sections too. With it, stripped modules of builds with and without debug
+// information would differ.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {
@@ -47,10 +46,9 @@ func writeAt(path string, data []byte, at int64) error {
 	})
 }
 
-// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is
-// 0 if the file has no build id. The build id is in a note. The ELF specification gives a note's
-// layout: three numbers of 4 bytes (size of the name, size of the content, type), then the name, then
-// the content. NT_GNU_BUILD_ID is type 3.
+// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is 0 if there is none.
+// The ELF specification gives the layout of a note: three numbers of 4 bytes (size of the name, size of the content,
+// type), the name, and the content. NT_GNU_BUILD_ID is type 3.
 func findBuildID(path string) (at, size int64, err error) {
 	f, err := openHostELF(path)
 	if err != nil {

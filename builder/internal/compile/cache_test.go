@@ -17,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// toyWithTests returns a request like toy's. Its driver has a conftest.sh with tests, and its kernel has
-// the headers that the tests read.
+// toyWithTests returns a request like toy's. Its driver has a conftest.sh with tests.
 func toyWithTests(t *testing.T) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -87,8 +86,7 @@ func TestCache(t *testing.T) {
 		}
 	}
 	step("empty cache", "6 tests; 2 files")
-	// Both source files include the header with the kernel's release. Only version.c uses the release,
-	// so the object of version.c is never stored.
+	// Both source files include the kernel's release. Only version.c uses it, so its object is never stored.
 	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
 	step("the same again", all)
 	headers(t, r.Headers, "6.1.0-56", "0x22222222")
@@ -150,9 +148,8 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. Its
-// failure must not become an answer of conftest, neither if this package asks the question nor if make
-// does. gcc and clang print the messages in the rows.
+// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. Its failure must not become
+// an answer of conftest. gcc and clang print the messages in the rows.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -231,8 +228,7 @@ func TestCacheShared(t *testing.T) {
 	}
 }
 
-// If a driver's makefiles have an unknown form, make itself runs conftest. The module is the same as
-// in a build without a cache.
+// If a driver's makefiles have an unknown format, `make` itself runs conftest, and the module is the same.
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{

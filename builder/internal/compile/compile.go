@@ -1,10 +1,10 @@
-// Package compile turns module sources into .ko files with the kernel's own build system, kbuild. It compiles in a
-// sandbox. The sandbox has the same paths, environment, user and host name on every machine, so that equal inputs
-// give equal bytes. The package refuses to fetch anything and to compile outside the sandbox. It does not judge
-// whether a module fits the kernel (pkg/modinfo does).
+// Package compile turns module sources into .ko files with kbuild, the kernel's own build system. It compiles in a
+// sandbox with the same paths, environment, user and host name on every machine. So equal inputs give equal bytes. The
+// package never downloads and never compiles outside the sandbox. It does not decide whether a module fits the kernel;
+// pkg/modinfo does.
 //
-// Inside the sandbox, /prebake/kernel is the kernel's header tree and /prebake/toolchain the toolchain, both
-// read-only. /prebake/src is a copy of the sources, and results go to /prebake/out.
+// Inside the sandbox, /prebake/kernel is the header tree and /prebake/toolchain the toolchain, both read-only.
+// /prebake/src is a copy of the sources. Results go to /prebake/out.
 package compile
 
 import (
@@ -35,20 +35,19 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Recipe is the version number of this package's code. Cache keys contain it. Raise the number with any change of the
-// code that may give a module other bytes.
+// Recipe is the version of this package's code, and a part of cache keys. Raise it with any change that may give a
+// module other bytes.
 const Recipe = "compile-3"
 
 // Request describes one compilation. Source, Headers, Toolchain, Release, Arch and WorkDir are required.
 type Request struct {
-	// Source is the folder of module sources: NVIDIA's kernel/ or kernel-open/ for Modules, a folder with a Kbuild
-	// file for External. The build works on a copy.
+	// Source is the folder of module sources, which the build copies. Modules needs NVIDIA's kernel/ or kernel-open/.
+	// External needs a folder with a Kbuild file.
 	Source string
-	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive. The
-	// sandbox shows both read-only.
+	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive.
 	Headers, Toolchain string
 	// Env is the content of COS's file toolchain_env. It sets CC and CXX and may set LD, AR, NM, OBJCOPY, OBJDUMP and
-	// STRIP, each to a program's file name. If CC is missing, the toolchain's gcc compiles, or its clang if the kernel's
+	// STRIP, each to a program's file name. If CC is missing, the toolchain's gcc compiles, or clang if the kernel's
 	// configuration says CONFIG_CC_IS_CLANG.
 	Env map[string]string
 	// Release is `uname -r` of the kernel.
@@ -56,55 +55,51 @@ type Request struct {
 	// Driver is the driver in Source. Modules needs it; External does not.
 	Driver target.Driver
 	Arch   target.Arch
-	// Jobs is make's -j; 0 means the number of CPUs. Jobs does not change the resulting bytes.
+	// Jobs is `make`'s -j; 0 means the number of CPUs. It does not change the resulting bytes.
 	Jobs int
-	// If Debug is true, Result.Debug has the unstripped modules, with debug information. Debug does not change the
-	// stripped modules.
+	// Debug asks for the unstripped modules, with debug information, in Result.Debug. It does not change the stripped
+	// modules.
 	Debug bool
-	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
-	// extends the kernel's. "" means modules without BTF.
+	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that extends the
+	// kernel's. "" means modules without BTF.
 	BTF string
-	// Cache stores conftest's answers and compiled objects, for this kernel and its sibling kernels. If Cache is nil,
-	// the build reuses nothing. Cache does not change the resulting bytes.
+	// Cache stores conftest's answers and compiled objects. If Cache is nil, the build reuses nothing. Cache does not
+	// change the resulting bytes.
 	//
-	// A request with a Cache needs all four digests. HeaderDigest is a digest of the content of Headers,
-	// ToolchainDigest of the content of Toolchain, and SourceDigest of the driver's sources in all flavours. HostDigest
-	// is a digest of the host's programs, see [sandbox.HostTools]. HeaderDigest need not cover compile.h and
-	// utsversion.h, because the sandbox hides the values in them.
+	// A request with a Cache needs all four digests. HeaderDigest covers the content of Headers, except compile.h and
+	// utsversion.h, whose values the sandbox hides. ToolchainDigest covers the content of Toolchain. SourceDigest covers
+	// the driver's sources in all flavours. HostDigest covers the host's programs, see [sandbox.HostTools].
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
-	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build the folder contains src/, out/,
-	// modules/ and more. The caller removes the folder.
+	// WorkDir is an empty folder on a disk with at least 1 GiB free. The caller removes it after the build.
 	WorkDir string
 	// Log receives the whole output of the build; nil discards it.
 	Log io.Writer
-	// Progress is called while a phase runs. done and total are numbers of steps; total is 0 if it is unknown. Progress
-	// may be nil. Calls never overlap.
+	// Progress is called while a phase runs. done and total are numbers of steps; total is 0 if it is unknown. Calls never
+	// overlap. Progress may be nil.
 	Progress func(phase string, done, total int)
 }
 
 // Result is the outcome of a compilation.
 type Result struct {
-	// Modules has the path of each stripped module, by the module's file name without .ko. The files are in
-	// WorkDir/modules and have mode 0644. No sandbox could write to that folder.
+	// Modules has the path of each stripped module, by the module's file name without .ko. The files have mode 0644. No
+	// sandbox could write to them.
 	Modules map[string]string
-	// Debug has the path of each unstripped module in WorkDir/debug, by the same names. An unstripped module has the
-	// build id of the stripped one. If Request.Debug is false, the map is empty.
+	// Debug has the path of each unstripped module, by the same names. Each has the build id of the stripped module. If
+	// Request.Debug is false, the map is empty.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
 }
 
-// Modules compiles NVIDIA's kernel modules. If it returns an error, the result has the phases that ran, but no modules.
-// If the driver does not know the kernel's interfaces, the error is fault.APIBreak. Its text is then the compiler's
-// first error.
+// Modules compiles NVIDIA's kernel modules. After an error, the result has the phases that ran, but no modules. If the
+// driver does not know the kernel's interfaces, the error is fault.APIBreak with the compiler's first error.
 func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
-		// Google's installer sets IGNORE_MISSING_MODULE_SYMVERS for kernels without MODVERSIONS, such as COS's kernels,
-		// because their Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and lists
-		// symbols.
+		// Google's installer sets this variable for kernels without MODVERSIONS, such as COS's kernels. Their Module.symvers
+		// has no checksums.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
 		}
@@ -116,8 +111,7 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	return result, err
 }
 
-// External compiles an out-of-tree module that is not NVIDIA's, in the same kind of sandbox. The module must have a
-// Kbuild file.
+// External compiles an out-of-tree module that is not NVIDIA's. The module must have a Kbuild file.
 func External(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(tools) []string {
 		return []string{"make", "-C", insideKernel, "M=" + insideSource, "modules"}
@@ -186,8 +180,8 @@ type build struct {
 	r        Request
 	t        tools
 	src, out string
-	box      sandbox.Config // make's sandbox, without arguments and output
-	args     []string       // make's command line without -j
+	box      sandbox.Config // `make`'s sandbox, without arguments and output
+	args     []string       // `make`'s command line without -j
 	debug    bool           // compile with debug information
 	watch    *watch
 }
@@ -266,8 +260,8 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// compileSources writes stored answers and stored objects into the staged sources. Then it runs make, and stores the
-// new objects. Before make runs, no sandbox can write to the staged sources, so until then they equal Request.Source.
+// compileSources puts stored answers and objects into the staged sources, runs `make`, and stores the new objects.
+// Until `make` runs, no sandbox can write to the staged sources.
 func (b *build) compileSources(ctx context.Context) error {
 	var a *answerer
 	var o *objects
@@ -319,7 +313,7 @@ func (b *build) compileSources(ctx context.Context) error {
 	}
 	defer left.Close()
 	if !a.unchanged(left) {
-		return nil // make changed conftest's answers, so the keys of the objects may be wrong: store nothing
+		return nil // `make` changed conftest's answers, so the keys of the objects may be wrong
 	}
 	if err := o.store(ctx, left); err != nil {
 		return diskFull(fmt.Errorf("store objects: %w", err))
@@ -327,13 +321,12 @@ func (b *build) compileSources(ctx context.Context) error {
 	return nil
 }
 
-// minForPCH is the number of files that must still be compiled before precompiled headers (PCH) are worth it. Making
-// one precompiled header takes about as long as compiling three files.
+// With fewer files to compile than minForPCH, precompiled headers (PCH) are not worth it. Making one takes about as
+// long as compiling three files.
 const minForPCH = 16
 
-// runMake runs make with the guard script in front of the compiler. If the guard has written down a fault of the
-// compiler, runMake returns this fault even if make succeeded: conftest may have taken the fault for an answer about
-// the kernel. The guard's file is in the folder note of the work folder.
+// runMake runs `make` with the guard script in front of the compiler. If the guard recorded a fault of the compiler,
+// runMake returns the fault even if `make` succeeded. Conftest may have taken the fault for an answer about the kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -349,12 +342,12 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables that add this package's compiler flags to the kernel's flags. If the kernel's
-// configuration asks for BTF in modules, one more variable switches kbuild's BTF step off.
+// flagVariables returns make variables that add this package's compiler flags to the kernel's flags. They also switch
+// off kbuild's BTF step.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
-		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after make
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after `make`
 	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
@@ -368,11 +361,10 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with debug information. Debug information takes a fifth of the compile
-// time and most of a module's bytes. The step strip removes it, so only Request.Debug and the making of BTF need it.
+// debugInformation reports whether to compile with debug information, which takes a fifth of the compile time.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
-// moduleFiles returns the file names of the modules that make left in the staged sources.
+// moduleFiles returns the file names of the modules that `make` left in the staged sources.
 func (b *build) moduleFiles() ([]string, error) {
 	left, err := untrusted.Open(b.src)
 	if err != nil {
@@ -424,8 +416,8 @@ func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	return g.Wait()
 }
 
-// stripOne strips one module. The stripped file goes to a folder that only this call's sandbox can write to. stripOne
-// returns the path of a copy outside any sandbox.
+// stripOne strips one module in a sandbox and returns the path of a copy outside any sandbox. Only this call's sandbox
+// can write to the given output folder.
 func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) (module string, err error) {
 	if err := os.Mkdir(out, 0o755); err != nil {
 		return "", diskFull(err)
@@ -466,10 +458,10 @@ func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) 
 	return module, setBuildID(module, debug)
 }
 
-// maxModule is the largest size in bytes of a module with its debug information. NVIDIA's largest module has 400 MB.
+// maxModule is the maximum size in bytes of a module with debug information. NVIDIA's largest module has 400 MB.
 const maxModule = 2 << 30
 
-// take copies a module from a folder that a sandbox could write to. It refuses anything but a regular file.
+// take copies a module out of a folder that a sandbox could write to. It refuses anything but a regular file.
 func take(dir, name, to string) (err error) {
 	left, err := untrusted.Open(dir)
 	if err != nil {

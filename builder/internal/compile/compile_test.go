@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// toy returns a request with a driver, a kernel and a toolchain that compile in a moment. The
-// makefiles print the same lines as real ones.
+// toy returns a request that compiles in a moment. The driver's makefiles print the same lines as real ones.
 func toy(t *testing.T) compile.Request {
 	t.Helper()
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
@@ -268,8 +267,8 @@ func TestTimeLimit(t *testing.T) {
 	}
 }
 
-// Content that no fingerprint covers must not get into a module. Before Linux 6.1, compile.h
-// contains the number and time of the kernel's build, and NVIDIA's driver prints them.
+// Content that no fingerprint covers must not get into a module. Before Linux 6.1, NVIDIA's driver prints the number
+// and time of the kernel's build from compile.h.
 func TestHidesWhoCompiled(t *testing.T) {
 	t.Parallel()
 	var sums []string

@@ -20,14 +20,14 @@ type findings struct {
 	library string // the loader's message about a program whose library is missing on this machine
 	memory  string // a message about missing memory or a killed program
 	disk    string // a message about a full disk
-	make    string // make's first *** line
-	// unanswered is true if make asked conftest a question that has no stored answer.
+	make    string // `make`'s first *** line
+	// unanswered is true if `make` asked conftest a question that has no stored answer.
 	unanswered bool
-	lastLine   string // the last line before make's error that is neither a step nor a message of make
+	lastLine   string // the last line before `make`'s error that is neither a step nor a message of `make`
 }
 
 var (
-	// gcc and clang print an error in this form: file:line:column: error: text
+	// gcc and clang print an error in this format: file:line:column: error: text
 	sourceError  = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
 	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
@@ -41,8 +41,7 @@ var (
 		`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
-// unanswered is the start of a message. This package's conftest.sh prints the message for a question
-// without an answer.
+// unanswered is the start of the message with which this package's conftest.sh reports a question without an answer.
 const unanswered = "prebake: conftest has no answer: "
 
 const diskFullText = "No space left on device"
@@ -87,8 +86,8 @@ func (f *findings) read(line string) {
 	}
 }
 
-// paths is the replacer that shortens the sandbox's paths. The path of a driver's file becomes
-// relative to the driver's sources, and the path of a kernel header becomes <kernel>/include/….
+// paths shortens the sandbox's paths. A driver's file becomes relative to the driver's sources, and a kernel header
+// becomes <kernel>/include/….
 var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
 	"<toolchain>/")
 
@@ -104,8 +103,8 @@ const (
 	hintLog = "read the first error lines of the build's log"
 )
 
-// checks has the error for each of NVIDIA's sanity checks, by the check's name. The driver's makefiles
-// run these checks before a build.
+// checks has the error for each of NVIDIA's sanity checks, by the check's name. The driver's makefiles run them before
+// a build.
 var checks = map[string]struct {
 	kind fault.Kind
 	text string
@@ -126,8 +125,7 @@ var checks = map[string]struct {
 		"publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
-// contextFault gives a fault kind to an error that the end of the context caused. An error that has a
-// kind already keeps it.
+// contextFault gives a fault kind to an error that the end of the context caused. An existing kind stays.
 func contextFault(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
@@ -139,9 +137,8 @@ func contextFault(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Cancelled, err, "")
 }
 
-// diagnose returns an error with a kind, a text and a hint for a program that failed. It derives all
-// three from f, the findings in the program's output. An error of the sandbox or of the context stays
-// unchanged, because such an error explains itself.
+// diagnose returns an error with a kind, a text and a hint for a failed program. An error of the sandbox or of the
+// context stays unchanged.
 func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
 	if !errors.As(err, &exit) {
@@ -154,7 +151,7 @@ func diagnose(err error, f findings) error {
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
 		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
-	case f.library != "": // before compiler errors, because a tool that cannot run gives conftest wrong answers
+	case f.library != "": // before compiler errors: a tool that cannot run gives conftest wrong answers
 		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
 		return fault.New(fault.APIBreak, f.source, hintBreak)

@@ -199,7 +199,7 @@ type fullDisk struct{}
 
 func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no more") }
 
-// An error of the log does not stop the build's output. The method close returns this error.
+// An error of the log does not stop the build's output; close returns it.
 func TestWatchLogTrouble(t *testing.T) {
 	t.Parallel()
 	w := newWatch(fullDisk{}, func(string, int, int) {}, work{}, time.Now)

@@ -15,20 +15,18 @@ import (
 var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
 	"tools/objtool/objtool"}
 
-// loaders has the path of glibc's dynamic loader for each GOARCH. A machine with another C library
-// does not have this file. Scripts and static programs run without the loader.
+// loaders has the path of glibc's dynamic loader for each GOARCH. A machine with another C library does not have this
+// file.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
-// listNeeds is a shell script in which the dynamic loader lists each program's libraries without
-// running the program. The script ignores the loader's exit status, because the loader exits with 0
-// even if a library version is missing.
+// listNeeds is a shell script in which the dynamic loader lists each program's libraries without running the program.
+// The loader exits with 0 even if a library version is missing, so its exit status is ignored.
 const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; done; exit 0`
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
-// checkFit returns an error if the C library of this machine (or of the builder's image) is too old
-// for the programs in the header tree, or if a library that they need is missing. Without this check,
-// the compile would fail only after minutes.
+// checkFit returns an error if the programs in the header tree cannot run on this machine: the C library is too old, or
+// a library is missing.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {
@@ -57,10 +55,8 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// Check returns an error if a toolchain and a header tree do not fit each other or this machine. It
-// compiles nothing. The toolchain must have the tools that the kernel's configuration asks for. The
-// kernel's own build tools must run here. Check reads Headers, Toolchain, Env and Arch of the
-// request.
+// Check returns an error if a toolchain and a header tree do not fit each other or this machine. It compiles nothing.
+// It reads Headers, Toolchain, Env and Arch of the request.
 func Check(ctx context.Context, r Request) error {
 	t, err := findTools(r)
 	if err != nil {

@@ -16,14 +16,15 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file
-// (try-run in the kernel's scripts/Makefile.compiler). With clang these tests take longer than all
-// other work for a sibling kernel or the next driver. Moreover, one build may start make twice.
+// Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file (try-run in the
+// kernel's scripts/Makefile.compiler). With clang these tests take longer than all other work for a sibling kernel or
+// the next driver.
 //
-// The compiler's answer depends on its arguments only. So this package runs the kernel's makefiles
-// once, in a sandbox without any source of a driver. There the guard script writes down each answer.
-// In later sandboxes the guard script returns the stored answer if the arguments are exactly the
-// same. A driver's makefiles cannot write to the stored answers.
+// The answer depends on the compiler's arguments only. So this package stores the answers once:
+//   - The kernel's makefiles run in a sandbox without any source of a driver. There the guard script records each
+//     answer.
+//   - In later sandboxes the guard script returns the stored answer if the arguments are the same.
+//   - A driver's makefiles cannot write to the stored answers.
 const (
 	insideFlagTests    = "/prebake/flag-tests"
 	insideNewFlagTests = "/prebake/flag-tests-new"
@@ -33,12 +34,11 @@ const (
 	maxFlagTest  = 64 << 10 // bytes of one answer
 )
 
-// flagTests shows the stored answers of the kernel's flag tests in all sandboxes of the build. For a
-// test without a stored answer, the guard script runs the compiler.
+// flagTests shows the stored answers of the kernel's flag tests in all sandboxes of the build.
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
-	// Variables on make's command line decide which flags a test uses.
+	// Variables on `make`'s command line decide which flags a test uses.
 	variables := slices.DeleteFunc(slices.Clone(b.args),
 		func(arg string) bool { return !strings.Contains(arg, "=") || strings.HasPrefix(arg, "KERNEL_UNAME=") })
 	key.Add("variables", strings.Join(variables, "\n"))
@@ -52,8 +52,8 @@ func (b *build) flagTests(ctx context.Context, v *view) error {
 	return nil
 }
 
-// testFlags runs the kernel's makefiles for a module without sources, so that they test their
-// flags. It copies the answers to dir.
+// testFlags runs the kernel's makefiles for a module without sources, and copies the answers of their flag tests to
+// dir.
 func (b *build) testFlags(ctx context.Context, variables []string, dir string) error {
 	work := filepath.Join(b.r.WorkDir, "flag-tests")
 	src, told := filepath.Join(work, "src"), filepath.Join(work, "told")
@@ -80,7 +80,7 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 		return cause
 	}
 	var exit *sandbox.ExitError
-	if err != nil && !errors.As(err, &exit) { // a failure of make is ignored here: the build of the driver reports it
+	if err != nil && !errors.As(err, &exit) { // the build of the driver reports a failure of `make`
 		return err
 	}
 	if err := compilerFault(filepath.Join(work, "trouble")); err != nil {

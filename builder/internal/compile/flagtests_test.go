@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// kernelMakefile tests flags in the same way as the kernel's scripts/Makefile.compiler (Linux 6.1:
-// TMPOUT, try-run, cc-option), and prints the flags that passed.
+// kernelMakefile tests flags as the kernel's scripts/Makefile.compiler does (Linux 6.1: TMPOUT, try-run, cc-option),
+// and prints the flags that passed.
 const kernelMakefile = `TMPOUT = $(if $(M),$(firstword $(M))/).tmp_$$$$
 try-run = $(shell set -e; TMP=$(TMPOUT)/tmp; trap "rm -rf $(TMPOUT)" EXIT; mkdir -p $(TMPOUT); if ($(1)) >/dev/null 2>&1; then echo "$(2)"; else echo "$(3)"; fi)
 cc-option = $(call try-run,$(CC) -Werror $(FLAGS) $(1) -c -x c /dev/null -o "$$TMP",$(1),-DNO)
@@ -25,8 +25,7 @@ tested := $(FLAGS)
 modules: ; @echo "TESTED $(tested)"
 `
 
-// The compiler answers the kernel's flag tests once, in a sandbox without any file of a driver.
-// Later tests with equal arguments get the stored answer.
+// The compiler answers the kernel's flag tests once. Later tests with equal arguments get the stored answer.
 func TestFlagTests(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -38,8 +37,7 @@ func TestFlagTests(t *testing.T) {
 	if err := os.Remove(compiler); err != nil {
 		t.Fatal(err)
 	}
-	// This compiler fails every flag test while a driver's files are in the sandbox, so if a
-	// test passes, its answer was stored.
+	// This compiler fails every flag test while a driver's files are in the sandbox.
 	write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in */dev/null*) [ " +
 		"! -e /prebake/src/conftest.sh ] || exit 1 ;; esac\nexec " + gcc + " \"$@\"\n"})
 	if err := os.Chmod(compiler, 0o755); err != nil {

@@ -25,8 +25,7 @@ const (
 //go:embed guard.sh
 var guardScript string
 
-// newGuard writes the guard, a wrapper script around the compiler, and puts it first in the PATH of
-// all sandboxes.
+// newGuard writes the guard, a wrapper script around the compiler, and puts it first in the PATH of all sandboxes.
 func (b *build) newGuard() error {
 	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideFaults+"/"+faultFile,
 		"@FLAGTESTS@", insideFlagTests, "@NEWFLAGTESTS@", insideNewFlagTests, "@SEPARATOR@", "\x1f").Replace(guardScript)
@@ -36,10 +35,10 @@ func (b *build) newGuard() error {
 	return write(filepath.Join(dir, filepath.Base(b.t.compiler)), script, 0o755)
 }
 
-// withFaultFile adds the folder dir to a sandbox. In this folder the guard writes down the compiler's
-// faults, and [compilerFault] reads them.
+// withFaultFile adds a folder to a sandbox. The guard records the compiler's faults there, and [compilerFault] reads
+// them.
 func withFaultFile(box sandbox.Config, dir string) (sandbox.Config, error) {
-	// The file gets its full size now, because the disk may be full when the guard has to write.
+	// The file gets its full size now, because the disk may be full when the guard writes.
 	err := write(filepath.Join(dir, faultFile), strings.Repeat("\n", faultSize), 0o644)
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideFaults, Writable: true})
 	return box, err
@@ -50,9 +49,9 @@ var (
 	noMemory = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
 )
 
-// compilerFault returns the fault that the guard wrote to the folder dir, or nil. The guard writes a
-// fault if the compiler was killed, crashed, or had no memory or disk space. Such a fault says
-// nothing about the compiled program, so conftest must not use it as an answer.
+// compilerFault returns the fault that the guard recorded in a folder, or nil. The guard records a fault if the
+// compiler was killed, crashed, or had no memory or disk space. A fault says nothing about the compiled program, so
+// conftest must not use it as an answer.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {

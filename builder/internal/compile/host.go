@@ -8,10 +8,9 @@ import (
 	"path/filepath"
 )
 
-// The functions of this file open files by path. Use them only for folders that no sandbox can
-// write to now or could write to before: the inputs, the staged sources before make runs, and files
-// copied out of a sandbox. The linter allows no other way in this package to open a file by its
-// path. Package untrusted reads the files that a sandbox left.
+// The functions of this file open files by path. Use them only for folders that no sandbox could ever write to: the
+// inputs, the staged sources before `make` runs, and files copied out of a sandbox. Package untrusted reads the files
+// that a sandbox left. The linter forbids every other way in this package to open a file by path.
 
 func readHost(path string) ([]byte, error)            { return os.ReadFile(path) }
 func openHost(path string) (*os.File, error)          { return os.Open(path) }

@@ -18,8 +18,8 @@ import (
 
 const secret = "-----BEGIN PRIVATE KEY-----"
 
-// attack compiles a driver that attacks the builder, and returns the log together with the error's
-// text. If the builder hangs, the context ends the build and the test fails.
+// attack compiles a driver that attacks the builder, and returns the log together with the error's text. If the builder
+// hangs, the test fails.
 func attack(t *testing.T, r compile.Request, cache *cas.Cache) (result *compile.Result, told string, err error) {
 	t.Helper()
 	var log bytes.Buffer
@@ -47,16 +47,15 @@ func newCache(t *testing.T) *cas.Cache {
 	return cache
 }
 
-// A hostile build leaves a link, a pipe or a folder in the place of a file that the builder reads,
-// copies or writes. The builder must neither open a file of the host nor hang.
+// A hostile build leaves a link, a pipe or a folder in the place of an expected file. The builder must neither open a
+// file of the host nor hang.
 func TestHostileFiles(t *testing.T) {
 	t.Parallel()
 	host := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(host, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The test puts each kind of file into each place. Each command takes the name of the file that
-	// it creates.
+	// Each kind of file goes to each place. Each command takes the name of the file that it creates.
 	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir",
 		"a link to itself": "ln -s ."}
 	places := map[string]func(kbuild, script, make string) (string, string){
@@ -99,7 +98,7 @@ func TestHostileFiles(t *testing.T) {
 	for place, edit := range places {
 		for kind, command := range links {
 			if place == "the plan" && kind == "a pipe" {
-				continue // make itself would wait for the pipe until the sandbox's time limit
+				continue // `make` itself would wait for the pipe until the sandbox's time limit
 			}
 			t.Run(place+" is "+kind, func(t *testing.T) {
 				t.Parallel()
@@ -132,8 +131,7 @@ func TestHostileFiles(t *testing.T) {
 	}
 }
 
-// A hostile driver's conftest test cannot change the answer that another driver gets from the
-// cache. It cannot change the answer of another test of its own driver either.
+// A hostile driver's conftest test cannot change the cached answers of another driver, or of another test.
 func TestHostileAnswers(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -161,8 +159,8 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
-// A hostile driver's makefiles may compile something else than its sources. The cache must not give
-// such an object to another driver with the same sources.
+// A hostile driver's makefiles may compile other files than the driver's sources. Another driver with the same sources
+// must not get this object.
 func TestHostileObjects(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -182,8 +180,8 @@ func TestHostileObjects(t *testing.T) {
 	}
 }
 
-// TestHiddenFileInObject puts a header that a view hides (see view.go) into an object. The cache must not keep such an
-// object: it must be compiled again for each kernel.
+// TestHiddenFileInObject puts a header that a view hides (see view.go) into an object. The cache must not keep the
+// object.
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -202,8 +200,7 @@ func TestHiddenFileInObject(t *testing.T) {
 	}
 }
 
-// The driver's sanity checks run before its questions, so a kernel that the driver does not support
-// fails at once.
+// The driver's sanity checks run before its questions, so an unsupported kernel fails at once.
 func TestChecksFirst(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)

@@ -44,7 +44,7 @@ func (r *nameScanner) read(name string, text func() ([]byte, error)) *fileFacts 
 
 var (
 	pasted = regexp.MustCompile(`(\w*)\s*##\s*(\w*)`)
-	// The assembler's and C23's directives that include a binary file.
+	// Directives of the assembler and of C23 that include a binary file.
 	takesIn = regexp.MustCompile(`\.incbin\b|#\s*embed\b`)
 )
 
@@ -99,10 +99,9 @@ func (k *recorder) readHeader(name string) *fileFacts {
 		func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
-// inputsOf returns the inputs of the object that command c compiled. If ok is false, the object must not be cached,
-// because it may depend on something that the cache key does not cover. For example, a header defines the macro
-// UTS_RELEASE, and a view (see view.go) hides the macro's value. If the object includes this header, and another of its
-// files contains the name UTS_RELEASE, even in a comment, ok is false.
+// inputsOf returns the inputs of the object that the given command compiled. If ok is false, the cache must not keep
+// the object, because its inputs are not all known. For example, the object includes the header of a hidden macro, such
+// as UTS_RELEASE, and another of its files contains the macro's name.
 func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
@@ -151,10 +150,9 @@ func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 	return v, true
 }
 
-// driverFile adds one of the driver's files to the inputs in v, and returns the facts about it. It returns nil if the
-// file cannot be an input. It adds an original source to v.Files, and a file that the driver's makefiles made to
-// v.Generated. It does not add a header with conftest's answers, because only some lines of that header are inputs:
-// those about macros whose names occur in the object's sources. answersAbout finds these lines.
+// driverFile adds one of the driver's files to the variant and returns the file's facts. It returns nil if the file
+// cannot be an input. It does not add a header with conftest's answers, because only some lines are inputs (see
+// answersAbout).
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -175,9 +173,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that names of macros do not
-// describe what the view hides, because the header has other lines than plain definitions. The cache stores no object
-// that includes such a header.
+// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that the view hides more than
+// the values of macros. The cache keeps no object that includes a header with a nil list.
 func (o *objects) hiddenMacros() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {
@@ -186,7 +183,7 @@ func (o *objects) hiddenMacros() (map[string][]string, error) {
 			continue
 		}
 		if slices.Contains(volatileHeaders, header) {
-			names[header] = []string{} // make's sandbox hides the same values, so no object can contain them
+			names[header] = []string{} // `make`'s sandbox hides the same values
 			continue
 		}
 		text, err := readHost(filepath.Join(o.r.Headers, header))
@@ -225,15 +222,15 @@ var (
 	commandLine = regexp.MustCompile(`^(?:saved)?cmd_\S+ := (.*)$`)
 	sourceLine  = regexp.MustCompile(`^source_\S+ := (\S+)$`)
 	depsLine    = regexp.MustCompile(`^deps_\S+ := \\$`)
-	// Compiler options that read a file which is missing in every dependency list.
+	// Compiler options that read a file without listing it as a dependency.
 	unlisted = regexp.MustCompile(
 		`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
 )
 
 const maxDeps = 20000
 
-// parseCommand reads the .cmd file of a compiled object. It returns false for any other .cmd file,
-// and for a command that may read files that are not in the list of dependencies.
+// parseCommand reads the .cmd file of a compiled object. It returns false for any other .cmd file, and for a command
+// that may read unlisted files.
 func parseCommand(text string) (command, bool) {
 	var c command
 	inDeps := false
@@ -243,8 +240,8 @@ func parseCommand(text string) (command, bool) {
 		case inDeps:
 			name, more := strings.CutSuffix(strings.TrimSpace(line), `\`)
 			name = strings.TrimSpace(name)
-			// $(wildcard include/config/X) stands for a kernel option. The options are in
-			// autoconf.h, which inputsOf adds to the dependencies of every object.
+			// $(wildcard include/config/X) stands for a kernel option. The options are in autoconf.h, which inputsOf always
+			// adds.
 			if name != "" && !strings.HasPrefix(name, "$(wildcard ") {
 				if strings.ContainsAny(name, " $") || len(c.deps) == maxDeps {
 					return command{}, false

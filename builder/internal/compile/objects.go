@@ -20,22 +20,20 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// The object cache keeps each object separately, together with the object's inputs. An object has
-// three kinds of inputs. The first is the content of the driver's files that the compiler read. The
-// second is the conftest answers about macros whose names these files or the kernel's headers
-// contain. The third is the driver's version, if the files contain the name of its macro. The key
-// [objects.base] covers everything else that decides the bytes of an object. So a build of the next
-// driver of a branch, or for a sibling kernel, reuses an object if the object has the same inputs in
-// that build.
+// The object cache keeps each object together with its inputs:
+//   - the content of the driver's files that the compiler read,
+//   - the conftest answers about macros whose names occur in these files or in the kernel's headers,
+//   - the driver's version, if the files contain the name of its macro.
 //
-// The cache stores the object and its .cmd file. Make decides whether to use a restored object: it
-// compares the .cmd file with the command that it would run, and the object's time with the times of
-// the sources. If the command or the time does not fit, make compiles the file again.
+// The key [objects.base] covers everything else that decides the bytes of an object. So the next driver of a branch, or
+// a sibling kernel, reuses an object with the same inputs.
 //
-// A view (see view.go) hides what differs between sibling kernels. The cache keeps an object only if
-// the object contains nothing that the view hides. The object's .cmd file lists the files that the
-// compiler read, and the recorder searches these files for the hidden names. The cache never keeps
-// the objects of .mod.c files, because these objects contain the kernel's release and build salt.
+// The program `make` decides whether to use a restored object. It compares the command in the object's .cmd file and
+// the object's time. If one of them does not fit, `make` compiles the file again.
+//
+// A view (see view.go) hides what differs between sibling kernels. The cache keeps only objects that contain nothing
+// hidden: the recorder searches the files in the object's .cmd file for the hidden names. The cache never keeps objects
+// of .mod.c files, because they contain the kernel's release and build salt.
 const (
 	objectKind = "object-1" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
@@ -68,8 +66,7 @@ type variant struct {
 	Macros []string `json:"macros,omitempty"`
 	// Generated has the content of each file that the driver's makefiles generated, by the file's path.
 	Generated map[string]string `json:"generated,omitempty"`
-	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver for
-	// which the object was compiled.
+	// Inputs is the digest of all inputs, see objects.inputs. Version is the driver's version in the object's command.
 	Inputs  string `json:"inputs"`
 	Version string `json:"version"`
 }
@@ -92,9 +89,7 @@ func (b *build) newObjects(v *view, a *answerer) (*objects, error) {
 		}
 	}
 	if b.debug {
-		// Debug information may depend on content of a header that does not change the code:
-		// compilers write checksums of files into it. So sibling kernels do not share objects with
-		// debug information.
+		// Compilers write checksums of headers into debug information, so sibling kernels do not share these objects.
 		o.base.Add("debug", b.r.Release+" "+b.r.HeaderDigest)
 	}
 	return o, nil
@@ -104,15 +99,13 @@ var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
 	versionLine  = regexp.MustCompile(
 		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
-	// Lists of conftest questions. The patterns allow plain words only, which neither the shell nor
-	// make expands.
+	// Lists of conftest questions. The patterns allow only plain words, which neither the shell nor `make` expands.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 
-// makefiles returns a digest of all files of the driver that can influence the compile commands:
-// everything but sources, headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines
-// that only list conftest questions and lines that only set the driver's version, because answers and
-// version are among the inputs of each object.
+// makefiles returns a digest of all files of the driver that can change the compile commands: everything but sources,
+// headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines that only list conftest questions or set
+// the driver's version, because these are inputs of each object.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
 	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
@@ -125,7 +118,7 @@ func (b *build) makefiles() (string, error) {
 		}
 		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
 			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
-			return nil // sources are inputs of single objects; make reads neither conftest.sh nor dkms.conf as a makefile
+			return nil // sources are inputs of single objects; `make` does not read the other two
 		}
 		if d.Type() == fs.ModeSymlink {
 			to, err := os.Readlink(file)
@@ -163,14 +156,13 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// answersAbout returns the lines of conftest's answers that define or undefine a macro whose name is
-// in the argument named. It also returns every line that is neither a definition nor an undefinition,
-// because any file may depend on such a line.
+// answersAbout returns the lines of conftest's answers that define or undefine one of the given macros. It also returns
+// every other kind of line, because any file may depend on it.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
-			continue // no compiler reads this file: make builds the headers from such parts
+			continue // no compiler reads this file: `make` builds the headers from it
 		}
 		fmt.Fprintf(&b, "%s\n", name)
 		for line := range strings.Lines(files[name]) {
@@ -185,8 +177,7 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	return b.String()
 }
 
-// inputs returns the digest of a variant's inputs as they are in this build. It returns false if one
-// of the variant's files is missing.
+// inputs returns the digest of a variant's inputs in this build. It returns false if one of the files is missing.
 func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, bool) {
 	key := cas.NewKey("inputs")
 	named, pastes := map[string]bool{}, map[string]bool{}
@@ -202,8 +193,7 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		maps.Copy(named, w.named)
 		maps.Copy(pastes, w.pastes)
 	}
-	// If the preprocessor joins a part of a name with ##, the file may use every macro whose name begins
-	// or ends with this part.
+	// If the preprocessor joins a part of a name with ##, the file may use every macro that begins or ends with the part.
 	for part := range pastes {
 		for name := range o.tree.names {
 			if strings.HasPrefix(name, part) || strings.HasSuffix(name, part) {
@@ -233,8 +223,7 @@ func (o *objects) variants(object string) []variant {
 
 var errNone = errors.New("the cache does not have the object")
 
-// restore copies stored objects into the staged sources and returns their number. No sandbox has
-// written to the staged sources before.
+// restore copies stored objects into the staged sources and returns their number.
 func (o *objects) restore(ctx context.Context) (int, error) {
 	read := func(name string) *fileFacts {
 		return o.tree.read(name, func() ([]byte, error) { return readHost(filepath.Join(o.src, filepath.FromSlash(name))) })
@@ -289,9 +278,9 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	if err != nil {
 		return false, err
 	}
-	// kbuild's command defines the driver's version for every file. If the object depended on the
-	// version, the version would be among its inputs, and would be the same in this build. So the
-	// stored command gets the version of this build, and make finds no difference.
+	// kbuild's command defines the driver's version for every file. The stored command gets the version of this build, so
+	// that `make` finds no difference. This is safe: if the object depends on the version, the version is among its
+	// inputs.
 	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`),
 		[]byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
@@ -366,7 +355,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	}
 	all := k.variants(object)
 	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
-		return nil // the list has this variant already: make did not accept the stored object, or the object was damaged
+		return nil // `make` did not accept the stored object, or the object was damaged
 	}
 	all = append([]variant{v}, all...)
 	raw, err := json.Marshal(all[:min(len(all), maxVariants)])

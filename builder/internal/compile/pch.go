@@ -19,19 +19,17 @@ const insidePCH = "/prebake/preambles"
 //go:embed preamble.sh
 var pchScript string
 
-// precompile finds the headers that many sources of a module include first, so that the compiler
-// reads these headers only once. It returns make's sandbox with a wrapper script in place of the
-// compiler. The script makes and uses the precompiled headers.
+// precompile finds the headers that many sources of a module include first, so that the compiler reads them only once.
+// It returns `make`'s sandbox with a wrapper script in place of the compiler.
 //
-// For gcc and for builds with debug information, precompile returns the sandbox unchanged, because
-// precompiled headers would change the objects. With gcc the order of instructions would differ.
-// Debug information would list the precompiled header among the files that the compiler read.
+// For gcc and for builds with debug information, precompile returns the sandbox unchanged. There precompiled headers
+// would change the objects: the order of gcc's instructions, or the list of files in the debug information.
 func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
 		return box, nil
 	}
 	found, err := pch.Find(hostFS(b.src), insideSource)
-	if err != nil { // make may succeed with sources that Find cannot read
+	if err != nil { // `make` may succeed with sources that Find cannot read
 		fmt.Fprintf(b.watch, "prebake: no precompiled headers: %v\n", err)
 		return box, nil
 	}

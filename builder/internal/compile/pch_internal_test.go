@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// fakeClang is a script in place of clang. It logs its arguments, writes an object, and writes a
-// dependency list in clang's order. A source or a precompiled header that contains "bad" does not
-// compile. A source that contains "late" compiles only without a precompiled header.
+// fakeClang is a script in place of clang. It logs its arguments and writes an object and a dependency list in clang's
+// order. A file that contains "bad" does not compile. A source that contains "late" compiles only without a precompiled
+// header.
 const fakeClang = `#!/bin/sh
 echo "$*" >>@LOG@
 for arg; do
@@ -40,8 +40,8 @@ fi
 echo "object of $last" >"$out"
 `
 
-// setUp writes sources, precompiled headers and the wrapper script. It returns a function that
-// calls the compiler as kbuild does.
+// setUp writes sources, precompiled headers and the wrapper script. The returned compile calls the compiler as kbuild
+// does.
 func setUp(t *testing.T, preamble, source string) (compile func(name string, more ...string) (said string, err error),
 	calls func() []string, dir string) {
 	t.Helper()
@@ -143,8 +143,7 @@ func TestPreambleScript(t *testing.T) {
 	}
 }
 
-// If the search for shared headers cannot read the sources, the sources are compiled without
-// precompiled headers.
+// If the sources cannot be read, they are compiled without precompiled headers.
 func TestPreamblesLeftOut(t *testing.T) {
 	t.Parallel()
 	var log strings.Builder
@@ -169,8 +168,7 @@ func TestPreamblesLeftOut(t *testing.T) {
 	}
 }
 
-// modpost's checksums depend on the order of the dependency list. So the list must have the order
-// of a plain compilation.
+// The dependency list must have the order of a plain compilation, because modpost's checksums depend on it.
 func TestPreambleDependencies(t *testing.T) {
 	t.Parallel()
 	compile, _, dir := setUp(t, "", "int a;")

@@ -26,19 +26,16 @@ import (
 // onceMore is in the description of a build whose results are all in the cache already.
 const onceMore = " once more"
 
-// TestRealSameBytes compares modules of a real driver for a real kernel. Three builds must give the
-// same bytes: a plain build with debug information, a build with an empty cache, and a build with a
-// filled cache. In a plain build, this package reuses and precompiles nothing.
+// TestRealSameBytes compares modules of a real driver for a real kernel. Three builds must give the same bytes: a plain
+// build with debug information, a build with an empty cache, and a build with a filled cache. A plain build reuses and
+// precompiles nothing.
 //
-// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one
-// cache. It compares the modules of each cell with those of a plain build. If a "=" stands before a
-// cell, the test makes no plain build of that cell, and compares its modules with those of the
-// previous cell.
+// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one cache, and compares
+// each with a plain build. A cell after a "=" is compared with the previous cell instead.
 //
-// PREBAKE_REFERENCES is a cache folder with the results of plain builds, for the same inputs, tools
-// and code of this package. PREBAKE_FILLED is a cache folder that contains the cells already; the
-// test then uses it in place of an empty one. With PREBAKE_FILLED, another test must show that an
-// empty cache gives the same bytes, as TestReproduce of deploy/e2e does.
+// PREBAKE_REFERENCES is a cache folder with the results of plain builds, for the same inputs, tools and code of this
+// package. PREBAKE_FILLED is a cache folder that contains the cells already, in place of an empty one. With it, another
+// test must show that an empty cache gives the same bytes, as TestReproduce of deploy/e2e does.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
@@ -116,9 +113,8 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-// byMakeAlone returns the result of compileReal for a plain build: without a cache of this package,
-// and with debug information. The argument references is a cache that keeps the result, so the same
-// inputs are compiled only once.
+// byMakeAlone returns the result of compileReal for a plain build: without a cache of this package, and with debug
+// information. The given cache keeps the result.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()
@@ -184,7 +180,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 			t.Log(strings.TrimSpace(line))
 		}
 	}
-	// If make runs conftest itself, the modules are the same, but the build is slower. No other check notices that.
+	// No other check notices that `make` runs conftest itself: the modules are the same.
 	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest itself") {
 		t.Errorf("%s: make has to run conftest itself", what)
 	}
@@ -198,8 +194,8 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 	return result.Modules, readAnswers(t, filepath.Join(r.WorkDir, "src/conftest"))
 }
 
-// readAnswers reads the headers with conftest's answers. It drops comments and sorts the lines,
-// because make runs conftest's tests in no fixed order.
+// readAnswers reads the headers with conftest's answers. It sorts the lines, because `make` runs the tests in no fixed
+// order.
 func readAnswers(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(dir, "*.h"))
@@ -224,8 +220,7 @@ func readAnswers(t *testing.T, dir string) map[string]string {
 	return answers
 }
 
-// checkReuse checks that a repeated build takes everything from the cache except the few sources
-// that contain the kernel's release.
+// checkReuse checks that a repeated build compiles only the few sources that contain the kernel's release.
 func checkReuse(t *testing.T, what string, result *compile.Result) {
 	t.Helper()
 	for _, p := range result.Phases {
@@ -243,8 +238,8 @@ func checkReuse(t *testing.T, what string, result *compile.Result) {
 	}
 }
 
-// checkPreambles fails the test if a precompiled header could not be made. No other check notices
-// this, because a build without precompiled headers gives the same modules, only more slowly.
+// checkPreambles fails the test if a precompiled header could not be made. No other check notices this: the modules are
+// the same.
 func checkPreambles(t *testing.T, work string) {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(work, "preambles", "*.h"))

@@ -20,21 +20,18 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// For a conftest question, the compiler spends most of its time on reading the kernel's headers.
-// Questions whose programs begin with the same headers share one precompiled header.
+// For a conftest question, the compiler spends most of its time on reading the kernel's headers. Questions whose
+// programs begin with the same headers share one precompiled header.
 //
-// The driver's conftest.sh makes the precompiled header in a sandbox for this one purpose, where the
-// script contains no tests of the driver. The key of every answer covers all files in that sandbox.
-// The tests see the precompiled header read-only. Tokens, macros and flags are the same as without a
-// precompiled header, so the answers are the same too. TestRealSameBytes compares these answers with
-// the answers of a build in which make runs conftest.
+// The driver's conftest.sh makes the precompiled header in a sandbox of its own, without tests of the driver. Every
+// answer's key covers all files in that sandbox. The answers are the same as without a precompiled header, which
+// TestRealSameBytes checks.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// The number of programs that must begin with the same headers before a precompiled header is
-	// worth it. With gcc, making one precompiled header takes about as long as compiling three
-	// programs; with clang, about as long as compiling one and a half.
+	// The minimum number of programs for which a shared precompiled header is made. Making it takes as long as compiling
+	// three programs with gcc, or one and a half with clang.
 	minForHeader      = 4
 	minForHeaderClang = 3
 
@@ -50,24 +47,24 @@ var headerMakeScript string
 // sharedHeader is one precompiled header that several questions share.
 type sharedHeader struct {
 	headers []string // the kernel's headers in it, in the order of their includes
-	// workDir is the work folder of this precompiled header. dir is its folder workDir/begin, which
-	// one sandbox writes, and which later sandboxes show read-only.
+	// workDir is the work folder of this precompiled header. dir is the folder in it with the header itself; later
+	// sandboxes show dir read-only.
 	workDir string
 	dir     string
 
 	once sync.Once
 	err  error // the result of makeOnce
-	// prefix has the lines that the script puts before every program. It is nil if the compiler could
-	// not make or use the precompiled header.
+	// prefix has the lines that the script puts before every program. It is nil if the compiler could not make or use the
+	// precompiled header.
 	prefix []string
 	left   int // number of questions that have no answer yet
 }
 
-// assignHeaders gives one shared header to the questions whose programs begin with the same headers.
-// If several shared headers fit a question, the question gets the one with the most headers.
+// assignHeaders gives one shared header to the questions whose programs begin with the same headers. It prefers the
+// longest common beginning.
 func (a *answerer) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
-		return // the kernel's headers depend on answers, so two questions may see different headers
+		return // the kernel's headers depend on answers, so they may differ between questions
 	}
 	candidates := make([][]conftest.Prefix, len(open))
 	longest, made, least := 0, 0, minForHeader
@@ -108,8 +105,7 @@ type task struct {
 	question question
 }
 
-// schedule orders the tasks. Each precompiled header is made while the tests of the previous
-// precompiled header run. So only few precompiled headers are on the disk at the same time.
+// schedule orders the tasks so that only few precompiled headers are on the disk at a time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}
@@ -136,8 +132,7 @@ func schedule(open []question) []task {
 	return append(all, plain...)
 }
 
-// countAnswer counts one question that now has an answer. After the last question it removes the
-// precompiled header.
+// countAnswer counts one answered question. After the last question it removes the precompiled header.
 func (b *sharedHeader) countAnswer() error {
 	if b == nil {
 		return nil
@@ -160,8 +155,7 @@ func (a *answerer) writeWrapper(dir, script string) error {
 	return write(filepath.Join(dir, name), text, 0o755)
 }
 
-// withWrapper returns a copy of the sandbox in which the wrapper script in dir runs in place of the
-// compiler.
+// withWrapper returns a copy of the sandbox in which a wrapper script runs in place of the compiler.
 func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideWrapper})
 	box.Env = maps.Clone(box.Env)
@@ -169,9 +163,8 @@ func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	return box
 }
 
-// ensure makes the precompiled header if no earlier call has made it. It returns an error only for a
-// fault of the machine. If the compiler cannot make or use the precompiled header, ensure returns nil
-// and b.prefix stays nil.
+// ensure makes the precompiled header, once. It returns an error only for a fault of the machine. If the compiler
+// cannot make or use the header, b.prefix stays nil.
 func (b *sharedHeader) ensure(ctx context.Context, a *answerer) error {
 	b.once.Do(func() { b.err = b.makeOnce(ctx, a, b.workDir) })
 	return b.err
@@ -234,8 +227,7 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) er
 	return nil
 }
 
-// withHeader adds the precompiled header of a question to the question's sandbox. If the question has
-// none, the sandbox stays unchanged.
+// withHeader adds the question's precompiled header, if it has one, to the question's sandbox.
 func (a *answerer) withHeader(box sandbox.Config, q question) sandbox.Config {
 	if q.header == nil || q.header.prefix == nil {
 		return box

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// addTests gives the driver six tests whose programs begin with the same header, in the forms that
-// NVIDIA's conftest.sh uses. A seventh test gives the compiler another flag.
+// addTests gives the driver six tests that begin with the same header, in the formats that NVIDIA's conftest.sh uses. A
+// seventh test gives the compiler another flag.
 func addTests(t *testing.T, r compile.Request, header string) {
 	t.Helper()
 	const preamble = `
@@ -93,9 +93,8 @@ func replaceCompiler(t *testing.T, r compile.Request, script string) {
 	program.Write(t, path, []byte("#!/bin/sh\n"+strings.ReplaceAll(script, "@GCC@", to)+"exec "+to+" \"$@\"\n"))
 }
 
-// Conftest programs that begin with the same headers share a precompiled header, unless the
-// compiler gets other flags. If the compiler cannot make a precompiled header, the answers are still
-// the same.
+// Conftest programs that begin with the same headers share a precompiled header, unless the compiler gets other flags.
+// Without a precompiled header the answers are the same.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"
@@ -106,8 +105,8 @@ func TestBeginnings(t *testing.T) {
 		want   []string
 		header string
 	}{
-		// This compiler refuses a program that includes the header, unless the program uses the
-		// precompiled header. So the answers show which programs used the precompiled header.
+		// This compiler refuses a program with the header unless it uses the precompiled header. So the answers show which
+		// programs used it.
 		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
 `, append(yes, "#undef NV_other_flags"), guarded},
 		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac

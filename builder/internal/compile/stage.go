@@ -10,10 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// stage copies a source tree, so that the build can write to the copy. The copied files belong to
-// the user that runs the builder. Their time is the time of the copy. Their mode is 0755 if the
-// original is executable, else 0644. stage copies a link only if the link's target is inside the
-// tree. It refuses every other kind of file.
+// stage copies a source tree for a build. It copies a link only if the link's target is inside the tree, and refuses
+// every other kind of file.
 func stage(ctx context.Context, src, dst string) error {
 	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -46,8 +44,7 @@ func stage(ctx context.Context, src, dst string) error {
 	})
 }
 
-// diskFull gives fault.DiskFull and a hint to an error of the host's file system that means a full
-// disk.
+// diskFull adds fault.DiskFull and a hint to an error that means a full disk.
 func diskFull(err error) error {
 	return fault.Disk(err, hintDisk)
 }

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. Debug information contains these paths, and the linker computes build
-// ids over the debug information. So if one path changes, every module changes.
+// Paths inside the sandbox. Debug information contains these paths, and the linker computes build ids over debug
+// information. So if one path changes, every module changes.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -25,8 +25,7 @@ const (
 	insideOut       = "/prebake/out"
 )
 
-// kernelArch has the value of make's variable ARCH for each architecture. For amd64 this is x86_64, as
-// `uname -m` prints it; NVIDIA's makefiles turn it into x86.
+// kernelArch has the value of `make`'s variable ARCH for each architecture. NVIDIA's makefiles turn x86_64 into x86.
 var kernelArch = map[target.Arch]string{target.AMD64: "x86_64", target.ARM64: "arm64"}
 
 // crossPrefix is the common start of the tools' names in COS's toolchain archives.
@@ -35,8 +34,7 @@ var crossPrefix = map[target.Arch]string{
 	target.ARM64: "aarch64-cros-linux-gnu-",
 }
 
-// tools holds the tools of the toolchain and the options of the kernel's configuration that matter
-// for a build.
+// tools holds the toolchain's tools and the options of the kernel's configuration that matter for a build.
 type tools struct {
 	variables []string // make variables such as CC=name
 	compiler  string   // path inside the sandbox
@@ -50,28 +48,23 @@ type tools struct {
 	pahole      int  // CONFIG_PAHOLE_VERSION: 124 means 1.24; 0 means not in the kernel's configuration
 }
 
-// toolPattern allows a file name only, no command line. Tools are looked up in the toolchain's bin
-// folders only.
+// toolPattern allows a file name only. Tools are looked up in the toolchain's bin folders only.
 var toolPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}$`)
 
-// compilerPattern splits a compiler's name into two parts. The first part is a prefix, which the
-// other tools' names begin with too. The second part is the version at the end, as in Debian's names.
+// compilerPattern finds the prefix of a compiler's name, which the other tools share, and the version at the end, as in
+// Debian's names.
 var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 
 // hostClang is the compiler in COS's toolchains for programs that run during the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
-// clangFlags switch -Werror off, so that warnings stay warnings. The driver's sources and
-// conftest's programs are compiled with these flags. Conftest needs the flags, because it counts any
-// compiler error as an answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's
-// warning about an undeclared function becomes an error. Conftest would then conclude that the
-// kernel has the function. Conftest with gcc does not have this problem, because the warning is off
-// there. A flag of the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles
-// have such flags.
+// clangFlags switch -Werror off for the driver's sources and conftest's programs. Conftest counts any compiler error as
+// an answer. With the kernel's CONFIG_WERROR, as in 5.15, clang's warning about an undeclared function becomes an
+// error, and conftest concludes that the kernel has the function. With gcc this warning is off. A flag of the form
+// -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such flags.
 //
-// The kernel's flags contain -Werror=strict-prototypes. Older drivers do not compile with this flag,
-// because clang applies the rule more strictly than gcc. COS's own build farm switches the flag off
-// too.
+// The kernel's flags contain -Werror=strict-prototypes. Older drivers do not compile with this flag, because clang
+// applies the rule more strictly than gcc. COS's own build farm switches it off too.
 var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 
 // toolchain is the root of an unpacked toolchain archive; its methods look programs up.
@@ -90,11 +83,9 @@ func (t toolchain) pathOf(name string) string {
 	return ""
 }
 
-// findTools chooses the compiler and the tools that go with it: linker, assembler and others. The
-// compiler's name is in toolchain_env. The other tools depend on the kernel's configuration, because
-// it says which tools built the kernel. If clang and lld built the kernel, make ran with LLVM=1, so
-// the modules are built with LLVM=1 too. For any other kernel (gcc, or clang with another linker),
-// findTools chooses the binutils whose names begin with the compiler's prefix.
+// findTools chooses the compiler and its companion tools: linker, assembler and others. If clang and lld built the
+// kernel, `make` ran with LLVM=1, so the modules are built with LLVM=1 too. For any other kernel, findTools chooses the
+// binutils whose names begin with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
 	text, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -121,9 +112,8 @@ func findTools(r Request) (tools, error) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
-		// If the toolchain has none of the candidates, make still gets the first one's name. A build
-		// that needs the tool then fails with an error about this name. Without a name, make would use
-		// the host's tool unnoticed.
+		// If the toolchain has none of the candidates, `make` gets the first name. A build that needs the tool then fails.
+		// Without a name, `make` would use the host's tool unnoticed.
 		name := row.candidates[0]
 		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]
@@ -149,8 +139,7 @@ func findTools(r Request) (tools, error) {
 	return t, nil
 }
 
-// findCompiler returns the compiler's name, and the prefix and suffix that the names of its companion
-// tools have too.
+// findCompiler returns the compiler's name, and the prefix and suffix of its companion tools.
 func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefix, suffix string, err error) {
 	cc, prefix = r.Env["CC"], crossPrefix[r.Arch]
 	if cc == "" {
@@ -171,9 +160,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
-	// Kbuild chooses some flags by the compiler that it finds, and others by the kernel's
-	// configuration. If the configuration is for another compiler, nobody has tested the modules that
-	// kbuild makes.
+	// Kbuild chooses some flags by the compiler and others by the kernel's configuration. If the two disagree, nobody has
+	// tested the modules.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
@@ -181,8 +169,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 				fmt.Sprintf("compiler %s: .config says %s=y, so another compiler built the kernel", cc, option), hint)
 		}
 	}
-	// One clang program compiles for all processors. If no flag selects a processor, the program's
-	// file name does. Kbuild sets such a flag, but the driver's conftest does not.
+	// One clang program compiles for all processors. Without a flag for the processor, clang derives the processor from
+	// its own file name. Kbuild sets a flag, but the driver's conftest does not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
@@ -205,9 +193,8 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not say
-		// which assembler built the kernel. For such a kernel, kbuild takes the toolchain's GNU
-		// assembler, or clang's own if the toolchain does not have a GNU assembler.
+		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not name the assembler that
+		// built the kernel. Then the toolchain's GNU assembler is used, or clang's own if there is none.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {
@@ -216,7 +203,7 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 	return all
 }
 
-// companion is the make variable of a tool, with the names that the tool may have, the best first.
+// companion is the make variable of a tool, with the possible names of the tool, the best first.
 type companion struct {
 	variable   string
 	candidates []string
@@ -246,8 +233,8 @@ func companions(config map[string]bool, llvm bool, prefix, suffix string) []comp
 	return all
 }
 
-// environment returns the complete environment of a build. It contains no variable of the builder's
-// own environment. Everything that could reveal a time, a user or a host has a fixed value.
+// environment returns the complete environment of a build. Everything that could reveal a time, a user or a host has a
+// fixed value.
 func environment(t tools) map[string]string {
 	env := map[string]string{
 		"PATH":                   insideToolchain + "/bin:" + insideToolchain + "/usr/bin:/usr/bin:/bin",

@@ -188,8 +188,8 @@ func TestFindToolsRefuses(t *testing.T) {
 	}
 }
 
-// TestFlags checks that the flags for clang turn an error back into a warning, unless one of the
-// flags is -Werror with the name of this warning. With gcc the kernel's flags stay unchanged.
+// TestFlags checks that the flags for clang turn an error back into a warning, unless a flag is -Werror with the name
+// of the warning.
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

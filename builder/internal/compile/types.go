@@ -21,8 +21,7 @@ import (
 
 const (
 	insideBTF = "/prebake/vmlinux.btf"
-	// pahole is the host's program that makes BTF from debug information. A pahole in the toolchain
-	// is never used, because the function Pahole reports the version of the host's pahole.
+	// pahole is the host's program that makes BTF from debug information. A pahole in the toolchain is never used.
 	pahole       = "/usr/bin/pahole"
 	hintPahole   = "build without --btf; or install pahole: apt-get install dwarves"
 	hintNoTypes  = "build without --btf"
@@ -31,8 +30,8 @@ const (
 
 var paholeVersion = regexp.MustCompile(`^v([0-9]{1,2})\.([0-9]{1,2})\n$`)
 
-// Pahole returns the version of the host's pahole, which makes BTF, in the form that pahole prints,
-// such as v1.24. Another version may make other bytes.
+// Pahole returns the version of the host's pahole as pahole prints it, such as v1.24. Another version may make other
+// bytes.
 func Pahole(ctx context.Context) (string, error) {
 	said, err := ask(ctx, sandbox.Config{Dir: "/", Env: environment(tools{})}, pahole, "--version")
 	if err != nil {
@@ -55,9 +54,8 @@ func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error
 	return said.String(), nil
 }
 
-// programFault adds a kind and a hint to the error of a program that failed. If the program was killed,
-// the kind is fault.OutOfMemory. An error of the sandbox itself stays unchanged, because it has a
-// kind already.
+// programFault adds a kind and a hint to the error of a failed program. If the program was killed, the kind is
+// fault.OutOfMemory. An error of the sandbox itself stays unchanged.
 func programFault(err error, kind fault.Kind, hint string) error {
 	var exit *sandbox.ExitError
 	switch {
@@ -69,8 +67,7 @@ func programFault(err error, kind fault.Kind, hint string) error {
 	return fault.Wrap(kind, err, hint)
 }
 
-// checkTypes returns an error if the request wants BTF and it cannot be made. It runs before the
-// compile, so that such a build fails at once.
+// checkTypes returns an error if the request wants BTF and BTF cannot be made. It runs before the compile.
 func checkTypes(ctx context.Context, r Request, t tools) error {
 	if r.BTF == "" {
 		return nil
@@ -86,9 +83,8 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	if err != nil {
 		return err
 	}
-	// Since Linux 5.18 the configuration contains the version of the pahole that made the kernel's
-	// BTF. The kernel's makefiles choose pahole's flags for that version, and an older pahole does not
-	// know these flags.
+	// Since Linux 5.18 the configuration contains the version of the pahole that made the kernel's BTF. The kernel's
+	// makefiles choose flags for that version, and an older pahole does not know them.
 	parts := paholeVersion.FindStringSubmatch(have + "\n")
 	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
 	minor, _ := strconv.Atoi(parts[2])
@@ -101,11 +97,10 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// types adds BTF to the modules that make left. Kbuild has a step for this, but flagVariables switches
-// that step off. If the header tree has no vmlinux, the step only prints a warning for each module. If
-// the header tree has vmlinux, the step runs the program resolve_btfids, which header trees lack.
-// Moreover, kbuild's flags let pahole work in parallel, which changes the order of the types from run
-// to run.
+// types adds BTF to the modules that `make` left. Kbuild's own step for this is switched off:
+//   - Without vmlinux in the header tree, it only prints a warning.
+//   - With vmlinux, it runs resolve_btfids, which header trees lack.
+//   - It runs pahole in parallel, which changes the order of the types from run to run.
 func (b *build) types(ctx context.Context, result *Result) (err error) {
 	built, err := b.moduleFiles()
 	if err != nil {
@@ -141,9 +136,8 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 	return nil
 }
 
-// flagRules is makefile text that prints the flags that the kernel wants for pahole. Since Linux
-// 6.9 the kernel's makefiles contain the flags. Before 6.9 a script of the kernel prints them. The
-// oldest kernels have no such flags.
+// flagRules is makefile text that prints the kernel's flags for pahole. Since Linux 6.9 a makefile of the kernel
+// contains the flags; before, a script prints them. The oldest kernels have no flags.
 const flagRules = `
 srctree := .
 -include include/config/auto.conf
@@ -159,8 +153,7 @@ endif
 prebake-flags: ; @echo $(PAHOLE_FLAGS)
 `
 
-// paholeFlags asks the kernel's makefiles for the pahole flags, which select the kinds of types
-// that the kernel understands. It removes the flags for parallel work.
+// paholeFlags returns the kernel's pahole flags without the flags for parallel work.
 func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
@@ -182,9 +175,8 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 
 var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
 
-// wantsNoIDs refuses a module that offers functions to BPF programs. The section .BTF_ids of such a
-// module must have the type numbers of these functions, and only the kernel's resolve_btfids can
-// write them.
+// wantsNoIDs refuses a module that offers functions to BPF programs. Its section .BTF_ids needs the type numbers of
+// these functions, and only the kernel's resolve_btfids can write them.
 func wantsNoIDs(dir, name string) (err error) {
 	left, err := untrusted.Open(dir)
 	if err != nil {

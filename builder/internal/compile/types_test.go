@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// kernelTypes are the types of the toy kernel. They include int, so a module that uses int has to
-// refer to the kernel's type.
+// kernelTypes are the types of the toy kernel. A module that uses int has to refer to the kernel's type.
 var kernelTypes = []string{"int", "task_struct"}
 
 // typedToy is toy with a kernel that accepts BTF in modules.
@@ -48,8 +47,7 @@ func typedToy(t *testing.T, config string) compile.Request {
 
 const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
 
-// The BTF of a module extends the kernel's BTF. The module's BTF is the same each time, with and
-// without debug symbols. If Request.BTF is "", a module gets no BTF.
+// The BTF of a module extends the kernel's BTF, and is the same each time. If Request.BTF is "", a module gets no BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	var first []byte

@@ -20,27 +20,26 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// A view is a kernel's header tree without the parts that differ between sibling kernels: the
-// release and version strings, the salt of the build ids, and the checksums in Module.symvers. A
-// file with such a part is masked: the view has a replacement without that part.
+// A view is a kernel's header tree without the parts that differ between sibling kernels. These parts are the release
+// and version strings, the salt of the build ids, and the checksums in Module.symvers. A file with a hidden part is
+// masked: the view has a replacement for it.
 //
-// Conftest's answers and compiled objects are stored under the digest of a view, so that sibling
-// kernels share them. This is safe, because no stored result contains a hidden part. The sandboxes
-// of conftest's questions show the replacements only. make's sandbox shows the real files, but the
-// recorder (see inputs.go) stores no object that may contain a hidden part.
+// Conftest's answers and compiled objects are stored under a view's digest, so sibling kernels share them. No stored
+// result may contain a hidden part:
+//   - The sandboxes of conftest's questions show only the replacements.
+//   - `make`'s sandbox shows the real files, but the recorder (see inputs.go) stores no object that may contain a
+//     hidden part.
 type view struct {
 	viewFact
 	masked map[string][]byte // the replacement of each masked file, by slash path in the tree
 }
 
-// viewFact is the part of a view that takes long to compute. The cache stores it under the header
-// tree's digest.
+// viewFact is the part of a view that takes long to compute. The cache stores it by the header tree's digest.
 type viewFact struct {
-	// Digest covers every file of the header tree. For a masked file it covers the replacement. In
-	// the cache, Digest covers only the files that are not masked; newView adds the replacements.
+	// Digest covers every file of the header tree; of a masked file it covers the replacement. In the cache it covers only
+	// the files that are not masked.
 	Digest string `json:"digest"`
-	// Macros is true if a kernel header contains a macro that NVIDIA's conftest defines, or the macro
-	// with the driver's version.
+	// Macros is true if a kernel header contains the name of a macro that the driver or its conftest defines.
 	Macros bool `json:"macros"`
 }
 
@@ -64,8 +63,7 @@ func dropSalt(text []byte) []byte {
 
 func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
 
-// masks returns a function for each file that a view shows only partly. The function turns the
-// file's content into its replacement.
+// masks returns a function for each masked file. The function turns the file's content into the replacement.
 func masks() map[string]func([]byte) []byte {
 	return map[string]func([]byte) []byte{
 		".config":                        dropSalt,
@@ -128,8 +126,8 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 	return v, nil
 }
 
-// mentionsDriver reports whether a kernel header contains the name of one of the driver's own macros.
-// The meaning of such a header depends on what the driver defines.
+// mentionsDriver reports whether a kernel header contains the name of one of the driver's own macros. The meaning of
+// this header depends on the driver.
 func mentionsDriver(headers string) (found bool, err error) {
 	err = walkHost(headers, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() || !strings.HasSuffix(path, ".h") {
@@ -148,8 +146,8 @@ func mentionsDriver(headers string) (found bool, err error) {
 	return found, err
 }
 
-// binds writes the replacements of the masked files to dir. It returns sandbox binds that put the
-// replacements over the header tree.
+// binds writes the replacements of the masked files to a folder. The returned sandbox binds put them over the header
+// tree.
 func (v *view) binds(dir string) ([]sandbox.Bind, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err

@@ -94,8 +94,7 @@ func TestView(t *testing.T) {
 	}
 }
 
-// The stripped and the unstripped module get the same build id, which does not depend on the debug
-// sections.
+// The stripped and the unstripped module get the same build id, with and without debug sections.
 func TestBuildID(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -14,16 +14,14 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// volatileHeaders are the headers that differ between two compilations of the same kernel. No
-// fingerprint covers these headers (see package cossrc). The compiler sees that the headers exist and
-// which string macros they define, but not the macros' values. With the values, for a kernel before
-// 6.1, NVIDIA's driver would put the number and the time of the kernel's build into a module.
+// volatileHeaders are the headers that differ between two compilations of the same kernel. No fingerprint covers them
+// (see package cossrc). The compiler sees their string macros with a fixed value. For a kernel before 6.1, NVIDIA's
+// driver would otherwise put the number and the time of the kernel's build into a module.
 var volatileHeaders = []string{"include/generated/compile.h", "include/generated/utsversion.h"}
 
 var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
 
-// hideStrings returns a header that defines the same string macros with a fixed value, and nothing
-// else.
+// hideStrings returns a header that only defines the same string macros, with a fixed value.
 func hideStrings(text []byte) []byte {
 	var shown strings.Builder
 	for _, m := range stringDefinition.FindAllSubmatch(text, -1) {
@@ -32,8 +30,8 @@ func hideStrings(text []byte) []byte {
 	return []byte(shown.String())
 }
 
-// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns sandbox binds that
-// put the replacements over the header tree.
+// hideVolatileHeaders writes replacements of the volatile headers to a folder. The returned sandbox binds put them over
+// the header tree.
 func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 	var binds []sandbox.Bind
 	for _, name := range volatileHeaders {

@@ -41,9 +41,7 @@ var (
 	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
 )
 
-// countWork reads the Kbuild files of the sources and counts the steps that make will take. It
-// knows the form of the lists in NVIDIA's Kbuild files. It counts each test and each file once, as
-// make does. If the count is wrong, only the progress display is less exact.
+// countWork counts the steps that `make` will take, for the progress display only.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -91,13 +89,11 @@ func countWork(src string) work {
 	return work{conftest: len(tests), compile: len(sources), link: 2 * len(modules)}
 }
 
-// maxLine is the number of bytes that a watch examines at the start of each line. The log gets the
-// whole line.
+// maxLine is the number of bytes that a watch examines at the start of each line.
 const maxLine = 64 << 10
 
-// watch reads make's output while make runs. It passes every byte to the log. It counts steps for
-// the progress display, measures the phases, and keeps the lines that a diagnosis needs. Only one
-// goroutine may write to it at a time.
+// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and keeps
+// the lines for a diagnosis. Only one goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error
@@ -133,8 +129,8 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done is the number
-// of steps that make took.
+// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done counts the steps that `make`
+// took.
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]
@@ -146,9 +142,8 @@ func (w *watch) note(phase string, done int) string {
 }
 
 func (w *watch) Write(p []byte) (int, error) {
-	// After an error of the log, Write still accepts all output. If it did not, a broken pipe would
-	// end the compiler with an error that hides the real reason. The method close returns the log's
-	// error.
+	// After an error of the log, Write still accepts all output. Otherwise a broken pipe would end the compiler and hide
+	// the real reason. close returns the log's error.
 	if w.logErr == nil {
 		_, w.logErr = w.log.Write(p)
 	}
@@ -186,7 +181,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// stepLine matches the line that make prints for each step, if make does not print whole commands.
+// stepLine matches the line that `make` prints for each step.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
@@ -198,25 +193,23 @@ func (w *watch) read(line string) {
 	phase := w.phase
 	switch what, name := m[1], m[2]; what {
 	case "CONFTEST":
-		// A name with a colon, as in "CONFTEST headers.h:", only announces that make prints a
-		// finished header.
+		// A name with a colon, as in "CONFTEST headers.h:", announces a finished header, not a test.
 		if strings.HasSuffix(name, ":") {
 			return
 		}
 		phase = phaseConftest
 	case "CC [M]", "AS [M]":
-		if phase != phaseLink { // make compiles the .mod.c files in the link phase
+		if phase != phaseLink { // `make` compiles the .mod.c files in the link phase
 			phase = phaseCompile
 		}
 	case "MODPOST":
 		phase = phaseLink
 	default:
-		if phase != phaseLink { // make links parts of a module while it still compiles other files
+		if phase != phaseLink { // `make` links parts of a module while it still compiles other files
 			return
 		}
 	}
-	// If every object came from the cache, make compiles nothing. The compile phase is still listed in
-	// w.phases.
+	// If every object came from the cache, `make` compiles nothing. w.phases still lists the compile phase.
 	if phase == phaseLink && w.phase != phaseCompile && w.phase != phaseLink && w.reused[phaseCompile] > 0 {
 		w.end(false)
 		w.phase = phaseCompile

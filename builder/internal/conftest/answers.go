@@ -8,15 +8,14 @@ import (
 
 // Basis has everything that decides a stored answer, except the script, the script's arguments and the question.
 type Basis struct {
-	// View is the digest of the kernel view (see the package comment). While a script runs, it may see only those kernel
-	// files that this digest covers.
+	// View is the digest of the kernel view (see the package comment). A running script may see only kernel files that
+	// this digest covers.
 	View string
-	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
-	// ([sandbox.HostTools]). Recipe is the version number of the code that runs the script (Recipe in
-	// builder/internal/compile).
+	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs ([sandbox.HostTools]).
+	// Recipe is the version of the code that runs the script (Recipe in builder/internal/compile).
 	Toolchain, Host, Recipe string
-	// Macros is true if a kernel header contains a presence macro (NV_..._PRESENT) or NV_VERSION_STRING, the macro of the
-	// driver's version. Then an answer may depend on the whole of headers.h, and on the driver's version.
+	// Macros is true if a kernel header contains a presence macro (NV_..._PRESENT) or NV_VERSION_STRING. Then an answer
+	// may depend on the whole of headers.h and on the driver's version.
 	Macros bool
 }
 
@@ -25,8 +24,7 @@ type Answers map[string]string
 
 const maxAnswers = 1 << 20 // in bytes; pkg/cas stores no larger fact
 
-// ReadAnswers parses the text of [Answers.Bytes]. If the text is not valid, ReadAnswers returns an empty map, and the
-// caller asks every question again.
+// ReadAnswers parses the text of [Answers.Bytes]. If the text is not valid, it returns an empty map.
 func ReadAnswers(raw []byte) Answers {
 	s := Answers{}
 	if json.Unmarshal(raw, &s) != nil || s == nil {
@@ -60,11 +58,10 @@ var (
 
 // NewKeyer prepares keys for the questions of a plan.
 //
-// Two parts of the compiler's flags do not decide an answer. So no key covers these parts, and [Keyer.Flags] leaves
-// them out. The first part is the process number of the script, which the script puts into the macro KBUILD_BASENAME.
-// The second part is the driver's version, in the macro NV_VERSION_STRING. There is one exception: if the script
-// contains this macro, or [Basis.Macros] is true, the version may decide an answer. Then the flags and the keys keep
-// the version.
+// [Keyer.Flags] and the keys leave out two parts of the compiler's flags, because they do not decide an answer:
+//   - the script's process number, in the macro KBUILD_BASENAME,
+//   - the driver's version, in the macro NV_VERSION_STRING. If the script contains this macro, or [Basis.Macros] is
+//     true, the version stays.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
 	if !b.Macros && !s.contains("NV_VERSION_STRING") {
@@ -76,27 +73,25 @@ func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 // Flags returns the compiler's flags. Every question must be asked with these flags.
 func (a *Keyer) Flags() string { return a.flags }
 
-// CacheKey returns the key of the cache entry that holds all answers together. Drivers with the same key share the
-// entry.
+// CacheKey returns the key of the cache entry with all answers. Drivers with the same key share the entry.
 func (a *Keyer) CacheKey() string {
 	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey returns the key of the question whether a header exists. With "" it returns the key of the question about
-// all headers in the script's own list.
+// HeaderKey returns the key of the question whether a header exists. "" stands for all headers in the script's own
+// list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. The argument headers is the content of headers.h. If the script does not
+// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script does not
 // know the test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok
 }
 
-// Visible returns the part of headers.h on which a test's program may depend: the lines about those macros whose names
-// occur in the test or in the common text of the script. If [Basis.Macros] is true, Visible returns the whole of
-// headers.h.
+// Visible returns the part of headers.h on which a test's program may depend: the lines about macros whose names occur
+// in the test or in the script's common text. If [Basis.Macros] is true, it returns the whole of headers.h.
 func (a *Keyer) Visible(test, headers string) string {
 	if a.basis.Macros {
 		return headers

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/conftest"
 )
 
-// TestBeginnings uses tests in the forms that occur in conftest.sh of NVIDIA's releases 515 to 595.
+// TestBeginnings uses tests as they occur in conftest.sh of NVIDIA's releases 515 to 595.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const frame = "#!/bin/sh\ncompile_check_conftest() {\n}\n\ncompile_test() {\n    case \"$1\" in\n@\n        *)\n    " +

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/conftest"
 )
 
-// script is written for this test. It has the form of NVIDIA's conftest.sh.
+// script has the format of NVIDIA's conftest.sh, but is written for this test.
 const script = `#!/bin/sh
 CC="$1"
 test_header_presence() {
@@ -103,9 +103,8 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// TestPlanRules checks what make does with the rules: it must run the sanity checks, write the text for ParsePlan, and
-// stop before the first question. The test's makefile is a short version of NVIDIA's Kbuild files. deploy/e2e tests
-// NVIDIA's own files.
+// TestPlanRules runs `make` with the rules. It must run the sanity checks, write the plan, and stop before the first
+// question. The makefile is a short version of NVIDIA's Kbuild files; deploy/e2e tests NVIDIA's own.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("make"); err != nil {
@@ -148,8 +147,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-		// If make runs this test, the environment has variables for make's children. The make of the test must not see
-		// them.
+		// If `make` runs this test, the environment has variables that the test's own `make` must not see.
 		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
 		out, err := cmd.Output()
@@ -166,7 +164,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 			t.Errorf("%s: plan differs (-want +got):\n%s", name, diff)
 		}
 	}
-	// If a sanity check fails, make must end before it writes a plan.
+	// If a sanity check fails, `make` must end before it writes a plan.
 	file := filepath.Join(t.TempDir(), "plan")
 	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
 	cmd.Stdin = strings.NewReader(strings.Replace(text, "@echo checked $@", "@exit 1", 1) + conftest.PlanRules(file))
@@ -216,8 +214,7 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// TestQuestion checks that a script with one test answers this test as the whole script does, and answers no other
-// test.
+// TestQuestion checks that a script with one test answers it as the whole script does, and answers no other test.
 func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
@@ -290,7 +287,7 @@ func TestScriptShapes(t *testing.T) {
 		}
 		got, err := conftest.ParseScript([]byte(text))
 		if row.name == "a stanza that does not end" {
-			// Then the stanza of the test "one" contains the stanza symbol_*, so the test's key covers both stanzas.
+			// The stanza of the test "one" then contains the stanza symbol_*, and its key covers both.
 			if err != nil || got.Knows("symbol_x") {
 				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
 			}
@@ -302,8 +299,7 @@ func TestScriptShapes(t *testing.T) {
 	}
 }
 
-// TestKeys checks that everything that decides an answer is in the answer's key or in the key of the stored answers,
-// and that nothing else is.
+// TestKeys checks that the keys cover everything that decides an answer, and nothing else.
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	const headers = "#define NV_ASM_PAGE_H_PRESENT\n#undef NV_LINUX_B_H_PRESENT\n"
@@ -371,9 +367,8 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestKeyOfLinesInText compares the keys of two tests. The first test sees a line of headers.h. The second test sees no
-// line of headers.h, but its own text ends with the same line. The keys must differ: in a test's text the shell takes
-// the line as a comment, so the line defines no macro for the second test.
+// TestKeyOfLinesInText compares two tests with the same line. For the first test the line is in headers.h. For the
+// second it is in the test's own text, where it is a comment of the shell. The keys must differ.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
@@ -399,8 +394,7 @@ func TestKeyOfLinesInText(t *testing.T) {
 	}
 }
 
-// TestFiles checks that Files returns what make's rules would write: each answer occurs once in a header, and the
-// kernel's release is the last line.
+// TestFiles checks that Files returns what `make`'s rules would write.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)

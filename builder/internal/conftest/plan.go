@@ -1,14 +1,15 @@
-// Package conftest reads NVIDIA's conftest.sh. A question is one test of this script, such as "does this header exist?"
-// or "does this function have four arguments?". The answer is the text that the script prints for the test: #define and
-// #undef lines. The package knows which questions a driver asks about a kernel, what decides each answer, and in which
-// files make expects the answers.
+// Package conftest reads NVIDIA's conftest.sh. A question is one test of this script, such as "does this header
+// exist?". The answer is the text that the script prints for the test: #define and #undef lines. The package knows:
+//   - which questions a driver asks about a kernel,
+//   - what decides each answer,
+//   - in which files `make` expects the answers.
 //
 // The builder stores answers in the conftest cache by kernel view and compiler. A kernel view is a kernel's header tree
-// without the parts that differ between sibling kernels (see builder/internal/compile/view.go). For a sibling kernel,
-// and for the next driver of a branch, the builder therefore asks only the questions that have no stored answer.
+// without the parts that differ between sibling kernels (see builder/internal/compile/view.go). So a sibling kernel,
+// and the next driver of a branch, reuse the answers.
 //
-// The package refuses to guess. If it does not know the form of a script or a plan, it returns [ErrShape], and its
-// caller lets make ask the questions. The package runs no program, because builder/internal/compile does that.
+// The package never guesses. If the format of a script or a plan is unknown, it returns [ErrShape], and its caller lets
+// `make` ask the questions. The package runs no program; builder/internal/compile does that.
 package conftest
 
 import (
@@ -19,11 +20,11 @@ import (
 	"strings"
 )
 
-// ErrShape means that a script or a plan has a form that this package does not know.
+// ErrShape means that a script or a plan has a format that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
-// categories returns the categories of compile tests. make concatenates the answers of a category into one header, such
-// as functions.h.
+// categories returns the categories of compile tests. For each category, `make` concatenates the answers into one
+// header, such as functions.h.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
 // Plan has the questions that a driver's Kbuild file asks conftest.sh, and the arguments of the script.
@@ -39,8 +40,7 @@ type Plan struct {
 	Tests map[string][]string
 }
 
-// planVariables are the lines of a plan, in order. A line consists of the name, a blank, and the value that make
-// computes for the expression.
+// planVariables are the lines of a plan, in order. A line is the name, a blank, and the value of the expression.
 var planVariables = []struct{ name, expression string }{
 	{"cc", "$(strip $(CC))"},
 	{"arch", "$(ARCH)"},
@@ -56,11 +56,10 @@ var planVariables = []struct{ name, expression string }{
 	{"types", "$(NV_CONFTEST_TYPE_COMPILE_TESTS)"},
 }
 
-// PlanRules returns makefile text for the end of a driver's Kbuild file. With this text, make runs the driver's sanity
-// checks, writes the plan to file, and stops before the first question. Only make can write the plan, because the
-// kernel's makefiles compose the flags in it. The rules add a prerequisite to conftest/uts_release, because make makes
-// that file before every header with answers. NVIDIA's releases from 515.43.04 to 595.45.04 have this order, and
-// Debian's edition of these releases has it too.
+// PlanRules returns makefile text for the end of a driver's Kbuild file. With it, `make` runs the driver's sanity
+// checks, writes the plan to the given file, and stops before the first question. The rules add a prerequisite to
+// conftest/uts_release, which `make` makes before every header with answers. This order is in NVIDIA's releases from
+// 515.43.04 to 595.45.04, and in Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
 	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
@@ -82,8 +81,7 @@ var (
 	word       = regexp.MustCompile(`^[A-Za-z0-9_./+-]+$`)
 )
 
-// ParsePlan parses the text that make wrote with the rules of [PlanRules]. If the text has another form, the error is
-// ErrShape.
+// ParsePlan parses the text that `make` wrote with [PlanRules]. If its format is unknown, the error is ErrShape.
 func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -105,7 +103,7 @@ func ParsePlan(text string) (*Plan, error) {
 		case "output":
 			p.Output = value
 		case "flags":
-			// make puts the flags between quotes for the shell.
+			// `make` puts the flags between quotes for the shell.
 			if strings.ContainsAny(value, "'\x00") {
 				return nil, fmt.Errorf("%w: the compiler flags contain a quote", ErrShape)
 			}
@@ -133,7 +131,7 @@ func ParsePlan(text string) (*Plan, error) {
 			return nil, fmt.Errorf("%w: %q in the plan is not a test name", ErrShape, t)
 		}
 	}
-	if len(p.All()) == 0 { // releases before 515.76 list no headers, so only tests are required
+	if len(p.All()) == 0 { // releases before 515.76 list no headers
 		return nil, fmt.Errorf("%w: the plan has no tests", ErrShape)
 	}
 	return p, nil
@@ -149,7 +147,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique removes repetitions. make does the same: its variable $^ contains each prerequisite once.
+// unique removes repetitions, as `make`'s variable $^ does.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {
@@ -159,12 +157,11 @@ func unique(list []string) []string {
 	})
 }
 
-// Files returns the files that make would write to the folder conftest/. The caller must write them in this order, so
-// that each file is at least as new as the files from which make makes it.
+// Files returns the files that `make` would write to the folder conftest/. The caller must write them in this order: no
+// file may be older than the files from which `make` makes it.
 //
-// The argument headers has the answer for each header, and tests has the answer for each compile test. The argument
-// patches is the script's output for [ModePatches], and release is the script's output for the test uts_release. If the
-// plan has no headers, headers[""] is the whole content of headers.h.
+// The two maps have the answers by name. If the plan has no headers, headers[""] is the whole content of headers.h. The
+// other arguments are the script's output for [ModePatches] and for the test uts_release.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}
@@ -191,5 +188,5 @@ func (p *Plan) Files(headers, tests map[string]string, patches, release string) 
 	return files
 }
 
-// File is one file of the folder conftest/. Name is its slash path in that folder, and Text is its content.
+// File is one file of the folder conftest/. Name is its slash path in that folder.
 type File struct{ Name, Text string }

@@ -7,14 +7,13 @@ import (
 	"strings"
 )
 
-// Prefix is the beginning of a test's C program: its first include lines, and the conditions around them. Tests whose
-// programs begin with the same headers can share one precompiled header.
+// Prefix is the beginning of a test's C program: its first include lines, and the conditions around them. Tests with
+// the same headers can share one precompiled header.
 type Prefix struct {
-	// Lines are the program's lines after the preamble that the script puts before every program. Blanks at the start of
-	// a line are removed, and empty lines are left out.
+	// Lines are the program's lines after the script's own preamble, without empty lines and leading blanks.
 	Lines []string
-	// Headers are the headers that the compiler reads for Lines, in order, such as "<linux/mm.h>". An include line within
-	// a false condition adds no header.
+	// Headers are the headers that the compiler reads for Lines, in order, such as "<linux/mm.h>". Includes within a false
+	// condition are left out.
 	Headers []string
 }
 
@@ -29,12 +28,11 @@ var (
 )
 
 // Prefixes returns the beginnings of a test's first program: up to its first header, up to its second one, and so on.
-// The argument headers is the content of headers.h, which defines the presence macros (NV_..._PRESENT) for the program.
-// Prefixes evaluates conditions on these macros. It stops at the first line that is neither such a condition nor an
-// include line.
+// Its second argument is the content of headers.h, which defines the presence macros (NV_..._PRESENT). Prefixes
+// evaluates conditions on these macros, and stops at any other line that is not an include.
 //
-// A test's text is shell code, but Prefixes reads the program in it as C. Callers must therefore compare the lines with
-// the program that the shell makes from the text.
+// Prefixes reads the test's text as C, although it is shell code. Callers must compare the lines with the program that
+// the shell makes of the text.
 func (s *Script) Prefixes(test, headers string) []Prefix {
 	text, _ := s.find(test)
 	at := programStart.FindStringIndex(text)
@@ -97,10 +95,9 @@ func (s *Script) Prefixes(test, headers string) []Prefix {
 
 const checkFunction = "\ncompile_check_conftest() {\n"
 
-// OnlyHeaders returns a script with a single test, and the name of that test. After the script's preamble, the test's
-// program consists of one include line for each of the headers. Callers run the test to make a precompiled header from
-// the program. If the script has no function compile_check_conftest, or a header has an unknown form, the error is
-// ErrShape.
+// OnlyHeaders returns a script with a single test, and the name of that test. The test's program only includes the
+// given headers. Callers run the test to make a precompiled header. If the script or a header has an unknown format,
+// the error is ErrShape.
 func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
 	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {
 		return nil, "", fmt.Errorf("%w: the script has no function compile_check_conftest", ErrShape)

@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// Script is the parsed conftest.sh of a driver. The function compile_test of the script consists of one case statement.
-// Each stanza of the case statement is a compile test. All other text of the script is common to all tests.
+// Script is the parsed conftest.sh of a driver. Its function compile_test consists of one case statement. Each stanza
+// is a compile test, and all other text is common to all tests.
 type Script struct {
 	head, tail string // the text before and after the stanzas
 	stanzas    []stanza
-	// oneHeader is true if one call of the script tests one header, as scripts since 515.76 do. One call of an older
-	// script tests all headers in the script's own list.
+	// oneHeader is true if one call tests one header, as in scripts since 515.76. One call of an older script tests all
+	// headers in the script's own list.
 	oneHeader bool
 }
 
@@ -32,7 +32,7 @@ var (
 	innerCase  = regexp.MustCompile(`^\s*case\s.*\sin\s*$`)
 )
 
-// These constants are text of conftest.sh in NVIDIA's releases. By this text ParseScript finds the parts of a script.
+// These constants are text of conftest.sh in NVIDIA's releases, by which ParseScript finds the parts of a script.
 const (
 	beginTests = "\ncompile_test() {\n    case \"$1\" in\n"
 	endTests   = "\n    esac\n}\n"
@@ -44,7 +44,7 @@ const (
 	answersAnother = "compile_test " // a test with this text calls another test
 )
 
-// ParseScript parses a conftest.sh. If it does not know the script's form, the error is ErrShape.
+// ParseScript parses a conftest.sh. If its format is unknown, the error is ErrShape.
 func ParseScript(text []byte) (*Script, error) {
 	s := &Script{}
 	all := string(text)
@@ -137,13 +137,11 @@ func (s *Script) contains(word string) bool {
 	return strings.Contains(s.frame(), word)
 }
 
-// OneHeader reports whether one call of the script tests one header. If not, one call tests all headers in the script's
-// own list.
+// OneHeader reports whether one call of the script tests one header, not all headers in the script's own list.
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
-// Question returns a script with only one compile test, the test whose name is in the argument. If the argument is "",
-// the returned script has no compile test, but its other modes work. Callers run the returned script instead of the
-// whole script, because [Keyer.CacheKey] and [Keyer.TestKey] together cover the returned script's text. If the script
+// Question returns a script with only the given compile test. For "", the script has no compile test. [Keyer.CacheKey]
+// and [Keyer.TestKey] together cover the script's text, so callers run it instead of the whole script. If the script
 // lacks the test, or the test calls another test, the error is ErrShape.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
@@ -160,8 +158,8 @@ func (s *Script) Question(test string) ([]byte, error) {
 	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
 }
 
-// noOther is the last stanza of the scripts that this package makes. If a caller asks for a test that such a script
-// does not have, this stanza ends the script with an error.
+// noOther is the last stanza of the scripts that this package makes. It ends the script with an error for a missing
+// test.
 const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {

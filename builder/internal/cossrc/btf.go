@@ -17,9 +17,8 @@ import (
 // typesFile is the only file in a cached tree of btfKind.
 const typesFile = "vmlinux.btf"
 
-// kernelBTF extracts the kernel's BTF, the description of its types, from vmlinux. headers is the root of the header
-// tree. The cache keeps the BTF of each vmlinux. If the kernel is configured without BTF for modules, kernelBTF returns
-// an empty part.
+// kernelBTF extracts the kernel's BTF, the description of its types, from vmlinux. If the kernel is configured without
+// BTF for modules, the part is empty.
 func (f *fetcher) kernelBTF(ctx context.Context, headers string) (p part, err error) {
 	text, err := readHead(headers, ".config", kconfig.Max+1)
 	if err != nil {

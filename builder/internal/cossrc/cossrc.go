@@ -1,29 +1,25 @@
-// Package cossrc fetches the kernel inputs of one COS build from a COS release bucket into the cache: the header tree,
-// the toolchain, toolchain_env and, if there is one, the boot archive for the load test. The package reads the kernel's
-// release and version from the header tree, and computes the kernel's ABI fingerprint.
+// Package cossrc fetches the kernel inputs of one COS build into the cache: the header tree, the toolchain,
+// toolchain_env and, if there is one, the boot archive for the load test. It reads the kernel's release and version
+// from the header tree and computes the kernel's ABI fingerprint.
 //
 // The fingerprint covers everything that decides whether a module fits the kernel: the content of the header tree (with
 // Module.symvers, .config and the prebuilt host tools), the content of the toolchain, and toolchain_env. It leaves out
-// three things that differ between two compilations of the same kernel. No module depends on them:
+// three things that differ between two compilations of the same kernel:
 //
-//   - times, owners and mode bits, which the program that packs the archive sets (the executable bit is covered);
+//   - times, owners and mode bits (the executable bit is covered);
 //   - include/generated/compile.h, which says who compiled the kernel, where and when;
-//   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them. No module can
-//     print them, because package compile hides both files from the compiler.
+//   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them.
 //
-// Any other difference gives another fingerprint, even if the same modules fit both kernels. Prebake then makes a build
-// that is not needed. This costs less than the opposite mistake: if two kernels had one fingerprint and needed
-// different modules, a node would load modules that do not fit its kernel.
+// No module can print the content of these two files, because package compile hides them from the compiler.
 //
-// If the bucket has no toolchain.tar.xz, the package fetches the toolchain from another bucket. The object
-// toolchain.tar.xz.gcs says which bucket that is, and under which path it has the toolchain. In old COS builds, this
-// object is called toolchain_path or toolchain_url. [cosbucket.Bucket.Sibling] says where the package looks for the
-// other bucket.
+// Any other difference gives another fingerprint, even if the same modules fit both kernels. The price is a needless
+// build. With one fingerprint for two different kernels, a node would load modules that do not fit.
 //
-// BTF is the description of the kernel's types. If the caller asks for BTF, and the kernel is configured with BTF for
-// modules, the package takes the kernel's BTF from vmlinux. A module's BTF depends on the kernel's BTF and fits no
-// other kernel. So the kernel's BTF is then part of the fingerprint. The rest of vmlinux, with the build's number and
-// time, is not part of it.
+// If the bucket has no toolchain.tar.xz, the object toolchain.tar.xz.gcs (in old COS builds toolchain_path or
+// toolchain_url) says in which other bucket the toolchain is. [cosbucket.Bucket.Sibling] finds that bucket.
+//
+// If the caller asks for BTF, the description of the kernel's types, the package takes it from vmlinux. A module's BTF
+// fits only one kernel's BTF. So the kernel's BTF is then part of the fingerprint; the rest of vmlinux is not.
 //
 // The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc
@@ -49,32 +45,29 @@ import (
 // Material is one input of a build, as the provenance lists it.
 type Material = input.Material
 
-// Inputs are the kernel inputs of one COS build. The folders are in the cache and must not be
-// written to.
+// Inputs are the kernel inputs of one COS build. Nobody may write to the folders, which are in the cache.
 type Inputs struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	// Headers is the root of the header tree, the folder with Makefile and .config.
 	Headers string
-	// HeadersDigest is the digest of the header tree's content, without the files that the
-	// fingerprint leaves out (see the package comment).
+	// HeadersDigest is the digest of the header tree without the files that the fingerprint leaves out.
 	HeadersDigest string
-	// Toolchain is the root of the unpacked toolchain archive. ToolchainDigest is the digest of its
-	// content.
+	// Toolchain is the root of the unpacked toolchain. ToolchainDigest is the digest of its content.
 	Toolchain, ToolchainDigest string
 	// Env is the content of toolchain_env: CC and CXX.
 	Env map[string]string
-	// BTF is the path of a file with the kernel's BTF, taken from vmlinux, and BTFDigest is the file's digest. Both are
-	// "" without [WithBTF], and also if the kernel is configured without BTF for modules.
+	// BTF is the path of a file with the kernel's BTF, and BTFDigest is its digest. Both are "" without [WithBTF], or if
+	// the kernel is configured without BTF for modules.
 	BTF, BTFDigest string
-	// Boot is the folder of the unpacked boot archive, prebake-boot.tgz, and BootDigest is the archive's digest. Both are
-	// "" if the bucket has no boot archive.
+	// Boot is the folder of the unpacked boot archive, prebake-boot.tgz. BootDigest is the archive's digest. Both are ""
+	// if the bucket has none.
 	Boot, BootDigest string
-	// HasVMLinux is true if the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches. If Boot is set,
-	// HasVMLinux is always false, because the load test boots the boot archive and needs no vmlinux.
+	// HasVMLinux is true if the bucket has vmlinux, the linked kernel, and Boot is not set. [FetchVMLinux] fetches
+	// vmlinux.
 	HasVMLinux bool
-	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no kernel_info. SourceURL is
-	// information for people only: Prebake does not fetch the source.
+	// SourceURL is the URL of the kernel's source from kernel_info, or "". It is for people: Prebake does not fetch the
+	// source.
 	SourceURL string
 	// Materials are the objects that were fetched, for the provenance.
 	Materials []Material
@@ -83,12 +76,11 @@ type Inputs struct {
 // Option asks Fetch for an input that not every build needs.
 type Option func(*fetcher)
 
-// WithBTF asks for the kernel's BTF. If the kernel is configured with BTF for modules and the bucket has no vmlinux,
-// Fetch returns fault.InputMissing.
+// WithBTF asks for the kernel's BTF. If the kernel has BTF for modules and the bucket has no vmlinux, Fetch returns
+// fault.InputMissing.
 func WithBTF() Option { return func(f *fetcher) { f.btf = true } }
 
-// Kinds of cached trees and facts. Raise the number of a kind when the code makes another tree or digest from the same
-// archive.
+// Kinds of cached trees and facts. Raise a number when the code makes another tree or digest from the same archive.
 const (
 	headersKind   = "headers-v1"
 	toolchainKind = "toolchain-v1"
@@ -97,16 +89,15 @@ const (
 	digestKind    = "tree-digest-v1"
 )
 
-// Limits of the unpacked archives. They are several times the size of COS's archives (120 MB of headers, 2.2 GB of
-// toolchain).
+// Limits of the unpacked archives. COS has 120 MB of headers and 2.2 GB of toolchain.
 var (
 	headersLimits   = archive.Options{Entries: 200_000, Bytes: 2 << 30}
 	toolchainLimits = archive.Options{Entries: 400_000, Bytes: 16 << 30}
 	bootLimits      = archive.Options{Entries: 20_000, Bytes: 2 << 30}
 )
 
-// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, one line
-// at a time; it may be nil.
+// Fetch fetches the kernel inputs of one COS build into the cache. Progress is reported one line at a time; the
+// callback may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string),
 	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
@@ -176,8 +167,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return err
 	})
 	g.Go(func() (err error) {
-		// For a real toolchain of gigabytes, xz in Go takes more than a minute. The program xz is
-		// faster.
+		// xz in Go takes more than a minute for a toolchain of gigabytes. The program xz is faster.
 		limits := toolchainLimits
 		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
 			limits.XZTool = ""
@@ -225,7 +215,7 @@ func headersRoot(dir string) (string, error) {
 			fmt.Sprintf("read kernel-headers.tgz: it has %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
-	// Lstat does not follow a link. A link is refused, because the fingerprint would not cover the target's files.
+	// Lstat does not follow a link. Refuse it, because the fingerprint would not cover its target.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),

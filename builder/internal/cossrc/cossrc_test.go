@@ -28,8 +28,7 @@ import (
 
 const tree = "usr/src/linux-headers-6.1.0-9-test/"
 
-// headerFiles returns a small header tree. A name that ends in * is executable. Content that begins with -> makes a
-// link.
+// headerFiles returns a small header tree. A name ending in * is executable. Content beginning with -> makes a link.
 func headerFiles() map[string]string {
 	return map[string]string{
 		tree + "Makefile":                       "all:\n",
@@ -309,7 +308,7 @@ func TestFingerprint(t *testing.T) {
 				in.Fingerprint == base, r.same)
 		}
 	}
-	// Nodes find published artifacts by this value. If it changes, no node finds the artifacts that are published already.
+	// Nodes find published artifacts by this value. If it changes, they find none of the existing artifacts.
 	if want :=
 		target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
 		t.Errorf("fingerprint = %s; want %s", base, want)
@@ -414,7 +413,7 @@ func TestFetchRefuses(t *testing.T) {
 	}
 }
 
-// TestDamagedArchiveIsFetchedAgain checks that Fetch fetches an archive again if the archive is damaged in the cache.
+// TestDamagedArchiveIsFetchedAgain checks that an archive that is damaged in the cache is fetched again.
 func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

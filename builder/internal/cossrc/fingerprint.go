@@ -13,15 +13,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fingerprintScheme is the first line of the text that combine hashes. If the form of that text changes, raise the
-// number. After such a change, nodes do not find the artifacts that were published before, because nodes look for
-// artifacts by fingerprint.
+// fingerprintScheme is the first line of the text that combine hashes. Raise the number if the format of the text
+// changes. Nodes then do not find the artifacts that were published before.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
-// Fingerprint returns the ABI fingerprint of a header tree, a toolchain and the variables in
-// toolchain_env, for modules without BTF. toolchainTreeDigest is the digest of the toolchain's
-// unpacked content, made by [cas.DigestTree]. The package comment says which files of the header tree the fingerprint
-// leaves out.
+// Fingerprint returns the ABI fingerprint of a header tree, a toolchain and toolchain_env, for modules without BTF. The
+// toolchain's digest is made by [cas.DigestTree] from its unpacked content. See the package comment for the files that
+// are left out.
 func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) (target.Fingerprint, error) {
 	headers, err := digestHeaders(context.Background(), headersDir)
 	if err != nil {
@@ -38,8 +36,8 @@ func digestHeaders(ctx context.Context, dir string) (string, error) {
 	return digest, nil
 }
 
-// volatile reports whether a file of a header tree differs between two compilations of the same kernel, so that the
-// fingerprint leaves it out. name is the file's slash path in the tree.
+// volatile reports whether a file of a header tree differs between two compilations of the same kernel. The name is a
+// slash path in the tree.
 func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// put writes objects below root, each with its .md5. The names begin with the bucket's name.
+// put writes objects below a root folder, each with its .md5. The names begin with the bucket's name.
 func put(t testing.TB, root string, objects map[string][]byte) {
 	t.Helper()
 	for name, data := range objects {
@@ -154,8 +154,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// TestEmulatorLayouts reads the layouts through Google's API from an emulator. The emulator's buckets have no checksum
-// files, so Fetch compares each object with the checksum in its metadata.
+// TestEmulatorLayouts reads the layouts through Google's API. The emulator's buckets have no checksum files, so Fetch
+// uses the checksums in the metadata.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -205,8 +205,7 @@ func TestInfo(t *testing.T) {
 	}
 }
 
-// TestMissingObjects checks that an error about a missing object has the object's name and all places that Fetch tried,
-// and that the hint says what to do.
+// TestMissingObjects checks that an error about a missing object has its name, all places that were tried, and a hint.
 func TestMissingObjects(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -78,8 +78,7 @@ func TestMirror(t *testing.T) {
 	}
 }
 
-// TestEmulatorMirror reads a COS build of the same mirror through the API of Google Cloud Storage. The result must
-// equal the result from the folder.
+// TestEmulatorMirror checks that a COS build read through Google's API equals the one read from the folder.
 func TestEmulatorMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Largest sizes of the small text objects of a COS build, in bytes.
+// Maximum sizes of the small text objects of a COS build, in bytes.
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
@@ -27,19 +27,17 @@ const (
 
 var (
 	envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,63}$`)
-	// envValue allows names of programs and flags. It allows no character that a shell or a
-	// makefile would expand.
+	// envValue allows names of programs and flags, and no character that a shell or a makefile would expand.
 	envValue = regexp.MustCompile(`^[A-Za-z0-9_+=:,./ -]*$`)
-	// A kernel release is also the name of a folder in /lib/modules, so it must not contain a slash. A release has at
-	// most 64 bytes (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte at the end.
+	// A kernel release is also the name of a folder in /lib/modules, so it must not contain a slash. It has at most 64
+	// bytes (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte.
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
-	// sourcePattern accepts a URL with any scheme, because a mirror may have the source of another kernel than Google's.
+	// sourcePattern accepts any scheme, because a mirror may have the source of another kernel than Google's.
 	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
 	versionPattern = regexp.MustCompile(`^[ -~]{1,64}$`)
 )
 
-// ParseEnv parses toolchain_env: lines of the form NAME=VALUE, with or without quotes, as COS
-// writes them. It skips blank lines.
+// ParseEnv parses toolchain_env: lines NAME=VALUE, with or without quotes. It skips blank lines.
 func ParseEnv(text []byte) (map[string]string, error) {
 	if len(text) > maxEnv {
 		return nil, badEnv("%d bytes; want at most %d", len(text), maxEnv)
@@ -105,9 +103,8 @@ func badInfo(format string, args ...any) error {
 
 const hintHeaders = "put the complete kernel-headers.tgz of the COS build into the bucket"
 
-// readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header tree. The first text is
-// UTS_RELEASE from utsrelease.h. If a tree has no UTS_RELEASE, readRelease uses kernel.release, from which kbuild makes
-// UTS_RELEASE. version is "" if the tree has no UTS_VERSION.
+// readRelease returns what `uname -r` and `uname -v` print on the kernel of a header tree. Without UTS_RELEASE in
+// utsrelease.h, it reads kernel.release. Without UTS_VERSION, the version is "".
 func readRelease(dir string) (release, version string, err error) {
 	generated := "include/generated/"
 	if release, err = readDefine(dir, generated+"utsrelease.h", "UTS_RELEASE"); err != nil {
@@ -142,8 +139,7 @@ func readRelease(dir string) (release, version string, err error) {
 	return release, version, nil
 }
 
-// readDefine returns a string macro of a header. It returns "" if the header or the macro is
-// missing.
+// readDefine returns a string macro of a header, or "" if the header or the macro is missing.
 func readDefine(dir, name, macro string) (string, error) {
 	text, err := readHead(dir, name, maxHeader)
 	if err != nil {
@@ -174,7 +170,7 @@ func parseDefine(text []byte, macro string) (string, error) {
 	return "", lines.Err()
 }
 
-// readHead reads the first limit bytes of a file in the tree. readHead returns nil if the file is missing.
+// readHead reads the beginning of a file in the tree, up to a limit in bytes. It returns nil if the file is missing.
 func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -33,9 +33,8 @@ var remedies = map[string]string{
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
-// tryLayouts calls the function ask with the object's name in each layout that a bucket may have, the likelier layout
-// first. It stops at the first call that returns nil or another error than fault.InputMissing, and returns the same. If
-// every call returns fault.InputMissing, tryLayouts returns one fault.InputMissing with the hint from remedies.
+// tryLayouts asks for an object in each layout, the likelier layout first, until the answer is not fault.InputMissing.
+// If every layout lacks the object, the error has a hint from remedies.
 func (f *fetcher) tryLayouts(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {
@@ -50,7 +49,7 @@ func (f *fetcher) tryLayouts(name string, ask func(at string) error) error {
 		fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
 }
 
-// readSmall reads a small object. limit is its largest size in bytes.
+// readSmall reads an object of limited size in bytes.
 func (f *fetcher) readSmall(ctx context.Context, name string, limit int64) (data []byte, m Material, err error) {
 	err = f.tryLayouts(name, func(at string) error {
 		data, m, err = f.Small(ctx, at, limit)
@@ -59,7 +58,7 @@ func (f *fetcher) readSmall(ctx context.Context, name string, limit int64) (data
 	return data, m, err
 }
 
-// readCommit reads kernel_commit. Old COS builds have no kernel_commit; for them, readCommit returns "".
+// readCommit reads kernel_commit. Old COS builds have none; then readCommit returns "".
 func (f *fetcher) readCommit(ctx context.Context) (string, Material, error) {
 	text, m, err := f.readSmall(ctx, cosbucket.CommitName(f.kernel), maxCommit)
 	if fault.Is(err, fault.InputMissing) {
@@ -77,7 +76,7 @@ func (f *fetcher) readCommit(ctx context.Context) (string, Material, error) {
 	return commit, m, nil
 }
 
-// readInfo reads kernel_info and returns the source URL. If the COS build has no kernel_info, readInfo returns "".
+// readInfo returns the source URL in kernel_info, or "" if the COS build has no kernel_info.
 func (f *fetcher) readInfo(ctx context.Context) (string, error) {
 	text, _, err := f.readSmall(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
 	if fault.Is(err, fault.InputMissing) {
@@ -89,8 +88,7 @@ func (f *fetcher) readInfo(ctx context.Context) (string, error) {
 	return ParseInfo(text)
 }
 
-// unpack fetches an archive and unpacks it into the cache. If the cache has a tree of the same archive content, unpack
-// uses that tree.
+// unpack fetches an archive and unpacks it into the cache, unless the cache has the tree of the same archive content.
 func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (p part, err error) {
 	err = f.tryLayouts(name, func(at string) error {
 		p, err = unpack(ctx, &f.Fetcher, at, kind, o)
@@ -130,8 +128,8 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	return part{material: m, at: dir}, nil
 }
 
-// treeDigest returns the digest of what was made from an object, such as an unpacked archive. blob is the object's
-// digest. The cache keeps the result, so compute runs once for each object.
+// treeDigest returns the digest of what was made from an object. The cache keeps it by the object's digest, so it is
+// computed once.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
 	if known, ok := f.Cache.Fact(digestKind, key); ok {
@@ -146,8 +144,7 @@ func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute fun
 	return digest, f.Cache.PutFact(digestKind, key, []byte(digest))
 }
 
-// pointers are the objects that say in which bucket, and under which path, the toolchain is. Newer COS builds have the
-// first of them.
+// pointers are the objects that say where the toolchain is. Newer COS builds have the first of them.
 var pointers = []struct {
 	name  func(target.Kernel) string
 	parse func([]byte) ([]cosbucket.Pointer, error)
@@ -164,8 +161,7 @@ func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucke
 	}
 }
 
-// toolchain fetches and unpacks the toolchain. It takes the toolchain from this bucket or, if this bucket does not have
-// it, from the place in one of the pointers.
+// toolchain fetches and unpacks the toolchain, from this bucket or else from the place in one of the pointers.
 func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error) {
 	p, none := f.unpack(ctx, cosbucket.ToolchainName(f.kernel), toolchainKind, o)
 	if !fault.Is(none, fault.InputMissing) {
@@ -190,7 +186,7 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 	return part{}, none
 }
 
-// follow fetches the toolchain from the first of the places that has it. The places come from the object pointer.
+// follow fetches the toolchain from the first place that has it. The given pointer lists the places.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
 	error) {
 	absent := fmt.Errorf("the toolchain is not at the place that is written in %s", pointer.URI)

@@ -11,28 +11,23 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Signatures are Google's signatures of the modules that Google compiled, for one driver version
-// and one COS build.
+// Signatures are Google's signatures of the modules that Google compiled, for one driver version and COS build.
 type Signatures struct {
-	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive under
-	// its older name.
+	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive under its older name.
 	Archive []byte
-	// TrustedKey is the content of trusted_key.pem, the root certificate that is compiled into the kernel. It is nil if
-	// the bucket has no trusted_key.pem.
+	// TrustedKey is the content of trusted_key.pem, the root certificate in the kernel, or nil if the bucket has none.
 	TrustedKey []byte
 	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 
-// Limits in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the
-// program sign-file.
+// Limits in bytes. A real archive has a few KB for each module and firmware image. Old ones also contain sign-file.
 const (
 	maxSignatures = 16 << 20
 	maxTrustedKey = 1 << 20
 )
 
-// FetchSignatures fetches Google's signatures that a COS build has for a driver version. It returns nil if the COS
-// build has no signatures for this version.
+// FetchSignatures fetches Google's signatures for a driver version. It returns nil if the COS build has none.
 func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
@@ -66,8 +61,8 @@ type SignedDriver struct {
 	Materials []Material
 }
 
-// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If the COS build has no such
-// driver of this version, the error is fault.InputMissing.
+// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If there is none of this
+// version, the error is fault.InputMissing.
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}

@@ -22,8 +22,7 @@ const (
 	oldArchive    = "extensions/gpu/" + signedVersion + ".signature.tar.gz"
 )
 
-// TestSignatures checks that Google's signatures and modules are found under their new and their old name, and in both
-// layouts.
+// TestSignatures checks the new and the old names of Google's signatures and modules, in both layouts.
 func TestSignatures(t *testing.T) {
 	t.Parallel()
 	const build, legacy = "17800.0.9/lakitu/", "17800.0.9/"

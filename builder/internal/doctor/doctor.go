@@ -1,8 +1,7 @@
-// Package doctor checks whether a machine has everything that builds need. For each problem it says what to do, such as
-// which package to install or which setting to change. The package changes nothing, except that it creates an empty
-// cache folder.
+// Package doctor checks whether a machine has everything that builds need, and says what to do about each problem.
+// It changes nothing, except that it creates an empty cache folder.
 //
-// The package refuses to guess: each finding comes from a trial with the code that builds use.
+// The package never guesses: each finding comes from a trial with the code that builds use.
 package doctor
 
 import (
@@ -63,14 +62,14 @@ type Config struct {
 	BTF bool
 	// GuestInit and NVMLProbe are paths of the load test's programs.
 	GuestInit, NVMLProbe string
-	// Mirrors are the URLs of the buckets with kernels and with drivers. Destinations are the places where builds publish.
-	// Key is the reference of the signing key. Run tries each of them that is set.
+	// Mirrors are the URLs of buckets with kernels and drivers. Destinations are where builds publish. Key is the
+	// reference of the signing key. Run tries those that are set.
 	Mirrors      []string
 	Destinations []string
 	Key          string
 }
 
-// Machine has the functions and facts that the checks use. [Real] returns the functions and facts of this machine.
+// Machine has the functions and facts that the checks use. [Real] returns those of this machine.
 type Machine struct {
 	// Program reports whether the sandbox will find a program.
 	Program func(name string) bool
@@ -78,11 +77,10 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
-	// Sandbox runs an empty sandbox. Limits says which limits the sandbox can set, as [sandbox.SupportedLimits] does.
+	// Sandbox runs an empty sandbox. Limits is like [sandbox.SupportedLimits].
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
-	// Memory is the number of bytes of memory that this process may use. Processors is the number of processors that it
-	// may use.
+	// Memory is the number of bytes that this process may use. Processors is the number of processors that it may use.
 	Memory     int64
 	Processors int
 	// Cache opens a cache and returns the number of free bytes on its disk.
@@ -92,11 +90,9 @@ type Machine struct {
 	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror tries one entry of Config.Mirrors, Destination tries one entry of Config.Destinations, and Key tries
-	// Config.Key.
+	// Mirror, Destination and Key each try one such entry of Config.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
-	// MayGo asks the licence rule whether artifacts of a flavour may go to a destination. If the rule forbids it, the
-	// error is [fault.PublishRefused].
+	// MayGo returns a [fault.PublishRefused] error if artifacts of a flavour may not go to a destination.
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
@@ -140,7 +136,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail adds a finding for an error, with the error's hint. If the error has no hint, the argument next is used instead.
+// fail adds a finding for an error, with the error's hint or else the given remedy.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint
@@ -307,11 +303,11 @@ func (e *examination) loadTest() {
 	}
 }
 
-// earliestDate returns a date before the release of this program. A clock that shows an earlier date is wrong.
+// earliestDate is before the release of this program. A clock that shows an earlier date is wrong.
 func earliestDate() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 
-// armHelpers looks for the programs that a load test of arm64 drivers needs in addition to the emulator. If one is
-// missing, armHelpers adds a finding and returns false. loadTest itself checks the programs for amd64.
+// armHelpers looks for the programs that load tests of arm64 drivers also need. If one is missing, it adds a finding
+// and returns false.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
 		{e.GuestInit, "drivers for arm64 cannot be load-tested"},
@@ -370,8 +366,8 @@ func (e *examination) checkConfigured(ctx context.Context) {
 	}
 }
 
-// Err returns nil if no check failed. Otherwise the error has the class and the hint of the first failure, because the
-// first failure may be the cause of the later ones.
+// Err returns nil if no check failed. Otherwise the error has the class and the hint of the first failure, which may be
+// the cause of the later ones.
 func (r *Report) Err() error {
 	n, first := 0, -1
 	for i, f := range r.Findings {

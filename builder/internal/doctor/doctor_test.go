@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// envBare is the environment variable with which TestBareMachine starts this test program again. The new process runs
-// the checks and prints the report.
+// envBare makes this test program run the checks and print the report. TestBareMachine sets it.
 const envBare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
@@ -76,8 +75,7 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// TestFindings checks that there is a finding for each thing that a machine lacks. The finding must have the missing
-// package or a remedy.
+// TestFindings checks that each lacking thing gives a finding with the missing package or a remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
 	lacking := func(names ...string) func(string) bool {
@@ -210,7 +208,7 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// TestNothingOutside checks that, without mirrors, destinations and key in the configuration, doctor tries none.
+// TestNothingOutside checks that only configured mirrors, destinations and keys are tried.
 func TestNothingOutside(t *testing.T) {
 	t.Parallel()
 	m := healthyMachine()
@@ -221,7 +219,7 @@ func TestNothingOutside(t *testing.T) {
 	}
 }
 
-// TestBareMachine runs the checks in a real root file system that has this test program and almost nothing else.
+// TestBareMachine runs the checks in a root file system with almost nothing but this test program.
 func TestBareMachine(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {

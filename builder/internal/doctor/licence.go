@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mayPublish returns a function for [Machine.MayGo] that asks rule about a destination. options returns the registry
-// options of a destination.
+// mayPublish returns a function for [Machine.MayGo]. It asks the given rule, with the given registry options of a
+// destination.
 func mayPublish(
 	rule licence.Rule,
 	options func(destination string) registry.Options,
@@ -38,8 +38,8 @@ func mayPublish(
 	}
 }
 
-// licence reports whether artifacts of each flavour may go to a destination. If the rule forbids both flavours, the
-// check fails. If the rule forbids one flavour, the check warns, because builds of that flavour will fail.
+// licence reports whether artifacts of each flavour may go to a destination. It fails if neither may, and warns if only
+// one may.
 func (e *examination) licence(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 	defer cancel()

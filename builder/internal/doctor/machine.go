@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Real returns the functions and facts of this machine. rule decides which artifacts may go to which destination.
-// options returns the registry options of a destination. keys are the options for loading a signing key.
+// Real returns the functions and facts of this machine. The rule decides about destinations, the callback returns their
+// registry options, and the sign options load a key.
 func Real(rule licence.Rule, options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
@@ -96,8 +96,8 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// checkReachable returns an error if a bucket cannot be read. It asks the bucket for an object that does not exist. If
-// the bucket answers that the object is missing, the bucket can be read.
+// checkReachable returns an error if a bucket cannot be read. If the bucket answers that an object is missing, it can
+// be read.
 func checkReachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package gpus reads the list of supported GPUs from an NVIDIA release, and makes a statement that attaches the list to
-// an artifact. With this statement a node can choose a flavour by the PCI ids of its GPUs. The package refuses to
-// invent a list: an artifact of a release without a list gets no such statement.
+// Package gpus reads the list of supported GPUs from an NVIDIA release, and makes a statement with this list about an
+// artifact. A node can then choose a flavour by the PCI ids of its GPUs. The package never invents a list: if the
+// release has none, there is no statement.
 package gpus
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Read returns the list of supported GPUs of a release. dir is the folder with the extracted release, and version is
-// the driver's version. If the release is old and has no list, Read returns nil.
+// Read returns the list of supported GPUs in the folder of an extracted release. An old release has no list; then Read
+// returns nil.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -35,8 +35,8 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate is the largest size of the statement's predicate, in bytes. A Sigstore bundle must have room for the
-// predicate in base64 and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
+// maxPredicate is the maximum size of the predicate in bytes. A Sigstore bundle has it in base64, with an envelope
+// around it. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
 // Statement returns a statement that says which GPUs the artifact with this manifest digest supports.

@@ -30,7 +30,7 @@ func release(t *testing.T, text string) string {
 	return dir
 }
 
-// TestStatement reads a list from a release, makes the statement, and reads the list from the statement as a node does.
+// TestStatement makes a statement from a release's list, and reads the list from the statement as a node does.
 func TestStatement(t *testing.T) {
 	t.Parallel()
 	list, err := gpus.Read(release(t,

@@ -1,9 +1,8 @@
-// Package input fetches objects of a bucket into the cache. The package streams each object into the cache, verifies it
-// against its checksum file, and describes it for the provenance. If the cache already has content with the published
-// checksum, the package uses that content and fetches nothing.
+// Package input fetches objects of a bucket into the cache. It compares each object with its checksum file and
+// describes it for the provenance. Content with the published checksum that is in the cache is not fetched again.
 //
-// The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory,
-// except a small one, such as toolchain_env, whose size it limits.
+// The package never keeps bytes that differ from their checksum. It streams objects and holds only small ones, such as
+// toolchain_env, in memory.
 package input
 
 import (
@@ -34,14 +33,14 @@ type Source interface {
 	URL(name string) string
 }
 
-// Material is one input of a build, as the provenance has it.
+// Material is one input of a build, as the provenance lists it.
 type Material struct {
 	Name   string `json:"name"`
 	URI    string `json:"uri"`
 	Digest string `json:"digest"` // sha256:…
 	Size   int64  `json:"size"`
-	// Unverified is true if the bucket has no checksum for this object. The digest then says which bytes were used, but
-	// nothing proves that they are right.
+	// Unverified is true if the bucket has no checksum for this object. The digest says which bytes were used, but nothing
+	// proves that they are right.
 	Unverified bool `json:"unverified,omitempty"`
 }
 
@@ -65,23 +64,21 @@ func (a Algorithm) new() hash.Hash {
 type Sum struct {
 	Algorithm Algorithm
 	Hex       string
-	// Of is the URL of the object to which the checksum belongs, at the mirror that has the checksum. "" means unknown.
+	// Of is the URL of the checksum's object at the mirror that has the checksum. "" means unknown.
 	Of string
 }
 
-// maxSum is the largest size of a checksum file in bytes. Such a file has one digest and a file name.
+// maxSum is the maximum size of a checksum file in bytes. It has one digest and a file name.
 const maxSum = 4 << 10
 
-// maxObject is the largest size of an object in bytes. The largest objects of COS are the toolchain's archive and
-// vmlinux with its symbols, which have 0.7 GB each.
+// maxObject is the maximum size of an object in bytes. COS's toolchain and vmlinux with symbols have 0.7 GB each.
 const maxObject = 32 << 30
 
-// fetchedKind is the kind of the facts in the cache that map the checksum of an object in a bucket to a blob in the
-// cache.
+// fetchedKind is the kind of cached facts that map the checksum of an object to a blob.
 const fetchedKind = "fetched-v1"
 
-// attempts is the number of times that [Fetcher.Blob] tries to download an object whose stream breaks. The bucket
-// client itself retries a request that fails before the first byte.
+// attempts is how often [Fetcher.Blob] downloads an object whose stream breaks. The bucket client retries requests that
+// fail before the first byte.
 const attempts = 3
 
 // reportEvery is the number of bytes between two progress lines.
@@ -91,7 +88,7 @@ const reportEvery = 64 << 20
 type Fetcher struct {
 	Source Source
 	Cache  *cas.Cache
-	// Progress is called with each line of progress, and never concurrently. It may be nil.
+	// Progress receives one line at a time, never concurrently. It may be nil.
 	Progress func(string)
 
 	mu sync.Mutex
@@ -112,9 +109,8 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 	SHA256: regexp.MustCompile(`^[0-9a-f]{64}$`),
 }
 
-// ParseSum reads the checksum of object from text, the content of a checksum file. The file has only a hex digest, or
-// `hex name` lines as md5sum writes them. ParseSum uses the first line that has only a digest, or a digest and the
-// object's name.
+// ParseSum reads an object's checksum from the content of a checksum file: only a hex digest, or `hex name` lines of
+// md5sum. It uses the first line with only a digest, or with the object's name.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {
@@ -146,7 +142,7 @@ func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) 
 	return sum, err
 }
 
-// ChecksumFile reads the checksum file of an object: .md5, or else .sha256. If the object has neither, the sum is zero.
+// ChecksumFile reads an object's .md5, or else its .sha256. If it has neither, the sum is zero.
 func (f *Fetcher) ChecksumFile(ctx context.Context, object string) (Sum, error) {
 	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
 	if fault.Is(err, fault.InputMissing) {
@@ -185,15 +181,14 @@ type fact struct {
 	Size   int64  `json:"size"`
 }
 
-// key returns the key of the stored fact about an object with this checksum. The key has the bucket's URL but not the
-// object's name, because the COS builds of one milestone have the same toolchain of gigabytes under different names.
-// MD5 collisions are no additional risk: somebody who can put an object with the same MD5 into the bucket can also
-// replace the object itself.
+// key returns the key of the stored fact about an object with this checksum. It has the bucket's URL but not the
+// object's name, because the COS builds of one milestone have the same toolchain under different names. MD5 collisions
+// add no risk: whoever can put an object with the same MD5 into the bucket can also replace the object itself.
 func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
 
-// cachedFact returns the fact about an object with this checksum, if the cache still has the object's content.
+// cachedFact returns the fact about an object with this checksum, if the cache has its content.
 func (f *Fetcher) cachedFact(name string, s Sum) (fact, bool) {
 	var known fact
 	raw, ok := f.Cache.Fact(fetchedKind, f.key(name, s))
@@ -204,10 +199,9 @@ func (f *Fetcher) cachedFact(name string, s Sum) (fact, bool) {
 	return known, ok
 }
 
-// Blob fetches an object into the cache. It returns the object's material and the path of the content in the cache.
-// Blob compares the content with sum. If sum is zero, Blob compares the content with the MD5 in the bucket's own
-// metadata. The bucket client checks the CRC32C in the metadata. If the object has neither a checksum file nor a
-// checksum in the metadata, the material is marked as unverified.
+// Blob fetches an object into the cache and returns its material and its path. It compares the content with the given
+// sum, or else with the MD5 in the bucket's metadata. The bucket client checks a CRC32C in the metadata. Without any
+// checksum, the material is marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
 	known, ok := f.cachedFact(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
@@ -239,9 +233,8 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 	return m, file, nil
 }
 
-// Recheck reads a blob that [Fetcher.Blob] returned and compares it with its digest again. Callers use Recheck before
-// they make something permanent from the blob, because the blob may have been in the cache for a year. If the blob is
-// damaged, Recheck fetches the object again, to the same path.
+// Recheck reads a blob of [Fetcher.Blob] again and compares it with its digest. If the blob is damaged, Recheck fetches
+// it again to the same path. Call it before making something permanent from a blob, which may be a year old.
 func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material) error {
 	err := f.Cache.Verify(ctx, m.Digest)
 	if !fault.Is(err, fault.Checksum) {
@@ -257,8 +250,7 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once and compares it with sum. If sum is zero, fetch compares the object with the MD5 in
-// the bucket's metadata. It also returns the bucket's attributes of the object.
+// fetch downloads the object once and compares it with the given sum, or else with the MD5 in the bucket's metadata.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {
@@ -336,8 +328,8 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	return data, m, nil
 }
 
-// stream is the reader of a download. It counts and hashes the bytes, and reports progress. If the size or the checksum
-// is wrong, Read returns an error and never io.EOF, so that the cache stores nothing.
+// stream hashes a download and reports progress. If size or checksum is wrong, Read returns an error and never io.EOF,
+// so the cache stores nothing.
 type stream struct {
 	r        io.Reader
 	progress func(string, ...any)
@@ -379,8 +371,8 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, io.EOF
 }
 
-// streamError makes the error of a stream that ended early transient, because a new stream may succeed. Three kinds of
-// errors are returned unchanged: an error that has a kind already, an error of a local file, and an error of ctx.
+// streamError makes the error of a stream that ended early transient. An error that has a kind, of a local file, or of
+// ctx is returned unchanged.
 func streamError(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||

@@ -24,8 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bucket has objects in memory. Each Get returns the object's first entry in bodies and removes this entry. If the
-// object has no entry in bodies, Get returns the object's entry in data.
+// bucket has objects in memory. Get first returns the object's entries in bodies, one at each call, and then its data.
 type bucket struct {
 	bodies map[string][]io.Reader
 	data   map[string]string
@@ -229,8 +228,7 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 	}
 }
 
-// TestMaterialNamesTheMirror checks that the material has the URL of the mirror that had the object. This must hold if
-// the object was fetched from that mirror, and also if only its checksum was fetched from there.
+// TestMaterialNamesTheMirror checks that the material has the URL of the mirror that had the object or its checksum.
 func TestMaterialNamesTheMirror(t *testing.T) {
 	t.Parallel()
 	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"},

@@ -1,7 +1,11 @@
-// Package inspect examines one COS build in a bucket. It reports which objects exist, what the kernel's configuration
-// says, whether compiler and kernel fit each other and this machine, and whether a load test can boot the kernel. The
-// package continues after a failure where it can, so that one report has many findings. The package refuses to compile,
-// and to write to the bucket.
+// Package inspect examines one COS build in a bucket:
+//
+//   - which objects exist;
+//   - what the kernel's configuration says;
+//   - whether compiler and kernel fit each other and this machine;
+//   - whether a load test can boot the kernel.
+//
+// After a failure it continues where it can. The package never compiles and never writes to the bucket.
 package inspect
 
 import (
@@ -28,10 +32,10 @@ import (
 
 // Config says what to examine.
 type Config struct {
-	// If VMLinux is true, Build fetches vmlinux and compares it with the headers. vmlinux is the linked kernel; it may
-	// have hundreds of megabytes.
+	// VMLinux makes Build fetch vmlinux, the linked kernel, and compare it with the headers. vmlinux may have hundreds of
+	// megabytes.
 	VMLinux bool
-	// Progress is called with each line of progress. If nil, there is no such output.
+	// Progress receives one line at a time. It may be nil.
 	Progress func(string)
 }
 
@@ -129,8 +133,7 @@ func (l *inspection) objects(ctx context.Context) {
 	}
 }
 
-// find returns the path of an object in the first layout that has it, and the object's size. It does not read the
-// object.
+// find returns the path and size of an object in the first layout that has it. It does not read the object.
 func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
 		var r io.ReadCloser

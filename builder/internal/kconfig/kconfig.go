@@ -1,4 +1,4 @@
-// Package kconfig reads a kernel's configuration, the .config in its headers. The package refuses to interpret options.
+// Package kconfig reads a kernel's configuration, the .config in its headers. It does not interpret options.
 package kconfig
 
 import (
@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Max is the largest size of a configuration in bytes. A configuration with every option of a kernel has 300 KB.
+// Max is the maximum size of a configuration in bytes. With every option of a kernel it has 300 KB.
 const Max = 4 << 20
 
-// Config has the value of each option that is set. The key is the option's name, which begins with CONFIG_. The value
-// is the text in the file: y, m, a number, or a string with its quotes.
+// Config maps the name of each option that is set, with CONFIG_, to the text in the file: y, m, a number, or a quoted
+// string.
 type Config map[string]string
 
 const (
@@ -43,8 +43,8 @@ func Read(r io.Reader) (Config, error) {
 	return Parse(text)
 }
 
-// Parse reads the lines that set an option and skips all other lines. If two lines set the same option, the second line
-// counts, as in the kernel's own reader. A text that is larger than Max, or has a line of 64 KB or more, is an error.
+// Parse reads the lines that set an option and skips all others. As in the kernel's own reader, the last line for an
+// option counts. A text larger than Max, or with a line of 64 KB or more, is an error.
 func Parse(text []byte) (Config, error) {
 	if len(text) > Max {
 		err := fmt.Errorf("read kernel configuration: it has more than %d MiB", Max>>20)

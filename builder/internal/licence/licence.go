@@ -1,11 +1,9 @@
 // Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence may go to private
-// destinations. They may go to public destinations only if the operator allows it. docs/decisions/0031 explains what
-// NVIDIA's licence says.
+// destinations, and to public ones only if the operator allows it. docs/decisions/0031 explains NVIDIA's licence.
 //
-// The package refuses to interpret the licence. The package refuses to believe --private for a destination that a
-// request without credentials can read over the internet. But the package believes a Prebake server's own statement: if
-// the server says that it is private, it counts as private, even if everybody on the internet can read there. The
-// operator of such a server must keep others away from it.
+// The package does not interpret the licence. It does not believe --private for a destination that everybody can read
+// over the internet. It believes a Prebake server that calls itself private, even if everybody can read there. The
+// operator of that server must keep others away from it.
 package licence
 
 import (
@@ -22,22 +20,22 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Rule is the operator's decision. With the zero value, files under NVIDIA's licence may go only to destinations on
-// this machine, and to Prebake servers that say that they are private.
+// Rule is the operator's decision. With the zero value, files under NVIDIA's licence may go only to this machine and to
+// Prebake servers that call themselves private.
 type Rule struct {
-	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
+	// Redistribute says which files may go everywhere. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
-	// Private is a list of destinations that the operator marks as private. An entry covers the destination with this
-	// name, and every destination whose name is the entry, a slash and more.
+	// Private lists destinations that the operator marks as private. An entry also covers every destination whose name
+	// continues the entry with a slash.
 	Private []string
-	// Addresses is the function that looks up a host's addresses. If nil, the system's resolver is used.
+	// Addresses looks up a host's addresses. If nil, the system's resolver is used.
 	Addresses func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
 // Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess checks whether a client without credentials can read an artifact. The parameter what is the
-	// artifact's tag or digest. If it is empty, AnonymousAccess checks the destination in general.
+	// AnonymousAccess checks whether a client without credentials can read the artifact with this tag or digest. With "",
+	// it checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
@@ -60,9 +58,11 @@ func (a Audience) String() string {
 	return "private: " + a.Reason
 }
 
-// Audience decides whether a destination is private or public. These are private: a folder, a registry on this machine,
-// and a Prebake server that says that it is private. A destination that the operator marks as private is private too,
-// except if a client without credentials can read it over the internet. All other destinations are public.
+// Audience decides whether a destination is private or public. These are private:
+//
+//   - a folder, and a registry on this machine;
+//   - a Prebake server that calls itself private;
+//   - a destination that the operator marks as private, unless everybody can read it over the internet.
 func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
 	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
@@ -106,9 +106,8 @@ func (r Rule) markedPrivate(name string) bool {
 // lookupTimeout is the time limit of the look-up of a host's addresses.
 const lookupTimeout = 10 * time.Second
 
-// hostNetwork classifies the addresses of a host. internal is true if the internet cannot reach any of them. local is
-// true if all of them are addresses of this machine. Both are false for a host whose name cannot be resolved, for
-// example behind a proxy.
+// hostNetwork classifies a host by its addresses. internal means that the internet reaches none of them. local means
+// that all belong to this machine. Both are false if the name cannot be resolved, for example behind a proxy.
 func (r Rule) hostNetwork(ctx context.Context, hostport string) (internal, local bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -133,8 +132,8 @@ func (r Rule) hostNetwork(ctx context.Context, hostport string) (internal, local
 	return internal, local
 }
 
-// Check returns a [fault.PublishRefused] error if an artifact with modules of this flavour may not go to a destination.
-// Callers ask before they build anything.
+// Check returns a [fault.PublishRefused] error if modules of this flavour may not go to a destination. It runs before
+// the build.
 func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Flavour) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) {
@@ -147,10 +146,9 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 	return refuse(name, f, who, need)
 }
 
-// Published examines an artifact after its publication to a destination that the operator marked as private. The
-// parameter what is the artifact's tag or digest. If a client without credentials can read the artifact over the
-// internet, Published returns a [fault.PublishRefused] error. Published does not examine destinations without the
-// operator's mark, nor destinations that are private for another reason too, such as a folder.
+// Published checks again after the publication to a destination that the operator marked as private. If a client
+// without credentials can read the artifact over the internet, the error is [fault.PublishRefused]. Destinations that
+// are private for another reason are not examined.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.markedPrivate(name) {

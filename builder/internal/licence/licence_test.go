@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// lookupOf returns a function for Rule.Addresses that returns these addresses for every host. The tests need it,
-// because their real hosts all have loopback addresses.
+// lookupOf returns a function for Rule.Addresses that returns these addresses for every host. The real hosts of the
+// tests all have loopback addresses.
 func lookupOf(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
 	return func(context.Context, string) ([]netip.Addr, error) {
 		var all []netip.Addr
@@ -62,8 +62,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// startRegistry starts the registry of the library go-containerregistry behind a gate. If the gate returns 0 for a
-// request, the registry answers it. Otherwise the answer has the HTTP status that the gate returns.
+// startRegistry starts a registry of the library go-containerregistry behind a gate. The gate returns the HTTP status
+// of the answer, or 0 to let the registry answer.
 func startRegistry(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -86,8 +86,7 @@ func password(r *http.Request) int {
 	return http.StatusUnauthorized
 }
 
-// TestRegistries uses two registries that are not part of Prebake: Debian's registry and the registry of the library
-// go-containerregistry.
+// TestRegistries uses Debian's registry and the registry of the library go-containerregistry.
 func TestRegistries(t *testing.T) {
 	t.Parallel()
 	login := registry.Options{Username: distribution.User, Password: distribution.Password}
@@ -168,8 +167,7 @@ func TestWhatTheOperatorSays(t *testing.T) {
 	}
 }
 
-// TestWhatTheServerSays checks that a Prebake server's own statement decides, even if everybody in the network can read
-// the server's artifacts.
+// TestWhatTheServerSays checks that a Prebake server's own statement decides, even if everybody can read there.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,
@@ -190,8 +188,8 @@ func TestWhatTheServerSays(t *testing.T) {
 	}
 }
 
-// TestPublishedForEverybody uses a registry that shows no list of tags to a client without credentials, but returns an
-// artifact whose name the client knows.
+// TestPublishedForEverybody uses a registry that hides its tags from a client without credentials, but not an artifact
+// whose name the client knows.
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
@@ -225,8 +223,7 @@ func TestPublishedForEverybody(t *testing.T) {
 	}
 }
 
-// TestNoAnswer checks that Check returns an error for a registry that refuses every request or cannot be reached. Such
-// a registry must not count as private.
+// TestNoAnswer checks that a registry that cannot be examined is an error and does not count as private.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	ref := startRegistry(t, func(*http.Request) int { return http.StatusMethodNotAllowed })
@@ -258,7 +255,7 @@ func TestFolders(t *testing.T) {
 	}
 }
 
-// TestBuckets uses an emulator. The emulator allows everybody everything, so its bucket is public.
+// TestBuckets uses an emulator that allows everybody everything, so its bucket is public.
 func TestBuckets(t *testing.T) {
 	s := gcs.Start(t)
 	s.Use(t)

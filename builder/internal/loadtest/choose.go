@@ -13,22 +13,21 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// drm is the module that connects a GPU to the kernel's graphics subsystem (DRM). For a kernel without DRM, the
-// compiled module is empty.
+// drm connects a GPU to the kernel's graphics subsystem (DRM). For a kernel without DRM, the module is empty.
 const drm = "nvidia-drm"
 
-// peermem is the module that shares GPU memory with RDMA cards. If the module was compiled without the RDMA stack of
-// the cards' vendor, the kernel links the module, but the module's own start code then returns EINVAL.
+// peermem shares GPU memory with RDMA cards. If it was compiled without the RDMA stack of the cards' vendor, the kernel
+// links it, but its own start code returns EINVAL.
 const peermem = "nvidia-peermem"
 
-// loadOrder is the order in which a node loads the modules. peermem is the last one, because most nodes do not need it.
+// loadOrder is the order in which a node loads the modules. peermem is last, because most nodes do not need it.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
-// ErrLacking means that the module nvidia needs some of the kernel's own modules, and the machine lacks them. A machine
-// that boots vmlinux alone has only the parts that are built into the kernel, and no modules.
+// ErrLacking means that the module nvidia needs modules of the kernel that the machine lacks. A machine that boots
+// vmlinux alone has no modules.
 var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
-// normalise maps module names to NVIDIA's spelling. Callers may write a name with or without .ko, and with - or _.
+// normalise maps module names to NVIDIA's spelling, from names with or without .ko, and with - or _.
 func normalise(modules map[string]string) map[string]string {
 	out := make(map[string]string, len(modules))
 	for name, path := range modules {
@@ -42,11 +41,11 @@ func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the driver's modules that can be loaded, in load order. The argument modules maps the names of the
-// driver's modules to files. The map present has the names of the kernel's own modules that the machine loads at boot.
-// The function depends returns the names of the modules that the module in a file needs. The result skipped maps each
-// other module of the driver to the reason why the test does not load it. If the module nvidia itself cannot be loaded,
-// the error wraps ErrLacking.
+// choose returns the driver's modules that can be loaded, in load order. The second result has the reason for each
+// other module. The map present has the kernel's modules that the machine loads at boot. The callback returns the
+// modules that a module's file needs.
+//
+// If the module nvidia itself cannot be loaded, the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
@@ -87,8 +86,8 @@ func choose(modules map[string]string, present map[string]bool,
 	return order, skipped, nil
 }
 
-// kernelModules returns the names of the kernel's own modules that the machine loads at boot. boot is the boot folder,
-// in which the file modules/order lists them. Without this file, kernelModules returns an empty map.
+// kernelModules returns the kernel's modules that the machine loads at boot. The boot folder lists them in
+// modules/order, which may be missing.
 func kernelModules(boot string) (map[string]bool, error) {
 	present := map[string]bool{}
 	text, err := os.ReadFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)))

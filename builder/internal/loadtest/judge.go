@@ -54,8 +54,8 @@ func judge(p *plan, res *vm.Result) *Verdict {
 	return v
 }
 
-// sinceLoad returns the kernel's log from the load of the first module on. After a crash sinceLoad returns the whole
-// log, because the results of the steps then have no log of their own.
+// sinceLoad returns the kernel's log since the load of the first module. After a crash it returns the whole log,
+// because the steps then have no log of their own.
 func sinceLoad(res *vm.Result) string {
 	if res.Crash != "" {
 		return res.KernelLog
@@ -72,8 +72,8 @@ func sinceLoad(res *vm.Result) string {
 	return res.KernelLog[boot:]
 }
 
-// examine checks the steps in the order in which they ran, and fills in the results of the modules. examine stops at
-// the first step with a wrong result. The result reason is "" if the result state is Loaded.
+// examine checks the steps in order, up to the first wrong result, and fills in the results of the modules. The reason
+// is "" if the state is Loaded.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -81,8 +81,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	}
 	release, taint, _ := strings.Cut(strings.TrimSpace(string(before.Stdout)), "\n")
 	if v.Release = release; release != p.release {
-		// This check is needed: a kernel with symbol versions ignores the release in the vermagic, so it would load modules
-		// that were made for another release.
+		// A kernel with symbol versions ignores the release in the vermagic. It would load modules for another release.
 		return Rejected, fmt.Sprintf("the machine runs kernel %s; the modules were made for %s", release, p.release)
 	}
 	for _, name := range p.modules {
@@ -143,9 +142,9 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	return Loaded, ""
 }
 
-// taints has the flags in Documentation/admin-guide/tainted-kernels.rst that show damage to the kernel. The flags for a
-// module that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The
-// flag for a soft lockup is left out, because a busy host causes lockups in an emulated machine.
+// taints are the flags in Documentation/admin-guide/tainted-kernels.rst that show damage to the kernel. The flags for
+// proprietary, out-of-tree and unsigned modules are expected. The flag for soft lockups is left out, because a busy
+// host causes lockups in an emulated machine.
 var taints = []struct {
 	bit  uint
 	what string
@@ -154,8 +153,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint compares two contents of /proc/sys/kernel/tainted: one from before the modules were loaded, and one from
-// after that. newTaint returns the names of the flags in taints that are set only in the second content.
+// newTaint compares two contents of /proc/sys/kernel/tainted. It returns the names of the flags in taints that only the
+// second one has.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -231,8 +230,7 @@ func cutOff(what string, res *vm.Result) string {
 	return what + ": the machine did not finish this step"
 }
 
-// refusal describes a failed step. The parameter what says which step it was. The text also has the errno or the exit
-// status of the step, and the kernel's own message if there is one.
+// refusal describes a failed step: the given words, the errno or exit status, and the kernel's message if there is one.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -256,8 +254,7 @@ var noDeviceMarks = []string{
 
 func noDeviceLine(log string) string { return findLine(log, noDeviceMarks) }
 
-// reasonMarks are parts of messages with which the kernel explains that it refuses a module. The most informative ones
-// come first.
+// reasonMarks are parts of the kernel's messages about a refused module, the most informative first.
 var reasonMarks = []string{
 	"Unknown symbol", "disagrees about version of symbol", "version magic", "no symbol version",
 	"Loading of unsigned module is rejected", "loading of module with unavailable key is rejected", "Key was rejected",
@@ -266,8 +263,8 @@ var reasonMarks = []string{
 	"exports duplicate symbol", "NVRM:", "nvidia",
 }
 
-// reasonLine returns the line of the kernel's log that best explains a failure: a line with one of reasonMarks, or else
-// the last line.
+// reasonLine returns the log's line that best explains a failure: one with a mark of reasonMarks, or else the last
+// line.
 func reasonLine(log string) string {
 	if line := findLine(log, reasonMarks); line != "" {
 		return line
@@ -276,9 +273,9 @@ func reasonLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
-// complaint matches the first line of each report of an internal problem. The first line of a report by the macro WARN
-// is made by __warn in kernel/panic.c. It is "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION"; since Linux 6.19 it is
-// "WARNING: FILE:LINE at FUNCTION, CPU#0: COMMAND/PID". In both forms, FILE:LINE may be missing.
+// complaint matches the first line of each report of an internal problem. __warn in kernel/panic.c prints "WARNING:
+// CPU: 0 PID: 1 at FILE:LINE FUNCTION", and since Linux 6.19 "WARNING: FILE:LINE at FUNCTION, CPU#0: COMMAND/PID".
+// FILE:LINE may be missing.
 var complaint = regexp.MustCompile(`^(WARNING: (CPU: |.*\bat .*, CPU#)|UBSAN: |KASAN: |BUG: )`)
 
 // warnings returns the lines in which the kernel reports an internal problem but continues to run.
@@ -294,11 +291,11 @@ func warnings(log string) []string {
 	return all
 }
 
-// maxWarnings is the largest number of lines in [Verdict.Warnings].
+// maxWarnings is the maximum number of lines in [Verdict.Warnings].
 const maxWarnings = 20
 
-// findLine returns the first line of the log that contains the first mark. If no line contains it, findLine tries the
-// next mark. If no line contains a mark, findLine returns "".
+// findLine returns the first line of the log that contains the first mark, or else the next mark. Without any mark it
+// returns "".
 func findLine(log string, marks []string) string {
 	for _, mark := range marks {
 		for line := range strings.Lines(log) {
@@ -318,8 +315,7 @@ func withoutStamp(line string) string {
 	return line
 }
 
-// notLive returns the modules that /proc/modules does not list with the state Live. The parameter text is the content
-// of /proc/modules.
+// notLive returns the modules that are not listed as Live in the given content of /proc/modules.
 func notLive(text string, modules []string) []string {
 	live := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -54,7 +54,7 @@ func testPlan() *plan {
 	return p
 }
 
-// goodRun returns the result of a run of the plan in which every step succeeded, except the load of nvidia-peermem.
+// goodRun returns a result in which every step of the plan succeeded, except the load of nvidia-peermem.
 func goodRun(p *plan) *vm.Result {
 	res := &vm.Result{KernelLog: logLoaded}
 	for _, s := range p.steps {
@@ -86,8 +86,8 @@ func goodRun(p *plan) *vm.Result {
 
 func TestJudge(t *testing.T) {
 	t.Parallel()
-	// change returns a function that changes the result of one step of a good run. If the step now fails, the function
-	// removes the steps after it, because the machine would not run them.
+	// change returns a function that changes one step of a good run. If the step now fails, later steps are removed,
+	// because the machine would not run them.
 	change := func(step string, f func(*vm.StepResult)) func(*vm.Result) {
 		return func(res *vm.Result) {
 			i := slices.IndexFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == step })
@@ -255,7 +255,7 @@ func TestIdleDRM(t *testing.T) {
 	}
 }
 
-// TestNotAsked checks that the verdict says why NVML was not asked if the probe for another processor is missing.
+// TestNotAsked checks that the verdict says why NVML was not asked if the probe is missing.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
 	p := &plan{version: version, release: release, modules: []string{"nvidia"},

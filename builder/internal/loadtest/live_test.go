@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// liveConfig returns a Config with a real kernel and a real driver that was compiled for this kernel. The end-to-end
-// test sets two environment variables: PREBAKE_BOOT is a boot folder, and PREBAKE_DRIVER is a folder with drivers/*.ko,
-// lib64/ and possibly firmware/. Without them, liveConfig skips the test.
+// liveConfig returns a Config with a real kernel and a driver for it, or skips the test. PREBAKE_BOOT is a boot folder.
+// PREBAKE_DRIVER is a folder with drivers/*.ko, lib64/ and possibly firmware/.
 func liveConfig(t *testing.T) Config {
 	t.Helper()
 	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
@@ -45,8 +44,7 @@ func liveConfig(t *testing.T) Config {
 	return c
 }
 
-// buildProgram compiles a program of this repository for arch. buildProgram returns the path without the suffix for
-// arch. [Helper] makes the path of the compiled program from it.
+// buildProgram compiles a program of this repository for an architecture. It returns the path that [Helper] takes.
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -119,8 +117,8 @@ func TestLiveDriverWithoutGPU(t *testing.T) {
 	}
 }
 
-// TestLiveWrongModule changes the vermagic of nvidia.ko, so that the module does not fit the kernel. The test changes
-// the word SMP and not the release, because a kernel with symbol versions ignores the release in the vermagic.
+// TestLiveWrongModule changes the word SMP in nvidia.ko's vermagic. A kernel with symbol versions would ignore another
+// release.
 func TestLiveWrongModule(t *testing.T) {
 	t.Parallel()
 	c := liveConfig(t)

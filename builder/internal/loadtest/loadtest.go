@@ -1,9 +1,8 @@
-// Package loadtest boots a virtual machine with the kernel that a driver's modules were compiled for, and loads the
-// modules there. Then it asks NVIDIA's management library (NVML) for the driver version, and unloads the modules. This
-// is the last check before a driver is published.
+// Package loadtest is the last check before a driver is published. It boots a virtual machine with the modules' kernel,
+// loads the modules, asks NVIDIA's management library (NVML) for the driver version, and unloads the modules.
 //
-// The package refuses to publish and to repair. The package also refuses to call a driver good if it did not see the
-// driver run. If the machine has no GPU, not even an emulated one, the verdict says so.
+// The package does not publish and does not repair. If the machine has no GPU, not even an emulated one, the verdict
+// says so. The test has then not seen the driver run.
 package loadtest
 
 import (
@@ -21,7 +20,7 @@ import (
 
 // These constants are the states of a [Verdict].
 const (
-	// Loaded means that every module was loaded, NVML answered with the right version, and every module was unloaded.
+	// Loaded means that every module was loaded and unloaded, and that NVML answered with the right version.
 	Loaded = "loaded"
 	// NoDevice means that the kernel linked the module nvidia and ran it, but the module found no GPU.
 	NoDevice = "loaded, no device"
@@ -31,32 +30,30 @@ const (
 
 // Config says what to load and in which machine.
 type Config struct {
-	// Boot is a folder with the kernel, as [vm.Config.Boot] describes it. If it has emugpu.ko, the machine has an
-	// emulated GPU.
+	// Boot is a folder with the kernel, as for [vm.Config.Boot]. With emugpu.ko in it, the machine has an emulated GPU.
 	Boot string
-	// Modules maps module names, such as nvidia-uvm, to files. The files' architecture decides the architecture of the
-	// machine.
+	// Modules maps module names, such as nvidia-uvm, to files. The machine has the architecture of these files.
 	Modules map[string]string
-	// Userspace is the folder of the driver's user space. It has lib64/libnvidia-ml.so.1, which is NVML.
+	// Userspace is the folder of the driver's user space, with lib64/libnvidia-ml.so.1 (NVML).
 	Userspace string
 	// Firmware is a folder with firmware/nvidia/<VERSION>/. "" means that the driver has none.
 	Firmware string
 	// Version is the driver version that NVML must report.
 	Version string
-	// Init and Probe are the paths of guestinit and nvmlprobe for amd64. The programs for arm64 lie in the same
-	// folders: guestinit-arm64 and nvmlprobe-arm64.
+	// Init and Probe are the paths of guestinit and nvmlprobe for amd64. The programs for arm64 lie beside them:
+	// guestinit-arm64 and nvmlprobe-arm64.
 	Init, Probe string
 	// KernelArgs are added to the kernel's command line, such as module.sig_enforce=1.
 	KernelArgs []string
 	// Timeout is the time after which the machine is stopped. 0 means 5 minutes.
 	Timeout time.Duration
-	// Watch receives the machine's progress. Watch may be nil.
+	// Watch receives the machine's progress. It may be nil.
 	Watch func(vm.Progress)
 }
 
 // Run boots the machine, loads the modules, asks NVML and unloads the modules. If the test rejects the driver, Run
-// returns the verdict and a fault.LoadTestFailed error. Any other error means that the test could not run; the verdict
-// is then nil. Run writes the output of the machine's console to console, which may be nil.
+// returns the verdict and a fault.LoadTestFailed error. After any other error the verdict is nil. The console's output
+// goes to the given writer, which may be nil.
 func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	c.Modules = normalise(c.Modules)
 	if err := c.validate(); err != nil {

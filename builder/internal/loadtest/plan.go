@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// plan has the steps for the machine, and the facts with which the function judge checks the results of the steps.
+// plan has the steps for the machine, and the facts with which judge checks their results.
 type plan struct {
 	version string
 	arch    target.Arch
@@ -104,8 +104,8 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// Helper returns the path of the variant of a load test's program that runs on arch. program is the path of the variant
-// for amd64. The variants for all architectures lie in the same folder.
+// Helper returns the path of a load test's program for an architecture, from its path for amd64. All variants lie in
+// one folder.
 func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
 		return program
@@ -174,8 +174,7 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads from a module's file the vermagic, the symbols, the dependencies and the kernel fingerprint in its
-// stamp.
+// readModule reads vermagic, symbols, dependencies and stamp of a module's file.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {

@@ -2,8 +2,8 @@ package loadtest
 
 import "strings"
 
-// Recipe is the version of this package's load test. The key of a stored verdict contains Recipe. If a change of the
-// package may give another verdict, raise the number. Then stored verdicts are not used any more.
+// Recipe is the version of this load test, and part of the key of a stored verdict. Raise it if a change may give
+// another verdict.
 const Recipe = "loadtest-3"
 
 // Verdict is the result of a load test. Its JSON is stored, printed and signed, so the names must not change.
@@ -14,25 +14,23 @@ type Verdict struct {
 	Reason string `json:"reason,omitempty"`
 	// Release is the release of the booted kernel, as uname -r prints it.
 	Release string `json:"release,omitempty"`
-	// Machine describes the virtual machine, such as the emulator's version. EmulatedGPU is true if the machine had an
-	// emulated GPU.
+	// Machine describes the virtual machine, such as the emulator's version. EmulatedGPU is true if it had an emulated
+	// GPU.
 	Machine     string `json:"machine,omitempty"`
 	EmulatedGPU bool   `json:"emulatedGpu"`
-	// Modules has every module of the driver. The modules that the test loads come first, in load order. The skipped
-	// modules follow, sorted by name.
+	// Modules has every module of the driver. The modules to load come first, in load order; skipped modules follow by
+	// name.
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// NotAsked says why NVML was not asked. NotAsked is "" if NVML was asked, or if the test ended before that step.
+	// NotAsked says why NVML was not asked. It is also "" if the test ended before that step.
 	NotAsked string `json:"notAsked,omitempty"`
-	// Warnings are the lines of the kernel's log that report an internal problem of the kernel. A driver with such a
-	// line is rejected.
+	// Warnings are the log's lines about an internal problem of the kernel. They reject the driver.
 	Warnings []string `json:"warnings,omitempty"`
-	// KernelLog has the last maxKernelLog bytes of the kernel's log since the first load. After a crash it has the end
-	// of the console's output.
+	// KernelLog has the last maxKernelLog bytes of the kernel's log since the first load. After a crash it has the end of
+	// the console's output.
 	KernelLog string `json:"kernelLog"`
-	// BootSeconds, LoadSeconds, ProbeSeconds and UnloadSeconds are the durations of the phases. Seconds is the total
-	// run time of the machine.
+	// Durations of the phases. Seconds is the total run time of the machine.
 	BootSeconds   float64 `json:"bootSeconds"`
 	LoadSeconds   float64 `json:"loadSeconds"`
 	ProbeSeconds  float64 `json:"probeSeconds"`
@@ -43,8 +41,7 @@ type Verdict struct {
 // Module is the result of one module.
 type Module struct {
 	Name string `json:"name"`
-	// Load and Unload are the results of these steps: [OK], [Refused] or [Skipped]. A result is "" if the test ended
-	// before that step, or if the module was not loaded and so is not unloaded.
+	// Load and Unload are [OK], [Refused] or [Skipped], or "" if the module did not get to that step.
 	Load   string `json:"load,omitempty"`
 	Unload string `json:"unload,omitempty"`
 	// Note explains a result that is not a plain OK, such as the reason why a module was skipped.
@@ -58,12 +55,10 @@ const (
 	Skipped = "skipped" // the test did not load the module, or accepts that the module does not start; see Module.Note
 )
 
-// maxKernelLog is the largest size of the log in a verdict, in bytes. There is a limit, because a verdict is stored,
-// signed and sent to others. The log of a run without errors fills a fifth of it.
+// maxKernelLog is the maximum size of the log in a verdict, in bytes. The log of a good run fills a fifth of it.
 const maxKernelLog = 32 << 10
 
-// String returns a line for people: "loaded", "loaded, no device: ..." or
-// "rejected: ...".
+// String returns a line for people: "loaded", "loaded, no device: ..." or "rejected: ...".
 func (v *Verdict) String() string {
 	if v.Reason == "" {
 		return v.State
@@ -93,7 +88,7 @@ func (v *Verdict) module(name string) *Module {
 	return &v.Modules[len(v.Modules)-1]
 }
 
-// lastBytes returns the end of a text: as many whole lines as fit into limit bytes.
+// lastBytes returns the last whole lines of a text that fit into the limit in bytes.
 func lastBytes(text string, limit int) string {
 	if len(text) <= limit {
 		return text

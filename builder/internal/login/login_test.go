@@ -21,8 +21,7 @@ const gcloud = `#!/bin/sh
 echo '{"credential":{"access_token":"token-of-gcloud","token_expiry":"2999-01-01T00:00:00Z"}}'
 `
 
-// TestKeychain asks for the credentials of Google's registries and of other registries, with and without an entry in
-// the Docker configuration.
+// TestKeychain asks for credentials of Google's and other registries, with and without a Docker configuration.
 func TestKeychain(t *testing.T) {
 	home := t.TempDir()
 	for name, value := range map[string]string{

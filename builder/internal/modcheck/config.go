@@ -7,8 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// vermagicOf returns the vermagic of a kernel with this configuration, in the order of include/linux/vermagic.h. If the
-// configuration alone does not determine the vermagic, vermagicOf returns "".
+// vermagicOf returns the vermagic of a kernel with this configuration, or "" if the configuration does not determine
+// it. The order comes from include/linux/vermagic.h.
 func vermagicOf(config kconfig.Config, release string, arch target.Arch) string {
 	if config.On("CONFIG_RANDSTRUCT") || config.On("CONFIG_GCC_PLUGIN_RANDSTRUCT") {
 		return "" // the vermagic ends in a hash of a random seed, which the configuration does not have

@@ -1,11 +1,9 @@
-// Package modcheck has the static checks of modules before publishing. [Stamp] adds a note to a module. The note,
-// called the stamp, says which kernel the module was made for. [Check] compares the modules of one driver with facts of
-// that kernel: the symbols that the kernel exports, the kernel's configuration, and the kernel's own modules. A second
-// check, the load test, is in package loadtest.
+// Package modcheck checks modules before publishing, without running them. [Stamp] adds a note to a module, the stamp,
+// that says for which kernel it was made. [Check] compares a driver's modules with that kernel: its exported symbols,
+// its configuration and its own modules.
 //
-// The package refuses to compile, to load and to guess. If the header tree lacks a fact about the kernel, Check returns
-// an error, or skips the check that needs this fact. Check never assumes a value for the fact.
-// docs/background/checks.md says what the checks prove and what they cannot prove.
+// The package never compiles, loads or guesses. If the header tree lacks a fact, Check returns an error or skips the
+// check that needs the fact. docs/background/checks.md says what the checks prove and what they cannot prove.
 package modcheck
 
 import (
@@ -25,39 +23,36 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe is the version number of the code that writes the stamp. The cache keys of modules contain Recipe. So if
-// Recipe changes, a build does not take modules with an old stamp from the cache.
+// Recipe is the version of the stamp's code, and part of the cache keys of modules.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
 type Kernel struct {
 	// Headers is the root of the kernel's header tree.
 	Headers string
-	// Boot is the folder of a bootable kernel that package vm can read. The kernel's own modules in this folder show the
-	// size of struct module in this kernel. If Boot is "", the size is not checked.
+	// Boot is the folder of a bootable kernel. The kernel's modules there show the size of its struct module. If Boot is
+	// "", the size is not checked.
 	Boot string
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint that the stamp of every module must have. Fingerprint is "" for modules that
-	// Google signed. Such modules have no stamp, because a stamp would change the signed bytes.
+	// Fingerprint is the ABI fingerprint in the stamp of every module. It is "" for modules that Google signed, because a
+	// stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
-	// Version is the driver's version. If Version is "", Check does not compare the versions of the modules with it.
+	// Version is the driver's version. If it is "", the versions of the modules are not checked.
 	Version string
-	// Open means that the driver is of flavour open. Then every module must have a licence that does not taint the
-	// kernel.
+	// Open means the flavour open. Then no module's licence may taint the kernel.
 	Open bool
-	// BTF is the path of a file with the kernel's BTF. The BTF of the modules must continue this BTF. If BTF is "",
-	// modules that Prebake compiled must have no BTF.
+	// BTF is the path of a file with the kernel's BTF, which the modules' BTF must continue. If it is "", modules that
+	// Prebake compiled must have no BTF.
 	BTF string
 }
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a driver. The argument modules has the path of each module's file, by the module's name
-// without .ko. If the kernel would refuse a module, or crash with it, the error is of kind fault.CheckFailed. This
-// error lists every fault that one step of the check found; later steps do not run. If the header tree lacks .config or
-// Module.symvers, the error is of kind fault.InputMissing. The result vermagic is the vermagic of all modules.
+// Check checks the modules of a driver, a map from names without .ko to files, and returns their vermagic. If the
+// kernel would refuse a module, or crash with it, the error is fault.CheckFailed. The error lists every fault of the
+// first failed step. If the header tree lacks .config or Module.symvers, the error is fault.InputMissing.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {
@@ -109,7 +104,7 @@ func openLicences() []string {
 	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 }
 
-// Read reads the facts about a module that [Check] needs. path is the path of the module's file.
+// Read reads the facts that [Check] needs from a module's file.
 func Read(path string) (*modinfo.Module, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -147,8 +142,8 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	return r, err
 }
 
-// structSize returns sizeof(struct module) in bytes. It reads the size from the kernel's own modules in the boot
-// folder. If no module has the size, it returns 0.
+// structSize returns sizeof(struct module) in bytes, from the kernel's modules in the boot folder, or 0 if none shows
+// it.
 func structSize(boot string) (uint64, error) {
 	if boot == "" {
 		return 0, nil

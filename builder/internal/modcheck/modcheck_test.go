@@ -24,8 +24,8 @@ const (
 	magic   = release + " SMP mod_unload"
 )
 
-// module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. The
-// argument more has further sections: the name of a section, then its content, then the next name.
+// module returns the smallest relocatable file that the kernel's loader accepts as a module. Further sections are given
+// as name and content in turn.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -65,8 +65,7 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes the files of a header tree that Check reads, with the content that COS's headers have. kernel returns
-// the Kernel for this header tree.
+// kernel writes the files of a header tree that Check reads, with the content of COS's headers.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()
@@ -126,8 +125,7 @@ func TestStamp(t *testing.T) {
 	}
 }
 
-// sections returns the headers of all sections except the one with the section names, because Stamp moves and enlarges
-// it.
+// sections returns all section headers except the header of .shstrtab, which Stamp moves and enlarges.
 func sections(t *testing.T, data []byte) []elf.SectionHeader {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(data))
@@ -219,8 +217,8 @@ func TestCheck(t *testing.T) {
 		want   string // "" passes
 	}{
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
-		// On COS, sibling kernels share one release and have neither checksums of symbols nor a build salt. So only the
-		// stamp shows for which of these kernels a module was made.
+		// On COS, sibling kernels share one release, without symbol checksums and build salt. Only the stamp tells their
+		// modules apart.
 		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for ABI fingerprint " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
@@ -280,7 +278,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 	}
 }
 
-// TestVermagic compares the result of vermagicOf with the vermagic of real kernels that have these configurations.
+// TestVermagic compares vermagicOf with the vermagic of real kernels.
 func TestVermagic(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

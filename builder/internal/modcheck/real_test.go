@@ -63,15 +63,15 @@ func facts(in *cossrc.Inputs) modcheck.Kernel {
 		Fingerprint: in.Fingerprint, Version: "1.2.3"}
 }
 
-// standIn compiles a small replacement for a driver and stamps it. deed is the word in testdata/module for what the
-// module does when it is loaded.
+// standIn compiles a small replacement for a driver and stamps it. A word of testdata/module says what the module does
+// at load.
 func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	t.Helper()
 	return typedStandIn(t, in, deed, "")
 }
 
-// typedStandIn does the same as standIn, and also gives the module BTF. types is the path of a file with the kernel's
-// BTF, against which the module's BTF is made. If types is "", the module gets no BTF.
+// typedStandIn is standIn with BTF, made against the given file with the kernel's BTF. If the path is "", the module
+// gets no BTF.
 func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -105,7 +105,7 @@ func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	return out
 }
 
-// replaceText returns the path of a copy of a module, in which old is replaced by text. Both must have the same length.
+// replaceText returns the path of a copy of a module with one text replaced by another of the same length.
 func replaceText(t *testing.T, file, old, text string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)
@@ -122,13 +122,17 @@ func replaceText(t *testing.T, file, old, text string) string {
 	return out
 }
 
-// exported is the name of a symbol that the kernel exports and the test's module imports. unknown is a name that no
-// kernel exports. The two names differ by one letter.
+// exported is a symbol that the kernel exports and the test's module imports. No kernel exports unknown, which differs
+// by one letter.
 const exported, unknown = "proc_create_single_data", "proc_create_zingle_data"
 
-// TestRealGate checks modules against real kernels. Modules with these faults must be refused, each for its own reason:
-// the module was compiled for a sibling kernel, it needs a symbol that the kernel lacks, it has a wrong vermagic, it
-// crashes the kernel, or it makes the kernel print a warning. The same module without such a fault must pass.
+// TestRealGate checks modules against real kernels. A module without a fault must pass. A module must be refused if it
+//
+//   - was compiled for a sibling kernel,
+//   - needs a symbol that the kernel lacks,
+//   - has a wrong vermagic,
+//   - crashes the kernel, or
+//   - causes a warning of the kernel.
 func TestRealGate(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)

@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// These constants are the offsets of e_shoff and e_shnum in an ELF64 header, and the size of a section header, in
-// bytes.
+// Offsets of e_shoff and e_shnum in an ELF64 header, and the size of a section header, in bytes.
 const (
 	atShoff, atShnum = 0x28, 0x3c
 	sectionHeader    = 64
@@ -23,13 +22,11 @@ const (
 // stampAlign is the alignment of a note in bytes.
 const stampAlign = 4
 
-// maxModule is the largest size of a module that Stamp reads, in bytes. The largest module has 250 MB before it is
-// stripped.
+// maxModule is the maximum size of a module for Stamp in bytes. The largest module has 250 MB before it is stripped.
 const maxModule = 1 << 30
 
-// Stamp copies a module from src to the new file dst and adds the stamp. The stamp is an ELF note with f, the ABI
-// fingerprint of the kernel that the module was made for. The checks before publishing read the stamp in the file. On a
-// node, the kernel shows the stamp of a loaded module below /sys/module/<name>/notes. Stamp refuses a signed module,
+// Stamp copies a module to a new file and adds the stamp: an ELF note with the ABI fingerprint of the module's kernel.
+// For a loaded module, the kernel shows the stamp below /sys/module/<name>/notes. Stamp refuses a signed module,
 // because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
@@ -61,9 +58,8 @@ func readModule(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// addStamp returns a copy of a relocatable ELF64 file with three parts appended: the note, the section names with one
-// more name, and the section headers with one more header. All existing sections stay where they are, so that no index
-// and no offset in them changes.
+// addStamp returns a copy of a relocatable ELF64 file with the note, enlarged section names and enlarged section
+// headers appended. Existing sections stay in place, so no index or offset in them changes.
 func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
@@ -84,8 +80,8 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// Refuse a file if its number of sections plus one does not fit into the ELF header, or if its section table ends
-	// outside the file.
+	// Refuse a number of sections that does not fit into the header after the addition, and a section table outside the
+	// file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
 		return nil, errors.New("the section table has an unusual form")
@@ -120,7 +116,7 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 		return nil, err
 	}
 	table := place(headers, 8)
-	// Only now change the ELF header, because the function place may have moved the bytes of out to another array.
+	// Change the header last, because the function place may have moved the bytes of out to another array.
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// typesOf extracts the kernel's BTF from the kernel image in the boot folder. It returns the path of a file with the
-// BTF.
+// typesOf extracts the kernel's BTF from the image in the boot folder into a file.
 func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	t.Helper()
 	image, err := os.ReadFile(filepath.Join(in.Boot, vm.BootKernel))
@@ -38,9 +37,8 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	return out
 }
 
-// TestRealTypes boots a real kernel and loads modules with BTF. The kernel must accept BTF that was made against the
-// kernel's own BTF. The kernel must refuse BTF that was made against the BTF of a sibling kernel. The static check must
-// decide in the same way.
+// TestRealTypes loads modules with BTF into a real kernel. The kernel must refuse BTF that was made against a sibling
+// kernel. The static check must decide in the same way.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)

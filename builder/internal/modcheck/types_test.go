@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// TestTypes checks that Check accepts a module's BTF only if the module's type numbers continue the type numbers of the
-// kernel's own BTF.
+// TestTypes checks that Check accepts a module's BTF only if it continues the type numbers of the kernel's BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	own, other := []string{"int", "task_struct"}, []string{"int", "task_struct", "file"}

@@ -12,8 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Unstamped returns the bytes that a module had before [Stamp]: the output of compiler, linker and strip. Google signs
-// modules without a stamp. So if Google's compile made the same bytes, Google's signature fits them.
+// Unstamped returns the bytes that a module had before [Stamp]. Google signs modules without a stamp.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err == nil {
@@ -26,10 +25,8 @@ func Unstamped(path string) ([]byte, error) {
 	return data, nil
 }
 
-// removeStamp undoes what addStamp did. addStamp changes two fields of the ELF header and otherwise only appends. One
-// of the two fields is the offset of the section table. Linkers and strip put that table at the end of the file, so the
-// old offset of the table is known. To prove that its result is right, removeStamp adds the stamp to it again and
-// compares the new module with the given one.
+// removeStamp undoes addStamp. The old offset of the section table is known, because linkers and strip put the table at
+// the end of the file. To prove the result, removeStamp adds the stamp again and compares.
 func removeStamp(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {

@@ -10,8 +10,7 @@ import (
 	"testing"
 )
 
-// TestUnstamped stamps a module and checks that Unstamped returns exactly the bytes from before. It does this with the
-// output of the compiler, of the linker and of strip.
+// TestUnstamped checks that Unstamped returns the bytes from before, for output of the compiler, the linker and strip.
 func TestUnstamped(t *testing.T) {
 	t.Parallel()
 	inputs := map[string][]byte{}

@@ -9,11 +9,9 @@ import (
 
 // Config says what a kernel's configuration decides about module signatures.
 type Config struct {
-	// Checks is true if the kernel supports module signatures. Without this support the kernel loads every module and
-	// never examines a signature.
+	// Checks is true if the kernel supports module signatures. Otherwise it loads every module.
 	Checks bool
-	// Forced is true if the kernel refuses unsigned modules whatever its command line says. Such a kernel is configured
-	// to refuse them, or to lock itself down at boot.
+	// Forced is true if the kernel refuses unsigned modules whatever its command line says, by its configuration.
 	Forced bool
 	// Hash is the hash algorithm with which the kernel's own modules are signed (CONFIG_MODULE_SIG_HASH).
 	Hash string

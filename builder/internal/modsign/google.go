@@ -15,34 +15,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe is the version of the files that [Detached.Attach] writes. Raise it if Attach would write another file
-// for the same module and signature. The cache keys of modules with Google's signatures contain AttachRecipe, and the
-// digests of the signature archive and of trusted_key.pem.
+// AttachRecipe is the version of the files that [Detached.Attach] writes, and part of their cache keys. Raise it if
+// Attach would write another file for the same module and signature.
 const AttachRecipe = "attach-1"
 
-// ErrLeftOut means that Google's signatures cannot be used for a driver. [Detached.Attach] wraps ErrLeftOut and adds
-// the reason. A build may then publish the modules without Google's signatures.
+// ErrLeftOut means that Google's signatures cannot be used for a driver. A build may then publish the modules without
+// them.
 var ErrLeftOut = errors.New("signatures by Google cannot be used")
 
-// Detached has Google's signatures for the driver of one COS build. The signatures come from an archive in the COS
-// bucket, such as extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made each signature over the bytes
-// of a module that Google compiled and linked itself.
+// Detached has Google's signatures for the driver of one COS build. They come from an archive in the COS bucket, such
+// as extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google signed modules that Google compiled itself.
 type Detached struct {
 	certificates, roots []*x509.Certificate
 	modules             map[string][]byte // signatures by the name of the module, without .ko
 }
 
-// These constants limit an archive: the number of its entries, and the number of bytes that it unpacks to.
+// Limits of an archive: the number of entries, and the unpacked bytes.
 const (
 	maxEntries      = 1024
 	maxSignatureTar = 64 << 20
 	maxDriverTar    = 8 << 30
 )
 
-// ReadDetached reads a signature archive, which is a gzip-compressed tar. It uses the files *.ko.sig (signatures),
-// *.pem and *.der (certificates), and ignores all other files. root is the content of trusted_key.pem, the root
-// certificate that is built into the kernel. If root is nil, a signature is checked only against the certificates in
-// the archive.
+// ReadDetached reads a signature archive, a gzip-compressed tar: the signatures *.ko.sig and the certificates *.pem and
+// *.der. The given root is the content of trusted_key.pem. Without it, only the archive's certificates are used.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -90,11 +86,15 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// Attach writes a module with Google's signature to the new file dst. name is the module's name without .ko, and module
-// is the content of the unsigned module. The error wraps [ErrLeftOut] in three cases: the archive has no signature for
-// the module, the signature was made over other bytes, or the kernel's root certificate did not certify the signer. If
-// the signature is malformed, or if no known certificate belongs to its signer, the archive is damaged: then the error
-// does not wrap ErrLeftOut.
+// Attach writes the unsigned module with this name, without .ko, and Google's signature to a new file. The error wraps
+// [ErrLeftOut] if
+//
+//   - the archive has no signature for the module,
+//   - the signature was made over other bytes, or
+//   - the kernel's root certificate did not certify the signer.
+//
+// It does not wrap ErrLeftOut if the archive is damaged: the signature is malformed, or its signer has no known
+// certificate.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
@@ -123,14 +123,12 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// UnpackRecipe is the version of the files that [UnpackSigned] writes. The cache keys of Google's modules contain
-// UnpackRecipe.
+// UnpackRecipe is the version of the files that [UnpackSigned] writes, and part of their cache keys.
 const UnpackRecipe = "unpack-signed-1"
 
-// UnpackSigned reads nvidia-drivers-<VERSION>.tgz from archive and writes its modules into the folder dir. Google
-// compiled and signed these modules for one COS build. UnpackSigned does not change them, because a kernel that trusts
-// only Google's key loads only modules with exactly these bytes. Each module must have a valid signature by one of the
-// trusted certificates. UnpackSigned returns the names of the modules without .ko.
+// UnpackSigned writes the modules of nvidia-drivers-<VERSION>.tgz into a folder, and returns their names without .ko.
+// Each module must have a valid signature by a trusted certificate. The modules stay unchanged, because a kernel that
+// trusts only Google's key loads only these bytes.
 func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([]string, error) {
 	var names []string
 	err := eachFile(archive, maxDriverTar, func(h *tar.Header, body io.Reader) error {
@@ -162,8 +160,8 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	return names, nil
 }
 
-// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar has more than
-// maxEntries entries or unpacks to more than limit bytes.
+// eachFile passes every regular file of a gzip-compressed tar to the callback. More than maxEntries entries, or more
+// unpacked bytes than the limit, are an error.
 func eachFile(r io.Reader, limit int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {

@@ -51,8 +51,7 @@ func tgz(t testing.TB, entries ...entry) []byte {
 	return buf.Bytes()
 }
 
-// google has the files of a COS build: a root that the kernel trusts, and a key for drivers that the root has
-// certified.
+// google has a root that the kernel trusts, and a key for drivers that the root has certified.
 type google struct {
 	root, driver *pair
 	archive      []byte

@@ -14,10 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is the path of a boot
-// folder. If the modules in this folder are signed, the kernel must accept the test's module as it is in the folder.
-// The kernel must refuse all other variants of that module. The tests of deploy/internal/mirror load a module that is
-// signed with a key that the kernel trusts (make clang).
+// TestLive loads variants of a module into a real kernel that accepts only signed modules. The module comes from the
+// boot folder PREBAKE_BOOT. If it is signed, the kernel must accept it unchanged. The kernel must refuse all other
+// variants. The tests of deploy/internal/mirror load a module that is signed with a key that the kernel trusts (make
+// clang).
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -30,7 +30,7 @@ func TestLive(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	// The folder bare has the kernel and no modules, because the steps of this test load the modules themselves.
+	// bare has the kernel without modules, because the steps load them.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
 	if err != nil {
@@ -80,12 +80,10 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is a module of the kernel that this test loads in place of a driver. The module depends on no other
-// module.
+// moduleName is a module of the kernel that stands in for a driver. It depends on no other module.
 const moduleName = "failover"
 
-// plainModule returns the boot folder's module moduleName without a signature. If the module in the folder is signed,
-// plainModule also returns it unchanged, as asShipped.
+// plainModule returns the boot folder's module without a signature and, if it is signed, also unchanged.
 func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))

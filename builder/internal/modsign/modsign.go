@@ -1,11 +1,9 @@
-// Package modsign signs kernel modules as the kernel's own program sign-file does, and verifies such signatures by the
-// kernel's rules. Google ships detached signatures with a COS build. The package attaches such a signature to a module
-// if the signature was made over exactly the bytes of this module. The package also verifies the modules that Google
-// compiled and signed, and unpacks them without a change.
+// Package modsign signs kernel modules like the kernel's program sign-file, and verifies such signatures by the
+// kernel's rules. It also attaches Google's detached signatures to modules with exactly the signed bytes, and unpacks
+// modules that Google compiled and signed.
 //
-// The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
-// package refuses a module that is signed already. The package never returns a signature that it has not verified
-// itself. Private keys stay in package sign.
+// Equal inputs must give equal modules, so the package refuses keys whose signatures differ from run to run. It refuses
+// a module that is signed already. It verifies every signature before it returns it. Private keys stay in package sign.
 package modsign
 
 import (
@@ -30,11 +28,11 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe is the version of the signatures that [Signer.Sign] makes. Raise Recipe if Sign makes another signature from
-// the same module, key and hash algorithm. The cache keys of signed modules contain Recipe and [Signer.Identity].
+// Recipe is the version of the signatures that [Signer.Sign] makes, and part of the cache keys of signed modules. Raise
+// it if Sign makes another signature from the same module, key and hash algorithm.
 const Recipe = "modsign-1"
 
-// These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
+// Limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
 const (
 	maxModule    = 512 << 20
 	maxSignature = 1 << 20
@@ -48,8 +46,8 @@ type Signer struct {
 	identity string
 }
 
-// Load opens the RSA key keyRef: a PEM file or a KMS URI, as in [sign.OpenKey]. Load also reads the key's certificate,
-// which the kernel trusts, from the file certPath (PEM or DER).
+// Load opens an RSA key, a PEM file or a KMS URI, as in [sign.OpenKey]. It also reads the key's certificate (PEM or
+// DER), which the kernel trusts.
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
@@ -80,8 +78,8 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 			"make an RSA key with: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout "+
 				"modules.key -out modules.crt")
 	}
-	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths. The exceptions are 512, 1024 and 1536
-	// bits outside of FIPS mode, which are too short to be safe.
+	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths, except 512, 1024 and 1536 bits outside of
+	// FIPS mode. Those are too short to be safe.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
 			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
@@ -97,7 +95,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file with certificates, in the form that [ParseCertificates] reads.
+// ReadCertificates reads a file with certificates in a format of [ParseCertificates].
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -139,25 +137,22 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// Fingerprint identifies a certificate. It returns "sha256:" and the SHA-256 of the certificate's DER form, in hex.
+// Fingerprint returns "sha256:" and the SHA-256 of the certificate's DER form, in hex.
 func Fingerprint(cert *x509.Certificate) string {
 	return ocidigest.FromBytes(cert.Raw).String()
 }
 
-// Identity returns the [Fingerprint] of the certificate. The module, the hash algorithm, [Recipe] and Identity together
-// decide the bytes of a signature.
+// Identity returns the [Fingerprint] of the certificate. Module, hash algorithm, [Recipe] and Identity decide the bytes
+// of a signature.
 func (s *Signer) Identity() string { return s.identity }
 
-// Certificate returns the certificate of the signer's key. The kernel must have this certificate to verify the
-// signatures.
+// Certificate returns the certificate of the signer's key. The kernel needs it to verify the signatures.
 func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 
-// Key returns a cache key for signatures by this signer with the hash algorithm hash. Equal modules get equal
-// signatures if Key is equal.
+// Key returns a cache key for signatures by this signer with this hash algorithm.
 func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
 
-// Sign signs the module src and writes it to the new file dst. hash is the kernel's CONFIG_MODULE_SIG_HASH (see
-// [ReadConfig]).
+// Sign signs a module and writes it to a new file. The hash is the kernel's CONFIG_MODULE_SIG_HASH (see [ReadConfig]).
 func (s *Signer) Sign(ctx context.Context, src, dst, hash string) error {
 	if err := s.signFile(ctx, src, dst, hash); err != nil {
 		return fmt.Errorf("sign module %s: %w", src, err)
@@ -210,8 +205,8 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		"build for this kernel without --module-key: Prebake signs modules only with sha256, sha384 or sha512")
 }
 
-// detachedSignature makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates
-// and no signed attributes, because the kernel refuses signed attributes in modules.
+// detachedSignature makes the CMS structure of scripts/sign-file, without content, certificates and signed attributes.
+// The kernel refuses signed attributes in modules.
 func (s *Signer) detachedSignature(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
 	sd, err := pkcs7.NewSignedData(module)
 	if err != nil {
@@ -237,9 +232,8 @@ func (s *Signer) detachedSignature(module []byte, digest asn1.ObjectIdentifier) 
 	}{pkcs7.OIDSignedData, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}})
 }
 
-// These constants describe the trailer, struct module_signature of include/linux/module_signature.h: its size, the
-// offsets of two fields in bytes, and the value PKEY_ID_PKCS7 of the field for the type. All other fields are zero,
-// except the length of the signature.
+// The trailer, struct module_signature of include/linux/module_signature.h: its size, the offsets of two fields in
+// bytes, and the type PKEY_ID_PKCS7. All other fields except the signature's length are zero.
 const (
 	trailerSize = 12
 	kindAt      = 2

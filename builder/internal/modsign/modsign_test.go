@@ -34,8 +34,7 @@ type pair struct {
 	keyPath, path string
 }
 
-// newPair makes a certificate for a key. If by is nil, the key signs its own certificate. Otherwise the pair by signs
-// the certificate.
+// newPair makes a certificate for a key. It is signed by the given pair, or by the key itself if that is nil.
 func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pair {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
@@ -249,8 +248,7 @@ func TestKMS(t *testing.T) {
 	}
 }
 
-// TestTrailer checks the trailer that follows a signature. The first example comes from the tests of COS's own
-// installer.
+// TestTrailer checks the trailer after a signature. The first example comes from the tests of COS's own installer.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
 	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +
@@ -290,8 +288,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL verifies signatures of this package with openssl. TestOpenSSL also makes signatures with openssl, and
-// checks that Verify refuses those that the kernel refuses.
+// TestOpenSSL verifies signatures of this package with openssl. Verify must refuse the signatures by openssl that the
+// kernel refuses.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")
@@ -361,7 +359,7 @@ func appendSignature(module, signature []byte) []byte {
 	return append(out, "~Module signature appended~\n"...)
 }
 
-// TestSignFile compares the signed module with the output of the kernel's own program sign-file, byte by byte.
+// TestSignFile compares the signed module with the output of the kernel's program sign-file, byte by byte.
 func TestSignFile(t *testing.T) {
 	t.Parallel()
 	signFile := signFile(t)

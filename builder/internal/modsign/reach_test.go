@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. The makefile knows the key's path.
-// The makefile searches the file system, its own environment, and the environment of every process that it sees.
+// TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. It knows the key's path, and
+// searches the file system and the environment of every process that it sees.
 func TestKeyIsOutOfReach(t *testing.T) {
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -63,7 +63,7 @@ func TestKeyIsOutOfReach(t *testing.T) {
 		Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
 		Arch:   target.AMD64, WorkDir: t.TempDir(), Log: &log,
 	})
-	// The makefile builds no module, so Modules returns an error. Only the makefile's output counts.
+	// The makefile builds no module, so Modules returns an error. Only the output counts.
 	if !strings.Contains(log.String(), "searched") {
 		t.Fatalf("compile.Modules = %v; the makefile did not run: %s", err, log.String())
 	}

@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// These errors are the possible faults of a module's signature. Each comment has the errno and the message with which a
-// kernel with module.sig_enforce=1 refuses such a module. The errors that this package returns have a text of their own
-// and wrap one of these errors for errors.Is.
+// Faults of a module's signature, each with the errno and message of a kernel with module.sig_enforce=1. The errors of
+// this package wrap them.
 var (
 	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
 	ErrUnsigned = errors.New("module is not signed")
@@ -37,8 +36,8 @@ type Signature struct {
 	Hash asn1.ObjectIdentifier
 }
 
-// Split separates a module from its signature. The signature is nil if the module has none. Split checks the trailer by
-// the kernel's rules (kernel/module_signature.c, mod_check_sig).
+// Split separates a module from its signature, which is nil if there is none. It checks the trailer by the kernel's
+// rules (kernel/module_signature.c, mod_check_sig).
 func Split(module []byte) (body, signature []byte, err error) {
 	rest, ok := bytes.CutSuffix(module, []byte(modinfo.SignatureMagic))
 	if !ok {
@@ -68,9 +67,9 @@ func Split(module []byte) (body, signature []byte, err error) {
 	return rest[:at], rest[at:], nil
 }
 
-// Verify checks by the kernel's rules that a module has a valid signature. The signer must be one of the trusted
-// certificates, or a certificate that a trusted one has certified. Verify ignores the certificates' validity periods,
-// as the kernel does, because the kernel has no clock that it trusts.
+// Verify checks by the kernel's rules that a module has a valid signature. The signer's certificate must be trusted, or
+// certified by a trusted certificate. Like the kernel, Verify ignores validity periods, because the kernel has no clock
+// that it trusts.
 func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
 	body, signature, err := Split(module)
 	if err != nil {
@@ -129,10 +128,9 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	return s, nil
 }
 
-// These constants limit the parts of a signature, because each part costs a verification. maxSigners is the largest
-// number of signers. maxSent is the largest number of certificates in a signature or in a signature archive. maxChain
-// is the largest number of certificates between a signer and a trusted certificate. A signature by the kernel's own
-// program sign-file has one signer and no certificates.
+// Limits, because each part of a signature costs a verification: maxSigners signers, maxSent certificates in a
+// signature or an archive, and maxChain certificates up to a trusted one. sign-file writes one signer and no
+// certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
@@ -144,8 +142,7 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: it has %d bytes; at most %d are read", ErrMalformed, len(signature), maxSignature)
 	}
-	// The library also accepts BER, and ignores some parts that it cannot read. So this function first checks that the
-	// signature has this outline in DER, with nothing after it.
+	// The library also accepts BER and ignores some parts. So first check for this outline in DER, with nothing after it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {
@@ -197,9 +194,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 // sha2 is the prefix of the object identifiers of the SHA-2 family.
 const sha2 = "2.16.840.1.101.3.4.2."
 
-// trustedSigner returns the certificate of the signer with this issuer and serial number. The certificate is a trusted
-// certificate, or a certificate in the signature that a trusted certificate has certified. trustedSigner returns nil if
-// there is no such certificate.
+// trustedSigner returns the certificate of the signer with this issuer and serial number, or nil. The certificate is
+// trusted, or was sent with the signature and is certified by a trusted certificate.
 func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
 	is := func(c *x509.Certificate) bool {
 		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial
@@ -217,8 +213,7 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 	return nil
 }
 
-// isCertified reports whether a trusted certificate has certified c, either directly or through the certificates in
-// sent.
+// isCertified reports whether a trusted certificate has certified c, directly or through the certificates in sent.
 func isCertified(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
 		return bytes.Equal(by.RawSubject, c.RawIssuer) &&

@@ -1,9 +1,8 @@
-// Package nvsrc fetches one NVIDIA release into the cache. The package checks the runfile against its SHA-256 and
-// unpacks the runfile without running any part of it. The Stage functions then copy the unpacked files into the folders
-// of an installation.
+// Package nvsrc fetches one NVIDIA release into the cache. It checks the runfile against its SHA-256 and unpacks it
+// without running any part of it. The Stage functions copy the unpacked files into the folders of an installation.
 //
-// The package refuses a runfile without a published SHA-256, and a runfile whose version differs from the version in
-// its name. The package refuses a flavour that the release does not have.
+// The package refuses a runfile without a published SHA-256, and a runfile with another version than in its name. It
+// refuses a flavour that the release does not have.
 package nvsrc
 
 import (
@@ -27,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input of a build, as the provenance has it.
+// Material is one input of a build, as the provenance lists it.
 type Material = input.Material
 
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.
@@ -38,17 +37,15 @@ type Release struct {
 	Materials []Material
 	// Dir is the folder of the unpacked runfile.
 	Dir string
-	// Digest is the runfile's SHA-256. Digest and StageRecipe together decide what the Stage functions write.
+	// Digest is the runfile's SHA-256. Digest and StageRecipe decide what the Stage functions write.
 	Digest string
 	// SourceDigest is a digest of the content of all module sources, of all flavours.
 	SourceDigest string
-	// Manifest describes the release's files. Manifest is nil if the release has no manifest, or one that cannot be
-	// parsed.
+	// Manifest describes the release's files. It is nil if it is missing or cannot be parsed.
 	Manifest *runfile.Manifest
 }
 
-// These constants are the names of kinds of cached trees and facts. Change the number in a name whenever this package
-// makes another tree or another fact from the same runfile.
+// Kinds of cached trees and facts. Change a number when this package makes something else from the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
@@ -60,12 +57,12 @@ var limits = archive.Options{Entries: 100_000, Bytes: 8 << 30}
 // folders has the folder of the module sources in a release, by flavour.
 var folders = map[target.Flavour]string{target.Proprietary: "kernel", target.Open: "kernel-open"}
 
-// lister is a bucket that can list its objects. A plain https bucket cannot.
+// lister is a bucket that can list its objects, unlike a plain https bucket.
 type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. say is called with each line of progress. It may be nil.
+// Fetch fetches a release into the cache. Progress is reported one line at a time; the callback may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)
@@ -131,8 +128,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	return r, nil
 }
 
-// find searches the locations where buckets have runfiles. It returns the name of the runfile and its SHA-256 at the
-// first location that has a SHA-256 of the release.
+// find returns the name of the runfile and its SHA-256, at the first location with a SHA-256 of the release.
 func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err error) {
 	var none error
 	for _, place := range cosbucket.RunfileLocations(f.version, f.arch) {
@@ -147,8 +143,8 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 	return "", input.Sum{}, none
 }
 
-// withHint adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
-// cannot be listed, or has no versions, the hint says where to copy the runfile.
+// withHint adds a hint to the error for a missing object: versions that the bucket has, or else where to copy the
+// runfile.
 func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
@@ -171,7 +167,7 @@ func (f *fetcher) withHint(ctx context.Context, err error) error {
 	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
 }
 
-// nearestVersions returns up to six versions of a listing. Versions of the same branch come first.
+// nearestVersions returns up to six versions of a listing, those of the same branch first.
 func (f *fetcher) nearestVersions(names []string) []string {
 	var same, other []string
 	for _, n := range names {
@@ -214,9 +210,8 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. If the file is missing or cannot be parsed, manifest returns nil and no error, because the
-// names and SONAMEs of the release's files show what these files are. If the manifest is of another driver version,
-// that is an error.
+// manifest reads .manifest. It returns nil if the file is missing or cannot be parsed: names and SONAMEs also tell what
+// the files are. A manifest of another driver version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {

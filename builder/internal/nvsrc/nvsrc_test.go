@@ -31,7 +31,7 @@ import (
 
 const version = "535.261.03"
 
-// library returns a small ELF file with a SONAME. The file has no code, only a dynamic section and its strings.
+// library returns a small ELF file with a SONAME and no code.
 func library(t testing.TB, soname string) string {
 	t.Helper()
 	strs := "\x00" + soname + "\x00"
@@ -155,8 +155,8 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	return b.Bytes()
 }
 
-// writeRunfile writes a runfile and its SHA-256 file into dir, a folder that serves as a bucket. If sum is "", the
-// SHA-256 file has the real SHA-256. Otherwise sum is the content of the SHA-256 file.
+// writeRunfile writes a runfile and its SHA-256 file into a folder that serves as a bucket. If the given sum is "", the
+// file has the real SHA-256.
 func writeRunfile(t testing.TB, dir, version string, file []byte, sum string) {
 	t.Helper()
 	name := "NVIDIA-Linux-x86_64-" + version + ".run"
@@ -266,8 +266,7 @@ func TestFetchAndStage(t *testing.T) {
 	}
 }
 
-// TestEdition checks a release with an edition suffix. Only the name of the runfile has the suffix. The files in the
-// runfile have the plain version.
+// TestEdition checks a release with an edition suffix, which only the runfile's name has.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -332,8 +331,7 @@ func TestStageWithoutManifest(t *testing.T) {
 	}
 }
 
-// TestPlaces checks that Fetch finds a runfile and its SHA-256 at each location that buckets use. The material must
-// have the URL of this location.
+// TestPlaces checks that Fetch finds a runfile at each location that buckets use, and that the material has its URL.
 func TestPlaces(t *testing.T) {
 	t.Parallel()
 	file := runfile(t, driverFiles(t), false)

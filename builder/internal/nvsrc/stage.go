@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// StageRecipe is the version number of the Stage functions. It changes whenever the same release would give another
-// layout.
+// StageRecipe is the version of the Stage functions. It changes when they would give another layout.
 const StageRecipe = "stage-2"
 
 // These constants are folders of an installation, relative to its root.
@@ -32,9 +31,8 @@ const (
 	firmwareDir = "firmware/nvidia"
 )
 
-// destinations has the folder in an installation for each type of file that a compute node needs. The types are those
-// in the manifest. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
-// GLX_CLIENT_LIB is included, because Vulkan's driver file refers to libGLX_nvidia.
+// destinations has the folder for each type of file in the manifest that a compute node needs. X11, VDPAU,
+// documentation, unit files and sources are left out. Vulkan's driver file refers to libGLX_nvidia, a GLX_CLIENT_LIB.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
 	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir,
@@ -48,8 +46,8 @@ var destinations = map[string]string{
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanFolder returns the folder for the file base, one of Vulkan's files. subdir is the file's folder in the
-// manifest. Older manifests have no such folder. Then subdir is "", and the file's name decides.
+// vulkanFolder returns the folder of one of Vulkan's files, by its folder in the manifest. Older manifests have no such
+// folder; then the file's name decides.
 func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
@@ -60,8 +58,7 @@ func vulkanFolder(base, subdir string) string {
 	return path.Join(vulkanDir, icdDir)
 }
 
-// desktopPrefixes are prefixes of the names of libraries that only a desktop session uses. The types in the manifest do
-// not distinguish these libraries from those that a compute node needs.
+// desktopPrefixes begin the names of libraries for desktop sessions. The types in the manifest do not distinguish them.
 var desktopPrefixes = []string{
 	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
@@ -80,8 +77,7 @@ type item struct {
 	exec bool
 }
 
-// StageUserspace copies the release's user space to dst, an empty folder. The same release gives the same files, links
-// and modes on every machine.
+// StageUserspace copies the release's user space to an empty folder. The result is the same on every machine.
 func (r *Release) StageUserspace(dst string) error {
 	layout, err := r.userspace()
 	if err == nil {
@@ -96,8 +92,8 @@ func (r *Release) StageUserspace(dst string) error {
 	return nil
 }
 
-// StageFirmware copies the GSP firmware below dst, to the folder where the kernel's firmware loader looks for it. If
-// the release has no firmware, that folder is empty.
+// StageFirmware copies the GSP firmware to where the kernel's firmware loader looks for it below the given folder.
+// Without firmware, that folder is empty.
 func (r *Release) StageFirmware(dst string) error {
 	names, err := filepath.Glob(filepath.Join(r.Dir, "firmware", "*.bin"))
 	if err != nil {
@@ -148,8 +144,8 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// userspaceByName decides the layout of a release whose manifest is missing or cannot be parsed. It takes the libraries
-// at the top of the tree, known tools and known driver files.
+// userspaceByName decides the layout of a release without a usable manifest. It takes the libraries at the top of the
+// tree, and known tools and driver files.
 func (r *Release) userspaceByName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
@@ -195,8 +191,7 @@ func wanted(to, base string) bool {
 	return true
 }
 
-// dropDangling removes links whose target is not in the layout. Such a target is a file that the function userspace has
-// left out.
+// dropDangling removes links to files that were left out of the layout.
 func dropDangling(layout map[string]item) {
 	for again := true; again; {
 		again = false
@@ -270,8 +265,8 @@ func copyFile(from, to *os.Root, name string, it item) error {
 	return errors.Join(out.Chmod(mode), hostfile.Fill(out, in))
 }
 
-// addSONAMEs adds a link for each library of the folder whose SONAME differs from its file name. The dynamic loader
-// finds a library by its SONAME, because the linker writes the SONAME into each program that uses the library.
+// addSONAMEs adds a link for each library whose SONAME differs from its file name. The dynamic loader finds a library
+// by its SONAME.
 func addSONAMEs(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -298,7 +293,7 @@ func addSONAMEs(dir string) error {
 	return nil
 }
 
-// readSONAME returns a library's DT_SONAME, or "" if there is none, or if the file is not a readable ELF file.
+// readSONAME returns a library's DT_SONAME, or "" if there is none or the file is not a readable ELF file.
 func readSONAME(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {

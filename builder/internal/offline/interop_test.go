@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestStockTools checks that programs of other projects can read a bundle: skopeo and oras read the tar, and regctl
-// reads the unpacked tar. The bytes that they copy must be unchanged.
+// TestStockTools checks that skopeo and oras read a bundle, that regctl reads the unpacked tar, and that they copy the
+// same bytes.
 func TestStockTools(t *testing.T) {
 	t.Parallel()
 	for _, program := range []string{"skopeo", "oras", "regctl", "tar"} {
@@ -93,7 +93,7 @@ func TestStockTools(t *testing.T) {
 	must("regctl", "image", "copy", "--referrers", "ocidir://"+untar(t, file)+":"+tag, "ocidir://regctl:"+tag)
 	checkLayout(t, "oci:"+filepath.Join(dir, "regctl"), tag, f.key, s)
 
-	// The other direction: this package must read a tar that skopeo has written.
+	// The other direction: this package reads a tar of skopeo.
 	must("skopeo", "--insecure-policy", "copy", "oci:"+filepath.Join(dir, "oras")+":"+tag, "oci-archive:theirs.tar:"+tag)
 	if d, err := open(t, "oci-archive:"+filepath.Join(dir, "theirs.tar")).Resolve(t.Context(), tag); err != nil ||
 		d.Digest.String() != s.Digest {

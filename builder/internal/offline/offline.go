@@ -1,8 +1,7 @@
 // Package offline packs artifacts with everything that belongs to them into one file for places without a network. The
-// file is an OCI image layout in a tar. A bundle is complete, or it is a delta with only what an earlier bundle lacks.
+// file is an OCI image layout in a tar. A bundle is complete, or a delta with only what an earlier bundle lacks.
 //
-// The package refuses to pack bytes that differ from their digest. The package does not make the content trusted:
-// whoever reads the file must verify the signatures in it.
+// The package never packs bytes that differ from their digest. Whoever reads the file must verify the signatures in it.
 package offline
 
 import (
@@ -28,8 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// These constants are the artifact types and the tags of the two parts of a bundle that are neither artifacts nor
-// images: the snapshot and the public keys.
+// Artifact types and tags of the snapshot and of the public keys in a bundle.
 const (
 	TypeSnapshot = "application/vnd.prebake.snapshot.v1"
 	TypeKeys     = "application/vnd.prebake.keys.v1"
@@ -41,22 +39,19 @@ const (
 type Config struct {
 	// From is the repository with the artifacts.
 	From *registry.Repository
-	// Kernels, Drivers (versions) and Flavours choose cells. If a list is empty, it excludes nothing. If both Kernels and
-	// Drivers are given, each kernel must have each driver in at least one of the flavours.
+	// Kernels, Drivers (versions) and Flavours choose cells; an empty list excludes nothing. With both Kernels and
+	// Drivers, each kernel must have each driver in at least one of the flavours.
 	Kernels  []target.Kernel
 	Drivers  []string
 	Flavours []target.Flavour
-	// Verifier must accept each artifact for each of its kernels. If Verifier is nil, artifacts are packed without
-	// verification.
+	// Verifier must accept each artifact for each of its kernels. If nil, nothing is verified.
 	Verifier *trust.Verifier
-	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot. If Snapshot
-	// is "", no snapshot is packed.
+	// Keys are files with public keys. Snapshot is a folder with the signed files of a snapshot, or "" for none.
 	Keys     []string
 	Snapshot string
-	// Images are container images of programs. Each image is packed for all its platforms.
+	// Images are container images of programs. All platforms are packed.
 	Images []Image
-	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. If Since is
-	// nil, the new bundle is complete.
+	// Since is an earlier bundle, whose blobs are left out. If nil, the new bundle is complete.
 	Since *registry.Repository
 	// Now is the time for which Verifier checks signatures and certificates.
 	Now time.Time
@@ -71,8 +66,7 @@ type Image struct {
 
 // Report says what was packed.
 type Report struct {
-	// Index is the digest of index.json in the packed file. Base is the digest of index.json in Config.Since, the
-	// bundle that a reader of the delta needs. Base is "" for a complete bundle.
+	// Index is the digest of the packed index.json. Base is the digest of index.json in Config.Since, or "".
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
 	// Artifacts are the packed drivers.
@@ -81,9 +75,8 @@ type Report struct {
 	// Snapshot is the number of files in the snapshot. Keys is the number of public keys.
 	Snapshot int `json:"snapshot,omitempty"`
 	Keys     int `json:"keys,omitempty"`
-	// Size is the size of the file in bytes. Blobs is the number of packed blobs, and Bytes is their total size.
-	// LeftOut and LeftOutBytes are the number and the total size in bytes of the blobs that were left out, because
-	// Config.Since has them.
+	// Size is the file's size in bytes. Blobs and Bytes are the number and the total size of the packed blobs. LeftOut and
+	// LeftOutBytes count the blobs that Config.Since has.
 	Size         int64 `json:"size"`
 	Blobs        int   `json:"blobs"`
 	Bytes        int64 `json:"bytes"`
@@ -96,8 +89,7 @@ type Artifact struct {
 	Digest  string          `json:"digest"`
 	Driver  target.Driver   `json:"driver"`
 	Kernels []target.Kernel `json:"kernels"`
-	// Size is the total size of the artifact's layers in bytes. Attached is the number of referrers that were packed
-	// with the artifact.
+	// Size is the total size of the artifact's layers in bytes. Attached is the number of its packed referrers.
 	Size     int64 `json:"size"`
 	Attached int   `json:"attached"`
 }
@@ -204,7 +196,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// missingCells returns the requested cells, kernels and driver versions for which the repository has no artifact.
+// missingCells returns the requested cells, kernels and driver versions without an artifact in the repository.
 func missingCells(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
@@ -245,7 +237,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// addDriver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
+// addDriver packs one artifact with its tags and referrers, except debug symbols.
 func (p *packer) addDriver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
@@ -313,8 +305,8 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// addReferrers adds a list of the referrers of subject. The list gets its tag by OCI's referrers tag schema. Some
-// programs find referrers in a layout by this tag. Other programs find referrers by the entries of the index.
+// addReferrers adds a list of a subject's referrers under the tag of OCI's referrers tag schema. Some programs find
+// referrers in a layout only by this tag, others by the entries of the index.
 func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
@@ -332,8 +324,7 @@ func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error
 	return nil
 }
 
-// addImage packs a program's image. If the image is an index for several platforms, addImage packs the index and the
-// images of all platforms.
+// addImage packs a program's image. An index is packed with the images of all platforms.
 func (p *packer) addImage(ctx context.Context, img Image) error {
 	d, err := img.Repo.Resolve(ctx, img.Ref)
 	if err != nil {

@@ -40,7 +40,7 @@ func open(t *testing.T, ref string) *registry.Repository {
 	return r
 }
 
-// farm is a registry that has the older driver for two kernels, and the newer driver for one of these kernels.
+// farm is a registry with the older driver for two kernels and the newer driver for one of them.
 type farm struct {
 	host    string
 	repo    *registry.Repository
@@ -87,8 +87,8 @@ func kernel(patch string) target.Kernel {
 	return target.Kernel{BuildID: k.BuildID, Board: k.Board, Arch: k.Arch}
 }
 
-// TestBundleAndDelta checks that a complete bundle and its delta together have everything that the registry has. The
-// delta alone must have only what the first bundle lacks.
+// TestBundleAndDelta checks that a bundle and its delta together have everything in the registry. The delta must have
+// only what the bundle lacks.
 func TestBundleAndDelta(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -147,9 +147,8 @@ func read(t *testing.T, file string) []byte {
 	return raw
 }
 
-// TestBundleHoldsAll checks that a bundle has the snapshot's files, the keys, an image for two platforms, and an
-// artifact with its statements. Another project's library for layouts must find the statements in the index and in the
-// list of referrers, and both platforms of the image. The bundle must not have debug symbols.
+// TestBundleHoldsAll checks that another project's library finds the content of a bundle: snapshot, keys, an image for
+// two platforms, and an artifact with its statements. Debug symbols must not be in it.
 func TestBundleHoldsAll(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -297,8 +296,7 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// TestWriteComparesBytes checks that Write returns an error if a repository returns bytes that differ from their
-// digest.
+// TestWriteComparesBytes checks that bytes that differ from their digest are an error.
 func TestWriteComparesBytes(t *testing.T) {
 	t.Parallel()
 	dir, key := t.TempDir(), testkit.NewKey(t)
@@ -318,8 +316,7 @@ func TestWriteComparesBytes(t *testing.T) {
 	}
 }
 
-// TestDeltaUnpackedOverBase unpacks a delta over its base. The result must be the complete later layout for every
-// reader.
+// TestDeltaUnpackedOverBase checks that a delta unpacked over its base is the complete later layout.
 func TestDeltaUnpackedOverBase(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

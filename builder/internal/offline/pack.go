@@ -71,8 +71,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf reads the manifest with this digest. If want returns true for the manifest, manifestIf adds the manifest,
-// its config and its layers. If want returns false, manifestIf adds nothing and the returned manifest is nil.
+// manifestIf reads a manifest. If the callback accepts it, manifestIf adds it with its config and layers. Otherwise it
+// returns nil.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,

@@ -16,14 +16,13 @@ import (
 
 // Listing is the content of a bundle.
 type Listing struct {
-	// Index is the digest of index.json in this bundle. Base is the digest of index.json in the earlier bundle that a
-	// delta needs. Base is "" for a complete bundle.
+	// Index is the digest of this bundle's index.json. Base is the digest of index.json in the bundle that a delta needs,
+	// or "".
 	Index   string  `json:"index"`
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
-	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and the total
-	// size of the blobs that Show compared with their digests. If the listed bundle is a delta, they include the blobs
-	// of its base.
+	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and total size of
+	// the compared blobs. For a delta, they include the blobs of its base.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`
@@ -37,11 +36,10 @@ type Entry struct {
 	Size   int64    `json:"size"` // total size of the layers in bytes, for all platforms
 }
 
-// maxDepth is the largest depth of nested indexes.
+// maxDepth is the maximum depth of nested indexes.
 const maxDepth = 3
 
-// Show returns the content of a bundle. It compares each blob that the index refers to, directly or not, with the
-// blob's digest.
+// Show returns the content of a bundle. It compares every blob below the index with its digest.
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
@@ -95,8 +93,8 @@ type walker struct {
 	known map[string]Entry // by the manifest's digest
 }
 
-// manifest reads a manifest or an index, and everything that this refers to. It returns the size of the layers and the
-// kind of the entry.
+// manifest reads a manifest or an index with everything below it. It returns the size of the layers and the entry's
+// kind.
 func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
 	if e, ok := w.known[d.Digest.String()]; ok {
 		return e.Size, e.Kind, nil

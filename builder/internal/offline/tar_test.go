@@ -5,8 +5,7 @@ import (
 	"testing"
 )
 
-// untar unpacks all bundles with GNU tar into the same new folder, in this order, as a user would. untar returns the
-// folder.
+// untar unpacks the bundles in order into one new folder with GNU tar, and returns the folder.
 func untar(t *testing.T, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()

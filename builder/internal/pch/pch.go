@@ -1,7 +1,6 @@
-// Package pch finds the text with which several sources of a kernel module begin. This text includes the first headers,
-// and these headers are most of what a compiler reads for a source. If the compiler precompiles the text, it reads the
-// text only once for all these sources. The package looks only at the text of the files. It refuses text that it does
-// not understand: such a source is left out and compiled as usual.
+// Package pch finds the text with which several sources of a kernel module begin. Its includes are most of what a
+// compiler reads for a source. With a precompiled header, the compiler reads them only once. The package looks only at
+// the text of the files. It leaves out sources that it does not understand.
 package pch
 
 import (
@@ -16,8 +15,8 @@ import (
 
 // Header is a text with which some sources begin.
 type Header struct {
-	// Text is the content of the precompiled header. From Text, the compiler reads the same tokens and macros as from
-	// the beginnings of the sources.
+	// Text is the content of the precompiled header. It gives the compiler the same tokens and macros as the beginnings of
+	// the sources.
 	Text string
 	// Sources are the sources that begin with this text.
 	Sources []Source
@@ -27,29 +26,25 @@ type Header struct {
 type Source struct {
 	// Path is the source's path in the tree.
 	Path string
-	// Through is the list of the headers between the source and the text of the precompiled header. The source includes
-	// the first of these headers, and each header includes the next one. Before that include line, the source and the
-	// headers have only definitions and, in a header, the include guard.
+	// Through lists the headers between the source and the text of the precompiled header. The source includes the first
+	// of them, and each includes the next. Before that include line, there are only definitions and include guards.
 	Through []string
-	// First is the path of the first header that the precompiled header includes. If that header is the kernel's and not
-	// the driver's, First is "".
+	// First is the path of the first header that the precompiled header includes, or "" for a header of the kernel.
 	First string
 }
 
-// These constants decide which text is worth precompiling. To precompile a text takes as long as to read it for three
-// sources, so at least minSources sources must begin with the text. A text with only few of the kernel's headers saves
-// nothing, so the text must include at least minWeight of the kernel's headers. maxDepth is the largest number of
-// headers between a source and the text.
+// These constants decide which text is worth precompiling. Precompiling takes as long as reading the text for three
+// sources, so at least minSources sources must begin with it. The text must include at least minWeight of the kernel's
+// headers. maxDepth is the maximum number of headers between a source and the text.
 const (
 	minSources = 4
 	minWeight  = 16
 	maxDepth   = 8
 )
 
-// Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
-// flags. Paths in Header.Text begin with root, the path at which the compiler finds the tree. The result and its order
-// depend only on the content of the tree. Find returns an error if it cannot read a file, or if a .c or .h file is
-// larger than maxFile.
+// Find examines the .c files in the top-level folders of the tree. Each folder is one module with its own flags. root
+// is the path at which the compiler finds the tree. The result depends only on the content of the tree. Find returns an
+// error if it cannot read a file, or if a .c or .h file is larger than maxFile.
 func Find(tree fs.FS, root string) ([]Header, error) {
 	t, err := readTree(tree)
 	if err != nil {
@@ -70,8 +65,7 @@ func Find(tree fs.FS, root string) ([]Header, error) {
 	return all, nil
 }
 
-// choose returns the precompiled headers for the sources of one module. First comes the header that saves most. Each
-// later header is for sources that no earlier one is for.
+// choose returns the precompiled headers for the sources of one module. A source gets at most one.
 func (t *tree) choose(sources []string) []Header {
 	begin := map[string][]Source{} // sources by text
 	for _, name := range sources {
@@ -109,8 +103,8 @@ func (t *tree) choose(sources []string) []Header {
 	}
 }
 
-// prefixes returns the texts with which a source begins. Each of these texts ends after an include line, and could be
-// the text of a precompiled header. Each value of the map is the entry for Header.Sources.
+// prefixes returns the texts with which a source begins, and for each text the entry for Header.Sources. Each text ends
+// after an include line.
 func (t *tree) prefixes(name string) map[string]Source {
 	all := map[string]Source{}
 	var through, before []string // the headers between source and text; the definitions before these headers
@@ -148,9 +142,8 @@ func (t *tree) prefixes(name string) map[string]Source {
 	return all
 }
 
-// include rewrites an include line of the file so that the line means the same in another file. If the line includes a
-// header of the driver, the result header is that header's path in the tree. ok is false if the meaning depends on the
-// compiler's flags.
+// include rewrites an include line so that it means the same in another file. header is the path of a driver's header
+// in the tree. ok is false if the meaning depends on the compiler's flags.
 func (t *tree) include(file string, d directive) (line, header string, ok bool) {
 	if strings.HasPrefix(d.include, "<") {
 		return "#include " + d.include, "", len(t.filesFor(strings.Trim(d.include, "<>"))) == 0
@@ -160,7 +153,7 @@ func (t *tree) include(file string, d directive) (line, header string, ok bool) 
 	if len(found) != 1 || path.Clean(name) != name || strings.HasPrefix(name, "../") {
 		return "", "", false
 	}
-	// The header is in the folder of the file, or in a folder where every module of the driver looks for headers.
+	// The header is beside the file, or in a folder where every module of the driver looks for headers.
 	for _, dir := range []string{path.Dir(file), "common/inc", "."} {
 		if path.Join(dir, name) == found[0] {
 			return fmt.Sprintf("#include %q", t.pathOf(found[0])), found[0], true
@@ -177,13 +170,12 @@ func (t *tree) pathOf(name string) string {
 	return t.root + "/" + name
 }
 
-// orderMatters reports whether a header may mean something else if the compiler reads it before the files. This is so
-// if the header may include one of the files, or has a condition on the include guard of one of the files. If the
-// header includes a file whose name is in a macro, that file is unknown, and orderMatters returns true too.
+// orderMatters reports whether a header may mean something else if the compiler reads it before the given files. This
+// is so if the header may include one of the files, or has a condition on the include guard of one of them.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {
-			return true // the name of the included file is in a macro, so the file is unknown
+			return true // the included file is unknown
 		}
 		for _, f := range files {
 			if name == f || t.files[f].guard != "" && slices.Contains(t.files[name].conditions, t.files[f].guard) {
@@ -194,9 +186,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 	return false
 }
 
-// weight estimates how much the compiler reads for a text. The estimate is the number of kernel headers that the text
-// includes. It does not depend on which headers these are, because each kernel header, together with the headers that
-// it includes, has about the same size.
+// weight estimates how much the compiler reads for a text, by the number of kernel headers. Each kernel header, with
+// its own includes, has about the same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {
@@ -220,8 +211,7 @@ func (t *tree) weight(text string) int {
 }
 
 // closure returns every file of the driver that a header may include, directly or not, and the header itself. It
-// ignores the conditions around an include line. If an include line could mean several files of the driver, closure
-// returns all of them.
+// ignores conditions. If an include line could mean several files, closure returns all of them.
 func (t *tree) closure(header string) map[string]bool {
 	if known := t.closures[header]; known != nil {
 		return known

@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// kernel returns the include lines for minWeight kernel headers. With fewer, Find would choose no precompiled header.
+// kernel returns the include lines for minWeight kernel headers.
 func kernel() string {
 	var b strings.Builder
 	for i := range minWeight {
@@ -107,8 +107,8 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestThrough checks sources that include a header through different other headers. The sources share the precompiled
-// header if nothing in these other headers depends on the order of reading.
+// TestThrough checks sources that include a header through different other headers. They share the precompiled header
+// if the order of reading does not matter.
 func TestThrough(t *testing.T) {
 	t.Parallel()
 	ways := func(one, base string) map[string]string {

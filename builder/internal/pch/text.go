@@ -106,8 +106,8 @@ func parseFile(text string) file {
 	return f
 }
 
-// findGuard returns the name of an include guard. If the lines have none, it returns "". With an include guard, the
-// first two lines are #ifndef NAME and #define NAME, and the last line is the matching #endif.
+// findGuard returns the name of an include guard, or "". With a guard, the first two lines are #ifndef NAME and #define
+// NAME, and the last line is the matching #endif.
 func findGuard(lines []string) string {
 	if len(lines) < 3 {
 		return ""
@@ -131,10 +131,9 @@ func findGuard(lines []string) string {
 	return m[1]
 }
 
-// codeLines removes comments and returns the remaining lines that are not blank. It does not change strings and
-// character constants.
+// codeLines removes comments and blank lines. It does not change strings and character constants.
 func codeLines(text string) []string {
-	// In C, a backslash at the end of a line joins it with the next line. This happens before comments are removed.
+	// In C, a backslash at the end of a line joins it with the next line, even in a comment.
 	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\\\n", "")
 	var b strings.Builder
 	for i := 0; i < len(text); {

@@ -24,26 +24,22 @@ import (
 // boot is the boot folder from which the load test's virtual machine starts.
 type boot struct {
 	dir string // the path of the folder, whose layout package vm defines; "" means there is no folder
-	// key is a digest that differs if the content of the folder differs. The cache keys of load test
-	// verdicts contain it.
+	// key is a digest that covers the folder's content. The cache keys of load test verdicts contain it.
 	key string
-	// materials are the files that the folder was made of. The signed test result lists them.
+	// materials are the files that the folder was made of, for the signed test result.
 	materials []sign.Material
 }
 
-// cosArguments are arguments for the kernel's command line. With them, a kernel with COS's
-// configuration loads modules and firmware from the virtual machine's memory. loadpin.exclude
-// switches LoadPin off for modules, with the same words that COS uses on its own command line.
-// csm.disabled switches off COS's Container Security Monitor, as COS itself does. ima_appraise
-// switches off IMA's check of firmware. hung_task_panic=0 prevents a panic over a slow task, because
-// in an emulator a task may take longer than the kernel allows.
+// cosArguments are kernel arguments for a kernel with COS's configuration:
+//   - loadpin.exclude switches LoadPin off for modules, with the same words as on COS's own command line.
+//   - csm.disabled switches off COS's Container Security Monitor, as COS itself does.
+//   - ima_appraise switches off IMA's check of firmware.
+//   - hung_task_panic=0 prevents a panic over a task that is slow because of the emulator.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
-// findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder
-// made of the bucket's vmlinux. If the bucket has neither, findBoot returns no error, and the result
-// why is the reason. If the vmlinux cannot be booted, or comes from another run of make than the
-// headers, the mode of the load test decides: in the mode LoadTestRequire findBoot returns an error,
-// in any other mode it returns no error, and the result why is the reason.
+// findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder made of the bucket's
+// vmlinux. If there is no boot folder and no error, the second result is the reason. If the vmlinux cannot be booted,
+// or comes from another run of `make` than the headers, findBoot returns an error only in the mode LoadTestRequire.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
@@ -66,18 +62,16 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest},
 			facts)
 	}
-	// This machine may be unable to boot the vmlinux, or vmlinux and headers may come from two runs
-	// of make. Both say nothing about the modules. So a build that does not require the load test
-	// continues without a load test. Any other mismatch ends the build, because the modules may have
-	// been compiled against the wrong headers.
+	// Both errors below say nothing about the modules, so the build continues if it does not require the load test. Any
+	// other mismatch ends the build: the modules may have been compiled against the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
 		return boot{}, err.Error(), nil
 	}
 	return b, "", err
 }
 
-// readFacts reads from vmlinux the facts about the kernel. It returns an error if these facts do not
-// fit the headers that the modules were compiled against.
+// readFacts reads the facts about the kernel from vmlinux. It returns an error if they do not fit the headers that the
+// modules were compiled against.
 func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	f, err := os.Open(vmlinux)
 	if err != nil {
@@ -90,12 +84,11 @@ func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	return facts, err
 }
 
-// factsFile is the name of a file in each boot folder that makeBoot makes. The file has the digest of
-// the kernel image, and the build id of the vmlinux that the image was made of.
+// factsFile is a file in each boot folder that makeBoot makes. It has the digest of the kernel image, and the build id
+// of the vmlinux.
 const factsFile = "image.json"
 
-// makeBoot makes a boot folder from vmlinux. The folder contains the emulated GPU, compiled for this
-// kernel. The cache keeps the folder, so makeBoot makes it only once from the same inputs.
+// makeBoot returns a boot folder made from vmlinux, with the emulated GPU compiled for this kernel. The cache keeps it.
 func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material,
 	facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
@@ -106,9 +99,7 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 		in.kernel.HeadersDigest).
 		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments",
 		cosArguments)
-	// If the load test is not required, addGPU may leave the emulated GPU out of the folder. A build
-	// that requires the load test must not take such a folder from the cache, so the folder of such a
-	// build has another key.
+	// If the load test is not required, addGPU may leave out the emulated GPU. So a required load test needs another key.
 	if r.cfg.LoadTest == LoadTestRequire {
 		parts.Add("load test", string(LoadTestRequire))
 	}
@@ -166,10 +157,8 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU and copies it into a boot folder. The emulated GPU may not
-// compile, because its source does not know the interfaces of this kernel. That is an error only if
-// the load test is required. Otherwise the folder gets no emulated GPU: modules can be loaded
-// without one.
+// addGPU compiles the emulated GPU and copies it into a boot folder. The GPU's source may not know the interfaces of
+// this kernel. That is an error only if the load test is required. Otherwise the folder gets no emulated GPU.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// linkedKernel returns a vmlinux for amd64. It has one segment, at the address at which kernels have it.
+// linkedKernel returns a vmlinux for amd64 with one segment, at the address of real kernels.
 func linkedKernel(t *testing.T) []byte {
 	t.Helper()
 	const address, size = 0x1000000, 0x1000
@@ -41,8 +41,8 @@ func linkedKernel(t *testing.T) []byte {
 	return out.Bytes()
 }
 
-// The emulated GPU does not compile for this kernel. A build that requires the load test fails, even
-// if the cache has the boot folder of a build that continued without the emulated GPU.
+// If the emulated GPU does not compile, a build that requires the load test fails. A boot folder without the GPU may be
+// in the cache.
 func TestBootFolderWithoutGPU(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"bwrap", "make"} {

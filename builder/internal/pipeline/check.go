@@ -32,8 +32,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	return id, vermagic, nil
 }
 
-// staticChecks returns the list of the checks that passed before the load test. The texts of the list
-// are part of the signed test result.
+// staticChecks returns the checks that passed before the load test, as texts for the signed test result.
 func staticChecks(in *inputs, m *modules) []string {
 	origin := "stamp of the kernel's fingerprint"
 	if m.signer.byGoogle() {

@@ -24,37 +24,32 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile is the name of a file next to the modules in the cache. The file has the form of
-// sha256sum's output. To notice damage in the cache, the pipeline compares the modules with
-// sumsFile before the checks, and again before it packs the modules.
+// sumsFile is a file next to the modules in the cache, in the format of sha256sum. With it, the pipeline notices damage
+// before the checks and before packing.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
 type modules struct {
 	files map[string]string // the paths of the modules, by name
 	sums  map[string]string // the SHA-256 of the modules in hex, by name
-	// debug is the path of the folder with the unstripped modules. The folder exists only if
-	// Config.DebugSymbols is true.
+	// debug is the path of the folder with the unstripped modules. It exists only with Config.DebugSymbols.
 	debug string
-	// madeOf lists the paths of the inputs from which this run compiled the modules. It is empty if
-	// the modules came from the cache.
+	// madeOf lists the paths of the inputs from which this run compiled the modules. It is empty for cached modules.
 	madeOf []string
-	// signer says who signed the modules. signedBy is a list of everything that decides the bytes of
-	// the signatures. If something is made from the modules, its cache key contains signedBy.
+	// signer says who signed the modules. signedBy lists everything that decides the bytes of the signatures, for cache
+	// keys.
 	signer   moduleSigner
 	signedBy []string
 	// identity is the artifact's identity, which the check phase sets.
 	identity bundle.Identity
 }
 
-// key returns the cache key of a product that is made from the modules with their signatures. The key
-// depends on everything that decides the modules' bytes, and on each text in the argument more.
+// key returns the cache key of a product made from the signed modules and the given texts.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
 
-// compile compiles the modules, or takes them from the cache if an earlier build had the same
-// inputs.
+// compile compiles the modules, or takes them from the cache.
 func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string, err error) {
 	source, err := in.release.Source(r.req.Flavour)
 	if err != nil {
@@ -108,9 +103,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			SourceDigest: in.release.SourceDigest, HostDigest: in.host,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
-		release() // the rest compiles nothing, so another cell may begin its compile
-		// Check the inputs before looking at err: if an input changed during the compile, this
-		// change explains any error, and makes a success worthless.
+		release() // the rest compiles nothing
+		// Check the inputs before the error: a change during the compile explains any error, and makes a success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
 		if in.kernel.BTF != "" {
 			madeOf = append(madeOf, in.kernel.BTF)
@@ -162,9 +156,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	return m, note, nil
 }
 
-// modulesKey returns the cache key of the compiled modules. The key covers everything that decides
-// the modules' bytes. If a part of the key has changed since the last build of the same cell, the log
-// shows the name of this part.
+// modulesKey returns the cache key of the compiled modules. The log shows the names of its parts: they say what changed
+// since the last build of the cell.
 func (r *run) modulesKey(in *inputs) *cas.Key {
 	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
 		in.release.SourceDigest).
@@ -206,9 +199,7 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// checkIntact returns an error if a module no longer has the checksum from sumsFile. The argument
-// folders has the paths of folders in the cache. If one of them changed since a build filled it,
-// checkIntact returns an error too.
+// checkIntact returns an error if a module or one of the given cache folders changed since it was made.
 func (r *run) checkIntact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])

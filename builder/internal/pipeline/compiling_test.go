@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// If only one cell may compile at a time, a second cell waits before its compile phase. When a compile
-// ends, the next cell may begin, even if the compile failed.
+// If only one cell may compile at a time, a second cell waits until the first compile ends, even by an error.
 func TestCompiling(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -45,17 +45,14 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 
-// order describes one build that runs in its own process. The process reads the order from the
-// environment.
+// order describes one build that runs in its own process. The process reads it from the environment.
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
-	// Fault is the fault that happens when Phase begins. If Text is not "", it happens when the console of the load
-	// test's virtual machine prints Text. If Fault is "", no fault happens.
+	// Fault happens when Phase begins or, if Text is not "", when the load test's console prints Text. "" means no fault.
 	Fault, Phase, Text string
-	// If Warm is not "", the process first fills the cache by a build for another destination, whose load test has
-	// the mode Warm.
+	// If Warm is not "", the process first fills the cache by a build with this load test mode for another destination.
 	Warm pipeline.LoadTest
-	// Parts are the folders of the cache that the fault damages. If Parts is empty, it damages all folders.
+	// Parts are the folders of the cache that the fault damages; empty means all.
 	Parts []string
 	// Init and Probe are the programs for the load test.
 	Init, Probe string
@@ -76,8 +73,7 @@ type outcome struct {
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is not a test. It is the main function of the process in which a build with a fault runs. Without
-// an order it does nothing.
+// TestFaultProcess is not a test, but the process in which a build with a fault runs. Without an order it does nothing.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -172,8 +168,7 @@ func (o order) strike() error {
 	return nil
 }
 
-// damage flips a bit in every file that the cache stores for later use. If parts is not empty, it damages only these
-// folders of the cache, and at least one file must be in them.
+// damage flips a bit in every cached file below the given folders of the cache, or in all folders. It must find a file.
 func damage(dir string, parts []string) error {
 	changed := 0
 	all := parts
@@ -212,8 +207,8 @@ func damage(dir string, parts []string) error {
 	return nil
 }
 
-// wire is the network between the build and its servers. A test can cut it off, and can have it call a function before
-// each write to the registry.
+// wire is the network between the build and its servers. A test can cut it off, and can call a function before each
+// write to the registry.
 type wire struct {
 	*httptest.Server
 	down    atomic.Bool
@@ -253,8 +248,7 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is a build farm in which one test causes one fault. Each test has its own theatre, so that tests can run in
-// parallel.
+// theatre is a build farm in which one test causes one fault.
 type theatre struct {
 	f    *farm
 	wire *wire
@@ -300,8 +294,7 @@ func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	return runProcess(t, th.process(t, fault, phase), func() {})
 }
 
-// runProcess starts a build, calls the function started, and waits until the build ends. It returns the outcome that
-// the build printed.
+// runProcess starts a build, calls the callback, waits for the build's end, and returns the outcome that it printed.
 func runProcess(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
 	var buffer bytes.Buffer
@@ -350,8 +343,8 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 	return all
 }
 
-// checkAfterwards checks two things that must be true after every build: each tag points at the right artifact, and the
-// next build succeeds. The argument again is the outcome of the next build; nil means that there was none yet.
+// checkAfterwards checks that each tag points at the right artifact, and that the next build succeeds. If the next
+// build has run already, the caller gives its outcome.
 func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
@@ -378,8 +371,8 @@ func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	}
 }
 
-// buildUnderFault builds with a fault and then without the fault. It returns how the first build ended: the class of
-// its error, or "published". The argument want is the digest of the right artifact.
+// buildUnderFault builds with a fault and then without. It returns the first build's class of error, or "published".
+// The given digest is the right artifact's.
 func (th *theatre) buildUnderFault(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)

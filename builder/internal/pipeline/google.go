@@ -20,9 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// GoogleSignatures decides what a build does with the module signatures that Google ships with a COS
-// build. A module with Google's signature has no stamp of the kernel's fingerprint, because the stamp
-// would change the bytes that Google signed.
+// GoogleSignatures decides what a build does with the module signatures that Google ships with a COS build. A module
+// with Google's signature has no stamp of the kernel's fingerprint, because Google signed the bytes without a stamp.
 type GoogleSignatures string
 
 // The modes of GoogleSignatures. With Config.ModuleKey, a build ignores Google's signatures.
@@ -41,12 +40,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes which signatures the modules get for the kernel. The result settings is a text
-// with the settings that decide this. Other settings give another text. So a failure that is stored
-// with one text does not stop a build with other settings.
+// Signing describes which signatures the modules get for the kernel. The first result is a text with everything that
+// decides this. So a failure stored with one text does not stop a build with other settings.
 //
-// The signatures or the signed modules may come from objects in the kernel bucket. The result objects
-// is a function that returns the names of these objects. It is nil if nothing comes from the bucket.
+// The second result returns the names of the objects in the kernel bucket that have the signatures or the signed
+// modules. It is nil if nothing comes from the bucket.
 func (c Config) Signing() (settings string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -61,8 +59,7 @@ func (c Config) Signing() (settings string, objects func(k target.Kernel, versio
 		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
-// fetchSignatures fetches Google's signatures. It returns nil if the bucket has no such signatures
-// or this build does not use them.
+// fetchSignatures fetches Google's signatures. It returns nil if the bucket has none or this build uses none.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil, nil
@@ -88,8 +85,7 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
 
-// attachSignatures replaces the stamped modules by modules with Google's signatures. It replaces
-// all of them or none.
+// attachSignatures replaces all stamped modules by modules with Google's signatures, or none of them.
 func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
 	by := []string{modsign.AttachRecipe}
 	for _, m := range in.google.materials {
@@ -130,9 +126,8 @@ type googleModules struct {
 	cached bool
 }
 
-// fetchModules fetches Google's modules and verifies the signature of each one. If
-// Config.GoogleModules is false, it returns nil. It runs in the source phase, so that a missing or
-// unsigned module ends the build early.
+// fetchModules fetches Google's modules and verifies each signature. Without Config.GoogleModules, it returns nil. It
+// runs in the source phase, so a missing or unsigned module ends the build early.
 func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
@@ -180,8 +175,8 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	return &googleModules{driver, dir, cached}, nil
 }
 
-// moduleCertificates returns the certificates with which this run verifies Google's modules: those in
-// the file Config.ModuleCert, or, if it is "", those in the bucket's trusted_key.pem.
+// moduleCertificates returns the certificates with which this run verifies Google's modules. They come from the file
+// Config.ModuleCert or, if it is "", from the bucket's trusted_key.pem.
 func (r *run) moduleCertificates(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
 	switch {
 	case r.cfg.ModuleCert != "":
@@ -214,17 +209,15 @@ func takeModules(in *inputs) (*modules, string, error) {
 	return m, note, nil
 }
 
-// moduleSigner says who signed the modules of an artifact. At most one field is set, and the
-// provenance contains its value (see the method fact). For unsigned modules all fields are "".
+// moduleSigner says who signed the modules of an artifact. At most one field is set; for unsigned modules all are "".
 type moduleSigner struct {
 	key     string // the fingerprint of the certificate of Config.ModuleKey
 	google  string // the digest of Google's signature archive
 	modules string // the digest of Google's archive of modules
 }
 
-// expectedSigner returns who will sign the modules, as far as this is certain before a build makes
-// them. If Google's signatures are to be attached, this is not certain, because they may not fit the
-// compiled modules. Then the result is the same as for unsigned modules.
+// expectedSigner returns who will sign the modules, as far as this is certain before a build makes them. Google's
+// signatures are not certain, because they may not fit: the result is then the same as for unsigned modules.
 func (s signing) expectedSigner(in *inputs) moduleSigner {
 	switch {
 	case s.own != nil:
@@ -235,11 +228,10 @@ func (s signing) expectedSigner(in *inputs) moduleSigner {
 	return moduleSigner{}
 }
 
-// byGoogle reports whether the modules have exactly the content that Google signed, without our stamp.
+// byGoogle reports whether the modules have the content that Google signed, without our stamp.
 func (c moduleSigner) byGoogle() bool { return c.google != "" || c.modules != "" }
 
-// fact returns the name and the value of the fact with which the provenance says who signed the
-// modules. For unsigned modules ok is false.
+// fact returns the fact with which the provenance says who signed the modules. For unsigned modules ok is false.
 func (c moduleSigner) fact() (name, value string, ok bool) {
 	switch {
 	case c.key != "":
@@ -252,14 +244,11 @@ func (c moduleSigner) fact() (name, value string, ok bool) {
 	return "", "", false
 }
 
-// accepts reports whether this run can reuse an artifact. The argument c says who signed the
-// artifact's modules, and madeOf has the inputs that they were made of.
+// accepts reports whether this run can reuse an artifact with this signer, made of the given inputs.
 //
-// The artifact may have been made for another COS build with the same fingerprint, and Google may
-// have signed its modules for that COS build. If this run requires no signatures, it can reuse such
-// an artifact as if the modules were unsigned. If this run wants modules that Google compiled, it can
-// reuse an artifact with Google's modules for that COS build on one condition: both kernels were
-// built with the same root certificate.
+// The artifact may have been made for another COS build with the same fingerprint, with Google's signatures for that
+// COS build. A run that requires no signatures reuses it like one with unsigned modules. A run that wants Google's
+// modules reuses Google's modules for that COS build only if both kernels were built with the same root certificate.
 func (s signing) accepts(c moduleSigner, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

@@ -163,8 +163,7 @@ const (
 
 var wholeSigned = slices.Insert(slices.Clone(whole), 3, signPhase)
 
-// Google's signatures are attached if they were made for exactly these modules. The same inputs and
-// signatures give the same artifact again.
+// Google's signatures are attached if they were made for exactly these modules. Equal inputs give the same artifact.
 func TestGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -179,8 +178,7 @@ func TestGoogleSignatures(t *testing.T) {
 	f.put(t, lakitu9+"extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
 	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
 
-	// If an artifact was published with unsigned modules, it stays published, because a tag never points
-	// at another artifact later.
+	// A tag never points at another artifact later, so an artifact with unsigned modules stays published.
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused || again.Digest != plain.Digest {
 		t.Errorf("published before the signatures came: %+v; want it reused", again)
 	}
@@ -210,7 +208,7 @@ func TestGoogleSignatures(t *testing.T) {
 		t.Errorf("the provenance has the inputs %q; want Google's signatures and root among them", got)
 	}
 
-	// From an empty cache, Make makes both artifacts again, the one with signatures and the one without.
+	// From an empty cache, Make makes both artifacts again, with and without signatures.
 	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
 		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")
@@ -228,8 +226,8 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 	}
 
-	// Two sibling kernels have the same fingerprint as the first kernel. For 17800.0.10 Google
-	// publishes no signatures. 17800.0.11 was built with another root certificate.
+	// Two sibling kernels have the first kernel's fingerprint. 17800.0.10 has no signatures by Google. 17800.0.11 was
+	// built with another root certificate.
 	f.kernel(t, "17800.0.10", headerFiles())
 	f.kernel(t, "17800.0.11", headerFiles())
 	f.put(t, "cos/17800.0.11/lakitu/extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
@@ -406,8 +404,8 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("Make = %s, %v; want %s", got, err, res.Digest)
 	}
 
-	// A sibling kernel has the same fingerprint, but Google's archive for it is another one. The kernel
-	// can use the published artifact if both kernels trust the same root certificate.
+	// A sibling kernel with another archive by Google can use the published artifact if both kernels trust the same root
+	// certificate.
 	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
 	f.put(t, "cos/17800.0.10/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
 	f.put(t, "cos/17800.0.10/lakitu/trusted_key.pem", g.certs[0].Raw)

@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// putTestDriver writes a driver whose conftest.sh compiles test programs against the kernel's headers,
-// and a kernel with these headers. In one file of the driver, it replaces the text in the argument
-// from by the text in the argument to.
+// putTestDriver writes a driver whose conftest.sh compiles test programs, and a kernel with the headers for them. It
+// replaces a text in one file of the driver.
 func (f *farm) putTestDriver(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}
@@ -38,9 +37,8 @@ func (f *farm) putTestDriver(t *testing.T, file, from, to string) {
 	f.kernel(t, "17800.0.9", tree)
 }
 
-// `builder build` compiles a hostile driver. Nothing that the driver does in its sandbox may reach the
-// signing key or the published log. It must not make the builder hang, or leave results that a later
-// build uses. If the driver kills the compiler, the error must have its own class.
+// A hostile driver in the sandbox must not reach the signing key or the published log. It must not make the builder
+// hang, or leave results for later builds. If it kills the compiler, the error must have its own class.
 func TestHostileDriver(t *testing.T) {
 	t.Parallel()
 	const question = "        has_size)\n"

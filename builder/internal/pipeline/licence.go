@@ -6,8 +6,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// checkLicence returns an error if the licence rule forbids the request's flavour in one of the
-// destinations.
+// checkLicence returns an error if the licence rule forbids the flavour in one of the destinations.
 func (r *run) checkLicence(ctx context.Context, to *publication) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Check(ctx, p.name, p.repo, r.req.Flavour); err != nil {
@@ -22,9 +21,8 @@ func (r *run) checkLicence(ctx context.Context, to *publication) error {
 	return nil
 }
 
-// checkStillPrivate checks after publishing that each destination is as private as the licence rule
-// requires. This is necessary because a registry may create a repository on the first push, and make
-// the repository public.
+// checkStillPrivate checks after publishing that each destination is as private as the licence rule requires. A
+// registry may create a public repository on the first push.
 func (r *run) checkStillPrivate(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Published(ctx, p.name, p.repo, r.req.Flavour, a.digest); err != nil {

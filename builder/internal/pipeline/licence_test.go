@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// publicRegistries returns a licence rule for which every registry has a public address, although the
-// registries of the test run on this machine.
+// publicRegistries returns a licence rule for which every registry has a public address. The test's registries run on
+// this machine.
 func publicRegistries(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {
@@ -23,8 +23,8 @@ func publicRegistries(says bundle.Redistribution, private ...string) licence.Rul
 		}}
 }
 
-// A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build
-// must end before the compile, the registry must stay empty, and the hint must give the next step.
+// A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build must end before the
+// compile, with a hint.
 func TestLicenceRule(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

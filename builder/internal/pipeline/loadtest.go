@@ -21,8 +21,7 @@ type testOutcome struct {
 	boot    boot
 }
 
-// testKey returns the cache key of a load test's verdict. The key depends on the modules, on the boot
-// folder, and on the runfile, from which user space and firmware come.
+// testKey returns the cache key of a load test's verdict. It covers the modules, the boot folder and the runfile.
 func testKey(in *inputs, m *modules, b boot) string {
 	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
 }
@@ -56,8 +55,7 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
-	// Check modules and boot folder before the load test: if the kernel image was damaged in the
-	// cache, the virtual machine may hang until the time limit.
+	// If the kernel image was damaged in the cache, the virtual machine may hang until the time limit. So check first.
 	if err := r.checkIntact(ctx, m, b.dir); err != nil {
 		return t, "", err
 	}
@@ -65,8 +63,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
 		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
-	// Check the inputs before looking at err: if an input changed during the load test, this change
-	// explains any failure, and makes a success worthless.
+	// Check the inputs before the error: a change during the load test explains any failure, and makes a success
+	// worthless.
 	if err := r.checkIntact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}
@@ -84,9 +82,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the stored verdict about these modules. It returns nil if there is no stored
-// verdict, or if a new load test would check more: the stored verdict lacks NVML's answer because the
-// NVML probe was missing, and this machine has the NVML probe now.
+// cachedVerdict returns the stored verdict about these modules, or nil. It also returns nil if the verdict lacks NVML's
+// answer and this machine now has the NVML probe.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}
@@ -101,8 +98,7 @@ func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	return verdict
 }
 
-// testFacts returns the results of the checks and of the load test as facts for the signed test
-// result.
+// testFacts returns the results of the checks and of the load test for the signed test result.
 func testFacts(in *inputs, m *modules, t testOutcome) sign.TestFacts {
 	f := sign.TestFacts{Driver: in.driver, Static: staticChecks(in, m), LoadTest: trust.LoadTest{
 		Verdict: trust.VerdictStatic, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint,

@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A stored verdict may be reused only if everything that the load test uses is the same. So if any
-// input changes, the key must change.
+// If any input of the load test changes, the verdict's key must change.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// logCopy keeps a copy of a build's log, so that the log can be published with the artifact.
+// logCopy keeps a copy of a build's log, to be published with the artifact.
 type logCopy struct {
 	file    *os.File
 	cleanup func() error
@@ -28,15 +28,14 @@ func newLogCopy(cache *cas.Cache) (*logCopy, error) {
 	return &logCopy{file, cleanup}, nil
 }
 
-// Write never returns an error, because a fault of the log must not fail the build. The published
-// log lacks the text that could not be written.
+// Write never returns an error, because a fault of the log must not fail the build. The published log then lacks some
+// text.
 func (c *logCopy) Write(p []byte) (int, error) {
 	_, _ = c.file.Write(p)
 	return len(p), nil
 }
 
-// pack compresses the log so far. It returns the compressed log, and the digest that the compressed
-// log will have in a registry.
+// pack compresses the log so far. The digest is the digest of the compressed log in a registry.
 func (c *logCopy) pack() (log struct {
 	bytes  []byte
 	digest string

@@ -26,8 +26,7 @@ type publication struct {
 	gpus         *gpulist.List // nil if the release has no list
 	destinations []destination
 	buckets      []*tarball.Bucket
-	// found is an artifact that every destination already has and that this run can reuse; nil if
-	// there is none.
+	// found is an artifact that every destination has and that this run can reuse, or nil.
 	found *artifact
 }
 
@@ -49,12 +48,11 @@ func (o *publication) close() error {
 	return errors.Join(errs...)
 }
 
-// lookUp asks every repository whether it has this cell already. If this run cannot reuse a
-// published artifact, lookUp also checks that it can publish to every destination. This early phase opens
-// keys and destinations, so that a wrong key or destination ends the build before the compile.
+// lookUp asks every repository whether it has this cell already. If this run cannot reuse an artifact, lookUp checks
+// that it can publish to every destination. Keys and destinations are opened here, so a wrong one ends the build before
+// the compile.
 //
-// lookUp returns the publication even if it returns an error. The caller must close the publication
-// in any case.
+// The caller must close the publication, even after an error.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
 	to = &publication{}
 	if err := r.open(ctx, in, to); err != nil {
@@ -74,9 +72,9 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 	return to, note, r.checkBuckets(ctx)
 }
 
-// checkBuckets checks that this run can publish to every bucket and folder. If Google says that the
-// account lacks a permission, checkBuckets only warns, because Google answers for the whole bucket,
-// and the account may have the permission for some names only.
+// checkBuckets checks that this run can publish to every bucket and folder. If Google says that the account lacks a
+// permission, checkBuckets only warns. Google answers for the whole bucket, and the account may have the permission for
+// some names.
 func (r *run) checkBuckets(ctx context.Context) error {
 	for _, dest := range r.cfg.Destinations {
 		if !tarball.Is(dest) {
@@ -106,7 +104,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 		return err
 	}
 	switch to.gpus, err = gpus.Read(in.release.Dir, in.release.Version); {
-	case fault.Is(err, fault.Unverified): // the list is optional: without it, nodes choose by the GPU's generation
+	case fault.Is(err, fault.Unverified): // the list is optional
 		to.gpus = nil
 		r.progress("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
 	case err != nil:
@@ -132,8 +130,8 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	return nil
 }
 
-// findPublished asks every repository for the artifact. If all repositories have the same artifact
-// and this run can reuse it, findPublished sets to.found.
+// findPublished asks every repository for the artifact. If all have the same artifact and this run can reuse it,
+// findPublished sets to.found.
 func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
 	digest := ""
@@ -164,10 +162,9 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 	return "published already", nil
 }
 
-// reuse decides whether this run can reuse the published artifact. The artifact must be complete in
-// every repository, signed with our key, and made for this fingerprint and driver from this runfile.
-// Only one statement may be missing: that the artifact fits this COS build. If reuse refuses the
-// artifact and returns no error, the result reason says why.
+// reuse decides whether this run can reuse the published artifact. In every repository, the artifact must be complete,
+// signed with our key, and made for this fingerprint and driver from this runfile. Only the statement that it fits this
+// COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
@@ -192,8 +189,7 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// If no statement is published yet that the artifact fits this COS build, and the kernel of
-		// this COS build can be booted, a load test has to run on that kernel first.
+		// If no kernel match for this COS build is published, and the kernel can be booted, a load test has to run first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not load-tested on this COS build yet", nil
 		}
@@ -205,10 +201,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies the artifact with this digest in one repository. The argument match is a
-// kernel match for this COS build, which this run has just signed. With this statement, an artifact
-// verifies if no other statement is missing. The result attested is true if a kernel match for this
-// COS build is published already.
+// verifyPublished verifies the artifact with this digest in one repository. The given kernel match for this COS build
+// counts as published. attested is true if a kernel match for this COS build is published already.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults happen. At the second moment the virtual machine's
-// console prints bootText, and at the third moment it prints driverText.
+// The moments of a load test at which faults happen. At the second moment the console prints bootText, at the third
+// driverText.
 const (
 	momentStart  = "load test begins"
 	momentBoot   = "machine boots"
@@ -34,8 +34,7 @@ const (
 
 var moments = []string{momentStart, momentBoot, momentDriver}
 
-// Every fault happens while a real kernel boots in a virtual machine and loads a module. The kernel
-// comes from PREBAKE_MIRROR. The driver is a small module from standIn.
+// Every fault happens while a real kernel from PREBAKE_MIRROR boots in a virtual machine and loads a module.
 func TestMachineFaults(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -57,12 +56,10 @@ func TestMachineFaults(t *testing.T) {
 					t.Parallel()
 					th := newTheatre(t, s.farm(t))
 					s.equip(th)
-					// The cache has all inputs of the virtual machine already. So a full disk first
-					// shows when the load test writes its own files.
+					// The cache has all inputs already, so a full disk first shows in the load test's own files.
 					th.Warm, th.Text = pipeline.LoadTestOff, text
 					if text != "" {
-						// If the load test's files were on the same disk, the end of the virtual
-						// machine would free the space that the verdict needs.
+						// On the same disk, the end of the virtual machine would free space for the verdict.
 						th.tmp = t.TempDir()
 					}
 					cell := th.buildUnderFault(t, kind, "load test", first.Digest)
@@ -82,9 +79,8 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
-// An input of the load test is damaged in the cache, after a build made the input and before the load
-// test uses it. The build must not rely on the damaged input, and the next build must publish the
-// right test result.
+// An input of the load test is damaged in the cache before its use. The build must not rely on it, and the next build
+// must publish the right test result.
 func TestMachineInputsDamaged(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -139,8 +135,7 @@ func newStage(t *testing.T) *stage {
 	kernel := filepath.Dir(found[0])
 	s := &stage{init: goProgram(t, "pkg/vm/guestinit", "0"), probe: goProgram(t, "fetcher/nvmlprobe", "1")}
 
-	// The boot archive contains only the kernel, because a virtual machine without a node's modules
-	// boots faster.
+	// The boot archive contains only the kernel, because the virtual machine then boots faster.
 	boot := unpacked(t, filepath.Join(kernel, "prebake-boot.tgz"))
 	var small bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": text(t, filepath.Join(boot, "vmlinuz"))}, gzip.NewWriter(&small))
@@ -151,8 +146,7 @@ func newStage(t *testing.T) *stage {
 	if err != nil || len(trees) != 1 {
 		t.Fatalf("header trees: %v, %v", trees, err)
 	}
-	// The test needs only the files that the checks read, because standIn compiles the module with
-	// the whole tree.
+	// The test needs only the files that the checks read: standIn compiles with the whole tree.
 	s.headers = map[string]string{}
 	for _, name := range []string{"Makefile", ".config", "Module.symvers", "include/config/kernel.release"} {
 		s.headers["usr/src/"+filepath.Base(trees[0])+"/"+name] = text(t, filepath.Join(trees[0], name))
@@ -198,8 +192,7 @@ func (th *theatre) checkTestResult(t *testing.T, digest string) {
 	}
 }
 
-// standIn compiles a small module that replaces a driver. The module shows its version in
-// /proc/driver/nvidia/version, as NVIDIA's driver does.
+// standIn compiles a small module that replaces a driver. It shows its version as NVIDIA's driver does.
 func standIn(t *testing.T, headers string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -288,7 +281,7 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// alarm is a writer. When the written bytes contain the text for the first time, it calls ring.
+// alarm is a writer that calls ring when its text is written for the first time.
 type alarm struct {
 	text, last []byte
 	ring       func()
@@ -349,8 +342,7 @@ func adoptOrphans(t *testing.T) {
 	}
 }
 
-// checkKilled checks that a virtual machine was killed when its builder died, and did not end by
-// itself.
+// checkKilled checks that a virtual machine was killed when its builder died.
 func checkKilled(t *testing.T, pid int) {
 	t.Helper()
 	var status unix.WaitStatus

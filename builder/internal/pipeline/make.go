@@ -18,25 +18,23 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Made is the result of Make: the artifact of a cell, which Make does not publish.
+// Made is the artifact of a cell that Make made, without publishing it.
 type Made struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers are the artifact's layers. Their files are in the cache that is Make's argument
-	// products.
+	// Layers are the artifact's layers. Their files are in the cache that Make was given.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. The argument products is a cache. In this cache Make
-// stores modules, compiled objects and layers, and it reuses those that the cache already has. If the
-// cache is empty, Make uses no result of an earlier build.
+// Make builds one cell again from its sources. Modules, compiled objects and layers go to the given cache, and may come
+// from it. If it is empty, Make uses no result of an earlier build.
 //
-// From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make
-// needs no key. It runs no load test, signs nothing with our keys and publishes nothing.
+// From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make needs no key. It runs
+// no load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)
@@ -64,10 +62,8 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	return made, nil
 }
 
-// Recipes returns the recipe of each step that decides the bytes of an artifact, by the step's
-// name. A recipe is the version number of the step's code: it changes if the code makes other bytes
-// from the same inputs. The provenance contains the recipes. A builder with the same recipes can
-// make the same artifact again.
+// Recipes returns the recipe of each step that decides the bytes of an artifact, by the step's name. A recipe is the
+// version of the step's code. A builder with the same recipes can make the same artifact again.
 func Recipes() map[string]string {
 	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
 		"image": bundle.ImageRecipe, "stamp": modcheck.Recipe}

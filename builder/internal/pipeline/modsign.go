@@ -23,15 +23,14 @@ const hintSigned = "sign the modules with a key that this kernel trusts: --modul
 type signing struct {
 	own  *modsign.Signer // nil without Config.ModuleKey
 	hash string          // the hash algorithm that the kernel requires in signatures by own
-	// google decides what the build does with Google's signatures, if own is nil.
+	// google decides about Google's signatures, if own is nil.
 	google GoogleSignatures
 	// forced is true if the kernel loads signed modules only.
 	forced bool
 }
 
-// openSigning opens the key for the modules, if one is configured. It returns an error if the
-// kernel loads signed modules only, but this build has neither a key for the modules nor Google's
-// signatures.
+// openSigning opens the key for the modules, if one is configured. If the kernel loads signed modules only, and this
+// build cannot sign them, openSigning returns an error.
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {
@@ -65,8 +64,8 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 	return s, err
 }
 
-// signModules replaces the unsigned modules by signed ones. It runs after the sandbox ended, so the
-// key is never inside the sandbox.
+// signModules replaces the unsigned modules by signed ones. It runs after the sandbox ended, so the key is never inside
+// the sandbox.
 func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
 	if s.own == nil {
 		return r.attachSignatures(ctx, in, s, m)
@@ -85,8 +84,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes a signed copy of each module with the function sign. The argument by is a list of
-// everything that decides the signatures; the cache key contains it.
+// signEach makes a signed copy of each module with the callback. The given list has everything that decides the
+// signatures, for the cache key.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {

@@ -56,8 +56,7 @@ func moduleKey(t *testing.T) (key, cert string) {
 	return write("modules.key", "PRIVATE KEY", pkcs8), write("modules.crt", "CERTIFICATE", der)
 }
 
-// The modules are signed outside the sandbox. The artifact with signed modules differs from the
-// artifact with unsigned modules.
+// The modules are signed outside the sandbox. Signed modules give another artifact than unsigned modules.
 func TestSignedModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -150,8 +149,7 @@ func TestForcedSignatures(t *testing.T) {
 	must(t, cfg, request("17800.0.9"))
 }
 
-// If the release's list of GPUs cannot be read, or has an invalid entry, the build succeeds all the
-// same.
+// The build succeeds even if the release's list of GPUs is invalid.
 func TestOddListOfGPUs(t *testing.T) {
 	t.Parallel()
 	for text, attached := range map[string]int{"{": 4,

@@ -24,8 +24,7 @@ func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKin
 	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
 		func(ctx context.Context, dir string) error {
 			err := stage(dir)
-			// Check the release before looking at err: if files of the release changed during the
-			// copy, the copy must not get into the cache.
+			// Check the release before the error: if it changed during the copy, the copy must not get into the cache.
 			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 				return damaged
 			}
@@ -34,7 +33,7 @@ func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKin
 	return dir, err
 }
 
-// packLayer packs the content of the folder src into a layer. The cache keeps the compressed layer.
+// packLayer packs the content of a folder into a layer. The cache keeps the compressed layer.
 func (r *run) packLayer(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
 	err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
@@ -89,12 +88,12 @@ func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer)
 	if err != nil {
 		return layer{err: err}
 	}
-	defer func() { _ = cleanup() }() // a failure is ignored: the next Open of the cache removes the folder as well
+	defer func() { _ = cleanup() }() // a failure is ignored: the next Open of the cache removes the folder
 	l.Layer, l.cached, l.err = r.packLayer(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
 	return l
 }
 
-// earlyLayers are the layers of user space and firmware, which are packed while the modules compile.
+// earlyLayers are the layers of user space and firmware, packed while the modules compile.
 type earlyLayers struct {
 	group  sync.WaitGroup
 	stop   context.CancelFunc
@@ -114,9 +113,8 @@ func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 	return a
 }
 
-// take waits until packEarly has packed the layers, and returns the layer of this kind. It returns
-// false if packEarly did not pack this kind or failed to do so. Then the caller has to pack the layer
-// itself, and finds out the error.
+// take waits for packEarly and returns the layer of this kind. If packEarly did not pack the layer, take returns false,
+// and the caller packs it.
 func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false
@@ -126,7 +124,7 @@ func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	return l, ok && l.err == nil
 }
 
-// end stops the packing of layers, and waits until it has stopped.
+// end stops the packing and waits for its end.
 func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
@@ -134,8 +132,7 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack returns the three layers of the artifact. It packs the layer of the modules, and each other
-// layer that is missing in the argument early.
+// pack returns the three layers of the artifact. It packs the modules, and the layers that were not packed early.
 func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
 	err error) {
 	reused := 0
@@ -168,7 +165,7 @@ func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLaye
 	return r.res.Layers, note, nil
 }
 
-// modulesFolder copies the modules into a new folder, with the paths that they have in their layer.
+// modulesFolder copies the modules into a new folder, with their paths in the layer.
 func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	dir, cleanup, err := r.products.TempDir("modules-")
 	if err != nil {
@@ -180,8 +177,7 @@ func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	return dir, cleanup, nil
 }
 
-// copyModules copies the modules into dir/drivers. While it copies, it compares them with the
-// checksums of the checked modules.
+// copyModules copies the modules into dir/drivers, and compares them with their checksums.
 func (r *run) copyModules(m *modules, dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
 		return fault.CacheDisk(err)

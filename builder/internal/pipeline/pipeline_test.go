@@ -39,8 +39,7 @@ const (
 	headers = "usr/src/linux-headers-6.1.0-9-test/"
 )
 
-// headerFiles returns a small header tree, against which a module compiles in a moment. A file whose
-// name ends in * is executable.
+// headerFiles returns a small header tree. A file whose name ends in * is executable.
 func headerFiles() map[string]string {
 	return map[string]string{
 		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_MODULE_UNLOAD=y\n",
@@ -89,8 +88,7 @@ func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
 	}
 }
 
-// farm is a build farm: two buckets below the folder dir, a signing key, and a repository in a
-// registry.
+// farm is a build farm: two buckets, a signing key, and a repository in a registry.
 type farm struct {
 	dir, key string
 	repo     string
@@ -236,8 +234,8 @@ func phases(res *pipeline.Result) (names []string) {
 	return names
 }
 
-// checkArtifact checks that a node of this COS build would accept the artifact. The argument attached
-// is the number of statements that must be attached to the artifact.
+// checkArtifact checks that a node of this COS build would accept the artifact, and the number of its attached
+// statements.
 func (f *farm) checkArtifact(t *testing.T, res *pipeline.Result, attached int) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -299,8 +297,8 @@ var (
 	reused = []string{"source", "look up", "publish"}
 )
 
-// The first build starts with an empty cache and compiles. The second build takes the modules from
-// the cache. Later builds with empty caches reuse the artifact in the registry.
+// The first build compiles. The second takes the modules from the cache. Later builds with empty caches reuse the
+// artifact in the registry.
 func TestBuild(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -333,8 +331,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
 	}
 
-	// With empty caches, the artifact in the registry serves both this COS build and another COS build
-	// with the same kernel.
+	// With empty caches, the published artifact also serves another COS build with the same kernel.
 	twin := headerFiles()
 	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
 	f.kernel(t, "17800.1.9", twin)
@@ -352,8 +349,8 @@ func TestBuild(t *testing.T) {
 	}
 }
 
-// Google's buckets have editions of a release, such as the one for guests of vGPU. An edition is a
-// separate artifact, but its modules have the version of the plain release.
+// Google's buckets have editions of a release, such as one for guests of vGPU. An edition is a separate artifact whose
+// modules have the version of the plain release.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

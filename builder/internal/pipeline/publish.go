@@ -20,8 +20,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 			_, existed, err = publish.Publish(ctx, p.repo, all)
 		}
 		if err != nil {
-			// A destination compares the layers that it receives with their digests. If it refuses
-			// a layer, the cause may be a damaged file in the cache.
+			// If a destination refuses a layer, the cause may be a damaged file in the cache.
 			if damaged := r.checkLayers(ctx, a); damaged != nil {
 				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
@@ -68,9 +67,8 @@ func (r *run) checkLayers(ctx context.Context, a *artifact) error {
 	return nil
 }
 
-// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are
-// optional: without them nodes fetch the whole layer. So publishDeltas returns an error only if the
-// context ends.
+// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are optional, so it
+// returns an error only if the context ends.
 func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		made, err := publish.Deltas(ctx, p.repo, a.digest, in.kernel.Kernel, in.driver, r.cfg.Deltas)

@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// run is one build: its settings, its log and its result so far. Each phase returns a value. The
-// methods runPhases, makeArtifact and makeModules pass this value to the phases that need it.
+// run is one build: its settings, its log and its result so far.
 type run struct {
 	cfg     Config
 	req     Request
@@ -24,13 +23,12 @@ type run struct {
 	started time.Time
 	res     Result
 
-	// products is the cache for everything that the build makes. It is Config.Cache, except in
-	// Make.
+	// products is the cache for everything that the build makes. It is Config.Cache, except in Make.
 	products *cas.Cache
 }
 
-// Run makes one cell. The writer log gets the whole output of all tools. If Run returns an error, the
-// Result has everything up to the failure.
+// Run makes one cell. The log gets the whole output of all tools. After an error, the Result has everything up to the
+// failure.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
 	cfg = cfg.withDefaults(req)
 	if cfg.Registry == nil {
@@ -42,7 +40,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	if err != nil {
 		return &r.res, fault.CacheDisk(fmt.Errorf("make a file for the log: %w", err))
 	}
-	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file as well
+	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file
 	r.kept, r.log = kept, io.MultiWriter(log, kept)
 	if err = r.runPhases(ctx); err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
@@ -58,7 +56,7 @@ func (r *run) runPhases(ctx context.Context) error {
 		return err
 	}
 	to, err := phase(r, "look up", func() (*publication, string, error) { return r.lookUp(ctx, in) })
-	defer func() { _ = to.close() }() // the error is ignored: each write was closed, and its error reported, before
+	defer func() { _ = to.close() }() // each write was closed, and its error reported, before
 	if err != nil {
 		return err
 	}
@@ -75,8 +73,7 @@ func (r *run) runPhases(ctx context.Context) error {
 	return err
 }
 
-// makeArtifact makes and signs the artifact. A build calls it if there is no published artifact to
-// reuse.
+// makeArtifact makes and signs the artifact, if there is no published artifact to reuse.
 func (r *run) makeArtifact(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
 	var early *earlyLayers
 	if in.prebuilt == nil {
@@ -99,8 +96,8 @@ func (r *run) makeArtifact(ctx context.Context, in *inputs, to *publication) (*a
 	return a, m, err
 }
 
-// makeModules compiles the modules, or takes the modules that Google compiled. It signs them if a
-// key or Google's signatures are available, and checks them against the kernel.
+// makeModules compiles the modules, or takes Google's modules. It signs them if a key or Google's signatures are
+// available, and checks them against the kernel.
 func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *modules, err error) {
 	if in.prebuilt != nil {
 		m, err = phase(r, "take modules", func() (*modules, string, error) { return takeModules(in) })
@@ -116,9 +113,8 @@ func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *module
 	return m, err
 }
 
-// phase runs one phase of a build: it calls the function do, and enters the phase in the timeline. It
-// returns the value that do returns. The text that do returns becomes the phase's note in the
-// timeline.
+// phase runs one phase of a build and records it in the timeline. The callback returns the value that phase returns,
+// and the note for the timeline.
 func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
 	fmt.Fprintf(r.log, "\n== %s\n", name)
 	err = r.line.Do(name, func() (note string, err error) {

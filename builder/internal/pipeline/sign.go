@@ -14,8 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// factHost is the name of a fact in the provenance. The fact is a digest of those programs of the
-// host that the build ran.
+// factHost is the name of a fact in the provenance: the digest of the host's programs that the build ran.
 const factHost = "host-tools"
 
 // artifact is an image and its statements, ready to be published.
@@ -24,7 +23,7 @@ type artifact struct {
 	identity bundle.Identity
 	layers   []bundle.Layer
 	bundles  [][]byte // the signed statements, as Sigstore bundles
-	// image and log are nil if the destinations have the artifact already. log is the compressed log.
+	// image and log are nil if the destinations have the artifact already. log is compressed.
 	image v1.Image
 	log   []byte
 }
@@ -72,8 +71,7 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	return a, to.signer.String(), nil
 }
 
-// statements returns the statements about the image: how it was made, which COS build it fits, what
-// was tested, and what it contains.
+// statements returns the statements about the image: its provenance, kernel match, test result, contents and GPUs.
 func (r *run) statements(in *inputs, to *publication, m *modules, tested testOutcome, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()

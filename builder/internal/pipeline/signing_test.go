@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// For each way to sign modules, Signing returns another text. So a failure that is stored for one way
-// does not stop a build that signs in another way.
+// Signing returns another text for each way to sign modules.
 func TestSigning(t *testing.T) {
 	t.Parallel()
 	k := target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}

@@ -84,8 +84,8 @@ func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	return in, fmt.Sprintf("kernel %s, ABI %s", in.kernel.Kernel.Release, in.kernel.Fingerprint.Short()), nil
 }
 
-// key returns the cache key of a product of this cell. The key is a digest of the parts, the host's
-// programs, the driver's sources, the flavour and the version of pahole.
+// key returns the cache key of a product of this cell. Besides the given parts, it covers the host's programs, the
+// driver's sources, the flavour and the version of pahole.
 func (in *inputs) key(parts ...string) string {
 	if in.pahole != "" {
 		parts = append(parts, FactBTF, in.pahole)
@@ -97,14 +97,12 @@ func (in *inputs) key(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// stampedKey returns the cache key of a product that is made from the compiled and stamped modules.
-// The key also depends on each text in the argument more.
+// stampedKey returns the cache key of a product made from the compiled and stamped modules and the given texts.
 func (in *inputs) stampedKey(more ...string) string {
 	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
-// materials returns all inputs of a build, as a list for the provenance. The argument c says who
-// signed the modules.
+// materials returns all inputs of a build for the provenance. They depend on who signed the modules.
 func (in *inputs) materials(c moduleSigner) []sign.Material {
 	var all []sign.Material
 	files := slices.Concat(in.kernel.Materials, in.release.Materials)

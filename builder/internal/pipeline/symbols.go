@@ -13,11 +13,10 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// debugFolder is the name of the folder with the unstripped modules. It is next to the modules in the
-// cache.
+// debugFolder is the name of the folder with the unstripped modules, next to the modules in the cache.
 const debugFolder = "debug"
 
-// keepDebug copies the unstripped modules into dir, the folder of the modules that the cache keeps.
+// keepDebug copies the unstripped modules into the cache's folder of modules.
 func keepDebug(dir string, debug map[string]string) error {
 	if len(debug) == 0 {
 		return nil

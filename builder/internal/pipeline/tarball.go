@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inBuckets reports whether every bucket lists the artifact's tarball for this COS build. COS builds
-// with the same fingerprint share an artifact, but each COS build has its own tarball.
+// inBuckets reports whether every bucket lists the artifact's tarball for this COS build. Each COS build has its own
+// tarball, even if it shares the artifact.
 func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) (bool, error) {
 	for _, b := range o.buckets {
 		if has, err := tarball.Has(ctx, b, in.kernel.Kernel, in.driver, digest); err != nil || !has {
@@ -31,8 +31,8 @@ func (r *run) wantsLabels() bool {
 	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, tarball.Is)
 }
 
-// readLabels reads which labels COS gives to which drivers on this COS build. If this run sets no
-// labels, it returns nil. If the driver cannot have one of Config.Labels, it returns an error.
+// readLabels reads which labels COS gives to which drivers on this COS build, or nil if this run sets no labels. If the
+// driver cannot have one of Config.Labels, it returns an error.
 func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, in.driver.Version); err != nil {
@@ -45,8 +45,8 @@ func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inp
 	return tarball.COSLabels(ctx, kernels, in.kernel.Kernel)
 }
 
-// setLabels sets the labels of this COS build's drivers in every bucket: those that COS gives, and
-// Config.Labels for the driver of this run.
+// setLabels sets the labels of this COS build's drivers in every bucket: COS's labels, and Config.Labels for the driver
+// of this run.
 func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error {
 	if !r.wantsLabels() {
 		return nil
@@ -111,8 +111,7 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 	return nil
 }
 
-// tarballFiles returns the folders with modules and firmware. Their files come from this build, or
-// from the published artifact that this build reuses.
+// tarballFiles returns the folders with modules and firmware, from this build or from the artifact that it reuses.
 func (r *run) tarballFiles(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact,
 	scratch string) (tarball.Release, error) {
 	dir := filepath.Join(scratch, "files")

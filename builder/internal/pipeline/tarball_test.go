@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A bucket gets a tarball for each COS build, even if two COS builds share the artifact. If the
-// bucket already has another file with the tarball's name, the build fails and that file stays.
+// A bucket gets a tarball for each COS build, even if two share the artifact. If another file has the tarball's name,
+// the build fails and the file stays.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -128,8 +128,8 @@ func TestDebugSymbols(t *testing.T) {
 	}
 }
 
-// TestBucketIsCheckedBeforeTheCompile runs a server that answers as Google does: the path of the first question and the
-// bodies are those of https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
+// TestBucketIsCheckedBeforeTheCompile runs a server that answers as Google does. The path and the bodies are from
+// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
 func TestBucketIsCheckedBeforeTheCompile(t *testing.T) {
 	for _, row := range []struct {
 		name           string

@@ -9,11 +9,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// FactBTF is the name of a fact in the provenance. The fact is the version of the program pahole
-// that made the modules' BTF. The provenance of modules without BTF has no such fact.
+// FactBTF is the name of a fact in the provenance: the version of pahole that made the modules' BTF. Without BTF there
+// is no such fact.
 const FactBTF = "btf"
 
-// KernelOptions returns the optional inputs of a kernel that have to be fetched for this Config.
+// KernelOptions returns the optional inputs of a kernel that this Config needs.
 func (c Config) KernelOptions() []cossrc.Option {
 	if c.BTF {
 		return []cossrc.Option{cossrc.WithBTF()}
@@ -21,9 +21,8 @@ func (c Config) KernelOptions() []cossrc.Option {
 	return nil
 }
 
-// findPahole returns the version of this machine's program pahole, which makes the modules' BTF. If
-// the modules get no BTF, it returns "". Another version of pahole may make other bytes. So
-// findPahole returns an error if the request asks for a version that this machine does not have.
+// findPahole returns the version of this machine's program pahole, or "" if the modules get no BTF. Another version may
+// make other bytes. So findPahole returns an error if the request asks for a version that this machine does not have.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil

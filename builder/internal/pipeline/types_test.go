@@ -46,9 +46,8 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 }
 
-// For the same cell, a build with BTF makes another artifact than a build without BTF. COS builds
-// with the same kernel share the artifact with BTF. The provenance contains the version of pahole.
-// With this version, Make makes the same artifact again.
+// A build with BTF makes another artifact than a build without. COS builds with the same kernel share the artifact with
+// BTF. The provenance names the version of pahole, with which Make makes the same artifact again.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"pahole", "objcopy"} {

@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// If a COS build has its own boot image, an artifact must pass a load test on the kernel of that image
-// before a build attests that the artifact fits this COS build.
+// If a COS build has its own boot image, a reused artifact must first pass a load test on its kernel.
 func TestNotReusedUntested(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -38,8 +37,7 @@ func TestNotReusedUntested(t *testing.T) {
 	}
 }
 
-// The driver may need modules of the kernel that no bucket has. Then no load test can run. In the mode
-// LoadTestRequire the build fails, in any other mode it does not.
+// If no bucket has the kernel's modules that the driver needs, the build fails only in the mode LoadTestRequire.
 func TestLackingModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -19,11 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxDelta is the largest size of a delta, in bytes. There is a limit for two reasons: a delta is in memory while it is
-// made, and a larger delta would save a node too little.
+// maxDelta is the maximum size of a delta in bytes. A delta is in memory while it is made, and a larger one saves too
+// little.
 const maxDelta = 16 << 20
 
-// maxBefore is the largest number of earlier COS builds that Deltas examines for each wanted delta.
+// maxBefore is the maximum number of earlier COS builds that Deltas examines for each wanted delta.
 const maxBefore = 4
 
 // Delta describes a delta that [Deltas] attached.
@@ -33,11 +33,12 @@ type Delta struct {
 	Size int64         `json:"size"`
 }
 
-// Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
-// out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
-// these COS builds first, because a node whose OS was updated usually has the layer of a recent COS build. Deltas skips
-// a delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
-// or than half of the new layer. The result made has the deltas that were attached, also if there is an error.
+// Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the module layer from the
+// layer of an earlier COS build. Both builds have the same board, milestone and driver. The newest builds come first,
+// because an updated node usually has their layer.
+//
+// Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. It returns
+// the attached deltas even if there is an error.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -120,8 +121,8 @@ func deltas(
 	return made, nil
 }
 
-// buildsBefore returns the COS builds before k, of the same board and milestone, for which a tag of this driver exists.
-// The newest comes first.
+// buildsBefore returns the COS builds before a kernel, of its board and milestone, with a tag of this driver, newest
+// first.
 func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
 	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)
 	var before []target.Kernel
@@ -140,15 +141,14 @@ func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kern
 	return before
 }
 
-// firstNumber returns the first number of a BUILD_ID. All COS builds of a milestone have the same first number, because
-// they are made from one branch of COS.
+// firstNumber returns the first number of a BUILD_ID, which all COS builds of a milestone share.
 func firstNumber(buildID string) string {
 	first, _, _ := strings.Cut(buildID, ".")
 	return first
 }
 
-// layerOf returns the module layer of a COS build's artifact with this driver. If there is no such artifact, or if this
-// program cannot read the artifact, the returned layer is empty: it has no digest.
+// layerOf returns the module layer of a COS build's artifact with this driver. If there is no readable artifact, the
+// layer has no digest.
 func layerOf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -209,8 +209,7 @@ func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentL
 	return &layerReader{io.TeeReader(plain, h), h, l.DiffID, plain, blob}, nil
 }
 
-// check reads the rest of the layer, and compares the hash of the whole uncompressed layer with the diff id in the
-// artifact's config.
+// check reads the rest of the layer, and compares its uncompressed hash with the diff id in the artifact's config.
 func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
 		return fmt.Errorf("read the layer: %w", err)

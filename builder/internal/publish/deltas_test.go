@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// code returns data that the modules of sibling kernels share. The data cannot be compressed.
+// code returns incompressible data that the modules of sibling kernels share.
 func code() string {
 	b := make([]byte, 200_000)
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // Read never returns an error
@@ -57,8 +57,7 @@ func TestDeltas(t *testing.T) {
 			for _, number := range []string{"9", "47", "48", "60"} {
 				publishBuild(t, repo, key, number, code()+number)
 			}
-			// Build 49 has the same kernel as build 48. The module layer of build 40 has nothing in common with the
-			// other layers.
+			// Build 49 has the kernel of build 48. The layer of build 40 has nothing in common with the others.
 			again := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, code()+"48")
 			again.Kernel.BuildID = id("49")
 			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, signAgain(t, key, again))); err != nil {

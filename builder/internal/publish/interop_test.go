@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// tool returns a function that runs a program of another project. tool skips the test if the program is missing.
+// tool returns a function that runs another project's program. If the program is missing, the test is skipped.
 func tool(t *testing.T, name string) func(args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -63,8 +63,7 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 	return path
 }
 
-// publishSample signs a sample with a key file, as the builder does, and publishes it to a registry with or without the
-// referrers API.
+// publishSample signs a sample with a key file and publishes it to a registry with or without the referrers API.
 func publishSample(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
 	signer, err := sign.LoadSigner(t.Context(), key)
@@ -167,8 +166,7 @@ func TestCosignVerifies(t *testing.T) {
 		{"RSA", rsa2048, nil},
 		{"Ed25519", ed, nil},
 	} {
-		// The registry is one without the referrers API, because the sample registry with that API reports no artifact
-		// types.
+		// Use a registry without the referrers API: the sample registry with that API reports no artifact types.
 		ref, digest, pub, _ := publishSample(t, false, keyFile(t, row.key))
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
 			verify := func(key string) (string, error) {

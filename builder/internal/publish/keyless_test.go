@@ -75,8 +75,8 @@ func (l *login) token(t *testing.T, key *ecdsa.PrivateKey, audience string) []by
 	return []byte(text)
 }
 
-// startFulcio runs the program Fulcio, a certificate authority, and returns its URL. This Fulcio accepts the identity
-// tokens that l issues, and signs certificates with the keys of farm. It writes no log of certificates.
+// startFulcio runs the certificate authority Fulcio and returns its URL. It accepts the login's identity tokens, signs
+// with the farm's keys, and writes no log of certificates.
 func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login) string {
 	t.Helper()
 	dir := t.TempDir()

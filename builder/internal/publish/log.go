@@ -12,22 +12,21 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// These constants limit a build log, in bytes. If a log is too long, its middle is dropped, because a reader needs the
-// beginning (inputs and flags) and the end (the error) most. A build of a driver with its tests writes about 1 MB.
+// Limits of a build log in bytes. The middle of a longer log is dropped: a reader needs the beginning (inputs and
+// flags) and the end (the error) most. A build with its tests writes about 1 MB.
 const (
 	maxLogHead = 4 << 20
 	maxLogTail = 12 << 20
 )
 
-// PackLog compresses a build log for [Artifact.Log]. PackLog also returns the digest that the log will have in the
-// registry, for the provenance. If a log is too long, its middle is dropped.
+// PackLog compresses a build log for [Artifact.Log], and drops the middle of a long log. It also returns the log's
+// digest in the registry, for the provenance.
 func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	text, err := readEnds(log, maxLogHead, maxLogTail)
 	if err == nil {
 		packed, err = compress(text)
 	}
-	// Build logs compress far below the size limit of an attachment. If a compressed log is still above the limit,
-	// PackLog drops more of the log's middle.
+	// If a compressed log is still above the limit of an attachment, drop more of its middle.
 	for most := maxLogTail; err == nil && len(packed) > registry.MaxAttachment; {
 		most /= 2
 		if text, err = readEnds(bytes.NewReader(text), most/4, most); err == nil {

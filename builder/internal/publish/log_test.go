@@ -72,9 +72,8 @@ func FuzzUnpackLog(f *testing.F) {
 	})
 }
 
-// TestLogThatProvenanceNames publishes an artifact in two runs with different logs. In the first case, the first run
-// published everything. In the second case, the first run was interrupted after it had attached its log. In both cases
-// the registry must have the log whose digest is in the attached provenance.
+// TestLogThatProvenanceNames publishes an artifact in two runs with different logs. The first run is complete, or ends
+// after it attached its log. The registry must have the log whose digest is in the attached provenance.
 func TestLogThatProvenanceNames(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")

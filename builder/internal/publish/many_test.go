@@ -12,9 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestManyKernels checks an artifact with so many kernel matches that a client does not read all of them. A node of
-// each COS build must find its own kernel match and the provenance. This must work even if the first statements were
-// attached before statements had labels. No statement may be attached twice.
+// TestManyKernels checks an artifact with more kernel matches than a client reads. A node of each COS build must find
+// its own match and the provenance, also if old statements have no labels. No statement may be attached twice.
 func TestManyKernels(t *testing.T) {
 	t.Parallel()
 	const most, old = 200, 40

@@ -6,9 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// labels returns the labels of a statement: the annotations by which a client finds the statement without reading all
-// others (see [trust.Labels]). raw is the statement's Sigstore bundle. labels does not verify it, because this program
-// has just signed it.
+// labels returns the annotations by which a client finds a statement (see [trust.Labels]). The given Sigstore bundle is
+// not verified, because this program has just signed it.
 func labels(raw []byte) map[string]string {
 	var b struct {
 		Envelope struct {

@@ -1,5 +1,5 @@
-// Package publish uploads an artifact in an order that never shows an incomplete artifact: blobs, manifest, signed
-// statements, and only then the tags. A run may be interrupted anywhere and repeated. The package refuses to replace a
+// Package publish uploads an artifact in an order that never shows an incomplete one: blobs, manifest, signed
+// statements, and only then the tags. A run may be interrupted anywhere and repeated. The package never replaces a
 // published artifact.
 package publish
 
@@ -25,25 +25,22 @@ type Artifact struct {
 	Identity bundle.Identity
 	// Kernel is the COS build for which the artifact is published this time.
 	Kernel target.Kernel
-	// Bundles are the signed statements, each as a Sigstore bundle: provenance, the kernel match for Kernel, the test
-	// result and the contents.
+	// Bundles are the signed statements as Sigstore bundles: provenance, kernel match, test result and contents.
 	Bundles [][]byte
-	// Verifier verifies the statements that the artifact already has in the repository. If one of them proves the same as
-	// a statement in Bundles, the new statement is not attached. If Verifier is nil, every statement is attached.
+	// Verifier verifies statements that the repository already has. A new statement that proves the same is not attached.
+	// If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
-	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance, which has
-	// the log's digest. If the repository already has the provenance of another run, neither log nor provenance is
-	// attached.
+	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
+	// repository has another run's provenance, neither is attached.
 	Log []byte
 }
 
-// Existing returns the digest to which a tag refers in a repository. ok is false if the tag does not exist. Existing
-// verifies nothing: the caller must verify the statements about the digest before it relies on the artifact.
+// Existing returns the digest to which a tag refers in a repository, and whether the tag exists. The caller must verify
+// the statements about the digest before it relies on the artifact.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
-	// A registry such as Quay creates a repository on the first push, and denies reading until then. So if this client
-	// may push to the repository, but the registry still denies reading it, the repository does not exist yet and has
-	// no tag.
+	// A registry such as Quay creates a repository on the first push, and denies reading until then. If this client may
+	// push but cannot read, the repository does not exist yet.
 	if registry.Denied(err) && repo.CheckPush(ctx) == nil {
 		if d, err = repo.Resolve(ctx, tag); registry.Denied(err) {
 			return "", false, nil
@@ -58,8 +55,7 @@ func Existing(ctx context.Context, repo *registry.Repository, tag string) (diges
 	return d.Digest.String(), true, nil
 }
 
-// Content reads the manifest and the config of the artifact with this digest. Content compares the bytes of the
-// manifest with the digest.
+// Content reads the manifest and the config of the artifact with this digest, and checks the manifest's digest.
 func Content(ctx context.Context, repo *registry.Repository, digest string) (bundle.Content, error) {
 	manifest, err := repo.Manifest(ctx, digest)
 	if err != nil {
@@ -76,9 +72,9 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
-// Publish stores an artifact and returns its digest. The result existed is true if the artifact's tag referred to this
-// digest before. In that case Publish adds only what is missing, such as the statement for another COS build with this
-// fingerprint. If a tag refers to another digest, the error is [fault.PublishRefused] and nothing is changed.
+// Publish stores an artifact. It returns the digest, and whether the artifact's tag referred to this digest before. In
+// that case, only missing parts are added. If a tag refers to another digest, the error is [fault.PublishRefused] and
+// nothing is changed.
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
 	if err != nil {
@@ -104,8 +100,8 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 	return digest, existed, finish(ctx, repo, subject, a)
 }
 
-// Attest does the same as [Publish] for an artifact that is in the repository already. Attest attaches the missing
-// statements and adds the tags by which nodes of this COS build find the artifact. Attest does not need Image.
+// Attest is [Publish] for an artifact that is in the repository already. It attaches missing statements and adds the
+// tags for this COS build. It does not need Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
 		if _, err := checkTags(ctx, repo, digest, a); err != nil {
@@ -127,7 +123,7 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
-// checkTags checks both tags before anything is sent. The result existed is true if the artifact's own tag exists.
+// checkTags checks both tags before anything is sent, and returns whether the artifact's own tag exists.
 func checkTags(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
@@ -160,8 +156,8 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach adds the statements that the artifact lacks in the registry. It adds the build log before the provenance,
-// because the provenance has the log's digest and must never refer to a log that is missing.
+// attach adds the statements that the artifact lacks. The build log comes before the provenance, which must never refer
+// to a missing log.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
@@ -207,7 +203,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// proofKey returns a key for the fact that a statement proves. Of two statements with the same key, one is enough.
+// proofKey returns a key for what a statement proves. One statement for each key is enough.
 func proofKey(st *trust.Statement) string {
 	if m, err := trust.ParseKernelMatch(st); err == nil {
 		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)

@@ -43,7 +43,7 @@ func artifact(t testing.TB, key *testkit.Key, s testkit.Sample) publish.Artifact
 		Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
 }
 
-// signAgain returns the sample with newly signed statements, as a second build of the same artifact makes them.
+// signAgain returns the sample with newly signed statements, as from a second build.
 func signAgain(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
 	t.Helper()
 	s.Bundles = [][]byte{
@@ -138,8 +138,8 @@ func TestPublishRefusesForeignStatements(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// cutter passes n requests and fails all others. The first failed request still reaches the registry, and only its
-// answer is lost. All values of n together therefore cover every state in which the registry can be left.
+// cutter passes n requests and fails all others. The first failed request still reaches the registry; only its answer
+// is lost. So all values of n cover every state in which the registry can be left.
 type cutter struct{ n atomic.Int64 }
 
 func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -157,8 +157,8 @@ func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, errCut
 }
 
-// TestCutOffAnywhere fails the n-th request for every n. TestCutOffAnywhere checks that nobody can find an incomplete
-// artifact, and then publishes again.
+// TestCutOffAnywhere fails the n-th request for every n, checks that nobody finds an incomplete artifact, and publishes
+// again.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

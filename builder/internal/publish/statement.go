@@ -9,9 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Statement signs the statement s about an artifact in the repository and attaches it to the artifact. Statement
-// returns the digest of the attached manifest. If the artifact already has a statement of the same type by this signer,
-// Statement attaches nothing and returns "".
+// Statement signs a statement about an artifact, attaches it, and returns the digest of the attached manifest. If this
+// signer's statement of the same type exists, Statement attaches nothing and returns "".
 func Statement(ctx context.Context, repo *registry.Repository, digest string, signer *sign.Signer,
 	s sign.Statement) (string, error) {
 	attached, err := func() (string, error) {

@@ -23,12 +23,11 @@ import (
 type Difference struct {
 	// Name is the file's path in the artifact.
 	Name string `json:"name"`
-	// What describes the difference. For an ELF file, such as a module, it lists the sections that differ.
+	// What describes the difference, for an ELF file by its differing sections.
 	What string `json:"what"`
 }
 
-// compare compares each published layer with the new layer of the same kind. If the digests of the two layers differ,
-// compare unpacks both and compares their files one by one.
+// compare compares each published layer with the new one. If their digests differ, it unpacks both and compares files.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -65,8 +64,8 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	if err != nil {
 		return err
 	}
-	// If a key signed the published modules, the digests differ even if all files are the same. Then only the facts in
-	// the two configs (content.Identity) must still be equal.
+	// If a key signed the published modules, the digests differ even if all files are the same. Then only the facts in the
+	// two configs must be equal.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
 		// All files are equal, but the digests of the artifacts differ.
 		report.Differences = []Difference{{"(manifest)",
@@ -83,8 +82,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
 }
 
-// compareTrees compares two folders by name, kind, exec bit, link target and content. If the argument signed is true,
-// the signatures at the end of published modules are ignored.
+// compareTrees compares two folders by name, kind, exec bit, link target and content. If the published modules are
+// signed, their signatures are ignored.
 func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {
@@ -120,7 +119,7 @@ func compareTrees(published, made string, signed bool) (files int, all []Differe
 	return len(names), all, nil
 }
 
-// These constants are kinds of entries. The kind of a link is "link to" and its target.
+// Kinds of entries. The kind of a link is "link to" and its target.
 const (
 	folderEntry = "folder"
 	regular     = "file"
@@ -161,9 +160,8 @@ func list(dir string) (map[string]string, error) {
 	return all, err
 }
 
-// compareFiles returns "" if the contents are equal. Otherwise it returns a text with the ELF sections that differ,
-// with the two sizes, or with the position of the first byte that differs. If strip is true, compareFiles ignores the
-// signature at the end of the published module.
+// compareFiles returns "" if the contents are equal, or else what differs: ELF sections, sizes, or the first byte. If
+// asked, it ignores the signature at the end of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {
@@ -171,8 +169,7 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	}
 	if strip {
 		if a, _, err = modsign.Split(a); err != nil {
-			// The signature is malformed, so the file is not as the provenance says. This is a difference, not an
-			// error.
+			// A malformed signature is a difference, not an error: the file is not as the provenance says.
 			return err.Error(), nil
 		}
 	}
@@ -196,8 +193,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	return fmt.Sprintf("differs from byte %d on", at), nil
 }
 
-// elfDifference returns a text with the names of the sections in which two ELF files differ. If the files are not ELF
-// files, or differ only outside the sections, it returns "".
+// elfDifference returns the names of the sections in which two ELF files differ. For other files, and for differences
+// outside the sections, it returns "".
 func elfDifference(published, made []byte) string {
 	a, err := elf.NewFile(bytes.NewReader(published))
 	if err != nil {
@@ -229,8 +226,8 @@ func elfDifference(published, made []byte) string {
 	}
 }
 
-// sections returns the contents of the sections by name. The contents of sections with the same name are joined. A
-// section that cannot be read counts as empty, because the files' bytes are compared anyway.
+// sections returns the contents of the sections by name; those with the same name are joined. An unreadable section
+// counts as empty, because the files' bytes are compared anyway.
 func sections(f *elf.File) map[string][]byte {
 	all := map[string][]byte{}
 	for _, s := range f.Sections {

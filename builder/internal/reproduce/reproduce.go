@@ -1,7 +1,7 @@
-// Package reproduce builds a published artifact again from the inputs in its provenance. The package reports file by
-// file whether the result is the same. If the result is the same, a second party may sign a statement that says so. The
-// package refuses an artifact whose provenance does not verify. The package refuses inputs that are not in the
-// provenance. The package refuses to use anything that an earlier build left in a cache.
+// Package reproduce builds a published artifact again from the inputs in its provenance. It reports file by file
+// whether the result is the same. If it is, a second party may sign a statement that says so. The package refuses an
+// artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier build left in a
+// cache.
 package reproduce
 
 import (
@@ -30,14 +30,12 @@ type Config struct {
 	Ref string
 	// Verifier has the keys whose provenance is trusted.
 	Verifier *trust.Verifier
-	// Make builds the cell: it calls pipeline.Make with this machine's mirrors and tools. The caller gives
-	// pipeline.Make a cache for products that was empty when the program began.
+	// Make builds the cell by pipeline.Make, with a cache for products that was empty when the program began.
 	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
-	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
-	// of the artifact.
+	// TempDir returns an empty folder with room for two unpacked copies of the artifact, and a function that removes it.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
-	// Attest is the signer of a statement that this builder made the same artifact. Run signs the statement only if
-	// Report.Identical is true. If Attest is nil, nothing is signed.
+	// Attest signs the statement that this builder made the same artifact, if Report.Identical is true. If nil, nothing is
+	// signed.
 	Attest *sign.Signer
 	// By is a URI that says in the signed statement who built the artifact again.
 	By string
@@ -51,32 +49,30 @@ type Report struct {
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	BuilderID   string             `json:"builderId"`
-	// Identical is true if the new artifact has the same digest as the published one. If ModuleKey is set, Identical is
-	// true if everything is the same except the signatures in the modules.
+	// Identical is true if the new artifact has the same digest. If ModuleKey is set, the signatures in the modules may
+	// differ.
 	Identical bool `json:"identical"`
-	// ModuleKey is the fingerprint of a certificate. The key of this certificate signed the published modules. Run sets
-	// ModuleKey only if the digests differ. Only the owner of the key can make these signatures, so the comparison ignores
-	// them.
+	// ModuleKey is the fingerprint of the certificate whose key signed the published modules. It is set only if the
+	// digests differ. The comparison ignores these signatures, because only the key's owner can make them.
 	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest of the new artifact.
 	Made string `json:"made"`
-	// Files is the number of files that were compared. Differences are the files that differ, sorted by name. Both cover
-	// only the layers whose digests differ.
+	// Files is the number of compared files, and Differences are the differing ones by name. Both cover only layers whose
+	// digests differ.
 	Files       int          `json:"files"`
 	Differences []Difference `json:"differences,omitempty"`
 	// Attested is the digest of the statement that was attached, if any.
 	Attested string `json:"attested,omitempty"`
 }
 
-// provenance has the facts from the published artifact's provenance that Run needs. recipes has the recipes, which are
-// the version numbers of the builder's code for each step (see [pipeline.Recipes]), and other facts of the build, all
-// by name.
+// provenance has the facts of the artifact's provenance that Run needs. recipes has the versions of the builder's code
+// for each step (see [pipeline.Recipes]), and other facts of the build, by name.
 type provenance struct {
 	trust.Verdict
 	recipes map[string]string
 }
 
-// Run builds the artifact again and compares the results. A difference is not an error: it is in the report.
+// Run builds the artifact again and compares the results. A difference is in the report, and is not an error.
 func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	desc, err := c.Repo.Resolve(ctx, c.Ref)
 	if err != nil {
@@ -103,7 +99,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// An error of cleanup does not matter, because the next start of the program also removes the temporary folder.
+	// An error of cleanup does not matter: the next start of the program also removes the folder.
 	defer func() { _ = cleanup() }()
 	folder := func(name string) (string, error) {
 		path := filepath.Join(dir, name)
@@ -145,8 +141,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the artifact's provenance. It verifies the provenance in the same way as a node that runs the kernel
-// for which the artifact was built.
+// provenance finds the artifact's provenance, and verifies it as a node with the provenance's kernel does.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
@@ -169,7 +164,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	}
 	built := said.BuildDefinition.ExternalParameters
 	if built.Kernel.BuildID == "" {
-		// No trusted provenance has a kernel. Verify needs one before it can report what is wrong with the statements.
+		// Without a trusted provenance there is no kernel. Verify needs one to report what is wrong with the statements.
 		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
 	}
 	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {
@@ -186,7 +181,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 }
 
 // checkRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
-// With other recipes, a difference in the artifacts proves nothing.
+// Then a difference proves nothing.
 func checkRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {

@@ -52,7 +52,7 @@ func signer(t *testing.T) *sign.Signer {
 	return s
 }
 
-// newFarm publishes a sample with provenance. The provenance says that a builder with these recipes made it.
+// newFarm publishes a sample with provenance by a builder with these recipes.
 func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	t.Helper()
 	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "farm"), registry.Options{})
@@ -93,8 +93,8 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	}}
 }
 
-// rebuild returns a function for Config.Make that builds nothing. The function checks that the request is for the cell
-// of the sample want, and returns the given image with the given layers and inputs.
+// rebuild returns a function for Config.Make that returns the given image. It checks that the request is for the
+// sample's cell.
 func rebuild(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
@@ -156,8 +156,8 @@ func TestIdentical(t *testing.T) {
 	}
 }
 
-// TestGoogle checks what Run asks Make for. If the provenance says that the artifact has Google's signatures or
-// Google's modules, the request must ask for the same.
+// TestGoogle checks that Make is asked for Google's signatures or modules if the provenance says that the artifact has
+// them.
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{

@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// TestCompareSigned checks that signatures at the end of published modules are ignored only if the provenance says that
-// the modules are signed.
+// TestCompareSigned checks that signatures are ignored only if the provenance says that the modules are signed.
 func TestCompareSigned(t *testing.T) {
 	t.Parallel()
 	a, b := t.TempDir(), t.TempDir()

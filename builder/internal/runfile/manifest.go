@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// maxManifest and maxField are the largest sizes of a manifest and of a path, in bytes. maxEntries is the largest
-// number of entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
+// Limits of a manifest: bytes, entries, and bytes of a path. Real manifests have about 1,000 lines, headerLines of them
+// before the first entry.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -23,7 +23,7 @@ const (
 
 // Entry is one file or link of a release.
 type Entry struct {
-	// Path is the path of the file in the archive. For a link, it is the name of the link.
+	// Path is the file's path in the archive. For a link, it is the link's name.
 	Path string
 	// Mode has the permission bits only, without setuid and setgid.
 	Mode fs.FileMode
@@ -31,28 +31,28 @@ type Entry struct {
 	Type string
 	// Compat32 is true for files of 32-bit programs.
 	Compat32 bool
-	// Subdir is the file's folder, relative to the folder of its type. "" means that folder itself.
+	// Subdir is the file's folder, relative to the folder of its type, or "".
 	Subdir string
 	// Target is the target of a link, or "" for a file.
 	Target string
 	// NonGLVND is true for the variant of a library that is for systems without libglvnd.
 	NonGLVND bool
-	// Module is the driver component that the entry belongs to, from the field MODULE:, or "" in older manifests.
+	// Module is the driver component from the field MODULE:, or "" in older manifests.
 	Module string
 }
 
 // Manifest is a parsed .manifest.
 type Manifest struct {
 	Product, Version string
-	// Settings are lines 3 to 8. NVIDIA's installer reads these lines, and Prebake does not use them.
+	// Settings are lines 3 to 8, which only NVIDIA's installer needs.
 	Settings []string
 	Entries  []Entry
 	// Unknown has the number of lines of each type that this package does not know.
 	Unknown map[string]int
 }
 
-// lineFormat says which fields follow name, mode and type in a line of the manifest. The source of the format is the
-// function parse_manifest in install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
+// lineFormat says which fields follow name, mode and type in a line of the manifest. The source is parse_manifest in
+// install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
 type lineFormat struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
@@ -89,12 +89,12 @@ var (
 	}
 )
 
-// entryLine matches name, mode, type and the other fields. A name may contain blanks, so the mode (digits) and the type
-// (a word in capitals) after the name show where the name ends.
+// entryLine matches name, mode, type and the other fields. A name may contain blanks. It ends before the mode (digits)
+// and the type (a word in capitals).
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
 // ParseManifest reads a .manifest. It counts and skips lines of unknown types, because every new branch adds types. If
-// a line of a known type lacks a field, or has a path that leads out of the archive, the error is [fault.Unverified].
+// a known line lacks a field or leads out of the archive, the error is [fault.Unverified].
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -159,9 +159,8 @@ func (m *Manifest) line(text string) error {
 	return nil
 }
 
-// fill reads the fields after the type. KEY:VALUE fields come after the fields with a fixed position. The exception is
-// INHERIT_PATH_DEPTH:n, which stands in the position of the subdir. The subdir is then the folder of the file's own
-// path without its first n parts.
+// fill reads the fields after the type: fields with a fixed position, then KEY:VALUE fields. INHERIT_PATH_DEPTH:n
+// stands in the position of the subdir. The subdir is then the folder of the file's path without its first n parts.
 func (e *Entry) fill(s lineFormat, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {

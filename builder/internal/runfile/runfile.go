@@ -1,7 +1,7 @@
-// Package runfile reads NVIDIA's driver archives (makeself runfiles) without running them. The package finds the
-// compressed tar after the shell script. The package also reads the .manifest inside, which describes each file.
+// Package runfile reads NVIDIA's driver archives (makeself runfiles) without running them. It finds the compressed tar
+// after the shell script, and reads the .manifest inside, which describes each file.
 //
-// The package refuses to execute anything. The package refuses to unpack the tar, because package archive does that.
+// The package never executes anything. It does not unpack the tar; package archive does.
 package runfile
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants are the largest number of lines of the script and the script's largest size in bytes. NVIDIA's script
-// has about 1,100 lines and 40 KB. The original makeself's script has 700 lines.
+// Limits of the script: lines and bytes. NVIDIA's script has about 1,100 lines and 40 KB, the original makeself's 700
+// lines.
 const (
 	maxLines  = 20_000
 	maxScript = 4 << 20
@@ -36,11 +36,11 @@ type Header struct {
 	Format archive.Format
 }
 
-// Payload reads the script of a runfile and returns a reader for the compressed tar after the script. If the file has
-// no such script or no such tar, the error is [fault.Unverified].
+// Payload reads the script of a runfile and returns a reader for the compressed tar after it. If there is none, the
+// error is [fault.Unverified].
 //
-// The number in skip= has two meanings. In NVIDIA's files it is the line at which the payload begins. In files of the
-// original makeself it is the last line of the script. Payload looks for the compressed tar at both positions.
+// In NVIDIA's files, the number in skip= is the line at which the payload begins. In files of the original makeself it
+// is the last line of the script. Payload looks at both positions.
 func Payload(r io.Reader) (io.Reader, Header, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	var h Header

@@ -34,8 +34,8 @@ type Part struct {
 	Licence string
 }
 
-// Release returns the SPDX document of a program or image, as JSON. If Parts has the same part twice, the document
-// lists the part once. The same input gives the same bytes.
+// Release returns the SPDX document of a program or image, as JSON. It lists each part once. The same input gives the
+// same bytes.
 func Release(w Whole) ([]byte, error) {
 	sum, ok := strings.CutPrefix(w.Digest, "sha256:")
 	if !ok || len(sum) != 2*sha256.Size {

@@ -12,8 +12,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sbom"
 )
 
-// TestRelease checks that a Go module is listed once if two programs of an image contain it, and that a reader finds
-// the module by its package URL.
+// TestRelease checks that a Go module in two programs is listed once, and that its package URL is found.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	module := sbom.Part{Name: "golang.org/x/sys", Version: "v0.1.0", PURL: "pkg:golang/golang.org/x/sys@v0.1.0"}

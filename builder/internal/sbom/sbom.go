@@ -1,7 +1,7 @@
-// Package sbom writes the contents of an artifact as an SPDX 2.3 document: NVIDIA's runfile, the kernel's header tree,
-// the toolchain, and every module with the inputs that it was made from. The same facts give the same bytes. The
-// package refuses to guess licences: it gives only the licences of the runfile and of the kernel's headers, which a
-// person has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
+// Package sbom writes the contents of an artifact as an SPDX 2.3 document: the runfile, the kernel's header tree, the
+// toolchain, and every module with its inputs. The same facts give the same bytes. The package never guesses licences.
+// It gives those of the runfile and of the kernel's headers, which a person has read. All others get NOASSERTION,
+// SPDX's word for "no statement".
 package sbom
 
 import (
@@ -34,25 +34,23 @@ type Facts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
-	// Materials are the build's inputs, as the provenance has them.
+	// Materials are the build's inputs, as the provenance lists them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
 	// Modules has the paths of the module files on this machine, by the module's name with or without .ko.
 	Modules map[string]string
-	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
-	// make each document different.
+	// Created is the document's time. Zero means 1970, as in all parts of an artifact, so that two documents are equal.
 	Created time.Time
 }
 
-// These constants are licences. NVIDIA's licence text is in the artifact's user space layer and is not repeated here.
+// NVIDIA's licence text is in the artifact's user space layer and is not repeated here.
 const (
 	noAssertion   = "NOASSERTION"
 	licenceNVIDIA = "LicenseRef-NVIDIA-driver"
 	licenceKernel = "GPL-2.0-only" // the kernel's COPYING, for the kernel as a whole
 )
 
-// JSON returns the SPDX document in JSON. The materials must have a runfile and kernel headers, and the layers must
-// have a layer of modules.
+// JSON returns the SPDX document in JSON. It needs a runfile and kernel headers as materials, and a module layer.
 func JSON(f Facts) ([]byte, error) {
 	raw, err := build(f)
 	if err != nil {
@@ -107,8 +105,7 @@ const artifact = "Artifact"
 type document struct {
 	spdx.Document
 	facts Facts
-	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs;
-	// the document lists these as build tools.
+	// driver, kernel and tools are the ids of the runfile, of the kernel's headers, and of all other inputs (build tools).
 	driver, kernel, tools []common.ElementID
 }
 
@@ -164,7 +161,7 @@ func (d *document) addMaterials() error {
 	return nil
 }
 
-// addLayers adds a package for every layer. To the package of the module layer it adds the modules as files.
+// addLayers adds a package for every layer, and the modules as files of the module layer.
 func (d *document) addLayers() error {
 	for _, l := range d.facts.Layers {
 		id := elementID("Layer-" + string(l.Kind))

@@ -7,8 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// About makes a statement about the file or object with this digest, with a predicate of the type predicateType. The
-// argument name tells people what the file or object is; no program compares it.
+// About makes a statement about the file or object with this digest. The name is for people; no program compares it.
 func About(name, digest, predicateType string, predicate any) (Statement, error) {
 	s, err := about(name, digest, predicateType, predicate)
 	if err != nil {
@@ -25,7 +24,7 @@ func about(name, digest, predicateType string, predicate any) (Statement, error)
 	return statementOf(name, digest, predicateType, body)
 }
 
-// statementOf makes a statement about the file or object with this digest. body is the predicate as JSON.
+// statementOf makes a statement about the file or object with this digest, with a predicate in JSON.
 func statementOf(name, digest, predicateType string, body *structpb.Struct) (Statement, error) {
 	subject, err := resource(name, "", digest)
 	if err != nil {

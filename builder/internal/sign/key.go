@@ -1,7 +1,6 @@
-// Package sign has all code that uses private keys. The package loads a signing key from a file or a KMS, or makes
-// short-lived keys and gets certificates for them. The package makes the statements about an artifact, signs each
-// statement, and returns statement and signature as a Sigstore bundle. The package refuses to publish, to verify for
-// other packages, and to export a private key.
+// Package sign has all code that uses private keys. It loads a signing key from a file or a KMS, or makes short-lived
+// keys and gets certificates for them. It makes the statements about an artifact, and signs each as a Sigstore bundle.
+// The package does not publish, does not verify for other packages, and never exports a private key.
 package sign
 
 import (
@@ -26,9 +25,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements in one of two ways. It signs with one lasting key, which is in a file or a KMS and of a kind
-// that [trust.PublicKey] supports. Or it signs keyless: with short-lived keys, each with a certificate for the person
-// or service that signs.
+// Signer signs statements, with one lasting key or keyless. A lasting key is in a file or a KMS and of a kind that
+// [trust.PublicKey] supports. Keyless means short-lived keys, each with a certificate for the person or service that
+// signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
@@ -49,8 +48,8 @@ type loading struct {
 	token    func() ([]byte, error)
 }
 
-// WithPassword sets the function that returns the password of an encrypted key file, such as cosign writes. Without
-// this option, encrypted keys are refused.
+// WithPassword sets the function that returns the password of an encrypted key file, such as cosign writes. Without it,
+// encrypted keys are refused.
 func WithPassword(f func() ([]byte, error)) Option {
 	return func(l *loading) { l.password = f }
 }
@@ -65,9 +64,9 @@ func newLoading(opts []Option) loading {
 	return l
 }
 
-// LoadSigner opens a key. ref is the path of a PEM file, or a KMS URI such as gcpkms://projects/... For a URI,
-// LoadSigner uses a provider that is linked into the program, or else the plugin program sigstore-kms-<scheme> on PATH.
-// For keyless signing, ref is [PrefixKeyless] and the path of a signing configuration.
+// LoadSigner opens a key: the path of a PEM file, or a KMS URI such as gcpkms://projects/... The KMS provider is linked
+// in, or is the plugin program sigstore-kms-<scheme> on PATH. For keyless signing, the reference is [PrefixKeyless] and
+// the path of a signing configuration.
 func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
 	var s *Signer
 	var err error
@@ -129,10 +128,10 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 	return &Signer{sv: sv, pub: pub, details: details, key: key}, nil
 }
 
-// PublicKey returns the public key with which readers verify. For a keyless signer it returns the zero value.
+// PublicKey returns the public key of the signer. It is the zero value for a keyless signer.
 func (s *Signer) PublicKey() trust.PublicKey { return s.key }
 
-// Policy returns a policy that trusts this signer only: its key, or the name in the certificates of a keyless signer.
+// Policy returns a policy that trusts only this signer: its key, or the name in its certificates.
 func (s *Signer) Policy() trust.Policy {
 	if s.keyless != nil {
 		return s.keyless.policy
@@ -151,15 +150,15 @@ func (s *Signer) String() string {
 // Verifier returns a verifier that trusts this signer only, as [Signer.Policy] says.
 func (s *Signer) Verifier() (*trust.Verifier, error) { return trust.NewVerifier(s.Policy()) }
 
-// PublicPEM returns the public key in PEM. A node's configuration has keys in this form.
+// PublicPEM returns the public key in PEM, as in a node's configuration.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }
 
 func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {
 	return s.sv.SignMessage(bytes.NewReader(data), options.WithContext(ctx))
 }
 
-// GenerateKey makes an ECDSA P-256 key. GenerateKey writes the private key to path, readable by the owner only, and the
-// public key to path.pub. GenerateKey never overwrites a file.
+// GenerateKey makes an ECDSA P-256 key. It writes the private key to the path, readable by the owner only, and the
+// public key to path.pub. It never overwrites a file.
 func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
@@ -185,8 +184,7 @@ func generateKey(path string) error {
 	if err != nil {
 		return err
 	}
-	// The public key is written first. If the program is killed between the two writes, there is no private key without
-	// its public key.
+	// Write the public key first. If the program is killed in between, no private key is left without its public key.
 	if err := writeNew(path+".pub", public, 0o644); err != nil {
 		return err
 	}

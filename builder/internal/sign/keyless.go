@@ -20,20 +20,19 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PrefixKeyless is the start of a reference to a Sigstore signing configuration, which takes the place of a key. The
-// configuration lists the certificate authority, and the timestamp authorities and logs that prove the time of a
-// signature.
+// PrefixKeyless begins a reference to a Sigstore signing configuration. The configuration lists the certificate
+// authority, and the timestamp authorities and logs that prove the time of a signature.
 const PrefixKeyless = "keyless:"
 
-// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call the function token whenever they
-// need a new certificate. The function returns an OpenID Connect token, which tells the certificate authority who
-// signs. Signatures and certificates must verify against the trusted root.
+// WithIdentity is the option that keyless signing needs. The callback returns an OpenID Connect token, which tells the
+// certificate authority who signs. LoadSigner and Bundle call it for each new certificate. Signatures and certificates
+// must verify against the trusted root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is the time for which a certificate must still be valid when it is used for a signature. So the time stamp of
-// the signature is certain to be within the validity of the certificate.
+// margin is how long a certificate must still be valid at a signature. So the signature's time stamp is within its
+// validity.
 const margin = time.Minute
 
 const (
@@ -41,7 +40,7 @@ const (
 	maxRetries       = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
 )
 
-// keyless signs with short-lived keys. It uses each key until the key's certificate is about to expire (see margin).
+// keyless signs with short-lived keys. It uses each key until its certificate is about to expire (see margin).
 type keyless struct {
 	ca           *sgsign.Fulcio
 	timestampers []*sgsign.TimestampAuthority
@@ -125,8 +124,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	return nil
 }
 
-// selectServices selects as many services of one kind as the configuration requires. If the configuration has no
-// service of this kind, selectServices returns nil.
+// selectServices selects the required number of services of one kind. If the configuration has none, it returns nil.
 func selectServices(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
 	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
@@ -140,8 +138,7 @@ func selectServices(kind string, want *prototrust.ServiceConfiguration, all []ro
 	return some, nil
 }
 
-// certifiedKey returns a key and its certificate. If the present certificate expires within margin, certifiedKey makes
-// a new key and gets a certificate for it.
+// certifiedKey returns a key and its certificate. If the certificate expires within margin, both are made anew.
 func (k *keyless) certifiedKey(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -165,22 +162,20 @@ func (k *keyless) certifiedKey(ctx context.Context) (sgsign.Keypair, *x509.Certi
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate: %w", err)
 	}
-	// The time until which the key signs is computed from the local clock and the length of the certificate's validity,
-	// because the authority's clock may differ from the local clock.
+	// The authority's clock may differ from the local one. So add the length of the validity to the local time.
 	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)
 	return fresh, leaf, nil
 }
 
-// bundleOptions returns the key for the next signature. The options that it also returns have the certificate of the
-// key, and the services that prove the time of the signature.
+// bundleOptions returns the key for the next signature, and options with its certificate and the services that prove
+// the time.
 func (k *keyless) bundleOptions(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
 	key, leaf, err := k.certifiedKey(ctx)
 	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issuedCertificate{leaf},
 		TimestampAuthorities: k.timestampers, TransparencyLogs: k.logs}, err
 }
 
-// issuedCertificate gives the bundle library a certificate that exists already, so that the library does not ask the
-// authority for a new one.
+// issuedCertificate gives the bundle library an existing certificate. Without it, the library asks for a new one.
 type issuedCertificate struct{ leaf *x509.Certificate }
 
 func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte,
@@ -188,9 +183,8 @@ func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsi
 	return i.leaf.Raw, nil
 }
 
-// explainService gives an error of a service its kind and a hint. A wrong token or setting is [fault.Usage]. All other
-// errors are [fault.Transient], because the service may work the next time. The libraries have no error types for this,
-// so explainService compares error texts.
+// explainService gives an error of a service its kind and a hint: [fault.Usage] for a wrong token or setting,
+// [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -213,7 +207,7 @@ func explainService(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Transient, err, "check that the services in the signing configuration can be reached")
 }
 
-// readFile reads a file of at most limit bytes. If the file cannot be opened, the error has the given hint.
+// readFile reads a file up to a limit in bytes. If it cannot be opened, the error has the given hint.
 func readFile(path string, limit int64, hint string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

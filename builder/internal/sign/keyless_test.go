@@ -102,8 +102,7 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
-// TestKeylessRenews checks that a certificate is not used again shortly before it expires. The certificates of this
-// authority expire so soon that each signature needs a new one.
+// TestKeylessRenews checks that a certificate is not used shortly before it expires.
 func TestKeylessRenews(t *testing.T) {
 	t.Parallel()
 	farm, r := deployment(t)

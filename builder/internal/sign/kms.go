@@ -11,7 +11,7 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature/kms"
 	"github.com/sigstore/sigstore/pkg/signature/options"
 
-	// These key managers are linked in. All others, including PKCS #11 tokens, need a plugin program.
+	// These key managers are linked in. Others, such as PKCS #11 tokens, need a plugin program.
 	_ "github.com/sigstore/sigstore/pkg/signature/kms/gcp"
 	_ "github.com/sigstore/sigstore/pkg/signature/kms/hashivault"
 
@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// hintRefs shows the form of a key's name for each key manager.
+// hintRefs shows the format of a key's name for each key manager.
 const hintRefs = "give the key in one of three forms: " +
 	"gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V; " +
 	"hashivault://KEY, with VAULT_ADDR and VAULT_TOKEN in the environment; " +
@@ -45,9 +45,8 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain gives an error of a KMS its kind and a hint. Wrong arguments and credentials are [fault.Usage], because they
-// stay wrong until somebody corrects them. All other errors are [fault.Transient], because the KMS may answer the next
-// time. The libraries have no error types for this, so explain compares error texts.
+// explain gives an error of a KMS its kind and a hint: [fault.Usage] for wrong arguments or credentials,
+// [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
 		{"kms specification", hintRefs},
@@ -86,9 +85,8 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-// OpenKey opens a key that signs other things than statements, such as kernel modules. ref is the path of a PEM file or
-// a KMS URI, as in [LoadSigner]. Unlike LoadSigner, OpenKey accepts any kind of key that can sign. The key works until
-// ctx ends.
+// OpenKey opens a key that signs other things than statements, such as kernel modules. The reference is a PEM file or a
+// KMS URI, as in [LoadSigner], and any kind of key is accepted. The key works until ctx ends.
 func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
 	key, err := func() (crypto.Signer, error) {
 		if !strings.Contains(ref, "://") {
@@ -98,7 +96,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		if err != nil {
 			return nil, err
 		}
-		// The function for errors can be empty: after an error, key.Public returns nil and key.Sign returns the error.
+		// The callback for errors can be empty: after an error, key.Public returns nil and key.Sign returns the error.
 		key, _, err := sv.CryptoSigner(ctx, func(error) {})
 		if err == nil && key.Public() == nil {
 			err = errors.New("no public key")

@@ -58,8 +58,7 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// checkSigner signs a sample with this signer. It checks that the signer's public key verifies the signature, and that
-// another key does not.
+// checkSigner signs a sample. The signer's public key must verify it, and another key must not.
 func checkSigner(t *testing.T, name string, signer *sign.Signer) {
 	t.Helper()
 	public, err := signer.PublicPEM()
@@ -187,8 +186,8 @@ func TestVault(t *testing.T) {
 	}
 }
 
-// TestGoogleWithoutCredentials tests Google's KMS as far as that is possible without an account: the client is linked
-// in, and its error has a useful hint.
+// TestGoogleWithoutCredentials checks that the client of Google's KMS is linked in, and that its error has a useful
+// hint.
 func TestGoogleWithoutCredentials(t *testing.T) {
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "none"))
 	_, err := sign.LoadSigner(t.Context(), "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1")
@@ -201,8 +200,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 	}
 }
 
-// TestPlugin builds a small plugin program and signs through it. The program uses Sigstore's KMS plugin protocol, as a
-// plugin for a PKCS #11 token does.
+// TestPlugin signs through a small program that uses Sigstore's KMS plugin protocol, like a plugin for a PKCS #11
+// token.
 func TestPlugin(t *testing.T) {
 	dir := t.TempDir()
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "sigstore-kms-filekey"),

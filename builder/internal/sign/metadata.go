@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Metadata loads a key for the metadata of a snapshot. Metadata returns the public key, and a signer that uses the
-// private key. The signer is nil if ref is the path of a public key. Only ECDSA P-256 keys are accepted, because all
-// TUF clients and key managers support them.
+// Metadata loads a key for the metadata of a snapshot. It returns the public key and a signer, which is nil if the
+// reference is a public key. The key must be ECDSA P-256, which all TUF clients and key managers support.
 func Metadata(ctx context.Context, ref string, opts ...Option) (crypto.PublicKey, signature.Signer, error) {
 	pub, by, err := metadata(ctx, ref, opts)
 	if err == nil {

@@ -14,8 +14,7 @@ import (
 // buildTypeRelease is the build type of a release's provenance. docs/decisions/0033-releases.md describes it.
 const buildTypeRelease = "https://prebake.dev/release/v1"
 
-// ReleaseFacts is the content of a release's provenance. ReleaseFacts has no time, so that the same source gives the
-// same statement.
+// ReleaseFacts is the content of a release's provenance. It has no time: the same source gives the same statement.
 type ReleaseFacts struct {
 	Version string
 	// Commit is the commit of the source, in hexadecimal as git prints it.
@@ -24,11 +23,11 @@ type ReleaseFacts struct {
 	Toolchain string
 	// BuilderID is the URI of the builder that made the release.
 	BuilderID string
-	// Files are the release's files and images. Inputs are the inputs other than the source.
+	// Files are the release's files and images. Inputs are all inputs except the source.
 	Files, Inputs []Material
 }
 
-// Release makes a statement about how the files of a release were made, in the form of SLSA v1 provenance.
+// Release makes the SLSA v1 provenance of a release's files.
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {

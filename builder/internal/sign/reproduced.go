@@ -8,14 +8,13 @@ import (
 
 // ReproducedFacts is the content of a reproduction statement, in addition to the cell.
 type ReproducedFacts struct {
-	// By is the URI of the builder that reproduced the artifact. Builder is the URI of the builder that first built it.
+	// By is the URI of the builder that reproduced the artifact. Builder is the URI of the first builder.
 	By, Builder string
 	// Recipes maps each step of the build, such as "compile", to the version of the step's code in the rebuild.
 	Recipes map[string]string
 }
 
-// Reproduced makes the statement that a rebuild of the artifact with this manifest digest gave the identical artifact.
-// A rebuild with another result gets no statement.
+// Reproduced makes the statement that a rebuild gave the identical artifact with this manifest digest.
 func Reproduced(digest string, built trust.Parameters, f ReproducedFacts) (Statement, error) {
 	predicate, err := toStruct(map[string]any{
 		"result": "identical", "rebuilder": map[string]string{"id": f.By}, "builder": map[string]string{"id": f.Builder},

@@ -71,7 +71,7 @@ func sample(t *testing.T) testkit.Sample {
 		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 }
 
-// keyFile makes a key in a file. keyFile returns the key's signer, and a verifier for the public key.
+// keyFile makes a key in a file. It returns the key's signer, and a verifier for the public key.
 func keyFile(t *testing.T) (*sign.Signer, *trust.Verifier) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "key")

@@ -30,8 +30,8 @@ type Material struct {
 	Digest    string // sha256:...
 }
 
-// BuildFacts is everything that the provenance says about a build. The caller sets times and ids, because this package
-// reads no clock.
+// BuildFacts is everything that the provenance says about a build. The caller sets times and ids: this package reads no
+// clock.
 type BuildFacts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
@@ -41,12 +41,12 @@ type BuildFacts struct {
 	BuilderID string
 	// InvocationID is the ID of this run of the builder. If it is empty, the provenance has no such field.
 	InvocationID string
-	// Started and Finished are the times of the build's start and end. If a time is zero, the provenance does not have it.
+	// Started and Finished are the times of the build's start and end. A zero time is left out.
 	Started, Finished time.Time
 	// LogDigest is the digest of the build log. If it is empty, the provenance does not refer to a log.
 	LogDigest string
-	// Facts are further facts about how the artifact was made, such as the vermagic and the version of each build step's
-	// code. They become the internal parameters of the provenance.
+	// Facts are further facts, such as the vermagic and the version of each build step's code. They become internal
+	// parameters.
 	Facts map[string]string
 }
 
@@ -59,8 +59,7 @@ type Statement struct {
 // JSON returns the statement as JSON.
 func (s Statement) JSON() []byte { return s.payload }
 
-// Provenance makes a statement about how the artifact with this manifest digest was built, in the form of SLSA v1
-// provenance.
+// Provenance makes the SLSA v1 provenance of the artifact with this manifest digest.
 func Provenance(digest string, f BuildFacts) (Statement, error) {
 	s, err := newProvenance(digest, f)
 	if err != nil {
@@ -107,8 +106,8 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateProvenance, p)
 }
 
-// KernelMatch makes the statement that the artifact with this manifest digest fits this COS build. fp is the ABI
-// fingerprint of the COS build's kernel.
+// KernelMatch makes the statement that the artifact with this manifest digest fits this COS build, whose kernel has the
+// given ABI fingerprint.
 func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
 	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
 	if err != nil {
@@ -133,8 +132,7 @@ func newStatement(digest string, d target.Driver, predicateType string, predicat
 	return statementOf("nvidia-"+d.String(), digest, predicateType, body)
 }
 
-// marshal prints a message as JSON, so that equal messages give equal bytes. protojson adds random white space, so that
-// nobody relies on the bytes of its output; marshal removes this white space.
+// marshal prints a message as JSON. It removes protojson's random white space, so equal messages give equal bytes.
 func marshal(m proto.Message) ([]byte, error) {
 	raw, err := protojson.Marshal(m)
 	if err != nil {
@@ -172,9 +170,10 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 }
 
 // Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope, and a hint about which key made the signature.
-// The bundle of a signer with a key has no certificate, timestamp or log entry, so it can be verified offline for as
-// long as the key is trusted. The bundle of a keyless signer also has a certificate and a proof of the time. Before
-// Bundle returns the result, it verifies the result as a node does.
+// It verifies the result as a node does.
+//
+// With a lasting key, the bundle has no certificate, timestamp or log entry, and verifies offline while the key is
+// trusted. A keyless bundle has a certificate and a proof of the time.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
@@ -205,11 +204,10 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		return nil, err
 	}
 	if _, err := verifier.Statement(raw); err != nil {
-		// Somebody may have replaced the key in the KMS after it was loaded. The next try loads the new key.
+		// The key in the KMS may have been replaced after it was loaded. The next try loads the new key.
 		kind := fault.Transient
 		if s.keyless != nil {
-			// The trusted root belongs to other services, or the new token is for another signer. A retry would fail in the same
-			// way.
+			// The trusted root belongs to other services, or the new token is for another signer. A retry does not help.
 			kind = fault.Usage
 		}
 		return nil, fault.Wrap(kind, fmt.Errorf("verify the new signature: %w", err), "")

@@ -16,34 +16,31 @@ import (
 // TestFacts is the content of a test result.
 type TestFacts struct {
 	Driver target.Driver
-	// LoadTest is the verdict of the load test, with the observations that led to it. TestResult keeps only the last
-	// [MaxTestLog] bytes of the kernel's log.
+	// LoadTest is the verdict of the load test with its observations. Only the last [MaxTestLog] bytes of the kernel's log
+	// are kept.
 	LoadTest trust.LoadTest
-	// Static has the names of the static checks that passed. An artifact that fails a static check gets no load test.
+	// Static has the names of the passed static checks. An artifact that fails one gets no load test.
 	Static []string
 	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string
 	// Configuration lists the files that the test used, such as the boot image, with their digests. TestResult adds the
-	// kernel to this list.
+	// kernel.
 	Configuration []Material
-	// URL is the address of a page about the test, for people. URL may be empty.
+	// URL is the address of a page about the test, for people. It may be empty.
 	URL string
 }
 
-// These limits keep a statement small, because nodes fetch it. MaxTestLog and maxTestLine are in bytes, and
-// maxTestLines is a number of lines.
+// Limits in bytes and lines. They keep a statement small, because nodes fetch it.
 const (
 	MaxTestLog   = 32 << 10
 	maxTestLines = 64
 	maxTestLine  = 400
 )
 
-// fieldLoadTest is Prebake's own field of the predicate. Its name follows in-toto's rule for such fields: vendor,
-// underscore, name.
+// fieldLoadTest is Prebake's own field of the predicate, named by in-toto's rule: vendor, underscore, name.
 const fieldLoadTest = "prebake_loadTest"
 
-// TestResult makes a statement about the tests of the artifact with this manifest digest, in the form of in-toto's
-// test-result v0.1.
+// TestResult makes the statement about the tests of the artifact with this manifest digest: in-toto's test-result v0.1.
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
 	if err != nil {
@@ -93,8 +90,7 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
 		return Statement{}, fmt.Errorf("verdict %q, although a test failed: %s", t.Verdict, p.FailedTests[0])
 	}
-	// An entry must identify what was used in the test. A COS build has no digest of its own, so the entry has the
-	// kernel's fingerprint, a digest over everything that decides whether a module fits.
+	// An entry needs a digest. A COS build has none, so the entry has the kernel's fingerprint.
 	k, err := resource("kernel", "", string(t.Fingerprint))
 	if err != nil {
 		return Statement{}, fmt.Errorf("fingerprint: %w", err)
@@ -148,8 +144,8 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	return s, nil
 }
 
-// shortLines shortens a list of texts that come from elsewhere, such as a kernel's log. It returns at most maxTestLines
-// lines, each shortened by oneLine. If it leaves lines out, one more line says how many.
+// shortLines returns at most maxTestLines of the texts, each shortened by oneLine. One more line says how many are left
+// out.
 func shortLines(texts []string) []string {
 	var all []string
 	for i, text := range texts {
@@ -167,7 +163,7 @@ func oneLine(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), maxTestLine)], "?")
 }
 
-// lastLines returns the end of a text: as many whole lines as fit into limit bytes.
+// lastLines returns the last whole lines of a text that fit into the limit in bytes.
 func lastLines(text string, limit int) string {
 	if len(text) > limit {
 		_, text, _ = strings.Cut(text[len(text)-limit:], "\n")

@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// ParseManifest returns the only layer of a manifest that [Publish] wrote. raw is the manifest in JSON. For any other
-// manifest, it returns an error.
+// ParseManifest returns the only layer of a manifest by [Publish]. Any other manifest is an error.
 func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {

@@ -1,8 +1,7 @@
 // Package symbols publishes the debug symbols of a driver's modules for people who analyse a crash dump. The symbols
 // are an artifact of their own that refers to the driver's artifact. No node fetches them.
 //
-// The package refuses symbols of modules that are not the published ones. The package refuses to replace published
-// symbols.
+// The package refuses symbols of other modules than the published ones. It never replaces published symbols.
 package symbols
 
 import (
@@ -32,8 +31,8 @@ import (
 // ArtifactType is the artifact type of the referrer with a driver's symbols.
 const ArtifactType = "application/vnd.prebake.debug-symbols.v1"
 
-// Folder is the folder of the files in the layer. gdb, crash, perf and drgn look for symbols by build id in this folder
-// below a root folder.
+// Folder is the folder of the files in the layer. gdb, crash, perf and drgn look for symbols by build id in this
+// folder.
 const Folder = "usr/lib/debug/.build-id"
 
 // PredicateType is the type of the statement that says to which driver the symbols belong.
@@ -52,21 +51,20 @@ type Facts struct {
 // Set has the symbols of one artifact.
 type Set struct {
 	Identity bundle.Identity
-	// Debug and Published have the name of the module as the key, and the path of a file as the value. Debug has files
-	// with debug information, and Published has the module files of the artifact. Each file in Debug must have the build
-	// id of the module's file in Published.
+	// Debug and Published map module names to files. Debug has files with debug information, and Published has the
+	// artifact's modules. Both files of a module must have the same build id.
 	Debug, Published map[string]string
 	// Signer signs the statement about the symbols.
 	Signer *sign.Signer
-	// Verifier verifies statements that are attached already. If Verifier is nil, only Signer's key is trusted.
+	// Verifier verifies attached statements. If nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
-	// Scratch is the folder in which the layer is made. "" means the system's temporary folder.
+	// Scratch is the folder in which the layer is made, or "" for the system's temporary folder.
 	Scratch string
 }
 
-// Publish attaches the symbols to the artifact with this manifest digest, and a signed statement to the symbols. d
-// describes the manifest of the symbols. existed is true if both symbols and statement were attached before. If a
-// trusted signer attached other symbols before, the error is [fault.PublishRefused].
+// Publish attaches the symbols to the artifact with this manifest digest, and a signed statement to the symbols. It
+// returns the manifest of the symbols, and whether both were attached before. If a trusted signer attached other
+// symbols, the error is [fault.PublishRefused].
 func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool,
 	err error) {
 	d, existed, err = s.publish(ctx, repo, digest)
@@ -106,9 +104,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err := s.refuseOthers(ctx, repo, digest, layer); err != nil {
 		return d, false, err
 	}
-	// The layer is attached even if the artifact has these symbols already: an earlier run may have ended after it
-	// wrote the manifest and before it wrote the list of referrers. If the layer is in the registry already, this costs
-	// little.
+	// Attach the layer even if the artifact has these symbols. An earlier run may have written the manifest, but not the
+	// list of referrers.
 	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer,
 		func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
 	if err != nil {
@@ -130,8 +127,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers returns an error if the artifact has other symbols with a trusted signature. It ignores symbols without
-// a trusted signature, because anybody who may write to the repository may attach such symbols.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Untrusted ones are ignored,
+// because anybody who may write to the repository can attach them.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
@@ -208,7 +205,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 	return layer, ids, err
 }
 
-// File returns the name of a module's symbols in the layer. buildID is the module's build id in hexadecimal.
+// File returns the name of a module's symbols in the layer, by the module's build id in hex.
 func File(buildID string) string { return Folder + "/" + buildID[:2] + "/" + buildID[2:] + ".debug" }
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{8,128}$`)
@@ -233,7 +230,7 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// linkOrCopy makes a file available under another name. It copies the file only if a hard link is not possible.
+// linkOrCopy makes a file available under another name, by a hard link or else as a copy.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err

@@ -30,8 +30,7 @@ __attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
 int answer(int x) { return x + %d; }
 `
 
-// compileObject makes an object with debug information and a build id. It returns this object and a stripped copy, as
-// kbuild and package compile make them.
+// compileObject makes an object with debug information and a build id. It returns the object and a stripped copy.
 func compileObject(t *testing.T, name string, salt int) (debug, published string) {
 	t.Helper()
 	dir := t.TempDir()

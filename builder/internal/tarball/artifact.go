@@ -23,9 +23,9 @@ type repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 }
 
-// FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be empty. The returned
-// release has the facts that are in the artifact. The caller adds the COS build and the signing key. The caller must
-// have verified the artifact's signatures. FromArtifact compares all fetched bytes with their digests.
+// FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be empty. It compares the
+// bytes with their digests. The caller must have verified the artifact's signatures, and adds the COS build and the
+// signing key to the release.
 func FromArtifact(ctx context.Context, repo repository, digest, dir string) (Release, error) {
 	r, err := fromArtifact(ctx, repo, digest, dir)
 	if err != nil {
@@ -81,8 +81,7 @@ func unpackLayer(ctx context.Context, repo repository, l bundle.ContentLayer, di
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, root)
 }
 
-// verifyIndex verifies the signature of an index and parses the index. have is the content of the index. If the bucket
-// has no index, have is nil and the result is an empty index.
+// verifyIndex verifies and parses an index. have is the content; if it is nil, the result is an empty index.
 func (b *Bucket) verifyIndex(ctx context.Context, v *trust.Verifier, k target.Kernel, have []byte) (Index, error) {
 	name := IndexName(k)
 	if have == nil {

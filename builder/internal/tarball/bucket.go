@@ -28,21 +28,20 @@ type upload struct {
 	open              func() (io.ReadCloser, error)
 }
 
-// store is one kind of destination. Object names are slash-separated and relative to the
-// destination.
+// store is one kind of destination. Object names are slash-separated and relative to the destination.
 type store interface {
 	// stat returns an object's attributes; ok is false if there is no object.
 	stat(ctx context.Context, name string) (a attrs, ok bool, err error)
-	// open opens an object for reading; the error is errAbsent if there is no object. The token identifies the state of
-	// the object that is read.
+	// open opens an object for reading. If there is no object, the error is errAbsent. The token identifies the object's
+	// state.
 	open(ctx context.Context, name string) (rc io.ReadCloser, token string, err error)
-	// create stores a whole object or nothing; the error is errExists if the name is taken.
+	// create stores a whole object or nothing. If the name is taken, the error is errExists.
 	create(ctx context.Context, u upload) error
 	// replace replaces the object if it is still in the state of the token. Otherwise the error is errChanged. The token
-	// "" means that no object of this name may exist.
+	// "" means that there must be no object.
 	replace(ctx context.Context, u upload, token string) error
-	// remove removes the object if it is still in the state of the token. Otherwise the error is errChanged. It is no
-	// error if the object is gone already.
+	// remove removes the object if it is still in the state of the token. Otherwise the error is errChanged. A missing
+	// object is no error.
 	remove(ctx context.Context, name, token string) error
 	url(name string) string
 	close() error
@@ -57,9 +56,8 @@ var (
 // Bucket is an open destination: a bucket of Google Cloud Storage or a folder.
 type Bucket struct{ s store }
 
-// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist. If the folder does not
-// exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST is set to a server's address, Open uses
-// that server for gs://, as Google's own clients do.
+// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist; Open creates a missing
+// folder. As with Google's own clients, the environment variable STORAGE_EMULATOR_HOST names another server for gs://.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
 	u, err := parse(dest)
 	if err != nil {
@@ -95,8 +93,7 @@ func parse(dest string) (*url.URL, error) {
 	return u, nil
 }
 
-// Is reports whether dest is a destination for [Open], which is a gs:// or file:// URL. Any other destination is an OCI
-// repository.
+// Is reports whether dest is a destination for [Open]. Any other destination is an OCI repository.
 func Is(dest string) bool {
 	u, err := url.Parse(dest)
 	return err == nil && (u.Scheme == "gs" || u.Scheme == "file")
@@ -130,14 +127,12 @@ func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (data 
 	return data, token, nil
 }
 
-// maxTries is the largest number of attempts to change one object. A new attempt follows only if another writer changed
-// the object during the last one.
+// maxTries is the maximum number of attempts to change one object while other writers change it.
 const maxTries = 256
 
-// update changes the content of an object. The function next gets the present content, or nil if there is no object,
-// and returns the new content. If both are equal, update writes nothing and changed is false. Before each write, update
-// calls the function prepare with the new content. If another writer changes the object between reading and writing,
-// update starts again. data is the object's content after the call.
+// update changes the content of an object. The first callback gets the present content, or nil, and returns the new
+// content. If both are equal, update writes nothing, and changed is false. The second callback runs before each write.
+// If another writer changes the object in between, update starts again. data is the content after the call.
 func (b *Bucket) update(ctx context.Context, name, contentType string, limit int64,
 	next func(have []byte) ([]byte, error), prepare func(data []byte) error) (changed bool, data []byte, err error) {
 	for range maxTries {
@@ -170,8 +165,8 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 	return false, nil, busy("update", b.URL(name))
 }
 
-// remove removes an object if the function matches returns true for its content. It reports whether it removed the
-// object. If another writer changes the object between reading and removing, remove starts again.
+// remove removes an object if its content matches, and reports whether it did. If another writer changes the object in
+// between, remove starts again.
 func (b *Bucket) remove(ctx context.Context, name string, limit int64, matches func(have []byte) bool) (bool, error) {
 	for range maxTries {
 		have, token, err := b.readSmall(ctx, name, limit)

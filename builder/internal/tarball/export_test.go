@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Form is one of the two file forms of gpu_driver_versions.
+// Form is one of the two file formats of gpu_driver_versions.
 type Form struct {
 	Name      string
 	edit      func(have []byte, change edit) ([]byte, error)
@@ -20,7 +20,7 @@ type Form struct {
 	Marshal   func(proto.Message) ([]byte, error)
 }
 
-// Text and Binary are the two forms.
+// Text and Binary are the two formats.
 var (
 	Text   = Form{"textproto", editText, prototext.Unmarshal, prototext.Marshal}
 	Binary = Form{"bin", editBinary, proto.Unmarshal, proto.Marshal}
@@ -36,8 +36,7 @@ func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
 	return f.edit(have, withLabels(drop, give))
 }
 
-// Pack packs a release's files. The function xattr returns their extended attributes, because the
-// test's file system may not support them.
+// Pack packs a release's files. xattr replaces the test's file system, which may lack extended attributes.
 func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, string) ([]byte, error)) (digest string,
 	err error) {
 	files, err := r.sources()
@@ -51,7 +50,7 @@ func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, strin
 	return o.sha256, err
 }
 
-// OpenFolder opens a folder as a destination. The function flush takes the place of (*os.File).Sync for folders.
+// OpenFolder opens a folder as a destination. flush replaces (*os.File).Sync for folders.
 func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	f, err := openFolder(&url.URL{Scheme: "file", Path: dir}, flush)
 	if err != nil {
@@ -60,9 +59,8 @@ func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	return &Bucket{f}, nil
 }
 
-// Breaking returns a destination whose calls can fail. Every call runs the function before at its start. A call that
-// writes also runs the function after at its end. If one of these functions returns an error, the call returns that
-// error.
+// Breaking returns a destination whose calls can fail. Each call first runs the first callback. A call that writes runs
+// the second callback at its end. The callback's error is the error of the call.
 func Breaking(b *Bucket, before, after func() error) *Bucket {
 	return &Bucket{&breaking{b.s, before, after}}
 }

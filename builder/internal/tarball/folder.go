@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a destination on a disk. A lock file makes sure that only one writer of all processes works at a time.
-// Readers need no lock, because objects appear only by link and rename.
+// folder is a destination on a disk. A lock file allows one writer at a time, across all processes. Readers need no
+// lock, because objects appear only by link and rename.
 type folder struct {
 	dir   string
 	root  *os.Root
@@ -34,13 +34,11 @@ const lockPause = 20 * time.Millisecond
 const (
 	ownFolder = ".prebake"
 	lockFile  = ownFolder + "/lock"
-	// partFile has the object that is being written. Only one writer works at a time, so a writer may overwrite the
-	// partFile that a killed writer left.
+	// partFile is the object that is being written. A writer may overwrite the file that a killed writer left.
 	partFile = ownFolder + "/part"
 )
 
-// openFolder opens a folder, and makes the folder if it does not exist. The function flush syncs an open folder to the
-// disk: it is (*os.File).Sync, except in tests.
+// openFolder opens a folder, and makes it if it does not exist. flush is (*os.File).Sync, except in tests.
 func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 	dir, err := folderPath(u)
 	if err != nil {
@@ -63,8 +61,8 @@ func folderPath(u *url.URL) (string, error) {
 	return filepath.Clean(u.Path), nil
 }
 
-// makeFolder makes a folder and its missing parents. It syncs the parent of each new folder to the disk, so that the
-// new folder's name survives a crash.
+// makeFolder makes a folder and its missing parents. It syncs each new folder's parent, so that the names survive a
+// crash.
 func makeFolder(dir string, flush func(*os.File) error) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -96,7 +94,7 @@ func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
 	return attrs{size: info.Size()}, true, nil
 }
 
-// open returns the digest of the content as the token. Unlike a file's time, a digest does not depend on a clock.
+// open returns the digest of the content as the token, because a file's time depends on a clock.
 func (f *folder) open(_ context.Context, name string) (io.ReadCloser, string, error) {
 	token, err := f.digest(name)
 	if err != nil {
@@ -211,8 +209,8 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }
 
-// sync syncs the folder of an object and all folders above it in the destination, so that the object's name survives a
-// crash. sync also syncs folders that existed before, because a killed writer may have made them without a sync.
+// sync syncs an object's folder and all folders above it in the destination, so that the names survive a crash. A
+// killed writer may have made a folder without a sync.
 func (f *folder) sync(name string) error {
 	for dir := path.Dir(name); ; dir = path.Dir(dir) {
 		d, err := f.root.Open(dir)

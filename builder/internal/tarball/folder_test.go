@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// After a crash, a folder may lack every name that was added to it after its last fsync. So Publish must sync a folder
-// after it has added the last name to it. The name may be that of a new folder.
+// After a crash, a folder may lack names that were added after its last fsync. So Publish must sync a folder after its
+// last new name.
 func TestNamesSurviveACrash(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)

@@ -21,7 +21,7 @@ import (
 // googleBucket is a destination in Google Cloud Storage.
 type googleBucket struct{ gcs.Bucket }
 
-// maxAttempts is how often the library may send one request. It may also repeat a write, because every write here has a
+// maxAttempts is how often the library may send one request. Writes may be repeated too, because each has a
 // precondition.
 const maxAttempts = 6
 
@@ -35,16 +35,14 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	}
 	client, err := storage.NewClient(ctx)
 	if err != nil {
-		// A bucket may still be writable without credentials, as in an emulator. Google itself refuses such a write, and says
-		// in the error that the credentials are missing.
+		// A bucket may be writable without credentials, as in an emulator. Google itself refuses the write.
 		client, err = storage.NewClient(ctx, option.WithoutAuthentication())
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account")
 	}
 	client.SetRetry(storage.WithMaxAttempts(maxAttempts), storage.WithErrorFunc(func(err error) bool {
-		// The library does not retry if a connection ends without an answer. In that case nobody
-		// knows whether the write took effect, and the precondition makes a retry safe.
+		// The library does not retry if a connection ends without an answer. The precondition makes a retry safe.
 		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
 	}))
 	return &googleBucket{gcs.New(client, u.Host, prefix)}, nil
@@ -82,8 +80,7 @@ func (g *googleBucket) create(ctx context.Context, u upload) error {
 }
 
 func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
-	// By default a public object is cached for an hour, in Google's network too. Readers of an
-	// object that changes must see its present state.
+	// By default a public object is cached for an hour, in Google's network too. Readers must see the present state.
 	u.cacheControl = "no-cache"
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
@@ -101,7 +98,7 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 		return err
 	}
 	err = g.Object(name).If(c).Delete(ctx)
-	if errors.Is(err, storage.ErrObjectNotExist) { // the library's first attempt may have removed the object already
+	if errors.Is(err, storage.ErrObjectNotExist) { // the library's first attempt may have removed the object
 		return nil
 	}
 	return g.fault(ctx, err)
@@ -116,7 +113,7 @@ func state(token string) (storage.Conditions, error) {
 	return storage.Conditions{GenerationMatch: generation}, nil
 }
 
-// chunk is the number of bytes that the library keeps in memory, so that it can send them again after a network error.
+// chunk is the number of bytes that the library keeps, to send them again after a network error.
 const chunk = 16 << 20
 
 func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {

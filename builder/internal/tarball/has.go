@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Has reports whether a COS build's [Index] lists a driver that was made from this OCI artifact. Callers use Has to
-// decide whether the driver must be published. Has verifies no signature; [Publish] examines every object itself.
+// Has reports whether a COS build's [Index] lists a driver made from this OCI artifact. It verifies no signature.
 func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artifact string) (bool, error) {
 	text, _, err := b.readSmall(ctx, IndexName(k), maxIndex)
 	if err != nil || text == nil {

@@ -17,39 +17,36 @@ import (
 // indexFormat is the only format that this program writes and reads.
 const indexFormat = 1
 
-// These constants limit the size of an index in bytes, and the numbers of its drivers and labels. One entry has about 2
-// KB.
+// Limits of an index: its size in bytes, and the numbers of drivers and labels. One entry has about 2 KB.
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
 	maxLabels  = 4000
 )
 
-// Index lists the drivers that are published for one COS build, for programs to read. The index is one of the few
-// objects that change. Builders add drivers to it, and never change or remove a driver. They also set, move and remove
-// labels. The index has no time in it, so that equal lists give equal files.
+// Index lists the drivers that are published for one COS build. Builders add drivers, and never change or remove them.
+// The index contains no time, so equal lists give equal files.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
 	// Drivers are sorted by version and flavour.
 	Drivers []Entry `json:"drivers"`
-	// Labels are the labels that builders set. If a label in gpu_driver_versions is missing here, somebody else set it.
+	// Labels are the labels that builders set. All other labels in gpu_driver_versions are from somebody else.
 	Labels []Label `json:"labels,omitempty"`
 }
 
 // Entry is one driver of an index. Object names are relative to the bucket's prefix.
 type Entry struct {
 	target.Driver
-	// Object is the name of the tarball. Its checksums and its signature are separate objects next
-	// to it.
+	// Object is the name of the tarball. Its checksums and its signature are separate objects.
 	Object    string `json:"object"`
 	Size      int64  `json:"size"`
 	SHA256    string `json:"sha256"`
 	MD5       string `json:"md5"`
 	Signature string `json:"signature"`
-	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware. Fingerprint is the ABI
-	// fingerprint of the kernel for which the modules were compiled.
+	// Artifact is the manifest digest of the OCI artifact with the same files. Fingerprint is the ABI fingerprint of the
+	// modules' kernel.
 	Artifact    string             `json:"artifact,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
 	// Runfile is NVIDIA's runfile, which contains the user space.
@@ -66,8 +63,8 @@ type RunfileEntry struct {
 	Object string `json:"object,omitempty"`
 }
 
-// ParseIndex reads an index whose signature the caller has verified. If this program would not have written such an
-// index, the error is [fault.Unverified].
+// ParseIndex reads an index whose signature the caller has verified. If this program would not have written it, the
+// error is [fault.Unverified].
 func ParseIndex(text []byte) (Index, error) {
 	x, err := parseIndex(text)
 	if err != nil {
@@ -144,7 +141,7 @@ func (e Entry) check(k target.Kernel) error {
 		digests = append(digests, f.SHA256)
 	}
 	for _, d := range digests {
-		if _, err := target.ParseFingerprint(d); err != nil { // a fingerprint has the same form as these digests
+		if _, err := target.ParseFingerprint(d); err != nil { // a fingerprint has the same format
 			return fmt.Errorf("digest %.80q: want sha256: and 64 hex digits", d)
 		}
 	}
@@ -159,8 +156,8 @@ func (e Entry) compare(o Entry) int {
 		strings.Compare(string(e.Flavour), string(o.Flavour)))
 }
 
-// withEntry returns the index with the entry e added. If the index has an entry of this driver for another tarball or
-// artifact, withEntry returns an error, because a published driver is never replaced.
+// withEntry returns the index with the entry added. If the index has this driver with another tarball or artifact,
+// withEntry returns an error.
 func (x Index) withEntry(e Entry) (Index, error) {
 	x.Drivers = slices.Clone(x.Drivers)
 	i, found := slices.BinarySearchFunc(x.Drivers, e, Entry.compare)

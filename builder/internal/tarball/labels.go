@@ -21,13 +21,12 @@ type Label struct {
 	// Label is DEFAULT, LATEST or a branch such as R535.
 	Label string `json:"label"`
 	// GPUType is the gpu_type of the row in gpu_driver_versions that has the label. "" stands for the label's own object,
-	// such as gpu_default_version. That object has only the label's version. The installers of older milestones read it.
+	// such as gpu_default_version, which the installers of older milestones read.
 	GPUType string `json:"gpuType,omitempty"`
 	Version string `json:"version"`
-	// Builder is the URI of the builder that set the label. Only this builder may move or remove the label.
+	// Builder is the URI of the builder that set the label. No other builder may move or remove the label.
 	Builder string `json:"builder"`
-	// Declared is true if an operator asked for the label. If Declared is false, the builder copied the label from COS's
-	// own list.
+	// Declared is true if an operator asked for the label, and false for a copy from COS's own list.
 	Declared bool `json:"declared,omitempty"`
 }
 
@@ -49,8 +48,7 @@ func (l Label) check(x Index) error {
 	return nil
 }
 
-// installable returns the entry of a version whose driver Google's installer can use. The second result is false if
-// there is none.
+// installable returns the entry of a version that Google's installer can use. It returns false if there is none.
 func (x Index) installable(version string) (Entry, bool) {
 	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
 	if i < 0 {
@@ -62,20 +60,19 @@ func (x Index) installable(version string) (Entry, bool) {
 // Labelling describes the wanted labels of one COS build's drivers.
 type Labelling struct {
 	Kernel target.Kernel
-	// Builder is the URI of the builder that sets the labels. Labels of other builders stay as they are.
+	// Builder is the URI of the builder that sets the labels. Labels of other builders stay.
 	Builder string
-	// Declared maps each label that an operator declared to the version that gets the label. The version "" means that the
-	// version is not known now; then the label stays as it is.
+	// Declared maps each label that an operator declared to its version. "" means that the version is not known now; the
+	// label stays as it is.
 	Declared map[string]string
-	// FromCOS maps each of COS's labels to the version that has the label at COS. If the operator
-	// declared the same label, the declared version has precedence.
+	// FromCOS maps each of COS's labels to its version at COS. Declared has precedence.
 	FromCOS map[string]string
-	// Complete is true if Declared and FromCOS together have all labels that Builder wants. Then SetLabels removes every
-	// other label that Builder set before.
+	// Complete is true if Declared and FromCOS have all labels that Builder wants. Then SetLabels removes Builder's other
+	// labels.
 	Complete bool
 	// Signer signs the index and the lists.
 	Signer *sign.Signer
-	// Verifier verifies the signatures of what was published before. With nil, only Signer's key is trusted.
+	// Verifier verifies what was published before. With nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 }
 
@@ -85,8 +82,7 @@ type Labelled struct {
 	URL string `json:"url"`
 	// Labels maps the wanted labels that are set now to their versions.
 	Labels map[string]string `json:"labels,omitempty"`
-	// Absent lists the declared labels whose version is not published in this bucket. SetLabels does not change these
-	// labels.
+	// Absent lists the declared labels whose version is not published in this bucket. SetLabels does not change them.
 	Absent []string `json:"absent,omitempty"`
 	// Existed is true if nothing had to be changed.
 	Existed bool `json:"existed"`
@@ -97,8 +93,8 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// COSLabels returns the labels that a COS release bucket sets for a COS build. The result maps each label to its
-// version. It is empty if the bucket has no list of drivers for the COS build.
+// COSLabels returns the labels of a COS release bucket for a COS build, with their versions. Without a list of drivers,
+// the result is empty.
 func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
 	list, err := b.Drivers(ctx, k)
 	if err != nil && !fault.Is(err, fault.InputMissing) {
@@ -118,9 +114,9 @@ func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]strin
 // and signed. If somebody else set a declared label on another version, the error is [fault.PublishRefused] and nothing
 // changes.
 //
-// The index lists every label with its builder, so that a builder recognizes the labels of other builders. This must be
-// true even if SetLabels is interrupted. So SetLabels writes new labels to the index before it sets them, and removes
-// old labels from the index after it has removed them everywhere else.
+// The index must list every label with its builder, even if SetLabels is interrupted:
+//   - New labels go to the index before they are set.
+//   - Old labels leave the index after they are removed everywhere else.
 func SetLabels(ctx context.Context, b *Bucket, l Labelling) (Labelled, error) {
 	got, err := setLabels(ctx, b, l)
 	if err != nil {
@@ -200,7 +196,7 @@ func (l Labelling) check() error {
 	return nil
 }
 
-// updateLabels replaces the labels in the index by the labels that the function next returns.
+// updateLabels replaces the labels in the index by the labels that the callback returns.
 func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label, error)) error {
 	return p.update(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
 		x, err := p.readIndex(ctx, have)
@@ -219,7 +215,7 @@ func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label,
 	}})
 }
 
-// isLabelled reports whether the list has the label l. It does not compare the field Declared.
+// isLabelled reports whether the list has the label, without comparing Declared.
 func isLabelled(all []Label, l Label) bool {
 	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
 }
@@ -232,8 +228,7 @@ type claims struct {
 	conflicts  []error           // one for each declared label that somebody else set on another version
 }
 
-// claim computes which labels to set and to remove. It checks the tarball of each version that gets
-// a new label.
+// claim computes which labels to set and to remove. It checks the tarball of each version that gets a new label.
 func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, error) {
 	s, err := p.labelState(ctx, x, l)
 	if err != nil {
@@ -300,7 +295,7 @@ func (l Labelling) wantedLabels() map[string]string {
 	return all
 }
 
-// claim computes the claims without checking any tarball. x is the index, and s has the labels in the bucket.
+// claim computes the claims without checking any tarball.
 func (l Labelling) claim(x Index, s labelState) claims {
 	c := claims{given: map[string]string{}}
 	var mine []Label
@@ -322,7 +317,7 @@ func (l Labelling) claim(x Index, s labelState) claims {
 			c.absent = append(c.absent, label)
 			c.want = append(c.want, before...)
 		case !declared && !l.Complete && slices.ContainsFunc(before, func(have Label) bool { return have.Declared }):
-			// The operator declared this label in another run, so the version from COS does not replace the operator's.
+			// The operator declared this label in another run, so COS's version does not replace it.
 			c.want = append(c.want, before...)
 		case ready:
 			settled[label] = true
@@ -337,9 +332,9 @@ func (l Labelling) claim(x Index, s labelState) claims {
 	return c
 }
 
-// assign adds the label l to the claims: once for each row of gpu_driver_versions in rows, and once for the label's own
-// object. A label from COS is added only for rows that are for no particular product (see isGeneral). The reason: a
-// list that has rows for products was copied from COS, and has COS's labels already.
+// assign adds a label to the claims, once for each given row of gpu_driver_versions and once for the label's own
+// object. A label from COS goes only to rows for no particular product (see isGeneral). A list with rows for products
+// was copied from COS, and has COS's labels already.
 func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l Label) {
 	for _, row := range append(rows, "") {
 		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !isGeneral(row) {
@@ -374,7 +369,7 @@ func taken(l Label, version, by string) error {
 			"bucket, because a builder never moves a label of somebody else")
 }
 
-// versionObject returns the name of the label's own object. That object has only the label's version.
+// versionObject returns the name of the label's own object, which contains only the label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":
@@ -385,7 +380,7 @@ func versionObject(k target.Kernel, label string) string {
 	return cosbucket.BranchVersionName(k, label)
 }
 
-// updateVersionObjects writes and removes the labels' own objects. Each of them has the version of one label.
+// updateVersionObjects writes and removes the labels' own objects.
 func (p *publisher) updateVersionObjects(ctx context.Context, c claims) error {
 	for _, w := range c.want {
 		if w.GPUType != "" {

@@ -46,8 +46,8 @@ func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 		Complete: true, Signer: s}
 }
 
-// withoutStates returns the objects without the signatures of lists and index, because the signatures of their former
-// states stay in the bucket.
+// withoutStates returns the objects without the signatures of lists and index. The signatures of old states stay in the
+// bucket.
 func withoutStates(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {
@@ -56,8 +56,7 @@ func withoutStates(all map[string]string) map[string]string {
 	return all
 }
 
-// rowsOf returns one line for each label in the text form of gpu_driver_versions, with row, label and version. The
-// binary form must have the same labels.
+// rowsOf returns one line for each label in gpu_driver_versions: row, label and version. Both formats must agree.
 func rowsOf(t testing.TB, all map[string]string) []string {
 	t.Helper()
 	var forms [2][]string
@@ -87,8 +86,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 	return forms[0]
 }
 
-// The labels in a bucket follow the declared labels and COS's labels. A label that nobody wants any more disappears
-// completely.
+// The labels in a bucket follow the declared labels and COS's labels. An unwanted label disappears completely.
 func TestLabels(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -186,7 +184,7 @@ func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	}
 }
 
-// A build that sets labels itself moves only the labels that it wants. Labels that were declared in another run stay.
+// A build that sets labels itself moves only the labels that it wants.
 func TestLabelsOfOneBuild(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -257,7 +255,7 @@ func TestLabelsOfOthers(t *testing.T) {
 			t.Errorf("labels (-want +got):\n%s", diff)
 		}
 	}
-	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label for OTHERS, set by somebody else")
+	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label already, for OTHERS, set by somebody else")
 	// A label from COS is set unless somebody else set this label on another version.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
@@ -275,7 +273,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(labelling(s, nil, nil))
 	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
-	refused(other(labels{"R535": v309}), "535.1.1 has this label in the label's own object")
+	refused(other(labels{"R535": v309}), "535.1.1 has this label already, in the label's own object")
 }
 
 // A version gets a label only if its tarball is complete and signed.
@@ -309,8 +307,8 @@ func TestLabelsNeedTarballs(t *testing.T) {
 	}
 }
 
-// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket, before and after the call took
-// effect. The index must have every label that is in the lists, so that a later run can remove all labels.
+// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket. The index must have every label
+// that is in the lists.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -424,8 +422,7 @@ func TestLabellingRefuses(t *testing.T) {
 	}
 }
 
-// FuzzRelabel sets labels in an arbitrary list and removes them again. Then the list must have the same entries as
-// before.
+// FuzzRelabel sets labels in an arbitrary list and removes them again. The entries must be as before.
 func FuzzRelabel(f *testing.F) {
 	f.Add([]byte(cosText))
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { version: "535.261.03" } supported_driver_versions { label: "R535" version: "535.261.03" } }`))

@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 )
 
-// labelState has the labels of one COS build that are in a bucket, whoever set them.
+// labelState has the labels of one COS build in a bucket, whoever set them.
 type labelState struct {
-	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions in text form, then in binary form
+	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions as text, then binary
 	objects map[string]string                        // maps a label to the version in its own object, if that exists
 }
 
@@ -45,10 +45,8 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreignVersion returns a version on which somebody other than this builder set the label l, either in l's row or in
-// the label's own object. The result by says who set the label. If nobody else set it, the version is "". If several
-// versions have the label, foreignVersion returns one that differs from l.Version. The argument mine has the labels
-// that this builder set.
+// foreignVersion returns a version on which somebody else set the label, and who. If nobody did, the version is "". If
+// there are several, it prefers a version other than l.Version. The given labels are those that this builder set.
 func (s labelState) foreignVersion(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder
@@ -87,7 +85,7 @@ func (s labelState) versionsWith(l Label) []string {
 	return all
 }
 
-// rows returns the gpu_type of each row that has the version in both forms of gpu_driver_versions.
+// rows returns the gpu_type of each row that has the version in both formats of gpu_driver_versions.
 func (s labelState) rows(version string) []string {
 	binary := rows(s.lists[1], version)
 	both := slices.DeleteFunc(rows(s.lists[0], version), func(t string) bool { return !slices.Contains(binary, t) })

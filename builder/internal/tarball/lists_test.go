@@ -16,7 +16,7 @@ import (
 
 func none(string) bool { return false }
 
-// cosText is a list in the form of COS's own gpu_driver_versions, as far as that form is known.
+// cosText is a list in the known format of COS's own gpu_driver_versions.
 const cosText = `gpu_driver_version_info {
   gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
   supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
@@ -97,7 +97,7 @@ gpu_driver_version_info {
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
 		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
-	t.Run("protoc", func(t *testing.T) { // an independent writer of both forms
+	t.Run("protoc", func(t *testing.T) { // an independent writer of both formats
 		program, err := exec.LookPath("protoc")
 		if err != nil {
 			t.Skip("protoc is missing: apt-get install protobuf-compiler")
@@ -109,8 +109,7 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	})
-	// In the binary form, this program keeps fields that it does not know. In the text form it cannot, so it refuses to
-	// change such a file.
+	// This program keeps unknown fields in the binary format. In the text format it cannot, so it refuses the change.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser is a proxy in front of the emulator. For each suffix in names, it drops one answer to an upload or removal of
-// an object whose name has this suffix. The request itself takes effect.
+// loser is a proxy in front of the emulator. For each suffix in names, it drops one answer to an upload or removal that
+// takes effect.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -50,8 +50,8 @@ func (l *loser) loses(name string) bool {
 	return false
 }
 
-// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the upload, and the
-// precondition fails, because the object exists already. Publish must recognize its own object and succeed.
+// TestLostAnswers loses the answer to an upload that took effect. The library's second attempt fails its precondition.
+// Publish must recognize its own object and succeed.
 func TestLostAnswers(t *testing.T) {
 	s := gcs.Start(t)
 	u, err := url.Parse(s.Endpoint)

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestAnotherRegistry publishes to another registry program, which has no referrers API. It publishes an artifact
-// twice. Then it publishes another artifact for the same cell, which Publish must refuse.
+// TestAnotherRegistry publishes an artifact twice to a registry program without a referrers API. It then publishes
+// another artifact for the same cell, which Publish must refuse.
 func TestAnotherRegistry(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other modules.
+// newRelease returns a driver whose modules contain the salt.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -126,8 +126,8 @@ func eachStore(t *testing.T, test func(t *testing.T, dest string)) {
 	})
 }
 
-// check verifies a bucket whose index is complete. Every object in the index must exist, have the listed content and be
-// signed for this COS build.
+// check verifies a bucket whose index is complete. Every listed object must exist, match and be signed for this COS
+// build.
 func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...target.Driver) {
 	t.Helper()
 	text, ok := all[tarball.IndexName(kernel)]
@@ -178,7 +178,7 @@ func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...targe
 	}
 }
 
-// newReleaseAgain returns the same release as another machine would make it: with other folders, times and modes.
+// newReleaseAgain returns the same release with other folders, times and modes, as from another machine.
 func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	t.Helper()
 	for _, dir := range []*string{&r.Modules, &r.Firmware} {
@@ -237,8 +237,7 @@ func checkReaders(t *testing.T, dest string) {
 	}
 }
 
-// cosign runs the program cosign, which must verify the objects offline and refuse another key and
-// other bytes.
+// cosign runs the program cosign, which must verify the objects offline and refuse another key and other bytes.
 func cosign(t *testing.T, all map[string]string, pub string) {
 	t.Helper()
 	program, err := exec.LookPath("cosign")

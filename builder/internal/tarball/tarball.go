@@ -26,17 +26,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe is the version of the packing method. Change Recipe whenever the same files would give a different tarball.
-// After such a change, a driver that is published already cannot be published again: its new tarball differs from the
-// published tarball, which Publish never replaces.
+// Recipe is the version of the packing method. Change it whenever the same files would give a different tarball. A
+// published driver then cannot be published again, because Publish never replaces a tarball.
 const Recipe = "tgz-1"
 
-// level is the compression level of gzip. It is the library's default, and is fixed here because the content of the
-// tarball depends on it.
+// level is the compression level of gzip. The tarball's bytes depend on it.
 const level = 6
 
-// maxFiles is the largest number of files in a tarball. maxBytes is the largest size of all these files together, in
-// bytes before compression. Both are several times what a release of 2026 needs.
+// maxFiles is the maximum number of files in a tarball, and maxBytes their maximum size together, before compression.
+// Both are several times what a release of 2026 needs.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
@@ -113,11 +111,11 @@ func (r Release) sources() ([]source, error) {
 	return all, nil
 }
 
-// keptXattrs has the names of the extended attributes that go into the tarball. The attribute security.ima has the hash
-// or signature with which the kernel's integrity subsystem (IMA) checks a firmware file.
+// keptXattrs are the extended attributes that go into the tarball. security.ima has the hash or signature with which
+// the kernel's integrity subsystem (IMA) checks a firmware file.
 var keptXattrs = []string{"security.ima"}
 
-// readXattr returns an extended attribute of a file. It returns nil if the file does not have the attribute.
+// readXattr returns an extended attribute of a file, or nil.
 func readXattr(f *os.File, name string) ([]byte, error) {
 	value := make([]byte, 64<<10) // XATTR_SIZE_MAX of Linux
 	n, err := unix.Fgetxattr(int(f.Fd()), name, value)
@@ -131,8 +129,7 @@ func readXattr(f *os.File, name string) ([]byte, error) {
 }
 
 // pack writes the tarball to dst. The same files and attributes give the same tarball on any machine: names are sorted,
-// times are zero, owners are root, and modes are fixed. The compressor runs in one thread, and its library's version is
-// pinned.
+// times are zero, owners are root, and modes are fixed. The compressor runs in one thread, and its version is pinned.
 func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, string) ([]byte, error)) (_ object,
 	list []File, err error) {
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -146,7 +143,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	if err != nil {
 		return object{}, nil, err
 	}
-	zw.ModTime = time.Unix(0, 0) // 0 means "no time" in gzip; a zero time.Time would become the year 1, cut to 32 bits
+	zw.ModTime = time.Unix(0, 0) // 0 means "no time" in gzip
 	tw := tar.NewWriter(zw)
 	made := map[string]bool{}
 	for _, s := range files {
@@ -169,8 +166,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	return o, list, nil
 }
 
-// folders writes the tar entries of the folder dir and of its parent folders. The map made has the folders whose
-// entries are in the tar already.
+// folders writes the tar entries of a folder and of its parents, except those in made.
 func folders(tw *tar.Writer, made map[string]bool, dir string) error {
 	if dir == "." || made[dir] {
 		return nil

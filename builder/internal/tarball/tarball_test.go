@@ -26,8 +26,7 @@ func ima(f *os.File, name string) ([]byte, error) {
 	return []byte("\x03\x02\x04\x00signature of " + name), nil
 }
 
-// TestPackIsPinned compares tarballs with fixed digests. If the tarball of the same files changes, a published driver
-// cannot be published again. So whoever changes the packing must also change [tarball.Recipe].
+// TestPackIsPinned compares tarballs with fixed digests. Whoever changes the packing must also change [tarball.Recipe].
 func TestPackIsPinned(t *testing.T) {
 	t.Parallel()
 	if tarball.Recipe != "tgz-1" {
@@ -119,8 +118,8 @@ func TestPackLayout(t *testing.T) {
 	}
 }
 
-// TestXattr packs the attribute of a real file, and GNU tar unpacks it. The test needs a user that
-// may set the attribute.
+// TestXattr packs the attribute of a real file, and GNU tar unpacks it. The test needs a user that may set the
+// attribute.
 func TestXattr(t *testing.T) {
 	t.Parallel()
 	r := newRelease(t, nil, open, "")

@@ -1,15 +1,17 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact. Its name is the one that COS's installer looks for
-// in a COS release bucket. The package also publishes checksums, a signature and an index. The bucket is either a
-// bucket of Google Cloud Storage or a folder.
+// The tarball has the modules and the firmware of an OCI artifact. Its name is the name in a COS release bucket. The
+// package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud Storage or a
+// folder.
 //
-// Most objects are created once and never change. The exceptions are the lists of drivers and labels (index.json and
-// gpu_driver_versions) and the object of each label. The package changes such an object only if it is still in the
-// state that was read before. Publishing may be interrupted at any point and run again.
+// Most objects are created once and never change. The exceptions are index.json, gpu_driver_versions and the object of
+// each label. The package changes them only if they are still in the state that it read. Publishing may be interrupted
+// at any point and run again.
 //
-// The package refuses four things: to publish different bytes under a name that exists already; to add to an index that
-// no trusted key signed; to list a driver that Google's installer could not install; and to point a label, such as
-// DEFAULT or R535, to another version if somebody else set the label.
+// The package never
+//   - publishes different bytes under an existing name,
+//   - adds to an index that no trusted key signed,
+//   - lists a driver that Google's installer could not install,
+//   - moves a label, such as DEFAULT or R535, that somebody else set.
 package tarball
 
 import (
@@ -31,9 +33,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PredicateObject is the predicate type of the signed statement about each object. The statement has the object's name
-// and its COS build. Without them, the signature would still be valid if somebody stored the object of one COS build
-// under the name of another.
+// PredicateObject is the predicate type of the signed statement about each object. The statement names the object and
+// its COS build. Otherwise the signature would stay valid for an object moved to another COS build.
 const PredicateObject = "https://prebake.dev/bucket-object/v1"
 
 // ObjectFacts is the predicate of type PredicateObject.
@@ -56,11 +57,11 @@ type Runfile struct {
 	SHA256 string
 	// URI is the source of the runfile.
 	URI string
-	// Copy is true if Publish also copies the runfile into the bucket. The copy is unchanged, as NVIDIA's terms require.
+	// Copy is true if Publish also copies the runfile into the bucket, unchanged, as NVIDIA's terms require.
 	Copy bool
 }
 
-// Release is one driver for one COS build. One call of Publish publishes one Release.
+// Release is one driver for one COS build.
 type Release struct {
 	// Kernel is the COS build. Only BuildID, Board and Arch are used.
 	Kernel      target.Kernel
@@ -79,7 +80,7 @@ type Release struct {
 	GPUs *gpulist.List
 	// Signer signs everything that is written.
 	Signer *sign.Signer
-	// Verifier verifies the signatures of what was published before. With nil, only Signer's key is trusted.
+	// Verifier verifies what was published before. With nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 	// Scratch is a folder for temporary files; "" means the system's temporary folder.
 	Scratch string
@@ -114,8 +115,8 @@ const (
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
 // TarballName returns the name of a driver's tarball. Google's installer expects open modules in
-// nvidia-drivers-VERSION.tgz. So a tarball with proprietary modules has the flavour in its name, and is in COS's folder
-// of extensions.
+// nvidia-drivers-VERSION.tgz. A tarball with proprietary modules has the flavour in its name, and is in COS's folder of
+// extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -129,8 +130,8 @@ func IndexName(k target.Kernel) string { return under(k, indexFile) }
 // signatureName returns the name of the signature for an object that never changes.
 func signatureName(name string) string { return name + ".sigstore.json" }
 
-// stateSignatureName returns the name of a signature for an object that changes. The signature is for the state of the
-// object that has this digest, and is written before the object gets into this state.
+// stateSignatureName returns the name of a signature for one state of an object that changes. The signature is written
+// before the object gets into this state.
 func stateSignatureName(name, digest string) string {
 	return name + ".sha256-" + digest[len("sha256:"):] + ".sigstore.json"
 }
@@ -139,16 +140,15 @@ func stateSignatureName(name, digest string) string {
 type object struct {
 	upload
 	sha256 string
-	// sign is set for a signature object. It makes the signature when the object is created, because two signatures of the
-	// same content differ.
+	// sign makes the signature of a signature object when the object is created: two signatures of the same content
+	// differ.
 	sign func(ctx context.Context) (object, error)
-	// checkExisting checks the content of an existing object of this name. With nil, that content must equal the new
-	// content.
+	// checkExisting checks an existing object of this name. With nil, its content must equal the new content.
 	checkExisting func(have []byte) error
 }
 
-// Publish publishes a release into the bucket. Publish keeps an existing object that equals the new one. If an existing
-// object has other content, the error is [fault.PublishRefused] and nothing changes.
+// Publish publishes a release into the bucket. It keeps existing objects that equal the new ones. If an existing object
+// has other content, the error is [fault.PublishRefused] and nothing changes.
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {
@@ -223,8 +223,8 @@ func (p *publisher) check() error {
 	return nil
 }
 
-// objects returns all objects to create, in the order of creation, and the release's entry for the index. A signature
-// comes after all objects that readers expect once they see the signature.
+// objects returns all objects to create, in this order, and the release's entry for the index. A signature comes after
+// the objects that its readers expect.
 func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entry, error) {
 	var all []object
 	entry := Entry{Driver: p.Driver, Artifact: p.Artifact, Fingerprint: p.Fingerprint}
@@ -257,7 +257,7 @@ func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entr
 
 const text = "text/plain; charset=utf-8"
 
-// runfile returns the objects of the runfile's copy, if a copy is wanted, and the runfile's entry in the index.
+// runfile returns the objects of the runfile's copy, if one is wanted, and the runfile's entry in the index.
 func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error) {
 	name := cosbucket.RunfileName(p.Driver.Version, p.Kernel.Arch)
 	e := &RunfileEntry{Name: name, SHA256: p.Runfile.SHA256, URI: p.Runfile.URI}
@@ -301,8 +301,7 @@ func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 	return o
 }
 
-// Verify checks the signature of an object with this digest. The signed facts must equal the facts in want. Verify does
-// not compare facts that are empty in want.
+// Verify checks the signature of an object with this digest. Facts that are empty in want are not compared.
 func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (ObjectFacts, error) {
 	var got ObjectFacts
 	st, err := v.Statement(bundle)
@@ -338,11 +337,10 @@ func driverText(d *target.Driver) string {
 	return d.String()
 }
 
-// maxSignature is the largest size of a signature that is read, in bytes. A signature of this package has about 2 KB.
+// maxSignature is the maximum size of a signature in bytes. A signature of this package has about 2 KB.
 const maxSignature = trust.MaxBundleSize
 
-// exists reports whether the object o is in the bucket. If an object of this name has other content, the error is
-// [fault.PublishRefused].
+// exists reports whether the object is in the bucket. If it has other content, the error is [fault.PublishRefused].
 func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
@@ -387,8 +385,7 @@ func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 	return true, nil
 }
 
-// create stores the object o and adds it to the report. If existed is true, the object is in the bucket already, and
-// create only adds it to the report.
+// create stores an object and adds it to the report. If the object existed, create only reports it.
 func (p *publisher) create(ctx context.Context, o object, existed bool) error {
 	if !existed {
 		made := o
@@ -423,15 +420,15 @@ func (p *publisher) reportObject(name string, size int64, digest string, existed
 	p.report.Existed = p.report.Existed && existed
 }
 
-// listing is an object that changes: the index, a form of gpu_driver_versions, or the object of a label.
+// listing is an object that changes: the index, a format of gpu_driver_versions, or the object of a label.
 type listing struct {
 	name, contentType string
 	limit             int64
-	// next returns the new content of the object. have is the present content, or nil if there is no object.
+	// next returns the new content of the object. have is the present content, or nil.
 	next func(have []byte) ([]byte, error)
 }
 
-// updateLists adds the release to gpu_driver_versions, and after that to the index.
+// updateLists adds the release to gpu_driver_versions, then to the index.
 func (p *publisher) updateLists(ctx context.Context, entry Entry) error {
 	if forInstaller(p.Driver) {
 		serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
@@ -443,7 +440,7 @@ func (p *publisher) updateLists(ctx context.Context, entry Entry) error {
 		func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
 }
 
-// updateVersions changes both forms of gpu_driver_versions.
+// updateVersions changes both formats of gpu_driver_versions.
 func (p *publisher) updateVersions(ctx context.Context, change edit) error {
 	if err := p.update(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions,
 		func(have []byte) ([]byte, error) { return editText(have, change) }}); err != nil {
@@ -453,8 +450,8 @@ func (p *publisher) updateVersions(ctx context.Context, change edit) error {
 		func(have []byte) ([]byte, error) { return editBinary(have, change) }})
 }
 
-// update changes an object. It writes the signature of the new state first, so that a reader always finds the signature
-// of the state that the reader sees.
+// update changes an object. It writes the new state's signature first, so a reader always finds the signature of the
+// state that it sees.
 func (p *publisher) update(ctx context.Context, l listing) error {
 	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
 		digest := bytesObject(l.name, "", data).sha256
@@ -473,7 +470,7 @@ func (p *publisher) update(ctx context.Context, l listing) error {
 	return nil
 }
 
-// indexWith returns the index with the entry added. have is the published index, or nil if there is none.
+// indexWith returns the published index with the entry added. have is nil if there is no index.
 func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
 	x, err := p.readIndex(ctx, have)
 	if err != nil {
@@ -485,8 +482,8 @@ func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]
 	return x.marshal()
 }
 
-// readIndex verifies and parses have, the published index. If no trusted key signed it, readIndex returns an error,
-// because the publisher signs a changed index as a whole. So it would also sign old entries that nobody has verified.
+// readIndex verifies and parses the published index. An index that no trusted key signed is an error: the publisher
+// signs the changed index as a whole, and would sign unverified entries.
 func (p *publisher) readIndex(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {

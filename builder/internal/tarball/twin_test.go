@@ -100,8 +100,8 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// TestCutOffAnywhere interrupts publishing at every call to the bucket, before and after the call took effect. The
-// index must not list an object that is missing. Then the test publishes again, which must complete the bucket.
+// TestCutOffAnywhere interrupts publishing at every call to the bucket. The index must not list a missing object, and a
+// second run must complete the bucket.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -146,8 +146,7 @@ func TestCutOffAnywhere(t *testing.T) {
 	}
 }
 
-// TestSideBySide publishes many drivers of one COS build at the same time, each over its own
-// connection. No list may lose an entry.
+// TestSideBySide publishes many drivers of one COS build at the same time. No list may lose an entry.
 func TestSideBySide(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)

@@ -14,19 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxVersions is the largest accepted size of each form of gpu_driver_versions, in bytes. Real files have a few KiB.
+// maxVersions is the maximum size of each format of gpu_driver_versions, in bytes. Real files have a few KiB.
 const maxVersions = 1 << 20
 
-// anyGPU has the gpu_type of the rows that are for no particular product. COS's installer looks for a version in the
-// row of the node's GPU. If there is no list yet, this package makes a list with only these rows.
+// anyGPU has the gpu_type of the rows for no particular product. A list that this package makes has only these rows.
 var anyGPU = []string{"NO_GPU", "OTHERS"}
 
-// isGeneral reports whether the row with this gpu_type is for no particular product. Some lists have such a row under
-// the name OTHER.
+// isGeneral reports whether the row with this gpu_type is for no particular product. Some lists call it OTHER.
 func isGeneral(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
-// withVersion returns an edit that adds a version to the rows for no particular product, and to each row for whose
-// gpu_type the function serves returns true. The version gets no label, because only [SetLabels] sets labels.
+// withVersion returns an edit that adds a version to the rows for no particular product, and to the rows whose gpu_type
+// the driver serves. The version gets no label, because only [SetLabels] sets labels.
 func withVersion(version string, serves func(gpuType string) bool) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		addVersion(list, version, serves)
@@ -80,8 +78,8 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	return all
 }
 
-// withLabels returns an edit that removes the labels in drop and sets the labels in give. As in COS's own lists, a
-// version has one entry for each of its labels. An entry without a label exists only if the version has no label.
+// withLabels returns an edit that removes and sets labels. As in COS's own lists, a version has one entry for each of
+// its labels. An entry without a label exists only if the version has no label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
@@ -140,18 +138,18 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
 			"find out who removes versions from gpu_driver_versions, then run the command again")
 	}
-	// The copy also keeps fields that COS set on the version and that this program does not know.
+	// The copy keeps fields of COS that this program does not know.
 	more := proto.CloneOf(all[i])
 	more.Label = l.Label
 	info.SupportedDriverVersions = slices.Insert(all, i+1, more)
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto. have is the file's content, or nil if there is no file. If the list
-// stays the same, editText returns have.
+// editText changes gpu_driver_versions.textproto. have is nil if there is no file. If the list stays the same, editText
+// returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
-	// Printing would lose an unknown field, so such a field is an error.
+	// Printing would lose an unknown field, so it is an error.
 	if err := prototext.Unmarshal(have, &list); err != nil {
 		return nil, unreadable(err)
 	}
@@ -161,7 +159,7 @@ func editText(have []byte, change edit) ([]byte, error) {
 	return printText(&list), nil
 }
 
-// editBinary changes gpu_driver_versions.bin, as editText does. It keeps fields that this program does not know.
+// editBinary changes gpu_driver_versions.bin, as editText does. It keeps unknown fields.
 func editBinary(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := proto.Unmarshal(have, &list); err != nil {
@@ -176,8 +174,8 @@ func editBinary(have []byte, change edit) ([]byte, error) {
 // edit is a change of gpu_driver_versions.
 type edit func(*gpuversions.GPUDriverVersionInfoList) error
 
-// apply applies the edit to the list, and reports whether the list stayed the same. have is the file with the list; if
-// it is nil, there was no list, and the result is false.
+// apply applies the edit to the list, and reports whether the list stayed the same. If have is nil, there was no list,
+// and the result is false.
 func (change edit) apply(have []byte, list *gpuversions.GPUDriverVersionInfoList) (bool, error) {
 	before := proto.Clone(list)
 	if err := change(list); err != nil {
@@ -193,8 +191,8 @@ func unreadable(err error) error {
 			"bucket by hand")
 }
 
-// printText prints the list in protobuf's text format. The library's own printer varies its white
-// space on purpose, but equal lists need equal bytes.
+// printText prints the list in protobuf's text format. Equal lists need equal bytes, but the library's own printer
+// varies its white space.
 func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	var b strings.Builder
 	for _, info := range list.GetGpuDriverVersionInfo() {
@@ -214,6 +212,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, this installer takes
-// only modules of the open flavour.
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, the installer takes
+// only open modules.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

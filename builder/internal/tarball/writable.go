@@ -20,7 +20,7 @@ import (
 )
 
 // CheckWrite returns an error if this user may not publish to the destination at gs://BUCKET/PREFIX or file:///FOLDER.
-// CheckWrite changes nothing. Unlike [Open], it does not create the folder.
+// It changes nothing, and creates no folder.
 func CheckWrite(ctx context.Context, dest string) (err error) {
 	u, err := parse(dest)
 	if err != nil {
@@ -37,17 +37,17 @@ func CheckWrite(ctx context.Context, dest string) (err error) {
 	return nil
 }
 
-// permissions has the names of the permissions that publishing needs. Publishing needs "delete", because for Google the
-// replacement of a list also deletes the old object. Publishing needs "list", because it asks for objects that may not
-// exist: for such an object, Google answers "not found" only to an account that may list the bucket, and "forbidden" to
-// all others. The names are from https://cloud.google.com/storage/docs/access-control/iam-permissions.
+// permissions are the permissions that publishing needs:
+//   - "delete", because for Google the replacement of a list also deletes the old object,
+//   - "list", because Google answers "forbidden" for a missing object if the account may not list the bucket.
+//
+// The names are from https://cloud.google.com/storage/docs/access-control/iam-permissions.
 var permissions = []string{
 	"storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list",
 }
 
-// checkBucket asks Google which permissions the account has in the bucket. Google answers for the bucket as a whole. So
-// a permission counts as missing if the account has it only for some object names, by a condition, or only in a managed
-// folder.
+// checkBucket asks Google which permissions the account has in the bucket as a whole. A permission for some names only,
+// by a condition or a managed folder, counts as missing.
 func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	g, err := openGCS(ctx, u)
 	if err != nil {
@@ -56,8 +56,8 @@ func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	defer func() { err = errors.Join(err, g.Close()) }()
 	granted, err := g.IAM().TestPermissions(ctx, permissions)
 	if gcs.Status(err) == http.StatusNotFound {
-		// Either the bucket does not exist, or the server is an emulator, which cannot answer questions about permissions. If
-		// the objects can be listed, the bucket exists, so the server is an emulator.
+		// Either the bucket does not exist, or the server is an emulator, which does not know permissions. If the objects can
+		// be listed, the bucket exists, so the server is an emulator.
 		_, err = g.Objects(ctx, &storage.Query{Prefix: g.Path("")}).Next()
 		if err == nil || errors.Is(err, iterator.Done) {
 			return nil
@@ -77,8 +77,8 @@ func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	return fault.New(fault.PublishRefused, "this account lacks "+strings.Join(lacks, ", "), hint)
 }
 
-// checkFolder checks whether this user may write the folder. If the folder does not exist, checkFolder checks the
-// nearest existing folder above it. checkFolder also checks the files of this package in the folder (see ownFolder).
+// checkFolder checks whether this user may write the folder, or the nearest existing folder above it. It also checks
+// the files of this package in the folder (see ownFolder).
 func checkFolder(u *url.URL) error {
 	dir, err := folderPath(u)
 	if err != nil {

@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestCheckWriteBucket runs a server that answers as Google does. Path and bodies are those of
-// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. This test cannot use the emulator of
-// the other tests, because the emulator does not answer questions about permissions.
+// TestCheckWriteBucket runs a server that answers as Google does; the emulator does not know permissions. Path and
+// bodies are from https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
 func TestCheckWriteBucket(t *testing.T) {
 	const kind = `"kind":"storage#testIamPermissionsResponse"`
 	for _, row := range []struct {
@@ -58,8 +57,7 @@ func TestCheckWriteBucket(t *testing.T) {
 	}
 }
 
-// TestCheckWriteEmulator checks that CheckWrite accepts an existing bucket of an emulator, and refuses a missing
-// bucket.
+// TestCheckWriteEmulator checks that CheckWrite accepts an emulator's bucket, and refuses a missing one.
 func TestCheckWriteEmulator(t *testing.T) {
 	server := gcs.Start(t)
 	server.Use(t)
@@ -72,8 +70,7 @@ func TestCheckWriteEmulator(t *testing.T) {
 	}
 }
 
-// TestCheckWriteFolder checks that CheckWrite makes no folder, and that it refuses a folder if publishing could not
-// write the folder or a file in it.
+// TestCheckWriteFolder checks that CheckWrite makes no folder, and refuses a folder that publishing could not write.
 func TestCheckWriteFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -90,8 +87,7 @@ func TestCheckWriteFolder(t *testing.T) {
 		fault.Hint(err) == "" {
 		t.Errorf("CheckWrite() = %v, hint %q below a file; want a refusal", err, fault.Hint(err))
 	}
-	// Root may write into every folder. So the test replaces the folder or file by a link to itself, which nobody can
-	// write.
+	// Root may write into every folder. So the test uses a link to itself, which nobody can write.
 	for _, closed := range []string{"", ".prebake", ".prebake/lock", ".prebake/part"} {
 		dest := filepath.Join(t.TempDir(), "bucket")
 		openBucket(t, "file://"+dest)

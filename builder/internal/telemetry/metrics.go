@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// metrics uses a registry of its own, because the library's global registry is shared with other linked packages.
+// metrics has its own registry, because linked packages share the library's global one.
 type metrics struct {
 	registry *prometheus.Registry
 	seconds  *prometheus.HistogramVec
@@ -77,8 +77,8 @@ func (m *metrics) lookup(kind string, hit bool) {
 	m.lookups.WithLabelValues(kind, result).Inc()
 }
 
-// Queue sets the function that returns the number of jobs in the queue by state. Each scrape calls it. If the function
-// is nil, the metric of the queue is left out.
+// Queue sets the callback that returns the number of jobs in the queue by state. Each scrape calls it. With nil there
+// is no such metric.
 func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
 	if t == nil {
 		return
@@ -102,8 +102,7 @@ func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() 
 
 func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
 	q.mu.Lock()
-	// A caller that wants to close the queue calls Queue(nil) first. Queue(nil) waits for this lock, so the queue stays
-	// open during the count.
+	// Queue(nil) waits for this lock, so a caller can close the queue after Queue(nil) returned.
 	defer q.mu.Unlock()
 	if q.depth == nil {
 		return
@@ -125,8 +124,7 @@ func cacheDescs() (bytes, entries *prometheus.Desc) {
 		prometheus.NewDesc("prebake_cache_entries", "Entries of the cache by kind.", []string{"kind"}, nil)
 }
 
-// cacheSize measures the cache at a scrape, but at most once a minute, because each measurement reads the whole folder
-// of the cache.
+// cacheSize measures the cache at most once a minute, because a measurement reads the whole folder.
 type cacheSize struct {
 	cache *cas.Cache
 

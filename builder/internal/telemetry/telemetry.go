@@ -1,9 +1,9 @@
-// Package telemetry reports the progress of builds. If the standard OTEL_* environment variables give the address of a
-// collector, the package sends a trace for each cell, by OTLP over HTTP. A trace has a span for each phase. If the
-// operator chooses an address for metrics, the package serves metrics for Prometheus there.
+// Package telemetry reports the progress of builds. If the OTEL_* environment variables give a collector, it sends a
+// trace for each cell by OTLP over HTTP. A trace has a span for each phase. At the operator's address the package
+// serves metrics for Prometheus.
 //
-// The package refuses to serve anything but metrics. The package refuses to fail a build: if the collector cannot be
-// reached, the spans are lost, and one line in the log says so.
+// The package serves nothing but metrics and never fails a build. If the collector cannot be reached, the spans are
+// lost, and one line in the log says so.
 package telemetry
 
 import (
@@ -33,7 +33,7 @@ type Config struct {
 	Log   *slog.Logger
 }
 
-// Telemetry sends traces and serves metrics until Close is called. A nil Telemetry accepts every call and does nothing.
+// Telemetry sends traces and serves metrics until Close is called. A nil Telemetry does nothing.
 type Telemetry struct {
 	tracer  *traces.Tracer
 	metrics *metrics
@@ -48,7 +48,7 @@ type Cell struct {
 	Kernel, Driver, Flavour string
 	// EarlyWarning means that a failure is worth knowing but must not raise an alarm.
 	EarlyWarning bool
-	// Build is the number of the build in the queue, and Attempt is the number of the attempt. Both are 0 without a queue.
+	// Build is the build's number in the queue, and Attempt the attempt's number. Both are 0 without a queue.
 	Build   int64
 	Attempt int
 }
@@ -110,8 +110,8 @@ func (t *Telemetry) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cell starts the trace of one build. Cell adds a function to line.Watch, so callers must call Cell before they use
-// line. At the end of the build, callers call end with the error of the build, or with nil.
+// Cell starts the trace of one build. Call Cell before the timeline is used, because Cell adds a function to its Watch.
+// At the end of the build, call the returned function with the build's error or nil.
 func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ context.Context, end func(err error)) {
 	if t == nil {
 		return ctx, func(error) {}

@@ -88,7 +88,7 @@ func attributes(s *spans.Span) map[string]string {
 	return m
 }
 
-// build runs a build of three phases. If the argument fail is not nil, the last phase fails with this error.
+// build runs a build of three phases. If the given error is not nil, the last phase fails with it.
 func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error) {
 	t.Helper()
 	clock := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

@@ -1,11 +1,11 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
-// are like those of NVIDIA's drivers and of kbuild: they have the same kinds of conftest questions, make rules, time
-// stamps and .cmd files. The package refuses to be a proof that Prebake compiles NVIDIA's drivers: the tests in
-// deploy/e2e compile real drivers for that.
+// resemble those of NVIDIA's drivers and of kbuild. They have the same kinds of conftest questions, make rules, time
+// stamps and .cmd files. The package does not prove that Prebake compiles NVIDIA's drivers; deploy/e2e compiles real
+// drivers.
 package testdriver
 
-// Kbuild and Script are the driver's makefile and its conftest.sh. They contain conftest questions about two headers,
-// and three compile tests: has_size, has_old and symbol_a.
+// Kbuild and Script are the driver's makefile and its conftest.sh, with questions about two headers and three compile
+// tests: has_size, has_old and symbol_a.
 const (
 	Kbuild = `obj := .
 NV_KERNEL_SOURCES := $(SYSSRC)
@@ -153,8 +153,8 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 	}
 }
 
-// Headers returns the files of a kernel's header tree by path. release becomes UTS_RELEASE. crc is the checksum in
-// Module.symvers of the symbol a. This kernel exports no other symbol.
+// Headers returns the files of a kernel's header tree by path, with the given UTS_RELEASE. The kernel exports only the
+// symbol a, with the given checksum.
 func Headers(release, crc string) map[string]string {
 	return map[string]string{
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",

@@ -1,6 +1,5 @@
-// Package testgpu compiles the emulated GPU (pkg/vm/emugpu) for one kernel. The package uses the sandbox and the
-// toolchain with which the driver is compiled. The package refuses to run the emulated GPU, because the load test does
-// that.
+// Package testgpu compiles the emulated GPU (pkg/vm/emugpu) for one kernel, in the driver's sandbox and with its
+// toolchain. It never runs the emulated GPU; the load test does.
 package testgpu
 
 import (
@@ -16,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision returns a hash over the emulated GPU's source and over compile.Recipe, the version number of the build
-// method. Cache keys contain this hash. So if the source or the build method changes, the module is compiled again.
+// Revision returns a hash over the emulated GPU's source and compile.Recipe, for cache keys.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)
@@ -32,8 +30,8 @@ func Revision() (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:16], err
 }
 
-// Compile compiles the emulated GPU below dir and returns the module's path. Compile sets Source and WorkDir of the
-// request. The caller sets the kernel, its headers and the toolchain.
+// Compile compiles the emulated GPU below a folder and returns the module's path. It sets Source and WorkDir of the
+// request. The caller sets the rest.
 func Compile(ctx context.Context, dir string, r compile.Request) (string, error) {
 	work, err := os.MkdirTemp(dir, "emugpu-")
 	if err != nil {

@@ -1,10 +1,9 @@
 // Package untrusted reads the files that a program left in a folder to which it could write, after the program ended.
-// Everything in such a folder is hostile: a name may be a link to a secret of the host, a pipe that never ends, or a
-// file of unlimited size. The package returns only regular files below the folder, follows no link, and limits each
-// read to a size that the caller gives.
+// Everything in that folder is hostile: a name may be a link to a secret of the host, a pipe that never ends, or a file
+// of unlimited size. The package returns only regular files below the folder, follows no link, and limits each read.
 //
-// The package refuses to write into such a folder, and to return a path in it. Callers copy a file to a place that no
-// sandbox can reach before they work on it.
+// The package never writes into the folder and returns no path in it. Copy a file to a place that no sandbox can reach
+// before you work on it.
 package untrusted
 
 import (
@@ -28,7 +27,7 @@ var ErrKind = errors.New("not a regular file")
 // ErrLarge means that the size of a file, or the number of names in a folder, exceeds the limit.
 var ErrLarge = errors.New("larger than allowed")
 
-// maxNames is the largest number of names that Files reads, and maxDepth is the largest depth of nested folders.
+// Limits of Files: the number of names, and the depth of nested folders.
 const (
 	maxNames = 100_000
 	maxDepth = 32
@@ -63,7 +62,7 @@ func Open(dir string) (*Dir, error) {
 // Close closes the folder.
 func (d *Dir) Close() error { return d.root.Close() }
 
-// Open opens the regular file with this slash path, if it has at most max bytes. Open never waits, even for a pipe. If
+// Open opens the regular file with this slash path, up to a maximum size in bytes. It never waits, even for a pipe. If
 // the name does not exist, the error is fs.ErrNotExist.
 func (d *Dir) Open(name string, max int64) (*os.File, error) {
 	if !fs.ValidPath(name) {
@@ -128,8 +127,8 @@ func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	return text, err
 }
 
-// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. It returns the SHA-256 of
-// the copied bytes in hex.
+// Copy copies a regular file to a new file of the host with mode 0644, up to a maximum size in bytes. It returns the
+// SHA-256 of the copied bytes in hex.
 func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	in, err := d.Open(name, max)
 	if err != nil {
@@ -149,8 +148,7 @@ func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// Files returns the regular files in the folder and below it, as sorted slash paths. It skips links and everything else
-// that is not a regular file.
+// Files returns the regular files below the folder as sorted slash paths. It skips everything else, such as links.
 func (d *Dir) Files() ([]string, error) {
 	var files []string
 	seen := 0
@@ -194,8 +192,7 @@ func (d *Dir) Files() ([]string, error) {
 	return files, nil
 }
 
-// Named returns the names of those regular files whose names end in suffix. It looks only in the folder itself, not in
-// folders below it.
+// Named returns the regular files directly in the folder whose names end in the suffix.
 func (d *Dir) Named(suffix string) ([]string, error) {
 	files, err := d.Files()
 	return slices.DeleteFunc(files, func(name string) bool {

@@ -35,8 +35,7 @@ func symlink(t *testing.T, to, path string) {
 	}
 }
 
-// TestHostile puts hostile entries in the place of a file. The package must return no byte of the host, and it must not
-// wait.
+// TestHostile replaces a file by hostile entries. The package must return no byte of the host and must not wait.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	top := t.TempDir()

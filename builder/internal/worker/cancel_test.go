@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestCompileHearsOfItsEnd checks that a running compile ends when the server's answer to a report says that the build
-// was cancelled or that another builder has it.
+// TestCompileHearsOfItsEnd checks that a running compile ends when the server reports the build cancelled or taken
+// over.
 func TestCompileHearsOfItsEnd(t *testing.T) {
 	t.Parallel()
 	for name, tell := range map[string]func(s *server){

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportEnd sends first the log and then the outcome. A reader who sees that a build has ended therefore finds its log.
-// If the server refuses the log, reportEnd still sends the outcome.
+// reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
+// the log, the outcome is still sent.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	err := retryUntilDone(ctx, func() error { return w.sendLog(ctx, build) })
 	switch {
@@ -38,15 +38,15 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	return nil
 }
 
-// mayPass reports whether a later request to the server may succeed. mayPass is true also for an internal error of the
-// server, because the build did not cause that error.
+// mayPass reports whether a later request may succeed. An internal error of the server counts, because the build did
+// not cause it.
 func mayPass(err error) bool {
 	kind := fault.Of(err)
 	return kind.Retryable() || kind == fault.Internal
 }
 
-// retryUntilDone repeats a call every two seconds until the call succeeds, mayPass is false for its error, or ctx is
-// done. retryUntilDone returns the error of the last call.
+// retryUntilDone repeats a call every two seconds until it succeeds, its error is final (see mayPass), or ctx is done.
+// It returns the last error.
 func retryUntilDone(ctx context.Context, call func() error) error {
 	for {
 		err := call()
@@ -61,7 +61,7 @@ func retryUntilDone(ctx context.Context, call func() error) error {
 	}
 }
 
-// sendLog sends a build's log. If the log is longer than [api.MaxBuildLog] bytes, sendLog sends only its end.
+// sendLog sends a build's log, or only its last [api.MaxBuildLog] bytes.
 func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 	f, err := os.Open(w.logPath(build))
 	if errors.Is(err, os.ErrNotExist) {
@@ -91,8 +91,8 @@ func (w *worker) dropLog(build int64) error {
 	return nil
 }
 
-// sendPendingLogs sends the logs of builds that were running when this worker was killed. If the build killed its
-// worker, the last lines of the log show why.
+// sendPendingLogs sends the logs of builds that were running when this worker was killed. If a build killed its worker,
+// the end of its log shows why.
 func (w *worker) sendPendingLogs(ctx context.Context) {
 	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
 	if err != nil {
@@ -119,15 +119,14 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	}
 }
 
-// reporter sends a report to the server whenever a new phase begins. It also sends a report after every
-// [Config.Heartbeat], to show that the build is still running. reporter does not delay the build. Only the newest phase
-// matters, and a lost report does no harm. The server's answer to a report may cancel the build.
+// reporter tells the server of each new phase, and after every [Config.Heartbeat] that the build is still running. It
+// does not delay the build: a lost report does no harm. The server's answer may cancel the build.
 type reporter struct {
 	server *api.Client
 	build  int64
 	// heartbeat is the content of each report.
 	heartbeat api.BuildUpdate
-	// The function end cancels the build. It may be called several times.
+	// end cancels the build. It may be called several times.
 	end  context.CancelCauseFunc
 	log  *slog.Logger
 	next chan string
@@ -159,8 +158,7 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 	return r
 }
 
-// sendReport sends one report. If the server answers that the build was cancelled or that another builder has it,
-// sendReport cancels the build.
+// sendReport sends one report. If the server answers that the build was cancelled or taken over, it cancels the build.
 func (r *reporter) sendReport() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -175,8 +173,7 @@ func (r *reporter) sendReport() {
 	}
 }
 
-// follow sends a log while it grows, until the channel stop is closed. If a part of the log cannot be sent now, it is
-// sent with the next part or with the whole log at the end.
+// follow sends a log while it grows, until the channel is closed. A part that cannot be sent now is sent later.
 func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, log *slog.Logger) {
 	every := w.LogEvery
 	if every <= 0 {
@@ -232,7 +229,7 @@ func (w *worker) sendPart(ctx context.Context, build, offset int64, part []byte)
 	return w.Server.AppendBuildLog(ctx, build, offset, part)
 }
 
-// setPhase sets the phase for the next report. Only the timeline calls setPhase, and never concurrently.
+// setPhase sets the phase for the next report. Only the timeline calls it, never concurrently.
 func (r *reporter) setPhase(name string) {
 	select {
 	case <-r.next: // drops an older phase that was not reported

@@ -28,8 +28,7 @@ import (
 // server serves the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
-	// refuse returns the error for an update, or nil to accept the update. Tests also use refuse to react to an update,
-	// for example to stop the worker.
+	// refuse returns the error for an update, or nil to accept it. Tests also use it to react to an update.
 	refuse func(u api.BuildUpdate) *api.Problem
 	// noRead is the kind of error of each GET of the build, unless it is 0.
 	noRead fault.Kind
@@ -168,7 +167,7 @@ func newRig(t *testing.T, tries ...makeFunc) *rig {
 	return r
 }
 
-// run runs the worker until the server has received this number of updates with a state, or until a minute has passed.
+// run runs the worker until the server has received this number of updates with a state, or for a minute.
 func (r *rig) run(t *testing.T, states int) error {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)

@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestStopInMidBuild checks how a build ends after a stop of the worker. If the build ends within the grace period, its
-// result counts, with or without success. Otherwise the worker cancels the build and hands it back to the queue, and
-// the queue does not count the attempt.
+// TestStopInMidBuild checks a build during a stop of the worker. If it ends within the grace period, its result counts.
+// Otherwise it is cancelled and goes back to the queue, and the attempt is not counted.
 func TestStopInMidBuild(t *testing.T) {
 	t.Parallel()
 	waits := func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
@@ -27,9 +26,8 @@ func TestStopInMidBuild(t *testing.T) {
 		}
 		return &pipeline.Result{}, context.Cause(ctx)
 	}
-	// goesOn returns a makeFunc that fails if a stop alone cancels the build. It begins a phase after the stop. When the
-	// server has received the report of this phase, the build's context must still be valid. Then goesOn calls the
-	// function then.
+	// goesOn returns a makeFunc that fails if a stop alone cancels the build. It begins a phase after the stop and waits
+	// for its report to the server. Then it continues with the given makeFunc.
 	goesOn := func(then makeFunc, heard <-chan struct{}) makeFunc {
 		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			err := line.Do("goes on", func() (string, error) {

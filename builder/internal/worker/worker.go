@@ -1,9 +1,8 @@
 // Package worker takes builds from the queue, runs them, and reports their results to the server. Server and queue both
-// store the state of a build. The worker decides each result once and sends it to both, so that both store the same
-// state.
+// store the state of a build. The worker decides each result once and sends it to both.
 //
-// The package refuses to know how a build is made. The package refuses to decide whether a failure is worth a retry,
-// because the kind of the fault decides that.
+// The package does not know how a build is made. It does not decide whether a failure is worth a retry; the kind of the
+// fault does.
 package worker
 
 import (
@@ -31,40 +30,36 @@ import (
 
 // Config has the settings of a worker.
 type Config struct {
-	// ID is the worker's name for people. State is a folder for the logs of the worker's running builds. ID and State
-	// together give the worker's name in the queue: when a worker starts, it takes over the builds that ran under that
-	// name. A lock in State prevents a second worker with the same folder. Workers on different machines must have
-	// different IDs.
+	// ID is the worker's name for people. State is a folder for the logs of running builds; a lock in it keeps a second
+	// worker out. ID and State together are the worker's name in the queue. A worker that starts takes over the builds
+	// under its name, so workers on different machines must have different IDs.
 	ID, State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
 	// Concurrency is the number of builds that run at the same time. 0 means one.
 	Concurrency int
-	// ServerTimeout limits how long the worker tries to report the end of a build to a server that does not answer. 0
-	// means one minute.
+	// ServerTimeout limits how long the worker tries to report the end of a build. 0 means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that was found before
-	// the failure. log receives all output of tools.
+	// Make runs one build. If it fails, it returns an error and a Result with what was found before. The output of tools
+	// goes to the log.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
-	// Grace is how long running builds may continue after the worker was told to stop. The worker cancels a build that
-	// runs longer and hands it back to the queue. With 0, the worker cancels builds at once.
+	// Grace is how long running builds may continue after a stop. A longer build is cancelled and goes back to the queue.
+	// With 0, builds are cancelled at once.
 	Grace time.Duration
-	// Cancel ends the grace period at once when the caller closes it. With nil, the grace period always has its full
-	// length.
+	// Cancel ends the grace period when it is closed. It may be nil.
 	Cancel <-chan struct{}
 	// Heartbeat is the time between reports of a running build. 0 means [api.HeartbeatInterval].
 	Heartbeat time.Duration
 	// LogEvery is the time between two parts of a growing log. 0 means two seconds.
 	LogEvery time.Duration
-	// Telemetry receives the phases and results of builds, and the number of jobs in the queue. Telemetry may be nil.
+	// Telemetry receives the phases and results of builds, and the length of the queue. It may be nil.
 	Telemetry *telemetry.Telemetry
 }
 
-// startTimeout limits how long the worker tries to report the start of a build to a server that does not answer, for
-// example because the server restarts. After this time the worker hands the build back, and the build loses its place
-// in the queue.
+// startTimeout limits how long the worker tries to report the start of a build, for example while the server restarts.
+// After it the build goes back and loses its place in the queue.
 const startTimeout = 20 * time.Second
 
 // shutdownTimeout is how long reports may take after a stop of the worker.
@@ -72,16 +67,16 @@ const shutdownTimeout = 20 * time.Second
 
 type worker struct {
 	Config
-	// The context stopping ends when the worker must take no more builds. The function stop ends it with a reason.
+	// stopping ends when the worker must take no more builds. The function stop ends it with a reason.
 	stopping context.Context
 	stop     context.CancelCauseFunc
-	// The context hard ends when running builds must end, too: at the end of the grace period.
+	// hard ends when running builds must end, too: at the end of the grace period.
 	hard context.Context
 }
 
-// Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. It
-// cancels the remaining builds and hands them back to the queue. If the server refuses the worker itself, for example
-// because of a wrong token, Run stops in the same way and returns that error.
+// Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. The
+// remaining ones are cancelled and go back to the queue. If the server refuses the worker itself, for example a wrong
+// token, Run stops in the same way and returns that error.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.ServerTimeout <= 0 {
 		cfg.ServerTimeout = time.Minute
@@ -153,8 +148,7 @@ func (w *worker) end(cancel context.CancelCauseFunc) {
 	cancel(fault.New(fault.Cancelled, "the worker was stopped", ""))
 }
 
-// queueName returns the worker's name in the queue. No other process of this machine can have the same name while State
-// is locked.
+// queueName returns the worker's name in the queue. While State is locked, no other process of this machine has it.
 func (cfg Config) queueName() (string, error) {
 	state, err := filepath.Abs(cfg.State)
 	if err != nil {
@@ -164,8 +158,8 @@ func (cfg Config) queueName() (string, error) {
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
-// build runs one build and reports its result to the server. From the returned error, the queue decides whether to run
-// the build again.
+// build runs one build and reports its result to the server. The queue decides by the returned error whether to run the
+// build again.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
 	log := w.Log.With(
 		"build",
@@ -189,8 +183,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	// Another builder may have the build by now. Because the update has the number of the attempt, it does not end the
-	// other builder's attempt.
+	// Another builder may have the build by now. The attempt's number keeps this update from ending the other attempt.
 	update.Attempt = attempt
 
 	patience := w.ServerTimeout
@@ -219,7 +212,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	return err
 }
 
-// reportStart reports the start of the build. The build may begin only if the server accepts the report.
+// reportStart reports the start of the build, which may begin only if the server accepts the report.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
 	patience, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -239,7 +232,7 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	err = errors.Join(err, busy)
 	err = fmt.Errorf("report the start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
-	// With these errors, the start of every other build would fail in the same way. So the worker stops.
+	// The start of every other build would fail in the same way, so the worker stops.
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
 		err = fault.Wrap(kind, err, "check --server and --token; if you use --token-file, check the token in that file")
 		w.stop(err)
@@ -247,8 +240,8 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	case kind != fault.Busy && mayPass(err):
 		return queue.Requeue(err)
 	}
-	// The server refused the start. If the build has ended or is gone, the queue drops it. If another build of the same
-	// cell is open (fault.Busy), the queue counts the attempt and offers this build again later.
+	// The server refused the start. A build that has ended or is gone leaves the queue. If another build of the cell is
+	// open (fault.Busy), the queue counts the attempt and offers this build later.
 	return err
 }
 
@@ -256,7 +249,7 @@ func (w *worker) logPath(build int64) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
 }
 
-// runBuild runs the build. If the worker is stopped, runBuild cancels the build at the end of the grace period.
+// runBuild runs the build. If the worker is stopped, it cancels the build at the end of the grace period.
 func (w *worker) runBuild(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
 	error) {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -269,8 +262,7 @@ func (w *worker) runBuild(ctx context.Context, job api.BuildJob, attempt int, lo
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// The server's answer to a report cancelled the build. So the cause of the build's end is that answer, whatever the
-		// build's error is.
+		// The server's answer to a report cancelled the build, whatever the build's error is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
@@ -315,8 +307,8 @@ func (w *worker) make(
 	}, out, line)
 }
 
-// outcome returns the update for the server. The argument stopped is true if the worker cancelled the build because the
-// worker itself was stopped. The argument last is true if the queue does not offer the build again after a failure.
+// outcome returns the update for the server. The flags say whether a stop of the worker cancelled the build, and
+// whether the queue drops the build after a failure.
 func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
 	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
 	if res.Kernel.BuildID != "" {
@@ -344,8 +336,8 @@ func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdat
 	return update
 }
 
-// errorText returns the text that tables show for an error. For an API break (the driver's source does not fit the
-// kernel) this is only the compiler's line, without the context that callers added.
+// errorText returns the text that tables show for an error. For an API break it is only the compiler's line, without
+// the context that callers added.
 func errorText(err error) string {
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {

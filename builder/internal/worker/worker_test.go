@@ -96,7 +96,7 @@ func TestPhasesAreTold(t *testing.T) {
 	}
 }
 
-// TestLastAttempt checks that the last failed attempt is reported as a failure, because the queue then drops the job.
+// TestLastAttempt checks that the last failed attempt is reported as a failure: the queue then drops the job.
 func TestLastAttempt(t *testing.T) {
 	t.Parallel()
 	// The earlier attempts were lost together with their workers.
@@ -112,8 +112,7 @@ func TestLastAttempt(t *testing.T) {
 	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// loseAttempts uses up attempts of a build. For each attempt, a worker begins the build, and then loses its connection
-// to the queue's database.
+// loseAttempts uses up attempts of a build. In each, a worker begins the build and loses the queue's database.
 func loseAttempts(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
@@ -145,8 +144,8 @@ func loseAttempts(t *testing.T, r *rig, attempts int) {
 	t.Cleanup(func() { stop(); close(gone); ended.Wait() })
 }
 
-// TestStopHandsBack checks that a worker that is stopped during a build hands the build back. The server shows it as
-// queued. The queue does not count the attempt, whatever error the interrupted build returned.
+// TestStopHandsBack checks that a stopped worker hands its build back. The build is queued again, and the attempt does
+// not count, whatever error the build returned.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
 	var stop context.CancelFunc
@@ -175,9 +174,8 @@ func TestStopHandsBack(t *testing.T) {
 	}
 }
 
-// TestServerAway checks a server that does not answer. If the server does not answer before the build, the queue does
-// not count an attempt. If the server does not answer after the build, the build runs again, and the worker reports the
-// result of the second run.
+// TestServerAway checks a server that does not answer. Before the build, no attempt is counted. After the build, the
+// build runs again and the second result is reported.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	t.Run("at the start", func(t *testing.T) {
@@ -218,7 +216,7 @@ func TestServerAway(t *testing.T) {
 	})
 }
 
-// TestServerRefusesBuild checks that a build that the server refuses does not begin and is not offered again.
+// TestServerRefusesBuild checks that a refused build does not begin and is not offered again.
 func TestServerRefusesBuild(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -261,8 +259,8 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 }
 
-// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with default settings
-// on one machine have them. The second must not take over the running builds of the first.
+// TestSameIDElsewhere checks two workers on one machine with the same ID and different folders. The second must not
+// take over the builds of the first.
 func TestSameIDElsewhere(t *testing.T) {
 	t.Parallel()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -309,8 +307,8 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. The log is not
-// sent if another worker has had the build since then.
+// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
+// if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -376,8 +374,8 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
-// TestLogWhileUnderWay checks that the log is sent while the build is running. A server that lost its copy gets the
-// whole log again.
+// TestLogWhileUnderWay checks that the log of a running build is sent. A server that lost its copy gets the whole log
+// again.
 func TestLogWhileUnderWay(t *testing.T) {
 	t.Parallel()
 	var r *rig
@@ -415,8 +413,7 @@ func (r *rig) live() string {
 	return string(r.server.live)
 }
 
-// TestServerStartsAgain checks that a restart of the server shortly before a build begins costs the build no attempt.
-// The build also keeps its place in the queue.
+// TestServerStartsAgain checks that a restart of the server before a build costs no attempt and no place in the queue.
 func TestServerStartsAgain(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, works)

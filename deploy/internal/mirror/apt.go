@@ -38,8 +38,7 @@ func (p pkg) upstream() string {
 	return v
 }
 
-// apt queries and downloads with the machine's apt program. It uses sources, lists and caches of its own, so that those
-// of the machine stay unchanged.
+// apt queries and downloads with the machine's apt program, but with sources, lists and caches of its own.
 type apt struct {
 	dir      string // for sources, lists, cache and packages
 	conf     string
@@ -48,8 +47,8 @@ type apt struct {
 	fresh bool
 }
 
-// openApt prepares apt's own folders under dir. It fetches the package index if the index is missing or old, or if
-// refresh is true. The index is that of the machine's Debian release, or of the next release if next is true.
+// openApt prepares apt's own folders under dir, for the machine's Debian release or the next one. It fetches the
+// package index if it is missing or old, or if refresh is true.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
@@ -195,7 +194,7 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// mustFile returns the file of a package that download fetched. Another process may have removed it since then.
+// mustFile returns the file of a downloaded package. Another process may have removed it since.
 func (a *apt) mustFile(p pkg) (string, error) {
 	file, ok := a.file(p)
 	if !ok {
@@ -205,15 +204,14 @@ func (a *apt) mustFile(p pkg) (string, error) {
 	return file, nil
 }
 
-// errDownload means that the archive did not serve a package. Debian may have replaced the package since the index was
-// fetched.
+// errDownload means that the archive did not serve a package, perhaps because the index is out of date.
 var errDownload = errors.New("download packages")
 
-// batch is the number of packages that are downloaded at once. A killed run has to download only the last batch again.
+// batch is the number of packages in one download. A killed run has to repeat only its last batch.
 const batch = 8
 
-// download downloads all missing packages. apt checks each file against the signed index. A file gets its final name
-// only when it is complete.
+// download downloads all missing packages. apt checks each file against the signed index. Only a complete file gets its
+// final name.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	var missing []string
 	for _, p := range pkgs {
@@ -277,5 +275,6 @@ func osReleaseField(file, key string) (string, error) {
 		}
 	}
 	return "", fault.New(fault.Unsupported,
-		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key), "run on Debian 12, with the os-release of its package base-files")
+		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key),
+		"run on Debian 12, with the os-release of its package base-files")
 }

@@ -20,8 +20,7 @@ for p in "$@"; do
 done
 `
 
-// TestDownloadGoesOn checks that the next run keeps the packages of an interrupted download. An incomplete file never
-// gets the name of a package.
+// TestDownloadGoesOn checks that an interrupted download keeps its complete packages, and no others.
 func TestDownloadGoesOn(t *testing.T) {
 	bin, dir := t.TempDir(), t.TempDir()
 	asked := filepath.Join(t.TempDir(), "asked")

@@ -21,13 +21,11 @@ import (
 // crossCompiler compiles the NVML probe for arm64, because a part of the probe is C.
 const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
-// TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
-// loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
-// also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last
-// it builds the driver from a bucket that has vmlinux and no boot archive.
+// TestARM64 lets the builder on this machine cross-compile, check, load and publish a driver for an Arm kernel. The
+// tests of package vm run on this kernel too. At last the builder uses a bucket with vmlinux and no boot archive.
 //
-// Downloading the packages and compiling take minutes, so the test runs only if PREBAKE_ARM64_CACHE is set to the cache
-// folder of `mirror`. make arm64 sets it.
+// It takes minutes, so it runs only if PREBAKE_ARM64_CACHE is set to the cache folder of `mirror`. `make arm64` sets
+// it.
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
@@ -103,9 +101,8 @@ func TestARM64(t *testing.T) {
 	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapImage(image))); err != nil {
 		t.Fatal(err)
 	}
-	// nvidia.ko for this kernel needs DRM. DRM is a module of this kernel, so vmlinux does not contain it. vmlinux passes
-	// every check, and the builder makes a boot image of it. But the driver cannot be loaded in a machine that boots this
-	// image.
+	// nvidia.ko for this kernel needs DRM, which vmlinux does not contain. A machine that boots vmlinux cannot load the
+	// driver.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -121,8 +118,8 @@ type buildResult struct {
 	Phases   []timeline.Phase
 }
 
-// wrapImage makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
-// vmlinux is in a package of 800 MB, which is too large to download for a test.
+// wrapImage makes a vmlinux from an arm64 Image, as one segment and the section .rodata. Debian's own vmlinux is in a
+// package of 800 MB.
 func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"
@@ -148,8 +145,7 @@ func wrapImage(image []byte) []byte {
 	return out.Bytes()
 }
 
-// verdict has those fields of the load test that the tests check. They are in the output of builder build --output
-// json.
+// verdict has the fields of the load test, in `builder build --output json`, that the tests check.
 type verdict struct {
 	State, Reason, Release, Machine, NVMLVersion, KernelLog string
 
@@ -167,9 +163,8 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// compilePrograms compiles builder, mirror, and the programs that the load test of an architecture needs, into one
-// folder. It returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON
-// output into out.
+// compilePrograms compiles builder, mirror, and the programs for an architecture's load test. It returns a function
+// that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output.
 func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"

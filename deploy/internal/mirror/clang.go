@@ -24,12 +24,12 @@ import (
 // which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
-// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels are of the same series. The
-// NVIDIA driver in Debian's packages therefore compiles for the mirror's kernel.
+// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels are of this series, so the
+// NVIDIA driver in Debian's packages compiles for it.
 const clangSeries = "6.1"
 
-// File names of the key that signs modules, and of its certificate. Both files are in the mirror's folder of the COS
-// build whose kernel trusts the certificate.
+// Files of the key that signs modules, and of its certificate. They are in the mirror's folder of the COS build that
+// trusts the certificate.
 const (
 	signingKeyName  = "test-module-signing.key"
 	signingCertName = "test-module-signing.crt"
@@ -83,8 +83,7 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools returns an error if this machine lacks tools for compiling a kernel. The error lists the missing
-// tools. A mirror without the clang-built kernel does not need these tools.
+// checkClangTools returns an error with the tools for compiling a kernel that this machine lacks.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -198,9 +197,9 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// clangReleases returns the driver releases for the kernel that the mirror compiles, the default one first. The default
-// is the newest one that the machine's own Debian release has, because Debian makes that release fit the source of this
-// kernel. Older ones from this Debian release are left out.
+// clangReleases returns the driver releases for the kernel that the mirror compiles, the default first. The default is
+// the newest one of the machine's own Debian release: Debian makes it fit the source of this kernel. Older ones of this
+// Debian release are left out.
 func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
@@ -219,8 +218,8 @@ func (m *maker) clangReleases(releases []release) []release {
 // clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module of the emulated GPU is
-// signed, because it must also load if the kernel enforces signatures.
+// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module is signed: it must also load
+// if the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object,
 	toolchain *toolchainFolder) (object, error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}

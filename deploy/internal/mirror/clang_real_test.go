@@ -20,11 +20,10 @@ import (
 )
 
 // TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
-// LoadPin. The builder compiles the driver with clang, checks the modules, loads them in a machine that boots that
-// kernel, and publishes the driver.
+// LoadPin. The builder compiles the driver with clang, loads it in a machine that boots that kernel, and publishes it.
 //
-// The kernel takes minutes to compile, once for each cache. The test therefore runs only if PREBAKE_CLANG_CACHE is set
-// to the cache folder of `mirror`. make clang sets it.
+// The kernel takes minutes to compile, so the test runs only if PREBAKE_CLANG_CACHE is set to the cache folder of
+// `mirror`. `make clang` sets it.
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
@@ -72,8 +71,8 @@ func TestClangKernel(t *testing.T) {
 	}
 }
 
-// buildClang builds the newest driver for the kernel. All folders but the builder's cache are below dir. It returns the
-// verdict of the load test, which must be "loaded".
+// buildClang builds the newest driver for the kernel, and returns the verdict of the load test, which must be "loaded".
+// Only the builder's cache is outside of dir.
 func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir, cache string, kernel Build) verdict {
 	t.Helper()
 	key := filepath.Join(dir, "key")
@@ -91,12 +90,12 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	return v
 }
 
-// TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. Like COS's buckets,
-// the bucket has only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol
-// versions, and it panics on an oops.
+// TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. As in COS's buckets,
+// there is only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions, and
+// panics on an oops.
 //
-// The kernel comes from the cache. When Debian updates the source, the cache does not have the new version. The test
-// then compiles it if PREBAKE_CLANG_COMPILE is set, and is skipped otherwise.
+// The kernel comes from the cache. If the cache has no kernel of Debian's present source, the test compiles it if
+// PREBAKE_CLANG_COMPILE is set, and is skipped otherwise.
 func TestClangCell(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
@@ -132,8 +131,7 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from the cache, so
-	// that the load test always runs.
+	// The cache keeps the modules of earlier runs. Without the verdicts in it, the load test always runs.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {
@@ -182,8 +180,7 @@ func checkAnswers(t *testing.T, cache string) {
 	}
 }
 
-// checkClangBuild checks the published COS build as a builder would. It returns a folder with the unpacked header and
-// boot archives.
+// checkClangBuild checks the published COS build as a builder would. It returns the folder with the unpacked archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -217,8 +214,8 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	return dir
 }
 
-// checkSignatures boots the kernel, and checks that it loads only modules that the published key has signed. With its
-// default settings, LoadPin allows modules from only one file system.
+// checkSignatures boots the kernel, and checks that it loads only modules signed with the published key. By default,
+// LoadPin allows modules from only one file system.
 func checkSignatures(t *testing.T, build, unpacked, release string) {
 	t.Helper()
 	init := filepath.Join(t.TempDir(), "guestinit")

@@ -36,15 +36,14 @@ const (
 	clangToolchain = "/prebake/toolchain"
 )
 
-// errNotCompiled means that the cache has no clang-built kernel of this version. Config.ClangCached forbids to compile
-// one.
+// errNotCompiled means that the cache has no clang-built kernel of this version, and Config.ClangCached is set.
 var errNotCompiled = errors.New("no earlier run compiled this kernel with clang")
 
 // clangCert is the path of the trusted certificate in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
-// Names in the archive in which a finished kernel is cached. clangTestModule is an unsigned module. No machine loads it
-// at boot. Tests use it to check which modules the kernel refuses.
+// Names in the archive in which a finished kernel is cached. clangTestModule is an unsigned module, with which tests
+// check what the kernel refuses.
 const (
 	clangHeaders    = "headers"
 	clangImage      = "boot/vmlinuz"
@@ -59,7 +58,7 @@ func configText() string {
 	return clangConfig + "CONFIG_SYSTEM_TRUSTED_KEYS=\"" + clangCert + "\"\n"
 }
 
-// makeClangKernel compiles the kernel. The cache finds the result by source package, compiler, configuration and
+// makeClangKernel compiles the kernel, unless the cache has it for this source, compiler, configuration and
 // certificate.
 func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *toolchainFolder) (object, error) {
 	sum := func(text []byte) string {
@@ -152,8 +151,8 @@ type kernelBuild struct {
 	progress       func(string)
 }
 
-// kernelVariables returns variables for make. They set every tool, so that make uses no tool of the machine. They also
-// give the release the form x.y.z+, as COS's kernels have it.
+// kernelVariables returns variables for the program make. They set every tool, so that none of the machine's tools is
+// used. The release gets the format x.y.z+, as COS's kernels have it.
 func kernelVariables() []string {
 	llvm := func(name string) string { return "llvm-" + name }
 	return []string{
@@ -294,8 +293,8 @@ func builtTree(src, release string) (tree, error) {
 	return t, nil
 }
 
-// headerFolder reports whether the header tree contains anything from a folder of the source tree. The kernel's
-// packaging scripts choose the same folders.
+// headerFolder reports whether the header tree contains anything from a folder of the source tree, as the kernel's
+// packaging scripts decide.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}
 	if slices.Contains(top, name) {

@@ -18,17 +18,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// signingPair is a private key and its certificate. Each cache has a pair of its own. The clang-built kernel trusts the
-// certificate for modules. The private key is published too, because users need it to try module signatures on that
-// kernel. Nothing else may ever trust the certificate.
+// signingPair is a private key and its certificate, new for each cache. The clang-built kernel trusts the certificate
+// for modules. The private key is published too, for trying module signatures on that kernel. Nothing else may ever
+// trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }
 
-// signingFile is one file with both parts. A killed run therefore never leaves only one of them.
+// signingFile has both parts, so a killed run never leaves only one of them.
 const signingFile = "test-module-signing.pem"
 
-// signingKey returns the key pair of this cache. It makes the pair if there is none.
+// signingKey returns the key pair of this cache, and makes it if there is none.
 func (m *maker) signingKey() (signingPair, error) {
 	path := filepath.Join(m.Cache, signingFile)
 	text, err := os.ReadFile(path)
@@ -54,7 +54,7 @@ func newSigningPair() ([]byte, error) {
 	}
 	public := x509.MarshalPKCS1PublicKey(&key.PublicKey)
 	id := sha256.Sum256(public)
-	// The kernel has no clock for checking the dates. It checks only the key usage.
+	// The kernel does not check the dates, only the key usage.
 	cert, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		Subject:   pkix.Name{Organization: []string{"Prebake"}, CommonName: "Prebake test module signing"},
 		NotBefore: epoch, NotAfter: epoch.AddDate(100, 0, 0),

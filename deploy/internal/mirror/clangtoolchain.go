@@ -11,15 +11,14 @@ import (
 // clangMajor is the major version of clang for the clang-built kernel: the newest in Debian 12.
 const clangMajor = "16"
 
-// hostPrefix is the beginning of the name of the compiler for programs of the build machine, as in COS's SDK. The name
-// of the compiler for kernels begins with prefix.
+// hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK.
 const hostPrefix = "x86_64-pc-linux-gnu-"
 
 // clangEnv is the content of toolchain_env.
 const clangEnv = "CC=" + prefix + "clang\nCXX=" + prefix + "clang++\n"
 
-// clangPackages contain the compiler, the linker, LLVM's binary tools, and all libraries that they load except libc.
-// libc comes from the machine.
+// clangPackages contain the compiler, the linker, LLVM's binary tools, and all their libraries except libc, which comes
+// from the machine.
 var clangPackages = []string{
 	"clang-" + clangMajor, "lld-" + clangMajor, "llvm-" + clangMajor,
 	"libclang-cpp" + clangMajor, "libclang-common-" + clangMajor + "-dev", "libllvm" + clangMajor,
@@ -31,7 +30,7 @@ var clangPackages = []string{
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
 // llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. Debian's
-// llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
+// llvm-objdump is left out: it loads an HTTP client with many libraries.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}
@@ -55,8 +54,8 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 	})
 }
 
-// clangTree lays out clang, lld and LLVM's tools under their names in COS's SDK. The tree contains no binutils, so a
-// build cannot use them by mistake.
+// clangTree lays out clang, lld and LLVM's tools under their names in COS's SDK. It contains no binutils, so a build
+// cannot use them by mistake.
 func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, p := range pkgs {
@@ -86,9 +85,8 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	return t, t.checkLibraries()
 }
 
-// clangPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
-// files that the compile of a kernel does not need: static libraries, sanitizers, headers of C++ and of accelerators,
-// and optimiser plugins.
+// clangPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. The compile of a
+// kernel needs no static libraries, sanitizers, headers of C++ and of accelerators, or optimiser plugins.
 func clangPick(name string) string {
 	if tool, ok := strings.CutPrefix(name, llvmDir+"/bin/"); ok {
 		switch {

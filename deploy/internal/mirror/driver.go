@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of Debian's edits that it undid.
+// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of undone edits of Debian.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
 	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {
@@ -31,8 +31,8 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 	return t, edits, nil
 }
 
-// makeOwn replaces Debian's edition of the module sources with NVIDIA's own sources. It returns the list of Debian's
-// edits that it undid. If NVIDIA's sources are not available, Debian's edition stays, and the list says so.
+// makeOwn replaces Debian's edition of the module sources with NVIDIA's own, and returns the list of undone edits. If
+// NVIDIA's sources are not available, Debian's edition stays, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
 	base, ok := baseOf(r, releases)
@@ -48,7 +48,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	switch {
 	case errors.Is(err, errNoOrigin):
-		// apt's message is about this machine's archive, so it is only logged. It must not become a part of the mirror.
+		// apt's message is about this machine's archive, so it must not become a part of the mirror.
 		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{debianEdition + errNoOrigin.Error()}, nil
 	case fault.Is(err, fault.Unsupported):
@@ -95,9 +95,8 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	return t, nil
 }
 
-// finish completes the tree. It adds the links of the libraries, and the files that neither Debian's packages nor
-// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files.
-// It returns an error if a file is missing that every runfile has.
+// finish completes the tree: it adds the links of the libraries, nvidia-installer and .manifest, removes manual pages,
+// and sets modes. A missing file that every runfile has is an error.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -124,8 +123,8 @@ func finish(t tree, p platform, r release) error {
 	return nil
 }
 
-// addSource adds the module sources from one of Debian's -source packages. It also adds NVIDIA's licence, and makes the
-// list of supported GPUs from the README. Every -source package has a copy of the licence and of the README.
+// addSource adds the module sources and NVIDIA's licence from one of Debian's -source packages. It makes the list of
+// supported GPUs from the package's README.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}
 	err := readDeb(ctx, outer, deb, func(name string) string {
@@ -196,9 +195,9 @@ var (
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
 
-// fixHeader changes the header that makeself wrote. It replaces the uncompressed size by the sum of the file sizes,
-// because makeself takes that size from du, whose result depends on the file system. It also makes the header look like
-// that of NVIDIA's runfiles. The payload, the number of lines and all checksums stay the same.
+// fixHeader makes makeself's header look like the header of NVIDIA's runfiles. It also sets the uncompressed size to
+// the sum of the file sizes: makeself asks du, whose result depends on the file system. The payload, the number of
+// lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
@@ -217,8 +216,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	}
 	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
 	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
-	// NVIDIA's header has the option -x, with which callers unpack the runfile. It also has the line skip=NUMBER, the
-	// number of lines of the header, without quotes. makeself writes the number in quotes and has no -x.
+	// NVIDIA's header has the option -x, with which callers unpack the runfile. It has the line skip=NUMBER without quotes
+	// around the number. makeself has no -x, and writes the quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
 		return nil, fault.New(fault.Internal, "read the header of makeself: it has no option --noexec, or no line skip=",
 			"report this and the output of makeself --version to the developers of Prebake")

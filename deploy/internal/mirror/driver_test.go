@@ -99,8 +99,7 @@ func TestLine(t *testing.T) {
 	}
 }
 
-// fakeApt replaces apt-cache. Each line of the argument madison has an archive, "own" or "next", and a package with its
-// version.
+// fakeApt replaces apt-cache. Each line of its text has an archive, "own" or "next", a package and its version.
 func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()
@@ -182,7 +181,7 @@ func TestFindDrivers(t *testing.T) {
 		if err != nil || strings.Join(got, ", ") != row.want || latestOf(releases).version != row.latest {
 			t.Errorf("%s: %v, latest %s, %v; want %s, %s", row.name, got, latestOf(releases).version, err, row.want, row.latest)
 		}
-		// The default driver for the clang-built kernel is from the machine's own Debian release, as the kernel's source is.
+		// The default driver for the clang-built kernel is from the machine's own Debian release.
 		if clang := m.clangReleases(releases); len(row.branches) != 1 && clang[0].version != "535.309.01" {
 			t.Errorf("%s: the default for the clang-built kernel is %s; want 535.309.01", row.name, clang[0].version)
 		}

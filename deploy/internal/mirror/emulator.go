@@ -19,14 +19,15 @@ import (
 // emulatorProgram is the name of the program in Debian's package qemu-system-x86.
 const emulatorProgram = "qemu-system-x86_64"
 
-// emulatorPackages are qemu and the boot ROM of its network card. qemu does not start without the ROM.
+// emulatorPackages are qemu and the boot ROM of its network card, which qemu needs to start.
 var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 
-// Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder that
-// has the program qemu-system-x86_64. This qemu emulates the processor's instructions for SHA-256, which qemu 7.2 of
-// Debian 12 does not. A virtual node hashes everything that it fetches, so with this qemu it takes about half the time
-// (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). The libraries of Debian 12 are too old for the program, so
-// its own libraries are unpacked with it. If Debian's archive cannot be reached, the error is Transient.
+// Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder with
+// the program qemu-system-x86_64. If Debian's archive cannot be reached, the error is Transient.
+//
+// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. It halves the time of a
+// virtual node (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). Debian 12's libraries are too old for it, so
+// its own libraries are unpacked too.
 func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
 	c := Config{Cache: cache, Progress: progress}
 	unlock, err := lock(ctx, c)
@@ -86,8 +87,7 @@ func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error 
 			return err
 		}
 	}
-	// The script starts the program with the loader and the libraries of its own packages. Without that, the program
-	// would load the libraries of this machine.
+	// The script starts the program with the loader and the libraries of its own packages, not with this machine's.
 	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
 root=${0%/*}/../usr
 lib=$root/lib/x86_64-linux-gnu
@@ -104,8 +104,7 @@ exec "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$root/bin/` + emulatorPr
 	return err
 }
 
-// pickEmulator selects the program, its libraries and its firmware. It leaves out documents and configuration files,
-// which qemu without a display never reads.
+// pickEmulator selects the program, its libraries and its firmware, without documents and configuration files.
 func pickEmulator(name string) string {
 	for _, folder := range []string{"usr/bin/" + emulatorProgram, "usr/lib/", "usr/share/qemu/", "usr/share/seabios/"} {
 		if strings.HasPrefix(name, folder) {
@@ -115,8 +114,8 @@ func pickEmulator(name string) string {
 	return ""
 }
 
-// closure returns the named packages and all packages that they depend on, in the versions that apt would install on a
-// machine that has no package yet.
+// closure returns the named packages and their dependencies, in the versions that apt would install on an empty
+// machine.
 func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
 	out, err := a.run(ctx, "", "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
 		"-o", "Dir::State::status=/dev/null"}, names...)...)
@@ -128,8 +127,8 @@ func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
 	return parseURIs(out)
 }
 
-// parseURIs reads the lines of apt-get --print-uris: 'URL' NAME_VERSION_ARCH.deb SIZE DIGEST (apt-get(8)). An
-// epoch's colon is %3a in the file's name.
+// parseURIs reads the lines of apt-get --print-uris: 'URL' NAME_VERSION_ARCH.deb SIZE DIGEST (apt-get(8)). An epoch's
+// colon is %3a in the file's name.
 func parseURIs(out []byte) ([]pkg, error) {
 	var pkgs []pkg
 	for line := range strings.Lines(string(out)) {

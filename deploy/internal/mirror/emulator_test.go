@@ -8,8 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestURIs reads lines that apt-get 2.6.1 printed on 2026-11-29 for the qemu of the next Debian release. Only the host
-// in the URLs is another one.
+// TestURIs reads lines of apt-get 2.6.1 for the qemu of the next Debian release (2026-11-29). Only the host is changed.
 func TestURIs(t *testing.T) {
 	const printed = `'http://deb.example/debian/pool/main/q/qemu/qemu-system-x86_10.0.13%2bds-0%2bdeb13u1_amd64.deb' ` +
 		`qemu-system-x86_1%3a10.0.13+ds-0+deb13u1_amd64.deb 10278596 SHA256:00

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kernel is one Debian kernel. Three of its packages have the same version: headers, common and image. The package
-// kbuild has the build tools, and may have another version.
+// kernel is one Debian kernel. Its packages headers, common and image have the same version. The package kbuild has the
+// build tools, and may have another version.
 type kernel struct {
 	series  string // such as 6.1
 	abi     int    // such as 47 for 6.1.0-47, and 117 for 6.12.117+deb12
@@ -35,16 +35,16 @@ type kernel struct {
 // ownSeries is the kernel series of Debian 12 itself.
 const ownSeries = "6.1"
 
-// buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. A BUILD_ID is
-// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second COS build with the same kernel. The numbers are
-// those of COS's milestones 109 and 125, which have kernels of these series.
+// buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. COS's milestones 109
+// and 125 have kernels of these series and BUILD_IDs with these numbers. A BUILD_ID is <major>.0.<abi>, or
+// <major>.1.<abi> for a second COS build with the same kernel.
 var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 
 // buildMajor returns the first number of the kernel's BUILD_IDs.
 func (k kernel) buildMajor() int { return buildMajors[k.series] }
 
-// findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series
-// and then by age, oldest first.
+// findKernels returns the kernels of the given series whose packages are all in the index, by series and then oldest
+// first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.packageNames(ctx, "linux-headers-")
 	if err != nil {
@@ -85,9 +85,9 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	return whole, nil
 }
 
-// kernel parses the name of a header package. Examples are linux-headers-6.1.0-47-cloud-amd64, and
-// linux-headers-6.12.117+deb12-cloud-amd64 for a series that Debian took from a later release. Each kernel of such a
-// series has build tools of its own.
+// kernel parses the name of a header package, such as linux-headers-6.1.0-47-cloud-amd64. In a series that Debian took
+// from a later release, names look like linux-headers-6.12.117+deb12-cloud-amd64, and each kernel has its own build
+// tools.
 func (p platform) kernel(headers string) (kernel, bool) {
 	m := p.headers().FindStringSubmatch(headers)
 	if m == nil {
@@ -103,8 +103,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them. The
-// keys of the argument versions are package names. Its values are the versions in the index, newest first.
+// setVersions sets the versions of the kernel's packages, and reports whether the index has them. The map has the
+// index's versions by package name, newest first.
 func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
@@ -115,15 +115,15 @@ func (k *kernel) setVersions(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// defaultKernels is the default number of kernels. It is enough for two old kernels that differ, and two new ones that
-// are siblings.
+// defaultKernels is enough for two different old kernels, and two new siblings.
 const defaultKernels = 4
 
 // selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
-// half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer.
-// Both flavours of the default driver compile for the oldest kernels. The newest kernel is for tests of a driver that
-// does not compile. The two newest kernels are often siblings. Of any other series, it selects the kernels with these
-// numbers. If there is none, it selects the newest kernel of the series.
+// half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer. Of
+// any other series without a matching number, it selects the newest kernel.
+//
+// Both flavours of the default driver compile for the oldest kernels. On the newest kernel, one does not compile. The
+// two newest kernels are often siblings.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -175,8 +175,7 @@ func bySeries(all []kernel) [][]kernel {
 	return groups
 }
 
-// commit returns a hash that replaces COS's kernel commit. Debian builds kernels from a source package, so the
-// package's name and version identify the source.
+// commit returns a hash that replaces COS's kernel commit. It covers the version of Debian's source package.
 func (k kernel) commit() string {
 	sum := sha256.Sum256([]byte("linux " + k.version))
 	return hex.EncodeToString(sum[:20])
@@ -184,8 +183,7 @@ func (k kernel) commit() string {
 
 func (k kernel) packages() []pkg { return []pkg{k.headers, k.common, k.kbuild, k.image} }
 
-// headerTree merges the packages common, headers and kbuild of a kernel into one tree with the layout of COS's
-// kernel-headers.tgz.
+// headerTree merges a kernel's packages common, headers and kbuild into the layout of COS's kernel-headers.tgz.
 func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}
@@ -230,8 +228,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 			return nil, err
 		}
 	}
-	// Debian writes the kernel release to .kernelvariables, together with the name of Debian's compiler. That file is left
-	// out above. COS's header tree has the kernel release in the file kernel.release.
+	// COS's header tree has the kernel release in the file kernel.release. Debian writes it to .kernelvariables, which is
+	// left out above.
 	t.addFile(root+"/include/config/kernel.release", k.release+"\n")
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
@@ -243,8 +241,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	return t, nil
 }
 
-// changeCompileInfo makes a header tree look like that of a second compile of the same kernel: the user, the host and
-// the time of the compile differ.
+// changeCompileInfo makes a header tree look like a second compile of the same kernel, with another user, host and
+// time.
 func changeCompileInfo(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	t.addFile(generated+"utsversion.h",
@@ -256,16 +254,15 @@ func changeCompileInfo(t tree, k kernel, when time.Time) {
 }
 
 // bootModules are the modules that a test machine loads at boot. The last two are for nvidia-modeset and nvidia-drm.
-// The others are for the network card, for the disk, and for the file systems ext4 and vfat, which request
-// crc32c_generic and the nls modules by name. loadOrder adds the dependencies of all, and leaves out modules that are
-// built into the kernel.
+// The others are for the network card, the disk, and ext4 and vfat, which request crc32c_generic and the nls modules by
+// name. loadOrder adds the dependencies, and leaves out modules that are built into the kernel.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",
 }
 
-// kernelImage returns the kernel image, vmlinuz. The function more selects other files of the image's package:
-// kernelImage adds them to the tree in.
+// kernelImage returns the kernel image, vmlinuz. The callback selects more files of the image's package for the given
+// tree.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, err := a.mustFile(k.image)
 	if err != nil {
@@ -288,8 +285,8 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 	return image.data, nil
 }
 
-// bootTree packs the files for starting this kernel in a test machine: the image, the bootModules in load order, and
-// emuGPU if it is not nil.
+// bootTree packs the files for starting this kernel in a test machine: image, bootModules in load order, and the
+// emulated GPU unless it is nil.
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	in := tree{}
 	modules := "lib/modules/" + k.release

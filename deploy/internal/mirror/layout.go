@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion returns the version of a program that packs objects. Another version may write other bytes, so the
-// version is part of an object's recipe.
+// toolVersion returns the version of a program that packs objects. It is part of a recipe, because another version may
+// write other bytes.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {
@@ -43,7 +43,7 @@ func toolVersions(ctx context.Context, names ...string) ([]string, error) {
 	return all, nil
 }
 
-// lock prevents other runs from using the cache folder until unlock. It removes the files that a killed run left there.
+// lock keeps other runs from the cache folder until unlock. It removes the files that a killed run left there.
 func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	l := flock.New(filepath.Join(c.Cache, "lock"))
 	locked, err := l.TryLock()
@@ -66,7 +66,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	return l.Unlock, nil
 }
 
-// inWorkDir makes a scratch folder in the cache, calls f, and removes the folder.
+// inWorkDir makes a scratch folder in the cache, passes it to the callback, and removes it afterwards.
 func (m *maker) inWorkDir(f func(dir string) error) (err error) {
 	dir, err := os.MkdirTemp(m.Cache, "work-")
 	if err != nil {
@@ -205,8 +205,8 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	return nil
 }
 
-// textFiles returns the small text files of a COS build, by their names in the bucket. The first of the releases is the
-// default driver.
+// textFiles returns the small text files of a COS build, by their names in the bucket. The first release is the
+// default.
 func (m *maker) textFiles(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{
@@ -281,8 +281,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil,
-// compileEmuGPU calls it before reading the module's file. finish may change the file, for example sign the module.
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. The callback may change the
+// module's file before, for example sign it; nil changes nothing.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
 	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)

@@ -11,8 +11,7 @@ import (
 	"strings"
 )
 
-// manifest returns the text of .manifest, which tells an installer the type of every file in the archive. Its lines
-// look like those of .manifest in NVIDIA's runfiles.
+// manifest returns the text of .manifest, which tells an installer the type of every file, as in NVIDIA's runfiles.
 func manifest(t tree, arch, version string) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
@@ -26,8 +25,8 @@ func manifest(t tree, arch, version string) string {
 	return out.String()
 }
 
-// libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. subdir
-// is true if a line of the type has a field for the subdirectory.
+// libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. If
+// subdir is true, its lines have a field for the subdirectory.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool
@@ -78,8 +77,7 @@ func manifestLine(name string, n node) string {
 	return name + " 0644 DOCUMENTATION ./"
 }
 
-// addLibraryLinks adds a link with the SONAME of every library. It also adds the plain .so link if NVIDIA's archive has
-// one.
+// addLibraryLinks adds a link with the SONAME of every library, and the plain .so link if NVIDIA's archive has one.
 func (t tree) addLibraryLinks(version string) error {
 	for _, name := range t.paths() {
 		if path.Dir(name) != "." || !strings.HasSuffix(name, ".so."+version) {
@@ -107,12 +105,12 @@ func (t tree) addLibraryLinks(version string) error {
 	return nil
 }
 
-// gpuRow matches a row in the README's table of supported products: a name and a PCI device id, and maybe the vendor
-// and device ids of a subsystem.
+// gpuRow matches a row in the README's table of supported products: a name, a PCI device id, and maybe the subsystem's
+// vendor and device ids.
 var gpuRow = regexp.MustCompile(`^ (\S.{0,120}?)\s{2,}([0-9A-F]{4})(?: ([0-9A-F]{4}) ([0-9A-F]{4}))?(?:\s+\S.*)?$`)
 
-// supportedGPUs makes supported-gpus.json from appendix A of the README. It lists only current products. If the README
-// has no such table, it returns "".
+// supportedGPUs makes supported-gpus.json from appendix A of the README, or "" if that table is missing. It lists only
+// current products.
 func supportedGPUs(readme []byte) string {
 	type chip struct {
 		DevID       string   `json:"devid"`

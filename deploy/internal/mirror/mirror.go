@@ -1,11 +1,10 @@
 // Package mirror makes folders from Debian's packages that look exactly like a COS release bucket and COS's bucket of
-// NVIDIA drivers. With them, everything that Prebake does can be tried on a machine that reaches only Debian's archive,
-// with real kernels and a real driver.
+// NVIDIA drivers. With them, Prebake can be tried with real kernels and a real driver where only Debian's archive can
+// be reached.
 //
-// The package does not change the machine. apt uses sources, lists and caches of its own, nothing is installed, and no
-// root rights are needed. The package pins no versions; it asks apt which versions exist. The same package versions
-// give the same bytes. If the configuration asks for more than Debian 12 has, packages of Debian 13 are unpacked as
-// well.
+// The package does not change the machine: apt uses sources, lists and caches of its own, and nothing is installed. It
+// pins no versions, but the same package versions give the same bytes. Packages of Debian 13 supply what Debian 12
+// lacks.
 package mirror
 
 import (
@@ -36,26 +35,25 @@ type Config struct {
 	Cache string
 	// Board is the COS board of the builds for amd64; "" means lakitu. Builds for arm64 always have lakitu-arm64.
 	Board string
-	// Archs are the architectures; an empty list means amd64. For arm64 the mirror gets one kernel and one driver. If ABIs
-	// has numbers, it gets the kernels with these numbers.
+	// Archs are the architectures; an empty list means amd64. For arm64 the mirror gets one kernel, or the kernels in
+	// ABIs, and one driver.
 	Archs []target.Arch
 	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, the series of Debian 12 itself. 6.12 is for
 	// amd64 only.
 	Series []string
-	// Kernels is the number of kernels of 6.1 if ABIs is empty. Half of them are the oldest in Debian's index, and half
-	// the newest. 0 means four, or all if there are fewer. The mirror has only the newest kernel of any other series.
+	// Kernels is the number of kernels of 6.1 if ABIs is empty: half the oldest in Debian's index, and half the newest. 0
+	// means four, or all if there are fewer. Of any other series the mirror has only the newest kernel.
 	Kernels int
 	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
 	ABIs []int
-	// Branches are the driver branches, such as R535. The default driver is of the first branch. An empty list means the
-	// branches of Debian 12. If Debian 12 does not have a branch, its releases come from Debian 13, with the sources as
-	// Debian edited them, and for amd64 only.
+	// Branches are the driver branches, such as R535, the default driver's first. An empty list means the branches of
+	// Debian 12. Other branches come from Debian 13, with the sources as Debian edited them, and for amd64 only.
 	Branches []string
-	// Neighbour adds one more release of the default driver's branch, in the proprietary flavour only. Debian 13 has that
-	// release beside its own driver. Neighbour is for amd64 only.
+	// Neighbour adds one more release of the default driver's branch, from Debian 13, in the proprietary flavour and for
+	// amd64 only.
 	Neighbour bool
-	// VMLinux adds vmlinux for each kernel: an ELF file with BTF types. The mirror extracts it from the boot image, which
-	// is possible for amd64 only.
+	// VMLinux adds vmlinux for each kernel, extracted from the boot image: an ELF file with BTF types. It is for amd64
+	// only.
 	VMLinux bool
 	// NoBoot leaves prebake-boot.tgz out, as COS's buckets do. A load test then boots vmlinux.
 	NoBoot bool
@@ -68,9 +66,9 @@ type Config struct {
 	ClangCached bool
 	// Refresh fetches the current package index first. Without it, an index of the last day is used.
 	Refresh bool
-	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. If EmuGPU is nil,
-	// prebake-boot.tgz has no emugpu.ko. headersDir is the header tree, and env the content of toolchain_env. EmuGPU may
-	// be called for two kernels at once.
+	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. headersDir is the header tree,
+	// and env the content of toolchain_env. EmuGPU may be called for two kernels at once. If it is nil, prebake-boot.tgz
+	// has no emugpu.ko.
 	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
 		release string) (koPath string, err error)
 	// EmuGPURevision is the revision of the emulated GPU's source. With another revision, the module is compiled again.
@@ -274,7 +272,7 @@ func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	}
 }
 
-// openNext returns the apt for the next Debian release. The first call prepares it.
+// openNext returns the apt for the next Debian release, which the first call prepares.
 func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	if m.next == nil {
 		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh,
@@ -394,8 +392,7 @@ func (m *maker) plan(kernels []kernel) []build {
 	return builds
 }
 
-// makeAll makes the toolchain first, because the emulated GPU is compiled with it. Then it makes everything else, two
-// objects at a time.
+// makeAll makes the toolchain first, because the emulated GPU needs it. Then it makes all else, two objects at a time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
 	var toolchain object
 	if len(builds) > 0 {
@@ -425,8 +422,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel splits the COS builds into one list for each kernel. The COS builds of one kernel share objects, so they are
-// made one after the other. Each object is then made only once.
+// byKernel splits the COS builds into one list for each kernel. A list is made in order, so each shared object is made
+// only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

@@ -20,8 +20,7 @@ func moduleFile(name string) bool {
 	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
 }
 
-// decompress replaces the content of a module by the decompressed content if the module is compressed with xz. The name
-// of the module stays.
+// decompress decompresses a module that is compressed with xz. The name of the module stays.
 func (t tree) decompress(file string) error {
 	if path.Ext(file) != ".xz" {
 		return nil
@@ -41,8 +40,8 @@ func (t tree) decompress(file string) error {
 	return nil
 }
 
-// loadOrder returns the files of the wanted modules and of their dependencies in t, in load order, and decompresses
-// them. A wanted module that has no file is built into the kernel, so it is left out. A missing dependency is an error.
+// loadOrder decompresses the wanted modules and their dependencies, and returns their files in load order. It leaves
+// out a wanted module without a file, which is built into the kernel. A missing dependency is an error.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {
@@ -91,8 +90,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 	return order, nil
 }
 
-// moduleName returns the name that the kernel uses for the module in a file: without suffixes, and with _ in place of
-// -.
+// moduleName returns the kernel's name for the module in a file: without suffixes, and with _ for -.
 func moduleName(file string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(path.Base(strings.TrimSuffix(file, ".xz")), ".ko"), "-", "_")
 }

@@ -10,13 +10,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series. Each cell
-// has a load test. Then it builds some cells again without any cache: the artifacts must have the same digests. It also
-// compiles the modules of these cells with make alone: the modules must be the same.
+// TestNext lets the builder build and load-test two driver branches, both flavours, for two kernel series. Some cells
+// are built again without any cache, and must have the same digests. `make` alone must compile the same modules. A
+// driver that is too old for a kernel must fail with the compiler's message.
 //
-// A driver may be too old for a kernel's interfaces. Such a cell must fail with the compiler's message; no other
-// failure is accepted. Downloading the packages and compiling take almost an hour, so the test runs only if
-// PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. make next sets it.
+// It takes almost an hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next`
+// sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
@@ -41,7 +40,7 @@ func TestNext(t *testing.T) {
 		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
 	wish := filepath.Join(dir, "wish.yaml")
-	// In the wish list, the newer kernel is marked as an early warning, so its failures do not change the exit status.
+	// The newer kernel is an early warning, so its failures do not change the exit status.
 	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
 		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"

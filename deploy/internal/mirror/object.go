@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revision is part of every recipe. It must change whenever the code makes other bytes from the same packages. The
-// cache then returns no objects of older code.
+// revision is part of every recipe. Change it whenever the code makes other bytes from the same packages: otherwise the
+// cache returns objects of older code.
 const revision = 3
 
 // recipe has everything that decides the content of an object. The cache finds an object by its recipe.
@@ -50,8 +50,8 @@ type object struct {
 // store keeps finished objects in a folder, by their recipes.
 type store struct{ dir string }
 
-// make returns the object of this recipe. It calls write if no earlier run has made the object. A file in the store is
-// always complete.
+// make returns the object of this recipe. If the store lacks it, the callback writes it. A file in the store is always
+// complete.
 func (s store) make(ctx context.Context, r recipe, write func(ctx context.Context, w io.Writer) error) (object, error) {
 	key, err := r.key()
 	if err != nil {
@@ -83,8 +83,8 @@ func (s store) make(ctx context.Context, r recipe, write func(ctx context.Contex
 	})
 }
 
-// publish copies the object to dst. It does not link the file, because a test that damages a mirror must not damage the
-// cache. If the object is damaged in the cache, publish removes it there, and returns an error.
+// publish copies the object to dst. It makes no link: a test that damages a mirror must not damage the cache. If the
+// object is damaged in the cache, publish removes it there, and returns an error.
 func (o object) publish(dst string) error {
 	bad := false
 	err := writeAtomic(dst, func(w io.Writer) error {

@@ -8,12 +8,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// platform has everything that differs between the mirror's architectures. Modules for another architecture than the
-// machine's are cross-compiled, with Debian's kbuild programs and compilers that run on the machine.
+// platform has everything that differs between the mirror's architectures. Modules for a foreign architecture are
+// cross-compiled, with Debian's programs for the machine's own architecture.
 type platform struct {
 	arch target.Arch
-	// flavour is Debian's kernel flavour. For amd64 it is the smallest one, which is for virtual machines. For arm64 it is
-	// the plain one, because its kernel has DRM. With DRM, at least one kernel of the mirror can load nvidia-drm.
+	// flavour is Debian's kernel flavour. For amd64 it is the smallest one, for virtual machines. For arm64 it is the
+	// plain one, which has DRM: at least one kernel of the mirror must be able to load nvidia-drm.
 	flavour string
 	// kernelArch is the name of the kernel's folder below arch/.
 	kernelArch string
@@ -23,17 +23,15 @@ type platform struct {
 	runfile string
 	// triplet is the GNU name of the architecture. prefix is the beginning of the tools' names, as in COS's SDK.
 	triplet, prefix string
-	// gccDir is the compiler's own folder. The compiler finds the folder, and from there as and ld, by relative paths, so
-	// no wrapper is needed.
+	// gccDir is the compiler's own folder. The compiler finds it, and from there as and ld, by relative paths.
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest is true if the mirror gets only the default driver and, unless Config.ABIs has numbers, only the oldest
-	// kernel.
+	// oldest says that the mirror gets only the default driver, and only the oldest kernel unless Config.ABIs has numbers.
 	oldest bool
 }
 
-// libraryPackages contain all libraries that the tools load, except libc. libc comes from the machine.
+// libraryPackages contain all libraries of the tools, except libc, which comes from the machine.
 var libraryPackages = []string{
 	"libbinutils", "libctf0", "libctf-nobfd0",
 	"libisl23", "libmpc3", "libmpfr6", "libgmp10", "libjansson4", "libzstd1", "zlib1g",

@@ -78,8 +78,7 @@ func TestKernelNames(t *testing.T) {
 	}
 }
 
-// TestSelectKernelsARM64 checks that only one arm64 kernel is selected if nobody asks for more. An ordinary mirror
-// should not grow by parts that nobody asked for.
+// TestSelectKernelsARM64 checks that only one arm64 kernel is selected if nobody asks for more.
 func TestSelectKernelsARM64(t *testing.T) {
 	t.Parallel()
 	all := []kernel{{abi: 47}, {abi: 50}, {abi: 56}}

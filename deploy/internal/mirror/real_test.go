@@ -13,10 +13,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestReal makes the kernels of a mirror twice from the same Debian packages, in two folders without a cache, and
-// compares every byte. Then it compiles with the toolchain archive in a sandbox that hides the machine's own compiler.
-// The test takes two minutes, so it runs only if PREBAKE_MIRROR_CACHE is set to the cache folder of an earlier
-// `mirror`.
+// TestReal makes the kernels of a mirror twice from the same Debian packages, and compares every byte. Then it compiles
+// with the toolchain archive in a sandbox that hides the machine's own compiler.
+//
+// It takes two minutes, so it runs only if PREBAKE_MIRROR_CACHE is set to the cache folder of an earlier `mirror`.
 func TestReal(t *testing.T) {
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
 	if cache == "" {
@@ -73,8 +73,8 @@ func digests(t *testing.T, dir string) map[string]string {
 	return all
 }
 
-// compileHidden checks that the compiler, the assembler, the linker and all their libraries except libc come from the
-// archive. The archive is unpacked at a path for which it was not made.
+// compileHidden checks that the compiler, the assembler, the linker and their libraries except libc come from the
+// archive. It unpacks the archive at a path for which it was not made.
 func compileHidden(t *testing.T, archive string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -10,9 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The packages of one NVIDIA release. Debian splits the runfile into packages. The mirror puts the parts together that
-// a compute node needs: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries and
-// documentation.
+// The packages of one NVIDIA release. Debian splits the runfile into packages. The mirror puts the parts for a compute
+// node together: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries and documentation.
 var (
 	sourcePackage     = "nvidia-kernel-source"
 	openSourcePackage = "nvidia-open-kernel-source"
@@ -21,15 +20,14 @@ var (
 		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
 		"nvidia-cuda-mps",
 	}
-	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ
-	// from the release's version.
+	// driverTools are tools that Debian builds separately. They are of the release's branch, but may have another version.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
 	// onlyPlain are the packages that exist only in the line "".
 	onlyPlain = []string{"nvidia-cuda-mps"}
 )
 
-// line is one of Debian's sets of NVIDIA packages. The line "" has the plain packages, such as nvidia-smi. Debian also
-// has packages of older branches: nvidia-tesla-535-smi, for example, is in the line "tesla-535".
+// line is one of Debian's sets of NVIDIA packages. The line "" has the plain packages, such as nvidia-smi. Older
+// branches have lines too: nvidia-tesla-535-smi is in the line "tesla-535".
 type line string
 
 // packageName returns the name that a plain package has in the line.
@@ -159,8 +157,8 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 	return releases, nil
 }
 
-// findBranches returns the driver releases of the branches in m.Branches. own are the driver releases of the machine's
-// own Debian release. If own has no driver release of a branch, the next Debian release must have one.
+// findBranches returns the driver releases of the branches in m.Branches. A branch comes from the machine's own Debian
+// release if possible, else from the next one.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)
@@ -192,8 +190,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns a release of the default driver's branch that is not in releases. It comes from the next Debian
-// release, where this branch has a line of packages.
+// findNeighbour returns a release of the default driver's branch, from the next Debian release, that is not in
+// releases.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {
@@ -233,8 +231,8 @@ func newestRelease(releases []release, wanted func(release) bool) *release {
 	return newest
 }
 
-// selectReleases returns the newest release that has both flavours, and then the newest release of all. If these are
-// the same release, it returns that release once.
+// selectReleases returns the newest release that has both flavours, and the newest release of all if that is another
+// one.
 func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
@@ -250,7 +248,7 @@ func selectReleases(whole []release) ([]release, error) {
 }
 
 // addPackages adds driverPackages in version v to the release's packages. It reports whether the index has all of them
-// in exactly this version.
+// in this version.
 func (r *release) addPackages(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
 		if r.line.hasNo(name) {
@@ -264,8 +262,8 @@ func (r *release) addPackages(versions map[string][]string, v string) bool {
 	return true
 }
 
-// addTools adds one version of each tool: the newest version of the branch that is not newer than the release. If all
-// versions are newer, it adds the oldest version of the branch.
+// addTools adds one version of each tool: the newest of the branch that is not newer than the release, or else the
+// oldest of the branch.
 func (r *release) addTools(versions map[string][]string) {
 	for _, name := range driverTools {
 		var best string
@@ -285,7 +283,7 @@ func (r *release) addTools(versions map[string][]string) {
 
 func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 
-// baseOf returns a release of the same branch that has both flavours. It is the base for undoing Debian's edits of r.
+// baseOf returns a release of the same branch that has both flavours, for undoing Debian's edits.
 func baseOf(r release, releases []release) (release, bool) {
 	if r.open {
 		return r, true

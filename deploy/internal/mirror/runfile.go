@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// packRunfile packs the tree with makeself. The result is a shell script with a compressed tar after it, like NVIDIA's
-// runfile. All names on the command line are relative, because makeself writes the command line into the header.
+// packRunfile packs the tree with makeself: a shell script with a compressed tar after it, like NVIDIA's runfile.
+// makeself writes its command line into the header, so all names on it are relative.
 func packRunfile(ctx context.Context, t tree, name, version, work string, w io.Writer) error {
 	payload := filepath.Join(work, "payload")
 	// Chmod makes the mode independent of the umask, which must not change the archive.
@@ -44,7 +44,7 @@ func packRunfile(ctx context.Context, t tree, name, version, work string, w io.W
 }
 
 // installer is the start-up script of the runfile, which makeself requires. It replaces NVIDIA's installer program,
-// which Debian does not ship. It tells a person who runs the runfile by hand what the runfile is.
+// which Debian does not ship.
 const installer = `#!/bin/sh
 echo "This archive was put together from Debian packages; it holds no installer." >&2
 echo "Use -x --target DIR to unpack it." >&2

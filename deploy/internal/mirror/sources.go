@@ -18,9 +18,8 @@ import (
 const components = "main contrib non-free non-free-firmware"
 
 // DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It
-// returns one deb822 sources file with the archives, suites and keyrings that the machine has for the Debian release
-// codename, and with all components. It leaves out other suites, such as those of third-party archives, because they do
-// not have these components.
+// returns one deb822 sources file with the machine's archives, suites and keyrings for the given Debian release, and
+// with all components. It leaves out other suites, such as third-party archives.
 func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	names, err := fs.Glob(etcApt, "sources.list.d/*")
 	if err != nil {
@@ -59,12 +58,10 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// nextCodename is the Debian release after the one that the mirror runs on. Its packages are unpacked and never
-// installed.
+// nextCodename is the Debian release after the machine's. Its packages are unpacked and never installed.
 const nextCodename = "trixie"
 
-// nextSources returns sources of the next Debian release. The argument derived has sources of the Debian release
-// codename. The result has the same archives and keyrings, and other suites.
+// nextSources turns sources of a Debian release into sources of the next one, with the same archives and keyrings.
 func nextSources(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {
@@ -117,8 +114,8 @@ func (s stanza) derive(codename string) (string, bool) {
 	return out.String(), true
 }
 
-// parseDeb822 reads the stanza format of *.sources files. A line that begins with # is a comment. A line that begins
-// with a blank continues the field.
+// parseDeb822 reads the stanza format of *.sources files. A line with # is a comment. A line that begins with a blank
+// continues the field.
 func parseDeb822(text []byte) []stanza {
 	var all []stanza
 	cur, last := map[string]string{}, ""

@@ -19,14 +19,14 @@ import (
 // gccMajor is the major version of the compiler that Debian 12 builds its kernels with.
 const gccMajor = "12"
 
-// prefix is the beginning of the tools' names in COS's SDK. toolchain_env has the names of the tools.
+// prefix is the beginning of the tools' names in COS's SDK, which toolchain_env contains.
 const prefix = "x86_64-cros-linux-gnu-"
 
 // toolchainEnv is the content of toolchain_env.
 const toolchainEnv = "CC=" + prefix + "gcc\nCXX=" + prefix + "gcc\n"
 
-// toolchainPackages contain the compiler, the binary tools, and all libraries that they load except libc. libc comes
-// from the machine.
+// toolchainPackages contain the compiler, the binary tools, and all their libraries except libc, which comes from the
+// machine.
 var toolchainPackages = append([]string{
 	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev", "binutils-x86-64-linux-gnu",
 }, libraryPackages...)
@@ -35,8 +35,7 @@ var toolchainPackages = append([]string{
 var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib",
 	"readelf", "size", "strings", "strip"}
 
-// machineLibs are the libraries of libc. The toolchain takes them from the machine, as COS's toolchain does, because
-// every machine that can run the toolchain has them.
+// machineLibs are the libraries of libc. As COS's toolchain does, the toolchain takes them from the machine.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
 // toolchainTree makes the tree of a compiler that works from any folder.
@@ -65,8 +64,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 }
 
 // toolchainPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
-// the compiler for link-time optimisation (lto1), sanitizers and gcc's plugins. A kernel module needs none of them, and
-// they are two thirds of the packages.
+// lto1, sanitizers and gcc's plugins: two thirds of the packages, which no kernel module needs.
 func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
 	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {
@@ -94,8 +92,8 @@ func (p platform) toolchainPick(name string) string {
 	return ""
 }
 
-// checkLinks returns an error if a link leaves the tree, or if the tree does not have the link's target, for example
-// because the target got another name there. The archive must not depend on other files.
+// checkLinks returns an error if a link leaves the tree, or if its target is missing. The archive must not depend on
+// other files.
 func (t tree) checkLinks() error {
 	for name, n := range t {
 		if n.link == "" {
@@ -111,8 +109,8 @@ func (t tree) checkLinks() error {
 	return nil
 }
 
-// relocate makes every program and library search for its libraries in the folder lib of the archive first. The search
-// path is relative to the file, so that the archive works wherever it is unpacked. work is a scratch folder.
+// relocate makes every program and library search the archive's folder lib first. The search path is relative, so the
+// archive works in any folder. work is a scratch folder.
 func relocate(ctx context.Context, t tree, work string) error {
 	root, err := os.OpenRoot(work)
 	if err != nil {
@@ -148,8 +146,7 @@ func relocate(ctx context.Context, t tree, work string) error {
 	return nil
 }
 
-// checkLibraries returns an error if a program or a library in the tree needs a library that is neither in the tree nor
-// one of machineLibs.
+// checkLibraries returns an error if a file in the tree needs a library that is neither in the tree nor in machineLibs.
 func (t tree) checkLibraries() error {
 	for name, n := range t {
 		if !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
@@ -174,8 +171,8 @@ func (t tree) checkLibraries() error {
 	return nil
 }
 
-// writeTarXZ writes the tree as a tar.xz. It lets xz compress in blocks of a fixed size, because with xz's default the
-// bytes would depend on the number of processors.
+// writeTarXZ writes the tree as a tar.xz. xz compresses in blocks of a fixed size: by default, the bytes would depend
+// on the number of processors.
 func (t tree) writeTarXZ(ctx context.Context, w io.Writer) error {
 	cmd := exec.CommandContext(ctx, "xz", "-3", "-T2", "--block-size=8MiB", "--check=crc64", "-c")
 	cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")

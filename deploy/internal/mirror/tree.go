@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// epoch is the modification time of all files that the mirror packs, so that the archives do not depend on the day on
-// which they are made.
+// epoch is the modification time of all files that the mirror packs. The bytes of an archive must not depend on the
+// day.
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // maxEntry is the largest permitted size of a file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
@@ -123,7 +123,7 @@ func (t tree) writeDir(dir string) error {
 	return nil
 }
 
-// A pick returns the name that a file of an archive gets in a tree; "" leaves the file out.
+// A pick returns the name of an archive's file in a tree; "" leaves the file out.
 type pick func(name string) string
 
 // readDeb adds the selected files of a Debian package to t.
@@ -143,7 +143,7 @@ func readXZ(ctx context.Context, t tree, archive []byte, where pick) error {
 	return pipe(cmd, func(r io.Reader) error { return readTar(t, r, where) })
 }
 
-// pipe runs cmd and passes its stdout to read. It discards the output that read leaves, so that cmd can end.
+// pipe runs cmd and passes its stdout to the callback. It discards the rest of the output, so that cmd can end.
 func pipe(cmd *exec.Cmd, read func(io.Reader) error) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -200,7 +200,7 @@ func readTar(t tree, r io.Reader, where pick) error {
 	}
 }
 
-// pickFolder returns a pick that selects everything below the folder from, and moves it to the folder to.
+// pickFolder returns a pick that moves everything below one folder to another one.
 func pickFolder(from, to string) pick {
 	return func(name string) string {
 		if rest, ok := strings.CutPrefix(name, from+"/"); ok {

@@ -15,21 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Debian's -source packages are NVIDIA's trees with Debian's patches. Real runfiles have no such patches. Debian's
-// source package of the open flavour also contains NVIDIA's own release tree. With that tree, the mirror undoes the
-// patches.
+// Debian's -source packages contain Debian's patches, which real runfiles lack. The mirror undoes them with NVIDIA's
+// own release tree, from Debian's source package of the open flavour.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is the version of the code that undoes the patches. It is part of the recipe of a runfile. It must change
-	// whenever the code gives another result.
+	// undoRecipe is the version of the code that undoes the patches, a part of a runfile's recipe. Change it whenever the
+	// code gives another result.
 	undoRecipe = "undo-1"
 )
 
 // edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources. The entries are only for the suite codename and for
-// contrib, because contrib has the only source package that the mirror needs.
+// addDebSrc adds entries for source packages to derived sources: only for the given suite, and for contrib, where the
+// mirror's only source package is.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -50,7 +49,7 @@ func addDebSrc(derived []byte, codename string) []byte {
 // errNoOrigin means that Debian's archive does not serve NVIDIA's own tree.
 var errNoOrigin = errors.New("NVIDIA's own tree is not served")
 
-// origin returns the path of the file with NVIDIA's own release tree of the open flavour. It downloads a missing file.
+// origin returns the path of NVIDIA's own release archive of the open flavour. It downloads a missing file.
 func (a *apt) origin(ctx context.Context, version string) (file string, err error) {
 	file = filepath.Join(a.dir, "packages", openOrigin+"_"+pkg{Version: version}.upstream()+".orig.tar.xz")
 	if info, err := os.Stat(file); err == nil && info.Size() > 0 {
@@ -113,8 +112,7 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// editedFiles returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
-// changelog entry, which is later than the times of all other files.
+// editedFiles returns the names of the files that Debian changed: dpkg-source gives them the latest time of all files.
 func (t tree) editedFiles() []string {
 	var newest int64
 	for _, n := range t {
@@ -130,9 +128,9 @@ func (t tree) editedFiles() []string {
 	return names
 }
 
-// undo undoes Debian's edits of the sources debian. pair is a folder of sources in both editions. It may be of another
-// flavour or release than debian. If a changed file equals the file of the same name in pair.debian, undo replaces it
-// by the file in pair.own. To any other changed file, undo applies the difference between these two files backwards.
+// undo undoes Debian's edits in a tree of sources. pair is a folder of sources in both editions, maybe of another
+// flavour or release. If a changed file equals its namesake in pair.debian, pair.own supplies the original. Otherwise
+// undo applies the difference between the two files backwards.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
@@ -142,7 +140,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	}
 	for _, name := range debian.editedFiles() {
 		was, edited := pair.own[name], pair.debian[name]
-		// If pair does not have both editions of the file, or if both are equal, the file's original cannot be known.
+		// The original cannot be known if an edition lacks the file, or if both are equal.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
@@ -166,8 +164,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between was and edited backwards to the argument text. It leaves out parts of the
-// difference that do not fit, because Debian's patches differ between flavours.
+// unpatch applies the difference between was and edited backwards to a text. It leaves out parts that do not fit,
+// because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -202,8 +200,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines returns the lines of the argument text that are in Debian's edition of the file, and not in NVIDIA's
-// own. It ignores short lines, and #else and #endif, because these prove nothing.
+// remainingLines returns the lines of a text that are in Debian's edition of the file, but not in NVIDIA's own. It
+// ignores short lines, and #else and #endif.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -252,8 +250,8 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 	return s, err
 }
 
-// likeSources undoes Debian's edits of a release that has only one flavour. base is a release of the same branch that
-// has both flavours, and so shows what Debian edited.
+// likeSources undoes Debian's edits of a release with only one flavour. base is a release of the same branch with both
+// flavours: it shows Debian's edits.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()

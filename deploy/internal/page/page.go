@@ -1,5 +1,5 @@
 // Package page reads the repository's Markdown pages: their headings, links, code spans and code blocks. Tests use it
-// to check links, and to run the commands on a page. It does not render pages, and never follows a link.
+// to check links, and to run the commands on a page. It never follows a link.
 package page
 
 import (
@@ -125,9 +125,8 @@ func plainText(n ast.Node, source []byte) string {
 
 // anchor returns the fragment that GitHub gives to a heading, as "Section links" describes it:
 // https://docs.github.com/en/get-started/writing-on-github/getting-started-with-writing-and-formatting-on-github/basic-writing-and-formatting-syntax
-// Letters become lower case, spaces become hyphens, and punctuation is removed. If an earlier heading has the same
-// fragment, a number is added. The argument seen has the fragments of the page so far, each with the last number that
-// was added to it.
+// Letters become lower case, spaces become hyphens, and punctuation is removed. An equal fragment gets a number. The
+// map has the fragments of the page so far, each with the last number that was added to it.
 func anchor(heading string, seen map[string]int) string {
 	name := strings.Map(func(r rune) rune {
 		switch {

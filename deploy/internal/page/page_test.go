@@ -7,8 +7,7 @@ import (
 )
 
 // The first four rows are the examples on GitHub's own page about section links. The others are from the fixtures of
-// github-slugger (github.com/Flet/github-slugger, test/fixtures.json). That project compares them with GitHub's
-// rendering.
+// github-slugger (github.com/Flet/github-slugger, test/fixtures.json).
 func TestAnchor(t *testing.T) {
 	t.Parallel()
 	seen := map[string]int{}

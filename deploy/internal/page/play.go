@@ -17,15 +17,15 @@ import (
 type Command struct {
 	// Text is a script for bash, of one or more lines.
 	Text string
-	// Want are the lines of output below the command, including stderr. "…" in a line stands for any text, and a line with
-	// only "…" stands for any lines. nil means any output.
+	// Want are the lines of output below the command, including stderr. "…" in a line stands for any text, and alone for
+	// any lines. nil means any output.
 	Want []string
 	// Line is the number of the command's first line on the page; the first line is 1.
 	Line int
 }
 
-// Commands returns the commands of a shell block. In a block of the language console, a command begins with "$ ", and
-// its output follows. A block of any other language is one command.
+// Commands returns the commands of a shell block. In the language console, a command begins with "$ ", and its output
+// follows. A block of any other language is one command.
 func (b Block) Commands() []Command {
 	if b.Language != "console" {
 		return []Command{{Text: b.Text, Line: b.Line}}
@@ -59,7 +59,7 @@ func (p *Page) Script() []Command {
 }
 
 // Play runs the commands in one bash, in the folder dir, and compares their output with the page. It stops at the first
-// command that fails or prints something else. The error then has the command's line on the page. At the end it kills
+// command that fails or prints something else; the error has the command's line on the page. At the end it kills
 // background jobs.
 func Play(ctx context.Context, dir string, env []string, commands []Command) error {
 	var script strings.Builder

@@ -10,9 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// UseFastEmulator puts the qemu of the next Debian release first in PATH, for this process and all programs that it
-// starts from now on. If Debian's archive cannot be reached, the machine's own qemu is used. A virtual node then takes
-// about twice the time.
+// UseFastEmulator puts the qemu of the next Debian release first in PATH, for this process and its programs. If
+// Debian's archive cannot be reached, the machine's own, slower qemu stays.
 func (s *Scene) UseFastEmulator(ctx context.Context) error {
 	bin, err := mirror.Emulator(ctx, filepath.Join(s.State, "packages"), func(line string) { fmt.Fprintln(s.Out, line) })
 	if fault.Is(err, fault.Transient) {

@@ -28,7 +28,7 @@ type Node struct {
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
-	// Files are additional files of the node. Tools are programs of this machine that the node gets at the same paths.
+	// Files are additional files of the node. Tools are programs of this machine, at the same paths.
 	Files []vm.File
 	Tools []string
 	// Disk is the path of an image that the node has as /dev/vda; "" means none.
@@ -111,8 +111,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	})
 }
 
-// InstallStep returns the step in which the node installs a driver, from resolving to validating. extra are additional
-// flags of fetcher install.
+// InstallStep returns the step in which the node installs a driver. extra are additional flags of `fetcher install`.
 func InstallStep(srv *Server, extra ...string) vm.Step {
 	return vm.Step{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
 		"/usr/bin/fetcher", "install", "--server", "http://10.0.2.2:" + srv.Addr[strings.LastIndex(srv.Addr, ":")+1:],
@@ -143,8 +142,7 @@ func Decode(step vm.StepResult, v any) error {
 	return nil
 }
 
-// NodeRoot makes a folder that looks like the root of a COS node to the fetcher. It is for tests in which the node's
-// kernel does not run.
+// NodeRoot makes a folder that looks like the root of a COS node, for tests that do not boot the node.
 func NodeRoot(root string, k target.Kernel) error {
 	for name, text := range map[string]string{
 		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",

@@ -1,8 +1,6 @@
-// Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that takes builds
-// from the server's queue, and a virtual node that boots one of the mirror's kernels. The demo and the end-to-end tests
-// use it.
-//
-// The package runs the real programs from the bin folder, and does not use their internals.
+// Package testbed runs the whole product on one machine, for the demo and the end-to-end tests: a COS-shaped mirror, a
+// server, a builder on the server's queue, and a virtual node. It runs the real programs, and does not use their
+// internals.
 package testbed
 
 import (
@@ -35,8 +33,7 @@ type Scene struct {
 	Out io.Writer
 }
 
-// New returns a scene. Its state is in the folder that PREBAKE_STATE gives; the default is the folder prebake in the
-// user's cache folder.
+// New returns a scene. PREBAKE_STATE is the folder of its state; the default is prebake in the user's cache folder.
 func New(bin, dir string, out io.Writer) (*Scene, error) {
 	state := os.Getenv("PREBAKE_STATE")
 	if state == "" {
@@ -109,7 +106,7 @@ func lastLines(b []byte, n int) string {
 // Mirror is the output of the mirror command.
 type Mirror struct {
 	Dir string
-	// Made is the number of objects that this run of the command made. Cached is the number that it took from its cache.
+	// Made is the number of objects that this run made. Cached is the number from the cache.
 	Made   int `json:"made"`
 	Cached int `json:"cached"`
 	Builds []struct {
@@ -130,8 +127,7 @@ func (m *Mirror) KernelURL() string { return "file://" + filepath.Join(m.Dir, "c
 // DriverURL returns the URL of the mirror's bucket of runfiles.
 func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "drivers") }
 
-// Siblings returns the first two kernels that Debian compiled from one upstream version. At times Debian's archive has
-// none; then ok is false.
+// Siblings returns the first two kernels that Debian compiled from one upstream version. ok is false if there are none.
 func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	for i, a := range m.Builds {
 		for _, b := range m.Builds[i+1:] {
@@ -145,7 +141,7 @@ func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	return target.Kernel{}, target.Kernel{}, false
 }
 
-// Mirror makes the COS-shaped mirror, or uses the one that exists.
+// Mirror makes the COS-shaped mirror, unless it exists.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
 	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")
@@ -177,8 +173,8 @@ type Process struct {
 	err  error         // error of the program; read it only after done is closed
 }
 
-// Start starts a program. Its output goes to the file log in Dir. The program has a process group of its own, so Ctrl-C
-// at the terminal reaches only the caller. The caller stops the program.
+// Start starts a program with its output in the file log in Dir. The caller stops it: it has its own process group, so
+// Ctrl-C at the terminal does not reach it.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -198,8 +194,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, and waits. It kills the program after a minute. After that request, server and builder
-// let their running work go on for 20 seconds.
+// Stop asks the program to end, and kills it after a minute. Server and builder may need 20 seconds for their running
+// work.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -278,7 +274,7 @@ func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...
 	}, extra...)...)
 }
 
-// WaitBuild polls a build until it has ended. It calls watch at every change of the build's phase.
+// WaitBuild polls a build until it has ended. It calls the callback at every change of the build's phase.
 func WaitBuild(ctx context.Context, c *api.Client, id int64, watch func(api.Build)) (api.Build, error) {
 	var last api.Build
 	err := waitFor(ctx, time.Hour, func() (bool, error) {

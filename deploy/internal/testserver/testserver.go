@@ -1,4 +1,4 @@
-// Package testserver runs the real server program for a test. Only test files import it. The server is a process on
+// Package testserver runs the real server program for a test. Only test files import it. The server listens on
 // loopback, and ends with its test.
 package testserver
 
@@ -20,8 +20,8 @@ const Token = "0123456789abcdef"
 // maxLog is how many bytes of the server's log a failed test shows.
 const maxLog = 1500
 
-// Start runs `server serve` with its data in a folder until the test ends. It returns the server's URL, without a slash
-// at the end. args are additional flags.
+// Start runs `server serve` with its data in a folder until the test ends. It returns the server's URL, without a final
+// slash. args are additional flags.
 func Start(t testing.TB, program, data string, args ...string) (url string) {
 	t.Helper()
 	var log bytes.Buffer

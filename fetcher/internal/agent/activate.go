@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// loaded are the modules that the agent loads on every node. Other modules of a driver, such as nvidia-peermem, are for
-// special hardware, and the tools of that hardware load them.
+// loaded are the modules that the agent loads on every node. Tools of special hardware load others, such as
+// nvidia-peermem.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional are the modules in the list loaded that CUDA programs do not need.
@@ -31,10 +31,10 @@ var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
-// activate carries out a decision: it makes the decision's driver the active one, loads it and checks it. If the driver
-// cannot be loaded, or if fewer GPUs work with it than before, activate restores the former files and modules.
+// activate makes the decision's driver the active one, loads it and checks it. It restores the former driver if the
+// load fails, or if fewer GPUs work than before.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
-	// An activation runs to its end even if ctx is cancelled. Only the kernel and the probe limit its time.
+	// A cancelled ctx must not stop an activation halfway.
 	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
 	pointers, err := store.Pointers()
@@ -72,8 +72,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
-		// Allow exec first, because the libraries are useless without it. The device files, which signal a ready driver, are
-		// made later.
+		// Allow exec before the device files exist, because they signal a usable driver.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
 				a.parts.Log.WarnContext(ctx, "could not record the mount", "err", err)
@@ -138,9 +137,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// verifyFor verifies the files of the driver that activate is about to switch to or to load. The result missing is true
-// if the driver already runs, but some of its modules are not loaded and do not verify. The driver works without these
-// modules, so activate does not load them.
+// verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing
+// means that the driver runs, but that its unloaded modules do not verify and must not be loaded.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {
@@ -157,9 +155,8 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	return d.set, true, nil
 }
 
-// findBefore ensures that the driver that is about to be unloaded can be loaded again. If this program installed that
-// driver, and the driver verifies, there is nothing to do. For any other driver, findBefore finds the files of its
-// modules and keeps them open.
+// findBefore ensures that the driver to be unloaded can be loaded again. Unless this program can verify the driver, it
+// opens the files of the modules.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
 	before *install.Set) *foreignFiles {
 	if d.do != replace {
@@ -180,8 +177,8 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked at the last check of a driver than work now. If not, a rollback to that
-// driver would not help.
+// served reports whether more GPUs worked when the driver was last checked than work now. If not, a rollback to it is
+// useless.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
@@ -192,8 +189,7 @@ func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
-// restore makes the former driver active again. The argument to has the pointers from before the activation. The
-// argument before is the former driver; nil means that no driver was active.
+// restore makes the former driver active again. If before is nil, no driver was active.
 func restore(store *install.Store, to install.Pointers, before *install.Set) error {
 	err := store.Restore(to)
 	if before != nil {
@@ -211,9 +207,8 @@ type revertPlan struct {
 	blame       bool          // whether the failure counts against the driver
 }
 
-// revert restores files and modules after an activation that failed. If the modules of the failed driver cannot be
-// unloaded, that driver stays active. The returned error consists of the argument cause and of the errors of the
-// restoration.
+// revert restores files and modules after a failed activation. If the failed driver cannot be unloaded, it stays
+// active. The returned error includes the given cause.
 func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
 	cause error) error {
 	before := t.before
@@ -316,8 +311,7 @@ func (s nodeState) lacks(set *install.Set) bool {
 	})
 }
 
-// unloadOf unloads the modules of the driver in set, whose activation failed. It does nothing if they are not loaded,
-// or if the driver is also the former driver.
+// unloadOf unloads a driver whose activation failed, unless it is also the former driver.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
@@ -332,8 +326,8 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// validate checks the loaded driver and returns the verdict. The mark is the end of the kernel log before the load.
-// xids are the lines with GPU errors that count against the driver.
+// validate checks the loaded driver and returns the verdict. The kernel log is read from the given mark. The given Xid
+// lines count against the driver.
 func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict,
 	error) {
 	facts, err := host.Observe(a.node)
@@ -379,8 +373,7 @@ func addresses(facts *host.Facts) []string {
 	return all
 }
 
-// foreign returns the names of the loaded modules whose build id differs from the build id of the installed file. Such
-// modules keep working. After the next boot, the agent loads the installed files.
+// foreign returns the names of the loaded modules whose build id differs from the installed file.
 func foreign(facts *host.Facts, set *install.Set) []string {
 	var names []string
 	for _, m := range facts.Modules {
@@ -412,7 +405,7 @@ const recordFile = ".prebake/verdict.json"
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
 		Log: a.xids.load}
-	// Parameters take effect when a module is loaded. A module that was already loaded keeps its parameters.
+	// A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
 	if last := a.readRecord(); last != nil && !fresh && len(r.Modules) > 0 {
@@ -428,7 +421,7 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 	return store.WriteFile(recordFile, append(raw, '\n'))
 }
 
-// bootID returns the id of the node's present boot; "" if the kernel does not report it.
+// bootID returns the id of the present boot, or "" if the kernel does not report one.
 func (a *Agent) bootID() string {
 	raw, err := fs.ReadFile(a.node, "proc/sys/kernel/random/boot_id")
 	if err != nil {

@@ -1,8 +1,13 @@
-// Package agent installs and loads the driver that a node should run, step by step: observe, resolve, verify, fetch,
-// stage, install, load, validate. It refuses to give unverified bytes a final name, and to touch a driver that is in
-// use. It refuses to leave a node in a worse state: when a step fails, it restores the driver that was active before.
+// Package agent installs and loads the driver that a node should run. A run has these steps:
 //
-// In names and types of this package, a set is one driver on the node's disk, as [install.Set] describes it.
+//   - observe the node, resolve the driver, verify the artifact
+//   - fetch and stage the layers
+//   - install, load and validate the driver
+//
+// It never gives unverified bytes a final name, and never touches a driver in use. When a step fails, it restores the
+// former driver.
+//
+// In names and types of this package, a set is one driver on the node's disk (see [install.Set]).
 package agent
 
 import (
@@ -35,10 +40,10 @@ type Agent struct {
 	xids   xidWatch
 	// watcher receives the driver's state while a run waits. It is nil if nobody watches.
 	watcher Watcher
-	// checked has the layers that this run compared with their signed content. seen has the layers that earlier runs
-	// compared. Both map a digest to a checkedLayer.
+	// checked holds the layers that this run compared with their signed content; seen holds those of earlier runs. Both
+	// map a digest to a checkedLayer.
 	checked, seen sync.Map
-	// unverified has the error of each installed driver that this run could not verify, by digest.
+	// unverified maps digests of installed drivers to their errors in this run's verification.
 	unverified sync.Map
 }
 
@@ -52,7 +57,7 @@ func New(cfg Config, parts Parts) *Agent {
 type Report struct {
 	Kernel target.Kernel  `json:"kernel"`
 	Answer resolve.Answer `json:"resolution"`
-	// SignedBy is the key or identity of the accepted signature. It is "" when the run kept an installed driver without
+	// SignedBy is the key or identity of the accepted signature. It is "" if the run kept an installed driver without
 	// asking a server or registry.
 	SignedBy string `json:"signedBy,omitempty"`
 	// Signatures are all accepted signatures, with signer and role.
@@ -62,13 +67,11 @@ type Report struct {
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists the actions of the run, or with DryRun the actions of a real run.
 	Plan []string `json:"plan"`
-	// Pending is the reason why the wanted driver is not active yet although it is on the disk. It is "" if no driver
-	// waits.
+	// Pending is the reason why a driver on the disk is not active yet. It is "" if no driver waits.
 	Pending string `json:"pending,omitempty"`
-	// Waiting has the settings of the node's owner that have not taken effect yet, each with the reason.
+	// Waiting has the owner's settings that have not taken effect yet, each with the reason.
 	Waiting []string `json:"waiting,omitempty"`
-	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that were already
-	// on the node.
+	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that the node had.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
 	Modules      []kmod.Outcome   `json:"modules"`
@@ -82,8 +85,8 @@ func (r *Report) did(format string, args ...any) {
 	r.Plan = append(r.Plan, fmt.Sprintf(format, args...))
 }
 
-// Run does all steps once. The report is never nil and shows how far the run came. If the operator must act on the
-// verdict, the error has the verdict's kind (see [gpucheck.Verdict.Err]).
+// Run does all steps once. The report is never nil. If the operator must act on the verdict, the error has the
+// verdict's kind (see [gpucheck.Verdict.Err]).
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
@@ -93,8 +96,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	return r, err
 }
 
-// forget begins a new run: the layers that the last run checked become those of an earlier run, and the drivers that
-// did not verify are checked again.
+// forget begins a new run: checked layers become seen layers, and unverified drivers are checked again.
 func (a *Agent) forget() {
 	a.checked.Range(func(digest, layer any) bool {
 		a.seen.Store(digest, layer)
@@ -138,9 +140,14 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}); err != nil {
 		return err
 	}
-	// The lock is not held during the wait for the farm, so that other installers can work.
+	// Other installers can work during the wait for the farm, because the lock is not held.
 	mayBuild, made := a.mayBuild(ctx, store, facts, current)
-	answer, none := a.resolve(ctx, facts, mayBuild, made)
+	if a.watcher != nil && r.Verdict.State != "" { // start checked the driver
+		a.watcher.Report(r.Verdict)
+	}
+	var answer resolve.Answer
+	var none error
+	a.whileWatching(ctx, current, func() { answer, none = a.resolve(ctx, facts, mayBuild, made) })
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
@@ -153,7 +160,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 }
 
-// locked calls the function do while it holds the lock that excludes other installers.
+// locked takes the lock that excludes other installers, calls the callback, and releases the lock.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
@@ -163,10 +170,12 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	return do()
 }
 
-// start completes or undoes what an earlier run left unfinished. If no driver is loaded, it then loads an installed
-// driver of this COS build, so that a node becomes ready without the farm. It first tries the driver that an earlier
-// run could not load because another driver was in use (attempt.Next), then the current driver, then the previous one.
-// It returns the active driver.
+// start repairs what an earlier run left unfinished, and returns the active driver. If no driver is loaded, it loads an
+// installed one, so the node needs no farm. It tries in this order:
+//
+//  1. the driver that waits (attempt.Next);
+//  2. the current driver;
+//  3. the previous driver.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -204,8 +213,8 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	return store.Current()
 }
 
-// try activates an installed driver and reports whether the driver is loaded. It only logs an error, because the farm
-// may offer a better driver. If the farm offers none, applyDecision tries the same driver again and returns the error.
+// try activates an installed driver and reports whether it is loaded. Errors are only logged, because the farm may
+// offer a better driver.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
@@ -219,8 +228,8 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision decides which driver must be active, and activates it. The argument none is the reason why the farm
-// offers no artifact. If it is nil, r.Answer has the artifact.
+// applyDecision decides which driver must be active, and activates it. If the given error is nil, r.Answer has an
+// artifact of the farm.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
 	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
@@ -236,7 +245,9 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		none = s.put(&install.Set{Driver: r.Answer.Driver}).err
 	}
 	if s.none = none; none == nil {
-		s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
+		a.whileWatching(ctx, s.current, func() {
+			s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
+		})
 		wanted, none := s.wanted, s.none
 		if s, err = a.readState(ctx, store); err != nil { // again, because the download may have been long
 			return err
@@ -262,7 +273,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		}
 	}
 	if d.set == nil {
-		if fault.Is(d.err, fault.Transient) {
+		if resolve.Passing(d.err) {
 			return a.addUnverified(s, d.err) // keep the fetched layers for the next run
 		}
 		d.err = a.addUnverified(s, d.err)
@@ -292,14 +303,13 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
 		return errors.Join(err, d.err)
 	}
-	if fault.Is(d.err, fault.Transient) {
+	if resolve.Passing(d.err) {
 		return errors.Join(err, d.err) // keep the fetched layers for the next run
 	}
 	return errors.Join(err, d.err, store.Sweep(waiting...))
 }
 
-// addUnverified adds to err the reason why the installed driver did not verify, because the operator must repair that
-// driver.
+// addUnverified adds the reason why the installed driver did not verify to the given error.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
@@ -314,21 +324,19 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the node already has a driver that matches its wish, so that the run succeeds without an
-// artifact from the farm. The argument silent means that the farm offers none. An artifact that fails verification, and
-// a yanked driver, are always errors.
+// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. If
+// silent is true, the farm offers none. A yanked driver or a failed verification is always an error.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
 		return false
-	case fault.Is(s.none, fault.Transient):
+	case resolve.Passing(s.none):
 		return true
 	}
 	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&
 		!fault.Is(s.none, fault.Unsupported)
 }
 
-// readState reads the inputs of a decision.
 func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeState, err error) {
 	s = nodeState{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry,
 		noLoad: a.cfg.NoLoad}
@@ -350,7 +358,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 		s.attempts = attempts{}
 		return s, err
 	}
-	// An error in one of the following files is only logged, because it must not endanger the active driver.
+	// Errors in the following files are only logged: they must not endanger the active driver.
 	if s.previous, err = store.Previous(); err != nil {
 		a.parts.Log.WarnContext(ctx, "could not read the former driver", "err", err)
 	}
@@ -364,7 +372,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	return s, nil
 }
 
-// waiting returns the driver on the disk that is loaded as soon as no other driver is (attempt.Next); nil means none.
+// waiting returns the driver that waits until no other driver is loaded (attempt.Next), or nil.
 func (s nodeState) waiting() *install.Set {
 	for _, set := range s.staged {
 		if at := s.attempts[set.Digest]; at != nil && at.Next {
@@ -407,8 +415,8 @@ func (a *Agent) observe(r *Report) (*host.Facts, error) {
 	return facts, err
 }
 
-// openStore opens the install folder, and makes it if it is missing. With DryRun it makes nothing, and returns nil if
-// the folder is missing.
+// openStore opens the install folder, and creates it if it is missing. With DryRun it creates nothing, and returns nil
+// if the folder is missing.
 func (a *Agent) openStore() (*install.Store, error) {
 	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, !a.cfg.DryRun)
 	if a.cfg.DryRun && errors.Is(err, fs.ErrNotExist) {
@@ -417,7 +425,6 @@ func (a *Agent) openStore() (*install.Store, error) {
 	return store, err
 }
 
-// openInstalled opens an existing install folder.
 func (a *Agent) openInstalled() (*install.Store, error) {
 	return install.Open(a.parts.Node, a.cfg.InstallDir, false)
 }

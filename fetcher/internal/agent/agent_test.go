@@ -110,14 +110,13 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 	return n
 }
 
-// run runs the agent once. The finder's answer has the arguments ref and digest.
+// run runs the agent once. The finder answers with the given reference and digest.
 func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
 	n.answer(ref, digest, d)
 	return n.runAs(t)
 }
 
-// answer sets the artifact in the finder's answer.
 func (n *node) answer(ref, digest string, d target.Driver) {
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref,
 		Digest: digest}}
@@ -134,8 +133,7 @@ func (n *node) runAs(t testing.TB) (*agent.Report, error) {
 	return r, err
 }
 
-// tree lists the files that a user of the install folder sees, with their contents. It follows top-level links and
-// leaves .prebake out.
+// tree lists the files in the install folder with their contents. It follows top-level links and skips .prebake.
 func (n *node) tree(t *testing.T) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
@@ -266,7 +264,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	n.inUse(t, "0")
 
-	// The kernel refuses the new driver. The agent must load the old driver again.
+	// The agent must load the old driver again.
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "NVRM: nvidia_uvm says") {
@@ -318,7 +316,7 @@ func (n *node) inUse(t *testing.T, refs string) {
 	}
 }
 
-// TestWithdraw rolls back the first driver of this program. The content that another installer had left must come back.
+// TestWithdraw checks that a rollback of the first driver restores the content of another installer.
 func TestWithdraw(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

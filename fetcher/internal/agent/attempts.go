@@ -15,48 +15,45 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// attemptsFile has a record of each driver whose activation failed, or has not ended.
+// attemptsFile has a record of each driver with a failed or unfinished activation.
 const attemptsFile = ".prebake/attempts.json"
 
-// maxTries is how often a driver may fail, or crash the node, before the agent refuses it.
+// maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
-// maxAttempts is the highest number of records in the file. The oldest ones are dropped.
+// maxAttempts is the maximum number of records in the file. The oldest records are dropped.
 const maxAttempts = 32
 
-// attempt is the record of the activations of one driver. The agent writes the record, and flushes it to the disk,
-// before it switches, unloads or loads anything. After a kill or a kernel panic, the next run therefore knows the
-// former state.
+// attempt is the record of the activations of one driver. Write it before anything is switched, unloaded or loaded:
+// after a crash, the next run needs it.
 type attempt struct {
-	// Open means that the activation began and has not ended. Before has the pointers from before the activation. BootID
-	// is the id of the boot in which the activation began.
+	// Open is true until the activation ends. Before has the pointers from before it. BootID is the boot in which it
+	// began.
 	Open   bool             `json:"open,omitempty"`
 	Before install.Pointers `json:"before"`
 	BootID string           `json:"bootId,omitempty"`
 	At     time.Time        `json:"at"`
-	// Crashes is the number of boots that ended during an open activation. Failures is the number of activations that
-	// ended with an error. Reason is the last error.
+	// Crashes counts the boots that ended during an open activation. Failures counts the activations that ended with an
+	// error. Reason is the last error.
 	Crashes  int    `json:"crashes,omitempty"`
 	Failures int    `json:"failures,omitempty"`
 	Reason   string `json:"why,omitempty"`
 	// ByHand means that an operator rolled the driver back.
 	ByHand bool `json:"byHand,omitempty"`
-	// Foreign are the modules of the foreign driver that the activation has to unload. ForeignDriver is the name of that
-	// driver. The agent loads it again if the activation fails.
+	// Foreign lists the modules of the foreign driver that the activation unloads. ForeignDriver is that driver's name.
 	Foreign       []host.Module `json:"foreign,omitempty"`
 	ForeignDriver string        `json:"foreignDriver,omitempty"`
 	// Firmware is the kernel's firmware path before the activation.
 	Firmware string `json:"firmware,omitempty"`
-	// Next means that this driver is loaded as soon as no other driver is, for example after a reboot. It is set if the
-	// loaded driver could not be replaced.
+	// Next means that this driver is loaded as soon as no other driver is, for example after a reboot.
 	Next bool `json:"next,omitempty"`
 }
 
 // attempts has the record of each driver, by the digest of the driver's artifact.
 type attempts map[string]*attempt
 
-// refused returns the reason why the agent does not try a driver again without --retry. Failures and a rollback count
-// only if the node has another good driver (other), because a node without a driver has nothing to lose.
+// refused returns the reason why a driver is not tried again without --retry. If the node has no other good driver,
+// failures and a rollback do not count.
 func (a *attempt) refused(d target.Driver, other bool) error {
 	why := ""
 	switch {
@@ -111,14 +108,14 @@ func (all attempts) write(store *install.Store) error {
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
 }
 
-// lacksForeign reports whether a run since the last boot unloaded a foreign driver, and no driver is loaded now. It is
-// false if a driver of this program was active before that run.
+// lacksForeign reports whether a run in this boot unloaded a foreign driver, and no driver is loaded now. It is false
+// if a driver of this program was active before.
 func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// restoreForeign loads a foreign driver again if a killed run unloaded it since the last boot, and if no driver of this
-// program replaced it.
+// restoreForeign loads a foreign driver again that a killed run unloaded in this boot. It does nothing if a driver of
+// this program replaced it.
 func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {
@@ -140,7 +137,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin writes into the driver's record that its activation begins, and which foreign driver the activation unloads.
+// begin records that a driver's activation begins, and which foreign driver it unloads.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
@@ -153,12 +150,11 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end writes the result of an activation into the driver's record. The argument failed is the activation's error. If it
-// is nil, end deletes the record. The error counts against the driver only if blame is true. Even then, errors that say
-// nothing about the driver do not count.
+// end records the result of an activation. After a success, it deletes the record. An error counts against the driver
+// only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the file cannot be written, for example to a full disk, end removes the whole file, because an open record would
-// count as a crash after the next boot. The file stays if it names a foreign driver that must be loaded again.
+// If the disk is full, end deletes the whole file: an open record would count as a crash after the next boot. The file
+// stays if it names a foreign driver that must be loaded again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -234,8 +230,8 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	return all.write(store)
 }
 
-// recover ends the activations that earlier runs left open, the newest first. If such an activation loaded its driver
-// in the present boot, the driver stays, and a later step checks it. Otherwise recover restores the former state.
+// recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in this boot
+// stays. Otherwise recover restores the former state.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
 	if err != nil { // an unreadable record must not endanger the active driver
@@ -291,8 +287,8 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	return nil
 }
 
-// restorePointers makes the driver active again that was active before an activation. If that driver is no longer on
-// the disk, the present driver stays active.
+// restorePointers makes the former driver active again. If that driver is no longer on the disk, the present driver
+// stays active.
 func restorePointers(store *install.Store, to install.Pointers) error {
 	if to.Current == "" {
 		return restore(store, install.Pointers{}, nil)

@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// BenchmarkFetch fetches three layers of some 50 MiB each from a registry in this process. This is the size of a real
-// driver, without a network in between.
+// BenchmarkFetch fetches three layers of some 50 MiB each, the size of a real driver.
 func BenchmarkFetch(b *testing.B) {
 	key := testkit.NewKey(b)
 	c := sample.NewCell(b, buildA, newVersion)

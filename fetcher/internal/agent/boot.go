@@ -17,11 +17,10 @@ import (
 // bootFile has a record of the changes that this program made to the node's boot configuration.
 const bootFile = ".prebake/boot.json"
 
-// maxEdits is how often this program changes the configuration before it asks the operator. Without a limit, a
-// configuration that the boot loader ignores would cause endless reboots.
+// maxEdits is the maximum number of changes before the operator must act. Without it, a configuration that the boot
+// loader ignores would cause endless reboots.
 const maxEdits = 2
 
-// bootEdits is the content of bootFile.
 type bootEdits struct {
 	// Edits is the number of changes since the kernel last accepted modules.
 	Edits int       `json:"edits"`
@@ -36,8 +35,8 @@ type bootEdits struct {
 type BootReport struct {
 	Policy     host.Policy `json:"policy"`
 	SecureBoot bool        `json:"secureBoot"`
-	// Edits is how often this program changed the configuration since the kernel last accepted modules. Undone means that
-	// this call restored the configuration.
+	// Edits counts the changes since the kernel last accepted modules. Undone means that this call restored the
+	// configuration.
 	Edits  int  `json:"edits"`
 	Undone bool `json:"undone,omitempty"`
 }
@@ -50,9 +49,8 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line and asks for a reboot. It does so only if the error why says that the kernel
-// refuses modules because of the command line, and if the owner allows the change. It returns the error why, with a
-// note on what was done.
+// editBoot changes the kernel command line and asks for a reboot, if the owner allows it and the given error is a
+// [host.PolicyError]. It returns the given error with a note on what was done.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
@@ -61,7 +59,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		!errors.As(why, &policy) {
 		return why
 	}
-	// The run may have been long. A node that has any driver by now must not be rebooted.
+	// A node that has any driver by now must not be rebooted.
 	if mods, err := host.LoadedModules(a.node); err != nil || len(mods) > 0 {
 		return errors.Join(why, err)
 	}
@@ -118,7 +116,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
 
-// reboot asks for a reboot. It always returns the error why, with a note on the reboot.
+// reboot asks for a reboot. It returns the given error with a note on the reboot.
 func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
@@ -182,8 +180,7 @@ func (a *Agent) secureBoot() (on, known bool) {
 	return bootcfg.SecureBoot(a.node, lines)
 }
 
-// Boot reports what the node's kernel allows. If undo is true, it also restores the boot configuration that this
-// program changed.
+// Boot reports what the node's kernel allows. If undo is true, it also restores the boot configuration.
 func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	facts, err := a.Observe()
 	if err != nil {

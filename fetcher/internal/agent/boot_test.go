@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// bootMaker is a boot configuration with five entries. It keeps a list of the requests to it.
+// bootMaker is a boot configuration with five entries. It records the requests.
 type bootMaker struct {
 	wants   []bootcfg.Want
 	reboots int
@@ -38,8 +38,8 @@ func (b *bootMaker) Undo() error {
 	return nil
 }
 
-// TestEditBoot checks the error for a kernel that accepts none of our modules. The command line is changed only with
-// the owner's consent, a limited number of times, and not where a change cannot help.
+// TestEditBoot checks that the command line changes only with the owner's consent, a limited number of times, and where
+// it helps.
 func TestEditBoot(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -136,15 +136,14 @@ func TestLockdown(t *testing.T) {
 	}
 }
 
-// TestEditBootSpares checks that the boot configuration stays unchanged on a node that has a driver, and after a
-// refusal for another reason.
+// TestEditBootSpares checks that a node with a driver, and a refusal for another reason, change no boot configuration.
 func TestEditBootSpares(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
-	// The loaded driver works. The newer driver has no signature that the kernel accepts.
+	// The kernel refuses the newer driver. The loaded driver works.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
 		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want no edit, and the loaded driver kept", r.Verdict, err,
@@ -160,8 +159,7 @@ func TestEditBootSpares(t *testing.T) {
 	}
 }
 
-// TestEditBootFails checks that a change that was begun but not made does not count. The uninstall restores a change
-// that was made.
+// TestEditBootFails checks that a failed change does not count, and that an uninstall restores a successful one.
 func TestEditBootFails(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

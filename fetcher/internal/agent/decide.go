@@ -15,19 +15,18 @@ import (
 // nodeState has all inputs of a decision. The decision reads nothing else.
 type nodeState struct {
 	facts *host.Facts
-	// current is the active driver, and previous is the driver that was active before it; nil means none. staged has all
-	// drivers on the disk, including these two.
+	// current is the active driver, and previous is the one before it; nil means none. staged has all drivers on the disk.
 	current, previous *install.Set
 	staged            []*install.Set
-	// wanted is the verified driver that the farm offers. If it is nil, the error none is the reason.
+	// wanted is the verified driver that the farm offers. If it is nil, none is the reason.
 	wanted *install.Set
 	none   error
 	// question is the node's question to the farm.
 	question resolve.Question
 	attempts attempts
-	// verifiable reports whether the statements of a driver on the disk verify; nil means that all verify.
+	// verifiable reports whether the statements of a driver on the disk verify. If it is nil, all verify.
 	verifiable func(*install.Set) bool
-	// closed is the reason why a loaded driver may not be replaced now; "" means that it may.
+	// closed is the reason why a loaded driver may not be replaced now, or "".
 	closed string
 	// replaceForeign, allowDowngrade, retry and noLoad are settings of the node's owner.
 	replaceForeign, allowDowngrade, retry, noLoad bool
@@ -37,27 +36,26 @@ type nodeState struct {
 type kernelAction string
 
 const (
-	// keep means that the loaded modules stay, and that missing modules of the chosen driver are loaded.
+	// keep means that the loaded modules stay, and missing modules are loaded.
 	keep kernelAction = "keep"
-	// load means that no driver is loaded yet, and that the chosen driver is loaded.
+	// load means that no driver is loaded yet, and the chosen one will be.
 	load kernelAction = "load"
-	// replace means that the loaded driver is unloaded, and that then the chosen driver is loaded.
+	// replace means that the chosen driver replaces the loaded one.
 	replace kernelAction = "replace"
 	// refuse means that nothing is changed.
 	refuse kernelAction = "refuse"
 )
 
-// decision says what to do. The agent activates the driver in the field set; the field do is the action on the kernel's
-// modules. If set is not the wanted driver, err is the reason. If set is nil, the agent changes nothing, and err is the
-// reason.
+// decision holds the driver to activate, and the action on the kernel's modules. A nil set means no change. err says
+// why the set is not the wanted driver.
 type decision struct {
 	do  kernelAction
 	set *install.Set
 	err error
 }
 
-// decide chooses the node's driver. Whatever the farm answers, a driver that fits this COS build stays active, or
-// becomes active again, until another driver can replace it.
+// decide chooses the node's driver. A driver that fits this COS build stays active until another driver can replace it,
+// whatever the farm answers.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {
@@ -90,8 +88,7 @@ func decide(s nodeState) decision {
 	return d
 }
 
-// usableSet returns the installed driver that may be active: the current one, or else the previous one. It returns nil
-// if neither of them may be active.
+// usableSet returns the current driver if it may be active, or else the previous one. It returns nil if neither may.
 func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
 		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {
@@ -101,8 +98,8 @@ func (s nodeState) usableSet() *install.Set {
 	return nil
 }
 
-// acceptable reports whether the attestations of a driver on the disk permit that the driver is active. A driver that
-// is loaded needs no check.
+// acceptable reports whether the attestations of a driver on the disk allow it to be active. A loaded driver needs no
+// check.
 func (s nodeState) acceptable(set *install.Set) bool {
 	return s.verifiable == nil || s.noLoad || s.verifiable(set) || s.runs(set)
 }
@@ -112,8 +109,7 @@ func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put returns the decision that makes a driver active. If that is not possible now, it returns a decision with the
-// reason and without a driver.
+// put returns the decision that makes a driver active. If that is not possible now, the decision has only the reason.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -125,7 +121,7 @@ func (s nodeState) put(set *install.Set) decision {
 	case s.runs(set):
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && s.facts.Runs(set.Driver):
-		// Another program loaded the same driver. The agent adopts it: the loaded modules stay as they are.
+		// Another program loaded the same driver. Its modules stay as they are.
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && !s.replaceForeign:
 		return decision{do: refuse,
@@ -144,8 +140,8 @@ func (s nodeState) put(set *install.Set) decision {
 	return s.allowed(set, replace)
 }
 
-// allowed returns a decision with the action do for a driver, or a refusal if the kernel's policy forbids one of the
-// driver's modules. It is called before anything is unloaded or switched.
+// allowed returns a decision for a driver, or a refusal if the kernel's policy forbids one of its modules. Call it
+// before anything is unloaded or switched.
 func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	for _, m := range set.Modules {
 		if !isLoaded(m.Name) {
@@ -158,9 +154,8 @@ func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	return decision{do: do, set: set}
 }
 
-// runs reports whether the loaded modules are those of a driver on the disk. It compares version and flavour, and also
-// the modules' build ids where they are known. Two editions of a release have the same modules; the active edition then
-// counts as the loaded one.
+// runs reports whether the loaded modules are those of a driver on the disk, by version, flavour and known build ids.
+// Of two editions with the same modules, the active edition counts as loaded.
 func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false
@@ -175,7 +170,7 @@ func (s nodeState) ownLoaded() bool {
 	})
 }
 
-// refused returns the reason why the agent must not try a driver again; nil means that it may.
+// refused returns the reason why a driver must not be tried again, or nil.
 func (s nodeState) refused(set *install.Set) error {
 	a := s.attempts[set.Digest]
 	if a == nil || s.retry {
@@ -184,8 +179,8 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether the node has a driver that it may run besides the driver with this digest. That can be a
-// loaded foreign driver, the active driver, or the previous driver.
+// another reports whether the node may run a driver with another digest: the active, the previous or a loaded foreign
+// driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true
@@ -199,8 +194,8 @@ func (s nodeState) another(digest string) bool {
 	})
 }
 
-// isDowngrade reports whether the wanted driver is older than the installed driver (good), although the owner neither
-// asked for an exact version nor allowed a downgrade.
+// isDowngrade reports whether the wanted driver is older than the installed one. It is false if the owner asked for an
+// exact version or allowed downgrades.
 func (s nodeState) isDowngrade(good *install.Set) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
 		!serves(good, s.question) {
@@ -221,7 +216,7 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	// A wish for a branch does not include the editions of a release. A node gets an edition only by its full version.
+	// A wish for a branch never means an edition. An edition needs its full version.
 	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
@@ -239,8 +234,8 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 		"install a driver for the COS build of this node: fetcher install --driver VERSION")
 }
 
-// idle returns an error of kind Busy if the loaded driver is in use, or cannot be unloaded. Callers ask before they
-// unload the first module.
+// idle returns an error of kind Busy if the loaded driver is in use or cannot be unloaded. Call it before the first
+// module is unloaded.
 func idle(facts *host.Facts) error {
 	if err := changing(facts); err != nil {
 		return err
@@ -260,18 +255,15 @@ func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
 			by := plural(m.Refs-len(m.UsedBy), "open device")
-			if len(facts.Users) > 0 {
-				var names []string
-				for _, u := range facts.Users {
-					names = append(names, u.String())
-				}
+			if names := host.Programs(facts.Users); len(names) > 0 {
 				by = strings.Join(names[:min(len(names), 4)], ", ")
 				if more := len(names) - 4; more > 0 {
-					by += fmt.Sprintf(" and %d more", more)
+					by += " and " + plural(more, "more program")
 				}
 			}
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
-				"stop the programs that use the GPU, then run fetcher again; until then the loaded driver stays in use")
+				"stop the programs that use the GPU (fetcher status lists their processes), then run fetcher again; until then "+
+					"the loaded driver stays in use")
 		}
 	}
 	return nil

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestDecide lists the decisions about a node's driver. The rows call each set by its version. A letter after a plus
-// sign means another build of the same version.
+// TestDecide lists the decisions about a node's driver. In the rows, a letter after a plus sign means another build of
+// the version.
 func TestDecide(t *testing.T) {
 	t.Parallel()
 	const here, elsewhere = "17800.0.47", "17800.0.50"
@@ -168,6 +168,44 @@ func TestDecide(t *testing.T) {
 		}
 		if d.err != nil && !errors.Is(d.err, away) && fault.Hint(d.err) == "" {
 			t.Errorf("%s: %v has no next step", row.name, d.err)
+		}
+	}
+}
+
+// TestInUseText checks that the reason of a driver in use stays the same while the same programs use the GPU. The
+// reason is compared to find out whether the cluster needs an Event, so it has no process ids.
+func TestInUseText(t *testing.T) {
+	t.Parallel()
+	user := func(pid int, command, pod string) host.User { return host.User{PID: pid, Command: command, Pod: pod} }
+	for name, row := range map[string]struct {
+		users []host.User
+		want  string
+	}{
+		"nobody is known": {nil, "in use by 3 open devices"},
+		"one program":     {[]host.User{user(812, "python3", "ml/train-0")}, "in use by python3 (pod ml/train-0)"},
+		"one without pod": {[]host.User{user(7, "nvidia-smi", "")}, "in use by nvidia-smi"},
+		"several, sorted": {
+			[]host.User{
+				user(1, "triton", ""), user(2, "python3", "ml/b"), user(3, "python3", "ml/a"), user(9, "python3", "ml/b"),
+			},
+			"in use by python3 (pod ml/a), python3 (pod ml/b, 2 processes), triton",
+		},
+		"the same in another order with other pids": {
+			[]host.User{
+				user(11, "python3", "ml/a"), user(12, "python3", "ml/b"), user(13, "python3", "ml/b"), user(14, "triton", ""),
+			},
+			"in use by python3 (pod ml/a), python3 (pod ml/b, 2 processes), triton",
+		},
+		"many": {
+			[]host.User{
+				user(1, "a", ""), user(2, "b", ""), user(3, "c", ""), user(4, "d", ""), user(5, "e", ""), user(6, "f", ""),
+			},
+			"in use by a, b, c, d and 2 more programs",
+		},
+	} {
+		err := idle(&host.Facts{Users: row.users, Modules: []host.Module{{Name: "nvidia", Refs: 3}}})
+		if !fault.Is(err, fault.Busy) || !strings.HasSuffix(err.Error(), "module nvidia is "+row.want) {
+			t.Errorf("%s: idle = %v; want %q", name, err, row.want)
 		}
 	}
 }

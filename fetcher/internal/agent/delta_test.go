@@ -38,11 +38,11 @@ func TestDelta(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	for name, tc := range map[string]struct {
-		// attach is a function that changes the delta before it is attached; nil means that no delta is attached.
+		// attach changes the delta before it is attached. If it is nil, no delta is attached.
 		attach func(delta []byte) []byte
-		// spoil is a function that changes the former layer on the disk; it may be nil.
+		// spoil changes the former layer on the disk. It may be nil.
 		spoil func(t *testing.T, n *node)
-		// tried means that the node fetches a delta. whole means that the node fetches the whole layer.
+		// tried means that a delta is fetched. whole means that the whole layer is fetched.
 		tried, whole bool
 	}{
 		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},

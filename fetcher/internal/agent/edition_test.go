@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestEdition installs an edition of a release. The version of an edition has a suffix that its modules, NVML and the
-// kernel do not report. The agent must still recognise the loaded driver.
+// TestEdition checks that a loaded edition is recognised, although modules, NVML and kernel do not report the version's
+// suffix.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

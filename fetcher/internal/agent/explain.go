@@ -24,7 +24,7 @@ type Explanation struct {
 	Verdict *trust.Verdict `json:"verdict"`
 }
 
-// explainer is a verifier that returns the finding of each trust rule. Package trust has the only implementation.
+// explainer is a verifier that returns the finding of each trust rule.
 type explainer interface {
 	Explain(bundles [][]byte, e trust.Expect) (*trust.Verdict, []trust.Finding, error)
 }
@@ -32,9 +32,9 @@ type explainer interface {
 // Observe reads the node's facts.
 func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 
-// Explain returns the finding of each trust rule about an artifact in a repository. The argument kernel must have at
-// least the COS build. Explain reads no layer. The error is the reason why a node would refuse the artifact. The
-// explanation is nil if the artifact could not be read.
+// Explain returns the finding of each trust rule about an artifact, without reading a layer. The kernel needs at least
+// its COS build. The error says why a node would refuse the artifact. If the artifact cannot be read, the explanation
+// is nil.
 func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel,
 	now time.Time) (*Explanation, error) {
 	p, err := readEvidence(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
@@ -61,8 +61,8 @@ func (a *Agent) explain(p evidence, v Verifier, digest string, kernel target.Ker
 	return e, err
 }
 
-// ExplainInstalled returns the finding of each trust rule about the active driver, and whether the driver's files match
-// the signed content.
+// ExplainInstalled returns the finding of each trust rule about the active driver. It also compares the driver's files
+// with the signed content.
 func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error) {
 	facts, err := a.Observe()
 	if err != nil {

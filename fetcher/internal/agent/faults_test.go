@@ -48,7 +48,7 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage, faultClock, faultTwo}
 
-// order is the work of a child process. The child reads it from the environment.
+// order is the work of a child process, which reads it from the environment.
 type order struct {
 	Root, Layout, Keys string
 	Older, Newer       string // digests
@@ -58,7 +58,7 @@ type order struct {
 	Boot bool
 	// Rebooted means that the node was rebooted since the last order.
 	Rebooted bool
-	// Fault is the fault that happens when the phase in Phase begins; "" means none.
+	// Fault happens when the given phase begins; "" means no fault.
 	Fault, Phase string
 }
 
@@ -77,8 +77,7 @@ type outcome struct {
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is not a real test. It is the child process in which a fault happens, and does nothing without an
-// order.
+// TestFaultProcess is the child process in which a fault happens. Without an order it does nothing.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -113,7 +112,6 @@ func TestFaultProcess(t *testing.T) {
 	fmt.Printf("OUTCOME %s\n", text)
 }
 
-// cells returns the two drivers.
 func cells(t testing.TB) (older, newer sample.Cell) {
 	older, newer = sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
 	older.Bulk, newer.Bulk = 64<<10, 64<<10
@@ -199,8 +197,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultKill:
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultPower:
-		// Do this only in a virtual machine that package vm booted. Otherwise this would reset the machine that runs the
-		// tests.
+		// Reset only a virtual machine that package vm booted, never the machine that runs the tests.
 		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) ||
 			os.Args[0] != "/test" {
 			t.Fatal("this is no virtual machine of ours")
@@ -212,7 +209,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultNetwork:
 		gone.Store(true)
 	case faultRead:
-		// Simulate a failing disk, on which files cannot be read. A link to itself is unreadable even for root.
+		// Simulate an unreadable disk: even root cannot read a link to itself.
 		return eachFile(ours, func(path string) error {
 			if err := os.Remove(path); err != nil {
 				return err
@@ -238,8 +235,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	return nil
 }
 
-// eachFile calls the function do for every file of the unpacked layers. The argument dir is the folder .prebake of an
-// install folder.
+// eachFile passes every file of the unpacked layers to the callback. The folder is the .prebake of an install folder.
 func eachFile(dir string, do func(string) error) error {
 	return filepath.WalkDir(filepath.Join(dir, "layers"), func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -288,8 +284,8 @@ func (c cuttable) Blob(ctx context.Context, digest string, size int64) (io.ReadC
 	return rc, nil
 }
 
-// problem returns what is wrong with a node. The library must be readable by its name, and modules and libraries must
-// be of one driver.
+// problem returns what is wrong with a node: a library that cannot be read, or that belongs to another driver than the
+// modules.
 func (n *node) problem() string {
 	lib, err := os.ReadFile(filepath.Join(n.root, installDir, "lib64/libnvidia-ml.so.1"))
 	if err != nil {
@@ -316,8 +312,8 @@ var rows = []struct {
 	{"install", true}, {"load", true}, {"validate", true},
 }
 
-// TestFaults combines each phase with each fault. After any of them, the next run must end with a verified driver that
-// is active and loaded, and with a readable library.
+// TestFaults combines each phase with each fault. The next run must end with a verified driver, active and loaded, and
+// a readable library.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -387,8 +383,7 @@ func (o order) runWithFault(t *testing.T) string {
 		t.Logf("%s: %s", cell, got.Error)
 	}
 	if o.Fault != faultDamage && o.Fault != faultRead && o.Fault != faultDisk {
-		// A run that is killed between the switch and the load leaves libraries of one driver and modules of another. The
-		// next run repairs this.
+		// After a kill between switch and load, libraries and modules differ. The next run repairs this.
 		if what := o.node(t).problem(); what != "" && (o.Fault != faultKill || !strings.HasPrefix(what, "libraries are of")) {
 			t.Errorf("behind the fault: %s", what)
 		}

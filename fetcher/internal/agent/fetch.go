@@ -21,19 +21,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// atOnce is the number of layers that are fetched at the same time. Each layer needs a decompression window of 4 MiB
-// (8 MiB if an older builder packed it), and has its own goroutines to fetch, unpack and write. Two layers therefore
-// keep a small node busy.
+// atOnce is the number of layers that are fetched at the same time. Each needs a decompression window of 4 MiB, or 8
+// MiB if an older builder packed it.
 const atOnce = 2
 
 // missingLayer is a layer that this node must fetch.
 type missingLayer struct {
 	install.Layer
-	// deltas are published deltas that make this layer from a layer on the disk, the smallest first.
+	// deltas make this layer from a layer on the disk. The smallest is the first.
 	deltas []delta
 }
 
-// bytes returns the number of bytes to fetch for the layer.
 func (l missingLayer) bytes() int64 {
 	if len(l.deltas) > 0 {
 		return l.deltas[0].Size
@@ -77,7 +75,7 @@ func (a *Agent) fetch(
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
 		}
 	}
-	// Apply deltas after the whole layers are stored, so that a delta that fills the disk cannot harm these layers.
+	// Apply deltas last: a delta that fills the disk must not harm the whole layers.
 	err = g.Wait()
 	for _, l := range missing {
 		if err == nil && len(l.deltas) > 0 {
@@ -97,7 +95,7 @@ const (
 )
 
 // checkSpace returns an error of kind DiskFull if the layers do not fit on the disk. Without this check, each try would
-// fill a disk that also other programs of the node use.
+// fill a disk that other programs of the node use, too.
 func (a *Agent) checkSpace(store *install.Store, d target.Driver, missing []missingLayer) error {
 	free, err := a.parts.free(store)
 	if err != nil {
@@ -117,7 +115,6 @@ func (a *Agent) checkSpace(store *install.Store, d target.Driver, missing []miss
 		"free space on that disk, or set --install-dir to a folder on another disk")
 }
 
-// fetchWhole fetches a whole layer, without a delta.
 func (a *Agent) fetchWhole(
 	ctx context.Context,
 	repo Repository,
@@ -137,7 +134,7 @@ func (a *Agent) fetchWhole(
 	return nil
 }
 
-// fetchDelta makes a layer from the first of its deltas that works. If no delta works, it fetches the whole layer.
+// fetchDelta makes a layer from the first delta that works. If none works, it fetches the whole layer.
 func (a *Agent) fetchDelta(
 	ctx context.Context,
 	r *Report,
@@ -170,8 +167,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer calls unpack to write a layer into the store, and checks the layer's modules. It keeps the layer's print
-// ([install.Store.LayerPrint]) in memory, so that a later check of the unchanged layer need not read the files again.
+// addLayer unpacks a layer into the store and checks its modules. It remembers the layer's print
+// ([install.Store.LayerPrint]) for later checks.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -198,8 +195,8 @@ func (a *Agent) addLayer(
 	return err
 }
 
-// missing returns the layers that must be fetched, and adds the number of bytes to the report. A damaged layer counts
-// as missing.
+// missing returns the layers that must be fetched, and adds their bytes to the report. A damaged layer counts as
+// missing.
 func (a *Agent) missing(
 	ctx context.Context,
 	r *Report,
@@ -253,11 +250,11 @@ func (a *Agent) missing(
 	return missing, nil
 }
 
-// maxDeltas is how many deltas are tried for a layer at most, because anybody may attach a useless delta.
+// maxDeltas is the maximum number of tried deltas for a layer. Anybody may attach a useless delta.
 const maxDeltas = 3
 
-// deltasFor finds deltas for a layer of modules, the smallest first. It trusts a delta of anybody, because the layer
-// that the delta makes must match the signed content anyway.
+// deltasFor finds deltas for a layer of modules, the smallest first. Their source may be untrusted: the resulting layer
+// must match the signed content.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,

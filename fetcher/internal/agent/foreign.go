@@ -15,11 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// foreignFiles are the open files of a foreign driver. They stay readable if they are renamed or deleted. A file
-// belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
+// foreignFiles are the open files of a foreign driver. They stay readable after a rename or removal. A file belongs to
+// a loaded module if the build ids are the same.
 type foreignFiles struct {
 	driver string
-	// modules are the modules that an activation unloads; the list is empty if it unloads no foreign driver.
+	// modules are the modules that an activation unloads. The list is empty if it unloads no foreign driver.
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File
@@ -58,8 +58,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 	return f
 }
 
-// moduleFiles lists the files that may contain a driver's modules. It looks into the folders of installers on COS
-// nodes, into this program's folder for adopted content, and into the kernel's own module folder.
+// moduleFiles lists the files that may contain a driver's modules.
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}
@@ -96,7 +95,6 @@ func readInfo(root fs.FS, name string) (*modinfo.Module, error) {
 	return modinfo.Read(at, info.Size())
 }
 
-// readAll reads an open file from its beginning.
 func readAll(file fs.File) ([]byte, error) {
 	at, ok := file.(io.ReaderAt)
 	if !ok {

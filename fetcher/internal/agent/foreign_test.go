@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer installed and loaded a driver. The argument onDisk has the names of
-// the modules whose files are in that installer's folder.
+// foreignNode is a node on which Google's installer loaded a driver. The installer's folder has the files of the named
+// modules.
 func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)
@@ -36,8 +36,7 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string
 	return n
 }
 
-// TestForeignPutBack checks that the agent loads an unloaded foreign driver again from its own files, when the driver
-// of this program fails.
+// TestForeignPutBack checks that a foreign driver is loaded again from its own files when our driver fails.
 func TestForeignPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -63,7 +62,7 @@ func TestForeignPutBack(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// When this program's driver works, the node's additional module is loaded with it.
+	// The node's additional module is loaded with this program's driver, too.
 	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
@@ -73,8 +72,8 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded the new driver. The killed run
-// left a record. If the new driver fails, the next run must therefore restore the foreign driver.
+// TestForeignKilled kills a run between the unload of a foreign driver and the load of ours. If ours then fails, the
+// next run must restore the foreign driver.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -113,8 +112,7 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// TestForeignNotPutBack checks the error if a foreign driver cannot be loaded again: it must have the names of the
-// modules whose files are missing.
+// TestForeignNotPutBack checks that the error names the modules whose files are missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

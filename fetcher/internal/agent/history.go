@@ -18,7 +18,7 @@ import (
 
 const historyFile = ".prebake/history.json"
 
-// maxHistory is the highest number of events in the file. The oldest ones are dropped.
+// maxHistory is the maximum number of events in the file. The oldest events are dropped.
 const maxHistory = 200
 
 // These are the events in the life of a driver on this node.
@@ -36,13 +36,13 @@ type Event struct {
 	What   string        `json:"what"`
 	Driver target.Driver `json:"driver"`
 	Digest string        `json:"digest"`
-	// Verdict is the verdict after the event, and Reason is the error that caused the event; both may be "".
+	// Verdict is the verdict after the event. Reason is the error that caused the event. Both may be "".
 	Verdict string `json:"verdict,omitempty"`
 	Reason  string `json:"why,omitempty"`
 }
 
-// addHistory adds an event to the history, and reports it to Parts.Tried. The history is only for people to read, so
-// addHistory only logs a failed write.
+// addHistory adds an event to the history, and reports it to Parts.Tried. It only logs a failed write, because only
+// people read the history.
 func (a *Agent) addHistory(
 	ctx context.Context,
 	store *install.Store,
@@ -105,9 +105,8 @@ func (a *Agent) History() (all []Event, err error) {
 	return all, err
 }
 
-// Uninstall restores the node's state from before this program. It unloads the driver if this program installed it. If
-// the driver is in use, it changes nothing and returns an error of kind Busy. Uninstall removes all files of this
-// program, and restores the files of another installer. If an uninstall is killed, the next one completes it.
+// Uninstall restores the node's state from before this program, and the files of another installer. If the driver is in
+// use, it changes nothing and returns an error of kind Busy. The next call completes an uninstall that was killed.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()

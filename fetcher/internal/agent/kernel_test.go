@@ -12,14 +12,13 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// kernel stands in for the system calls of modules, and keeps a list of them. It updates the fake /proc and /sys as a
-// kernel does.
+// kernel stands in for the system calls of modules, and records them. It updates the fake /proc and /sys.
 type kernel struct {
 	root string
 	// refuse has the errno with which the kernel refuses a module, by the module's name and version.
 	refuse map[string]syscall.Errno
-	// die is a module and a version; the program is killed when the module is loaded. open is a module and a version; a
-	// program opens the module directly after the load.
+	// die is the module and version whose load kills the program. open is the module and version that a program opens
+	// after the load.
 	die, open string
 	// ids means that the kernel reports the modules' build ids.
 	ids bool

@@ -15,7 +15,7 @@ import (
 // ldFile exists if this program has added the library folder to the node's ld.so.conf.
 const ldFile = ".prebake/ld-so-conf"
 
-// exposeLibraries makes the libraries available to the node's own programs. Pods do not need this.
+// exposeLibraries makes the libraries available to the node's own programs.
 func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
@@ -24,8 +24,8 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	}
 }
 
-// hideLibraries undoes exposeLibraries for a driver that is no longer active. The argument added means that this
-// program added the library folder to ld.so.conf.
+// hideLibraries undoes exposeLibraries for a driver that is no longer active. If added is true, it also removes the
+// library folder from ld.so.conf.
 func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {
@@ -42,8 +42,8 @@ func addedLibraries(store *install.Store) bool {
 	return err == nil && raw != nil
 }
 
-// describeGPUs writes the description of the loaded driver's GPUs for container runtimes. It removes the description if
-// no driver is loaded, or if the loaded driver is not the installed one.
+// describeGPUs writes the loaded driver's GPUs for container runtimes. It removes the description unless the installed
+// driver is loaded.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
 		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the installed libraries do not fit

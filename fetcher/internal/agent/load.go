@@ -29,8 +29,7 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware sets the kernel's firmware path. It does nothing if the facts in the argument now already have this
-// path.
+// writeFirmware sets the kernel's firmware path if it differs from the observed one.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -38,7 +37,7 @@ func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	return a.writeFirmwarePath(path)
 }
 
-// writeFirmwarePath sets the kernel's firmware path. The kernel takes the text unchanged, even a newline at its end
+// writeFirmwarePath sets the kernel's firmware path. The kernel keeps even a newline
 // (Documentation/driver-api/firmware/fw_search_path.rst). A zero byte means an empty path.
 func (a *Agent) writeFirmwarePath(path string) error {
 	if err := a.parts.Node.Set(firmwareParameter, []byte(cmp.Or(path, "\x00"))); err != nil {
@@ -82,8 +81,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 	return plural(fresh, "module"), nil
 }
 
-// drmHelper is a module of the kernel whose symbols nvidia-drm needs. If it is not built into the kernel, the node's
-// modprobe loads it and its dependencies.
+// drmHelper is the kernel module whose symbols nvidia-drm needs. On some kernels it is built in.
 const drmHelper = "drm_kms_helper"
 
 // loadHelper loads drmHelper. It ignores errors, because CUDA programs and the node work without nvidia-drm.
@@ -97,7 +95,6 @@ func (a *Agent) loadHelper(ctx context.Context) {
 	}
 }
 
-// unload unloads the loaded driver.
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
 	a.describeGPUs(ctx, gpucheck.Verdict{}) // containers must not get GPUs that are about to disappear
 	var names []string
@@ -114,9 +111,8 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images returns those modules of a driver that must be loaded, in load order. They are the modules that every node
-// loads, and the modules that this node had loaded before, such as nvidia-peermem. The caller has verified the driver.
-// When a module is loaded, its Bytes function compares the file with the verified digest again.
+// images returns the modules to load of a verified driver, in load order: those for every node, and those that this
+// node had loaded. At the load, the Bytes function compares each file with the verified digest again.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string) []kmod.Image {
 	var images []kmod.Image
@@ -155,8 +151,8 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 	return raw, nil
 }
 
-// setFirmwarePath sets the kernel's firmware path to the folder with the driver's firmware. It changes nothing if the
-// present path already has this firmware.
+// setFirmwarePath sets the kernel's firmware path to the driver's folder, unless the present path already has this
+// firmware.
 func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
 	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
 	if !a.parts.Node.Exists(path.Join(a.cfg.InstallDir, inside)) {
@@ -170,8 +166,7 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 		return nil // this kernel loads no firmware from files
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
-	// Store the former path, so that an uninstall can restore it. An error is only logged, because a full disk must not
-	// leave the node without a driver.
+	// An uninstall needs the former path. An error is only logged: a full disk must not cost the node its driver.
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
@@ -208,7 +203,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev calls the function do with the node's folder of device files.
+// inDev opens the node's folder of device files, passes it to the callback, and closes it.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"sync"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
@@ -21,17 +22,28 @@ import (
 
 // Watcher receives the results of [Agent.Monitor].
 type Watcher interface {
-	// Report is called with each verdict. Alive is called when a check ended, with or without a verdict.
+	// Report receives each verdict. Alive is called at the end of each check, even without a verdict.
 	Report(v gpucheck.Verdict)
 	Alive()
 }
 
-// Watch sets the watcher. A run that waits for an idle GPU reports the state of the active driver to it.
+// Watch sets the watcher. During a run, it receives the state of the active driver.
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
-// Monitor checks the driver at intervals until the context ends, and reports to the watcher. A failed check gives no
-// verdict, so the last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. It
-// leaves the modules loaded when it ends, because programs that use the GPU must not notice its end.
+// ErrNotLoaded is the error of [Agent.Monitor] when the active driver is no longer loaded.
+var ErrNotLoaded = errors.New("the active driver is no longer loaded")
+
+// The active driver counts as no longer loaded after this number of checks in a row and this time. Until then, another
+// process may be replacing it.
+const (
+	notLoadedChecks = 3
+	notLoadedTime   = 2 * time.Minute
+)
+
+// Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
+// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. The modules stay
+// loaded when it ends. If another process unloaded the modules and does not load them again, Monitor returns
+// [ErrNotLoaded].
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -39,6 +51,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	if a.cfg.NoLoad {
 		last = gpucheck.Staged
 	}
+	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
 	for {
 		select {
 		case <-ctx.Done():
@@ -49,8 +62,8 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		if ctx.Err() != nil {
 			return nil
 		}
-		w.Alive()
 		if err != nil {
+			w.Alive()
 			a.parts.Log.WarnContext(ctx, "check failed", "err", err, "verdict", last)
 			continue
 		}
@@ -60,7 +73,48 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		last = v.State
 		a.describeGPUs(ctx, v)
 		w.Report(v)
+		w.Alive() // after the report, because Alive compares the age of the last verdict
+		now := a.parts.Now()
+		if !v.NotLoaded() {
+			missing = 0
+			continue
+		}
+		if missing++; missing == 1 {
+			since = now
+		}
+		if missing >= notLoadedChecks && now.Sub(since) >= notLoadedTime {
+			return ErrNotLoaded
+		}
 	}
+}
+
+// firstCheck is the time until the first check of the active driver during a step of a run. Most steps end before.
+const firstCheck = 10 * time.Second
+
+// whileWatching calls step, which may wait long for the network. Meanwhile it reports the state of the active driver
+// to the watcher.
+func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step func()) {
+	if a.watcher == nil || current == nil || a.cfg.NoLoad {
+		step()
+		return
+	}
+	inner, cancel := context.WithCancel(ctx)
+	var checks sync.WaitGroup
+	checks.Go(func() {
+		for pause := firstCheck; ; pause = idleCheck {
+			select {
+			case <-inner.Done():
+				return
+			case <-time.After(pause):
+			}
+			if mods, err := host.LoadedModules(a.node); err == nil && len(mods) > 0 {
+				a.reportWaiting(inner)
+			}
+		}
+	})
+	step()
+	cancel()
+	checks.Wait() // the step that follows may unload the driver, so the check must be over
 }
 
 // checkDriver returns a verdict on the driver that is active now.
@@ -83,19 +137,20 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 // Status is the state of a node, as its disk, /proc and NVML report it.
 type Status struct {
 	Host *host.Facts `json:"host"`
-	// Installed is the active driver, and Previous is the driver that was active before it; null means none.
+	// Installed is the active driver. Previous was active before it. null means none.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is the time at which a run last asked NVML; null means never in this boot.
+	// CheckedAt is when a run last asked NVML; null means never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
-// nvmlFolders are the folders in which other installers on COS nodes put NVML's library: Google's installer, and
-// NVIDIA's container toolkit. If the library is in none of them, the dynamic loader searches for it.
+// nvmlFolders are the folders in which Google's installer and NVIDIA's container toolkit put NVML's library. Elsewhere,
+// the dynamic loader searches for it.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign returns the verdict on a node where no driver of this program is active. If ask is true, it asks NVML.
+// judgeForeign returns the verdict on a node without an active driver of this program. It asks NVML only if ask is
+// true.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -125,11 +180,10 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	return gpucheck.JudgeForeign(f)
 }
 
-// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and does not use the
-// network.
+// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and uses no network.
 func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
 
-// status reads the node's state. If ask is true, it asks NVML about a foreign driver.
+// status reads the node's state. It asks NVML about a foreign driver only if ask is true.
 func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
@@ -175,8 +229,8 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	return s, nil
 }
 
-// QuickVerdict returns the verdict to report before a run, or after a run without a verdict. It uses only the disk and
-// the kernel. The result ok is false for a ready driver, because NVML was not asked.
+// QuickVerdict returns a verdict from the disk and the kernel alone. The result ok is false for a ready driver, because
+// NVML was not asked.
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
@@ -186,7 +240,7 @@ func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) 
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
 }
 
-// judgeStatus judges the facts, and then compares the installed driver with the running kernel and the loaded driver.
+// judgeStatus judges the facts, and compares the installed driver with the kernel and the loaded driver.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)
 	switch {
@@ -201,7 +255,7 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	return v
 }
 
-// readRecord returns the record of the last run in this boot; nil when there was none.
+// readRecord returns the record of the last run in this boot, or nil.
 func (a *Agent) readRecord() *record {
 	rec := a.lastRecord()
 	if rec == nil || rec.BootID != a.bootID() {
@@ -210,7 +264,7 @@ func (a *Agent) readRecord() *record {
 	return rec
 }
 
-// lastRecord returns the record of the last run in any boot; nil when there was none.
+// lastRecord returns the record of the last run in any boot, or nil.
 func (a *Agent) lastRecord() *record {
 	raw, err := fs.ReadFile(a.node, path.Join(a.cfg.InstallDir, recordFile)[1:])
 	if err != nil {
@@ -223,8 +277,8 @@ func (a *Agent) lastRecord() *record {
 	return &rec
 }
 
-// Rollback makes the previous driver active again and loads it. If there is no previous driver, it unloads the present
-// one, and restores the install folder's content from before this program.
+// Rollback makes the previous driver active and loads it. Without a previous driver, it unloads the present one, and
+// restores the content from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -279,7 +333,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, nil
 	}
 	err = a.activate(ctx, r, store, s, d)
-	// The rollback is permanent: the agent does not activate the former driver again before an operator asks for it.
+	// The agent must not activate the former driver again until an operator asks for it.
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)

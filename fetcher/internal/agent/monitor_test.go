@@ -3,7 +3,10 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,19 +15,18 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher receives verdicts.
 type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
-// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload all its modules. In one
-// case another module uses the driver; in another case the kernel never unloads a module of the driver.
+// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload one of its modules.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
@@ -71,9 +73,8 @@ func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NV
 	return a.nvml, a.err
 }
 
-// TestForeignStatus checks the verdict on a foreign driver, with its version, its flavour and NVML's answer. One row
-// has a kernel that cannot unload modules and therefore reports no reference counts. It is from a machine with an H200
-// and the open 580.159.04.
+// TestForeignStatus checks the verdict on a foreign driver. The row without reference counts is from a machine with an
+// H200 and the open 580.159.04, whose kernel cannot unload modules.
 func TestForeignStatus(t *testing.T) {
 	t.Parallel()
 	const theirs = "580.159.04"
@@ -169,6 +170,91 @@ func TestHold(t *testing.T) {
 	}
 }
 
+// TestNotLoaded checks that Monitor ends if another process unloaded the driver and does not load it again.
+func TestNotLoaded(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	live, err := os.ReadFile(filepath.Join(n.root, "proc/modules"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// At each check, the kernel has the driver (1) or not (0). Another installer may unload it for one or two checks.
+	checks := []int{1, 0, 0, 1, 0, 1, 0, 0, 0}
+	synctest.Test(t, func(t *testing.T) {
+		seen := 0
+		set := func() {
+			modules := ""
+			if seen < len(checks) && checks[seen] == 1 {
+				modules = string(live)
+			}
+			sample.Write(t, n.root, "proc/modules", modules)
+		}
+		set()
+		start := time.Now()
+		err := agent.New(n.cfg, n.parts).Monitor(t.Context(), time.Minute, watcher(func(v gpucheck.Verdict) {
+			if want := checks[seen] == 0; v.NotLoaded() != want {
+				t.Errorf("check %d: %+v; want not loaded %t", seen, v, want)
+			}
+			seen++
+			set()
+		}))
+		if !errors.Is(err, agent.ErrNotLoaded) || time.Since(start) != time.Duration(len(checks))*time.Minute {
+			t.Errorf("Monitor = %v after %v; want %v after %d minutes", err, time.Since(start), agent.ErrNotLoaded, len(checks))
+		}
+	})
+}
+
+// slowFinder responds after a reporter has heard of the driver.
+type slowFinder struct {
+	resolve.Finder
+	heard chan struct{}
+}
+
+func (s slowFinder) Find(ctx context.Context, q resolve.Question) (resolve.Answer, error) {
+	select {
+	case <-s.heard:
+	case <-ctx.Done():
+	}
+	return s.Finder.Find(ctx, q)
+}
+
+// TestReportsWhileItWaits checks that a run reports an active driver that works before the farm responds: after a reboot,
+// and if the driver is loaded already.
+func TestReportsWhileItWaits(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	for _, rebooted := range []bool{false, true} {
+		if rebooted {
+			n.reboot(t)
+		}
+		n.answer(ref, p.Digest, c.Driver)
+		synctest.Test(t, func(t *testing.T) {
+			heard := make(chan struct{})
+			n.parts.Finder = slowFinder{n.parts.Finder, heard}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+			defer cancel()
+			a := agent.New(n.cfg, n.parts)
+			once := sync.OnceFunc(func() { close(heard) })
+			a.Watch(watcher(func(v gpucheck.Verdict) {
+				if v.State == gpucheck.Ready {
+					once()
+				}
+			}))
+			start := time.Now()
+			if _, err := a.Run(ctx); err != nil || time.Since(start) > time.Minute {
+				t.Errorf("rebooted %t: Run = %v after %v; want a report of the driver in the first minute", rebooted, err,
+					time.Since(start))
+			}
+		})
+	}
+}
+
 // TestXidWhileWatched checks that fatal errors in the kernel log make the node unready, as long as the driver asks for
 // a recovery action.
 func TestXidWhileWatched(t *testing.T) {
@@ -216,7 +302,7 @@ func TestXidWhileWatched(t *testing.T) {
 	}
 }
 
-// TestRollbackTimeline checks that the report of a rollback has its phases, however the rollback ends.
+// TestRollbackTimeline checks that each rollback reports its phases.
 func TestRollbackTimeline(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

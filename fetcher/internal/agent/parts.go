@@ -27,18 +27,17 @@ type Repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	// AttachedIf returns the signed statements that are attached to an artifact, and checks their digests. The function
-	// useful returns a name for a useful statement, and "" for any other. Of several statements with the same name, only
-	// the first counts. Statements whose annotations match the argument wanted come first (see
-	// registry.Repository.AttachedIf).
+	// AttachedIf returns the signed statements of an artifact, after a check of their digests (see
+	// registry.Repository.AttachedIf). The callback names a statement, or returns "" for a useless one. Only the first
+	// statement of a name counts. Statements with the wanted annotations come first.
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
 		useful func([]byte) string,
 		wanted ...map[string]string,
 	) ([][]byte, error)
-	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out
-	// attachments with more bytes than the argument most.
+	// Payloads returns the descriptors of attachments of one type, without reading them. It skips attachments above the
+	// given maximum of bytes.
 	Payloads(
 		ctx context.Context,
 		digest, artifactType string,
@@ -52,12 +51,12 @@ type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.
 	Statement(bundle []byte) (*trust.Statement, error)
-	// Wanted returns annotations by which a registry can find the statements that the verifier needs for a kernel.
+	// Wanted returns the annotations of the statements that the verifier needs for a kernel.
 	Wanted(k target.Kernel) []map[string]string
 }
 
 type prober interface {
-	// Probe asks the NVML library at this path inside the node's root. If persist is true, it turns persistence mode on.
+	// Probe asks the NVML library at this path in the node's root. If persist is true, it turns persistence mode on.
 	Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error)
 }
 
@@ -71,7 +70,7 @@ type Config struct {
 	// InstallDir is the install folder's path inside the node's root.
 	InstallDir string
 	Wish       target.Wish
-	// Pin is the digest of the one wanted artifact; "" means any artifact that matches the wish.
+	// Pin is the digest of the only wanted artifact, or "" for any that matches the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
@@ -81,33 +80,34 @@ type Config struct {
 	ModuleParams map[string]string
 	// NoLoad means that the driver becomes active on the disk, but that no module is loaded.
 	NoLoad bool
-	// ReplaceForeign permits the agent to unload a foreign driver; otherwise that driver stays. AllowDowngrade accepts an
-	// older driver than the installed one if the wish is not for an exact version. Retry tries drivers again that failed
-	// too often, crashed the node, or were rolled back by hand.
+	// ReplaceForeign permits the unload of a foreign driver. AllowDowngrade accepts an older driver even if the wish is
+	// not for an exact version. Retry tries drivers again that failed too often, crashed the node, or were rolled back by
+	// hand.
 	ReplaceForeign, AllowDowngrade, Retry bool
-	// Maintenance is the time window for replacing a loaded driver. WaitIdle is how long to wait for programs that use the
-	// driver.
+	// Maintenance is the time window for replacing a loaded driver. WaitIdle is the maximum wait for programs that use it.
 	Maintenance Window
 	WaitIdle    time.Duration
 	// Persistence keeps GPUs initialised while no program uses them.
 	Persistence bool
-	// EditBoot changes a kernel command line that prevents the load of modules, and reboots the node.
+	// EditBoot permits a change of the kernel command line and a reboot, if the kernel refuses modules.
 	EditBoot bool
 	// DryRun changes nothing and reports the planned actions.
 	DryRun bool
 }
 
-// Parts are the interfaces and services that the agent uses. All are required except Refresh, Local, Boot, Tried and
-// Free.
+// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot,
+// Tried and Free.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
+	// Registries are references of repositories. If the repository in an answer fails, the agent reads the same artifact
+	// from one of these.
+	Registries []string
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh fetches the signed list that Verifier reads. The agent calls it before it verifies a published artifact. The
-	// agent only logs an error of Refresh, because Verifier decides whether a missing list matters. Refresh is nil if
-	// there is no list.
+	// Refresh fetches the signed list that Verifier reads; nil means no list. Its errors are only logged, because Verifier
+	// decides whether a missing list matters.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder
@@ -116,10 +116,9 @@ type Parts struct {
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober
-	// Boot changes the boot configuration; nil means that changes are forbidden.
+	// Boot changes the boot configuration. nil forbids changes.
 	Boot bootMaker
-	// Tried receives a report on each driver that was loaded or failed to load. It must not block. nil means that nobody
-	// wants these reports.
+	// Tried receives a report on each driver that was loaded or failed to load. It must not block, and may be nil.
 	Tried func(api.NodeReport)
 	Log   *slog.Logger
 	Line  *timeline.Run

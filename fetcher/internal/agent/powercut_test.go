@@ -25,9 +25,8 @@ import (
 // faultPower cuts the power of the virtual machine that executes the run.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase. The machine's disk has a real ext4,
-// which loses data that was not flushed. After the next boot, the next run must end with a verified driver that is
-// active.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase; unflushed data is lost. The next run
+// must end with a verified, active driver.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")

@@ -11,9 +11,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// mayBuild reports whether this node should compile a driver that is not published. It should not in three cases: the
-// owner wants one artifact by its digest; a foreign driver stays loaded; or the active driver matches the wish, and it
-// verifies or is loaded. The result made is a driver that the node compiled before; nil means none.
+// mayBuild reports whether this node should compile a driver that is not published. It should not if:
+//
+//   - the owner wants one artifact by its digest;
+//   - a foreign driver stays loaded;
+//   - the active driver matches the wish, and is verified or loaded.
+//
+// The driver made was compiled on this node before; nil means none.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts,
 	current *install.Set) (may bool, made *install.Set) {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
@@ -52,8 +56,8 @@ func (a *Agent) madeBefore(ctx context.Context, s nodeState) *install.Set {
 	return nil
 }
 
-// resolve finds the artifact. If none is published and the node may compile, the answer is the driver in the argument
-// made. If that is nil, the node compiles while it waits for the farm. The first verified artifact wins.
+// resolve finds the artifact. If none is published and the node may compile, the answer is the driver made. Without it,
+// the node compiles while it waits for the farm. The first verified artifact wins.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, made *install.Set) (resolve.Answer,
 	error) {
 	q := a.question(facts)
@@ -69,7 +73,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, m
 		var err error
 		answer, err = patience.Find(ctx, a.parts.Finder, q)
 		switch {
-		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && fault.Is(err, fault.Transient):
+		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && resolve.Passing(err):
 			if made != nil {
 				return err.Error() + usesMade, nil
 			}
@@ -111,21 +115,24 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, m
 
 const usesMade = "; using the driver that this node compiled before"
 
-// maxGrace is how long a node waits for a farm that does not answer before it compiles. A restart of the server must
-// not make all its nodes compile.
+// maxGrace is how long a node waits for a silent farm before it compiles. A restart of the server must not make all
+// nodes compile.
 const maxGrace = 2 * time.Minute
 
-// outcome is the result of one side of the race: of the compile on this node (local), or of the farm.
+// outcome is the result of the compile on this node (local), or of the farm.
 type outcome struct {
 	answer resolve.Answer
 	err    error
 	local  bool
 }
 
-// race compiles on this node. If the owner lets the node wait for the farm, race also asks the farm repeatedly at the
-// same time. The compile then begins when the time grace is over, or earlier if the farm has no artifact. When one side
-// has an artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
-// quarantined. race returns when both sides have ended.
+// race compiles on this node, and asks the farm at the same time if the owner lets the node wait.
+//
+//   - The compile begins after the grace time, or when the farm has no artifact.
+//   - The first artifact stops the other side.
+//   - A yanked or quarantined artifact stops the compile.
+//
+// race returns when both sides have ended.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,
@@ -196,13 +203,14 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks the farm until the farm offers an artifact that verifies. It gives up after an error that is not of
-// kind Transient, and when the time to wait is over.
+// findArtifact asks the farm until the farm offers an artifact that verifies. It gives up after an error that
+// does not pass, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
-	until := time.Now().Add(a.cfg.Wait)
-	for {
-		answer, err := resolve.WaitLimits{Wait: time.Until(until), Progress: say}.Find(ctx, a.parts.Finder, q)
+	until := a.parts.Now().Add(a.cfg.Wait)
+	for pauses := resolve.Pauses(); ; {
+		left := until.Sub(a.parts.Now())
+		answer, err := resolve.WaitLimits{Wait: left, Progress: say}.Find(ctx, a.parts.Finder, q)
 		if err == nil {
 			err = answer.Err()
 		}
@@ -212,7 +220,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 		if _, _, _, _, err = a.judge(ctx, nil, answer, facts); err == nil {
 			return answer, nil
 		}
-		if !fault.Is(err, fault.Transient) || time.Now().After(until) {
+		if !resolve.Passing(err) || a.parts.Now().After(until) {
 			a.parts.Log.WarnContext(ctx, "artifact of the farm not verified", "digest", answer.Digest, "err", err)
 			return answer, err
 		}
@@ -220,7 +228,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 		select {
 		case <-ctx.Done():
 			return answer, context.Cause(ctx)
-		case <-time.After(3 * time.Second):
+		case <-time.After(pauses.NextBackOff()):
 		}
 	}
 }

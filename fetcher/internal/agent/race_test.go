@@ -54,7 +54,7 @@ func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answe
 	}
 }
 
-// TestRace checks a node that compiles while it waits for the farm. It uses the clock of a synctest bubble.
+// TestRace checks a node that compiles while it waits for the farm.
 func TestRace(t *testing.T) {
 	t.Parallel()
 	theirs, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -289,4 +289,37 @@ func TestRace(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRaceEndsByTheAgentsClock checks that the wait for the farm ends by the clock in Parts. The clock jumps by an hour
+// when the farm offers an artifact in a repository that is away.
+func TestRaceEndsByTheAgentsClock(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	synctest.Test(t, func(t *testing.T) {
+		var ahead atomic.Int64
+		offer := func(repository string, jump time.Duration) func() (resolve.Answer, error) {
+			return func() (resolve.Answer, error) {
+				ahead.Add(int64(jump))
+				return resolve.Answer{State: api.Published, Source: resolve.SourceServer, Driver: c.Driver,
+					Repository: repository, Digest: p.Digest}, nil
+			}
+		}
+		building := func() (resolve.Answer, error) {
+			return resolve.Answer{State: api.Building, Source: resolve.SourceServer}, nil
+		}
+		n := newNode(t, c, 1, key)
+		n.cfg.Wait = 10 * time.Minute
+		n.parts.Now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+		n.parts.Finder = &farm{answers: []func() (resolve.Answer, error){
+			building, offer("127.0.0.1:1/x", time.Hour), offer(ref, 0),
+		}}
+		n.parts.Local = &compiler{err: fault.New(fault.APIBreak, "it does not compile", "take another")}
+		if r, err := n.runAs(t); !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "farm gave no driver") {
+			t.Errorf("Run = %+v, %v; want the end of the wait", r.Answer, err)
+		}
+	})
 }

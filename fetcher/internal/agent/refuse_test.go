@@ -62,7 +62,7 @@ func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, usefu
 	return all, err
 }
 
-// flip returns data with one changed bit. The argument share is the position of the changed byte, from 0 to 1.
+// flip returns data with one changed bit. The changed byte's position is a share from 0 to 1.
 func flip(data []byte, share float64) []byte {
 	data = bytes.Clone(data)
 	data[int(float64(len(data)-1)*share)] ^= 1
@@ -97,8 +97,8 @@ func spoil(predicate string) func([][]byte) [][]byte {
 	}
 }
 
-// TestRefuses checks the fetcher's promise. Whatever a registry or a server serves, wrong content never reaches the
-// install folder, and the installed driver stays active. Each kind of error has its own message.
+// TestRefuses checks that wrong content never reaches the install folder, and that the installed driver stays active.
+// Each kind of error has its own message.
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -113,8 +113,8 @@ func TestRefuses(t *testing.T) {
 	strangers := testkit.Registry(t, true) + "/prebake/driver"
 	ps := sample.Publish(t, strangers, stranger, foreign)
 
-	// The sibling kernel has the same `uname -r`, but is of another COS build and has another fingerprint. The registry
-	// offers the artifact for the sibling kernel under the tag of this node's COS build.
+	// The sibling kernel has the same `uname -r` but another fingerprint. Its artifact has the tag of this node's COS
+	// build.
 	sibling := sample.NewCell(t, buildB, newVersion)
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
 	sibling.PointAt = newer.Kernel
@@ -256,7 +256,7 @@ func read(t *testing.T, l bundle.Layer) []byte {
 	return raw
 }
 
-// TestTamperedOnDisk changes a module after its installation. The agent must load the verified bytes, or nothing.
+// TestTamperedOnDisk changes an installed module. The agent must load the verified bytes, or nothing.
 func TestTamperedOnDisk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -285,8 +285,7 @@ func TestTamperedOnDisk(t *testing.T) {
 	}
 }
 
-// TestOffline runs a node while the farm does not answer. A node with an installed driver for its own COS build becomes
-// ready. Any other node reports the reason.
+// TestOffline runs nodes while the farm does not answer. Only a node with a driver for its own COS build becomes ready.
 func TestOffline(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -336,7 +335,7 @@ func TestOffline(t *testing.T) {
 	}
 }
 
-// builder does not compile. It returns an artifact that was published before.
+// builder returns an artifact that was published before.
 type builder struct {
 	answer resolve.Answer
 	asked  *resolve.Question

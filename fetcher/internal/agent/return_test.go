@@ -14,9 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestUnprovedComesBack starts with a loaded driver that does not verify: an older release installed it without
-// statements, or its files changed. When the next driver fails, the agent must load the former driver again from that
-// driver's files. After some failures, the agent must no longer try the next driver.
+// TestUnprovedComesBack starts with a loaded driver that does not verify. After a failure of the next driver, it must
+// be loaded again from its own files. The next driver must not be tried endlessly.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
@@ -56,8 +55,8 @@ func TestUnprovedComesBack(t *testing.T) {
 	}
 }
 
-// TestRefusedIsKept checks that a driver that must wait is fetched only once, even if the program is restarted often.
-// If a foreign driver stays loaded, nothing is fetched.
+// TestRefusedIsKept checks that a driver that must wait is fetched only once. Nothing is fetched while a foreign driver
+// stays loaded.
 func TestRefusedIsKept(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -105,8 +104,8 @@ func TestForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestMissingModuleIsProved checks a driver of which one module is not loaded. The agent must verify that module, and
-// must not load it if somebody replaced it on the disk.
+// TestMissingModuleIsProved checks that a module that is not loaded is verified first. A replaced module must not be
+// loaded.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := publishTwo(t, 1)
@@ -124,8 +123,7 @@ func TestMissingModuleIsProved(t *testing.T) {
 	}
 }
 
-// TestNextIsOfTheWish checks that a driver that does not match the present wish, but waited for a reboot, is not
-// activated at a later boot.
+// TestNextIsOfTheWish checks that a waiting driver is not activated if it does not match the present wish.
 func TestNextIsOfTheWish(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)

@@ -39,14 +39,13 @@ func (n *node) reboot(t testing.TB) {
 	}
 }
 
-// rollback calls Rollback, as an operator does.
 func (n *node) rollback() (*agent.Report, error) {
 	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
 }
 
-// TestAbsoluteLinks checks that absolute links are followed inside the node. The install folder and os-release may be
-// such links, on images that keep both on another partition.
+// TestAbsoluteLinks checks that absolute links are followed inside the node. Some images have such links for the
+// install folder and os-release.
 func TestAbsoluteLinks(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -74,7 +73,7 @@ func (linked) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
 }
 
-// killed runs the agent once. The run is killed during the load of a module, so that it undoes nothing.
+// killed runs the agent once, and kills the run during the load of a module.
 func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
 	t.Helper()
 	n.kernel.die = module + " " + c.Driver.Version
@@ -167,8 +166,8 @@ func TestLoadPinFirst(t *testing.T) {
 	}
 }
 
-// TestUnusableGivesWay checks that a driver that drives no GPU is replaced by the previous one. After the second
-// failure it is not tried again without --retry.
+// TestUnusableGivesWay checks that the previous driver replaces a driver that drives no GPU. After a second failure,
+// that driver needs --retry.
 func TestUnusableGivesWay(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -221,7 +220,7 @@ func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpu
 	return n, err
 }
 
-// TestKilledWhileLoading kills a run during the load. The next run must complete or undo that load without the farm.
+// TestKilledWhileLoading kills a run during the load. The next run must complete or undo the load without the farm.
 func TestKilledWhileLoading(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
@@ -247,8 +246,7 @@ func TestKilledWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice. COS reboots directly after an
-// oops.
+// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice.
 func TestPanicWhileLoading(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -266,8 +264,7 @@ func TestPanicWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicOfTheInstalled checks the case that the active driver crashes the node when it is loaded after a reboot. The
-// previous driver must then be loaded.
+// TestPanicOfTheInstalled checks that the previous driver is loaded if the active one crashes the node after a reboot.
 func TestPanicOfTheInstalled(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -367,7 +364,7 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
-// TestRefusedLeavesNothing checks that a refused driver leaves the firmware path and the device files unchanged.
+// TestRefusedLeavesNothing checks that a refused driver changes neither firmware path nor device files.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -419,8 +416,7 @@ func TestUninstallKilled(t *testing.T) {
 	}
 }
 
-// TestHelperModule checks that the node's own modprobe loads the kernel module that nvidia-drm needs. The agent must
-// call modprobe before it loads nvidia-drm, and not if the module is already loaded.
+// TestHelperModule checks that the node's modprobe loads the missing kernel module before nvidia-drm.
 func TestHelperModule(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// asks gives the node a policy that demands a snapshot from a folder. Each call makes new parts on the same disk, as a
-// restart of the program does.
+// asks gives the node a policy that demands a snapshot from a folder. New parts on the same disk simulate a restart of
+// the program.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -42,8 +42,8 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 	n.parts.Verifier, n.parts.Refresh, n.parts.Now = v, rule.Refresh, now
 }
 
-// TestSnapshotKeepsOut checks a node whose policy demands a snapshot. The node installs what the snapshot lists. Each
-// attack on the snapshot blocks a new driver, but leaves the active driver as it is, even without a network.
+// TestSnapshotKeepsOut checks that a node installs what its snapshot lists. An attack on the snapshot blocks a new
+// driver, but never the active one.
 func TestSnapshotKeepsOut(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -76,8 +76,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 
 	for name, row := range map[string]struct {
-		// before is the folder of the snapshot that the node uses for the older driver. from is the folder of the snapshot
-		// that the node uses later, when it should install the newer driver.
+		// before is the folder of the snapshot for the older driver. from is the folder of the later snapshot for the newer
+		// driver.
 		before, from string
 		after        time.Duration
 		want         error // nil means that the driver is installed
@@ -131,8 +131,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 }
 
-// TestSnapshotTakesNothingAway checks that an installed driver stays valid when the snapshot expires, also after a
-// reboot. A yanked driver is not loaded again. A running driver is not unloaded.
+// TestSnapshotTakesNothingAway checks that an installed driver survives the expiry of the snapshot. A yanked driver is
+// not loaded again, and a running driver is not unloaded.
 func TestSnapshotTakesNothingAway(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -195,7 +195,7 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// TestSnapshotDryRun checks that a dry run reads and verifies the snapshot, but stores nothing.
+// TestSnapshotDryRun checks that a dry run verifies the snapshot, but stores nothing.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

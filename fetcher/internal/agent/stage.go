@@ -26,11 +26,11 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// maxModule is the largest allowed size of one module in bytes. The largest real module has 65 MB.
+// maxModule is the maximum size of one module in bytes. The largest real module has 65 MB.
 const maxModule = 512 << 20
 
-// fetchAndStage verifies the resolved artifact, fetches the layers that the node lacks, and stages the driver. It does
-// not activate the driver.
+// fetchAndStage verifies the resolved artifact, fetches the missing layers, and stages the driver without activating
+// it.
 func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
 	current *install.Set) (*install.Set, error) {
 	var repo Repository
@@ -60,7 +60,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 		return set, nil
 	}
 	err = a.parts.Line.Do("fetch", func() (string, error) {
-		if err := a.fetch(ctx, r, repo, store, set, content.Identity, facts); err != nil {
+		if err := a.fetchFromAny(ctx, r, repo, store, set, content.Identity, facts); err != nil {
 			return "", err
 		}
 		return fmt.Sprintf("%s, cached %s", size(r.FetchedBytes), size(r.CachedBytes)), nil
@@ -94,27 +94,6 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 	return set, nil
 }
 
-// judge reads the signed statements of an artifact and verifies them. It reads no layer.
-func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
-	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
-	origin := originOf(answer)
-	v, err := a.verifierFor(origin)
-	if err != nil {
-		return nil, p, content, nil, err
-	}
-	if repo, err = a.parts.Open(answer.Repository); err != nil {
-		return nil, p, content, nil, err
-	}
-	if p, err = readEvidence(ctx, repo, v, answer.Digest, facts); err != nil {
-		return nil, p, content, nil, err
-	}
-	if origin != install.MadeHere {
-		a.refresh(ctx)
-	}
-	content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, a.since(store, origin, answer, facts))
-	return repo, p, content, verdict, err
-}
-
 // refresh fetches the signed list that the verifier reads. If that fails, the verifier decides whether this matters.
 func (a *Agent) refresh(ctx context.Context) {
 	if a.parts.Refresh == nil {
@@ -125,9 +104,8 @@ func (a *Agent) refresh(ctx context.Context) {
 	}
 }
 
-// since returns the time for the rules that apply only to artifacts that are new to the node, such as the highest age.
-// For a new artifact, that is the present time. If the node has evidence of the artifact that still verifies, the
-// result is zero, so that the node can fetch damaged files again at any time.
+// since returns the time for rules about new artifacts, such as the maximum age. It returns zero if the node's own
+// evidence still verifies, so damaged files can be fetched again.
 func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
 	if store != nil {
 		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
@@ -142,13 +120,12 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 	return a.parts.Now()
 }
 
-// maxBundles is the largest allowed size of all statements of one artifact together, in bytes. Real statements have
-// some hundred kilobytes.
+// maxBundles is the maximum size of all statements of one artifact, in bytes. Real statements have some hundred
+// kilobytes.
 const maxBundles = 16 << 20
 
-// useful returns the function that [registry.Repository.AttachedIf] takes as its argument useful. That function returns
-// "" for a bundle whose signature is invalid, or whose statement is about another artifact. For any other bundle it
-// returns a name made of signer and content, so that copies of one statement have the same name.
+// useful returns the callback for [registry.Repository.AttachedIf]. It returns "" for a bundle with an invalid
+// signature or about another artifact. Other bundles are named by signer and content, so copies have the same name.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)
@@ -181,25 +158,30 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
-	for i, size := 0, 0; i < len(p.Bundles); i++ { // limit the evidence, because it is stored with the driver
-		if size += len(p.Bundles[i]); size > maxBundles {
-			p.Bundles = p.Bundles[:i]
+	p.Bundles = bounded(p.Bundles)
+	return p, err
+}
+
+// bounded limits the evidence, because it is stored with the driver.
+func bounded(bundles [][]byte) [][]byte {
+	size := 0
+	for i, b := range bundles {
+		if size += len(b); size > maxBundles {
+			return bundles[:i]
 		}
 	}
-	return p, err
+	return bundles
 }
 
 func digestOf(data []byte) string {
 	return ocidigest.FromBytes(data).String()
 }
 
-// loadOrder is the order in which modules are loaded. [install.Set] lists modules in this order.
+// loadOrder is the order in which modules are loaded and listed.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. If the layer was already
-// compared with its signed content, the map known has the digest of each file, or "" if inspect must compute the
-// digest; inspect then skips files that are not in the map. If known is nil, inspect reads all modules and computes all
-// digests.
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. A non-nil map limits it
+// to known files; it then computes a digest only where the map has "".
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
@@ -264,8 +246,8 @@ func readModule(layer fs.FS, file string) (_ []byte, err error) {
 	return raw, err
 }
 
-// inspectOne reads one module piece by piece, because a large one has 65 MB. If the digest is known, it reads only the
-// module's description.
+// inspectOne reads one module piece by piece, because modules may be large. If the digest is known, it reads only the
+// description.
 func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) {
 	f, size, err := openModule(layer, file)
 	if err != nil {
@@ -294,7 +276,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 	}, nil
 }
 
-// openModule opens one module. It refuses files that are larger than maxModule or not regular.
+// openModule opens one module. The file must be regular and not larger than maxModule.
 func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 	check := func(info fs.FileInfo, err error) error {
 		if err == nil && (!info.Mode().IsRegular() || info.Size() > maxModule) {

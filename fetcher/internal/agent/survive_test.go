@@ -16,9 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestUnusableAndOpen checks a new driver that fails and is already open in a program. That driver must stay active,
-// because libraries and modules must be of one driver. When nobody uses the driver any more, a later run must recognise
-// it as installed by this program, and replace it.
+// TestUnusableAndOpen checks a new driver that fails while a program has it open. It must stay active, as libraries and
+// modules must match. A later run must replace the idle driver.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -43,7 +42,7 @@ func TestUnusableAndOpen(t *testing.T) {
 	}
 }
 
-// TestKilledWhileLooking kills a run during the check of the GPUs. The next run must check that run's driver.
+// TestKilledWhileLooking kills a run during the check of the GPUs. The next run must check the same driver.
 func TestKilledWhileLooking(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -67,8 +66,8 @@ type dying struct{}
 
 func (dying) Probe(context.Context, string, bool) (gpucheck.NVML, error) { panic("killed") }
 
-// TestNextAfterReboot checks a driver that could not be activated because the GPU was in use. It must be activated
-// after a reboot, even without the farm. Until then it is not fetched again, and the delay does not count as a failure.
+// TestNextAfterReboot checks that a driver that found the GPU in use is activated after a reboot, even without the
+// farm. The delay causes no second fetch, and is no failure.
 func TestNextAfterReboot(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)

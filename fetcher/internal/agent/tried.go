@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportTried sends the result of an activation to Parts.Tried, if that is set. It leaves out results that say nothing
-// about the driver: those of a node without a GPU, or of a node whose NVLink fabric is still starting.
+// reportTried sends the result of an activation to Parts.Tried. It skips results that say nothing about the driver: a
+// node without a GPU, or an NVLink fabric that still starts.
 func (a *Agent) reportTried(what string, set *install.Set, verdict string, why error) {
 	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) {
 		return
@@ -45,15 +45,14 @@ func firstLine(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), 500)], "")
 }
 
-// nodeID returns an id that is the same in each boot of this node and does not reveal the node. It is "" if the node
-// has no machine id.
+// nodeID returns an id that stays the same across boots and does not reveal the node. It is "" without a machine id.
 func (a *Agent) nodeID() string {
 	raw, err := fs.ReadFile(a.node, "etc/machine-id")
 	id := strings.TrimSpace(string(raw))
 	if err != nil || id == "" {
 		return ""
 	}
-	// machine-id(5) says that the id itself is confidential, and recommends to publish a hash of it instead.
+	// machine-id(5) says that the id is confidential, and recommends to publish a hash instead.
 	sum := sha256.Sum256([]byte("prebake node report\n" + id))
 	return hex.EncodeToString(sum[:])
 }

@@ -48,8 +48,7 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// TestUninstall checks that an uninstall restores the node exactly as it was: the folders and the cache file of
-// Google's installer, and the firmware path.
+// TestUninstall checks that an uninstall restores folders, the cache file of Google's installer, and the firmware path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -135,8 +134,7 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// TestLibraryCache checks that the node's own programs find the libraries while the driver is active. It uses the
-// ldconfig of this machine.
+// TestLibraryCache checks that the node's own programs find the libraries while the driver is active.
 func TestLibraryCache(t *testing.T) {
 	t.Parallel()
 	program, err := os.ReadFile("/sbin/ldconfig")
@@ -177,7 +175,7 @@ func TestLibraryCache(t *testing.T) {
 	}
 }
 
-// TestGPUsDescribed checks that container runtimes have a description of the GPUs while the driver is loaded.
+// TestGPUsDescribed checks that the GPUs are described for container runtimes while the driver is loaded.
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -163,8 +163,8 @@ func (n *node) removeAll(t *testing.T, pattern string) {
 	}
 }
 
-// TestVerifiedNow checks that files on the disk are compared with the signed content before they reach the kernel. With
-// a farm, damaged files are fetched again. Without a farm, they are not loaded, and the error says what is damaged.
+// TestVerifiedNow checks that files are compared with the signed content before they reach the kernel. Damaged files
+// are fetched again, or named in the error if there is no farm.
 func TestVerifiedNow(t *testing.T) {
 	t.Parallel()
 	for name, damage := range damages {
@@ -223,9 +223,8 @@ func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolv
 	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
 }
 
-// TestAddedStays checks that files of NCCL plugins in lib64 do not count as damage. Google's installers write such
-// files on GKE's H100 and H200 nodes. The files must stay when the driver is loaded without a network, when a layer is
-// fetched again, and when another driver is activated.
+// TestAddedStays checks that foreign files in lib64 are no damage, and survive all changes. Google's installers write
+// NCCL plugins there on GKE's H100 and H200 nodes.
 func TestAddedStays(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -262,8 +261,8 @@ func errText(err error) string {
 	return err.Error()
 }
 
-// TestKeyNoLongerTrusted checks that artifacts of a key that is no longer trusted are not loaded at the next boot, even
-// without a network. The owner decides whom to trust, and not the farm.
+// TestKeyNoLongerTrusted checks that artifacts of a revoked key are not loaded at the next boot, even without a
+// network.
 func TestKeyNoLongerTrusted(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := publishTwo(t, 1)
@@ -275,7 +274,7 @@ func TestKeyNoLongerTrusted(t *testing.T) {
 	}
 }
 
-// TestNodesOwnAfterReboot checks that an artifact that a node compiled itself is accepted with the node's own key only.
+// TestNodesOwnAfterReboot checks that an artifact of this node needs the node's own key.
 func TestNodesOwnAfterReboot(t *testing.T) {
 	t.Parallel()
 	farm, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -327,8 +326,8 @@ func TestRollbackVerifies(t *testing.T) {
 	}
 }
 
-// TestPendingIsNotReadAgain checks that the files of a waiting driver are read again only after a write to them. Before
-// a load, the files are always read again. The test asks inotify which files are read.
+// TestPendingIsNotReadAgain checks that the files of a waiting driver are read again only after a write to them, and
+// before a load.
 func TestPendingIsNotReadAgain(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -363,7 +362,7 @@ func TestPendingIsNotReadAgain(t *testing.T) {
 	}
 }
 
-// watchOpens returns a function that reports whether a file was opened since the last call. It uses inotify.
+// watchOpens returns a function that reports whether a file was opened since its last call.
 func watchOpens(t *testing.T, name string) func() bool {
 	t.Helper()
 	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)

@@ -19,16 +19,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// evidence has everything that is needed to verify an artifact. It comes from a registry, or from the disk, where it is
-// stored with the driver. It must not be trusted before [Agent.verify].
+// evidence has everything that is needed to verify an artifact. It is not trusted before [Agent.verify], whether it
+// comes from a registry or from the disk.
 type evidence struct {
 	Manifest []byte   `json:"manifest"`
 	Config   []byte   `json:"config"`
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify checks the evidence of an artifact for this node. Each error has a hint. For an artifact that is already on
-// the node, the argument now is zero, because the artifact's age must not invalidate it.
+// verify checks the evidence of an artifact for this node. Each error has a hint. Pass a zero time for an artifact on
+// the node, because its age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
@@ -58,8 +58,8 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 	return content, verdict, err
 }
 
-// verifierFor returns the verifier for an artifact. The node's own key counts only for artifacts that the node compiled
-// itself.
+// verifierFor returns the verifier for an artifact. The node's own key counts only for artifacts that the node
+// compiled.
 func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	if origin == install.MadeHere && a.parts.NodeVerifier != nil {
 		return a.parts.NodeVerifier()
@@ -71,8 +71,8 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	return a.parts.Verifier, nil
 }
 
-// setOf describes an artifact as a driver on the disk, by its signed content. The field Modules stays empty, because
-// the signed content does not have the digests of the modules.
+// setOf describes an artifact as a driver on the disk, by its signed content. Modules stays empty, because the signed
+// content has no digests of modules.
 func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
 	facts *host.Facts) *install.Set {
 	set := &install.Set{
@@ -85,9 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies the statements of a driver on the disk for this kernel, and compares every byte of the driver's
-// layers with the signed content. If kinds are given, it reads only layers of these kinds. It returns a description of
-// the driver from the signed content. From set.json it takes only where the files are.
+// verifySet verifies the statements of a driver on the disk, and compares its layers, or those of the given kinds, with
+// the signed content. It returns a description from the signed content. It trusts set.json only for where the files
+// are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -138,8 +138,7 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	return content, err
 }
 
-// verifiable reports whether the attestations of a driver on the disk verify, and no verification of its files has
-// failed in this run.
+// verifiable reports whether the attestations of a driver on the disk verify, and its files did not fail in this run.
 func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
 	if set == nil || set.Damaged {
 		return false
@@ -159,13 +158,12 @@ type checkedLayer struct {
 	files map[string]string
 	// print is the result of [install.Store.LayerPrint] before the check.
 	print string
-	// modules describes the layer's modules; nil means that they were not read.
+	// modules describes the layer's modules. nil means that they were not read.
 	modules []install.Module
 }
 
-// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A staged driver
-// that is not active yet is therefore not read again. Before a driver is activated or loaded, the agent always reads
-// its files ([Agent.verifySet]).
+// unchanged reports whether a layer's inodes are the same as at its last check. Before an activation or load, this is
+// not enough: call [Agent.verifySet].
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -185,13 +183,13 @@ func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	return known, ok
 }
 
-// checkLayer compares an unpacked layer with its signed diff id, once in each run and again after each change.
+// checkLayer compares an unpacked layer with its signed diff id, once in each run and after each change.
 func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
 	print, err := store.LayerPrint(l.Digest) // before the check, so that a write during the check is noticed
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
-	// A run may take hours, so a layer is read again if it was written to since its check.
+	// A run may take hours, so a changed layer is read again.
 	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
 		return nil
 	}
@@ -214,9 +212,8 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	return nil
 }
 
-// modules describes the modules of the modules layer, which was checked before. If the layer's inodes have not changed
-// since, it does not compute the digests again. When a module is loaded, its bytes in memory are compared with the
-// digest.
+// modules describes the modules of a checked modules layer. It computes no digests if the inodes are unchanged: the
+// load compares the bytes with the digests.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)
@@ -248,7 +245,7 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	return mods, nil
 }
 
-// originOf returns the origin of an answer, which decides whose signature it needs.
+// originOf returns the origin of an answer.
 func originOf(answer resolve.Answer) install.Origin {
 	if answer.Source == resolve.SourceNode {
 		return install.MadeHere

@@ -11,12 +11,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Window is the time of day at which a loaded driver may be replaced. The zero value means any time.
+// Window is the time of day at which a loaded driver may be replaced. The zero value is the whole day.
 type Window struct {
-	// Never means that the agent replaces no loaded driver; a new driver waits for a reboot.
+	// Never means that no loaded driver is replaced. A new driver waits for a reboot.
 	Never bool
-	// From and Until are times of the day in UTC, counted from midnight. Equal values mean the whole day. A window may
-	// include midnight.
+	// From and Until are times since midnight, UTC. Equal values mean the whole day. The window may include midnight.
 	From, Until time.Duration
 }
 
@@ -44,7 +43,7 @@ func clock(text string) (time.Duration, error) {
 	return time.Duration(at.Hour())*time.Hour + time.Duration(at.Minute())*time.Minute, err
 }
 
-// Closed returns the reason why the loaded driver may not be replaced now; "" means that it may.
+// Closed returns the reason why the loaded driver may not be replaced now, or "".
 func (w Window) Closed(now time.Time) string {
 	if w.Never {
 		return "with --maintenance never, only a reboot replaces the driver"
@@ -74,15 +73,19 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 		return
 	}
 	v, err := a.checkDriver(ctx)
-	if err != nil {
-		a.parts.Log.WarnContext(ctx, "check failed", "err", err)
+	if ctx.Err() != nil {
 		return
 	}
-	a.watcher.Report(v)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "check failed", "err", err)
+	} else {
+		a.watcher.Report(v)
+	}
+	a.watcher.Alive()
 }
 
-// waitIdle waits until no program uses the loaded driver, but at most until the time end. It waits only if the error
-// why is of kind Busy. The result is true if the caller should try again. waitIdle holds no lock and changes nothing.
+// waitIdle waits until no program uses the loaded driver, at most until the given end. It waits only after an error of
+// kind Busy. The result is true if the caller should try again.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false

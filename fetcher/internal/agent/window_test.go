@@ -44,7 +44,7 @@ func TestWindow(t *testing.T) {
 }
 
 // TestMaintenance checks that a working driver is replaced only within the owner's hours. A node without a driver
-// ignores the hours.
+// ignores them.
 func TestMaintenance(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -66,8 +66,8 @@ func TestMaintenance(t *testing.T) {
 	}
 }
 
-// TestWaitIdle checks that the agent reports which program uses the driver, and waits for the end of that program. The
-// agent then replaces the driver.
+// TestWaitIdle checks that the agent names the program that uses the driver, waits for its end, and replaces the
+// driver.
 func TestWaitIdle(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -82,7 +82,7 @@ func TestWaitIdle(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") ||
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pod ml/train-0)") ||
 		r.Verdict.Digest != po.Digest {
 		t.Errorf("Run = %v; want busy, and the name of the program", err)
 	}
@@ -98,7 +98,7 @@ func TestWaitIdle(t *testing.T) {
 	}
 }
 
-// ending is a watcher that calls the function then after each report.
+// ending is a watcher that calls a function after each report.
 type ending struct {
 	*told
 	then func()
@@ -109,7 +109,6 @@ func (e *ending) Report(v gpucheck.Verdict) {
 	e.then()
 }
 
-// told are the verdicts that a watcher received.
 type told []gpucheck.Verdict
 
 func (l *told) Report(v gpucheck.Verdict) { *l = append(*l, v) }

@@ -15,18 +15,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These are the names on the EFI partition. Its file system is FAT, which ignores case.
+// These are the names on the EFI partition. Its FAT ignores case.
 const (
 	file   = "efi/boot/grub.cfg"
 	backup = file + ".prebake"
 	fresh  = file + ".new"
 )
 
-// maxConfig is the largest allowed size of the file in bytes. A real file has about three kilobytes.
+// maxConfig is the maximum size of the file in bytes. A real file has about three kilobytes.
 const maxConfig = 1 << 20
 
 // Apply changes the configuration on an EFI partition and keeps a copy of the original. It returns the number of boot
-// entries, or 0 if the configuration already had everything that is wanted.
+// entries, or 0 if nothing had to change.
 func Apply(esp *os.Root, want Want) (entries int, err error) {
 	have, err := read(esp, file)
 	if err != nil {
@@ -39,8 +39,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	if bytes.Equal(edited, have) {
 		return 0, nil
 	}
-	// An update of the operating system writes a new configuration. Undo must then restore the new configuration, so Apply
-	// stores a copy of it in place of the old copy. A configuration that this program edited must not replace the copy.
+	// Keep the configuration of an updated operating system as the copy, for Undo. Never keep a configuration that this
+	// program edited.
 	kept, err := read(esp, backup)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
@@ -53,8 +53,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	return entries, write(esp, file, edited)
 }
 
-// Undo restores the configuration that was there before [Apply]. If somebody else has changed the configuration since,
-// Undo leaves it unchanged and returns an error of kind Mismatch. If there is no copy, the error is of kind NoArtifact.
+// Undo restores the configuration from before [Apply]. If somebody else has changed it since, the error is of kind
+// Mismatch. If there is no copy, the error is of kind NoArtifact.
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether this program can have made the second configuration (edited) from the first one (before).
+// ours reports whether this program may have made the edited configuration from the former one.
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {
@@ -109,7 +109,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	return raw, nil
 }
 
-// write writes a file under a temporary name, syncs it to disk, renames it, and reads it back to compare.
+// write writes a file under a temporary name, syncs it, renames it, and compares it.
 func write(esp *os.Root, name string, data []byte) error {
 	f, err := esp.OpenFile(fresh, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
 	if err != nil {
@@ -146,20 +146,18 @@ func flush(esp *os.Root) error {
 	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
-// SecureBoot reports whether the firmware checks the signatures of what it boots, and whether this is known. With
-// Secure Boot on, a changed command line would have no effect, or would keep the node from booting.
+// SecureBoot reports whether the firmware checks what it boots, and whether this is known. With Secure Boot on, a
+// changed command line has no effect or prevents the boot.
 func SecureBoot(root fs.FS, kernelLog []string) (on, known bool) {
 	if _, err := fs.Stat(root, "sys/firmware/efi"); errors.Is(err, fs.ErrNotExist) {
 		return false, true // no EFI
 	}
-	// The variable has four bytes of attributes and then the value. Source: UEFI specification, "Globally Defined
-	// Variables".
+	// The value follows four bytes of attributes (UEFI specification, "Globally Defined Variables").
 	raw, err := fs.ReadFile(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 	if err == nil && len(raw) == 5 {
 		return raw[4] == 1, true
 	}
-	// If the EFI variables are not mounted, a line of the kernel log tells the state of Secure Boot. The kernel prints the
-	// line in efi_set_secure_boot of drivers/firmware/efi.
+	// Without mounted EFI variables, the kernel log has the state (efi_set_secure_boot in drivers/firmware/efi).
 	for _, line := range kernelLog {
 		switch {
 		case strings.Contains(line, "Secure boot enabled"):

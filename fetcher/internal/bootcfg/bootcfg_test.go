@@ -18,9 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These are the words of a command line after the kernel's name, up to cros_efi. The words of an older image are in the
-// test file of Google's image analyzer (cos/tools, image1, COS 81). The words of a newer image are in /proc/cmdline of
-// Cloud Shell's hosts (COS with 6.6.105+, September 2025).
+// These are the words of real command lines up to cros_efi. Sources: the test file of Google's image analyzer
+// (cos/tools, image1, COS 81), and /proc/cmdline of Cloud Shell's hosts (COS with 6.6.105+, September 2025).
 const (
 	words81 = "init=/usr/lib/systemd/systemd boot=local rootwait ro noresume noswap loglevel=7 noinitrd console=ttyS0 " +
 		"security=apparmor csm.disabled=1  dm_verity.error_behavior=3       i915.modeset=1 cros_efi"
@@ -32,8 +31,7 @@ const (
 	verity = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
 )
 
-// config returns a boot configuration with the same entries as on COS: two local entries, two verified entries, and one
-// for USB.
+// config returns a boot configuration with COS's entries: two local, two verified, and one for USB.
 func config(words string) string {
 	var b strings.Builder
 	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set " +
@@ -82,7 +80,7 @@ func TestEdit(t *testing.T) {
 		if err != nil || !bytes.Equal(again, got) {
 			t.Errorf("%s: a second Edit changes the result: %v", name, err)
 		}
-		// Package host has a parser of command lines that was written independently of Edit. It must read the wanted values.
+		// The parser of package host was written independently of Edit. It must read the wanted values.
 		for line := range strings.Lines(string(got)) {
 			_, cmdline, ok := strings.Cut(line, "vmlinuz")
 			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") &&
@@ -100,8 +98,7 @@ func TestEdit(t *testing.T) {
 	}
 }
 
-// TestTooLong checks the length limit. A kernel cuts a command line that is too long, and would then not find its root
-// file system.
+// TestTooLong checks the length limit. A kernel with a cut command line does not find its root file system.
 func TestTooLong(t *testing.T) {
 	t.Parallel()
 	for length, fits := range map[int]bool{2047: true, 2048: false} {
@@ -165,8 +162,7 @@ func TestApplyAndUndo(t *testing.T) {
 	if err := bootcfg.Undo(esp); err != nil || have() != before || !cmp.Equal(names(), []string{"grub.cfg"}) {
 		t.Errorf("Undo = %v, and left are %v", err, names())
 	}
-	// Undo keeps a change by somebody else. After an update of the operating system, the copy has the content of the
-	// updated file.
+	// Undo keeps a change by somebody else.
 	if _, err := bootcfg.Apply(esp, bootcfg.Want{Unsigned: true}); err != nil {
 		t.Fatal(err)
 	}

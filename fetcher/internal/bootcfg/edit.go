@@ -1,6 +1,6 @@
-// Package bootcfg changes the kernel command line in the boot configuration of a COS node, so that the next boot loads
-// modules that the kernel's maker did not sign. It refuses to do so where Secure Boot is on. It refuses to change
-// anything else in the file, and to write a file of which it has no copy.
+// Package bootcfg changes the kernel command line in the boot configuration of a COS node. The next boot then loads
+// modules that the kernel's maker did not sign. The package changes nothing else in the file, and never writes without
+// a copy. With Secure Boot on, it does nothing.
 package bootcfg
 
 import (
@@ -14,20 +14,19 @@ import (
 
 // Want says which modules the kernel command line must allow.
 type Want struct {
-	// Unsigned allows modules that no key of the kernel signed. The parameter is module.sig_enforce=0.
+	// Unsigned allows modules that no key of the kernel signed: module.sig_enforce=0.
 	Unsigned bool `json:"unsigned,omitempty"`
-	// Elsewhere allows modules and firmware from other file systems than the root. The parameter is
-	// loadpin.exclude=kernel-module,firmware. Newer COS images set this parameter themselves.
+	// Elsewhere allows modules and firmware from other file systems than the root: loadpin.exclude=kernel-module,firmware.
+	// Newer COS images set this parameter themselves.
 	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
-// maxCommandLine is the longest command line that a kernel accepts, in bytes. It is COMMAND_LINE_SIZE of arch/x86 and
-// arch/arm64, minus the terminating zero.
+// maxCommandLine is the longest command line of a kernel in bytes: COMMAND_LINE_SIZE of arch/x86 and arch/arm64, minus
+// the terminating zero.
 const maxCommandLine = 2047
 
-// Edit returns the configuration with the wanted parameters in each boot entry, and the number of boot entries. All
-// other bytes stay. The configuration is GRUB's. Each boot entry of a COS image has one line "linux FILE WORD…", where
-// the words are the kernel command line. COS has local and verified entries for its root partitions A and B.
+// Edit adds the wanted parameters to each boot entry of a GRUB configuration, and returns the number of entries. A boot
+// entry of COS is one line "linux FILE WORD…"; the words are the command line.
 func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	for line := range bytes.Lines(config) {
 		words := split(line)
@@ -57,12 +56,11 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	return edited, entries, nil
 }
 
-// word is the position of a word in a line.
 type word struct{ from, to int }
 
 func (w word) of(line []byte) string { return string(line[w.from:w.to]) }
 
-// split finds the words of a line. White space within double quotes does not end a word.
+// split finds the words of a line. Double quotes protect white space.
 func split(line []byte) (words []word) {
 	from, quoted := -1, false
 	for i, c := range line {
@@ -83,8 +81,8 @@ func split(line []byte) (words []word) {
 	return words
 }
 
-// editLine changes the parameters of one boot entry. If a key occurs several times, editLine changes every occurrence,
-// because the kernel uses the last one.
+// editLine changes the parameters of one boot entry. It changes every occurrence of a key, because the kernel uses the
+// last one.
 func editLine(line []byte, words []word, want Want) []byte {
 	var out []byte
 	at, excluded := 0, false
@@ -116,8 +114,7 @@ func editLine(line []byte, words []word, want Want) []byte {
 	return out
 }
 
-// commandLine returns the length in bytes of the command line that the kernel gets. That is BOOT_IMAGE=NAME, which GRUB
-// adds, and then the words after the kernel's file name.
+// commandLine returns the length in bytes of the kernel's command line. It includes BOOT_IMAGE=NAME, which GRUB adds.
 func commandLine(line []byte) int {
 	words := split(line)
 	text := "BOOT_IMAGE=" + words[1].of(line)

@@ -33,8 +33,8 @@ func (n Node) Undo() error {
 	return errors.Join(Undo(esp), closed())
 }
 
-// rebootSignal makes systemd start reboot.target, which stops all services in order. It is SIGRTMIN+5 (systemd(1),
-// "Signals"), and SIGRTMIN is 34 (signal(7)).
+// rebootSignal is SIGRTMIN+5, with which systemd starts reboot.target (systemd(1), "Signals"). SIGRTMIN is 34
+// (signal(7)).
 const rebootSignal = syscall.Signal(34 + 5)
 
 // Reboot asks the node's systemd for an orderly reboot.

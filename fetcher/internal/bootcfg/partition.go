@@ -19,8 +19,7 @@ import (
 // label is the name of COS's EFI partition in the partition table.
 const label = "EFI-SYSTEM"
 
-// Partition mounts the node's EFI partition for this program only. No other process sees the mount. The returned
-// function ends the mount.
+// Partition mounts the node's EFI partition for this program only. The returned function ends the mount.
 func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err error) {
 	device, err := find(node.FS())
 	if err != nil {
@@ -62,7 +61,7 @@ func mountFault(device string, err error) error {
 			"configuration by hand")
 }
 
-// find returns the name of the EFI partition's device below /dev. It reads the name from sysfs.
+// find returns the name of the EFI partition's device below /dev, from sysfs.
 func find(root fs.FS) (string, error) {
 	const dir = "sys/class/block"
 	entries, err := fs.ReadDir(root, dir)

@@ -1,6 +1,6 @@
 // Package cdi describes the node's GPUs to container runtimes in the format of the Container Device Interface (CDI). A
-// pod or podman that asks for nvidia.com/gpu=0 then gets the device files and the driver without NVIDIA's container
-// runtime. The package refuses to replace a description that another program wrote.
+// container that asks for nvidia.com/gpu=0 gets device files and driver without NVIDIA's container runtime. The package
+// never replaces a description of another program.
 package cdi
 
 import (
@@ -21,18 +21,18 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// Kind is the device name that containers ask for. NVIDIA's own tools use the same name.
+// Kind is the device name that containers ask for. NVIDIA's tools use the same name.
 const Kind = "nvidia.com/gpu"
 
-// folder is where runtimes look for descriptions that are written at each boot. staticFolder is the folder for
-// permanent descriptions (CDI's SPEC.md, "CDI JSON Specification").
+// folder has the descriptions that are written at each boot; staticFolder has permanent ones (CDI's SPEC.md, "CDI JSON
+// Specification").
 const (
 	folder       = "/var/run/cdi"
 	staticFolder = "/etc/cdi"
 	file         = "prebake-nvidia.json"
 )
 
-// maxSpec is how many bytes this package reads at most of a description that another program wrote.
+// maxSpec is the maximum number of bytes to read of another program's description.
 const maxSpec = 1 << 20
 
 // containerFolder is the driver's path in containers, the same as with GKE's device plugin.
@@ -42,11 +42,11 @@ const containerFolder = "/usr/local/nvidia"
 type GPU struct {
 	// Minor is N of /dev/nvidiaN.
 	Minor uint32
-	// UUID is NVIDIA's identifier of the GPU; "" means that it is not known.
+	// UUID is NVIDIA's identifier of the GPU, or "" if it is not known.
 	UUID string
 }
 
-// GPUs returns the GPUs of the loaded driver, in the order of the PCI bus; none if no driver is loaded.
+// GPUs returns the GPUs of the loaded driver in the order of the PCI bus, or none if no driver is loaded.
 func GPUs(root fs.FS) ([]GPU, error) {
 	const dir = "proc/driver/nvidia/gpus"
 	entries, err := fs.ReadDir(root, dir)
@@ -69,8 +69,8 @@ func GPUs(root fs.FS) ([]GPU, error) {
 	return gpus, nil
 }
 
-// ParseInformation parses /proc/driver/nvidia/gpus/ADDRESS/information. The UUID has question marks as long as no
-// program has opened the GPU.
+// ParseInformation parses /proc/driver/nvidia/gpus/ADDRESS/information. The UUID has question marks until a program
+// opens the GPU.
 func ParseInformation(text string) (g GPU, ok bool) {
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(line, ":")
@@ -88,8 +88,7 @@ func ParseInformation(text string) (g GPU, ok bool) {
 	return g, ok
 }
 
-// Spec describes GPUs with the driver in an install folder. nodes are the names of the driver's device files below
-// /dev.
+// Spec describes GPUs with the driver in an install folder and its device files below /dev.
 func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 	spec := &specs.Spec{Version: "0.5.0", Kind: Kind}
 	edit := func(minors ...uint32) specs.ContainerEdits {
@@ -113,16 +112,16 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// Mount the whole folder, because bin, lib64 and its other names are links to files elsewhere in the folder.
+	// Mount the whole folder, because bin and lib64 are links to files elsewhere in it.
 	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: containerFolder,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
-	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.
+	// This value stops NVIDIA's container runtime from adding devices to the container.
 	spec.ContainerEdits.Env = []string{"NVIDIA_VISIBLE_DEVICES=void"}
 	return spec
 }
 
-// Write writes the description for the runtimes. It reports whether the description changed. If another program
-// describes GPUs, Write removes the description of this program, because two descriptions would conflict.
+// Write writes the description and reports whether it changed. If another program describes GPUs, Write removes its own
+// description, because the two would conflict.
 func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 	other, err := otherDescription(node)
 	if err != nil {
@@ -180,7 +179,7 @@ func remove(node *noderoot.Root) (bool, error) {
 	return err == nil, errors.Join(err, dir.Close())
 }
 
-// otherDescription returns the file in which another program describes GPUs; "" means that there is none.
+// otherDescription returns the file in which another program describes GPUs, or "".
 func otherDescription(node *noderoot.Root) (string, error) {
 	for _, dir := range []string{staticFolder, folder} {
 		entries, err := fs.ReadDir(node.FS(), dir[1:])
@@ -203,9 +202,8 @@ func otherDescription(node *noderoot.Root) (string, error) {
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
-			// NVIDIA's device plugin writes descriptions of other kinds into these folders, so compare the kind. If this code
-			// cannot parse a file, runtimes cannot parse it either. If a file is longer than maxSpec, only its beginning was
-			// read; search that text for the kind.
+			// NVIDIA's device plugin writes other kinds here, so compare the kind. Search the text of a file above maxSpec,
+			// which is cut. Runtimes cannot use a file that does not parse.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

@@ -54,8 +54,8 @@ func node(t *testing.T) (*noderoot.Root, string) {
 	return n, dir
 }
 
-// TestRuntime reads the file with the library that containerd and podman use, and checks what a container gets. The
-// library examines the device files of the machine that runs the test.
+// TestRuntime checks what a container gets, with the library of containerd and podman. The device files are this
+// machine's.
 func TestRuntime(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -103,7 +103,7 @@ func TestRuntime(t *testing.T) {
 	}
 }
 
-// TestThisMachine checks on a machine with a GPU that the runtimes' library gives a container its device files.
+// TestThisMachine checks on a machine with a GPU that a container gets its device files.
 func TestThisMachine(t *testing.T) {
 	t.Parallel()
 	gpus, err := cdi.GPUs(os.DirFS("/"))
@@ -134,8 +134,7 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
-// TestBesideDevicePlugin checks that a description of another kind, by NVIDIA's device plugin, does not prevent the
-// description of this package.
+// TestBesideDevicePlugin checks that a description of another kind does not prevent ours.
 func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -150,7 +149,7 @@ func TestBesideDevicePlugin(t *testing.T) {
 	}
 }
 
-// TestOthers checks that another program's description stays the only one, even if that program wrote it later.
+// TestOthers checks that another program's description stays the only one, even if it is newer.
 func TestOthers(t *testing.T) {
 	t.Parallel()
 	for _, theirs := range []string{"run/cdi/nvidia.yaml", "etc/cdi/nvidia.json"} {

@@ -1,9 +1,8 @@
-// Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's own arguments. A
-// manifest that starts cos-gpu-installer then only needs another image. The package refuses flags that ask for
-// something that the fetcher does not do.
+// Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's arguments. Flags
+// that the fetcher cannot honour are errors.
 //
-// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Flags of later releases up to v2.5.10 are those
-// in release notes and in the manifests of known callers.
+// Source of the flags: cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Later flags, up to v2.5.10, are from release notes
+// and from the manifests of known callers.
 package cosinstaller
 
 import (
@@ -21,11 +20,10 @@ import (
 // Name is the name of Google's program.
 const Name = "cos-gpu-installer"
 
-// ownFlags are flags that only Google's program has. A command line with such a flag is for that program.
+// ownFlags are flags that only Google's program has.
 var ownFlags = []string{"version", "host-dir", "no-verify", "module-arg"}
 
-// Recognise reports whether a command line is for Google's program: by the program's name, or by flags that the fetcher
-// does not have.
+// Recognise reports whether a command line is for Google's program: by the program's name, or by its flags.
 func Recognise(args []string) bool {
 	if len(args) == 0 {
 		return false
@@ -59,7 +57,7 @@ func (m *many) Set(s string) error {
 	return nil
 }
 
-// ignoredFlags are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
+// ignoredFlags are flags of Google's program that the fetcher ignores, with the reason to print.
 var ignoredFlags = map[string]string{
 	"allow-unsigned-driver":      "fetcher verifies each driver with the keys in its trust flags",
 	"test":                       "fetcher verifies each driver with the keys in its trust flags",
@@ -80,8 +78,8 @@ var refusedFlags = map[string]string{
 	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
 }
 
-// Translate returns the fetcher's arguments for the arguments of Google's program, without the program's name. The
-// notes list the ignored flags.
+// Translate returns the fetcher's arguments for those of Google's program, both without a program name. The notes list
+// the ignored flags.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {
 		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)

@@ -1,6 +1,6 @@
-// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration;
-// Kubernetes pull secrets have the same format. At Google's registries it uses the machine's service account. The
-// package refuses to guess: if neither source has credentials for a registry, the node sends none.
+// Package credentials finds the credentials of a node for a registry: in Docker's configuration, whose format
+// Kubernetes pull secrets share, or at Google's registries in the machine's service account. It never guesses
+// credentials.
 package credentials
 
 import (
@@ -21,7 +21,7 @@ import (
 )
 
 // Keychain returns the sources of credentials, Docker's configuration first. Its own errors are of kind Usage, or
-// Transient where the metadata server fails.
+// Transient if the metadata server fails.
 func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
 }
@@ -47,15 +47,15 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
 }
 
-// metadataHost is the address of Google's metadata server. The address needs no DNS resolver.
+// metadataHost is the address of Google's metadata server. It needs no DNS.
 const metadataHost = "169.254.169.254"
 
-// tokenPath is the metadata server's path for the token of the machine's service account. Source: Compute Engine
-// documentation, "Access scopes and tokens". GKE's metadata server for workloads serves the same path.
+// tokenPath is the metadata server's path for the token of the service account (Compute Engine documentation, "Access
+// scopes and tokens"). GKE's metadata server has the same path.
 const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
 
 // Google is the keychain for Google's registries and Cloud Storage. It uses the token of the machine's service account.
-// A machine without a service account can read public artifacts only.
+// Without one, only public artifacts can be read.
 type Google struct {
 	mu    sync.Mutex
 	token string

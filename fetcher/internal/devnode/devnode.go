@@ -1,7 +1,6 @@
-// Package devnode makes the device files of a loaded NVIDIA driver, including those of its capabilities for MIG and
-// IMEX. It also makes the links in /dev/char, by which runc finds the device files after a reload of systemd. It makes
-// nvidia-uvm last, because GKE's device plugin takes nvidiactl and nvidia-uvm together as the sign that a driver is
-// ready. It refuses to replace a file that is not a device.
+// Package devnode makes the device files of a loaded NVIDIA driver, and their links in /dev/char. It makes nvidia-uvm
+// last: GKE's device plugin takes nvidiactl and nvidia-uvm as the sign of a ready driver. It never replaces a file that
+// is not a device.
 package devnode
 
 import (
@@ -28,15 +27,15 @@ type Node struct {
 	UID, GID     int
 }
 
-// These are the fixed numbers of NVIDIA's driver: major 195, with minor 255 for the control device and 254 for
-// modesetting (nv.h: NV_MAJOR_DEVICE_NUMBER and the following).
+// These are the fixed numbers of NVIDIA's driver (nv.h, NV_MAJOR_DEVICE_NUMBER and the following). Minor 255 is the
+// control device, 254 is modesetting.
 const (
 	major        = 195
 	minorControl = 255
 	minorModeset = 254
 )
 
-// Plan lists the device files for the loaded modules. It reads /proc below the node's root.
+// Plan lists the device files for the loaded modules. It reads the node's /proc.
 func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 	raw, err := fs.ReadFile(root, "proc/devices")
 	if err != nil {
@@ -91,8 +90,7 @@ func ParseMajors(text string) map[string]uint32 {
 	return majors
 }
 
-// ParseParams reads owner and mode of device files from the text of /proc/driver/nvidia/params. If the text has no such
-// values, the owner is root and the mode is 0666.
+// ParseParams reads owner and mode of device files from /proc/driver/nvidia/params. The defaults are root and 0666.
 func ParseParams(text string) Node {
 	n := Node{Mode: 0o666}
 	for line := range strings.Lines(text) {
@@ -116,9 +114,8 @@ func ParseParams(text string) Node {
 // capsFolder is the folder below /dev for the device files of capabilities.
 const capsFolder = "nvidia-caps"
 
-// capabilities lists the device files that guard the driver's privileged functions: to configure MIG, to use one MIG
-// instance, to manage IMEX. Each file below /proc/driver/nvidia/capabilities has a minor and a mode (NVIDIA's MIG user
-// guide, "/dev based nvidia-capabilities").
+// capabilities lists the device files that guard MIG and IMEX. Each file below /proc/driver/nvidia/capabilities has a
+// minor and a mode (NVIDIA's MIG user guide, "/dev based nvidia-capabilities").
 func capabilities(root fs.FS, major uint32) (nodes []Node) {
 	_ = fs.WalkDir(root, "proc/driver/nvidia/capabilities", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -135,8 +132,7 @@ func capabilities(root fs.FS, major uint32) (nodes []Node) {
 	return nodes
 }
 
-// ParseCapability returns minor and mode from the text of a capability's file. The result ok is false if the text has
-// no minor.
+// ParseCapability returns minor and mode from a capability's file. The result ok is false without a minor.
 func ParseCapability(text string) (minor uint32, mode fs.FileMode, ok bool) {
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
@@ -185,12 +181,12 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 type System interface {
 	// Make makes n in the folder dev, or corrects the existing device file.
 	Make(dev *os.Root, n Node) error
-	// Clear removes the driver's device files from the folder dev, because GKE's device plugin takes them as the sign that
-	// a driver is ready.
+	// Clear removes the driver's device files from the folder dev. GKE's device plugin would take them as the sign of a
+	// ready driver.
 	Clear(dev *os.Root) error
 }
 
-// Clear implements [System]. It removes only character devices with a name that a driver uses, and links to such names.
+// Clear implements [System]. It removes only character devices with a driver's names, and links to them.
 func (Linux) Clear(dev *os.Root) error {
 	for _, folder := range []string{".", capsFolder} {
 		entries, err := fs.ReadDir(dev.FS(), folder)
@@ -231,9 +227,8 @@ func (Linux) Clear(dev *os.Root) error {
 // nodeName matches the names that Plan returns.
 var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools|-caps/nvidia-cap[0-9]{1,7})$`)
 
-// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc uses these links to tell
-// systemd which devices a container has. A container loses a device whose link is missing (NVIDIA's container toolkit,
-// "nvidia-ctk system create-dev-char-symlinks").
+// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. Without its link, a container loses
+// the device at a reload of systemd (NVIDIA's container toolkit, "nvidia-ctk system create-dev-char-symlinks").
 const charFolder = "char"
 
 // Linux makes real device files.
@@ -278,8 +273,8 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If a
-// file that is not a link has that name, the file stays as it is.
+// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. Only a
+// link is replaced.
 func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)

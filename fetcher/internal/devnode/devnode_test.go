@@ -47,8 +47,7 @@ func TestPlan(t *testing.T) {
 			node("nvidia0", 195, 0), node("nvidia3", 195, 3), node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254),
 			node("nvidia-uvm-tools", 236, 1), node("nvidia-uvm", 236, 0),
 		}},
-		// Read on a machine with an H200 and 580.159.04, on 2026-11-28. One MIG instance is added, as in NVIDIA's MIG user
-		// guide.
+		// Read on a machine with an H200 and 580.159.04, on 2026-11-28. The MIG instance is from NVIDIA's MIG user guide.
 		{"capabilities of MIG and IMEX", fstest.MapFS{
 			"proc/devices": file("Character devices:\n195 nvidia\n195 nvidiactl\n238 nvidia-uvm\n239 nvidia-nvswitch\n240 " +
 				"nvidia-nvlink\n241 nvidia-caps\n242 nvidia-caps-imex-channels\n"),
@@ -128,7 +127,7 @@ func TestMake(t *testing.T) {
 	}
 }
 
-// TestClear checks that Clear removes the driver's device files, but not other files with such a name.
+// TestClear checks that Clear removes device files, but no other files with the same names.
 func TestClear(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -1,5 +1,4 @@
-// Package footprint reduces the program's use of memory between two pieces of work. It refuses to limit memory during
-// work; the code that does the work must do that.
+// Package footprint reduces the program's memory between two pieces of work. It sets no limits during the work.
 package footprint
 
 import (
@@ -13,9 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trim returns free heap memory to the kernel and unmaps the pages of the program file. The kernel maps most of a 25 MB
-// program file at start and counts these pages as the program's memory. Pages that are needed again come back from the
-// page cache one by one. If the kernel refuses, nothing changes.
+// Trim returns free heap memory to the kernel and unmaps the pages of the program file. Pages that are needed again
+// come back from the page cache.
 func Trim() {
 	debug.FreeOSMemory()
 	program, err := os.Readlink("/proc/self/exe")
@@ -32,13 +30,11 @@ func Trim() {
 	}
 }
 
-// mapping is a range of addresses.
 type mapping struct{ start, end uintptr }
 
-// fileMappings returns the ranges of /proc/PID/smaps (proc_pid_smaps(5)) whose pages are all in the program file. A
-// page that was written to differs from the file, so its range must stay mapped. The permissions of a range do not show
-// whether it was written to, because a dynamic loader writes to pages and then makes them read-only (RELRO). The counts
-// of anonymous and swapped pages show it.
+// fileMappings returns the ranges that the caller can unmap safely, because all their pages can be read again from the
+// program file. It parses /proc/PID/smaps (proc_pid_smaps(5)). A range with a written page is not returned. A written
+// page may be read-only now (RELRO), but counts as anonymous or swapped.
 func fileMappings(smaps io.Reader, program string) (found []mapping) {
 	var m mapping // the zero value is not returned
 	anonymous := false
@@ -65,8 +61,8 @@ func fileMappings(smaps io.Reader, program string) (found []mapping) {
 	return found
 }
 
-// programMapping parses the first line of a mapping. It returns the zero value if the mapping is writable, or belongs
-// to another file than the program.
+// programMapping parses the first line of a mapping. It returns the zero value for a writable mapping, or for another
+// file.
 func programMapping(line, program string) (m mapping) {
 	// An example of such a line:
 	//	00400000-00ec7000 r-xp 00000000 fe:00 1314                      /usr/bin/fetcher

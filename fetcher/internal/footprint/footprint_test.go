@@ -10,9 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// smaps has the mappings of a dynamic program that was linked with -z relro, as Linux 6.12 printed them. The mappings
-// are the program's header, its code, its constants, the part that the loader wrote and then made read-only (RELRO),
-// and its data. The lines between Rss and Anonymous are left out.
+// smaps has the mappings of a dynamic program that was linked with -z relro, as Linux 6.12 printed them. The lines
+// between Rss and Anonymous are left out.
 const smaps = `5595d8764000-5595d8766000 r--p 00000000 fe:00 247026                     /usr/bin/cat
 Rss:                   8 kB
 Anonymous:             0 kB
@@ -68,8 +67,7 @@ func TestFileMappings(t *testing.T) {
 	}
 }
 
-// TestTrim checks that the program still runs after Trim has unmapped its pages, and that fewer of these pages are
-// resident.
+// TestTrim checks that the program still runs after Trim, and that fewer of its pages are resident.
 func TestTrim(t *testing.T) {
 	before := resident(t)
 	Trim()

@@ -1,6 +1,5 @@
 // Package gpucheck asks NVML, the driver's management library, whether the driver works, and judges the answer. A
-// separate program calls NVML, because NVML needs a C library and this program has none. The package refuses to call a
-// node ready without the evidence for it.
+// separate program calls NVML, because NVML needs a C library. The package calls no node ready without evidence.
 package gpucheck
 
 import (
@@ -41,11 +40,10 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign has the names of the modules that were loaded from another file than the installed one, but in the same
-	// version.
+	// Foreign lists modules of the right version that were not loaded from the installed file.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// PCIGPUs is the number of GPUs on the bus. UsableGPUs is the number of GPUs that answered NVML.
+	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.
@@ -66,12 +64,12 @@ type Device struct {
 	Name        string `json:"name"`
 	PCIBusID    string `json:"pciBusId"`
 	MemoryBytes uint64 `json:"memoryBytes"`
-	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed; "" means that the
-	// GPU has no fabric.
+	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. It is "" without a
+	// fabric.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on, off, or the reason why it could not be turned on; "" means that the GPU does not report it.
+	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it.
 	Persistence string `json:"persistence,omitempty"`
-	// Error is the reason why NVML cannot use the GPU; "" means a healthy GPU.
+	// Error is the reason why NVML cannot use the GPU. A healthy GPU has "".
 	Error string `json:"error,omitempty"`
 }
 
@@ -85,12 +83,20 @@ type Facts struct {
 	// GPUs are the PCI addresses of the GPUs that the driver must drive.
 	GPUs []string
 	NVRM []string
-	// Since has the lines of the kernel log since the load of the driver; it is empty if that time is not known.
+	// Since has the lines of the kernel log since the load of the driver, or none if that time is not known.
 	Since []string
 }
 
 // requiredModules are the modules that every CUDA program needs.
 var requiredModules = []string{"nvidia", "nvidia_uvm"}
+
+// NotLoaded reports whether the node has GPUs, but a required module is not loaded.
+func (v Verdict) NotLoaded() bool {
+	return v.State == Unusable && slices.ContainsFunc(requiredModules, func(name string) bool {
+		_, loaded := v.Modules[name]
+		return !loaded
+	})
+}
 
 // JudgeForeign returns a verdict about a foreign driver.
 func JudgeForeign(f Facts) Verdict {
@@ -106,7 +112,7 @@ func JudgeForeign(f Facts) Verdict {
 	return v
 }
 
-// Judge returns a verdict from facts. The first problem that it finds decides.
+// Judge returns a verdict from facts. The first problem decides.
 func Judge(f Facts) Verdict {
 	v := Verdict{
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
@@ -158,8 +164,8 @@ func Judge(f Facts) Verdict {
 	return v
 }
 
-// missing returns the GPUs that NVML does not list as healthy. The result reasons has the errors of devices that NVML
-// lists without a PCI address. A healthy device without an address counts as one of the GPUs that NVML does not list.
+// missing returns the GPUs that NVML does not list as healthy. A healthy device without a PCI address counts for one of
+// them. The errors of other devices without an address are in reasons.
 func (f Facts) missing() (missing, reasons []string) {
 	nameless := 0
 	listed := map[string]string{} // from address to error
@@ -188,8 +194,8 @@ func (f Facts) missing() (missing, reasons []string) {
 	return missing, reasons
 }
 
-// fabricless returns the GPUs that wait for NVIDIA's fabric manager. GPUs wait for it on machines with NVSwitches.
-// Until the fabric manager has connected them, CUDA programs fail with error 802, system not yet initialized.
+// fabricless returns the GPUs that wait for NVIDIA's fabric manager, on machines with NVSwitches. Until it has
+// connected them, CUDA programs fail with error 802, system not yet initialized.
 func (f Facts) fabricless() (waiting []string) {
 	for _, d := range f.NVML.Devices {
 		if d.Fabric == "not started" || d.Fabric == "in progress" {
@@ -199,14 +205,14 @@ func (f Facts) fabricless() (waiting []string) {
 	return waiting
 }
 
-// busAddress normalises a PCI address. NVML writes the domain with eight digits and in capitals (nvmlPciInfo_t). sysfs
-// writes it with four digits and in small letters.
+// busAddress normalises a PCI address. NVML writes the domain with eight digits in capitals (nvmlPciInfo_t), sysfs with
+// four in small letters.
 func busAddress(s string) string {
 	domain, rest, _ := strings.Cut(strings.ToLower(s), ":")
 	return strings.TrimLeft(domain, "0") + ":" + rest
 }
 
-// Err returns the verdict as a fault. It is nil where the operator need not act: ready, loaded, staged and foreign.
+// Err returns the verdict as a fault, or nil if the operator need not act: ready, loaded, staged and foreign.
 func (v Verdict) Err() error {
 	text := v.Reason
 	if len(v.NVRM) > 0 {

@@ -123,7 +123,7 @@ func TestPrint(t *testing.T) {
 	}
 }
 
-// TestClipped checks that no character is split when a line of a verdict, or a line of the kernel, is shortened.
+// TestClipped checks that shortening a line splits no character.
 func TestClipped(t *testing.T) {
 	t.Parallel()
 	for lead := range 4 { // so that a character lies across any place for the cut
@@ -148,8 +148,8 @@ func TestClipped(t *testing.T) {
 	}
 }
 
-// TestProbe runs the test binary as the probe. The answer is in the name of the library's folder, because the probe
-// gets no other environment variable than LD_LIBRARY_PATH.
+// TestProbe runs the test binary as the probe. The name of the library's folder carries the answer, because the probe
+// gets no environment variable but LD_LIBRARY_PATH.
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()
@@ -197,8 +197,7 @@ func node(t *testing.T, dir string) *noderoot.Root {
 	return r
 }
 
-// TestProbeHangs checks that a probe that the driver blocks does not block the agent. The check ends, and so do all
-// later checks until the probe has ended.
+// TestProbeHangs checks that the check returns even while the probe is stuck. Later checks must return, too.
 func TestProbeHangs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -235,8 +234,8 @@ func TestProbeHangs(t *testing.T) {
 	}
 }
 
-// TestProbeCopies copies the probe into the node's root from two goroutines at the same time, many times. It also
-// checks that a full disk does no harm if the copy exists.
+// TestProbeCopies checks that concurrent copies of the probe work, and that a full disk does no harm once the copy
+// exists.
 func TestProbeCopies(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -29,12 +29,12 @@ import (
 type Prober struct {
 	// Program is the probe's path in the fetcher's own root.
 	Program string
-	// Node is the node's root. If its folder is not "/", Prober copies the program to Copy, and runs the copy in the
-	// node's root with the node's libraries.
+	// Node is the node's root. If its folder is not "/", Prober runs a copy of the program there, with the node's
+	// libraries.
 	Node *noderoot.Root
 	// Copy is a path inside the node's root.
 	Copy string
-	// ReadOnly forbids to write the copy. If the node has no copy yet, Probe then returns an error.
+	// ReadOnly forbids to write the copy. If the copy is missing, Probe then returns an error.
 	ReadOnly bool
 
 	mu    sync.Mutex
@@ -43,21 +43,19 @@ type Prober struct {
 
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
-// probeTime is the longest allowed time of one probe. NVML's first call initialises the GPUs. On large machines this
-// takes some seconds for each GPU.
+// probeTime is the longest time of one probe. On large machines, NVML's first call takes some seconds for each GPU.
 const probeTime = 2 * time.Minute
 
-// killTime is how long the prober waits for a killed probe to end. A probe that sleeps inside the driver (state D of
-// ps) never ends.
+// killTime is how long the prober waits for a killed probe. A probe that sleeps inside the driver (state D of ps) never
+// ends.
 const killTime = 10 * time.Second
 
-// maxAnswer is the largest allowed output of the probe in bytes. A machine has at most 16 GPUs.
+// maxAnswer is the maximum output of the probe in bytes. A machine has at most 16 GPUs.
 const maxAnswer = 1 << 20
 
-// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. If persist is
-// true, the probe turns persistence mode on. A failure of NVML is part of the answer. An error means that the probe
-// itself did not run or did not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it
-// behind, and further calls return an error until that process has ended.
+// Probe asks an NVML library: a path inside the node's root, or a name for the dynamic loader. If persist is true, it
+// turns persistence mode on. NVML's failures are part of the answer; an error means that the probe did not run or end.
+// A stuck probe does not block Probe, but later calls fail until it ends.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
@@ -128,7 +126,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// ensureCopy copies the probe into the node's root, if no identical copy is there.
+// ensureCopy copies the probe into the node's root, unless an identical copy exists.
 func (p *Prober) ensureCopy() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
@@ -188,7 +186,7 @@ func sum(folder *os.Root, name string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// parseAnswer parses the probe's JSON. Output without JSON means that the probe did not run.
+// parseAnswer parses the probe's JSON. Without JSON, the probe did not run.
 func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 	var a struct {
 		DriverVersion string   `json:"driverVersion"`

@@ -8,26 +8,24 @@ import (
 	"strings"
 )
 
-// fatalXids are the errors after which a GPU is useless until a GPU reset or a reboot of the node. NVIDIA's health
-// checks call them critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
-// Errors that end only the program that caused them are not in the list.
+// fatalXids are the errors after which a GPU needs a reset, or the node a reboot. NVIDIA's health checks call them
+// critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
 var fatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
 
 // recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154
 
-// xidLine matches the driver's lines, such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
+// xidLine matches lines such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
 var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
 
-// recoveryAction matches the number of the recovery action in a line. It is a nvmlDeviceGpuRecoveryAction_t: 0 means
-// none, and 3 means to stop peer-to-peer traffic.
+// recoveryAction matches the number of the recovery action in a line (nvmlDeviceGpuRecoveryAction_t). 0 means none; 3
+// means to stop peer-to-peer traffic.
 var recoveryAction = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
 // loadLine is part of the line that the driver writes when it is loaded.
 const loadLine = "NVRM: loading NVIDIA UNIX"
 
-// FatalXids returns the fatal errors among the kernel's lines that still count (see [KeepXids]), in the driver's own
-// text.
+// FatalXids returns the fatal errors that still count (see [KeepXids]), in the driver's own text.
 func FatalXids(lines []string) (fatal []string) {
 	for _, line := range KeepXids(lines) {
 		m := xidLine.FindStringSubmatch(line)
@@ -37,9 +35,9 @@ func FatalXids(lines []string) (fatal []string) {
 	return fatal
 }
 
-// KeepXids returns the kernel's lines with the first fatal error of each GPU. A line that says that the GPU needs no
-// recovery action clears the GPU's error. A load of the driver clears the errors of all GPUs. So callers can keep the
-// result in place of all lines, of which programs may cause any number.
+// KeepXids returns the line with the first fatal error of each GPU. A line that demands no recovery action clears the
+// error. A load of the driver clears all errors. Keep the result in place of all lines, because programs may cause any
+// number of them.
 func KeepXids(lines []string) (kept []string) {
 	var gpus []string // the GPU of each kept line
 	for _, line := range lines {

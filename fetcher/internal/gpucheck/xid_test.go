@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestFatalXids uses lines from public reports: issues 1151 and 1045 of NVIDIA/open-gpu-kernel-modules, and the guide
-// of stas00/ml-engineering.
+// TestFatalXids uses lines from issues 1151 and 1045 of NVIDIA/open-gpu-kernel-modules, and from the guide of
+// stas00/ml-engineering.
 func TestFatalXids(t *testing.T) {
 	t.Parallel()
 	got := gpucheck.FatalXids([]string{

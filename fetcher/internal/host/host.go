@@ -1,6 +1,6 @@
-// Package host reads the facts of a node: its COS build and kernel, the kernel's rules for modules, its NVIDIA devices,
-// and the loaded driver. It reads only below one root folder, so that recorded files of a node work, too. It refuses to
-// change anything and to guess: a fact that the node does not report stays empty.
+// Package host reads the facts of a node: COS build, kernel, the kernel's rules for modules, NVIDIA devices and the
+// loaded driver. It reads only below one root folder and changes nothing. Facts that the node does not report stay
+// empty.
 package host
 
 import (
@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxFile is the largest allowed size of a file that this package reads, in bytes. The largest real file,
-// /proc/modules, has some tens of kilobytes.
+// maxFile is the maximum size of a file in bytes. The largest real one, /proc/modules, has some tens of kilobytes.
 const maxFile = 1 << 20
 
 // Facts describe a node, as its files report it.
@@ -32,18 +31,18 @@ type Facts struct {
 	GPUs []GPU `json:"gpus"`
 	// Modules are the NVIDIA modules that are loaded now.
 	Modules []Module `json:"modules"`
-	// Driver is the loaded driver; its Version is "" when none is loaded.
+	// Driver is the loaded driver. Its Version is "" if none is loaded.
 	Driver target.Driver `json:"loadedDriver"`
-	// Users are the processes that have the driver open. They are read only on request.
+	// Users are the processes that have the driver open. Observe does not read them.
 	Users []User `json:"users,omitempty"`
 	// FirmwarePath is the extra folder in which the kernel looks for firmware.
 	FirmwarePath string `json:"firmwarePath,omitempty"`
-	// Unread lists what could not be read or understood. The other facts are valid without it.
+	// Unread lists what could not be read or understood. The other facts are valid.
 	Unread []string `json:"unread,omitempty"`
 }
 
-// Runs reports whether d is the loaded driver. It ignores the suffix of d's runfile, such as -grid, because a loaded
-// driver does not report it. It ignores the flavour if the loaded driver's version text has an unknown form.
+// Runs reports whether d is the loaded driver. It ignores an edition's suffix, such as -grid, which modules do not
+// report, and a flavour that is not known.
 func (f *Facts) Runs(d target.Driver) bool {
 	d = d.Modules()
 	return f.Driver.Version != "" && f.Driver.Version == d.Version &&
@@ -55,8 +54,8 @@ func (f *Facts) ManagedGPUs() []GPU {
 	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Managed() })
 }
 
-// Holders returns the loaded modules that use the driver but are not part of it, such as gdrdrv or nvidia_fs. They must
-// be unloaded before the driver.
+// Holders returns the loaded modules of others that use the driver, such as gdrdrv or nvidia_fs. They must be unloaded
+// first.
 func (f *Facts) Holders() []string {
 	var all []string
 	for _, m := range f.Modules {
@@ -74,8 +73,8 @@ func (f *Facts) Open() bool {
 	return slices.ContainsFunc(f.Modules, func(m Module) bool { return m.Refs > len(m.UsedBy) })
 }
 
-// driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Modules of others have similar names:
-// nvidia_cspmu of the kernel, nvidia_fs, nvidiafb.
+// driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Other modules have similar names, such as
+// nvidia_cspmu, nvidia_fs and nvidiafb.
 var driverModules = []string{"nvidia", "nvidia_uvm", "nvidia_modeset", "nvidia_drm", "nvidia_peermem"}
 
 func driverModule(name string) bool { return slices.Contains(driverModules, name) }
@@ -91,17 +90,17 @@ type GPU struct {
 	SubDevice string `json:"subDevice,omitempty"`
 	// Driver is the kernel driver that is bound to the device, such as nvidia or vfio-pci; "" means none.
 	Driver string `json:"driver,omitempty"`
-	// VirtualFunction means that this is a virtual function of another device of the node, intended for a virtual machine.
+	// VirtualFunction means that this is a virtual function of another device.
 	VirtualFunction bool `json:"virtualFunction,omitempty"`
 }
 
-// Managed reports whether the node's NVIDIA driver must drive the GPU. It need not drive a virtual function, or a GPU
-// that is reserved for a virtual machine.
+// Managed reports whether the node's driver must drive the GPU. It is false for a virtual function, or a GPU that is
+// reserved for a virtual machine.
 func (g GPU) Managed() bool {
 	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
-// Listed returns the managed GPUs in the type that package gpulist compares with lists of supported GPUs.
+// Listed returns the managed GPUs in the type of package gpulist.
 func (f *Facts) Listed() []gpulist.GPU {
 	own := f.ManagedGPUs()
 	all := make([]gpulist.GPU, len(own))
@@ -115,21 +114,20 @@ func (f *Facts) Listed() []gpulist.GPU {
 type Module struct {
 	// Name has the kernel's spelling, with underscores.
 	Name string `json:"name"`
-	// Version is the module's own version; "" when it has none.
+	// Version is the module's own version, or "".
 	Version string `json:"version,omitempty"`
-	// BuildID identifies the content of the loaded module; "" if the kernel does not report it.
+	// BuildID identifies the content of the loaded module. It is "" if the kernel does not report it.
 	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
-	// Permanent means that the kernel never unloads the module: the module has no exit function, or the kernel was built
-	// without CONFIG_MODULE_UNLOAD. On such a kernel, Refs is always 0.
+	// Permanent means that the kernel never unloads the module: it has no exit function, or the kernel lacks
+	// CONFIG_MODULE_UNLOAD. Refs is 0 on a kernel without that option.
 	Permanent bool `json:"permanent,omitempty"`
 	// Changing means that the kernel is still loading or unloading the module.
 	Changing bool `json:"changing,omitempty"`
 }
 
-// Observe reads the facts below a node's root folder. The error is of kind Unsupported when the node does not report
-// its COS build.
+// Observe reads the facts below a node's root folder. The error is of kind Unsupported if the COS build is not known.
 func Observe(root fs.FS) (*Facts, error) {
 	f := &Facts{}
 	osRelease, err := readFirst(root, "etc/os-release", "usr/lib/os-release")
@@ -172,8 +170,8 @@ func Observe(root fs.FS) (*Facts, error) {
 	}
 	f.Driver, err = loadedDriver(root)
 	if err != nil {
-		// A version text of a form that this program does not know must not cause an error. The module itself also reports
-		// the version; only the flavour stays unknown.
+		// A version text of an unknown format is no error, because the module reports its version, too. Only the flavour
+		// stays unknown.
 		f.unread(err)
 		for _, m := range f.Modules {
 			if m.Name == "nvidia" {
@@ -187,7 +185,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	return f, nil
 }
 
-// BootedFirmwarePath returns the firmware folder of the kernel command line; "" means only the default folders.
+// BootedFirmwarePath returns the firmware folder of the kernel command line, or "" for the default folders.
 func BootedFirmwarePath(root fs.FS) string {
 	line, err := readFirst(root, "proc/cmdline")
 	if err != nil {
@@ -203,8 +201,7 @@ func BootedFirmwarePath(root fs.FS) string {
 
 func (f *Facts) unread(err error) { f.Unread = append(f.Unread, err.Error()) }
 
-// LoadedModules returns the driver's modules in the order of /proc/modules: the module that was loaded last comes
-// first.
+// LoadedModules returns the driver's modules in the order of /proc/modules: the last loaded comes first.
 func LoadedModules(root fs.FS) ([]Module, error) {
 	text, err := readFirst(root, "proc/modules")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -231,7 +228,7 @@ func LoadedModules(root fs.FS) ([]Module, error) {
 	return mods, nil
 }
 
-// ParseModules parses /proc/modules: name, size, references, users, state. It skips lines of another form.
+// ParseModules parses /proc/modules: name, size, references, users, state. It skips other lines.
 func ParseModules(text string) []Module {
 	var mods []Module
 	for line := range strings.Lines(text) {
@@ -240,8 +237,7 @@ func ParseModules(text string) []Module {
 			continue
 		}
 		m := Module{Name: field[0]}
-		// Without CONFIG_MODULE_UNLOAD the kernel writes "- -" for count and users
-		// (print_unload_info in kernel/module/procfs.c).
+		// Without CONFIG_MODULE_UNLOAD, the kernel writes "- -" here (print_unload_info in kernel/module/procfs.c).
 		if m.Permanent = field[2] == "-"; !m.Permanent {
 			refs, err := strconv.Atoi(field[2])
 			if err != nil {
@@ -276,7 +272,7 @@ func loadedDriver(root fs.FS) (target.Driver, error) {
 	return ParseDriverVersion(text)
 }
 
-// ParseDriverVersion parses /proc/driver/nvidia/version. The first line has one of two forms, one for each flavour:
+// ParseDriverVersion parses /proc/driver/nvidia/version. The first line has one of two formats, one for each flavour:
 //
 //	NVRM version: NVIDIA UNIX x86_64 Kernel Module  <version>  <date>
 //	NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  <version>  <more>

@@ -19,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// recorded returns the recorded files of a node. The argument edits has other contents for some files; "" removes a
-// file.
+// recorded returns the recorded files of a node, with edits. An edit with "" removes a file.
 func recorded(t *testing.T, edits map[string]string) fstest.MapFS {
 	t.Helper()
 	return recordedIn(t, "cos.txtar", edits)
@@ -96,8 +95,8 @@ func TestObserveOddNodes(t *testing.T) {
 		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"},
 			fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
-		// The lines are as print_unload_info in kernel/module/procfs.c prints them in a kernel without CONFIG_MODULE_UNLOAD.
-		// A machine with an H200 had such a kernel.
+		// A kernel without CONFIG_MODULE_UNLOAD prints these lines (print_unload_info in kernel/module/procfs.c). They are
+		// from a machine with an H200.
 		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live " +
 			"0x0 (OE)\n"}, fault.Internal,
 			func(f *host.Facts) bool {
@@ -141,7 +140,7 @@ func TestObserveOddNodes(t *testing.T) {
 	}
 }
 
-// TestObserveH200 reads a node with a foreign driver, whose kernel does not count the references to modules.
+// TestObserveH200 reads a node with a foreign driver and a kernel without reference counts.
 func TestObserveH200(t *testing.T) {
 	t.Parallel()
 	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))

@@ -5,9 +5,8 @@ import (
 	"unicode"
 )
 
-// ParseKeyValues parses KEY=VALUE lines, as COS writes them in os-release and lsb-release. The first '=' separates key
-// and value. White space and quotes of both kinds around the value are removed. Blank lines, comments and lines without
-// '=' are skipped. If a key has several lines, the last one counts.
+// ParseKeyValues parses KEY=VALUE lines, the format of os-release and lsb-release. It removes white space and quotes
+// around a value, and skips lines without '='. The last line of a key counts.
 func ParseKeyValues(text string) map[string]string {
 	values := map[string]string{}
 	for line := range strings.Lines(text) {

@@ -13,19 +13,18 @@ import (
 
 // Policy describes how the running kernel restricts the loading of modules.
 type Policy struct {
-	// SignaturesEnforced means that the kernel loads only modules that one of its own keys signed.
+	// SignaturesEnforced means that the kernel loads only modules that its own keys signed.
 	SignaturesEnforced bool `json:"signaturesEnforced"`
 	// LoadPin means that the LoadPin security module is active and enforcing.
 	LoadPin bool `json:"loadPin"`
-	// Lockdown is the kernel's lockdown mode, integrity or confidentiality. In both modes the kernel loads no unsigned
-	// module. "" means no lockdown, or that the mode is not known.
+	// Lockdown is the kernel's lockdown mode: integrity or confidentiality. Both forbid unsigned modules. "" means none or
+	// unknown.
 	Lockdown string `json:"lockdown,omitempty"`
 	// LoadPinExcludes are the kinds of files that LoadPin does not check.
 	LoadPinExcludes []string `json:"loadPinExcludes,omitempty"`
 }
 
-// readPolicy combines the kernel command line with the state that the kernel reports. The reported state takes
-// precedence.
+// readPolicy reads the kernel command line and the state that the kernel reports. The reported state takes precedence.
 func readPolicy(root fs.FS) (Policy, error) {
 	text, err := readOptional(root, "proc/cmdline")
 	if err != nil {
@@ -39,16 +38,15 @@ func readPolicy(root fs.FS) (Policy, error) {
 	if enforced != "" {
 		p.SignaturesEnforced = enforced == "Y"
 	}
-	// The text is like "none [integrity] confidentiality" (security/lockdown/lockdown.c). The file exists only if
-	// securityfs is mounted.
+	// The text is like "none [integrity] confidentiality" (security/lockdown/lockdown.c). Without securityfs there is no
+	// file.
 	if text, err := readOptional(root, "sys/kernel/security/lockdown"); err == nil {
 		_, now, _ := strings.Cut(text, "[")
 		if now, _, ok := strings.Cut(now, "]"); ok && now != "none" {
 			p.Lockdown = now
 		}
 	}
-	// The sysctl exists only if LoadPin is built in and was enabled at boot. Linux 5.8 renamed it from "enabled" to
-	// "enforce".
+	// The sysctl exists only if LoadPin was enabled at boot. Linux 5.8 renamed it from "enabled" to "enforce".
 	p.LoadPin = false
 	for _, name := range []string{"enforce", "enabled"} {
 		v, err := readOptional(root, "proc/sys/kernel/loadpin/"+name)
@@ -60,7 +58,7 @@ func readPolicy(root fs.FS) (Policy, error) {
 	return p, nil
 }
 
-// ParseCmdline parses a kernel command line. If a key occurs several times, the last one counts.
+// ParseCmdline parses a kernel command line. The last occurrence of a key counts.
 func ParseCmdline(text string) Policy {
 	p := Policy{}
 	for word := range strings.FieldsSeq(text) {
@@ -78,8 +76,8 @@ func ParseCmdline(text string) Policy {
 	return p
 }
 
-// Restricts reports which restrictions the boot configuration can change: enforced signatures, and the file system
-// (place) from which modules load.
+// Restricts reports which restrictions the boot configuration can lift: enforced signatures, and the file system that
+// modules load from.
 func (p Policy) Restricts() (signatures, place bool) {
 	return p.SignaturesEnforced, p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module")
 }
@@ -93,8 +91,8 @@ func refused(text, hint string) error {
 	return fault.Wrap(fault.Rejected, &PolicyError{text}, hint)
 }
 
-// Allows returns the reason why the kernel would refuse a module from the install folder; nil means that it would not.
-// The argument signed is true if the module has a signature. Only the kernel can check the signature's key.
+// Allows returns the reason why the kernel would refuse a module from the install folder, or nil. Only the kernel can
+// check the key of a signed module.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(

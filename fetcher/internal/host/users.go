@@ -13,7 +13,7 @@ import (
 type User struct {
 	PID     int    `json:"pid"`
 	Command string `json:"command"`
-	// Pod is NAMESPACE/NAME of the process's pod, or the pod's uid if its name is not known. It is "" outside of pods.
+	// Pod is NAMESPACE/NAME of the process's pod, or the pod's uid without a known name. It is "" outside of pods.
 	Pod     string   `json:"pod,omitempty"`
 	Devices []string `json:"devices"`
 }
@@ -26,16 +26,42 @@ func (u User) String() string {
 	return text + ")"
 }
 
+// Programs returns the names of the programs of these processes, each with its pod and the number of its processes. The
+// result is sorted and has no process ids, so that it stays the same while the same programs run.
+func Programs(users []User) []string {
+	type program struct{ command, pod string }
+	processes := map[program]int{}
+	for _, u := range users {
+		processes[program{u.Command, u.Pod}]++
+	}
+	var names []string
+	for p, n := range processes {
+		var more []string
+		if p.pod != "" {
+			more = append(more, "pod "+p.pod)
+		}
+		if n > 1 {
+			more = append(more, fmt.Sprintf("%d processes", n))
+		}
+		name := p.command
+		if len(more) > 0 {
+			name += " (" + strings.Join(more, ", ") + ")"
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
 // maxUsers is the highest number of returned processes.
 const maxUsers = 256
 
-// podUID matches a pod's uid in the path of a control group. kubelet's cgroupfs driver writes it with dashes, its
-// systemd driver with underscores.
+// podUID matches a pod's uid in the path of a control group. The cgroupfs driver writes dashes, the systemd driver
+// underscores.
 var podUID = regexp.MustCompile(`pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`)
 
 // DeviceUsers returns the processes that have a device of the driver open, by the links in /proc/PID/fd (proc(5)). It
-// finds only processes that this program may inspect. As root with the node's /proc, these are all processes of the
-// node. It skips a process that ends meanwhile.
+// needs root and the node's /proc to find all.
 func DeviceUsers(root fs.FS) ([]User, error) {
 	entries, err := fs.ReadDir(root, "proc")
 	if err != nil {
@@ -87,8 +113,8 @@ func DeviceUsers(root fs.FS) ([]User, error) {
 	return users, nil
 }
 
-// podNames returns the names of this node's pods by uid. It reads them from the names of their log folders, which
-// kubelet calls NAMESPACE_NAME_UID (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
+// podNames returns the names of this node's pods by uid. Log folders are named NAMESPACE_NAME_UID
+// (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
 func podNames(root fs.FS) map[string]string {
 	names := map[string]string{}
 	entries, err := fs.ReadDir(root, "var/log/pods")

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/host"
 )
 
-// TestDeviceUsers uses control groups as kubelet's two drivers name them. The names are from Kubernetes' documentation
-// of the cgroup drivers.
+// TestDeviceUsers uses the names that kubelet's two drivers give control groups. Source: Kubernetes' documentation of
+// the cgroup drivers.
 func TestDeviceUsers(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()

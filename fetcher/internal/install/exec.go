@@ -11,12 +11,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// EnsureExec mounts the install folder over itself with exec allowed, if the folder's file system forbids exec. COS
-// mounts its stateful partition without exec, and then neither the tools nor the libraries of a driver can be used.
-// EnsureExec mounts in the node's mount namespace, so that every program and pod on the node has the mount. If this
-// container does not see that mount, EnsureExec makes another mount in the container. It calls the function note before
-// it makes the mount on the node, so that the caller can record this. The result did is true if it has made the mount
-// on the node.
+// EnsureExec mounts the install folder over itself with exec, because COS mounts its stateful partition without exec.
+// The mount is made in the node's mount namespace, and in this container if necessary. Before the node's mount, the
+// callback is called. The result did is true if the node's mount was made.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
@@ -57,8 +54,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode calls the function do in the node's mount namespace. It first checks that the install folder's path leads to
-// the same folder there as in this container.
+// inNode runs the callback in the node's mount namespace. The install folder's path must lead to the same folder there
+// as in this container.
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
@@ -77,7 +74,7 @@ func mayExec(dir string) bool {
 	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC == 0
 }
 
-// allowExec mounts the folder over itself with exec allowed. It reports whether this was necessary.
+// allowExec mounts the folder over itself with exec. It reports whether this was necessary.
 func allowExec(dir string, note func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -87,8 +84,8 @@ func allowExec(dir string, note func()) (bool, error) {
 		return false, nil
 	}
 	note()
-	// The copy of the mount gets its flags before it is attached. Other mount namespaces receive a copy at that moment,
-	// but no later change of flags (mount_namespaces(7)).
+	// Set the flags before the mount is attached: other mount namespaces get a copy then, but no later change of flags
+	// (mount_namespaces(7)).
 	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if errors.Is(err, unix.ENOSYS) {
 		return true, allowExecOld(dir, st.Flags)
@@ -107,13 +104,12 @@ func allowExec(dir string, note func()) (bool, error) {
 	return true, errors.Join(err, closed)
 }
 
-// allowExecOld makes the same mount on kernels before Linux 5.12, in two steps: bind mount, then remount.
+// allowExecOld makes the same mount before Linux 5.12, by a bind mount and a remount.
 func allowExecOld(dir string, flags int64) error {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
-	// The low four bits have the same meaning in the flags of statfs and of mount: read-only, nosuid, nodev, noexec. A
-	// remount keeps the access time mode.
+	// The low four bits of the flags mean the same in statfs and mount. A remount keeps the access time mode.
 	keep := uintptr(flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
 	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
 		return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestExecProcess is not a real test. TestExecReachesTheNode starts it as the agent in a container.
+// TestExecProcess is the agent in a container. TestExecReachesTheNode starts it.
 func TestExecProcess(t *testing.T) {
 	root := os.Getenv("PREBAKE_TEST_EXEC_ROOT")
 	if root == "" {
@@ -45,9 +45,8 @@ func TestExecProcess(t *testing.T) {
 	}
 }
 
-// TestExecReachesTheNode checks that the mount reaches the node, because a mount that a container makes for itself
-// stays in the container. The script uses util-linux. It makes a node with a folder that forbids exec, and a pod that
-// mounts the node's root with HostToContainer propagation.
+// TestExecReachesTheNode checks that the mount reaches the node. The script makes a node with a folder that forbids
+// exec, and a pod that mounts the node's root with HostToContainer propagation. It needs util-linux.
 func TestExecReachesTheNode(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -7,8 +7,8 @@
 //	.prebake/adopted/<name>     the file or folder that was at <name> before
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
-// All links are relative, so the tree works wherever it is mounted. The package refuses to give a layer or a set its
-// final name before the caller says that it is verified. It refuses to verify anything itself.
+// All links are relative, so the tree works wherever it is mounted. The package verifies nothing. It gives a layer or a
+// set its final name when the caller says that it is verified.
 package install
 
 import (
@@ -40,7 +40,7 @@ var roots = map[bundle.LayerKind][]string{
 	bundle.LayerFirmware:  {"firmware"},
 }
 
-// names are all top-level names that this program makes in the install folder, libraries before modules.
+// names are the top-level names in the install folder, libraries before modules.
 var names = []string{"lib64", "bin", "share", "vulkan", "firmware", "drivers"}
 
 // Layer is one layer of a set.
@@ -64,20 +64,18 @@ type Module struct {
 	Signed   bool   `json:"signed,omitempty"`
 }
 
-// Origin says who made an artifact. This decides whose signature the artifact needs.
+// Origin says who made an artifact. It decides whose signature the artifact needs.
 type Origin string
 
 const (
-	// Published artifacts are made by a farm. The owner's keys and identities sign them.
+	// Published artifacts come from a farm. The owner's keys and identities sign them.
 	Published Origin = "published"
-	// MadeHere artifacts are compiled on this node and signed by the node's own key. That key counts for no other
-	// artifacts.
+	// MadeHere artifacts are compiled on this node and signed by its own key. The key counts for no other artifacts.
 	MadeHere Origin = "node"
 )
 
-// Set describes one artifact that is unpacked on this node, active or not. The file set.json stores the description and
-// is not trusted: a caller that loads the modules must compare the description with the signed statements (see
-// [Store.Evidence]).
+// Set describes one unpacked artifact, active or not. It comes from set.json, which is not trusted: before a load,
+// compare it with the signed statements (see [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`
@@ -101,7 +99,7 @@ type Store struct {
 	root *os.Root
 }
 
-// Open opens the install folder of a node. If create is true, it first makes the folder.
+// Open opens the install folder of a node. If create is true, it creates a missing folder.
 func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
 		if err := node.MakeFolder(path.Join(dir, ownFolder), 0o755); err != nil {
@@ -126,7 +124,7 @@ func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 // Close releases the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the folder name for a digest. It checks the form, because the digest came over the network.
+// hexOf returns the folder name for a digest. It validates the digest, which comes from the network.
 func hexOf(digest string) (string, error) {
 	f, err := target.ParseFingerprint(digest) // a fingerprint has the same format: sha256: and 64 lower-case hex digits
 	if err != nil {
@@ -199,7 +197,7 @@ func (s *Store) Free() (_ int64, err error) {
 // Sync flushes the file system, so that written files survive a crash.
 func (s *Store) Sync() error { return s.sync() }
 
-// sync flushes the file system, so that after a crash each existing file has its whole content.
+// sync flushes the file system: after a crash, each existing file has its whole content.
 func (s *Store) sync() error { return s.flush(ownFolder) }
 
 func (s *Store) flush(name string) error {
@@ -214,14 +212,14 @@ func (s *Store) flush(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// evidenceFile stores the evidence with which a set is verified. It is in the set's folder, beside the links.
+// evidenceFile stores the evidence of a set, in the set's folder.
 const evidenceFile = "proof.json"
 
-// maxEvidence is the largest allowed size in bytes of the evidence: a manifest, a config, and all examined statements.
+// maxEvidence is the maximum size of the evidence in bytes: a manifest, a config, and all examined statements.
 const maxEvidence = 64 << 20
 
-// Evidence returns the evidence with which a set is verified, as [Store.AddSet] stored it. It returns nil if there is
-// none, as in sets of older releases.
+// Evidence returns the evidence that [Store.AddSet] stored. It returns nil if there is none, as in sets of older
+// releases.
 func (s *Store) Evidence(digest string) ([]byte, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -230,8 +228,7 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set and its evidence (proof). All layers of the set must be unpacked already. Only [Store.Switch]
-// makes the set active.
+// AddSet writes a set and its evidence, without making the set active. All layers must be unpacked already.
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {
@@ -248,8 +245,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	}
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
-		// This artifact is already on the disk. It was installed for another COS build with the same fingerprint, or its
-		// layers were fetched again. The set may be active, so replace its links one by one.
+		// The artifact is already on the disk and may be active, so replace its links one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
@@ -305,7 +301,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 	return links, nil
 }
 
-// LinksHold returns an error of kind Unverified if a link of a set does not lead into the set's own layers.
+// LinksHold returns an error of kind Unverified if a link of a set does not lead into the set's layers.
 func (s *Store) LinksHold(set Set) error {
 	hex, err := hexOf(set.Digest)
 	if err != nil {
@@ -373,12 +369,11 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 	return s.Set("sha256:" + digest)
 }
 
-// maxSet is the largest allowed size of set.json in bytes. A real file has a few kilobytes.
+// maxSet is the maximum size of set.json in bytes. A real file has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads the set at a path below ownFolder. If set.json cannot be read, the result has only the digest. Such a
-// set fits no node, so it is never loaded. If the farm's answer to a later run is this artifact, that run writes
-// set.json again.
+// readSet reads the set at a path below ownFolder. If set.json cannot be read, the result has only the digest. It fits
+// no node, so it is never loaded.
 func (s *Store) readSet(link string) (*Set, error) {
 	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
 	if err == nil && raw == nil {

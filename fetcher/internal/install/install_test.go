@@ -47,7 +47,7 @@ func open(t *testing.T) *folder {
 	return s
 }
 
-// add stages a set with one layer. The digests of both consist of the digit in the argument c.
+// add stages a set with one layer. Both digests consist of the given digit.
 func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
@@ -234,8 +234,8 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// TestLockPlanted checks that Lock neither follows nor uses a planted file. Everybody may write into the folder of the
-// other installer's lock.
+// TestLockPlanted checks that Lock neither follows nor uses a planted file. Everybody may write into the folder of
+// Google's lock.
 func TestLockPlanted(t *testing.T) {
 	t.Parallel()
 	for name, plant := range map[string]func(at string) error{
@@ -280,7 +280,7 @@ func TestCorruptSet(t *testing.T) {
 	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// Only the digest of a damaged set is known. Sweep must keep all layers, because the set may need them.
+	// Sweep must keep all layers, because a damaged set may need any of them.
 	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
 		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
 	}
@@ -314,8 +314,7 @@ func TestOddThings(t *testing.T) {
 	}
 }
 
-// TestSweepTakesNamesFirst checks that a layer under its final name is complete at every moment of a sweep. It is then
-// also complete if the program is killed during the sweep.
+// TestSweepTakesNamesFirst checks that a layer under its final name is complete at every moment of a sweep.
 func TestSweepTakesNamesFirst(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -352,7 +351,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 		}
 		entries, err := os.ReadDir(dir)
 		if err == nil && len(entries) != files {
-			// ReadDir is not atomic. Only a layer that still has its name must be complete.
+			// ReadDir is not atomic, so check the name again.
 			if s.HasLayer(old.Digest) {
 				t.Fatalf("check %d: the layer has %d of %d files under its final name", looked, len(entries), files)
 			}
@@ -366,8 +365,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 	}
 }
 
-// TestHeal checks a deactivation of a set that was killed, at several points. Recover must complete it, and restore
-// what another installer had.
+// TestHeal kills a deactivation at several points. Recover must complete it, and restore what another installer had.
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	for name, kill := range map[string]func(s *folder) error{

@@ -27,9 +27,9 @@ func (s *Store) HasLayer(digest string) bool {
 	return err == nil && info.IsDir()
 }
 
-// AddLayer calls fill to write a layer into a new folder. If fill succeeds, AddLayer renames the folder to its final
-// name. On an error nothing remains. AddLayer replaces an existing layer of that name in one step. It keeps files that
-// other programs added to the layer, because installers of NCCL plugins write into lib64.
+// AddLayer writes a layer into a new folder by a callback, and renames the folder to its final name. On an error
+// nothing remains. It keeps files that other programs added to an existing layer, because installers of NCCL plugins
+// write into lib64.
 func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	name, err := hexOf(l.Digest)
 	if err != nil {
@@ -54,15 +54,15 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	})
 }
 
-// namesFile is a file in a layer's folder. It lists the files that were unpacked into the layer, as opposed to files
-// that other programs added. No top-level link leads to it, and its content is never trusted.
+// namesFile lists the files that were unpacked into a layer. Other files there are from other programs. The list is not
+// trusted.
 const namesFile = ".prebake-names"
 
-// maxNames is the largest allowed size of namesFile in bytes.
+// maxNames is the maximum size of namesFile in bytes.
 const maxNames = 16 << 20
 
 // LayerPrint returns a digest over all inodes of an unpacked layer: names, numbers, sizes, modes and times of change.
-// The digest changes after any write to a file or a folder.
+// Any write changes it.
 func (s *Store) LayerPrint(digest string) (string, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -90,7 +90,7 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// LayerNames returns the files that were unpacked into a layer; nil means that they are not known, as in layers of
+// LayerNames returns the files that were unpacked into a layer. It returns nil if they are not known, as in layers of
 // older releases.
 func (s *Store) LayerNames(digest string) ([]string, error) {
 	name, err := hexOf(digest)
@@ -105,7 +105,7 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	return names, nil
 }
 
-// addedFiles returns the files of an unpacked layer that are not in the argument names.
+// addedFiles returns the files of an unpacked layer that are not among the given names.
 func (s *Store) addedFiles(digest string, names []string) []string {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -127,8 +127,8 @@ func (s *Store) addedFiles(digest string, names []string) []string {
 	return added
 }
 
-// keepAdded links the files that other programs added to user space into a new user-space layer. It takes these files
-// from an existing layer of the same digest, and from the user-space layer of the active driver.
+// keepAdded links other programs' files into a new user-space layer. They are in the existing layer of the same digest,
+// and in the active driver.
 func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil
@@ -152,8 +152,7 @@ func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	return nil
 }
 
-// linkOrCopy gives a file of a layer the same name in another folder. It copies a symbolic link and hard-links a
-// regular file.
+// linkOrCopy gives a file of a layer the same name in another folder. It copies links and hard-links regular files.
 func (s *Store) linkOrCopy(digest, file string, dst *os.Root) error {
 	name, err := hexOf(digest)
 	if err != nil {

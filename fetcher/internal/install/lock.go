@@ -12,15 +12,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Lock takes this program's lock. If the folder of Google's lock file exists on the node, it also takes that lock, so
-// that the two installers never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
+// Lock takes this program's lock, and also the lock of Google's installer if its folder exists. Both installers must
+// never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
 func (s *Store) Lock(google string) (unlock func() error, err error) {
 	var held []*os.File
 	unlock = func() error {
 		var errs []error
 		for _, f := range held {
-			// Close alone might not release the lock: a child process may still have a copy of the file descriptor, between fork
-			// and exec.
+			// Close alone may not release the lock: a child process may have a copy of the descriptor between fork and exec.
 			errs = append(errs, unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 		}
 		return errors.Join(errs...)
@@ -50,9 +49,8 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	return unlock, nil
 }
 
-// openLock opens the lock file of Google's installer, and refuses a link in its place. Everybody on the node may write
-// into the folder of this file. If somebody put a link there, this program would lock another file than Google's
-// installer does.
+// openLock opens the lock file of Google's installer. It refuses a link: everybody may write into that folder, and a
+// planted link would lead to another file.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
 		return fault.New(fault.Busy, fmt.Sprintf("open lock file /%s: it is %s", name, what),
@@ -67,7 +65,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		return nil, fmt.Errorf("open lock file /%s: %w", name, err)
 	}
 	defer dir.Close()
-	// NONBLOCK and NOCTTY, because opening a device may have effects and opening a pipe may block.
+	// Opening a device may have effects, and opening a pipe may block: NONBLOCK and NOCTTY.
 	open := func(flags int) (*os.File, error) {
 		fd, err := unix.Openat(int(dir.Fd()), path.Base(name),
 			flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)

@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The set that was active before becomes the
-// previous one.
+// Switch activates a set. One rename of "current" moves all names at once. The active set becomes the previous one.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -44,9 +43,8 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore sets the pointers current and previous to the values in the argument before. If before has no current set,
-// Restore removes the top-level links, and only then the pointer to the set. Thus a killed run leaves no link without a
-// target, and can be repeated.
+// Restore sets the pointers current and previous. Without a current set, it first removes the top-level links, because
+// a killed run must leave no link without a target.
 func (s *Store) Restore(before Pointers) error {
 	if before.Current == "" {
 		if err := s.withdraw(); err != nil {
@@ -68,8 +66,8 @@ func (s *Store) Restore(before Pointers) error {
 	return s.expose()
 }
 
-// Recover completes a deactivation that a killed run began. It removes top-level links that lead to no set, and
-// restores what another installer had there.
+// Recover completes a deactivation that was killed: it removes dangling top-level links, and restores what another
+// installer had.
 func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove the folder %s: %w", removed, err)
@@ -81,7 +79,7 @@ func (s *Store) Recover() error {
 	return s.withdraw()
 }
 
-// Pointers has the current and the previous set, as paths below ownFolder; "" means none.
+// Pointers has the current and the previous set as paths below ownFolder, or "".
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
 	Previous string `json:"previous,omitempty"`
@@ -96,7 +94,7 @@ func (s *Store) Pointers() (p Pointers, err error) {
 	return p, err
 }
 
-// link reads the pointer current or previous; "" when it does not exist.
+// link reads the pointer current or previous. It returns "" if the pointer does not exist.
 func (s *Store) link(name string) (string, error) {
 	to, err := s.root.Readlink(path.Join(ownFolder, name))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -123,8 +121,8 @@ func (s *Store) point(name, to string) error {
 	return nil
 }
 
-// expose makes the top-level names lead into the current set. If another installer had a folder or a link at such a
-// name, expose keeps it in the folder adopted.
+// expose makes the top-level names lead into the current set. The folder adopted keeps what another installer had
+// there.
 func (s *Store) expose() error {
 	for _, name := range names {
 		to := path.Join(ownFolder, "current", name)
@@ -157,8 +155,8 @@ func (s *Store) expose() error {
 	return s.sync()
 }
 
-// adopt exchanges the existing name with this program's link, in one step if the file system can do so. It keeps the
-// former content in the folder adopted.
+// adopt replaces an existing name by this program's link, in one step if the file system can. The folder adopted keeps
+// the former content.
 func (s *Store) adopt(name, to string) error {
 	aside := path.Join(ownFolder, "adopted", name)
 	if err := s.root.RemoveAll(aside); err != nil {
@@ -224,9 +222,8 @@ func (s *Store) withdraw() error {
 	return s.sync()
 }
 
-// cacheFile is the file in which Google's installer notes what it installed. This program writes the same file, and
-// keeps the file of Google's installer in the folder adopted. savedCache is a list of the contents that this program
-// wrote into cacheFile, so that it recognises its own file later.
+// cacheFile is the file in which Google's installer notes what it installed. This program writes it, too, and keeps its
+// own contents in savedCache to recognise them.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
@@ -278,8 +275,8 @@ func (s *Store) Exists() bool {
 	return err == nil
 }
 
-// Remove removes all files of this program from the install folder, and restores what another installer had there. A
-// call that was killed at any moment can be repeated.
+// Remove removes all files of this program from the install folder, and restores what another installer had. A killed
+// call can be repeated.
 func (s *Store) Remove() error {
 	if _, err := s.root.Lstat(ownFolder); err == nil {
 		if err := s.Restore(Pointers{}); err != nil {
@@ -301,9 +298,9 @@ func (s *Store) Remove() error {
 	return s.flush(".")
 }
 
-// Sweep removes the sets and layers that neither the current nor the previous set needs, and the leftovers of an
-// interrupted run. It also keeps the sets and the layers with the digests in extra. Sweep renames each folder before it
-// deletes it. A set or a layer under its final name is therefore complete even if this program is killed.
+// Sweep removes the leftovers of interrupted runs, and all sets and layers except those of the current, the previous
+// and the given sets. It also keeps given layers. It first renames each folder: a final name must never have incomplete
+// content.
 func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
@@ -374,8 +371,7 @@ func (s *Store) Sweep(extra ...string) error {
 	return nil
 }
 
-// WriteCacheFile writes the file in which Google's installer notes what it installed. Readers of the file then see the
-// driver that is really installed.
+// WriteCacheFile writes the file in which Google's installer notes what it installed.
 func (s *Store) WriteCacheFile(set Set) error {
 	values := map[string]string{"BUILD_ID": set.Kernel.BuildID, "DRIVER_VERSION": set.Driver.Version}
 	if set.Driver.Flavour == "open" {
@@ -390,7 +386,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// Even a file with the same content belongs to another installer if that installer's folders are adopted.
+	// A file with the same content is also foreign if the other installer's folders are adopted.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
@@ -414,7 +410,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches is the highest number of contents in savedCache.
+// maxCaches is the maximum number of contents in savedCache.
 const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it exists.
@@ -425,7 +421,7 @@ func (s *Store) RemoveFile(name string) error {
 	return nil
 }
 
-// ReadFile reads a small file of the install folder; nil if it does not exist.
+// ReadFile reads a small file of the install folder. It returns nil if the file does not exist.
 func (s *Store) ReadFile(name string) ([]byte, error) { return s.readFile(name, maxSet) }
 
 func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {

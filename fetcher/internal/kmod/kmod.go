@@ -1,7 +1,6 @@
-// Package kmod loads and unloads kernel modules by system calls. It loads a module from memory, after the caller has
-// verified it there, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault
-// with lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
-// anything.
+// Package kmod loads and unloads kernel modules by system calls. The kernel gets a module's verified bytes from memory.
+// Each refusal becomes a fault with lines of the kernel log. The package searches for no modules, resolves no
+// dependencies, and forces nothing.
 package kmod
 
 import (
@@ -20,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// System is the kernel's interface to load and unload modules, and to read the kernel log. The only real implementation
-// is [Linux].
+// System is the kernel's interface for modules and the kernel log. [Linux] is the only real implementation.
 type System interface {
 	// InitModule calls init_module(2).
 	InitModule(image []byte, params string) error
@@ -59,7 +57,7 @@ func (Linux) Log() ([]string, error) {
 type Image struct {
 	// Name is the module's name. Hyphen and underscore count as equal.
 	Name string
-	// Version is the version in the module's .modinfo section; "" means that it has none.
+	// Version is the version in the module's .modinfo section, or "".
 	Version string
 	// Params is the parameter string, such as "NVreg_Foo=1".
 	Params string
@@ -88,12 +86,12 @@ const (
 // Loader loads and unloads modules of one node.
 type Loader struct {
 	System System
-	// Root is the node's root folder; /proc and /sys are read below it.
+	// Root is the node's root folder, with /proc and /sys.
 	Root fs.FS
 }
 
-// Load loads images in order. It skips a module that is already loaded in the same version. If a module is already
-// loaded in another version, the error is of kind Busy. On an error, Load unloads the modules that it loaded itself.
+// Load loads images in order and skips modules that are loaded in the same version. Another loaded version is an error
+// of kind Busy. On an error, Load unloads the modules that it loaded.
 func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err error) {
 	var mine []string
 	defer func() {
@@ -161,7 +159,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)
 	if errors.Is(err, syscall.EEXIST) {
-		// Another process loaded a module of this name first. That is fine only if that module has the same version.
+		// The module of another process must have the same version.
 		same, lookErr := l.isLoaded(img)
 		if lookErr != nil {
 			return "", lookErr
@@ -181,7 +179,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	return "", &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
 }
 
-// refusal is the text of a kernel's refusal. It unwraps to the errno.
+// refusal is the kernel's refusal of a module. It unwraps to the errno.
 type refusal struct {
 	text  string
 	cause error
@@ -190,7 +188,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals has a fault for each errno of init_module(2), delete_module(2) and the kernel's module loader.
+// refusals maps the errnos of init_module(2), delete_module(2) and the module loader to faults.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind
@@ -244,8 +242,8 @@ func explain(err error) string {
 	return err.Error()
 }
 
-// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. If a
-// module is in use, the error is of kind Busy, and the modules after it stay loaded.
+// Unload unloads modules in order and returns the unloaded ones. It skips modules that are not loaded. At a module in
+// use, it stops with an error of kind Busy.
 func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err error) {
 	for _, name := range names {
 		if ctx.Err() != nil {
@@ -280,8 +278,8 @@ func (l *Loader) Mark() Mark {
 	return Mark{Last: lines[len(lines)-1]}
 }
 
-// Since returns the kernel's lines after the mark, without their priority prefix. If the log no longer has the mark, it
-// returns all lines.
+// Since returns the kernel's lines after the mark, without their priority prefix. If the mark is lost, it returns all
+// lines.
 func (l *Loader) Since(m Mark) []string {
 	lines, err := l.System.Log()
 	if err != nil {
@@ -304,8 +302,8 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
-// Follow returns the kernel's lines after the mark m, and the present end of the log. If the log no longer has the line
-// of m, Follow returns all lines, because the log drops the oldest lines first. If m is empty, Follow returns no lines.
+// Follow returns the kernel's lines after the mark, and the present end of the log. If the mark is empty, it returns no
+// lines. If the mark is lost, it returns all lines: the log drops the oldest lines first.
 func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
 	all, err := l.System.Log()
 	if err != nil || len(all) == 0 {

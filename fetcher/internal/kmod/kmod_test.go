@@ -159,7 +159,7 @@ func TestLoadOverAnotherVersion(t *testing.T) {
 	}
 }
 
-// TestEEXIST checks the case that another process loads the same module at the same time.
+// TestEEXIST checks that another process may load the same module at the same time.
 func TestEEXIST(t *testing.T) {
 	t.Parallel()
 	for version, kind := range map[string]fault.Kind{"535.1.1": fault.Internal, "470.1.1": fault.Busy} {
@@ -175,7 +175,7 @@ func TestEEXIST(t *testing.T) {
 			t.Errorf("Load against a racing %s = %v, %v; want kind %v, or already loaded", version, done, err, kind)
 		}
 	}
-	// A module that another process loaded stays loaded when a later module is refused.
+	// Another process's module stays loaded when a later module is refused.
 	root := modules("")
 	s := &system{insert: map[string]error{"nvidia": unix.EEXIST, "nvidia-uvm": unix.EINVAL}, onInsert: func(string) {
 		root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}

@@ -1,7 +1,6 @@
 // Package kube reports the state of one node's driver to its cluster: by labels, annotations, a condition and Events.
-// It also removes the node's startup taint. It refuses to touch another node, or fields of its node that it did not
-// write. No other work waits for it: a node without a cluster, or with a cluster that does not answer, still gets its
-// driver.
+// It also removes the node's startup taint. It never touches another node, or fields that it did not write. No other
+// work waits for it.
 package kube
 
 import (
@@ -29,11 +28,10 @@ import (
 // documentation, "Accessing the Kubernetes API from a Pod").
 const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// callTime is the longest allowed time of one call to the API server.
+// callTime is the maximum time of one call to the API server.
 const callTime = 20 * time.Second
 
-// maxAnswer is the largest allowed answer of the API server in bytes. A node object with all its images has some
-// hundred kilobytes.
+// maxAnswer is the maximum answer of the API server in bytes. A node object has some hundred kilobytes.
 const maxAnswer = 8 << 20
 
 // client calls an API server as the service account of a pod.
@@ -100,8 +98,8 @@ const (
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends a request to the API server. If the argument in is not nil, it is the request's body, in the content type
-// kind. If the argument out is not nil, call decodes the answer into it.
+// call sends a request to the API server, with an optional body of the given content type (kind). It decodes the answer
+// into out, unless that is nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

@@ -1,13 +1,20 @@
 package kube
 
 import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 )
 
-// TestConditionReason checks the status and the reason of the condition. Operators' scripts and alerts select by them.
+// TestConditionReason checks status and reason of the condition, because alerts select by them.
 func TestConditionReason(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -25,5 +32,51 @@ func TestConditionReason(t *testing.T) {
 		if c := n.condition(row.state, nil); c.Status != row.status || c.Reason != row.reason {
 			t.Errorf("%s: condition = %s, %s; want %s, %s", row.name, c.Status, c.Reason, row.status, row.reason)
 		}
+	}
+}
+
+// apiServer answers all calls about a node, and stores the reasons of the conditions that it received.
+type apiServer struct{ reasons []string }
+
+func (a *apiServer) RoundTrip(r *http.Request) (*http.Response, error) {
+	if strings.HasSuffix(r.URL.Path, "/status") {
+		var in struct {
+			Status struct{ Conditions []condition }
+		}
+		if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+			return nil, err
+		}
+		a.reasons = append(a.reasons, in.Status.Conditions[0].Reason)
+	}
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/json"}},
+		Body: io.NopCloser(strings.NewReader("{}"))}, nil
+}
+
+// TestVerdictsExpire checks that the cluster learns of a check that hangs, although nothing wakes the reporter then.
+// Without [Node.Watch], a verdict stays valid.
+func TestVerdictsExpire(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		age  time.Duration
+		want string
+	}{{0, "DriverReady"}, {6 * time.Minute, "CheckFailed"}} {
+		synctest.Test(t, func(t *testing.T) {
+			server := &apiServer{}
+			n := &Node{name: "gpu-1", api: &client{base: "https://api", http: &http.Client{Transport: server}},
+				log: slog.New(slog.DiscardHandler), now: time.Now, changed: make(chan struct{}, 1)}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- n.Run(ctx) }()
+			n.Watch(row.age)
+			n.Report(gpucheck.Verdict{State: gpucheck.Ready})
+			time.Sleep(8 * time.Minute)
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if len(server.reasons) == 0 || server.reasons[len(server.reasons)-1] != row.want {
+				t.Errorf("age %v: the cluster got %v; want %s at last", row.age, server.reasons, row.want)
+			}
+		})
 	}
 }

@@ -19,9 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestGPUOfThisMachine compares the reports to a cluster and to a metrics scraper with the loaded driver of this
-// machine. The test only reads. PREBAKE_PROBE is the path of the nvmlprobe program. The test does not run in CI: it
-// needs a machine with a GPU that looks like a COS node. A bind mount over os-release is enough for that.
+// TestGPUOfThisMachine compares the reports with the loaded driver of this machine. The test only reads. It needs a
+// GPU, the path of nvmlprobe in PREBAKE_PROBE, and an os-release of COS, for example by a bind mount.
 func TestGPUOfThisMachine(t *testing.T) {
 	program := os.Getenv("PREBAKE_PROBE")
 	if program == "" {
@@ -41,8 +40,7 @@ func TestGPUOfThisMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Read the kernel's facts in another way: from /proc/driver/nvidia/version and the folders beside it, one for each
-	// GPU.
+	// /proc/driver/nvidia has the version, and a folder for each GPU.
 	raw, err := os.ReadFile("/proc/driver/nvidia/version")
 	if err != nil {
 		t.Fatal(err)

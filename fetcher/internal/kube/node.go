@@ -18,7 +18,6 @@ import (
 )
 
 // These are the labels and annotations of a node. Labels have few different values, because selectors use them.
-// Annotations have the other values.
 const (
 	labelVersion = "prebake.dev/driver-version"
 	labelFlavour = "prebake.dev/driver-flavour"
@@ -28,16 +27,15 @@ const (
 	annotationReason  = "prebake.dev/driver-reason"
 	annotationPending = "prebake.dev/driver-pending"
 
-	// annotationGoogle is the prefix of the annotations with the parts of the driver's version. GKE's device plugin writes
-	// the same annotations if it has the flag -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
+	// annotationGoogle is the prefix of the annotations with the driver's version. GKE's device plugin writes them with
+	// the flag -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
 	annotationGoogle = "cloud.google.com/cuda.driver-version."
 
 	// Condition is the type of the condition on the node object.
 	Condition = "GPUDriverReady"
 )
 
-// heartbeat is the longest time between two writes of the condition. With 15,000 nodes this makes some 25 writes per
-// second.
+// heartbeat is the longest time between two writes of the condition. 15,000 nodes make some 25 writes per second.
 const heartbeat = 10 * time.Minute
 
 // eventNamespace is the namespace for Events about objects without a namespace, such as nodes.
@@ -52,7 +50,8 @@ type Node struct {
 
 	mu        sync.Mutex
 	verdict   gpucheck.Verdict
-	verdictAt time.Time // when the verdict was reported
+	verdictAt time.Time     // when the verdict was reported
+	maxAge    time.Duration // how long a verdict is valid; 0 means without end
 	pending   string
 	changed   chan struct{}
 
@@ -66,13 +65,12 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the last verdict if that verdict is no longer valid (see maxVerdictAge). Otherwise it is zero.
+	// since is the time of the last verdict if that verdict is no longer valid (see [Node.Watch]). Otherwise it is zero.
 	since time.Time
 }
 
-// maxVerdictAge is how long the last verdict stays valid while checks end without a verdict. That is the time of three
-// checks at the default interval, and of one check whose probe times out.
-const maxVerdictAge = 6 * time.Minute
+// ageCheck is the time between two comparisons of the last verdict's age.
+const ageCheck = time.Minute
 
 // same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
@@ -80,14 +78,27 @@ func (s state) same(o state) bool {
 		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
-// New returns a reporter for the node with this name. account is the folder of the service account ([AccountDir]).
-// taint is the key of the taint that the node has until its driver is ready; "" means none.
+// New returns a reporter for a node. account is the folder of the service account ([AccountDir]). taint is the key of
+// the startup taint, or "".
 func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	api, err := inCluster(account)
 	if err != nil {
 		return nil, err
 	}
 	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
+}
+
+// Watch sets how long a verdict stays valid. When the last verdict is older, the cluster gets the state unknown. With
+// age 0, a verdict stays valid.
+func (n *Node) Watch(age time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.maxAge = age
+}
+
+// isOld reports whether the last verdict is no longer valid. The caller holds mu.
+func (n *Node) isOld() bool {
+	return n.maxAge > 0 && !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > n.maxAge
 }
 
 // Report stores a verdict for the next write to the cluster. It does not wait for that write.
@@ -102,14 +113,14 @@ func (n *Node) Report(v gpucheck.Verdict) {
 // state unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > maxVerdictAge
+	old := n.isOld()
 	n.mu.Unlock()
 	if old {
 		n.wake()
 	}
 }
 
-// Pending stores the reason why the node does not have the wanted driver; nil means that the node has it.
+// Pending stores the reason why the node does not have the wanted driver, or nil if it has.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
@@ -127,15 +138,19 @@ func (n *Node) wake() {
 	}
 }
 
-// Run writes each change to the cluster until the context ends. If the cluster does not answer, Run tries again with
-// growing pauses.
+// Run writes each change to the cluster until the context ends. After an error it tries again with growing pauses.
 func (n *Node) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval, pause.MaxInterval = 2*time.Second, 2*time.Minute
+	tick := time.NewTicker(ageCheck)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-tick.C: // a check that hangs wakes nobody
+			n.Alive()
+			continue
 		case <-n.changed:
 		}
 		for n.write(ctx) != nil {
@@ -172,7 +187,7 @@ func (n *Node) write(ctx context.Context) error {
 	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{verdict: n.verdict, pending: n.pending}
-	if n.now().Sub(n.verdictAt) > maxVerdictAge {
+	if n.isOld() {
 		s.since = n.verdictAt
 	}
 	n.mu.Unlock()
@@ -247,7 +262,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 	return err
 }
 
-// metadata returns the labels and annotations. A null value removes the label or annotation.
+// metadata returns the labels and annotations. A null value removes an entry.
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
@@ -309,14 +324,14 @@ func (n *Node) condition(s state, have []condition) condition {
 	return c
 }
 
-// maxMessage is the longest allowed message of an Event in bytes (validation of core/v1 Events).
+// maxMessage is the maximum length of an Event's message in bytes (validation of core/v1 Events).
 const maxMessage = 1000
 
-// cut shortens a text of foreign origin. All annotations of a node together may have 256 KiB.
+// cut shortens a foreign text. All annotations of a node together may have 256 KiB.
 func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
-// removeTaint removes the startup taint. The API server first compares the node's taints with those that were read, so
-// that no other taint is lost.
+// removeTaint removes the startup taint. The API server compares the taints first, because a concurrent change must not
+// be lost.
 func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	if n.taint == "" {
 		return nil

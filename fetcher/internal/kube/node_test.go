@@ -272,8 +272,8 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes one right after the other; each
-// time, a call must be refused.
+// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes each right in turn; a call must
+// then fail.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -345,7 +345,7 @@ func overlay(t *testing.T, component string) string {
 	return dir
 }
 
-// TestOverlays checks that each overlay can be rendered, and that the API server accepts every object in it.
+// TestOverlays checks that the API server accepts every object of each overlay.
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
 	without := overlay(t, "without-cluster")

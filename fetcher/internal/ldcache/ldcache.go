@@ -1,5 +1,5 @@
 // Package ldcache makes a driver's libraries available to the programs of a node. It adds the folder to the node's
-// /etc/ld.so.conf and lets the node's own ldconfig rewrite the cache. It refuses to write that cache itself.
+// /etc/ld.so.conf and runs the node's own ldconfig. It never writes the cache itself.
 package ldcache
 
 import (
@@ -18,18 +18,17 @@ import (
 
 const config = "etc/ld.so.conf"
 
-// timeout is the longest allowed time of a run of ldconfig. On some file systems ldconfig may hang
-// (container-engine-accelerators, issues 57, 71 and 80).
+// timeout is the longest time of a run of ldconfig, which hangs on some file systems (container-engine-accelerators,
+// issues 57, 71 and 80).
 const timeout = time.Minute
 
-// maxConfig is the largest allowed size of ld.so.conf in bytes. A real file has a line or two.
+// maxConfig is the maximum size of ld.so.conf in bytes. A real file has a line or two.
 const maxConfig = 1 << 20
 
-// ErrNone means that the node has no ldconfig. Then no program of the node uses the cache.
+// ErrNone means that the node has no ldconfig, so no program uses the cache.
 var ErrNone = errors.New("the node has no ldconfig")
 
-// Add adds a folder to ld.so.conf and lets ldconfig rewrite the cache. If the folder is not there yet, Add calls the
-// function note before it adds the folder.
+// Add adds a folder to ld.so.conf and runs ldconfig. It calls the callback first, unless the folder is already there.
 func Add(ctx context.Context, node *noderoot.Root, folder string, note func() error) error {
 	var failed error
 	err := change(ctx, node, func(lines []string) []string {
@@ -51,8 +50,8 @@ func Refresh(ctx context.Context, node *noderoot.Root) error {
 	return change(ctx, node, func(lines []string) []string { return lines })
 }
 
-// Remove removes every line with the folder from ld.so.conf, and lets ldconfig rewrite the cache. There may be several
-// such lines, because other installers add one at each run. Callers use it only if [Add] added the folder.
+// Remove removes a folder from ld.so.conf and runs ldconfig. It removes all lines, because other installers add one at
+// each run. Call it only if [Add] added the folder.
 func Remove(ctx context.Context, node *noderoot.Root, folder string) error {
 	return change(ctx, node, func(lines []string) []string {
 		var rest []string
@@ -87,7 +86,7 @@ func change(ctx context.Context, node *noderoot.Root, edit func([]string) []stri
 			return fmt.Errorf("write %s: %w", config, err)
 		}
 	}
-	// ldconfig replaces the cache in one step. With -X it makes no links in the folders.
+	// With -X, ldconfig makes no links in the folders. It replaces the cache in one step.
 	return node.Run(ctx, timeout, program, "-X")
 }
 

@@ -1,6 +1,5 @@
-// Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. It refuses to
-// treat an artifact as withdrawn only because the list is missing or expired. The node then takes no new artifact, but
-// it may use the artifacts that it already has.
+// Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. With a missing or
+// expired list, a node takes no new artifact, but keeps those that it has.
 package listed
 
 import (
@@ -31,8 +30,8 @@ type Rule struct {
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is the last valid list; nil means none. The field read is true once the last list was read from the disk or
-	// fetched. refreshErr is the error of the last attempt to read or fetch it.
+	// last is the last valid list, or nil. read is true after the list was read from the disk or fetched. refreshErr is
+	// the error of the last attempt.
 	last       *list
 	read       bool
 	refreshErr error
@@ -76,8 +75,8 @@ func (r *Rule) Refresh(ctx context.Context) error {
 	return err
 }
 
-// Check implements [trust.Listing]. The argument now is zero for an artifact that the node already has. Such an
-// artifact is refused only if it was yanked.
+// Check implements [trust.Listing]. A zero time means that the node already has the artifact. It is then refused only
+// if it was yanked.
 func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -132,8 +131,8 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
 
-// meansNoList reports whether an error says that there is no valid list, or that the source of the list did not answer.
-// A rule with Optional tolerates only these errors. It does not tolerate a list that fails verification.
+// meansNoList reports whether an error says that no valid list is available. Optional tolerates only these errors,
+// never a list that fails verification.
 func meansNoList(err error) bool {
 	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
 		errors.Is(err, snapshot.ErrExpired)
@@ -142,7 +141,7 @@ func meansNoList(err error) bool {
 // skew is how far a list's time may be ahead of this machine's clock.
 const skew = 24 * time.Hour
 
-// checkUsable returns the reason why the last list cannot decide about a new artifact; nil means that it can.
+// checkUsable returns the reason why the last list cannot decide about a new artifact, or nil.
 func (r *Rule) checkUsable(now time.Time) error {
 	kind, hint := fault.Unverified, ""
 	if r.refreshErr != nil {

@@ -18,8 +18,8 @@ var start = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// TestCheck checks the verdicts on digests 1 (published), 2 (yanked), 3 (in quarantine) and 4 (not in the list), for
-// new artifacts and for those that the node already has.
+// TestCheck checks digests 1 (published), 2 (yanked), 3 (in quarantine) and 4 (not in the list), for new and for
+// installed artifacts.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)
@@ -39,8 +39,7 @@ func TestCheck(t *testing.T) {
 	all := func(err error) [4]error { return [4]error{err, listed.ErrYanked, listed.ErrQuarantined, err} }
 	for name, row := range map[string]struct {
 		rule *listed.Rule // nil is the strictest rule
-		// seen is true if the node has fetched the list before. from is the source that the node asks next, which may be
-		// unreachable.
+		// seen is true if the node has fetched the list before. from is the next source.
 		seen  bool
 		from  string
 		after time.Duration
@@ -119,8 +118,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestAnotherRoot checks a node whose trusted root was replaced. The node still refuses what was yanked under the
-// former root, but no longer accepts the list's published artifacts.
+// TestAnotherRoot checks a node whose trusted root was replaced. Yanked artifacts of the former root stay yanked; its
+// published artifacts are no longer accepted.
 func TestAnotherRoot(t *testing.T) {
 	t.Parallel()
 	farm, next := snapshots.New(t, start), snapshots.New(t, start)
@@ -162,7 +161,7 @@ func TestAnotherRoot(t *testing.T) {
 	}
 }
 
-// TestWords checks the error about a yanked artifact: the error has the reason, and the hint has the replacement.
+// TestWords checks that the error about a yanked artifact has the reason, and its hint the replacement.
 func TestWords(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)

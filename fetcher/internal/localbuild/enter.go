@@ -13,27 +13,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EnterCommand is the first argument with which this program starts itself, to run another program with an unpacked
-// image as its root. The command line is:
+// EnterCommand is the first argument with which this program starts itself to call [Enter]. The command line is:
 //
 //	EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
 //
-// The program finds each FOLDER of this machine at the same path in the image. See [Enter].
+// The program finds each FOLDER of this machine at the same path in the image ROOT.
 const EnterCommand = "in-image"
 
-// keptVariables are the environment variables of this process that a program in an image gets.
+// keptVariables are the environment variables that a program in an image gets.
 var keptVariables = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
 
-// hostFiles are files of this container that replace those of an image: the name resolution, and the certificate
-// authorities that the node's owner trusts.
+// hostFiles replace files of an image: the name resolution, and the owner's certificate authorities.
 var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"}
 
-// Enter makes an image the root of this process, and then executes the program. It returns only on an error. The caller
-// must start it in its own mount namespace, so that the mounts disappear with the process. ROOT and the folders must be
-// paths without symbolic links.
+// Enter makes an image the root of this process and executes the program. It returns only on an error. Call it in a
+// mount namespace of its own, with which the mounts end. ROOT and the folders must have no symbolic links.
 //
-// A chroot would be simpler. But the kernel permits no user namespaces in a chroot (user_namespaces(7)), and the
-// builder's sandbox needs one.
+// A chroot is not enough: it permits no user namespaces (user_namespaces(7)), and the builder's sandbox needs one.
 func Enter(args []string) error {
 	end := slices.Index(args, "--")
 	if end < 1 || end+1 >= len(args) {
@@ -58,15 +54,14 @@ func Enter(args []string) error {
 	return nil
 }
 
-// mountAll mounts the folders and files of this machine that an image's programs need into the image.
+// mountAll mounts this machine's folders and files into the image.
 func mountAll(root string, folders []string) error {
 	folders = outermost(append([]string{"/proc", "/dev"}, folders...))
 	files := slices.DeleteFunc(slices.Clone(hostFiles), func(file string) bool {
 		_, err := os.Stat(file)
 		return errors.Is(err, fs.ErrNotExist)
 	})
-	// Make all mount points before the first mount. After a mount, a path may lead into a folder of this machine, where
-	// nothing must change.
+	// Make all mount points before the first mount: after it, a path may lead into a folder of this machine.
 	for _, dir := range append(folders, "/tmp") {
 		if err := makeMountPoint(root, dir, true); err != nil {
 			return err
@@ -105,7 +100,7 @@ func mountAll(root string, folders []string) error {
 	return nil
 }
 
-// outermost returns the folders without those that are below others.
+// outermost returns the folders that are not below another one.
 func outermost(folders []string) []string {
 	var all []string
 	for _, f := range folders {
@@ -119,8 +114,8 @@ func outermost(folders []string) []string {
 	return all
 }
 
-// makeMountPoint makes a folder or a file in an image as a mount point. It removes symbolic links of the image in that
-// path, because the mount must have the same path as outside the image.
+// makeMountPoint makes a folder or a file in an image as a mount point. It removes symbolic links in the path, because
+// the mount must have the same path as outside.
 func makeMountPoint(root, path string, dir bool) error {
 	at := root
 	for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
@@ -144,7 +139,7 @@ func makeMountPoint(root, path string, dir bool) error {
 	return f.Close()
 }
 
-// bindMount mounts a folder at another place and allows exec there, because COS mounts its stateful partition noexec.
+// bindMount mounts a folder at another place with exec, because COS mounts its stateful partition noexec.
 func bindMount(dir, at string) error {
 	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
@@ -156,12 +151,12 @@ func bindMount(dir, at string) error {
 	if err := unix.Statfs(at, &st); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
-	// AT_RECURSIVE also covers the mounts below the folder. It needs Linux 5.12.
+	// AT_RECURSIVE also covers the mounts below. It needs Linux 5.12.
 	if err := unix.MountSetattr(unix.AT_FDCWD, at, unix.AT_RECURSIVE,
 		&unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC}); err == nil {
 		return nil
 	}
-	// The low four bits have the same meaning in the flags of statfs and of mount: read-only, nosuid, nodev, noexec.
+	// The low four bits of the flags mean the same in statfs and mount: read-only, nosuid, nodev, noexec.
 	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
 	if st.Flags&unix.ST_NOEXEC == 0 {
 		return nil

@@ -11,14 +11,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// failures is the file with the last failed compile of this node. A driver that does not support the kernel's interface
-// will not support it ten minutes later either. The file only saves time: if it cannot be read, it counts as empty.
+// failures is the file with the last failed compile of this node. It only saves time, so an unreadable file counts as
+// empty.
 type failures struct {
 	file    string
 	builder string // the builder that failed, and its mirrors
 }
 
-// failure is one failed compile.
 type failure struct {
 	Cell    string     `json:"cell"`
 	Builder string     `json:"builder"`
@@ -45,8 +44,8 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// lastError returns the error of the last failed compile, if that compile had the same cell and builder, and failed
-// within failureAge. Otherwise it returns nil.
+// lastError returns the error of the last failed compile if it had the same cell and builder, and is younger than
+// failureAge. Otherwise it returns nil.
 func (f failures) lastError(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure
@@ -68,7 +67,7 @@ func (f failures) lastError(q resolve.Question) error {
 	)
 }
 
-// store writes the error of a compile into the file, unless the same compile may succeed later.
+// store writes an error into the file, unless the next compile may succeed.
 func (f failures) store(q resolve.Question, err error) error {
 	if err == nil || fault.Of(err).Retryable() {
 		return nil

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestFailuresAreRemembered checks that a failed compile of the same driver by the same builder is not repeated, except
-// with Retry.
+// TestFailuresAreRemembered checks that a failed compile is not repeated for the same driver and builder, except with
+// Retry.
 func TestFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	b := script(t, `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`)

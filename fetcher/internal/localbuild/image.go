@@ -17,17 +17,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Image is a container image with the builder and its tools. It is pulled for a compile and removed afterwards.
+// Image is a container image with the builder. It is pulled for a compile and removed afterwards.
 type Image struct {
 	Repository interface {
 		PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error)
 	}
-	// Digest is the digest of the image or of an index. It is the only protection of the image's integrity.
+	// Digest is the digest of the image or of an index. Nothing else protects the image's integrity.
 	Digest string
 }
 
-// imageFolder is the folder of the unpacked image below the state folder. imageLock is held as long as the folder is in
-// use.
+// imageFolder is the folder of the unpacked image below the state folder. imageLock is held while the folder is in use.
 const (
 	imageFolder = "builder-image"
 	imageLock   = "builder-image.lock"
@@ -45,8 +44,7 @@ func Sweep(stateDir string) error {
 	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
 }
 
-// mayEnter returns an error if this process lacks the capability to start an image. Without this check, the error would
-// come only after the image was pulled.
+// mayEnter returns an error if this process cannot start an image. Call it before the image is pulled.
 func mayEnter() error {
 	var caps [2]unix.CapUserData
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -60,8 +58,8 @@ func mayEnter() error {
 	return nil
 }
 
-// unpack pulls the image and unpacks it. It returns the root folder, the image's entry point, and a function that
-// removes the image.
+// unpack pulls and unpacks the image. It returns the root folder, the entry point, and a function that removes the
+// image.
 func (i Image) unpack(ctx context.Context, stateDir string) (root, program string, remove func() error, err error) {
 	if err := mayEnter(); err != nil {
 		return "", "", nil, err
@@ -116,6 +114,6 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	} else if err != nil {
 		return "", "", remove, err
 	}
-	// Some programs in the image run as other users. These users must be able to enter the root.
+	// Programs in the image may run as other users, who must be able to enter the root.
 	return root, config.Config.Entrypoint[0], remove, errors.Join(os.Chmod(root, 0o755), os.RemoveAll(blobs))
 }

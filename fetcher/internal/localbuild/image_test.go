@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestMain lets the test binary act as the program that enters an image, and as the builder in the image.
+// TestMain lets the test binary enter an image, and act as the builder there.
 func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand:
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 }
 
 // imageBuilder stands in for the builder in a test's image. It prints the folders, files and environment variables that
-// it can read there, so that a test can check what the image shows and what it hides.
+// it sees.
 func imageBuilder() {
 	if os.Args[1] == "keygen" {
 		for _, name := range []string{os.Args[2], os.Args[2] + ".pub"} {
@@ -182,8 +182,7 @@ func TestBuildInImage(t *testing.T) {
 	})
 }
 
-// buildInImage compiles below a folder. Its cache is a link to another place, as on a machine with a separate disk for
-// the cache.
+// buildInImage compiles below a folder. Its cache is a link, as on a machine with a separate disk for the cache.
 func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	mirror := filepath.Join(dir, "mirror")
 	if err := os.Mkdir(mirror, 0o755); err != nil {
@@ -272,8 +271,7 @@ func TestImageRefused(t *testing.T) {
 	}
 }
 
-// TestSweep checks that the next start removes the image that a killed run left, but not the image of a running
-// compile.
+// TestSweep checks that the next start removes the image of a killed run, but not of a running compile.
 func TestSweep(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()

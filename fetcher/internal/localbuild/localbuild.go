@@ -1,6 +1,5 @@
-// Package localbuild compiles a driver on the node itself. It runs the builder, so the code path is the same as on the
-// farm. It signs the artifact with a key that only this node has. That key is trusted only for the node's own
-// artifacts. The package refuses to know how a driver is compiled.
+// Package localbuild compiles a driver on the node itself, by running the builder. A key that only this node has signs
+// the artifact. That key is trusted only for the node's own artifacts.
 package localbuild
 
 import (
@@ -28,17 +27,17 @@ import (
 type Builder struct {
 	// Program is the path of the builder program.
 	Program string
-	// Image is a container image with the builder, in place of Program; nil means that Program is used.
+	// Image is a container image with the builder. If it is nil, Program is used.
 	Image *Image
 	// StateDir is the folder for the node's key and its artifacts.
 	StateDir string
 	// CacheDir is the folder of the builder's cache.
 	CacheDir string
-	// KernelMirror and DriverMirror are the sources of the inputs; "" means the builder's own defaults.
+	// KernelMirror and DriverMirror are the sources of the inputs, or "" for the builder's defaults.
 	KernelMirror, DriverMirror string
 	// Retry compiles again even after a recent failure.
 	Retry bool
-	// Progress receives the builder's progress lines; it may be nil.
+	// Progress receives the builder's progress lines. It may be nil.
 	Progress func(line string)
 
 	root string // the root folder of the unpacked image
@@ -61,15 +60,14 @@ func PublicKey(stateDir string) ([]byte, error) {
 	return pem, nil
 }
 
-// Both halves of the node's key are in one folder. The folder is renamed to its final name when both exist. A killed
-// run therefore leaves neither half a pair nor halves of two pairs.
+// Both halves of the node's key are in one folder. The folder gets its final name only when both exist, so a killed run
+// leaves no half or mixed pair.
 const (
 	keyFolder = "node-key"
 	keyFile   = "local.key"
 )
 
-// keyIn returns the path of the file with the node's private key. Older releases had the file in the state folder
-// itself.
+// keyIn returns the path of the node's private key. Older releases stored it in the state folder itself.
 func keyIn(stateDir string) string {
 	key := filepath.Join(stateDir, keyFolder, keyFile)
 	old := filepath.Join(stateDir, keyFile)
@@ -80,7 +78,7 @@ func keyIn(stateDir string) string {
 	return key
 }
 
-// key returns the path of the node's key. It makes a new pair of keys if there is no complete pair.
+// key returns the path of the node's key. It makes a new pair if there is no complete one.
 func (b Builder) key(ctx context.Context) (string, error) {
 	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
 		return key, nil
@@ -179,7 +177,7 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 		Digest: res.Digest}, nil
 }
 
-// maxOutput is the largest allowed result of the builder in bytes.
+// maxOutput is the maximum size of the builder's result in bytes.
 const maxOutput = 4 << 20
 
 // run runs the builder and returns its stdout.
@@ -223,7 +221,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	return stdout.buffer.Bytes(), nil
 }
 
-// output is a buffer that refuses to grow beyond maxOutput. The pipe to the builder is closed after a refusal.
+// output is a buffer of at most maxOutput. After a refusal, the pipe to the builder is closed.
 type output struct {
 	buffer  bytes.Buffer // not embedded: its ReadFrom would read without a limit
 	tooLong bool
@@ -238,8 +236,8 @@ func (o *output) Write(p []byte) (int, error) {
 	return o.buffer.Write(p)
 }
 
-// resolveLinks replaces the paths of b's folders by paths without symbolic links. A program in an image sees these
-// folders at their real paths, but not the links to them.
+// resolveLinks replaces the paths of b's folders by paths without symbolic links, because the links do not exist in an
+// image.
 func (b *Builder) resolveLinks() error {
 	if b.Image == nil {
 		return nil
@@ -273,7 +271,7 @@ func (b *Builder) resolveLinks() error {
 	return nil
 }
 
-// command returns the command that runs the builder. With an image, this program starts itself to enter the image.
+// command returns the command that runs the builder. With an image, this program starts itself first (see [Enter]).
 func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) {
 	if b.root == "" {
 		cmd := exec.CommandContext(ctx, b.Program, args...)

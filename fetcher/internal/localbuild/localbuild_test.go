@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// script returns a Builder that runs a shell script. The script writes each call into the file calls beside itself.
+// script returns a Builder that runs a shell script and records each call in the file calls.
 func script(t *testing.T, body string) localbuild.Builder {
 	t.Helper()
 	dir := t.TempDir()
@@ -97,7 +97,7 @@ func TestBuildFails(t *testing.T) {
 
 func TestBuildStops(t *testing.T) {
 	t.Parallel()
-	// The test stops the builder as soon as the builder prints that it is running.
+	// Stop the builder when it prints that it is running.
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }
@@ -106,8 +106,7 @@ func TestBuildStops(t *testing.T) {
 	}
 }
 
-// TestHalfAKey checks that an incomplete key of a killed run is replaced by a new one. It also checks that artifacts of
-// an earlier run are removed.
+// TestHalfAKey checks that an incomplete key is replaced, and that artifacts of an earlier run are removed.
 func TestHalfAKey(t *testing.T) {
 	t.Parallel()
 	const pem = "-----BEGIN X-----\n-----END X-----\n"

@@ -13,11 +13,8 @@ import (
 // ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts calls a function in the node's mount namespace. The function then sees and changes the node's own mounts,
-// under the node's own file names. Other programs on the node would not see mounts that were made in this container's
-// namespace. If this program is already in the node's namespace, Mounts calls the function directly, and the result
-// inside is false. If Mounts cannot enter the node's namespace, it does not call the function, and returns
-// [ErrNamespace].
+// Mounts calls a function in the node's mount namespace. If this program is already there, the result inside is false.
+// If the namespace cannot be entered, Mounts returns [ErrNamespace] without the call.
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {
@@ -37,16 +34,16 @@ func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	}
 	done := make(chan error, 1)
 	go func() {
-		// The goroutine ends while it is locked to its thread, so the Go runtime ends the thread, too. Otherwise another
-		// goroutine would later run on this thread, in the node's namespace.
+		// The goroutine never unlocks its thread, so the thread ends with it. No other goroutine must run in the node's
+		// namespace.
 		runtime.LockOSThread()
 		done <- inNamespace(theirs, do)
 	}()
 	return true, <-done
 }
 
-// namespace opens the node's mount namespace. [os.Root] refuses the magic links of /proc, because they lead out of
-// every root. Therefore namespace opens the link's folder first.
+// namespace opens the node's mount namespace. It opens the link's folder first, because [os.Root] refuses the magic
+// links of /proc.
 func (r *Root) namespace() (*os.File, error) {
 	dir, err := r.root.Open("proc/1/ns")
 	if err != nil {
@@ -60,7 +57,7 @@ func (r *Root) namespace() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "proc/1/ns/mnt"), nil
 }
 
-// inNamespace calls the function do in another mount namespace, on this thread.
+// inNamespace runs the callback in another mount namespace, on this thread.
 func inNamespace(namespace *os.File, do func() error) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil { // give this thread its own root and working directory
 		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)

@@ -1,6 +1,5 @@
-// Package noderoot gives access to a node's file system, which is mounted somewhere in this program's container. It
-// uses the node's file names and follows links as the node does: an absolute link begins at the node's root. It refuses
-// to leave that root, whatever a link says and whoever changes it meanwhile.
+// Package noderoot gives access to a node's file system, which is mounted in this program's container. Absolute links
+// are followed from the node's root. The package never leaves that root, even if links change meanwhile.
 package noderoot
 
 import (
@@ -19,7 +18,7 @@ type Root struct {
 	root *os.Root
 }
 
-// Open opens the folder where a node's root is mounted. With "/" the node is the machine on which this program runs.
+// Open opens the folder where a node's root is mounted. "/" means the machine on which this program runs.
 func Open(dir string) (*Root, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -34,8 +33,8 @@ func (r *Root) Close() error { return r.root.Close() }
 // Dir returns the folder where the node's root is mounted, for chroot.
 func (r *Root) Dir() string { return r.dir }
 
-// Path returns the path of a node's file or folder in this program's root, for child processes. The path has no links,
-// so a link that changes later has no effect.
+// Path returns the path of a node's file or folder in this program's root, for child processes. It has no links, so a
+// link that changes later has no effect.
 func (r *Root) Path(name string) (string, error) {
 	at, err := r.follow(name)
 	return filepath.Join(r.dir, at), err
@@ -64,7 +63,7 @@ func (r *Root) OpenFile(name string, flag int, mode fs.FileMode) (*os.File, erro
 	return callWith(r, name, func(at string) (*os.File, error) { return r.root.OpenFile(at, flag, mode) })
 }
 
-// Lstat examines a name itself. It does not follow a link of that name.
+// Lstat examines a name itself, without following a link.
 func (r *Root) Lstat(name string) (fs.FileInfo, error) { return inParent(r, name, r.root.Lstat) }
 
 // Set writes an existing file, such as a parameter of the kernel.
@@ -98,9 +97,8 @@ type links struct{ root *os.Root }
 func (l links) Lstat(name string) (fs.FileInfo, error) { return l.root.Lstat(clean(name)) }
 func (l links) Readlink(name string) (string, error)   { return l.root.Readlink(clean(name)) }
 
-// callWith calls a function with the name of a node's file. If that fails, for example on an absolute link, callWith
-// follows all links itself, and calls the function with the resulting name. [os.Root] keeps both names below the node's
-// root.
+// callWith calls a function with the name of a node's file. After a failure, for example on an absolute link, it
+// follows all links itself and tries again.
 func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	v, err := do(name)
@@ -114,8 +112,7 @@ func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error
 	return do(at)
 }
 
-// inParent does the same as callWith, but it follows links in the parent folders only, not in the last part of the
-// name.
+// inParent is callWith for the last name itself: it follows links in the parent folders only.
 func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	return callWith(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })

@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// TestFollowsAsTheKernelDoes compares this package with openat2 and RESOLVE_IN_ROOT, the kernel's own way to read below
-// another root. With random folders and links, both must find the same file, or both must find none.
+// TestFollowsAsTheKernelDoes compares this package with openat2 and RESOLVE_IN_ROOT, on random folders and links.
 func TestFollowsAsTheKernelDoes(t *testing.T) {
 	t.Parallel()
 	found := 0

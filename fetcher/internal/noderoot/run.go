@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Program returns the first of the names that exists on the node; "" means that none exists.
+// Program returns the first of the names that exists on the node, or "".
 func (r *Root) Program(names ...string) string {
 	for _, name := range names {
 		if r.Exists(name) {
@@ -21,15 +21,14 @@ func (r *Root) Program(names ...string) string {
 	return ""
 }
 
-// maxOutput is the largest stored output of a program in bytes.
+// maxOutput is the maximum size of a program's stored output in bytes.
 const maxOutput = 500
 
-// killTime is how long Run waits for a killed program to end. A program that sleeps in the kernel (state D of ps) never
-// ends and stays behind.
+// killTime is how long Run waits for a killed program. A program that sleeps in the kernel (state D of ps) never ends.
 const killTime = 10 * time.Second
 
-// Run runs a program of the node in the node's root, with an empty environment. The error contains the program's
-// stderr. Run always returns, at the latest killTime after the limit.
+// Run runs a program of the node in the node's root, with an empty environment. The error contains its stderr. Run
+// returns at the latest killTime after the limit.
 func (r *Root) Run(ctx context.Context, limit time.Duration, program string, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

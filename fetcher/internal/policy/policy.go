@@ -1,6 +1,5 @@
-// Package policy reads the file in which a node's owner says what the node may load. The file says whose signatures
-// count for which statement, and which artifacts are refused in any case. The package refuses to judge artifacts;
-// package trust does that.
+// Package policy reads the file in which a node's owner says what the node may load: whose signatures count for which
+// statement, and which artifacts are refused. It does not decide about artifacts; package trust does.
 package policy
 
 import (
@@ -137,8 +136,8 @@ type Policy struct {
 	trust.Policy
 	// NodeBuilds lets the node compile drivers itself.
 	NodeBuilds bool
-	// Snapshot has the file's settings for the list, with absolute paths; nil means no list. Root is the content of the
-	// list's root file.
+	// Snapshot has the file's settings for the list, with absolute paths, or is nil. Root is the content of the list's
+	// root file.
 	Snapshot *Snapshot
 	Root     []byte
 }
@@ -211,7 +210,7 @@ func readFile(name string) ([]byte, error) {
 	return data, err
 }
 
-// Parse reads the text of a policy file. An unknown field is an error, because somebody may rely on it as a rule.
+// Parse reads the text of a policy file. An unknown field is an error, because somebody may rely on it.
 func Parse(data []byte) (*File, error) {
 	if err := refuseEmpty(data); err != nil {
 		return nil, err
@@ -231,8 +230,8 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
-// refuseEmpty returns an error if a field has no value. Without this check, a list whose entries are all commented out
-// would allow everything.
+// refuseEmpty returns an error if a field has no value. Otherwise a list whose entries are all commented out would
+// allow everything.
 func refuseEmpty(data []byte) error {
 	var fields map[string]yaml.Node
 	if err := yaml.Unmarshal(data, &fields); err != nil {
@@ -368,7 +367,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	return keys, nil
 }
 
-// parseTime reads a time (RFC 3339), or a day in UTC. For a day it returns the beginning of the day plus add.
+// parseTime reads a time (RFC 3339), or a day in UTC. A day means its beginning plus add.
 func parseTime(text string, add time.Duration) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil

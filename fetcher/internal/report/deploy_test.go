@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 )
 
-// TestMetricsOfDeploy compares the fetcher's metrics in alerts and dashboard with the metrics that the fetcher prints
-// directly after its start.
+// TestMetricsOfDeploy compares the metrics in alerts and dashboard with those that the fetcher prints.
 func TestMetricsOfDeploy(t *testing.T) {
 	t.Parallel()
 	w := httptest.NewRecorder()

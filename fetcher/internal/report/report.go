@@ -1,5 +1,5 @@
 // Package report serves the state of the node's driver over HTTP: liveness, readiness, the last verdict, and metrics.
-// It refuses to change anything, and listens only on the address that the caller gives.
+// It changes nothing, and listens only on the given address.
 package report
 
 import (
@@ -40,7 +40,7 @@ type Server struct {
 	runs               *prometheus.CounterVec
 }
 
-// New returns a server that is not ready. The argument now is the clock.
+// New returns a server that is not ready, with the given clock.
 func New(now func() time.Time) *Server {
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: name, Help: help})
@@ -72,8 +72,8 @@ func New(now func() time.Time) *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Watch tells the server that periodic checks of the driver begin. From then on, /readyz fails if the last verdict is
-// older than age, and /healthz fails if no check has ended within age. With age 0 there are no such deadlines.
+// Watch tells the server that periodic checks begin. Without a new verdict within age, /readyz fails. Without the end
+// of a check within age, /healthz fails. Age 0 means no deadlines.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -102,7 +102,7 @@ func (s *Server) Report(v gpucheck.Verdict) {
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
 
-// ReportRun adds an installation that ended to the metrics: its error, if any, and the times of its steps.
+// ReportRun adds a finished installation to the metrics.
 func (s *Server) ReportRun(phases []timeline.Phase, err error) {
 	class := "none"
 	if err != nil {

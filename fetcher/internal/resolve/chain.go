@@ -9,17 +9,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Chain asks several sources in order until one has the artifact. A server comes first, because it knows the default
-// driver and what was yanked. Registries and folders follow, because they may answer when the server does not.
+// Chain asks several sources in order until one has the artifact. A server must come first, because it knows the
+// default driver and what was yanked.
 type Chain []Finder
 
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
-// of sources that did not respond, the first other answer, the errors of sources that cannot resolve the wish.
+// of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
+// resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
-	// After a server has chosen the driver, Find asks the other sources for that driver only. The newest driver in a
-	// registry may be yanked, or nobody may have chosen it.
+	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
 	var away, other error
 	var farm Server // the server that gave the answer "first"
 	for _, f := range c {
@@ -29,7 +29,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, err
 		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
-		case fault.Is(err, fault.Transient):
+		case Passing(err):
 			away = errors.Join(away, err)
 		case fault.Is(err, fault.Usage): // for example a registry that is asked for the default
 			other = errors.Join(other, err)
@@ -50,8 +50,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	// Find asks the farm for a build even if another source did not respond and may have the artifact. The cost is at most
-	// one needless build, because the farm builds a cell only once for all nodes.
+	// A source that did not respond may have the artifact. The cost is at most one needless build for all nodes.
 	if first != nil && first.Missing != nil && pending == nil {
 		if err := farm.request(ctx, first); err != nil {
 			return *first, err

@@ -26,6 +26,7 @@ func TestChain(t *testing.T) {
 	t.Parallel()
 	away, wrong, usage := fault.New(fault.Transient, "refused", ""), fault.New(fault.Mismatch, "another driver",
 		""), fault.New(fault.Usage, "no default", "")
+	often := fault.New(fault.TooMany, "asked too often", "")
 	type link struct {
 		state api.State
 		err   error
@@ -38,7 +39,9 @@ func TestChain(t *testing.T) {
 	}{
 		"the server has it": {[]link{{api.Published, nil}, {api.Published, nil}}, api.Published,
 			fault.Internal, 1},
-		"the server is away": {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"the server is away":            {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"the server is asked too often": {[]link{{"", often}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"too often, and nowhere else":   {[]link{{"", often}, {api.Unknown, nil}}, "", fault.TooMany, 2},
 		"the server's database is fresh": {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published,
 			fault.Internal, 2},
 		"it is being built, and is there": {[]link{{api.Building, nil}, {api.Published, nil}}, api.Published,
@@ -87,8 +90,7 @@ func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return resolve.Answer{State: api.Building, Driver: n.d, Source: resolve.SourceServer}, nil
 }
 
-// TestChainKeepsToTheServersChoice checks that a registry does not choose another driver than the server that was asked
-// before.
+// TestChainKeepsToTheServersChoice checks that a registry does not override the driver that the server chose.
 func TestChainKeepsToTheServersChoice(t *testing.T) {
 	t.Parallel()
 	var got resolve.Question

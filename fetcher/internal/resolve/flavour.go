@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Lister returns the list of GPUs that a published artifact supports. A trusted signer signed the list. The result is
-// nil if the artifact has no such list.
+// Lister returns the signed list of GPUs that a published artifact supports, or nil if it has none.
 type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
 
 type statements interface {
@@ -26,13 +25,10 @@ type Attachments interface {
 }
 
 // Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
-// do not verify, because anybody who may write to the registry may attach one.
-func Signed(v statements, open func(repository string) (Attachments, error)) Lister {
+// do not verify, because anybody who may write to the registry may attach one. If the artifact's repository fails, the
+// Lister reads the statements from the others.
+func Signed(v statements, open func(repository string) (Attachments, error), others ...string) Lister {
 	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
-		repo, err := open(repository)
-		if err != nil {
-			return nil, err
-		}
 		var lists []*gpulist.List
 		useful := func(raw []byte) string {
 			st, err := v.Statement(raw)
@@ -46,8 +42,14 @@ func Signed(v statements, open func(repository string) (Attachments, error)) Lis
 			lists = append(lists, l)
 			return st.Signer() + string(st.Predicate)
 		}
-		if _, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful,
-			trust.OfType(gpulist.PredicateType)); err != nil {
+		read := func(ref string) error {
+			repo, err := open(ref)
+			if err == nil {
+				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
+			}
+			return err
+		}
+		if err := TryEach(ctx, Repositories(repository, others), read, func(string, error) {}); err != nil {
 			return nil, fmt.Errorf("read supported GPUs: %w", err)
 		}
 		if len(lists) > 0 {
@@ -64,8 +66,8 @@ func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
 	return l(ctx, a.Repository, a.Digest, a.Driver)
 }
 
-// narrowFlavour replaces flavour auto by proprietary if the node has a GPU that is older than Turing. Only the
-// proprietary modules of a release drive such a GPU. No list of supported GPUs is needed to know that.
+// narrowFlavour replaces flavour auto by proprietary if the node has a GPU older than Turing. Open modules drive no
+// such GPU.
 func (q Question) narrowFlavour() Question {
 	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
 		q.Flavour = string(target.Proprietary)
@@ -73,8 +75,8 @@ func (q Question) narrowFlavour() Question {
 	return q
 }
 
-// unfitAnswer returns the answer if the published artifacts do not drive the node's GPUs. Its driver has the
-// proprietary flavour, because a node that compiles for itself then builds this flavour.
+// unfitAnswer returns the answer if the published artifacts do not drive the node's GPUs. A node that compiles for
+// itself then builds the proprietary flavour.
 func unfitAnswer(a Answer, unfit error) Answer {
 	return Answer{
 		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},

@@ -21,8 +21,7 @@ const (
 	kepler = "0x102d"
 )
 
-// release is the list of GPUs that the driver in these tests supports. In it, unlike in reality, the L4 needs
-// proprietary modules.
+// release is the list of GPUs that the driver supports. Unlike in reality, the L4 needs proprietary modules.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
 	{Device: kepler, Legacy: "470.xx"},
@@ -137,7 +136,7 @@ func TestAutoByServer(t *testing.T) {
 		a, err := resolve.Server{Client: farm{row.published}, GPUs: lists(row.list, nil)}.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// If only the proprietary flavour fits and is not published, the server's own answer about it is returned.
+	// The server's own answer is returned if only the proprietary flavour fits and is not published.
 	q := question
 	q.GPUs = gpus(volta)
 	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||
@@ -197,5 +196,28 @@ func TestSigned(t *testing.T) {
 		if err != nil || (list != nil) != row.found {
 			t.Errorf("%s: list = %v, %v; want found %v", name, list, err, row.found)
 		}
+	}
+}
+
+// TestSignedElsewhere checks that the list is read from a configured registry if the artifact's repository fails.
+func TestSignedElsewhere(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	d := target.Driver{Version: "535.2.2", Flavour: target.Open}
+	good := key.Statement(t, digest, gpulist.PredicateType, release)
+	open := func(ref string) (resolve.Attachments, error) {
+		if ref == "mirror/x" {
+			return attached([][]byte{good}), nil
+		}
+		return nil, fault.New(fault.Transient, ref+" is away", "")
+	}
+	list, err := resolve.Signed(key.Verifier(t), open, "other/x", "mirror/x")(t.Context(), "reg/x", digest, d)
+	if err != nil || list == nil {
+		t.Errorf("list = %v, %v; want that of the mirror", list, err)
+	}
+	_, err = resolve.Signed(key.Verifier(t), open, "reg/x", "other/x")(t.Context(), "reg/x", digest, d)
+	if !fault.Is(err, fault.Transient) || strings.Count(err.Error(), "reg/x is away") != 1 ||
+		!strings.Contains(err.Error(), "other/x is away") {
+		t.Errorf("list of repositories that are away: %v; want transient, and each named once", err)
 	}
 }

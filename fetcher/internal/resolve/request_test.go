@@ -78,8 +78,8 @@ func TestServerRequest(t *testing.T) {
 	}
 }
 
-// TestServerRequestFlavour checks that a node with an old GPU asks for a build of the proprietary modules, even if open
-// modules are published, because the old GPU cannot use them.
+// TestServerRequestFlavour checks that a node with an old GPU asks for proprietary modules, even if open ones are
+// published.
 func TestServerRequestFlavour(t *testing.T) {
 	t.Parallel()
 	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}

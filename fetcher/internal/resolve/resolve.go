@@ -1,5 +1,5 @@
-// Package resolve finds the one artifact that a node should run. It asks a server first, and then registries. It
-// refuses to trust the answer: the caller must verify the artifact.
+// Package resolve finds the artifact that a node should run. It asks a server first, and then registries. The answer is
+// not trusted: the caller must verify the artifact.
 package resolve
 
 import (
@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
+
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -18,15 +20,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto is the flavour that depends on the node's GPUs and on what is published: the open modules if they drive every
-// GPU of the node, else the proprietary ones.
+// Auto means the open modules if they drive every GPU of the node, and otherwise the proprietary ones.
 const Auto = "auto"
 
 // Question says which node wants which driver.
 type Question struct {
 	Kernel target.Kernel
 	Wish   target.Wish
-	// Pin is the digest of the one wanted artifact; "" means any artifact that matches the wish.
+	// Pin is the digest of the only wanted artifact, or "" for any that matches the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
@@ -62,14 +63,14 @@ type Answer struct {
 	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 means none.
 	Build int64 `json:"build,omitempty"`
-	// Missing is the build that this node may ask the farm for; nil means none.
+	// Missing is the build that this node may ask the farm for, or nil.
 	Missing *api.BuildRequest `json:"-"`
 }
 
 // Pending reports whether a build is on its way.
 func (a Answer) Pending() bool { return a.State == api.Building || a.State == api.Queued }
 
-// Err returns the reason for a missing artifact as a fault; nil when there is an artifact.
+// Err returns the reason for a missing artifact as a fault, or nil.
 func (a Answer) Err() error {
 	text := fmt.Sprintf("resolve driver: %s", a.State)
 	if a.Reason != "" {
@@ -105,15 +106,15 @@ type client interface {
 // Server asks a Prebake server.
 type Server struct {
 	Client client
-	// Request asks the server for a build. A [Chain] calls it if none of its sources has the artifact and nobody has asked
-	// for the build yet. If Request is nil, the node asks for no build.
+	// Request asks the server for a build. A [Chain] calls it if no source has the artifact and no build exists. If it is
+	// nil, the node asks for no build.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
-	// GPUs returns the list of supported GPUs; nil means that no list is read.
+	// GPUs returns the list of supported GPUs. If it is nil, no list is read.
 	GPUs Lister
 }
 
-// Find asks the server for the artifact. If the question has flavour auto, and the server answers with open modules
-// that do not drive the node's GPUs, Find asks again for the proprietary flavour.
+// Find asks the server for the artifact. With flavour auto, it asks again for the proprietary flavour if the open
+// modules do not drive the node's GPUs.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	auto := q.Flavour == Auto
 	q = q.narrowFlavour()
@@ -144,7 +145,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	return unfitAnswer(a, unfit), nil
 }
 
-// unsupported returns the reason why an artifact does not drive the node's GPUs; nil means that it does.
+// unsupported returns the reason why an artifact does not drive the node's GPUs, or nil.
 func (s Server) unsupported(ctx context.Context, q Question, a Answer) (unfit, err error) {
 	list, err := s.GPUs.list(ctx, a)
 	if err != nil {
@@ -186,12 +187,12 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	return a, check(a, q)
 }
 
-// request asks the farm for a build and writes the result into the answer. Errors other than a canceled context are of
-// kind Transient.
+// request asks the farm for a build and writes the result into the answer. Errors other than a canceled context are
+// passing.
 func (s Server) request(ctx context.Context, a *Answer) error {
 	b, err := s.Request(ctx, *a.Missing)
 	switch {
-	case ctx.Err() != nil || fault.Is(err, fault.Transient):
+	case ctx.Err() != nil || Passing(err):
 		return fmt.Errorf("ask for a build: %w", err)
 	case err != nil:
 		a.Reason = strings.TrimPrefix(a.Reason+"; asked for a build: "+err.Error(), "; ")
@@ -205,8 +206,7 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	return nil
 }
 
-// addHost puts the server's host before the name of a repository that is in the server itself. Such a name begins with
-// a slash. Any other name already has a host and stays as it is.
+// addHost adds the server's host to a repository name that begins with a slash. Other names stay.
 func addHost(base, repository string) (string, error) {
 	if repository == "" {
 		return "", fault.New(fault.Transient, "ask server: the answer has no repository", "update the server")
@@ -226,8 +226,7 @@ func addHost(base, repository string) (string, error) {
 	return u.Host + "/" + path, nil
 }
 
-// check compares the answer with the question. The signed statements would reveal a wrong answer too, but the node
-// fetches them only later.
+// check compares the answer with the question, because the signed statements are fetched only later.
 func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
@@ -262,18 +261,18 @@ func check(a Answer, q Question) error {
 type Registry struct {
 	// Ref is the reference of the repository.
 	Ref string
-	// Resolve returns the digest of a tag, or an error of kind NoArtifact if there is no such tag.
+	// Resolve returns the digest of a tag, or an error of kind NoArtifact.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
 	// Tags lists all tags; nil where the registry cannot list them.
 	Tags func(ctx context.Context) ([]string, error)
-	// Driver returns the driver in an artifact's manifest, or an error of kind NoArtifact if there is no such artifact.
+	// Driver returns the driver in an artifact's manifest, or an error of kind NoArtifact.
 	Driver func(ctx context.Context, digest string) (target.Driver, error)
-	// GPUs returns the list of supported GPUs; nil means that no list is read.
+	// GPUs returns the list of supported GPUs. If it is nil, no list is read.
 	GPUs Lister
 }
 
-// Find looks up the tags of this COS build. Tags do not say which driver is the default of a COS build, so a wish for
-// the default is an error of kind Usage.
+// Find looks up the tags of this COS build. A wish for the default driver is an error of kind Usage, because tags do
+// not name a default.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return r.findDigest(ctx, q.Pin)
@@ -299,7 +298,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 			continue
 		}
 		d, err := target.ParseDriver(name[:i], name[i+1:])
-		// A node gets an edition of a release, such as GRID, only if the wish is for the edition.
+		// An edition, such as GRID, must be wished for by its full version.
 		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
 			versions = append(versions, d.Version)
 		}
@@ -318,8 +317,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	return answer, nil
 }
 
-// findDigest looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the
-// caller must verify the claim.
+// findDigest looks up the artifact with this digest. The answer's driver is unverified; it comes from the manifest.
 func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
@@ -335,8 +333,8 @@ func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error)
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the
-// open modules drive the node's GPUs.
+// findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS does, if it drives
+// the node's GPUs.
 func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
@@ -383,7 +381,7 @@ func (r Registry) findVersion(ctx context.Context, q Question, version string) (
 	return unknown, nil
 }
 
-// NoSource is the finder of nodes that have neither server nor registry. It never finds an artifact.
+// NoSource is the finder of nodes without server and registry. It never finds an artifact.
 type NoSource struct{}
 
 // Find implements [Finder]. Its answer always has the state Unknown.
@@ -400,22 +398,22 @@ type Finder interface {
 type WaitLimits struct {
 	// Wait is the longest total time; 0 means to ask once.
 	Wait time.Duration
-	// Pause is the time between two questions; 0 means 3 seconds.
-	Pause time.Duration
+	// Pauses are the pauses between two questions; nil means those of the function [Pauses].
+	Pauses backoff.BackOff
 	// Progress receives a text about the current wait; it may be nil.
 	Progress func(text string)
 }
 
-// Find asks the finder f until the answer is final or the time is over. A running build and an error of kind Transient
-// are not final. Find returns the last answer and error.
+// Find asks the finder f until the answer is final or the time is over. A running build and a passing error (see
+// [Passing]) are not final. Find returns the last answer and error.
 func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
-	if p.Pause <= 0 {
-		p.Pause = 3 * time.Second
+	if p.Pauses == nil {
+		p.Pauses = Pauses()
 	}
 	over := time.After(p.Wait)
 	for {
 		a, err := f.Find(ctx, q)
-		if err == nil && !a.Pending() || err != nil && !fault.Is(err, fault.Transient) {
+		if err == nil && !a.Pending() || err != nil && !Passing(err) {
 			return a, err
 		}
 		if p.Progress != nil {
@@ -433,7 +431,7 @@ func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, err
 			return a, errors.Join(context.Cause(ctx), err)
 		case <-over:
 			return a, err
-		case <-time.After(p.Pause):
+		case <-time.After(nextPause(p.Pauses, err)):
 		}
 	}
 }

@@ -2,11 +2,16 @@ package resolve_test
 
 import (
 	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -135,7 +140,7 @@ func TestRegistry(t *testing.T) {
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	building := api.Resolution{State: api.Building, Build: &api.Build{ID: 7}}
-	away := fault.New(fault.Transient, "away", "")
+	away, often := fault.New(fault.Transient, "away", ""), fault.New(fault.TooMany, "too often", "")
 	ready := published(func(*api.Resolution) {})
 	rows := []struct {
 		name    string
@@ -152,6 +157,8 @@ func TestPatience(t *testing.T) {
 			9 * time.Second},
 		{"gives up", []any{building}, 10 * time.Second, 4, api.Building, fault.Internal, 10 * time.Second},
 		{"service stays away", []any{away}, 10 * time.Second, 4, "", fault.Transient, 10 * time.Second},
+		{"asked too often", []any{often, ready}, time.Hour, 2, api.Published, fault.Internal, 3 * time.Second},
+		{"too often to the end", []any{often}, 10 * time.Second, 4, "", fault.TooMany, 10 * time.Second},
 		{"other errors are final", []any{fault.New(fault.Mismatch, "x", "")}, time.Hour, 1, "", fault.Mismatch, 0},
 	}
 	for _, row := range rows {
@@ -160,7 +167,8 @@ func TestPatience(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := &server{answers: row.answers}
 				start := time.Now()
-				a, err := resolve.WaitLimits{Wait: row.wait}.Find(t.Context(), resolve.Server{Client: s}, question)
+				a, err := resolve.WaitLimits{Wait: row.wait, Pauses: backoff.NewConstantBackOff(3 * time.Second)}.Find(
+					t.Context(), resolve.Server{Client: s}, question)
 				if took := time.Since(start); s.calls != row.calls || took != row.took {
 					t.Errorf("Find asked %d times in %v; want %d in %v", s.calls, took, row.calls, row.took)
 				}
@@ -169,6 +177,79 @@ func TestPatience(t *testing.T) {
 					t.Errorf("Find = %+v, %v; want %q, %v", a, err, row.state, row.kind)
 				}
 			})
+		})
+	}
+}
+
+// timed is a finder whose answer is always the same. It notes the times of the questions.
+type timed struct {
+	err   error
+	asked []time.Time
+}
+
+func (f *timed) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	f.asked = append(f.asked, time.Now())
+	return resolve.Answer{State: api.Building}, f.err
+}
+
+// gaps returns the times between the questions.
+func (f *timed) gaps() []time.Duration {
+	var gaps []time.Duration
+	for i := range f.asked[1:] {
+		gaps = append(gaps, f.asked[i+1].Sub(f.asked[i]))
+	}
+	return gaps
+}
+
+// TestPauses checks that nodes that wait ask less and less often, and not in step. It uses the clock of a synctest
+// bubble.
+func TestPauses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var first, second timed
+		for _, f := range []*timed{&first, &second} {
+			if _, err := (resolve.WaitLimits{Wait: 15 * time.Minute}).Find(t.Context(), f, question); err != nil {
+				t.Fatal(err)
+			}
+		}
+		one, two := first.gaps(), second.gaps()
+		if len(one) < 15 || len(one) > 60 {
+			t.Errorf("%d questions in 15 minutes; want 15 to 60", len(one))
+		}
+		for i, gap := range one {
+			if gap < 1500*time.Millisecond || gap > 45*time.Second || i > 10 && gap < 15*time.Second {
+				t.Errorf("pause %d is %v; want 1.5 to 45 seconds, and 15 or more after ten questions", i, gap)
+			}
+		}
+		if slices.Equal(one, two) {
+			t.Errorf("two nodes wait for the same times: %v", one)
+		}
+	})
+}
+
+// TestRetryAfter checks that a node does not ask before the time that the server names, within a bound.
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	for seconds, want := range map[string]time.Duration{"120": 2 * time.Minute, "86400": 5 * time.Minute} {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", seconds)
+			w.WriteHeader(http.StatusTooManyRequests)
+		}))
+		_, err := api.NewClient(srv.URL, "", nil).Resolve(t.Context(), api.Question{})
+		srv.Close()
+		synctest.Test(t, func(t *testing.T) {
+			f := timed{err: fmt.Errorf("ask server: %w", err)}
+			if _, err := (resolve.WaitLimits{Wait: time.Hour}).Find(t.Context(), &f, question); err == nil {
+				t.Error("Find = nil; want the error of the server")
+			}
+			for _, gap := range f.gaps() {
+				if gap < want || gap > want+45*time.Second {
+					t.Errorf("Retry-After %s: pause of %v; want %v and some seconds", seconds, gap, want)
+				}
+			}
+			if len(f.asked) < 2 {
+				t.Errorf("Retry-After %s: asked %d times in an hour", seconds, len(f.asked))
+			}
 		})
 	}
 }

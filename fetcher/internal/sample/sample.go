@@ -1,5 +1,5 @@
-// Package sample makes what tests of the fetcher need: a signed artifact and a node's root folder. The artifact has the
-// real format; only the driver inside is a dummy. The package refuses to be part of a program; only tests import it.
+// Package sample makes a signed artifact and a node's root folder for tests. The artifact has the real format; its
+// driver is a dummy. Only tests import it.
 package sample
 
 import (
@@ -30,17 +30,17 @@ type Cell struct {
 	Kernel      target.Kernel
 	Driver      target.Driver
 	Fingerprint target.Fingerprint
-	// Vermagic is the vermagic of the modules; "" means the vermagic that the kernel wants.
+	// Vermagic is the vermagic of the modules, or "" for the kernel's.
 	Vermagic string
-	// Attested are the kernels for which the artifact has a kernel match; nil means only Kernel.
+	// Attested are the kernels with a kernel match. nil means only Kernel.
 	Attested []target.Kernel
 	// Untagged means that the artifact gets no pointer tag.
 	Untagged bool
-	// PointAt is the kernel whose pointer tag leads to the artifact; the zero value means Kernel.
+	// PointAt is the kernel whose pointer tag leads to the artifact. The zero value means Kernel.
 	PointAt target.Kernel
-	// Bulk is how many bytes are added to one file of each layer. Half of these bytes compress well.
+	// Bulk is the number of bytes that are added to one file of each layer. Half of them compress well.
 	Bulk int
-	// Modify changes the files of the modules layer before they are packed; may be nil.
+	// Modify changes the files of the modules layer before they are packed. It may be nil.
 	Modify func(files map[string]string)
 }
 
@@ -227,7 +227,7 @@ func BuildNote(text string) string {
 	return "\x04\x00\x00\x00\x20\x00\x00\x00\x03\x00\x00\x00GNU\x00" + string(sum[:])
 }
 
-// Root makes the root folder of a node that runs the cell's kernel and has this number of GPUs. It returns the path.
+// Root makes the root folder of a node with this kernel and number of GPUs. It returns the path.
 func Root(t testing.TB, c Cell, gpus int) string {
 	t.Helper()
 	root := t.TempDir()

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 )
 
-// Encode checks and sorts a list. It returns the file to publish.
+// Encode checks and sorts a list, and returns the file to publish.
 func Encode(c snapshot.Catalogue) ([]byte, error) {
 	c.Artifacts = slices.Clone(c.Artifacts)
 	slices.SortFunc(c.Artifacts, func(a, b snapshot.Artifact) int { return strings.Compare(a.Digest, b.Digest) })

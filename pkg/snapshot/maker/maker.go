@@ -1,6 +1,6 @@
-// Package maker writes snapshots: a folder for any web server, in the layout of TUF with consistent snapshots. It signs
-// with the signers that the caller passes, and holds no key. It refuses to publish a list that a client would refuse.
-// It overwrites no file except the newest timestamp.
+// Package maker writes snapshots: a folder for any web server, in the layout of TUF with consistent snapshots. The
+// caller passes the signers; the package holds no key. It never publishes a list that a client would refuse. It
+// overwrites no file except the newest timestamp.
 package maker
 
 import (
@@ -32,8 +32,8 @@ type Repository struct {
 	lock *flock.Flock
 }
 
-// Open opens a folder, and makes it if it is missing. now is the clock from which timestamps get their versions. The
-// caller closes the repository.
+// Open opens a folder, and makes it if it is missing. Timestamps get their versions from the given clock. The caller
+// closes the repository.
 func Open(dir string, now func() time.Time) (*Repository, error) {
 	fail := func(err error) (*Repository, error) {
 		return nil, fault.Wrap(
@@ -68,8 +68,8 @@ type Root struct {
 	// Targets is the key that signs the content of a list. Snapshot is the key that signs which list is the newest.
 	// Timestamp is the key that signs, again and again, that this list is still the newest.
 	Targets, Snapshot, Timestamp crypto.PublicKey
-	// Signers sign the new root. At least Threshold of Keys must be among them, and as many keys of the former root as
-	// the former root's threshold says.
+	// Signers sign the new root. Among them must be Threshold of Keys, and enough keys of the former root for its
+	// threshold.
 	Signers []signature.Signer
 	// Expires is the time after which clients refuse the root.
 	Expires time.Time
@@ -173,7 +173,7 @@ func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error)
 	}
 }
 
-// keyOf converts a public key. It accepts only ECDSA P-256, because every TUF client and every KMS knows it.
+// keyOf converts a public key. It accepts only ECDSA P-256, which every TUF client and every KMS supports.
 func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	key, ok := pub.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
@@ -198,8 +198,8 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 // Until has the times at which the three parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list and makes it the newest. The argument least is the lowest version that the list and its
-// timestamp may have. If least is 0, the list gets the version after the newest list in the folder.
+// Publish writes a list and makes it the newest. least is the lowest permitted version of the list and its timestamp.
+// With 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -285,7 +285,7 @@ func (r *Repository) publish(
 	return s, r.trim(version)
 }
 
-// Refresh signs a new timestamp: the published list is still the newest. The timestamp expires at the time until.
+// Refresh signs a new timestamp, which says that the published list is still the newest.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {
@@ -357,9 +357,8 @@ type publishedList struct {
 	files          snapshot.Files      // all parts but the root
 }
 
-// nextStamp returns the version of the next timestamp. The version is the clock in seconds, or one more than the former
-// version if that is higher. If the folder was lost and is made again, new timestamps therefore get a higher version
-// than the nodes have seen, although the number of former refreshes is unknown.
+// nextStamp returns the version of the next timestamp: the clock in seconds, or one more than the former version if
+// that is higher. Even after the folder was lost, nodes have therefore seen only lower versions.
 func (r *Repository) nextStamp(former publishedList) int64 {
 	return max(former.stamp+1, r.now().Unix())
 }
@@ -448,10 +447,10 @@ func (r *Repository) writeAtomic(name string, data []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// keptVersions is how many older lists stay in the folder, for clients that are still reading an older list.
+// keptVersions is the number of older lists that stay in the folder, for clients that still read them.
 const keptVersions = 3
 
-// trim removes the files of lists that are more than keptVersions older than version, the version of the newest list.
+// trim removes the files of lists that are more than keptVersions older than the newest version.
 func (r *Repository) trim(version int64) error {
 	used := map[string]bool{}
 	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))

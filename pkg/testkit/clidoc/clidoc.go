@@ -1,5 +1,5 @@
 // Package clidoc is for tests of programs. It checks that a page of docs/reference equals the program's --help output.
-// Only test files import it. It adds nothing to the text of --help.
+// Only test files import it.
 package clidoc
 
 import (
@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Check compares the file with the help of all commands of a program. If update is true, Check writes the file instead.
-// The function program returns a new command tree at each call.
+// Check compares the file with the help of all commands of a program. If update is true, it writes the file instead.
+// The callback returns a new command tree at each call.
 func Check(t *testing.T, file string, update bool, program func() *ucli.Command) {
 	t.Helper()
 	want, err := page(program)

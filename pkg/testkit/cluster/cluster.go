@@ -1,6 +1,5 @@
-// Package cluster runs a real kube-apiserver with etcd for one test. As in a real cluster, this API server checks
-// permissions, runs admission and stores objects. Only test files import the package. It cannot run pods, because it
-// has no kubelet, no scheduler and no controller.
+// Package cluster runs a real kube-apiserver with etcd for one test. It cannot run pods: it has no kubelet, no
+// scheduler and no controller. Only test files import the package.
 package cluster
 
 import (
@@ -25,8 +24,8 @@ import (
 	"time"
 )
 
-// Env is the environment variable with the path of the folder that has kube-apiserver and kubectl. deploy/kubernetes.sh
-// prints that path. If the variable is not set, tests that need the programs are skipped.
+// Env is the environment variable with the folder of kube-apiserver and kubectl. deploy/kubernetes.sh prints that
+// folder. Without it, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.
@@ -74,8 +73,7 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.waitReady()
-	// In a real cluster, a controller makes this service account in each namespace. No controller runs here, so Start
-	// makes it.
+	// In a real cluster, a controller makes this service account in each namespace.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -103,8 +101,7 @@ func freePorts(t testing.TB, n int) (ports []string) {
 	return ports
 }
 
-// run starts a program, and stops it at the end of the test. If the test failed, its log shows the end of the program's
-// output.
+// run starts a program, and stops it at the end of the test. A failed test logs the end of the program's output.
 func (c *Cluster) run(name string, argv ...string) {
 	c.t.Helper()
 	var said bytes.Buffer
@@ -223,8 +220,8 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	return stdout.String() + stderr.String(), nil
 }
 
-// Account makes a pod of a service account on a node. It returns a token for the pod, as kubelet gives it to pods. The
-// node must exist.
+// Account makes a pod of a service account on a node, which must exist. It returns a token as kubelet gives it to the
+// pod.
 func (c *Cluster) Account(namespace, account, node string) string {
 	c.t.Helper()
 	pod := "pod-" + strings.ToLower(rand.Text())

@@ -1,5 +1,5 @@
 // Package configcheck is for tests of programs. It writes mistakes into the example of a configuration file, and checks
-// that "config check" reports each mistake with its line and column. Only test files import it. It knows no setting.
+// that "config check" reports each mistake with its line and column. Only test files import it.
 package configcheck
 
 import (
@@ -14,14 +14,13 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Row is one mistake. Name is its name. Put is a text that the test writes into the file in place of the text Instead,
-// or at the end if Instead is "". Want is the text that must follow the file's name in the error. In Want, LAST stands
-// for the number of the first line after the example's end, and LAST+1 for the next line. Want "" means that the row is
-// no mistake.
+// Row is one mistake. The test writes the text Put in place of the text Instead, or at the end if Instead is "". Want
+// follows the file's name in the error; "" means that there must be no error. In Want, LAST is the number of the first
+// line after the example, and LAST+1 of the next.
 type Row = struct{ Name, Put, Instead, Want string }
 
-// Check runs the program's "config check" on the example with each of the mistakes in it. The function program returns
-// a new command tree at each call.
+// Check runs the program's "config check" on the example, once with each mistake. The callback returns a new command
+// tree at each call.
 func Check(t *testing.T, example string, program func() *ucli.Command, rows []Row) {
 	t.Helper()
 	raw, err := os.ReadFile(example)

@@ -1,7 +1,5 @@
-// Package distribution runs Debian's package of the distribution project's registry for one test. The registry is not a
-// part of Prebake, so a test with it also checks the protocol. Only test files import the package. Version 2.8 of the
-// registry has no referrers API. Tests with it show how clients work without that API; the API itself needs another
-// registry.
+// Package distribution runs Debian's package of the distribution project's registry, for tests with a foreign registry.
+// Its version 2.8 has no referrers API. Only test files import the package.
 package distribution
 
 import (
@@ -17,8 +15,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// Program is the name of the registry's program on PATH, and of its Debian package. If the program is missing, tests
-// that need it are skipped.
+// Program is the registry's program on PATH, and its Debian package. Without it, tests that need it are skipped.
 const Program = "docker-registry"
 
 const config = `version: 0.1
@@ -61,7 +58,7 @@ func Start(t testing.TB) string {
 }
 
 // StartMirror works as Start does. The registry fetches missing content from the registry at this URL and stores it
-// ("pull through cache" in the distribution project's documentation).
+// (the distribution project's "pull through cache").
 func StartMirror(t testing.TB, of string) string {
 	t.Helper()
 	return start(t, fmt.Sprintf("proxy: {remoteurl: %q}\n", of))

@@ -1,5 +1,5 @@
 // Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. Only test files import it. The
-// emulator allows everything to everybody, so tests with it say nothing about Google's permissions.
+// emulator allows everything, so tests say nothing about Google's permissions.
 package gcs
 
 import (
@@ -21,8 +21,7 @@ import (
 // Tool is the pinned version of the emulator, for deploy/tool.sh.
 const Tool = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
-// Env is the environment variable with the path of the emulator. If it is not set, tests that need the emulator are
-// skipped.
+// Env is the environment variable with the path of the emulator. Without it, tests that need the emulator are skipped.
 const Env = "PREBAKE_FAKE_GCS"
 
 // Server is a running emulator.
@@ -102,8 +101,8 @@ func start(t testing.TB, program string) (address string, err error) {
 	return "", errors.Join(fmt.Errorf("it ended and said %q", said), stop())
 }
 
-// Use makes the Google Cloud Storage clients of this process use the emulator, without credentials, until the test
-// ends. A test that calls it cannot be parallel.
+// Use makes this process's Google Cloud Storage clients use the emulator, without credentials, until the test ends. The
+// test cannot be parallel.
 func (s *Server) Use(t testing.TB) {
 	t.Helper()
 	t.Setenv("STORAGE_EMULATOR_HOST", s.Endpoint)
@@ -127,8 +126,7 @@ func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores an object in compressed form that clients should read in plain form: gzip data with a
-// Content-Encoding.
+// PutGzip stores gzip data with a Content-Encoding, which clients should read in plain form.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})

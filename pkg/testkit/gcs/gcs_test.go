@@ -8,8 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestEmulator checks that clients and plain downloads find a stored object, and that two emulators do not share
-// objects.
+// TestEmulator checks that clients and plain downloads find a stored object. Two emulators must share no objects.
 func TestEmulator(t *testing.T) {
 	t.Parallel()
 	s, other := gcs.Start(t), gcs.Start(t)

@@ -1,5 +1,5 @@
-// Package golden compares generated files with the output of the test that generates them again. Only test files import
-// it. It changes a file only on request.
+// Package golden compares generated files with the output of a test. Only test files import it. It changes a file only
+// on request.
 package golden
 
 import (
@@ -10,8 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// Check fails the test if one of the files differs from want. If update is true, Check writes the files instead; a test
-// passes the value of its flag -update.
+// Check fails the test if one of the files differs from want. If update is true, Check writes the files instead.
 func Check(t testing.TB, update bool, want []byte, files ...string) {
 	t.Helper()
 	for _, file := range files {

@@ -1,5 +1,5 @@
-// Package importrule tests import rules that the compiler does not enforce. Only test files import it, in the folder of
-// the program that the rules are for. Every rule needs a reason.
+// Package importrule tests import rules that the compiler does not enforce. Only test files import it. Every rule needs
+// a reason.
 package importrule
 
 import (
@@ -17,14 +17,13 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// belongsTo reports whether a package is in a module or in a folder. If folder is a package of the standard library,
-// packages in the folders below it do not belong to it.
+// belongsTo reports whether a package is in a module or in a folder. A package of the standard library is not a folder:
+// packages below it do not belong to it.
 func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
 
-// CheckBanned fails if the program in the current folder links a package that is a key of bans. The value is the reason
-// for the ban.
+// CheckBanned fails if the program in the current folder links a banned package. The bans map packages to reasons.
 func CheckBanned(t *testing.T, bans map[string]string) {
 	t.Helper()
 	for dep := range strings.FieldsSeq(list(t, "-deps", ".")) {
@@ -41,14 +40,13 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 
 // Owner is a heavy library with the only package that may import it.
 type Owner struct {
-	// Lib is the library. Package is the path, below the current folder, of the package that may import it, such as
-	// /internal/store; "" means none.
+	// Lib is the library. Package is the path of the package that may import it, below the current folder; "" means none.
 	Lib, Package string
 	Reason       string
 }
 
-// CheckOwners fails if a package below the current folder imports a library that another package owns. The argument own
-// is the import path of the current folder.
+// CheckOwners fails if a package below the current folder imports a library of another owner. own is the import path of
+// the current folder.
 func CheckOwners(t *testing.T, own string, homes []Owner) {
 	t.Helper()
 	for line := range strings.Lines(list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")) {

@@ -1,5 +1,4 @@
-// Package program writes and compiles programs that a test runs. Only test files import it. When its functions return,
-// the program can be run at once.
+// Package program writes and compiles programs that a test can run at once. Only test files import it.
 package program
 
 import (
@@ -26,9 +25,8 @@ func Build(t testing.TB, pkg, arch string) string {
 	return out
 }
 
-// Write writes a program that everybody may run. A plain os.WriteFile is not enough if other tests start programs at
-// the same time. If another test forks a child process meanwhile, the child has the file open for a moment. During that
-// time the kernel refuses to run the file ("text file busy", https://go.dev/issue/22315).
+// Write writes a program that everybody may run. After a plain os.WriteFile, a child that another test forks may hold
+// the file open, and the kernel does not run the file ("text file busy", https://go.dev/issue/22315).
 func Write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	syscall.ForkLock.RLock()

@@ -1,5 +1,5 @@
-// Package snapshots makes snapshots for tests, and gives tests all keys that sign a snapshot. Only test files import
-// it. It checks nothing.
+// Package snapshots makes snapshots for tests, and hands out all their keys. Only test files import it. It checks
+// nothing.
 package snapshots
 
 import (

@@ -1,6 +1,5 @@
-// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU, for virtual machines without a GPU.
-// The module's code is GPL-2.0-only, like the kernel that loads it. The module is compiled separately, and no program
-// of Prebake links it. The package does not compile the module.
+// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU in a virtual machine. The module's
+// code is GPL-2.0-only, like the kernel that loads it. It is compiled separately, and no program of Prebake links it.
 package emugpu
 
 import (
@@ -22,9 +21,9 @@ var sources embed.FS
 // Name is the module's name. Its file is Name.ko.
 const Name = "emugpu"
 
-// KernelArg returns the argument for the kernel's command line that keeps the kernel away from some memory. The
-// emulated device uses that memory as its own. Arm kernels do not know memmap=. On Arm, mem= makes the kernel use less
-// memory than the machine has, and the device uses the rest.
+// KernelArg returns the argument for the kernel's command line that reserves memory for the emulated device. Arm
+// kernels do not know memmap=. There, mem= makes the kernel use less memory than the machine has, and the device uses
+// the rest.
 func KernelArg(arch target.Arch) string {
 	if arch == target.ARM64 {
 		return "mem=2304M"

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// builtin is a step that guestinit runs itself. If the error wraps an errno, the errno becomes the step's exit status.
+// builtin is a step that guestinit runs itself. An errno in its error becomes the step's exit status.
 type builtin func(ctx context.Context, args []string, stdout io.Writer) error
 
 // builtins returns all built-ins except @stop, which the runner handles.
@@ -139,7 +139,7 @@ func mknod(_ context.Context, args []string, _ io.Writer) error {
 	return charDevice(args[0], uint32(major), uint32(minor))
 }
 
-// charDevice creates a device node. It is no error if a node with the same numbers exists already.
+// charDevice creates a device node. An equal node may exist already.
 func charDevice(path string, major, minor uint32) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err

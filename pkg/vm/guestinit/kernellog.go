@@ -10,11 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxKernelLog is about the greatest size in bytes of one read's text, well below wire.MaxLine.
+// maxKernelLog is about the maximum size in bytes of one read's text, well below wire.MaxLine.
 const maxKernelLog = 1 << 20
 
-// kernelLog reads /dev/kmsg. Each read of that file returns one record (Documentation/ABI/testing/dev-kmsg in the
-// kernel's source).
+// kernelLog reads /dev/kmsg. Each read returns one record (Documentation/ABI/testing/dev-kmsg in the kernel's source).
 type kernelLog struct {
 	mu sync.Mutex
 	fd int
@@ -50,8 +49,7 @@ func (k *kernelLog) read() string {
 	return text.String()
 }
 
-// formatRecord turns "6,339,5140900,-;text" and its continuation lines into
-// the form that dmesg prints: "[    5.140900] text".
+// formatRecord turns "6,339,5140900,-;text" and its continuation lines into dmesg's format: "[    5.140900] text".
 func formatRecord(record string) (string, bool) {
 	head, body, ok := strings.Cut(record, ";")
 	if !ok {
@@ -69,8 +67,7 @@ func formatRecord(record string) (string, bool) {
 	return fmt.Sprintf("[%5d.%06d] %s", us/1e6, us%1e6, unescape(text)), true
 }
 
-// unescape decodes \xHH, which the kernel writes for each unprintable byte. Control characters become spaces, so that
-// the text stays on one line.
+// unescape decodes \xHH, which the kernel writes for each unprintable byte. Control characters become spaces.
 func unescape(text string) string {
 	var out strings.Builder
 	for i := 0; i < len(text); i++ {

@@ -1,7 +1,10 @@
-// Command guestinit is /init of Prebake's virtual machines. It mounts the file systems that Linux programs expect,
-// loads the kernel modules in the initramfs, starts the network, and runs the steps of a script. It reports each step
-// to the host over the second serial port, and powers off. Built-in steps handle kernel modules, device nodes and
-// files, so the guest needs no shell. guestinit refuses to run except as process 1.
+// Command guestinit is /init of Prebake's virtual machines, and runs only as process 1:
+//   - It mounts the file systems that Linux programs expect.
+//   - It loads the kernel modules in the initramfs, and starts the network.
+//   - It runs the steps of a script, and reports each step over the second serial port.
+//   - It powers off.
+//
+// Built-in steps handle modules, device nodes and files, so the guest needs no shell.
 package main
 
 import (

@@ -9,15 +9,13 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Addresses in qemu's user-mode network (slirp): the guest's own, and the gateway, which leads to the host's loopback
-// interface.
+// Addresses in qemu's user-mode network (slirp): the guest's own, and the gateway to the host's loopback interface.
 const (
 	guestAddress = "10.0.2.15/24"
 	gateway      = "10.0.2.2"
 )
 
-// network starts lo and eth0. The driver registers eth0 asynchronously, so network waits until eth0 exists, at most for
-// the time wait.
+// network starts lo and eth0. The driver registers eth0 asynchronously, so network waits for it, for a limited time.
 func network(wait time.Duration) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {

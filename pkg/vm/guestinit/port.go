@@ -15,8 +15,8 @@ type port interface {
 	drain() error
 }
 
-// openPort opens the serial port with this device file. If the kernel has no driver for the port, openPort drives the
-// hardware itself ([uart]).
+// openPort opens the serial port with this device file. Without a kernel driver, it drives the hardware itself
+// ([uart]).
 func openPort(path string) (port, error) {
 	t, err := openTTY(path)
 	if err == nil {
@@ -32,8 +32,8 @@ func openPort(path string) (port, error) {
 // tty is a serial port with a kernel driver.
 type tty struct{ *os.File }
 
-// openTTY opens a serial port in raw mode, so that the line discipline changes no bytes. If the port does not exist,
-// its device file may exist nevertheless; reading the port's settings then fails.
+// openTTY opens a serial port in raw mode, without changes by the line discipline. The device file may exist without a
+// port; reading its settings then fails.
 func openTTY(path string) (tty, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {

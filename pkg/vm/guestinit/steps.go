@@ -42,8 +42,7 @@ type job struct {
 	exit  int           // valid after done is closed
 }
 
-// run runs the steps, and stops early if a step without KeepGoing fails. At the end it stops the background steps that
-// still run.
+// run runs the steps until one without KeepGoing fails. Then it stops the background steps that still run.
 func (r *runner) run(steps []wire.Step) {
 	r.background = map[string]*job{}
 	for i, s := range steps {
@@ -93,8 +92,8 @@ func (r *runner) step(i int, s wire.Step) int {
 	}
 }
 
-// builtin runs a built-in. A built-in that blocks in the kernel cannot be killed. After its time limit its goroutine
-// stays, and the script continues.
+// builtin runs a built-in. A built-in that blocks in the kernel cannot be killed: after its time limit the script
+// continues, and the goroutine stays.
 func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, error) {
 	stdout := &output{host: r.host, step: i, stream: "stdout"}
 	f, ok := r.builtins[argv[0]]
@@ -180,8 +179,7 @@ func exitStatus(err error) int {
 	return exitUnrunnable
 }
 
-// exitOf returns the exit status of a built-in: 0 without an error, the errno in the error, or 1 if the error has no
-// errno.
+// exitOf returns the exit status of a built-in: 0, the errno in the error, or 1 if there is none.
 func exitOf(err error) int {
 	var errno unix.Errno
 	switch {

@@ -37,9 +37,8 @@ type registers interface {
 // uart is a serial port without a kernel driver. guestinit writes each byte into the port's register.
 type uart struct{ r registers }
 
-// openUART finds the port among the PCI devices in a folder of sysfs. It opens the file of the port's I/O port BAR.
-// The kernel turns each read or write of one byte of that file into an access to the I/O port
-// (Documentation/PCI/sysfs-pci.rst of the kernel).
+// openUART finds the port among the PCI devices in a folder of sysfs, and opens the file of its I/O port BAR. Each
+// access to a byte of that file is an access to the I/O port (Documentation/PCI/sysfs-pci.rst of the kernel).
 func openUART(devices string) (uart, error) {
 	dir, err := findUART(devices)
 	if err != nil {

@@ -11,8 +11,7 @@ import (
 	"time"
 )
 
-// fakeUART is a 16550A with the registers that guestinit uses. As in the device, bytes that are written to a full FIFO
-// are lost.
+// fakeUART is a 16550A with the registers that guestinit uses. As in the device, bytes for a full FIFO are lost.
 type fakeUART struct {
 	fifo  []byte
 	on    bool

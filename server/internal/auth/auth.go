@@ -1,6 +1,5 @@
-// Package auth identifies callers and decides what they may do. It accepts three kinds of secrets: the server's first
-// token; tokens that an administrator made, whose hashes are in the database; and OpenID Connect tokens of the issuers
-// in a file of rules. It knows no routes: the packages that serve routes say which scope each route needs.
+// Package auth identifies callers and decides what they may do. It accepts the server's first token, administrators'
+// tokens, and OpenID Connect tokens of the issuers in a file of rules. It knows no routes.
 package auth
 
 import (
@@ -18,24 +17,23 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Scope is a right of a caller. Most reads need no scope.
+// Scope is a right of a caller.
 type Scope string
 
 // These are all scopes.
 const (
-	// Ask is for nodes. They may request builds for kernels that the catalogue knows, with a limit per hour. They may also
-	// report what happened to a driver.
+	// Ask is for nodes. They may request some builds per hour, of known kernels, and report what happened to a driver.
 	Ask Scope = "ask"
-	// Announce is for release pipelines. They may announce a COS build and request any build.
+	// Announce is for release pipelines. They may announce COS builds and request any build.
 	Announce Scope = "announce"
-	// Build is for builders. They may report the progress of a build, send its log, and record an artifact.
+	// Build is for builders. They may report on builds, send logs, and record artifacts.
 	Build Scope = "build"
 	// Push is for writing to the registry.
 	Push Scope = "push"
-	// Operate is for people. They may change wish lists, cancel builds, yank artifacts and delete from the registry. The
-	// scope includes Ask and Announce.
+	// Operate is for people. They may change wish lists, cancel builds, yank artifacts and delete from the registry. It
+	// includes Ask and Announce.
 	Operate Scope = "operate"
-	// Admin is for making and revoking tokens and for reading the audit log. The scope includes all other scopes.
+	// Admin is for making and revoking tokens, and for reading the audit log. It includes all other scopes.
 	Admin Scope = "admin"
 )
 
@@ -55,7 +53,7 @@ func includes(s Scope) []Scope {
 // Scopes returns all scopes.
 func Scopes() []Scope { return []Scope{Ask, Announce, Build, Push, Operate, Admin} }
 
-// parseScopes parses the names of scopes. The result has each scope once. At least one name is needed.
+// parseScopes parses the names of scopes, at least one. The result has each scope once.
 func parseScopes(names []string) ([]Scope, error) {
 	var all []Scope
 	for _, name := range names {
@@ -82,8 +80,8 @@ func hintScopes() string {
 
 // Principal is a caller that sent a valid secret.
 type Principal struct {
-	// Name is the caller's name in the audit log. It is "first" for the first token, token:NAME for a token that an
-	// administrator made, and otherwise what an issuer's rule makes of the token's claims.
+	// Name is the caller's name in the audit log: "first" for the first token, and token:NAME for an administrator's
+	// token. For an issuer's token, the rule says how to make the name.
 	Name   string
 	Scopes []Scope
 }
@@ -95,7 +93,7 @@ func (p Principal) May(s Scope) bool {
 
 // tokenStore is the part of the database that the authenticator uses.
 type tokenStore interface {
-	// Token reads a token and its hash by its id. The error has kind NotFound if there is no such token.
+	// Token reads a token and its hash by its id. If it does not exist, the error has kind NotFound.
 	Token(ctx context.Context, id string) (api.Token, []byte, error)
 	// TokenUsed records when a token was used.
 	TokenUsed(ctx context.Context, id string, at time.Time) error
@@ -124,9 +122,8 @@ func New(c Config) *Authenticator {
 	return &Authenticator{c}
 }
 
-// Authenticate returns the caller that a secret belongs to. If the secret belongs to no caller, the error has kind
-// Unauthorized. If it cannot be checked now, for example because the issuer of a token does not answer, the error has
-// kind Transient.
+// Authenticate returns the caller with the given secret. For an unknown secret, the error has kind Unauthorized. If the
+// issuer of a token does not answer, the error has kind Transient.
 func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
 	case equalSecrets(secret, a.First):
@@ -144,15 +141,14 @@ func unknown(why string) error {
 		"ask an administrator for a token; administrators make one with: server tokens create NAME --scope SCOPE")
 }
 
-// equalSecrets reports whether two secrets are equal. It compares them in constant time. An empty secret is not equal
-// to another empty secret.
+// equalSecrets reports whether two secrets are equal, in constant time. Empty secrets are never equal.
 func equalSecrets(given, secret string) bool {
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns the secret of a request: its Bearer token, or the password of HTTP Basic authentication. Clients of
-// registries send a password; their user name does not matter. The result given is false if the request has no secret.
+// Secret returns the secret of a request: its Bearer token, or its password of HTTP Basic authentication, with any user
+// name. It reports whether there is one.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true
@@ -172,8 +168,8 @@ func Need(p Principal, s Scope) error {
 
 type contextKey struct{}
 
-// Note returns a context with a place for the caller. The handler that identifies the caller stores it there with
-// [Write]. A handler around that one reads it with [Noted].
+// Note returns a context with a place for the caller. [Write] stores the caller there, and an outer handler reads it
+// with [Noted].
 func Note(ctx context.Context) context.Context {
 	return context.WithValue(ctx, contextKey{}, new(Principal))
 }
@@ -185,7 +181,7 @@ func Write(ctx context.Context, p Principal) {
 	}
 }
 
-// Noted returns the caller that [Write] stored. If there is none, the name is empty.
+// Noted returns the caller that [Write] stored, or a caller without a name.
 func Noted(ctx context.Context) Principal {
 	if at, ok := ctx.Value(contextKey{}).(*Principal); ok {
 		return *at

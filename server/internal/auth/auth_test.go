@@ -133,8 +133,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). A
-// token with these claims must be accepted. Each row changes one thing, after which the token must be refused.
+// TestIssuer changes an accepted token in one way in each row, after which it must be refused. The claims are those in
+// GitHub's "OpenID Connect reference" (docs.github.com).
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -232,8 +232,7 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// TestKubernetesToken shows that a token of a pod is accepted. The token is from a real kube-apiserver, and the keys of
-// the rule are those that this kube-apiserver publishes.
+// TestKubernetesToken checks that a pod's token is accepted. The token and the keys are from a real kube-apiserver.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
 	dir := t.TempDir()

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// FuzzWho sends arbitrary secrets to a server that accepts a first token, a token of an administrator, and tokens of an
-// issuer. Of the secrets, only the first two tokens may be accepted.
+// FuzzWho sends arbitrary secrets to a server that accepts all three kinds. Only the first token and the
+// administrator's token may be accepted.
 func FuzzWho(f *testing.F) {
 	const first = "0123456789abcdef"
 	dir := f.TempDir()

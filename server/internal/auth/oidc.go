@@ -28,8 +28,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The first three constants are the largest sizes of input from outside, in bytes. The others are about requests to an
-// issuer.
+// The first three constants are maximum sizes of foreign input, in bytes. The others are about requests to an issuer.
 const (
 	maxIssuers  = 1 << 20          // of the rules file
 	maxJWT      = 16 << 10         // of a token
@@ -44,20 +43,17 @@ type Rule struct {
 	Issuer string `yaml:"issuer"`
 	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims has a pattern for each claim that is checked. [path.Match] compares the claim's value with the pattern: a *
-	// stands for any characters except /. A rule needs at least one claim, because an issuer such as GitHub's signs tokens
-	// for everybody.
+	// Claims has a pattern of [path.Match] for each claim that is checked; a * does not match /. A rule needs at least
+	// one claim, because an issuer such as GitHub's signs tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
 	// Scopes are the scopes of a caller whose token fits the rule.
 	Scopes []string `yaml:"scopes"`
-	// Name is the caller's name in the audit log. In it, {claim} is replaced by the value of that claim. "" means the
-	// value of the claim sub.
+	// Name is the caller's name in the audit log, in which {claim} stands for a claim's value. "" means the claim sub.
 	Name string `yaml:"name"`
 	// Keys is a file with the issuer's keys, as a JWK set. A relative path starts at the folder of the rules file. ""
-	// means that the server asks the issuer for its keys, by OpenID Connect Discovery.
+	// means that the server gets the keys by OpenID Connect Discovery.
 	Keys string `yaml:"keys"`
-	// CA is a file with certificates in PEM. The issuer's certificate must chain to one of these certificates. "" means
-	// the system's certificates.
+	// CA is a PEM file with the roots of the issuer's certificate. "" means the system's roots.
 	CA string `yaml:"ca"`
 
 	scopes   []Scope
@@ -67,7 +63,7 @@ type Rule struct {
 // Issuers has the rules that decide which OpenID Connect tokens are trusted.
 type Issuers struct{ rules []*Rule }
 
-// ReadIssuers reads rules from a YAML file, a list with the fields of [Rule]. It refuses unknown fields.
+// ReadIssuers reads a YAML list of [Rule]. It refuses unknown fields.
 func ReadIssuers(file string) (*Issuers, error) {
 	fail := func(err error) error {
 		return fault.Wrap(
@@ -104,7 +100,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 	return all, nil
 }
 
-// prepare checks a rule and makes its verifier. It sends no request to the issuer.
+// prepare checks a rule and makes its verifier, without a request to the issuer.
 func (r *Rule) prepare(dir string) error {
 	u, err := url.Parse(r.Issuer)
 	switch {
@@ -178,8 +174,8 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	return out, nil
 }
 
-// verifierConfig returns a configuration that does not check the audience. Several rules may have the same issuer, and
-// each rule checks the audience itself.
+// verifierConfig returns a configuration that does not check the audience. Each rule checks it, because several rules
+// may have the same issuer.
 func verifierConfig() *oidc.Config {
 	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
 		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512,
@@ -187,8 +183,8 @@ func verifierConfig() *oidc.Config {
 	}}
 }
 
-// lazyVerifier asks an issuer for its keys only when the first token of that issuer arrives. The server can therefore
-// start even if the issuer does not answer.
+// lazyVerifier asks an issuer for its keys when the first token arrives. The server therefore starts even if the issuer
+// does not answer.
 type lazyVerifier struct {
 	issuer string
 	client *http.Client
@@ -205,7 +201,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	if l.verifier != nil || now.Sub(l.failed) < retryIssuer && l.err != nil {
 		return l.verifier, l.err
 	}
-	// The provider's key set keeps this context for all later requests. It must therefore not be the context of one call.
+	// The provider's key set keeps this context for later requests, so it must not be the context of one call.
 	provider, err := oidc.NewProvider(oidc.ClientContext(context.Background(), l.client), l.issuer)
 	if err != nil {
 		l.failed, l.err = now, fault.Wrap(fault.Transient, fmt.Errorf("ask issuer %s for its keys: %w", l.issuer, err), "")
@@ -246,7 +242,7 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 	return Principal{}, unknown("no rule of the server is about the issuer of this token")
 }
 
-// issuerOf returns the issuer of a token that is not verified yet. The caller needs it to choose the keys.
+// issuerOf returns the issuer of an unverified token, to choose the keys.
 func issuerOf(raw string) (string, error) {
 	if len(raw) > maxJWT {
 		return "", fmt.Errorf("it has more than %d bytes", maxJWT)
@@ -268,7 +264,7 @@ func issuerOf(raw string) (string, error) {
 	return claims.Issuer, nil
 }
 
-// callerOf returns the caller of a verified token. If the rule does not accept the token, the error says why.
+// callerOf returns the caller of a verified token, or an error if the rule does not accept the token.
 func (r *Rule) callerOf(token *oidc.IDToken) (Principal, error) {
 	if !slices.Contains(token.Audience, r.Audience) {
 		return Principal{}, errors.New("it is for another audience")
@@ -305,8 +301,8 @@ func claimText(v any) (string, bool) {
 	return "", false
 }
 
-// printableName makes a name from outside safe for logs and tables. It returns at most 128 characters, with a ? in
-// place of each character that is not printable ASCII.
+// printableName makes a foreign name safe for logs and tables. It cuts the name to 128 characters, and replaces each
+// that is not printable ASCII by a ?.
 func printableName(name string) string {
 	const most = 128
 	clean := strings.Map(func(c rune) rune {

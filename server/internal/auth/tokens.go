@@ -14,23 +14,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A token has the form prebake_ID_SECRET. Programs that search for leaked secrets can recognize the prefix. The
-// database has a row for each ID. ID and SECRET are 26 letters and digits each, with 128 random bits. The database may
-// therefore store a plain SHA-256 of the token: nobody can guess the secret from the hash.
+// A token is prebake_ID_SECRET. Scanners for leaked secrets can recognize the prefix. ID and SECRET have 128 random
+// bits each. Nobody can guess these, so a plain SHA-256 of the token in the database is safe.
 const tokenPrefix = "prebake_"
 
-// DefaultLifetime and MaxLifetime are the default and the longest lifetime of a token.
+// DefaultLifetime and MaxLifetime are the default and the maximum lifetime of a token.
 const (
 	DefaultLifetime = 90 * 24 * time.Hour
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is the shortest time after which the use of a token is recorded again.
+// usedEvery is the minimum pause between two records of a token's use.
 const usedEvery = time.Hour
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
-// NewToken makes a token, and the hash that the database stores. The secret is only in the token's field Secret.
+// NewToken makes a token and its hash. Only the token's field Secret contains the secret.
 func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, error) {
 	fail := func(text, hint string) (api.Token, []byte, error) {
 		return api.Token{}, nil, fault.New(fault.Usage, "make a token: "+text, hint)

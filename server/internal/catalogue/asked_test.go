@@ -28,8 +28,8 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestPublishedMeanwhile publishes a cell after a request has read the cell's state and before the request adds a
-// build. The request must return the published build, and must not queue a second one.
+// TestPublishedMeanwhile publishes a cell between two steps of a request. The request must return the published build,
+// and must not queue another.
 func TestPublishedMeanwhile(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -64,8 +64,8 @@ func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error
 	return []api.Kernel{{Kernel: target.Kernel{BuildID: buildID, Board: "lakitu", Arch: target.AMD64}, Default: v261}}, nil
 }
 
-// TestUnknownBuildIsLookedUp requests a build for a COS build that the catalogue lacks. The server must look up the COS
-// build in its mirror, and refuse the request if the mirror lacks it, too.
+// TestUnknownBuildIsLookedUp requests an unknown COS build. The server must look it up in its mirror, and refuse it if
+// the mirror lacks it.
 func TestUnknownBuildIsLookedUp(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -85,7 +85,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	if !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Request(board that the build is not for) = %v; want input-missing", err)
 	}
-	// The answer to a node does not wait for the mirror. The lookup happens afterwards.
+	// The answer to a node does not wait for the mirror.
 	up.asked = 0
 	for range 1000 {
 		if r, err := c.Resolve(t.Context(), "2.2.2", "lakitu", "", "", ""); err != nil || r.State != api.Unknown {
@@ -102,8 +102,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	}
 }
 
-// TestArtifactIsChecked shows that artifacts from callers with a token are checked, because the server shows them to
-// others.
+// TestArtifactIsChecked checks that artifacts from callers with a token are checked, too.
 func TestArtifactIsChecked(t *testing.T) {
 	t.Parallel()
 	good := func() api.NewArtifact {

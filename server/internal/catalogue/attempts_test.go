@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestRetryTellsWhy shows that a build that waits for its next attempt has the error of the last one. If no attempt
-// follows, the build keeps that error.
+// TestRetryTellsWhy checks that a build keeps its last attempt's error while it waits for the next, and if none
+// follows.
 func TestRetryTellsWhy(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -45,7 +45,7 @@ func TestRetryTellsWhy(t *testing.T) {
 	}
 }
 
-// TestAbandonComesLate abandons builds whose end was reported just before. The reported end must not change.
+// TestAbandonComesLate abandons builds that have just ended. Their end must not change.
 func TestAbandonComesLate(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -72,8 +72,7 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
-// TestSecondAttemptStartsAfresh shows that an attempt starts without a phase and without an error, even if the former
-// attempt was killed.
+// TestSecondAttemptStartsAfresh checks that an attempt starts without phase and error, even after a killed one.
 func TestSecondAttemptStartsAfresh(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -119,8 +118,8 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	}
 }
 
-// TestPhasesOfBuilders reports phases with extreme times and texts. Every answer about the build must still be valid
-// JSON. In RFC 3339 a year is 0 to 9999. The times here can be read, but in UTC their years are outside of that.
+// TestPhasesOfBuilders reports phases with extreme times and texts. Every answer must still be valid JSON. The years
+// here are outside 0 to 9999 (RFC 3339) in UTC.
 func TestPhasesOfBuilders(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

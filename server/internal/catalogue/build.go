@@ -14,17 +14,17 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Caller says which requests of a caller are refused. The zero value refuses none.
+// Caller says which requests of a caller are refused. The zero value means none.
 type Caller struct {
 	// KnownOnly is true if requests for kernels that are not in the catalogue are refused.
 	KnownOnly bool
-	// Allow is called before a build is added. If it returns an error, the request is refused. It is not called if the
-	// requested build exists already. nil means that there is no limit.
+	// Allow is called before a build is added, but not if the build exists already. If it returns an error, the request
+	// is refused. nil means no limit.
 	Allow func() error
 }
 
-// Request requests a build of a cell. For a published cell, it returns the finished build. If a build of the cell is
-// queued or running, it returns that build. Otherwise, also after a failure, it adds a new build.
+// Request requests a build of a cell. It returns the cell's published or open build. If there is none, it adds a build,
+// also after a failure.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
 	return c.RequestAs(ctx, r, Caller{})
 }
@@ -55,8 +55,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	if err != nil {
 		return api.Build{}, err
 	}
-	// Of the flavours that the request allows, one whose cell is published, building or queued is chosen. If there is
-	// none, the first flavour that can be built is chosen. The preferred flavour comes first.
+	// Choose an allowed flavour whose cell is already published, building or queued. Otherwise choose the first one
+	// that can be built. The preferred flavour comes first.
 	var chosen *api.Resolution
 	var refusal string
 	for _, f := range w.candidates(version) {
@@ -87,9 +87,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
 
-// openCell adds and queues a build of a cell, unless the cell has a build that is published or open. If that build
-// waits with a lower priority, openCell raises its priority. If the cell's artifact is withdrawn, the error has kind
-// Unsupported.
+// openCell adds and queues a build of a cell, or returns its published or open build. It raises the priority of a
+// waiting build if necessary. For a withdrawn artifact, the error has kind Unsupported.
 func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
@@ -103,7 +102,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil
 		}
-		// The artifact was not published by a build of this server. A new build in state published stands for it.
+		// The artifact is not from a build of this server, so a new published build stands for it.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
 		b, _, err := c.add(ctx, b, cell.Build)
 		return b, err
@@ -127,8 +126,8 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	return b, nil
 }
 
-// changeQueueInTx changes the queue in the transaction that changes a build, if queue and catalogue are in one
-// database. If they are not, it does nothing, and [Catalogue.changeQueueAfterTx] changes the queue.
+// changeQueueInTx changes the queue in the given transaction if queue and catalogue are in one database. Otherwise
+// [Catalogue.changeQueueAfterTx] does.
 func (c *Catalogue) changeQueueInTx(tx *store.Tx, change func(Enqueuer) error) error {
 	if c.Within == nil {
 		return nil
@@ -136,9 +135,8 @@ func (c *Catalogue) changeQueueInTx(tx *store.Tx, change func(Enqueuer) error) e
 	return change(c.Within(tx))
 }
 
-// changeQueueAfterTx changes the queue after the transaction, if the queue has a database of its own. If the change
-// fails, the log gets the message trouble. The build is stored already, so the sweep of package jobs repeats the
-// change.
+// changeQueueAfterTx changes the queue if it has its own database. An error is only logged, because the sweep of
+// package jobs repeats the change.
 func (c *Catalogue) changeQueueAfterTx(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
 	if c.Within != nil {
 		return
@@ -148,9 +146,8 @@ func (c *Catalogue) changeQueueAfterTx(ctx context.Context, trouble string, id i
 	}
 }
 
-// find returns a kernel with its cells. If the catalogue lacks the kernel, find looks it up in the mirror at once.
-// Without a mirror, nobody can say whether the kernel exists: find returns it without cells, and the result known is
-// false.
+// find returns a kernel with its cells. If the catalogue lacks the kernel, find looks it up in the mirror. Without a
+// mirror, find returns a kernel without cells, and known is false.
 func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
 	none := &store.KernelCells{Kernel: api.Kernel{Kernel: k}}
 	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
@@ -188,22 +185,18 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 	return all, nil
 }
 
-// errPublished makes a transaction roll back, and so removes the build that it added. It is returned if the cell was
-// published after the caller read the cell's state.
+// errPublished makes a transaction roll back if the cell was published meanwhile.
 var errPublished = errors.New("the cell was published meanwhile")
 
-// add stores a new build. If the cell has an open build, add returns that one instead. The argument seen is the cell's
-// newest build at the time when the caller read the cell's state; nil means that there was none. If a build of the cell
-// was published since then, add returns the published build: a node that asks while the builder reports must not start
-// a second build.
+// add stores a new build, unless the cell has an open build, which add returns instead. seen is the newest build that
+// the caller read, or nil. If a build was published since then, add returns that build.
 func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
 			return err
 		}
-		// The cell's former build is read after the insert, because the insert succeeds only if no build of the cell is open.
-		// With PostgreSQL, another transaction may end a build at any time. If the former build were read before the insert,
-		// such an end could be missed.
+		// Read the former build after the insert: the insert shows that no build of the cell is open any more. Before
+		// it, another PostgreSQL transaction could still end a build unseen.
 		before, found, err := tx.BuildBefore(ctx, stored)
 		if err != nil {
 			return err
@@ -240,7 +233,7 @@ func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int
 	return b, err
 }
 
-// Cancel ends a build. If the build waits, it leaves the queue. If it runs, its builder gets the answer "cancelled" to
+// Cancel ends a build. A waiting build leaves the queue. The builder of a running build learns it from the answer to
 // its next report, and stops.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
@@ -270,8 +263,8 @@ func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
 }
 
-// Abandon marks an open build as failed, because no builder will work on it again. The argument why becomes the build's
-// error. If the last attempt reported an error, the build keeps that one, which says more.
+// Abandon marks an open build as failed if no builder will work on it again. The build keeps the error of its last
+// attempt, or gets the given reason.
 func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -294,11 +287,11 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update does what [Catalogue.Update] does. It also calls the function more in the same transaction.
+// update is [Catalogue.Update] with a callback in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {
-	// The catalogue keeps only the first line, which fits a table. The build's log has the whole text.
+	// Keep only the first line, which fits a table. The build's log has the whole text.
 	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
 	for i := range u.Phases {
 		p := &u.Phases[i]
@@ -404,8 +397,8 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// A COS build never changes, so the mirror must have changed. The new fingerprint replaces the old one. Artifacts
-		// with the old fingerprint then do not fit the kernel any more.
+		// The mirror must have changed, because a COS build never does. Artifacts with the old fingerprint do not fit
+		// any more.
 		c.Log.WarnContext(
 			ctx,
 			"kernel fingerprint changed",

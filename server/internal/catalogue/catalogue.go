@@ -1,6 +1,6 @@
-// Package catalogue has the server's use-cases and rules. It decides which kernels and drivers exist, what a node with
-// a given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no
-// SQL. It never finds an artifact by the kernel release, because several COS builds share one kernel release.
+// Package catalogue has the server's rules: which kernels and drivers exist, what a node should run, and which cells
+// are built. It has no HTTP and no SQL. It never finds an artifact by kernel release, because several COS builds share
+// one.
 package catalogue
 
 import (
@@ -40,7 +40,7 @@ type resolver interface {
 	RememberedCells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 }
 
-// writer reads and changes single records. Each use-case makes its changes in one transaction.
+// writer reads and changes single records. Each use-case writes in one transaction.
 type writer interface {
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
@@ -56,7 +56,7 @@ type wishListReader interface {
 
 // mirror looks up COS builds that the catalogue lacks.
 type mirror interface {
-	// Build reads a COS build with all of its boards. If the mirror lacks the build, the error has kind InputMissing.
+	// Build reads a COS build with all its boards. If the mirror lacks it, the error has kind InputMissing.
 	Build(ctx context.Context, buildID string) ([]api.Kernel, error)
 }
 
@@ -67,7 +67,7 @@ type Logs interface {
 	Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error)
 }
 
-// Enqueuer puts builds into the queue and takes them out. Two equal calls must have the same result as one call.
+// Enqueuer adds builds to the queue and removes them. A repeated call must change nothing.
 type Enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob, priority int) error
 	SetPriority(ctx context.Context, build int64, priority int) error
@@ -87,27 +87,26 @@ type Config struct {
 	}
 	Logs  Logs
 	Queue Enqueuer
-	// Within is set if catalogue and queue are in one database. It returns the queue inside a transaction of the store, so
-	// that a build and its job are written together. nil means that there are two databases, which the sweep of package
-	// jobs keeps in agreement.
+	// Within returns the queue inside a transaction of the store, if both are in one database. nil means two databases,
+	// which the sweep of package jobs keeps in agreement.
 	Within func(*store.Tx) Enqueuer
 	// Mirror is asked for kernels that the catalogue lacks. nil means that there is no mirror.
 	Mirror mirror
-	// Repository is the repository of artifacts whose builder reported none. It is a path on this server, such as
-	// /prebake/driver, or a repository of another registry.
+	// Repository is the default repository of artifacts: a path on this server, such as /prebake/driver, or a
+	// repository of another registry.
 	Repository string
-	// HasManifest reports whether a repository of this server, such as prebake/driver, has a manifest. The catalogue calls
-	// it before it records an artifact in such a repository; nil means no check.
+	// HasManifest reports whether a repository of this server has a manifest. The catalogue calls it before it records
+	// an artifact there. nil means no check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
-	// Public is true if the operator says, by --public, that everybody can read this server's registry. The catalogue then
-	// records an artifact in this registry only if Redistribute allows it.
+	// Public is true if everybody can read this server's registry (--public). The catalogue then records an artifact
+	// there only if Redistribute allows it.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. Each job in the queue has both. If a
-	// URL is "", the builder uses its own setting instead.
+	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. If a URL is "", builders use their
+	// own setting.
 	KernelMirror, DriverMirror string
-	// Quarantine is a number of nodes. If that many nodes report within a day that an artifact does not load, the artifact
-	// goes into quarantine. 0 means that there is no quarantine.
+	// Quarantine is the number of failed nodes within a day that puts an artifact into quarantine. 0 means that there
+	// is no quarantine.
 	Quarantine int
 	Log        *slog.Logger
 	// Now returns the current time. nil means time.Now.
@@ -131,19 +130,18 @@ func New(c Config) *Catalogue {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	clock := c.Now
-	// Times are cut to microseconds, as databases store them. A time in an answer is then equal to the time that a later
-	// call reads.
+	// Databases store microseconds. Without this, a time in an answer would differ from the stored time.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
 	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
 
-// DefaultLimit is the number of entries on a page if the client gives no limit. MaxLimit is the largest limit.
+// DefaultLimit is the number of entries of a page if the client gives none. MaxLimit is the maximum.
 const (
 	DefaultLimit = 100
 	MaxLimit     = 1000
 )
 
-// checkPage returns the page to read. If the client gave the limit 0, the page gets DefaultLimit.
+// checkPage checks the limit of a page, and replaces 0 by DefaultLimit.
 func checkPage(p store.Page) (store.Page, error) {
 	if p.Limit == 0 {
 		p.Limit = DefaultLimit
@@ -158,7 +156,7 @@ func checkPage(p store.Page) (store.Page, error) {
 	return p, nil
 }
 
-// listPage checks the page that a client asks for, and then calls the function list.
+// listPage checks the requested page and then reads it.
 func listPage[F, T any](
 	ctx context.Context,
 	list func(context.Context, F, store.Page) ([]T, string, error),
@@ -172,8 +170,8 @@ func listPage[F, T any](
 	return list(ctx, f, p)
 }
 
-// Kernels lists a page of the known kernels, newest first. The result next is the cursor of the following page; ""
-// means that there is none.
+// Kernels lists a page of the known kernels, newest first. next is the cursor of the following page; "" means that
+// there is none.
 func (c *Catalogue) Kernels(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -194,7 +192,7 @@ func (c *Catalogue) Drivers(ctx context.Context, p store.Page) (all []api.Driver
 	return c.Store.Drivers(ctx, p)
 }
 
-// Artifacts lists a page of artifacts, newest first. Yanked and quarantined artifacts are included.
+// Artifacts lists a page of artifacts, newest first, including withdrawn ones.
 func (c *Catalogue) Artifacts(
 	ctx context.Context,
 	f store.ArtifactFilter,
@@ -240,7 +238,7 @@ func (c *Catalogue) Build(ctx context.Context, id int64) (api.Build, error) {
 	return c.Store.Build(ctx, id)
 }
 
-// OpenLog opens the log of a build. The build has to exist.
+// OpenLog opens the log of a build, which has to exist.
 func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error) {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -249,7 +247,7 @@ func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, i
 	return c.Logs.Get(id, b.State == api.Building)
 }
 
-// PutLog stores the log of a build. The build has to exist.
+// PutLog stores the log of a build, which has to exist.
 func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 	if _, err := c.Store.Build(ctx, id); err != nil {
 		return err
@@ -291,8 +289,7 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records a published artifact. If the catalogue has the artifact already, AddArtifact adds the kernels
-// that the artifact is newly attested for.
+// AddArtifact records a published artifact. If the catalogue has it already, AddArtifact adds only its new kernels.
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}
@@ -373,8 +370,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// Forget removes an artifact whose manifest was deleted from a repository of this server. The server then sends no node
-// to it, and its cells can be built again.
+// Forget removes an artifact whose manifest was deleted from a repository of this server. Its cells can then be built
+// again.
 func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
 	dropped := false
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -387,7 +384,7 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 	return err
 }
 
-// major returns the number of a driver's branch, such as 535. If the version has no branch, it returns 0.
+// major returns the number of a driver's branch, such as 535, or 0 if there is none.
 func major(version string) int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(target.Branch(version), "R"))
 	return n

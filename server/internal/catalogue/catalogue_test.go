@@ -78,7 +78,7 @@ var (
 
 func digest(n string) string { return "sha256:" + strings.Repeat(n, 64) }
 
-// world returns a catalogue with three kernels and two drivers. Two of the kernels share a fingerprint.
+// world returns a catalogue with two drivers and three kernels, two of which share a fingerprint.
 func world(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -138,8 +138,7 @@ func TestResolve(t *testing.T) {
 	cancelled := request(t, c, second, "550.1", "open")
 	update(t, c, cancelled.ID, api.BuildUpdate{State: api.Cancelled})
 
-	// The driver lists of this COS build have a default of branch R535, but no entry for R535. The default is then used
-	// for the branch, too, as the command builder plan does.
+	// The driver lists have a default of branch R535, but no entry for R535. The default then also serves the branch.
 	bare := "17800.2.1"
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
@@ -274,7 +273,7 @@ func TestRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// This artifact was not published by a build of this server. The request adds a published build for it.
+	// This artifact is not from a build of this server. The request adds a published build for it.
 	if _, err := c.AddArtifact(t.Context(),
 		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 			Driver:  target.Driver{Version: v261, Flavour: target.Open},
@@ -307,8 +306,7 @@ func TestRequest(t *testing.T) {
 			t.Errorf("%s: Request() = %v; want %v", row.name, err, row.want)
 		}
 	}
-	// The server queues a build even if the driver version is not known. The builder will refuse it, and the failed build
-	// will say why.
+	// The server queues a build even for an unknown driver version. The failed build will say what is wrong.
 	if b := request(t, c, first, "999.1", "open"); b.State != api.Queued {
 		t.Errorf("an unknown version = %s; want queued", b.State)
 	}

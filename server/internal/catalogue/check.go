@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Input from callers with a token is checked like any other input. It appears in answers, on pages and in commands that
-// people copy.
+// Input from callers with a token is checked, too: it appears on pages and in commands that people copy.
 
 // Limits of one artifact and one update.
 const (
@@ -44,12 +43,11 @@ func checkLine(what, text string) error {
 // pathPattern matches a repository's name, as the OCI distribution specification defines it ("Pulling manifests").
 var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
-// hostPattern matches a registry's host: a name or an address, and a port. The check is strict, because the host
-// appears in commands that people paste.
+// hostPattern matches a registry's host and port. It is strict, because the host appears in commands that people paste.
 var hostPattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
 
-// checkRepository returns an error unless the repository is a path on this server, such as /prebake/driver, or a
-// repository of another registry, such as registry.example.com/prebake/driver.
+// checkRepository returns an error unless the repository is a path on this server (/prebake/driver), or a repository of
+// another registry.
 func checkRepository(repository string) error {
 	host, path, _ := strings.Cut(repository, "/")
 	if host == "" {
@@ -62,8 +60,7 @@ func checkRepository(repository string) error {
 	return nil
 }
 
-// checkArtifact checks every field of an artifact. It also sets the architecture of the artifact and of its kernels,
-// which follows from their boards.
+// checkArtifact checks every field of an artifact. It sets the architecture of artifact and kernels from their boards.
 func checkArtifact(a *api.Artifact) error {
 	if !digestPattern.MatchString(a.Digest) {
 		return badDigest(a.Digest)

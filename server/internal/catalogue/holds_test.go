@@ -10,9 +10,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestNamesOnlyWhatTheRegistryHas shows that the catalogue has no artifact that the server's registry lacks. If an
-// artifact was never in the registry, the catalogue refuses it, whoever reports it. If an artifact is deleted from the
-// registry, the catalogue removes it.
+// TestNamesOnlyWhatTheRegistryHas checks that the catalogue refuses an artifact that the server's registry lacks, and
+// removes an artifact that was deleted there.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestRecordsOfAPublicServer shows which artifacts a public server records. It refuses an artifact in its own registry
-// that it may not redistribute. It accepts artifacts in other registries, because it does not serve them.
+// TestRecordsOfAPublicServer checks which artifacts a public server records. Only artifacts in its own registry are
+// restricted.
 func TestRecordsOfAPublicServer(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Some figures need the whole catalogue: the coverage of the desired matrix, how long builds take, and the order of
-// waiting builds. They are measured at intervals and kept in memory.
+// Figures that need the whole catalogue are measured at intervals and kept in memory.
 
 // measurer reads the data for a measurement.
 type measurer interface {
@@ -28,15 +27,14 @@ type measurer interface {
 
 const (
 	measureEvery = 10 * time.Second
-	// measureIdle is the shortest pause after a measurement, as a multiple of the time that the measurement took.
+	// measureIdle is the minimum pause after a measurement, as a multiple of its duration.
 	measureIdle = 25
-	// measureAnyway is the greatest age of a measurement while nothing is written. It is limited because a builder can
-	// stop without a report.
+	// measureAnyway is the maximum age of a measurement. It is limited because a builder can stop without a report.
 	measureAnyway = time.Minute
-	// recentBuilds is how many published builds of each flavour are measured, newest first, for the median duration.
+	// recentBuilds is the number of published builds of each flavour, newest first, for the median duration.
 	recentBuilds = 51
-	// If the builder of a running build has reported nothing for aliveFor, it is not counted as a builder. A builder
-	// without work reports nothing, so it is counted until idleFor after its last build.
+	// A builder at work is counted until aliveFor after its last report. A builder without work reports nothing. It is
+	// counted until idleFor after its last build.
 	aliveFor, idleFor = 45 * time.Second, 10 * time.Minute
 )
 
@@ -44,22 +42,23 @@ const (
 type figures struct {
 	coverage api.Coverage
 	waiting  []store.Waiting
-	// The slice before has expected durations: element i is that of the first i waiting builds together. The field running
-	// is the expected remaining time of the running builds together.
+	// before[i] is the expected duration of the first i waiting builds together. running is the expected remaining time
+	// of all running builds.
 	before  []time.Duration
 	running time.Duration
-	// The map takes has the median duration of a build for each flavour. A flavour that was never built has no entry.
+	// takes is the median duration of a build for each flavour that was ever built.
 	takes map[target.Flavour]time.Duration
-	// builders is how many builds run at the same time. heard has the builders that reported lately, sorted by name.
+	// builders is the number of builds that run at the same time. heard are the builders that reported lately, sorted
+	// by name.
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup
-	// ready has percentiles of the time from the discovery of a kernel until a cell of it was published. It covers the
-	// cells that were published within the last readyDays days.
+	// ready has percentiles of the time from a kernel's discovery to the publication of a cell, over the last readyDays
+	// days.
 	ready api.ReadyDuration
 }
 
-// Measurer measures at intervals until ctx is done. Once an hour it also removes old reports.
+// Measurer measures at intervals until ctx is done. Once an hour it removes old reports.
 func (c *Catalogue) Measurer(ctx context.Context) error {
 	changes, last, forgot := uint64(0), time.Time{}, time.Time{}
 	for {
@@ -147,8 +146,8 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 	return nil
 }
 
-// buildTime returns how long a build of a flavour takes. If that flavour was never built, it returns the time of the
-// other flavour. If nothing was ever built, it returns 0.
+// buildTime returns the duration of a build of a flavour. If it is unknown, buildTime returns the other flavour's
+// duration, or 0.
 func (f *figures) buildTime(flavour target.Flavour) time.Duration {
 	if d, ok := f.takes[flavour]; ok {
 		return d
@@ -166,9 +165,8 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// addForecast adds a forecast to a cell that is queued or building: the time when the cell may be ready. If the cell is
-// queued, addForecast also adds its place in the queue. It reads no database: it uses the last measurement, which is
-// some seconds old.
+// addForecast adds the expected time of readiness to a queued or building cell. A queued cell also gets its place in
+// the queue. The forecast uses the last measurement, which is some seconds old.
 func (c *Catalogue) addForecast(r *api.Resolution) {
 	f := c.figures.Load()
 	if f == nil || !isOpen(r.Build) || r.State != r.Build.State {
@@ -197,8 +195,7 @@ func (c *Catalogue) addForecast(r *api.Resolution) {
 	}
 }
 
-// Coverage returns how much of the desired matrix is published. The numbers are those of the last measurement, which is
-// some seconds old.
+// Coverage returns how much of the desired matrix is published, by the last measurement.
 func (c *Catalogue) Coverage(ctx context.Context) (api.Coverage, error) {
 	f, err := c.measured(ctx)
 	if err != nil {

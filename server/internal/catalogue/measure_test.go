@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestCoverageIsWhatResolveSays compares two ways to the same result: Coverage counts states in the database, and
-// Resolve computes the state of one cell.
+// TestCoverageIsWhatResolveSays compares Coverage, which counts states in the database, with Resolve, which computes
+// the state of one cell.
 func TestCoverageIsWhatResolveSays(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)
@@ -66,8 +66,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 			}
 		}
 	}
-	// The first artifact is for a kernel whose fingerprint is not known. The fingerprint of the second artifact's kernel
-	// changes afterwards, so that the artifact does not fit any more.
+	// The fingerprint of the first artifact's kernel is not known. The fingerprint of the second artifact's kernel
+	// changes afterwards, so the artifact does not fit any more.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
 	if err := c.RecordKernel(ctx,
@@ -151,7 +151,7 @@ func TestPositionAndETA(t *testing.T) {
 		t.Errorf("before anything was built: position %d, ETA %v; want 1 and none", r.Position, r.ETA)
 	}
 	update(t, c, waits, api.BuildUpdate{State: api.Cancelled})
-	// Three builds took 1, 2 and 9 minutes. The median is 2 minutes.
+	// The median of 1, 2 and 9 minutes is 2 minutes.
 	for i, minutes := range []time.Duration{1, 9, 2} {
 		id := ask(fmt.Sprintf("535.1%d", i))
 		update(t, c, id, api.BuildUpdate{State: api.Building, Worker: fmt.Sprintf("w%d", i), Attempt: 1})
@@ -183,7 +183,7 @@ func TestPositionAndETA(t *testing.T) {
 			t.Errorf("Resolve(%s) = position %d, ETA %v; want %d, %v", row.driver, r.Position, r.ETA, row.position, row.eta)
 		}
 	}
-	// With a second builder, the wait is half as long. For a build that is late, there is no estimate.
+	// A second builder halves the wait. A late build has no estimate.
 	second := ask("535.21")
 	update(t, c, second, api.BuildUpdate{State: api.Building, Worker: "w8", Attempt: 1})
 	*now = now.Add(2 * time.Minute)

@@ -14,11 +14,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes may report what happened to an artifact. An artifact that does not load on several nodes goes into quarantine:
-// no node gets it until an operator has examined it. Nodes may lie. Of one network (/24, or /64 with IPv6), the server
-// therefore counts at most one failed node less than a quarantine needs. If a quarantine needs two nodes or more, an
-// attacker with only one network cannot withdraw an artifact. Such an attacker can report that a bad artifact loads,
-// and so keep it in use. That is no worse than without reports.
+// Nodes report what happened to an artifact. If it does not load on several nodes, it goes into quarantine until an
+// operator has examined it. Nodes may lie, so the reports of one network (/24, or /64 with IPv6) are not enough if a
+// quarantine needs two nodes or more. A network can still prevent a quarantine by reporting success.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -28,18 +26,17 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// reportWindow is the age up to which a report is counted against an artifact.
+	// reportWindow is the maximum age of a report that counts against an artifact.
 	reportWindow = 24 * time.Hour
-	// maxCounts is the most entries in an answer about reports.
+	// maxCounts is the maximum number of entries in an answer about reports.
 	maxCounts = 1000
-	// maxMessage is the greatest length of a node's message, in bytes.
+	// maxMessage is the maximum length of a node's message, in bytes.
 	maxMessage = 500
 )
 
 var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
 
-// Network returns the network of a node's address: the first 24 bits of an IPv4 address, or the first 64 bits of an
-// IPv6 address.
+// Network returns the network of a node's address: the first 24 bits with IPv4, or the first 64 with IPv6.
 func Network(a netip.Addr) string {
 	if !a.IsValid() {
 		return "unknown"
@@ -52,7 +49,7 @@ func Network(a netip.Addr) string {
 	return netip.PrefixFrom(a, bits).Masked().String()
 }
 
-// Report records what a node reports about an artifact that it tried. The argument from is the node's [Network].
+// Report records a node's report about an artifact. from is the node's [Network].
 func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) error {
 	if err := checkReport(&r); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("record the report: %w", err), "")
@@ -130,13 +127,12 @@ func checkReport(r *api.NodeReport) error {
 	return checkLine("message", r.Message)
 }
 
-// artifactFaults are the classes of failures that may be the artifact's fault. Failures of other classes are the node's
-// fault, such as a GPU in use or a full disk.
+// artifactFaults are the classes of failures that may be the artifact's fault. Other classes are the node's, such as a
+// full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
 
-// quarantineReason returns why an artifact has to go into quarantine, or "" if it stays in use. The argument outcomes
-// has what nodes reported within a day. The artifact goes into quarantine if it failed on at least limit nodes, and on
-// more nodes than it loaded on.
+// quarantineReason returns why an artifact has to go into quarantine, or "". The artifact must have failed on at least
+// limit nodes, and on more nodes than it loaded on.
 func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
 	most := max(1, limit-1) // the most failed nodes of one network that are counted
 	of, loaded, nodes := map[string]int{}, 0, 0
@@ -160,7 +156,7 @@ func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
 	return fmt.Sprintf("it did not load on %d of %d nodes within a day", nodes, nodes+loaded)
 }
 
-// Reports returns how often nodes reported each outcome, for one artifact or for all artifacts of one kernel.
+// Reports counts the reported outcomes for one artifact, or for all artifacts of one kernel.
 func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
 	switch {
 	case digest == "" && buildID == "":
@@ -172,8 +168,7 @@ func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) 
 	return c.Store.Reports(ctx, digest, buildID, board, maxCounts)
 }
 
-// maxQuarantine is the most artifacts on a page of quarantined artifacts. It is small because each artifact costs an
-// SQL statement.
+// maxQuarantine is the maximum number of artifacts on a page of quarantined artifacts. Each costs an SQL statement.
 const maxQuarantine = 100
 
 // Quarantined lists a page of the quarantined artifacts, newest first.

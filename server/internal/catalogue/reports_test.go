@@ -37,8 +37,7 @@ func report(t *testing.T, c *catalogue.Catalogue, from string, all ...api.NodeRe
 	}
 }
 
-// withArtifact returns a catalogue with one artifact, and the catalogue's clock, which the test sets. A quarantine
-// needs n nodes.
+// withArtifact returns a catalogue with one artifact, and its clock. A quarantine needs n nodes.
 func withArtifact(t *testing.T, n int) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	c, now := withClock(t)
@@ -108,8 +107,8 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// TestLift shows that no node gets a quarantined artifact, and that its cell is not built again. After an operator has
-// lifted it, nodes get it again, and earlier reports are not counted any more.
+// TestLift checks that nodes do not get a quarantined artifact, and get it again once it is lifted. Earlier reports
+// then do not count.
 func TestLift(t *testing.T) {
 	t.Parallel()
 	c, now := withArtifact(t, 3)

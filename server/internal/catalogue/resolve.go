@@ -13,13 +13,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Auto is the flavour of a request that lets the server choose. If either flavour is published, the server chooses that
-// one. If not, it chooses the flavour that NVIDIA recommends: open from branch R560 on, and proprietary for older
-// branches.
+// Auto is the flavour of a request that lets the server choose. The server prefers a published flavour, and then
+// NVIDIA's recommendation: open from branch R560 on, proprietary before.
 const Auto = "auto"
 
-// NVIDIA chose these two branches: it recommends the open modules from R560 on, and releases no proprietary modules
-// from R620 on.
+// NVIDIA recommends the open modules from R560 on, and releases no proprietary modules from R620 on.
 const (
 	firstOpenPreferred = 560
 	firstOpenOnly      = 620
@@ -61,7 +59,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	return w, nil
 }
 
-// candidates returns the flavours that the request allows. The preferred flavour is first.
+// candidates returns the allowed flavours, preferred first.
 func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
@@ -72,9 +70,8 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version returns the driver version that the request asks for. If the request has a wish instead of a version, the
-// kernel's driver lists decide. If there is no version, the result reason says why, and the result hint says what to
-// do.
+// version returns the driver version that the request asks for. A wish is resolved with the kernel's driver lists. If
+// there is no version, version returns a reason and a hint.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
@@ -91,9 +88,8 @@ func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint
 	return version, "", ""
 }
 
-// Resolve returns the state of the cell that a node asks for, and the artifact that the node should run if there is
-// one. It returns an error only if the question is malformed or the store fails. In all other cases, the state has a
-// reason.
+// Resolve returns the state of the cell that a node asks for, and the artifact to run if there is one. It returns an
+// error only for a malformed question or a failure of the store.
 func (c *Catalogue) Resolve(
 	ctx context.Context,
 	buildID, board, driver, flavour, release string,
@@ -137,8 +133,7 @@ func (c *Catalogue) Resolve(
 	return best, nil
 }
 
-// rank returns a number by which the states of the two flavours are compared. A lower number is nearer to a usable
-// artifact.
+// rank orders the states of two flavours. A lower number is nearer to a usable artifact.
 func rank(s api.State) int {
 	return slices.Index(
 		[]api.State{
@@ -167,8 +162,8 @@ func whyUnsupported(rel api.DriverRelease, d target.Driver) string {
 	return ""
 }
 
-// resolution computes the state of a cell from all facts about it. An artifact fits a kernel only if it is attested for
-// that kernel's COS build. If the kernel's fingerprint is known, the artifact must also have the same fingerprint.
+// resolution computes the state of a cell. An artifact fits only if it is attested for the kernel's COS build. It must
+// also have the kernel's fingerprint, if that is known.
 func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
@@ -240,8 +235,8 @@ func requestHint(k api.Kernel, d target.Driver) string {
 		k.BuildID, k.Board, d.Version, d.Flavour)
 }
 
-// lookUpLater stores an unknown kernel for [Catalogue.LookUpUnknown]. Nobody waits for the lookup, because nodes ask
-// again. The number of stored kernels is limited, because anybody can ask.
+// lookUpLater stores an unknown kernel for [Catalogue.LookUpUnknown]. The number of stored kernels is limited, because
+// anybody can ask.
 func (c *Catalogue) lookUpLater(k target.Kernel) {
 	if c.Mirror == nil {
 		return
@@ -252,8 +247,8 @@ func (c *Catalogue) lookUpLater(k target.Kernel) {
 	}
 }
 
-// LookUpUnknown looks up the unknown kernels that nodes asked for, one after the other, until ctx is done. If a kernel
-// is not found, it is not looked up again within missedFor.
+// LookUpUnknown looks up the unknown kernels that nodes asked for, until ctx is done. A kernel that was not found is
+// looked up again only after missedFor.
 func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	missed := map[string]time.Time{}
 	for {
@@ -275,32 +270,31 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// maxUnknown is how many kernels may wait for their lookup. maxMissed is how many kernels that were not found are
-// remembered. missedFor is the pause before such a kernel is looked up again.
+// maxUnknown is the maximum number of kernels that wait for their lookup. maxMissed is the maximum number of remembered
+// misses. missedFor is the pause before a missed kernel is looked up again.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
 	missedFor  = 2 * time.Minute
 )
 
-// Matrix is a page of kernels, with a column for each driver version. Cells[i][j] has the cells of kernel i and driver
-// version j, one for each flavour.
+// Matrix is a page of kernels with a column for each driver version. Cells[i][j] are the cells of kernel i and version
+// j, one for each flavour.
 type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Folded has the drivers without a column. Nobody requested them for these kernels, or the matrix has maxColumns
-	// columns already.
+	// Folded are the drivers without a column: nobody requested them for these kernels, or the matrix is full.
 	Folded []api.DriverRelease
 	// Next is the cursor of the next page of kernels; "" means that there is none.
 	Next string
 }
 
-// maxColumns is the most driver versions in a matrix. A reader cannot compare more.
+// maxColumns is the maximum number of driver versions in a matrix. A reader cannot compare more.
 const maxColumns = 16
 
-// DriverFilter says which drivers a matrix has. With the zero value, it has those that somebody asked for, for a kernel
-// of the page.
+// DriverFilter chooses the drivers of a matrix. The zero value chooses the drivers that were requested for a kernel of
+// the page.
 type DriverFilter struct {
 	// Text is a branch (R535, 535), or the beginning of a version; "" means any driver.
 	Text string
@@ -340,7 +334,7 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFi
 	return m, nil
 }
 
-// columns returns the drivers of a matrix, newest first. The result folded has the other drivers that match the filter.
+// columns returns the drivers of a matrix, newest first, and the other drivers that match the filter.
 func (c *Catalogue) columns(
 	ctx context.Context,
 	cells []*store.KernelCells,
@@ -393,11 +387,11 @@ func (c *Catalogue) columns(
 	return shown, folded, nil
 }
 
-// MaxLimitCells is the most kernels on a page of cells. The limit is low because each kernel has some dozen cells.
+// MaxLimitCells is the maximum number of kernels on a page of cells. Each kernel has some dozen cells.
 const MaxLimitCells = 100
 
-// readPage reads a page of kernels with the facts that decide the states of their cells. It first checks the page that
-// the client asks for. If the client gave the limit 0, the page has a fifth of MaxLimitCells.
+// readPage checks the requested page, and reads its kernels with the facts about their cells. Limit 0 means
+// MaxLimitCells / 5.
 func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string,
 	error) {
 	if p.Limit == 0 {
@@ -416,8 +410,7 @@ func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the states of the cells of a page of kernels. With a version, it lists the cells of that driver version.
-// Without one, it lists those of all versions that somebody built or published for these kernels.
+// Cells lists the cells of a page of kernels. Without a version, it lists the cells with a build or an artifact.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,

@@ -17,11 +17,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// labelsAtOnce is how many kernels one transaction changes. It is small because other writers wait for the transaction.
+// labelsAtOnce is the number of kernels that one transaction changes. Other writers wait for the transaction.
 const labelsAtOnce = 200
 
-// SawGKE records which GKE versions boot which kernels. The keys of versions are BUILD_ID/board. If the list of a
-// kernel is empty, the stored versions of the kernel are removed. Kernels that the catalogue lacks are ignored.
+// SawGKE records the GKE versions of kernels, by BUILD_ID/board. An empty list removes the stored versions. Unknown
+// kernels are ignored.
 func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) error {
 	for _, all := range versions {
 		for _, v := range all {
@@ -59,9 +59,8 @@ func checkGKE(version string) error {
 	return nil
 }
 
-// fillBuildID sets the BUILD_ID of a pool that has a GKE version instead. If the catalogue has no kernel or several
-// kernels for the version, the BUILD_ID is not known: fillBuildID then returns a resolution that says so. Otherwise it
-// returns nil.
+// fillBuildID replaces a pool's GKE version by a BUILD_ID, and returns nil. If the version has no kernel or several, it
+// returns a resolution that says so.
 func (c *Catalogue) fillBuildID(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
 	if pool.GKE == "" {
 		return nil, nil
@@ -104,8 +103,8 @@ func (c *Catalogue) fillBuildID(ctx context.Context, pool *api.Pool) (*api.Resol
 	return nil, nil
 }
 
-// lists returns a kernel's driver lists as a [cosbucket.DriverList]. That type chooses the driver version for a wish.
-// Builder and server both use it, so they follow the same rule.
+// lists returns a kernel's driver lists as a [cosbucket.DriverList], so that server and builder choose by the same
+// rule.
 func lists(k api.Kernel) cosbucket.DriverList {
 	l := driverList(k.Default, k.Latest, k.Branches)
 	for gpu, own := range k.GPUs {
@@ -122,11 +121,11 @@ func driverList(first, latest string, branches map[string]string) cosbucket.Driv
 		Versions: slices.DeleteFunc([]string{first, latest}, func(v string) bool { return v == "" })}
 }
 
-// GPULabel has the labels under which a COS build lists a driver version for one type of GPU.
+// GPULabel is a type of GPU for which a COS build lists a driver version.
 type GPULabel struct {
 	// GPU is COS's name of the type, such as NVIDIA_L4.
 	GPU string
-	// Labels has the labels for the version: default, latest, or a branch such as R535.
+	// Labels are the labels of the version there: default, latest, or a branch such as R535.
 	Labels []string
 }
 

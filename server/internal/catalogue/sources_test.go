@@ -16,8 +16,8 @@ import (
 
 const v580 = "580.95.05"
 
-// withGPUs returns a catalogue with one kernel. The default driver of that kernel differs for some types of GPU.
-// Nodes of two GKE versions boot the kernel.
+// withGPUs returns a catalogue with one kernel. The kernel has its own default drivers for some GPUs, and two GKE
+// versions.
 func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -77,8 +77,7 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// TestPlanForAGPU shows that wish lists on the server can have types of GPU, as those of the builder can. One of the
-// kernels has driver lists only for types of GPU.
+// TestPlanForAGPU plans wish lists with types of GPU. One kernel has driver lists only for types of GPU.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)
@@ -117,7 +116,7 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Pool != pool {
 		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with driver %s, not published", pool, v, err, first, v309)
 	}
-	// The first version is not in the list. The second is, but its COS build is not in the mirror.
+	// The list lacks the first version. The mirror lacks the second version's COS build.
 	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} {
 		v, err = ask(api.Pool{GKE: gke, Board: "lakitu"})
 		if err != nil || v.May || v.Resolution.State != api.Unknown || v.Resolution.Reason == "" || v.Resolution.Hint == "" {
@@ -152,8 +151,7 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 }
 
-// TestSawGKE shows that the catalogue records only GKE versions like 1.33.5-gke.1. It also shows that the catalogue
-// records the versions of more kernels than fit one transaction.
+// TestSawGKE checks which GKE versions are recorded, and that more kernels than fit one transaction are.
 func TestSawGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

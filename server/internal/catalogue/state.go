@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// event is something that happens to a build. The tables below have all rules about the order of a build's states. No
-// other code has such rules.
+// event is something that happens to a build. Only the tables below have rules about the order of states.
 type event string
 
 const (
@@ -27,9 +26,8 @@ var stateAfter = map[event]api.State{
 	start: api.Building, publish: api.Published, fail: api.Failed, putBack: api.Queued, cancel: api.Cancelled,
 }
 
-// allowedStates has, for each event, the states in which it may happen. A failed build may start again, because the
-// queue may still have the job of a build that the server marked as failed. The event publish is allowed in every
-// state, even after a cancel, because the artifact exists. After that, no other event is allowed.
+// allowedStates are the states in which an event may happen. A failed build may start again, because its job may still
+// be in the queue. Publishing is always allowed, even after a cancel, because the artifact exists.
 var allowedStates = map[event][]api.State{
 	start:   {api.Queued, api.Building, api.Failed},
 	publish: {api.Queued, api.Building, api.Failed, api.Cancelled, api.Published},
@@ -38,8 +36,8 @@ var allowedStates = map[event][]api.State{
 	cancel:  {api.Queued, api.Building, api.Cancelled},
 }
 
-// tooLateStates has, for each event, the states in which it comes too late and changes nothing. Such an event is not an
-// error, because the builder could not know. The answer has the build's state, so that the builder stops.
+// tooLateStates are the states in which an event changes nothing, without an error: the builder could not know. The
+// answer's state makes the builder stop.
 var tooLateStates = map[event][]api.State{
 	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
 	fail:     {api.Cancelled},
@@ -59,8 +57,8 @@ func eventOf(u api.BuildUpdate) (event, error) {
 	return "", fmt.Errorf("state %q is not a state of builds", u.State)
 }
 
-// apply returns the build as it is after the event, with the values of the update u. If the event is not allowed, apply
-// returns an error.
+// apply returns the build after an event, with the values of the update. If the event is not allowed, it returns an
+// error.
 func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, error) {
 	if u.Kernel != nil && (u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board) {
 		return b, fault.New(fault.Mismatch, fmt.Sprintf("the build is for kernel %s, not %s", b.Kernel, *u.Kernel), "")

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// This file has what only the web pages show. The API's answers do not have it.
+// This file is for the web pages only.
 
 // CellView has everything that the catalogue knows about one kernel and one driver version.
 type CellView struct {
@@ -33,11 +33,10 @@ type FlavourView struct {
 	Builds []api.Build
 }
 
-// maxHistory is the most builds of one cell that are shown.
+// maxHistory is the maximum number of builds of one cell on a page.
 const maxHistory = 20
 
-// View returns everything about one kernel and one driver version. If the catalogue lacks the kernel, the error has
-// kind NotFound.
+// View returns everything about one kernel and one driver version. For an unknown kernel, the error has kind NotFound.
 func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*CellView, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err == nil {
@@ -89,13 +88,13 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 
 // Workload has the builders, the running builds and the waiting builds.
 type Workload struct {
-	// Waiting is how many builds wait. Next has the first of them, in the order in which they will start.
+	// Waiting is the number of waiting builds. Next are the first of them, in the order of their start.
 	Waiting int
 	Next    []api.Resolution
 	Running []api.Build
 	// Builders has the builders that reported lately, sorted by name.
 	Builders []Builder
-	// Takes has, for each flavour, the median duration of its newest builds.
+	// Takes is the median duration of the newest builds of each flavour.
 	Takes map[target.Flavour]time.Duration
 }
 
@@ -103,12 +102,12 @@ type Workload struct {
 type Builder struct {
 	Name   string
 	SeenAt time.Time
-	// Running is how many builds the builder works on. Published is how many builds it published within idleFor. Of each
-	// flavour, only the newest recentBuilds builds are counted as published.
+	// Running is the number of the builder's running builds. Published is the number it published within idleFor, out
+	// of the newest recentBuilds of each flavour.
 	Running, Published int
 }
 
-// maxShown is the most builds in each list of the page of the queue.
+// maxShown is the maximum number of builds in each list on the page of the queue.
 const maxShown = 50
 
 // Workload reads the builders and the waiting builds.
@@ -134,8 +133,8 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 	return v, nil
 }
 
-// Releases lists a page of COS builds, newest first. The limit of the page is a number of kernels; a COS build has one
-// kernel for each board. A COS build is not split between two pages, unless it has more boards than the limit.
+// Releases lists a page of COS builds, newest first. The limit is a number of kernels; a COS build has one for each
+// board. A COS build is not split between pages, unless it has more boards than the limit.
 func (c *Catalogue) Releases(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -182,8 +181,8 @@ func (c *Catalogue) Releases(
 // readyDays is the period of the percentiles on the page of releases, in days.
 const readyDays = 30
 
-// RecentReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. The
-// last measurement computed them from the cells that were published within 30 days.
+// RecentReadyTimes returns percentiles of the time from a kernel's discovery to the publication of a cell. They cover
+// 30 days, by the last measurement.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -204,7 +203,7 @@ func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 // News is an outcome of a cell: a build that was published or failed, or an artifact that was withdrawn.
 type News struct {
 	At time.Time
-	// Either Build is set, the build that ended, or Artifact, the artifact that was withdrawn.
+	// Build is a build that ended. Artifact is a withdrawn artifact. Only one of them is set.
 	Build    *api.Build
 	Artifact *api.Artifact
 }
@@ -240,7 +239,7 @@ func (c *Catalogue) Newest(ctx context.Context, n int) ([]News, error) {
 	return all[:min(n, len(all))], nil
 }
 
-// measured returns the last measurement. If there is none yet, it makes one.
+// measured returns the last measurement, or makes the first one.
 func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	if f := c.figures.Load(); f != nil {
 		return f, nil
@@ -251,12 +250,11 @@ func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	return c.figures.Load(), nil
 }
 
-// textPattern matches the texts for which kernels can be searched. It allows the characters of BUILD_IDs and kernel
-// releases. None of them has a meaning in an SQL pattern.
+// textPattern matches search texts for kernels. Its characters have no meaning in an SQL pattern.
 var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
 
-// filterStates are the states that kernels can be filtered by. Published is left out, because nearly all kernels have a
-// published cell. Unknown is left out, because the catalogue stores nothing about such cells.
+// filterStates are the states for filtering kernels. Nearly all kernels have a published cell, so published is left
+// out. Unknown is not stored.
 var filterStates = []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}
 
 // checkFilter returns an error if no kernel can match the filter.

@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestReleasesByPage reads three COS builds, which have two boards each, page by page. No COS build may be split
-// between two pages.
+// TestReleasesByPage reads three COS builds with two boards page by page. No COS build may be split between pages.
 func TestReleasesByPage(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

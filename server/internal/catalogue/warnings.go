@@ -14,8 +14,7 @@ type warner interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// Warnings lists the cells that only early-warning entries of wish lists want and whose last build failed, newest
-// kernels first. Such failures raise no alarm.
+// Warnings lists the cells that only early-warning entries want and whose last build failed, newest kernels first.
 func (c *Catalogue) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all, err := c.Store.Warnings(ctx)
 	slices.SortStableFunc(all, func(a, b api.Warning) int {

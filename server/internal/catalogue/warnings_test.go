@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestWarnings has a wish list with an early-warning entry for the newest milestone. Failures of that milestone must be
-// listed as warnings, and must raise no alarm.
+// TestWarnings has a wish list with an early-warning entry, whose failures must be warnings without an alarm.
 func TestWarnings(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)

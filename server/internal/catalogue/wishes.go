@@ -21,7 +21,7 @@ import (
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
-// maxProblems is the most problems of one wish list that are stored.
+// maxProblems is the maximum number of stored problems of one wish list.
 const maxProblems = 50
 
 // WishLists lists all wish lists.
@@ -34,8 +34,8 @@ func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, er
 	return c.Store.WishList(ctx, name)
 }
 
-// PutWishList checks and stores the text of a wish list, and asks [Catalogue.Planner] for a plan. The argument version
-// is the version of the stored text that the caller wants to replace; 0 means any version.
+// PutWishList checks and stores the text of a wish list, and asks [Catalogue.Planner] for a plan. version is the stored
+// version to replace; 0 means any.
 func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
 	if !namePattern.MatchString(name) {
 		return api.WishList{}, fault.New(
@@ -64,7 +64,7 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	return c.Store.WishList(ctx, name)
 }
 
-// DropWishList removes a wish list. Artifacts that were built for it stay.
+// DropWishList removes a wish list. Its artifacts stay.
 func (c *Catalogue) DropWishList(ctx context.Context, name string) error {
 	err := c.Store.Write(ctx, func(tx *store.Tx) error { return tx.DropWishList(ctx, name) })
 	if err == nil {
@@ -97,8 +97,8 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 	}
 }
 
-// Plan queues a build of each wanted cell that has no build yet, newest kernels first. It returns how many builds it
-// queued. Failed and cancelled cells are not queued again until somebody requests them.
+// Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. Failed
+// and cancelled cells stay as they are.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
@@ -127,7 +127,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	return n, errors.Join(errs...)
 }
 
-// planList plans one wish list and returns how many builds it queued. It writes the number of cells and the problems
+// planList plans one wish list and returns the number of queued builds. It writes the number of cells and the problems
 // into l.
 func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planView) (n int, err error) {
 	l.Cells, l.Problems = 0, nil
@@ -175,8 +175,8 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
-// queueCell queues a build of one cell. It queues none if the cell has a build or an artifact, or can never be built.
-// It reports whether it queued a build.
+// queueCell queues a build of one cell, and reports whether it did. It does not if the cell has a build or an artifact,
+// or can never be built.
 func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // the wish list has a COS build that the catalogue lacks
@@ -208,7 +208,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	return true, nil
 }
 
-// planView has the content of the catalogue. [plan.Expand] reads it through the methods that it calls on a bucket.
+// planView gives [plan.Expand] the content of the catalogue instead of a bucket.
 type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
@@ -292,8 +292,7 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 	return list, nil
 }
 
-// Announce looks up a COS build, records its kernels, and plans all wish lists at once. A second call for the same COS
-// build changes nothing.
+// Announce looks up a COS build, records its kernels, and plans all wish lists. A second call changes nothing.
 func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, error) {
 	if _, err := target.ParseKernel(buildID, "lakitu"); err != nil {
 		return api.Release{}, fault.Wrap(fault.Usage, err, "")
@@ -309,7 +308,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 		return api.Release{}, err
 	}
 	if _, err := c.Plan(ctx); err != nil {
-		// The cells that were queued stay queued. The next plan tries the other cells again.
+		// The next plan tries the cells that were not queued.
 		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
 		c.PlanSoon()
 	}
@@ -358,8 +357,8 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 	return r, nil
 }
 
-// ReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. They are
-// computed from the cells that were published within the given number of days.
+// ReadyTimes returns percentiles of the time from a kernel's discovery to the publication of a cell, over the given
+// days.
 func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
 	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))
 	return durations(took), err
@@ -375,11 +374,10 @@ func durations(took []time.Duration) api.ReadyDuration {
 	return api.ReadyDuration{Count: n, P50: at(50), P90: at(90), P99: at(99), Max: took[n-1].Seconds()}
 }
 
-// maxPools is the most pools of one preflight.
+// maxPools is the maximum number of pools of one preflight.
 const maxPools = 100
 
-// Preflight says, for each node pool, whether it may be upgraded to a COS build. It may if its nodes would find their
-// driver.
+// Preflight says for each node pool whether its nodes would find their driver after an upgrade to a COS build.
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
 		return api.Preflight{}, fault.New(fault.Usage,

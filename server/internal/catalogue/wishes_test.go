@@ -28,8 +28,7 @@ func jobs(q *fakeQueue) []string {
 	return all
 }
 
-// TestPlan stores a wish list. From then on, the server must queue the cells of each new COS build by itself, only
-// once, and newest first.
+// TestPlan stores a wish list. The server must queue each new COS build's cells by itself, only once, newest first.
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -73,7 +72,7 @@ func TestPlan(t *testing.T) {
 	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
 		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
 	}
-	// If a wish cannot be met, it is listed as a problem. The other wishes are still planned.
+	// A wish that cannot be met is listed as a problem. The others are still planned.
 	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
 	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
 		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
@@ -104,8 +103,7 @@ func TestPlan(t *testing.T) {
 
 func errOf[T any](_ T, err error) error { return err }
 
-// TestAnnounce announces a COS build. The server must look it up and plan it. When its cells are built, the server must
-// say how long that took.
+// TestAnnounce announces a COS build. The server must look it up, plan it, and say later how long it took.
 func TestAnnounce(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)

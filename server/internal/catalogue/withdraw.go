@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Yank marks an artifact, so that no node gets it any more. If y has a replacement, Yank stores it, too.
-// [Catalogue.Unyank] removes the mark.
+// Yank marks an artifact, so that no node gets it any more. It also stores the replacement, if there is one.
 func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
 	reason := strings.TrimSpace(y.Reason)
 	if reason == "" || len(reason) > 1000 {
@@ -39,7 +38,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	})
 }
 
-// checkReplacement returns an error unless the artifact with this digest may replace the artifact old.
+// checkReplacement returns an error unless the artifact with the given digest can replace the old one.
 func checkReplacement(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
 	a, err := tx.Artifact(ctx, digest)
 	if err != nil {
@@ -82,7 +81,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Earlier reports about it are not counted any more.
+// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
@@ -93,8 +92,8 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 	})
 }
 
-// setState sets the state of an artifact. In the same transaction it calls the function more with the artifact as it
-// was before; nil means no call.
+// setState sets the state of an artifact. The callback, which may be nil, gets the former artifact in the same
+// transaction.
 func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
 ) (a api.Artifact, err error) {
@@ -124,7 +123,7 @@ func (c *Catalogue) setState(
 	return a, err
 }
 
-// setWithdrawn changes a resolution so that it says that the artifact a must not be used.
+// setWithdrawn sets the state, reason and hint of a withdrawn artifact.
 func setWithdrawn(r *api.Resolution, a *store.Candidate) {
 	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
 	if a.State == api.Quarantined {

@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// failingQueue is a queue whose calls return an error after they have done their work. The effect is that of a database
-// that is lost during a transaction.
+// failingQueue does its work and then returns an error, like a database that is lost during a transaction.
 type failingQueue struct {
 	queue.Within
 	broken *bool
@@ -40,8 +39,7 @@ func (b failingQueue) Cancel(ctx context.Context, build int64) error {
 	return b.err(b.Within.Cancel(ctx, build))
 }
 
-// TestBuildAndJobAreOne shows that a build and its job are written either both or not at all, if catalogue and queue
-// are in one database.
+// TestBuildAndJobAreOne checks that a build and its job are both written or neither, if both are in one database.
 func TestBuildAndJobAreOne(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {

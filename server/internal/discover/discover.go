@@ -1,7 +1,6 @@
-// Package discover reads upstream sources and records what exists: COS builds with their driver lists, the GKE versions
-// whose nodes boot them, and NVIDIA's releases. If a source fails, the error is logged, the other sources are still
-// read, and the source is read again at the next interval. A server without sources serves what it has. The package
-// requests no builds, and removes no kernels and no drivers.
+// Package discover reads upstream sources and records what exists: COS builds with their driver lists, GKE versions,
+// and NVIDIA's releases. A source that fails is tried again at the next interval. The package requests no builds, and
+// removes no kernels and no drivers.
 package discover
 
 import (
@@ -25,10 +24,10 @@ type catalogue interface {
 
 // Source is a place that lists kernels, drivers or GKE versions.
 type Source interface {
-	// Name returns a word for what the source lists. It is a key in the log.
+	// Name returns a word for the source's entries, for the log.
 	Name() string
-	// Look reads the source once, records its entries and returns their number. If part of the source cannot be read, it
-	// records the rest and returns an error.
+	// Look reads the source once, records its entries and returns their number. If it returns an error, it has recorded
+	// what it could read.
 	Look(ctx context.Context, to catalogue) (n int, err error)
 }
 
@@ -82,7 +81,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 }
 
-// Scan reads each source once. It returns the number of entries by the source's name.
+// Scan reads each source once. It returns the number of entries for each source's name.
 func Scan(ctx context.Context, c Config) (counts map[string]int, err error) {
 	counts = map[string]int{}
 	for _, s := range c.Sources {

@@ -75,7 +75,7 @@ func TestLook(t *testing.T) {
 		"17800.0.47/lakitu/kernel_commit":       commit + "\n",
 		"17800.0.47/lakitu/gpu_default_version": "535.261.03\n",
 		"17800.0.47/lakitu/gpu_latest_version":  "535.309.01\n",
-		// The list is like gpu_driver_versions.proto of cos/tools. It has 580.95.05 for only one type of GPU.
+		// The list is like gpu_driver_versions.proto of cos/tools. Only one GPU has 580.95.05.
 		"17800.0.47/lakitu/gpu_driver_versions.textproto": `
 gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { label: "DEFAULT" version: "535.104.05" } }
 gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
@@ -143,8 +143,8 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	}
 }
 
-// TestEachMilestoneIsFollowed shows that COS builds of an LTS milestone are read, however many builds newer milestones
-// have. It also shows that, of the known COS builds, only the newest of each milestone are read again each time.
+// TestEachMilestoneIsFollowed checks that an LTS milestone's builds are read, however many newer milestones have. Of
+// the known builds, only each milestone's newest are read again each time.
 func TestEachMilestoneIsFollowed(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40) + "\n"

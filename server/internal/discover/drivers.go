@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Drivers is a bucket of NVIDIA's runfiles. It is a source of driver versions.
+// Drivers is a source of driver versions: a bucket of NVIDIA's runfiles.
 type Drivers struct {
 	// URL is the address of the bucket.
 	URL string

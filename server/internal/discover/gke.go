@@ -14,30 +14,29 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxGKE is the most kernels that are read from a list, newest first.
+// maxGKE is the maximum number of kernels that are read from a list, newest first.
 const maxGKE = 4000
 
 // missedFor is the pause before a kernel that was missing in the bucket is looked up there again.
 const missedFor = 24 * time.Hour
 
-// GKE is a list of GKE versions and the COS images that their nodes boot. It finds COS builds that [Kernels] does not
-// find: those older than the newest builds of their milestone, and those in a mirror that cannot list its content.
+// GKE is a list of GKE versions and their COS images. It also finds COS builds that [Kernels] does not: old ones, and
+// those in a mirror that cannot list its content.
 type GKE struct {
 	// Map is the URL of the list, a file like gke-to-cos.json.
 	Map string
 	// URL is the address of the bucket with the builds.
 	URL string
 
-	// missed has the listed kernels that were missing in the bucket, with the time of the lookup. The keys are
-	// BUILD_ID/board.
+	// missed is the time when a listed kernel was missing in the bucket, by BUILD_ID/board.
 	missed map[string]time.Time
 }
 
 // Name is "gke".
 func (*GKE) Name() string { return "gke" }
 
-// Look reads the list. It first reads from the bucket the listed kernels that the catalogue lacks. It then records the
-// GKE versions of each known kernel, and returns how many kernels have one.
+// Look reads the list. It records listed kernels that the catalogue lacks, and then the GKE versions of each known
+// kernel. It returns the number of kernels with a GKE version.
 func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	images, err := plan.LoadImageMap(ctx, s.Map)
 	if err != nil {
@@ -72,7 +71,7 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, trouble
 }
 
-// lookUp reads those of the kernels from the bucket that were never read, and records them.
+// lookUp reads from the bucket the kernels that were never read, and records them.
 func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
 	now := time.Now()
 	listed := map[string]bool{}

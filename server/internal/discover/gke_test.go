@@ -20,10 +20,10 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// gkeMap is like https://www.gstatic.com/gke-image-maps/gke-to-cos.json. The following is known from
-// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, how creation_time is written,
-// and that the last three numbers of an image's name are its BUILD_ID. The first GKE version is from the README of that
-// tool. The names of images are from gVisor's test/gpu/cos_gpu_compatibility_test.go.
+// gkeMap is like https://www.gstatic.com/gke-image-maps/gke-to-cos.json. The fields, the form of creation_time, and the
+// BUILD_ID in an image's name are from tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services. The
+// first GKE version is from that tool's README. The names of images are from gVisor's
+// test/gpu/cos_gpu_compatibility_test.go.
 const gkeMap = `{"creation_time": "2026-11-01T08:00:00.123456Z", "entries": [
 	{"gke_version": "1.33.5-gke.1080000", "image": "cos-121-18867-199-52"},
 	{"gke_version": "1.33.5-gke.200", "image": "cos-121-18867-199-52"},
@@ -43,9 +43,8 @@ func names(kernels []api.Kernel) (all []string) {
 	return all
 }
 
-// TestGKE shows what discovery does with the list. It finds COS builds that are not among the newest of their
-// milestone. It records the GKE versions of known kernels, and removes versions that are no longer in the list. If
-// nothing has changed, it writes nothing.
+// TestGKE checks that discovery finds old COS builds of the list, records GKE versions, and removes versions that the
+// list lacks. Without a change, it must write nothing.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -91,8 +90,8 @@ func TestGKE(t *testing.T) {
 	}
 }
 
-// TestGKEOfAMirrorWithoutListing has a mirror that is a web server and cannot list its content. The list of images says
-// which COS builds to look up there.
+// TestGKEOfAMirrorWithoutListing has a mirror that cannot list its content. Its COS builds are found by the list of
+// images.
 func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -116,8 +115,7 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}
 }
 
-// TestGKERemembersMisses shows that a kernel that was missing in the bucket is looked up there again only a day later,
-// and not at every reading.
+// TestGKERemembersMisses checks that a missing kernel is looked up again only a day later.
 func TestGKERemembersMisses(t *testing.T) {
 	t.Parallel()
 	text := []byte(strings.Repeat("a", 40) + "\n")

@@ -17,34 +17,30 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// requestsAtOnce is how many requests to one bucket run at the same time.
+// requestsAtOnce is the maximum number of simultaneous requests to one bucket.
 const requestsAtOnce = 8
 
-// Google adds drivers to the driver lists of a milestone's newest builds after their release, and seldom to the lists
-// of older builds. Each reading therefore reads the newest builds of each milestone again. Other known kernels are read
-// again after the time readAgain.
+// Google adds drivers mostly to the lists of a milestone's newest builds, so these are read each time. Other known
+// kernels are read again after readAgain.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
 	pageLength = 1000
 )
 
-// Kernels is a bucket of COS releases. It is a source of the newest COS builds of each milestone, and of their driver
-// lists.
+// Kernels is a source of the newest COS builds of each milestone: a bucket of COS releases.
 type Kernels struct {
 	// URL is the address of the bucket.
 	URL string
-	// PerMilestone is how many COS builds of each milestone are read, newest first; 0 means 40. There is a limit because
-	// Google's bucket keeps thousands of builds. It is a limit for each milestone because an LTS milestone has releases
-	// for two years, while newer milestones are developed.
+	// PerMilestone is the maximum number of COS builds of each milestone, newest first; 0 means 40. Google's bucket
+	// keeps thousands. An LTS milestone has releases for two years, beside newer milestones.
 	PerMilestone int
 }
 
 // Name is "kernels".
 func (Kernels) Name() string { return "kernels" }
 
-// Look reads the COS builds that the catalogue lacks. It also reads those known kernels again whose driver lists may
-// have changed.
+// Look reads the COS builds that the catalogue lacks, and known kernels whose driver lists may have changed.
 func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {
@@ -68,8 +64,8 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, err
 }
 
-// readAndRecord reads kernels from a bucket and records them. The result n is how many it recorded. The result lacks
-// has the kernels that the bucket does not have, because a list may have more kernels than the bucket.
+// readAndRecord reads kernels from a bucket and records them. It returns the number of recorded kernels, and the
+// kernels that the bucket lacks.
 func readAndRecord(
 	ctx context.Context,
 	b *cosbucket.Bucket,
@@ -101,7 +97,7 @@ func readAndRecord(
 	return n, lacks, errors.Join(troubles...)
 }
 
-// knownKernels returns the kernels in the catalogue. The keys are BUILD_IDs.
+// knownKernels returns the kernels of the catalogue, by BUILD_ID.
 func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	all := map[string][]api.Kernel{}
 	for after := ""; ; {
@@ -118,8 +114,8 @@ func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, er
 	}
 }
 
-// choose returns the COS builds to read because the catalogue lacks them, and the known kernels to read again. The
-// argument ids is sorted, newest first. All builds of a milestone have the same first number in their BUILD_IDs.
+// choose returns the COS builds that the catalogue lacks, and the known kernels to read again. The given BUILD_IDs are
+// sorted, newest first. Those of one milestone have the same first number.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
@@ -149,12 +145,12 @@ func (s Kernels) choose(
 	return unseen, again
 }
 
-// incomplete reports whether a kernel was never read from a bucket. Such a kernel is in the catalogue only because a
-// build or an artifact is for it.
+// incomplete reports whether a kernel was never read from a bucket. The catalogue has it because of a build or an
+// artifact.
 func incomplete(k api.Kernel) bool { return k.Commit == "" }
 
-// readKernel reads the facts about a kernel from a bucket. It always reads the driver lists. It reads the commit only
-// if k has none, because the commit does not change.
+// readKernel reads a kernel's driver lists from a bucket. It reads the commit only if k has none, because the commit
+// does not change.
 func readKernel(ctx context.Context, b *cosbucket.Bucket, k target.Kernel) (api.Kernel, error) {
 	if err := ctx.Err(); err != nil {
 		return api.Kernel{}, err

@@ -16,7 +16,7 @@ type Mirror struct {
 	URL string
 }
 
-// Build reads one COS build with all of its boards. If the mirror lacks the build, the error has kind InputMissing.
+// Build reads one COS build with all its boards. If the mirror lacks it, the error has kind InputMissing.
 func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, err error) {
 	b, err := cosbucket.Open(ctx, m.URL)
 	if err != nil {

@@ -36,8 +36,8 @@ func scopeOf(op *huma.Operation) auth.Scope {
 	return ""
 }
 
-// access returns nil if the sender of this header has the scope, and otherwise an error. It stores the caller in the
-// context, for the logs.
+// access returns an error unless the sender of the header has the scope. It stores the caller in the context, for the
+// logs.
 func access(ctx context.Context, who *auth.Authenticator, authorization string, s auth.Scope) error {
 	scheme, secret, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
@@ -54,8 +54,7 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 
 const challenge = `Bearer realm="prebake"`
 
-// checkSecurity is a middleware for the routes of the [table]. If a route needs a scope, it refuses callers without
-// that scope.
+// checkSecurity is a middleware for the routes of the [table]. It refuses callers without the route's scope.
 func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		if scope := scopeOf(ctx.Operation()); scope != "" {
@@ -72,7 +71,7 @@ func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) 
 	}
 }
 
-// needScope returns a middleware for a route that is not in the [table]. It refuses callers without the scope.
+// needScope returns a middleware for a route outside the [table]. It refuses callers without the scope.
 func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -89,7 +88,7 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	}
 }
 
-// logOwn logs an error if it is the server's own. The answer does not contain the text of such an error.
+// logOwn logs the server's own errors, whose text no answer contains.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
 		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
@@ -105,12 +104,11 @@ type tokenStore interface {
 	Audited(ctx context.Context, e api.AuditEntry) error
 }
 
-// maxAuditPath is the most bytes of a path in the audit log.
+// maxAuditPath is the maximum length of a path in the audit log, in bytes.
 const maxAuditPath = 512
 
-// audit returns a middleware that writes the audit log. A call gets an entry if its caller is known and if it would
-// change something, even if it was refused. There is no entry for the frequent reports of builders and nodes. Of the
-// calls of a push, only the one with the manifest gets an entry.
+// audit returns a middleware that writes the audit log. It records calls of known callers that would change something,
+// even refused ones. It leaves out builders' and nodes' reports, and all of a push except the manifest.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -164,8 +162,8 @@ func audited(r *http.Request) bool {
 	return true
 }
 
-// limitClients returns a middleware that limits the calls of each address. After perMinute calls within a minute, it
-// answers 429 with Retry-After. If perMinute is 0, there is no limit.
+// limitClients returns a middleware that answers 429 with Retry-After if an address makes too many calls within a
+// minute. 0 means no limit.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }
@@ -177,14 +175,14 @@ func limitClients(perMinute int) func(http.Handler) http.Handler {
 		}))
 }
 
-// peer returns the address that the connection comes from; for IPv6 it returns the /64 network of the address. It
-// ignores headers that say that the client has another address, because anybody can write such headers.
+// peer returns the address of a connection, or its /64 network with IPv6. It ignores headers such as X-Forwarded-For,
+// because anybody can write them.
 func peer(r *http.Request) (string, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	return httprate.CanonicalizeIP(host), err
 }
 
-// callers has a limit for each caller with only the scope ask: how many builds the caller may add within an hour.
+// callers limits the builds that each caller with only the scope ask may add within an hour.
 type callers struct {
 	perHour int
 
@@ -192,8 +190,7 @@ type callers struct {
 	of map[string]*rate.Limiter
 }
 
-// maxCallers is the most callers that are remembered. There is a limit because an issuer can make tokens for any number
-// of callers.
+// maxCallers is the maximum number of remembered callers. An issuer can make tokens for any number of callers.
 const maxCallers = 10_000
 
 // caller returns the limits of the caller in the context.

@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// neededScopes is the authorization table: each route with the scope that it needs. It is written by hand. If a route
-// is new, or needs another scope than before, the test fails until somebody confirms the change here.
+// neededScopes is the scope that each route needs. It is written by hand, so that somebody has to confirm each change.
 var neededScopes = map[string]auth.Scope{
 	"GET /":                               "",
 	"GET /assets/{name}":                  "",
@@ -97,7 +96,7 @@ var neededScopes = map[string]auth.Scope{
 	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
 }
 
-// satisfyingScopes has, for each scope that a route may need, the scopes that satisfy it.
+// satisfyingScopes are the scopes that satisfy each needed scope.
 var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
 	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},
@@ -117,8 +116,7 @@ func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from ti
 	return made
 }
 
-// TestAuthorization calls every route as every kind of caller and compares the answer with the table. Each route has
-// to be in the table.
+// TestAuthorization calls every route as every kind of caller, and compares the answers with the table.
 func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -169,7 +167,7 @@ func TestAuthorization(t *testing.T) {
 	}))
 }
 
-// ask sends a request and returns the status of the answer. The body of the request is too short to change anything.
+// ask sends a request whose body is too short to change anything, and returns the status.
 func ask(t *testing.T, method, url, secret string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader("{"))
@@ -185,8 +183,7 @@ func ask(t *testing.T, method, url, secret string) int {
 	return resp.StatusCode
 }
 
-// TestNodeAsks shows that a node may request builds only of known kernels, and only up to a number per hour. If the
-// build exists already, the request is not counted.
+// TestNodeAsks checks that a node may request only known kernels, and only some per hour. Existing builds do not count.
 func TestNodeAsks(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -212,8 +209,7 @@ func TestNodeAsks(t *testing.T) {
 	check(t, request(pipeline, 79, "550.54.30"))
 }
 
-// TestAudit shows that the audit log says who changed what, and who was refused. It has no entries for the frequent
-// reports of builders.
+// TestAudit checks that the audit log has changes and refusals, but not builders' reports.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -272,8 +268,8 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// TestPush shows that the server looks up a COS build in its mirror after a message of Cloud Pub/Sub about that COS
-// build. To any other message it answers 204, so that Pub/Sub does not send the message again.
+// TestPush checks that a message of Cloud Pub/Sub about a COS build starts a lookup. Any other message must get 204, or
+// Pub/Sub would send it again.
 func TestPush(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -298,8 +294,7 @@ func TestPush(t *testing.T) {
 	}
 }
 
-// TestClientRate shows that the answer after too many calls from one address says how long to wait. Calls from another
-// address are answered.
+// TestClientRate checks the answer after too many calls from one address. Another address is still answered.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
 	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler),

@@ -14,16 +14,15 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// compression is the level of gzip. This level takes little time, and gives most of the reduction of higher levels.
+// compression is the level of gzip. It is fast, and compresses nearly as well as higher levels.
 const compression = 4
 
-// compressFrom is the size in bytes from which an answer is compressed. A smaller answer fits one Ethernet packet. To
-// start the compressor for it would take longer than everything else that a node's question takes.
+// compressFrom is the minimum size of a compressed answer, in bytes. Smaller answers fit one Ethernet packet, and
+// starting the compressor would take longer than answering a node.
 const compressFrom = 1400
 
-// etags is a middleware that adds an ETag to the answers to reads. If the client has the same answer already, it gets
-// 304 instead. That saves only the transfer, because the server has to make the answer first. Clients that accept gzip
-// get large answers compressed.
+// etags is a middleware that adds an ETag to answers to reads. If the client has the same answer already, it answers
+// 304. It also compresses large answers for clients that accept gzip.
 func etags(next http.Handler) http.Handler {
 	compressor := middleware.NewCompressor(
 		compression,
@@ -100,14 +99,14 @@ type bufferedResponse struct {
 // buffers has buffers for reuse.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// maxPooledBuffer is the size in bytes up to which a buffer is reused.
+// maxPooledBuffer is the maximum size of a reused buffer, in bytes.
 const maxPooledBuffer = 256 << 10
 
 func newBufferedResponse(w http.ResponseWriter) *bufferedResponse {
 	return &bufferedResponse{ResponseWriter: w, status: http.StatusOK, body: buffers.Get().(*bytes.Buffer)}
 }
 
-// free returns the buffer to the pool. The answer must not be used afterwards.
+// free returns the buffer to the pool. Do not use the answer afterwards.
 func (h *bufferedResponse) free() {
 	if h.body.Cap() <= maxPooledBuffer {
 		h.body.Reset()

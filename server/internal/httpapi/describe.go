@@ -8,8 +8,8 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 )
 
-// describeRest adds to an operation's description the answers that every route may give: an error, an answer to too
-// many calls, and for a read "not modified".
+// describeRest adds to an operation the answers that every route may give: an error, "too many calls", and "not
+// modified".
 func describeRest(o *huma.OpenAPI, op *huma.Operation) {
 	failed := &huma.MediaType{Schema: o.Components.Schemas.Schema(reflect.TypeFor[problem](), true, "Problem")}
 	add := func(status string, r huma.Response) {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// pollInterval is the pause between two checks of a watched build; a check reads one row of the database.
-// keepAliveInterval is the pause after which an idle connection gets a comment, so that no proxy closes it.
+// pollInterval is the pause between two checks of a watched build. After keepAliveInterval, an idle connection gets a
+// comment, so that no proxy closes it.
 const (
 	pollInterval      = time.Second
 	keepAliveInterval = 15 * time.Second
@@ -26,9 +26,8 @@ const (
 )
 
 // events returns a handler that sends the states of a build as server-sent events
-// (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event has the name "build", and the build in
-// the form of the API. The stream ends when the build ends, when the server stops, and after an hour. If it ends too
-// early, browsers connect again by themselves.
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event is named "build" and contains the build
+// as in the API. The stream ends with the build, with the server, or after an hour.
 func events(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -39,8 +38,8 @@ func events(c Config) http.HandlerFunc {
 		}
 		control := http.NewResponseController(w)
 		if err == nil {
-			// After its request, the client sends nothing. The server still reads, to notice when the client goes away. It
-			// removes the read deadline, because the stream is long.
+			// The client sends nothing more, but the server reads to notice when it goes away. The stream is long, so
+			// this read has no deadline.
 			err = control.SetReadDeadline(time.Time{})
 			if errors.Is(err, http.ErrNotSupported) {
 				err = nil // the recorder of a test has no deadlines

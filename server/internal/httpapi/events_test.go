@@ -52,8 +52,8 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// TestWatchEnds shows that [api.Watch] returns a transient error if the stream ends before the build ends. The server
-// ends a stream when the client leaves and when the server stops.
+// TestWatchEnds checks that [api.Watch] returns a transient error if the stream ends before the build. The server must
+// end a stream when the client leaves or the server stops.
 func TestWatchEnds(t *testing.T) {
 	t.Parallel()
 	short := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -16,11 +16,10 @@ import (
 // cannotFail has the operations whose input cannot be wrong.
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
-// testedElsewhere has the operations that can only succeed with clients in several networks. Tests of package catalogue
-// call these use-cases.
+// testedElsewhere are operations that need clients in several networks. Tests of package catalogue cover them.
 var testedElsewhere = map[string]bool{"lift": true}
 
-// serveMirrored does what [serve] does. Its server has a mirror with two COS builds.
+// serveMirrored is [serve] with a mirror of two COS builds.
 func serveMirrored(t testing.TB) string {
 	t.Helper()
 	mirror := t.TempDir()
@@ -45,7 +44,7 @@ func remember(made map[string]string, e exchange, body []byte) {
 	}
 }
 
-// exchanges returns calls of every operation. They are in an order in which each call finds what it needs.
+// exchanges returns calls of every operation, in an order in which each finds what it needs.
 func exchanges() []exchange {
 	nobody, text := map[string]string{"Authorization": ""}, map[string]string{"Content-Type": "text/plain"}
 	kernel := `{"buildId": "17800.0.47", "board": "lakitu", "release": "6.1.0-47", "arch": "amd64"}`

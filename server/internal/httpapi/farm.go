@@ -17,14 +17,14 @@ type farmSource interface {
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// readyDays is the age in days up to which a cell is counted in the metrics of times to ready. readyPause is the
-// shortest time between two readings of these times, because a reading reads a row for each cell.
+// readyDays is the maximum age in days of cells in the metrics of times to ready. readyPause is the minimum pause
+// between two readings, which read a row for each cell.
 const (
 	readyDays  = 7
 	readyPause = time.Minute
 )
 
-// openStates has the states of jobs, in the words of the library River, that a builder works on or will take.
+// openStates are River's states of jobs that a builder works on or will take.
 var openStates = []string{"available", "pending", "retryable", "running", "scheduled"}
 
 var (
@@ -48,7 +48,7 @@ var (
 		"Cells that became ready within the last 7 days.", nil, nil)
 )
 
-// farmCollector is a collector of the farm's metrics. It reads them when Prometheus asks.
+// farmCollector collects the farm's metrics when Prometheus asks.
 type farmCollector struct {
 	c Config
 
@@ -88,7 +88,7 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	if failed, err := f.c.Store.CountFailures(ctx); err != nil {
 		out <- prometheus.NewInvalidMetric(failedDesc, err)
 	} else {
-		// Each class has a value from the start, 0 if there is no failure. Alerts then see the first failure as a change.
+		// Each class starts with 0, so that alerts see the first failure as a change.
 		for _, kind := range fault.Kinds() {
 			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
 		}
@@ -108,8 +108,7 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	gauge(readyDesc, ready.Max, "100")
 }
 
-// readyTimes returns the percentiles of the times to ready. If they were read longer than readyPause ago, it reads them
-// again.
+// readyTimes returns the percentiles of the times to ready. It reads them again after readyPause.
 func (f *farmCollector) readyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// gauges reads the server's metrics. The keys are name and labels.
+// gauges reads the server's metrics, by name and labels.
 func gauges(t *testing.T, url string) map[string]float64 {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url+"/metrics", nil)

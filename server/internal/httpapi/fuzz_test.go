@@ -17,8 +17,8 @@ func exchangesWithBody() []exchange {
 	return slices.DeleteFunc(exchanges(), func(e exchange) bool { return e.body == "" || e.header["Authorization"] != "" })
 }
 
-// FuzzBodies sends arbitrary bodies to every operation that takes a body. The server must either accept a body or say
-// what is wrong with it. No body may cause an error that is the server's own.
+// FuzzBodies sends arbitrary bodies to every operation that takes a body. The server must accept a body or refuse it,
+// without an internal error.
 func FuzzBodies(f *testing.F) {
 	url := serveMirrored(f)
 	all := exchangesWithBody()

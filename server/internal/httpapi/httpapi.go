@@ -1,5 +1,5 @@
-// Package httpapi is the server's HTTP interface. It has the route table with the scope that each route needs. It
-// decodes requests, and turns errors into problem+json. It decides nothing about the catalogue and has no SQL.
+// Package httpapi is the server's HTTP interface: the route table with scopes, the decoding of requests, and errors as
+// problem+json. It decides nothing about the catalogue and has no SQL.
 package httpapi
 
 import (
@@ -61,12 +61,12 @@ type Config struct {
 	Auth *auth.Authenticator
 	// Access stores the tokens and the audit log.
 	Access tokenStore
-	// BuildsPerHour is how many builds a caller with only the scope ask may add within an hour; 0 means 120.
+	// BuildsPerHour is the maximum number of builds that a caller with only the scope ask may add within an hour; 0
+	// means 120.
 	BuildsPerHour int
-	// CallsPerMinute is how many calls each address may make in a minute; 0 means no limit.
+	// CallsPerMinute is the maximum number of calls of each address in a minute; 0 means no limit.
 	CallsPerMinute int
-	// Stopping is a channel that is closed when the server stops. The streams of watched builds then end. nil means that
-	// it is never closed.
+	// Stopping is closed when the server stops. Streams of watched builds then end. nil means never.
 	Stopping <-chan struct{}
 	// Port is the port that the server listens on; see [withoutOwnHost].
 	Port string
@@ -75,15 +75,13 @@ type Config struct {
 	Log     *slog.Logger
 }
 
-// shortCall and longCall are time limits of one request. longCall is for requests with blobs and logs, because these
-// may be large and connections may be slow.
+// shortCall and longCall are time limits of one request. longCall is for blobs and logs.
 const (
 	shortCall = 30 * time.Second
 	longCall  = 30 * time.Minute
 )
 
-// defaultAsk is the default of BuildsPerHour. It is enough for the cells of some COS builds, and too little for a whole
-// matrix.
+// defaultAsk is the default of BuildsPerHour. It is enough for some COS builds, but not for a whole matrix.
 const defaultAsk = 120
 
 // New returns the handler of the whole HTTP interface.
@@ -91,8 +89,8 @@ func New(c Config) http.Handler {
 	ownErrors()
 	m := newMetrics(c)
 	root := chi.NewRouter()
-	// Each request sets new deadlines for its connection, even a request that is refused. Otherwise the deadlines of the
-	// former request would end the connection.
+	// Each request sets new deadlines for its connection, even a refused one. Otherwise the former request's deadlines
+	// would end the connection.
 	root.Use(
 		boundRequestID,
 		middleware.RequestID,

@@ -115,7 +115,7 @@ func TestFollowLog(t *testing.T) {
 	out.wait(t, "one\ntwo\na\nb\n")
 }
 
-// lines collects what was written. A test can wait until a text is written.
+// lines collects written text. A test can wait for a text.
 type lines struct {
 	mu   sync.Mutex
 	text string
@@ -323,7 +323,7 @@ func TestRoutes(t *testing.T) {
 		{"coverage as a metric", "GET", "/metrics", "", "", 200, "", `prebake_coverage_cells{state="missing"} 0`},
 		{"lift without token", "POST", "/v1/artifacts/sha256:0/lift", "", "", 401, problem, "token"},
 		{"report without token", "POST", "/v1/reports", "", "{}", 401, problem, "token"},
-		{"reports on nothing", "GET", "/v1/reports", "", "", 400, problem, "name an artifact"},
+		{"reports on nothing", "GET", "/v1/reports", "", "", 400, problem, "no artifact and no COS build is given"},
 		{"quarantine", "GET", "/v1/quarantine", "", "", 200, "application/json", "[]"},
 		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
 		{"head of a page", "HEAD", "/", "", "", 200, html, ""},
@@ -358,9 +358,8 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// TestManners checks what clients expect of an HTTP server. For an unknown address, a browser gets a page. For a wrong
-// method, the answer lists the allowed methods. For a request with the current ETag, the answer is 304. Large answers
-// are compressed if the client accepts that. The answer has the client's request id, unless the id is too long.
+// TestManners checks what clients expect of an HTTP server: a page for unknown addresses, Allow, ETag, compression and
+// request ids.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -431,8 +430,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestTroubleTellsNoSecrets closes the database. The answers of the server must not contain the database's error,
-// because it may contain a user and a host.
+// TestTroubleTellsNoSecrets closes the database. Answers must not contain its error, which may name a user and a host.
 func TestTroubleTellsNoSecrets(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics has the metrics of the server, in a registry of its own. The library's global registry would have the metrics
-// of all linked packages, too.
+// metrics are the server's metrics, in their own registry. The library's global registry also contains metrics of
+// linked packages.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec
@@ -60,8 +60,8 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
 }
 
-// measure is a middleware that measures the duration of each request. The label route has the pattern of the route and
-// not the path, so that clients cannot make any number of series.
+// measure is a middleware that measures the duration of each request. The label route is the route's pattern, because
+// clients could make any number of paths.
 func (m *metrics) measure(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
@@ -86,7 +86,7 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 	})
 }
 
-// inventory is a collector of the numbers of builds, artifacts and jobs. It reads them when Prometheus asks.
+// inventory collects the numbers of builds, artifacts and jobs when Prometheus asks.
 type inventory struct{ c Config }
 
 func coverageDesc() *prometheus.Desc {

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// deadline returns a middleware that sets the read and write deadlines of a request's connection. Without them, a
-// client that stops reading or sending could block a handler for ever.
+// deadline returns a middleware that sets a connection's read and write deadlines. Without them, a client could block a
+// handler for ever.
 func deadline(d time.Duration) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -66,7 +66,7 @@ func recoverPanics(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// secureHeaders sets headers for browsers. Only the pages need them.
+// secureHeaders sets headers for browsers.
 func secureHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -81,8 +81,8 @@ func secureHeaders(next http.Handler) http.Handler {
 	})
 }
 
-// boundRequestID is a middleware that removes the request id of a client if it is too long, or if it is not one word.
-// chi then makes a new id.
+// boundRequestID is a middleware that removes a client's request id if it is too long or not one word. chi then makes a
+// new id.
 func boundRequestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
@@ -94,8 +94,8 @@ func boundRequestID(next http.Handler) http.Handler {
 
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,64}$`)
 
-// logRequests returns a middleware that logs each request after its answer. The level is info for requests that change
-// something, and debug for others. The middleware also adds the request id to the answer.
+// logRequests returns a middleware that logs each request after its answer: changes at level info, others at debug. It
+// adds the request id to the answer.
 func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -136,21 +136,19 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// These are limits for answers that are made or sent at the same time. A page of a list takes some milliseconds of a
-// core; the answer to a node takes a fraction of a millisecond. A client that asks for the largest pages must not delay
-// the nodes.
+// These are limits for simultaneous answers. A page of a list takes some milliseconds of a core, and an answer to a
+// node much less. Clients that read large pages must not delay the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
 	longestWait               = 10 * time.Second
 )
 
-// listsMade is how many pages are made at the same time. With two cores or more, one core remains for the nodes.
+// listsMade is the number of pages that are made at the same time. It leaves one core for the nodes, if there are two.
 func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// throttle returns a middleware that limits how many requests are answered at the same time. If too many wait already,
-// it answers 503 with Retry-After. A page of a list is made completely before it is sent. A client that reads slowly
-// then does not delay the next page.
+// throttle returns a middleware that limits simultaneous answers. If too many requests wait, it answers 503 with
+// Retry-After. A page is made completely before it is sent, so that a slow reader does not delay the next page.
 func throttle() func(http.Handler) http.Handler {
 	of := func(limit, backlog int) func(http.Handler) http.Handler {
 		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
@@ -171,7 +169,7 @@ func throttle() func(http.Handler) http.Handler {
 	}
 }
 
-// isList reports whether a request is for a page of a list, or for a web page that reads as much from the database.
+// isList reports whether a request is for a page of a list, or for a web page that costs as much.
 func isList(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
@@ -196,7 +194,7 @@ func isList(r *http.Request) bool {
 	return strings.HasPrefix(r.URL.Path, "/cells/")
 }
 
-// notFound returns a handler for unknown paths. Browsers get a page, other clients get problem+json.
+// notFound returns a handler for unknown paths: a page for browsers, problem+json for others.
 func notFound(pages http.Handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if pages != nil && strings.Contains(r.Header.Get("Accept"), "text/html") {
@@ -210,8 +208,8 @@ func notFound(pages http.Handler) http.HandlerFunc {
 	}
 }
 
-// methodNotAllowed returns a handler for requests with a method that the path does not accept. The answer lists the
-// methods that it accepts (RFC 9110, 15.5.6).
+// methodNotAllowed returns a handler for a method that the path does not accept. The answer lists the accepted methods
+// (RFC 9110, 15.5.6).
 func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var has []string

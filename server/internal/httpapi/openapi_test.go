@@ -66,8 +66,8 @@ func description(t *testing.T) []byte {
 	return w.Body.Bytes()
 }
 
-// document parses the description with libopenapi-validator, and checks it. For the check, the validator uses the JSON
-// schema that the OpenAPI initiative publishes for OpenAPI 3.1.
+// document parses the description and checks it with the OpenAPI initiative's JSON schema for OpenAPI 3.1, which is
+// part of libopenapi-validator.
 func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 	t.Helper()
 	doc, err := libopenapi.NewDocument(raw)
@@ -79,7 +79,7 @@ func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 	return v, &model.Model
 }
 
-// TestDescription compares the description in docs/ with the server's. This command writes the file again:
+// TestDescription compares the description in docs/ with the server's. To write the file again, run:
 //
 //	go test ./server/internal/httpapi -run TestDescription -update
 func TestDescription(t *testing.T) {
@@ -104,8 +104,7 @@ func TestDescriptionIsValid(t *testing.T) {
 	}
 }
 
-// TestRoutesAreDescribed shows that each route is either described or in the list above, and that nothing else is
-// described.
+// TestRoutesAreDescribed checks that each route is either described or in the list above.
 func TestRoutesAreDescribed(t *testing.T) {
 	t.Parallel()
 	_, model := document(t, description(t))
@@ -160,14 +159,12 @@ type exchange struct {
 	body      string
 	header    map[string]string
 	status    int
-	// foreign is true if the description does not allow the request. The validator must then report the request, and the
-	// server must refuse it.
+	// foreign is true if the description does not allow the request. The server must then refuse it.
 	foreign bool
 }
 
-// TestDescriptionIsTrue calls each operation with good and bad input. The validator compares both sides of each
-// exchange with the description. Each request must fit the description, unless its field foreign is true. Every answer
-// must have a described status, media type and body.
+// TestDescriptionIsTrue calls each operation with good and bad input. The validator compares requests and answers with
+// the description. A request may differ from it only if it is foreign.
 func TestDescriptionIsTrue(t *testing.T) {
 	t.Parallel()
 	v, model := document(t, description(t))
@@ -209,7 +206,7 @@ func TestDescriptionIsTrue(t *testing.T) {
 	}
 }
 
-// call sends a request. It returns the request and the answer, whose bodies can be read again.
+// call sends a request. It returns request and answer with bodies that can be read again.
 func (e exchange) call(t *testing.T, url string) (*http.Request, *http.Response, []byte) {
 	t.Helper()
 	request := func(ctx context.Context) *http.Request {

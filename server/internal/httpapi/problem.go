@@ -17,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// problem is an answer with an error. It has the fields of [api.Problem], and the methods that the router calls for the
-// status and the media type.
+// problem is an answer with an error. Its methods give the router the status and the media type.
 type problem struct {
 	api.Problem
 	cause error // for the server's log
@@ -28,9 +27,8 @@ func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
-// problemOf returns the answer for an error. The error's kind decides the status. If the error is the server's own, the
-// answer has a general text instead of the error's, which may contain, for example, the host and the user of the
-// database.
+// problemOf returns the answer for an error. The error's kind decides the status. The server's own errors get a general
+// text, because their text may name the database's host and user.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
@@ -53,7 +51,7 @@ func PublicText(kind fault.Kind) string {
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
 
-// fail answers a request with an error. If the error is the server's own, fail also logs it.
+// fail answers with an error. It logs the server's own errors.
 func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	p := problemOf(err)
 	if p.Status >= http.StatusInternalServerError {
@@ -62,7 +60,7 @@ func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	writeProblem(w, p)
 }
 
-// logFailures logs the errors that are the server's own. The answers do not contain their texts.
+// logFailures logs the server's own errors, whose text no answer contains.
 func logFailures(log *slog.Logger) huma.Transformer {
 	return func(ctx huma.Context, _ string, v any) (any, error) {
 		if p, ok := v.(*problem); ok && p.cause != nil && p.Status >= http.StatusInternalServerError {
@@ -72,9 +70,8 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// ownErrors makes the router answer with errors of this package, for example if a request has invalid JSON or lacks a
-// member. All errors then have the same form, and each mistake has one status. The library has only a package variable
-// for this.
+// ownErrors makes the router answer with errors of this package, for example for invalid JSON. The library has only a
+// package variable for this.
 var ownErrors = sync.OnceFunc(func() {
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
 		var detail []string
@@ -103,8 +100,8 @@ var ownErrors = sync.OnceFunc(func() {
 	}
 })
 
-// refuseUnknown is a middleware that refuses requests with a query parameter that the route does not have. Without it,
-// a list with a misspelled filter would have all entries.
+// refuseUnknown is a middleware that refuses unknown query parameters. Without it, a list with a misspelled filter
+// would have all entries.
 func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		u := ctx.URL()
@@ -150,8 +147,8 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text)) // an error means that the client is gone
 }
 
-// apiConfig returns the configuration of the router and of the API's description. The router's default would add a
-// member $schema to answers. It would also serve a documentation page that loads scripts from other hosts.
+// apiConfig returns the configuration of the router and of the description. It leaves out two defaults of the router:
+// the member $schema in answers, and a page with scripts from other hosts.
 func apiConfig(version string, log *slog.Logger) huma.Config {
 	names := func(t reflect.Type, hint string) string {
 		name := huma.DefaultSchemaNamer(t, hint)

@@ -26,9 +26,9 @@ type PushedMessage struct {
 	} `json:"message"`
 }
 
-// buildID returns the COS build that a message is about, or "" if there is none. The message may be a bucket's
-// notification (https://cloud.google.com/storage/docs/pubsub-notifications) that the headers of a kernel were written.
-// Each release has such an object for each of its boards.
+// buildID returns the COS build of a message, or "". The message may be a bucket's notification
+// (https://cloud.google.com/storage/docs/pubsub-notifications) that kernel headers were written. A release has them for
+// each board.
 func (m PushedMessage) buildID() string {
 	at := m.Message.Attributes
 	id := at["buildId"]
@@ -64,8 +64,8 @@ func (t table) eventRoutes() {
 				t.Log.DebugContext(ctx, "message dropped: it is about no COS build")
 				return nil, nil
 			}
-			// If the release is not completely uploaded yet, Announce returns an error. Pub/Sub then sends the message again,
-			// with growing pauses.
+			// Announce returns an error if the upload of the release is incomplete. Pub/Sub then sends the message
+			// again later.
 			if _, err := t.Catalogue.Announce(ctx, id); err != nil {
 				return nil, asProblem(err)
 			}

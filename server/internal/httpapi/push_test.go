@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestPushedMessage uses the examples in Google's documents. The envelope is from "Push subscriptions" of Pub/Sub, and
-// the attributes are from "Pub/Sub notifications for Cloud Storage".
+// TestPushedMessage parses the examples of Google's documents "Push subscriptions" and "Pub/Sub notifications for Cloud
+// Storage".
 func TestPushedMessage(t *testing.T) {
 	t.Parallel()
 	notification := func(event, object string) string {

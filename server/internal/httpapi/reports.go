@@ -23,7 +23,7 @@ func (t table) coverage() {
 	)
 }
 
-// From has the network of the client.
+// From is the network of the client.
 type From struct{ network string }
 
 // Resolve is called by the router for input that is not a parameter.

@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestReports reports through the typed client. All nodes of this test are in one network, so the artifact stays
-// published.
+// TestReports reports through the typed client. The artifact stays published, because all nodes are in one network.
 func TestReports(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

@@ -21,10 +21,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// The types that inputs of routes embed are exported. The router fills embedded structs by reflection, and it silently
-// ignores unexported ones.
+// Types that inputs embed must be exported: the router ignores unexported embedded structs silently.
 
-// body is an answer or an input whose body is a T. The router needs this form.
+// body is an answer or an input with the body T, in the form that the router needs.
 type body[T any] struct{ Body T }
 
 func answer[T any](v T, err error) (*body[T], error) {
@@ -56,7 +55,7 @@ func (p *PageQuery) Resolve(ctx huma.Context) []error {
 
 func (p *PageQuery) page() store.Page { return store.Page{After: p.After, Limit: p.Limit} }
 
-// pageAnswer returns the answer with a page of a list. The answer has a link to the next page, whose cursor is next.
+// pageAnswer returns a page of a list, with a link to the next page.
 func pageAnswer[T any](p *PageQuery, all []T, next string, err error) (*list[T], error) {
 	if err != nil {
 		return nil, asProblem(err)
@@ -112,9 +111,8 @@ func (a *Asked) Resolve(ctx huma.Context) []error {
 	return nil
 }
 
-// withoutOwnHost removes the host from a repository if the host is this server. Clients reach the server by different
-// names: a builder on the same machine may use 127.0.0.1, which for a node is the node itself. The argument asked is
-// the host name that the client used.
+// withoutOwnHost removes this server's host from a repository: the name that the client used, or a loopback address.
+// For a node, a builder's 127.0.0.1 would be the node itself.
 func withoutOwnHost(repository, asked, port string) string {
 	host, rest, ok := strings.Cut(repository, "/")
 	if !ok || host == "" {
@@ -128,7 +126,7 @@ func withoutOwnHost(repository, asked, port string) string {
 	return repository
 }
 
-// table is the route table. Its methods register the routes.
+// table is the route table. Its methods register routes.
 type table struct {
 	huma.API
 	Config
@@ -308,8 +306,7 @@ func (t table) builds() {
 			return answer(cat.Cancel(ctx, in.ID))
 		},
 	)
-	// Logs are streamed, which the router's handlers cannot do, so [New] registers their handlers. Here the routes of logs
-	// are only added to the description.
+	// These routes are only described here. [New] registers their handlers, because the router cannot stream logs.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
 	id := &huma.Param{
 		Name:        "id",

@@ -1,6 +1,5 @@
-// Package jobs keeps the catalogue and the queue in agreement. They may be two databases; with SQLite, each is a file
-// of its own. If the server crashes after it has written to one of them and before it writes to the other, they differ.
-// The sweep repairs that:
+// Package jobs keeps the catalogue and the queue in agreement. They may be two databases, and a crash may come between
+// the writes to them. A sweep repairs that:
 //
 //   - It queues stored builds that the queue lacks.
 //   - It marks an open build as failed if its job has ended.
@@ -8,7 +7,7 @@
 //   - It raises the priority of jobs to the priority of their builds.
 //   - It gives the jobs of a dead builder to other builders.
 //
-// The package runs no builds: builders take their jobs from the queue by themselves.
+// The package runs no builds: builders take their jobs from the queue.
 package jobs
 
 import (
@@ -42,16 +41,14 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. If it has not reported for deadAfter, it is dead. There is a sweep
-// every sweepEvery, so the builds of a dead builder continue on another builder within a minute. While the server or
-// its database is down, reports may be lost. Afterwards the server gives builders settleTime to report again. That time
-// is shorter than deadAfter, so builds continue within a minute even then.
+// A builder reports every [api.HeartbeatInterval]. Without a report for deadAfter, it is dead. After the server was
+// down, builders have settleTime to report again. A dead builder's builds continue within a minute in both cases.
 const (
 	deadAfter  = 30 * time.Second
 	settleTime = 15 * time.Second
 	sweepEvery = 5 * time.Second
-	// idleFactor is the shortest pause after a sweep, as a multiple of the sweep's duration. However long the queue is,
-	// sweeps then use at most some hundredths of a core.
+	// idleFactor is the minimum pause after a sweep, as a multiple of its duration. It limits sweeps to some hundredths
+	// of a core.
 	idleFactor = 25
 )
 
@@ -65,12 +62,12 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since which builders have been able to report without interruption. If a builder was silent
-	// because the server was down, it is not dead.
+	// listening is the time since which builders can report without interruption. Earlier silence does not make a
+	// builder dead.
 	listening time.Time
 }
 
-// Run sweeps at intervals until ctx is done. If a sweep fails, Run logs the error and goes on.
+// Run sweeps at intervals until ctx is done. It logs errors and continues.
 func (s *Sweeper) Run(ctx context.Context) error {
 	every := s.Every
 	if every <= 0 {
@@ -89,7 +86,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	}
 }
 
-// Sweep examines every open build once. An error with one build does not stop the others.
+// Sweep examines every open build. An error with one does not stop the others.
 func (s *Sweeper) Sweep(ctx context.Context) error {
 	now := time.Now
 	if s.Now != nil {
@@ -137,8 +134,8 @@ func (s *Sweeper) dead(b api.Build, now time.Time) bool {
 	return silent && now.Sub(s.listening) > settleTime
 }
 
-// releaseJob gives a dead builder's job to other builders. It changes the queue first, and then the build. If the
-// second change fails, the next sweep repeats it, unless a new attempt has begun by then.
+// releaseJob gives a dead builder's job to other builders. It changes the queue first, because the next sweep repeats a
+// failed change of the build.
 func (s *Sweeper) releaseJob(ctx context.Context, b api.Build, at queue.JobState) error {
 	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
 	if err := s.Queue.Release(ctx, b.ID); err != nil {
@@ -149,7 +146,7 @@ func (s *Sweeper) releaseJob(ctx context.Context, b api.Build, at queue.JobState
 	return err
 }
 
-// repairLost handles an open build that has no open job. It queues the build again, or marks it as failed.
+// repairLost handles an open build without an open job: it queues the build again or marks it as failed.
 func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	at, err := s.Queue.Lookup(ctx, b.ID)
 	switch {
@@ -175,9 +172,8 @@ func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	return nil
 }
 
-// endLeftOver ends a job that has no open build. It cancels the job of a cancelled build. The jobs of other ended
-// builds usually end by themselves. If such a job is still there after deadAfter, because its builder died before it
-// ended the job, endLeftOver ends it.
+// endLeftOver ends a job without an open build. It cancels the job of a cancelled build at once. Other jobs usually end
+// by themselves, so it ends them only after deadAfter.
 func (s *Sweeper) endLeftOver(ctx context.Context, id int64, now time.Time) error {
 	b, err := s.Catalogue.Build(ctx, id)
 	switch {

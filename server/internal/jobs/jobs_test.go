@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// world is both the catalogue and the queue of a sweep. It records what the sweep does.
+// world is catalogue and queue of a sweep, and records what the sweep does.
 type world struct {
 	open     []api.Build
 	standing map[int64]queue.JobState
@@ -131,9 +131,8 @@ func TestRunEndsWithContext(t *testing.T) {
 	}
 }
 
-// TestSweepNoticesDeadBuilders shows that the sweep treats a builder as dead after some missing reports, so that its
-// build continues on another builder within a minute. If reports are missing because the server was down, no builder is
-// treated as dead.
+// TestSweepNoticesDeadBuilders checks that a builder is dead after some missing reports, but not if the server was
+// down.
 func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -162,8 +161,8 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(11*time.Minute, "release", "put back: transient")
 }
 
-// TestSweepNoticesAfterRestart restarts a server after a builder died. The server must give builders the time for one
-// report. It must not give them more time, so that it notices the dead builder within a minute.
+// TestSweepNoticesAfterRestart restarts a server after a builder died. The server must wait for one report, but must
+// notice the dead builder within a minute.
 func TestSweepNoticesAfterRestart(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -204,8 +203,7 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	}
 }
 
-// TestSweepRaises shows that waiting builds start in the order of the catalogue's priorities, even if the server
-// crashed after it had written to only one of the two databases.
+// TestSweepRaises checks that jobs get the priorities in the catalogue, after a crash between two writes.
 func TestSweepRaises(t *testing.T) {
 	t.Parallel()
 	waits := func(priority int) queue.JobState {
@@ -222,8 +220,7 @@ func TestSweepRaises(t *testing.T) {
 	}
 }
 
-// TestSweepTakesOutCancelled shows that the job of a cancelled build is removed from the queue. Other jobs without an
-// open build end by themselves.
+// TestSweepTakesOutCancelled checks that a cancelled build's job is removed from the queue, and other jobs are not.
 func TestSweepTakesOutCancelled(t *testing.T) {
 	t.Parallel()
 	w := &world{ended: map[int64]api.State{1: api.Cancelled, 2: api.Published},
@@ -234,8 +231,8 @@ func TestSweepTakesOutCancelled(t *testing.T) {
 	}
 }
 
-// TestSweepEndsJobsOfFinishedBuilds has a builder that died after its last report and before it ended its job. The job
-// would never end, so the sweep ends it some time after the build.
+// TestSweepEndsJobsOfFinishedBuilds has a builder that died between its last report and the end of its job. The sweep
+// must end the job later.
 func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

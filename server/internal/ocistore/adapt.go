@@ -17,11 +17,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// In some points the library differs from the distribution specification (v1.1), and from what clients expect. This
-// file corrects requests and answers there. The quoted titles are those of the specification's sections.
+// This file corrects requests and answers where the library differs from the distribution specification (v1.1) or from
+// what clients expect. Quoted titles are sections of the specification.
 
-// kindOf splits a path of the API into the repository, the kind of object, and the object's name. A repository's name
-// may contain a word for a kind, so kindOf splits at the last such word.
+// kindOf splits a path of the API into repository, kind and name of the object. A repository's name may contain a kind,
+// so kindOf splits at the last one.
 func kindOf(p string) (repo, kind, ref string) {
 	p = strings.TrimPrefix(p, "/v2/")
 	last := -1
@@ -33,8 +33,7 @@ func kindOf(p string) (repo, kind, ref string) {
 	return repo, kind, ref
 }
 
-// adapt corrects a request. It returns true if it has answered the request itself. If not, the library answers the
-// request, which adapt may have changed.
+// adapt corrects a request. It returns true if it has answered the request. Otherwise the library answers.
 func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	repo, kind, ref := kindOf(r.URL.Path)
 	refuse := func(err error) bool { h.writeError(w, r, err); return true }
@@ -65,8 +64,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 		w.WriteHeader(http.StatusNoContent)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodPost && r.URL.Query().Has("mount"):
-		// "Mounting a blob from another repository": if the blob is missing, the server starts an upload instead, and the
-		// client continues with it.
+		// "Mounting a blob from another repository": if the blob is missing, the server starts an upload instead.
 		if _, err := h.store.ResolveBlob(r.Context(), repo, ociregistry.Digest(r.URL.Query().Get("mount"))); err != nil {
 			r.URL.RawQuery = ""
 		} else if query := r.URL.Query(); !query.Has("from") {
@@ -88,8 +86,8 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	return false
 }
 
-// readManifest reads a manifest before the library does, so that the answer to a wrong manifest says that the mistake
-// is the client's. It returns true if it has answered the request.
+// readManifest reads a manifest before the library does, so that a mistake of the client gets a client error. It
+// returns true if it has answered the request.
 func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref string) (done bool) {
 	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxManifest))
 	var large *http.MaxBytesError
@@ -143,8 +141,7 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 	w.WriteHeader(http.StatusCreated)
 }
 
-// writeStatus writes an error in the form of the specification, with a status of its own instead of the error code's
-// usual one.
+// writeStatus writes an error of the specification with a status other than its usual one.
 func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	type one struct {
 		Code    string `json:"code"`
@@ -155,9 +152,9 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // an error means that the client is gone
 }
 
-// setCaching sets headers that say how long clients and proxies may keep the answer: for ever, if the path has a
-// digest. If the client has the blob already, setCaching answers 304 and returns true. The library does not support a
-// range that is counted from the end of a blob, so setCaching changes it into a range from the start.
+// setCaching sets headers for caches: an answer to a path with a digest never changes. If the client has the blob, it
+// answers 304 and returns true. It changes a range from the end, which the library does not support, to one from the
+// start.
 func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {
@@ -183,8 +180,7 @@ func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref s
 	return false
 }
 
-// serveWithoutNull answers a request for a list through the library. The library writes null for an empty list, so
-// serveWithoutNull replaces null by an empty list.
+// serveWithoutNull answers a request for a list. It replaces the library's null by an empty list.
 func (h *handler) serveWithoutNull(w http.ResponseWriter, r *http.Request) {
 	held := &bufferedBody{ResponseWriter: w, status: http.StatusOK}
 	h.api.ServeHTTP(held, r)
@@ -211,14 +207,13 @@ func (h *bufferedBody) Write(p []byte) (int, error) { return h.body.Write(p) }
 
 type rangeKey struct{}
 
-// withRange returns a context that says whether a chunk has a Content-Range header. If the header is missing, the
-// library passes the offset 0, as if the header said so.
+// withRange returns a context that says whether a chunk has a Content-Range header. Without the header, the library
+// passes offset 0.
 func withRange(r *http.Request) context.Context {
 	return context.WithValue(r.Context(), rangeKey{}, r.Header.Get("Content-Range") != "")
 }
 
-// offsetKnown reports whether the client gave the offset of a chunk. It did not if [withRange] found no header. Callers
-// without HTTP always give the offset.
+// offsetKnown reports whether the client gave the offset of a chunk. Callers without HTTP always give it.
 func offsetKnown(ctx context.Context) bool {
 	given, told := ctx.Value(rangeKey{}).(bool)
 	return given || !told

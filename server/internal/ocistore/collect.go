@@ -18,9 +18,8 @@ type Collected struct {
 	Bytes int64
 }
 
-// Collect removes abandoned uploads and unreferenced blobs. A blob is removed if it is older than a day and no manifest
-// of any repository refers to it. Pushes may run at the same time, for two reasons. If a client asks for a blob, the
-// blob becomes new again. While a manifest is checked and stored, no blob is removed.
+// Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
+// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
@@ -62,9 +61,8 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	return out, ctx.Err()
 }
 
-// collect removes one blob, and returns its size. If the blob is gone, or has become new again, collect returns -1. The
-// latter protects blobs of a manifest that was stored after the list of old blobs was made: the check of that manifest
-// asked for its blobs.
+// collect removes a blob and returns its size. It returns -1 if the blob is gone or has become new. A blob becomes new
+// when a client asks for it or pushes a manifest with it.
 func (s *Store) collect(p string, now time.Time) (int64, error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
@@ -81,8 +79,7 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 	return info.Size(), s.root.Remove(p)
 }
 
-// referencedBlobs returns the digests of all manifests, and of all blobs that they refer to. The digests are hex digits
-// without the name of the algorithm.
+// referencedBlobs returns the digests of all manifests and their blobs, as hex digits.
 func (s *Store) referencedBlobs(ctx context.Context) (map[string]bool, error) {
 	all := map[string]bool{}
 	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
@@ -119,10 +116,10 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 	return []ociregistry.Descriptor{*d}
 }
 
-// touchEvery is the shortest time between two changes of a blob's time. It saves writes.
+// touchEvery is the minimum pause between two changes of a blob's time. It saves writes.
 const touchEvery = time.Hour
 
-// touch sets the time of a blob to now, because a client will probably push a manifest that refers to the blob.
+// touch makes a blob new again, because a client will probably push a manifest that refers to it.
 func (s *Store) touch(name string, info fs.FileInfo) error {
 	if time.Since(info.ModTime()) < touchEvery {
 		return nil

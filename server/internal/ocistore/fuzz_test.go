@@ -16,9 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// FuzzHandler sends arbitrary requests to the registry, with paths, ranges, manifests, indexes and parts of blobs. No
-// request may cause an error that is the server's own. If a request asks for a digest, the content of the answer must
-// have that digest.
+// FuzzHandler sends arbitrary requests to the registry. None may cause an internal error. Content that was requested by
+// digest must have that digest.
 func FuzzHandler(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

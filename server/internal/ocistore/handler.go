@@ -19,7 +19,7 @@ import (
 // TokenPath is the path where clients get a token, by the token protocol of registries.
 const TokenPath = "/v2/token"
 
-// anonymousToken is the bearer token of clients that only read. It gives no rights.
+// anonymousToken is the bearer token of clients that only read.
 const anonymousToken = "anonymous"
 
 // access finds the caller that a secret belongs to.
@@ -27,14 +27,12 @@ type access interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
-// Handler returns the handler of the distribution API. Everybody who reaches the server may read. A write needs a token
-// with the scope push, and a deletion needs a token with the scope operate. The client sends the token as a Bearer
-// token, or as the password of HTTP Basic authentication with any user name.
+// Handler returns the handler of the distribution API. Everybody may read. A write needs the scope push, and a deletion
+// the scope operate. The token is a Bearer token, or the password of HTTP Basic authentication.
 //
-// Most clients send GET /v2/ first, and they send credentials later only if the answer was 401. If the challenge in
-// that answer is Basic, some clients refuse to read without credentials. The challenge is therefore Bearer, and the
-// path of its token protocol also gives out an anonymous token. So docker, containerd, crane and cosign all read
-// without credentials, and push with them.
+// Most clients send credentials only after a 401 to GET /v2/. With a Basic challenge, some clients would not read
+// without credentials. The challenge is therefore Bearer, and the token path also gives out an anonymous token. With
+// it, docker, containerd, crane and cosign can all read and push.
 func Handler(s *Store, who access, log *slog.Logger) http.Handler {
 	h := &handler{store: s, access: who, log: log}
 	h.api = ociserver.New(s, &ociserver.Options{
@@ -94,7 +92,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
 }
 
-// scopeOf returns the scope that a write needs. The deletion of an upload is part of a push, and needs no other scope.
+// scopeOf returns the scope that a write needs. Deleting an upload is part of a push.
 func scopeOf(r *http.Request) auth.Scope {
 	if r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/") {
 		return auth.Operate
@@ -111,11 +109,10 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken answers a request for a token. A known caller gets its own secret as the token. A caller without
-// credentials gets the anonymous token.
+// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
-		// The answer 404 says that the registry does not support the protocol's OAuth2 form. Clients then use GET.
+		// The registry does not support the protocol's OAuth2 form. After a 404, clients use GET.
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
@@ -136,7 +133,7 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	}
 }
 
-// writeError answers with an error. The texts of the server's own errors contain paths, so they are only in the log.
+// writeError answers with an error. It only logs the server's own errors, because their texts contain paths.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	for _, name := range []string{"Etag", "Cache-Control"} { // these headers are about the answer without an error
 		w.Header().Del(name)

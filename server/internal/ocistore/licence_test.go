@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestPublicRegistry pushes with an ordinary client. A public registry must say that it is public. It must accept only
-// that content of NVIDIA's that its operator allows.
+// TestPublicRegistry pushes with an ordinary client. A public registry must say that it is public, and accept only what
+// its operator allows.
 func TestPublicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -82,8 +82,8 @@ func TestPublicRegistry(t *testing.T) {
 	}
 }
 
-// TestPublicRegistryReadsAllManifests shows that a public registry refuses restricted content, whatever other fields
-// the manifest has, and however long it is. Other programs may understand fields that our parser does not know.
+// TestPublicRegistryReadsAllManifests checks that a public registry refuses restricted content in manifests with
+// unknown fields and of any length.
 func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	t.Parallel()
 	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: true})

@@ -371,8 +371,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// FuzzManifest pushes arbitrary manifests to the store. The store must return, and must not write outside of its
-// folders.
+// FuzzManifest pushes arbitrary manifests. The store must return, and must not write outside its folders.
 func FuzzManifest(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

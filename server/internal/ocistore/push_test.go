@@ -73,7 +73,7 @@ func TestConcurrentPushes(t *testing.T) {
 			}
 		})
 	}
-	// Different images are also pushed to one create-only tag at the same time. One of them gets the tag.
+	// Several images are pushed to one create-only tag at the same time. One gets the tag.
 	var mu sync.Mutex
 	won := 0
 	for range 4 {

@@ -30,8 +30,7 @@ type file struct {
 func (f *file) Close() error                       { return f.f.Close() }
 func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
 
-// replaceNotExist returns the error unknown, which is one of the protocol, if err says that a file is missing.
-// Otherwise it returns err.
+// replaceNotExist returns the protocol's given error if a file is missing, and otherwise err.
 func replaceNotExist(err, unknown error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return unknown
@@ -39,7 +38,7 @@ func replaceNotExist(err, unknown error) error {
 	return err
 }
 
-// open opens stored content, from the byte offset0 to the byte before offset1. An offset1 of -1 means the end.
+// open opens stored content from byte offset0 to before offset1; -1 means the end.
 func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader,
 	error) {
 	sum, err := hexOf(desc.Digest)
@@ -68,8 +67,7 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
 }
 
-// GetBlob implements [ociregistry.Reader]. All repositories share their blobs, because everybody may read every
-// repository.
+// GetBlob implements [ociregistry.Reader]. All repositories share their blobs: everybody may read every repository.
 func (s *Store) GetBlob(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
 	return s.GetBlobRange(ctx, repo, d, 0, -1)
 }
@@ -191,7 +189,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	}
 	names := []string{}
 	for _, e := range entries { // ReadDir returns sorted names
-		// A file whose name is not valid as a tag is ignored. It must not stop a caller that goes through all tags.
+		// Ignore a file whose name is not a valid tag: it must not stop a caller that reads all tags.
 		if e.Name() > startAfter && ociref.IsValidTag(e.Name()) {
 			names = append(names, e.Name())
 		}
@@ -209,8 +207,7 @@ func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string
 	return labels, err
 }
 
-// Referrers implements [ociregistry.Lister]. If the subject is missing, it has no referrers; in the protocol that is
-// not an error.
+// Referrers implements [ociregistry.Lister]. A missing subject is not an error: it has no referrers.
 func (s *Store) Referrers(
 	ctx context.Context,
 	repo string,
@@ -258,8 +255,7 @@ func (s *Store) referrers(
 		if artifactType != "" && desc.ArtifactType != artifactType {
 			continue
 		}
-		// The entry is written before the manifest. If the process is killed in between, an entry without a manifest remains.
-		// It must not be listed.
+		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it.
 		if _, err := s.ResolveManifest(ctx, repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {

@@ -29,9 +29,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestSpecification runs the conformance tests of the distribution specification, with everything that is in version
-// 1.1. Their program is github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. No test may fail.
-// The code below has a list of the tests that may be skipped.
+// TestSpecification runs the conformance tests of distribution specification 1.1:
+// github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. None may fail. The list below says which
+// may be skipped.
 func TestSpecification(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
@@ -67,8 +67,8 @@ func TestSpecification(t *testing.T) {
 	}
 }
 
-// TestCreateOnlyOutlivesDelete shows that a create-only tag refers to the same content for ever. Even after the tag's
-// manifest was deleted, other content cannot get the tag.
+// TestCreateOnlyOutlivesDelete checks that a create-only tag cannot get other content, even after its manifest was
+// deleted.
 func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -113,8 +113,8 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
-// TestDeleteBesideBadTags shows that a manifest is not deleted if a tag cannot be read, because the tag may refer to
-// the manifest. A tag with damaged content does not prevent the deletion, and it is not removed.
+// TestDeleteBesideBadTags checks that an unreadable tag prevents the deletion of a manifest. A tag with damaged content
+// does not prevent it, and stays.
 func TestDeleteBesideBadTags(t *testing.T) {
 	t.Parallel()
 	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first is create-only
@@ -151,8 +151,8 @@ func TestDeleteBesideBadTags(t *testing.T) {
 	}
 }
 
-// TestCollect shows that a collection removes unreferenced blobs after a day and nothing else. It keeps the blobs of a
-// push that has not ended, and blobs that clients asked for lately.
+// TestCollect checks that a collection removes only unreferenced blobs after a day. It keeps blobs of a running push,
+// and blobs that clients asked for lately.
 func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -228,8 +228,7 @@ func setAge(t *testing.T, dir string, at time.Time) {
 	}
 }
 
-// TestCollectBesidePushes pushes images whose blobs are old and unreferenced, while collections run without a pause. If
-// a manifest was stored, none of its blobs may be missing.
+// TestCollectBesidePushes pushes images with old blobs while collections run. No stored manifest may lack a blob.
 func TestCollectBesidePushes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -1,10 +1,9 @@
 // Package ocistore is the embedded registry: the OCI distribution API over a folder. CUE's ociserver handles the
-// protocol. This package stores the content, see docs/decisions/0003-embedded-registry.md.
+// protocol, and this package stores the content: docs/decisions/0003-embedded-registry.md.
 //
-// Content becomes visible only when it is complete and verified, and after fsync. If the process is killed during a
-// push, the store is as it was before the push or as it is after it. The package refuses digests other than SHA-256 and
-// SHA-512, and manifests with missing blobs. In a create-only repository, it also refuses to move a tag to another
-// manifest.
+// Content becomes visible only when it is complete, verified and synced. After a crash, a push is either complete or
+// absent. The package accepts only SHA-256 and SHA-512 digests, and no manifests with missing blobs. In a create-only
+// repository, it never moves a tag to another manifest.
 //
 // Layout of the folder:
 //
@@ -38,14 +37,12 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// MaxManifest and MaxBlob are the largest sizes of a manifest and of a blob, in bytes. The largest real blob, a layer
-// of a driver, has some hundred MB.
+// MaxManifest and MaxBlob are the maximum sizes in bytes. The largest real blob, a driver's layer, has some hundred MB.
 const (
 	MaxManifest = 4 << 20
 	MaxBlob     = 8 << 30
-	// uploadMaxAge is how long an upload is kept after its last request. blobMinAge is how long an unreferenced blob is
-	// kept. The latter must be longer than a push takes, because clients push blobs before the manifest that refers to
-	// them.
+	// uploadMaxAge is how long an idle upload is kept. blobMinAge is how long an unreferenced blob is kept. It must be
+	// longer than a push, because clients push blobs before their manifest.
 	uploadMaxAge = 6 * time.Hour
 	blobMinAge   = 24 * time.Hour
 	maxName      = 255
@@ -57,15 +54,15 @@ type Options struct {
 	CreateOnly func(repo, tag string) bool
 	// Deleted is called after a manifest was deleted. nil means no call.
 	Deleted func(repo string, d ociregistry.Digest)
-	// Public is true if the operator says, by --public, that everybody can read this registry. The registry then refuses
-	// content under NVIDIA's licence that Redistribute does not allow. If Redistribute is "", it allows none.
+	// Public is true if everybody can read this registry (--public). It then refuses content under NVIDIA's licence
+	// that Redistribute does not allow. "" allows none.
 	Public       bool
 	Redistribute bundle.Redistribution
 	// CheckFree returns an error if there is no room to write. nil means no check.
 	CheckFree func() error
 }
 
-// Store is the storage of a registry, in a folder. Only one process may use the folder.
+// Store stores a registry in a folder. Only one process may use the folder.
 type Store struct {
 	*ociregistry.Funcs // methods that Store does not define return the error "unsupported"
 
@@ -84,7 +81,7 @@ type Store struct {
 	collecting sync.RWMutex
 }
 
-// Open opens the folder, and makes it if it is missing. It removes the remains of a process that was killed.
+// Open opens the folder, or makes it. It removes the remains of a killed process.
 func Open(dir string, o Options) (*Store, error) {
 	s, err := open(dir, o)
 	if err != nil {
@@ -160,8 +157,7 @@ func (s *Store) dropUploads(now time.Time) error {
 // Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the hex digits of a digest. The algorithm follows from their number, which differs between SHA-256 and
-// SHA-512.
+// hexOf returns the hex digits of a digest. Their number shows whether it is SHA-256 or SHA-512.
 func hexOf(d ociregistry.Digest) (string, error) {
 	if err := digest.Digest(d).Validate(); err != nil {
 		return "", fmt.Errorf("%w: %q: %w", ociregistry.ErrDigestInvalid, d, err)
@@ -185,8 +181,8 @@ func blobPath(sum string) string {
 	return "blobs/" + string(algorithm(sum)) + "/" + sum[:2] + "/" + sum
 }
 
-// repoPath returns a path in the folder of a repository. The names of our own folders there begin with an underscore,
-// so none can be part of a repository's name.
+// repoPath returns a path in a repository's folder. Our own folders there begin with an underscore, so that they cannot
+// be parts of a repository's name.
 func repoPath(repo string, parts ...string) (string, error) {
 	if len(repo) > maxName || !ociref.IsValidRepository(repo) {
 		return "", fmt.Errorf("%w: %q", ociregistry.ErrNameInvalid, repo)
@@ -216,8 +212,7 @@ func (s *Store) syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// moveToFinal moves a complete file to its final path. If a file exists there, it is replaced. Where the path has a
-// digest, both files have the same content.
+// moveToFinal moves a complete file to its final path. It replaces a file there.
 func (s *Store) moveToFinal(from, to string) error {
 	if err := s.mkdirs(path.Dir(to)); err != nil {
 		return err
@@ -297,7 +292,7 @@ func (s *Store) createJSON(to string, v any) error {
 // errDamaged is the error if a file has content that the store cannot have written.
 var errDamaged = errors.New("damaged")
 
-// readDescriptor reads a descriptor from a file. If the file has something else, the error is errDamaged.
+// readDescriptor reads a descriptor from a file. For other content, the error is errDamaged.
 func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	var d ociregistry.Descriptor
 	raw, err := s.root.ReadFile(name)
@@ -310,9 +305,8 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	return d, nil
 }
 
-// statBlob returns the size of a stored blob, or fs.ErrNotExist if it is missing. A client that asks will probably push
-// a manifest that refers to the blob, so statBlob makes the blob new again. [Store.Collect] then keeps it for at least
-// a day.
+// statBlob returns the size of a stored blob, or fs.ErrNotExist. It makes the blob new again, because the client will
+// probably push a manifest with it. [Store.Collect] then keeps the blob for a day.
 func (s *Store) statBlob(d ociregistry.Digest) (int64, error) {
 	sum, err := hexOf(d)
 	if err != nil {

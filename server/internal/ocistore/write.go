@@ -18,8 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The registry accepts the OCI media types of manifests and the two of Docker. The types of Docker are for images that
-// other tools copy here.
+// The registry also accepts Docker's media types of manifests, for images that other tools copy here.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -62,7 +61,7 @@ type counter struct{ n int64 }
 
 func (c *counter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
 
-// MountBlob implements [ociregistry.Writer]. It copies nothing, because all repositories share their blobs.
+// MountBlob implements [ociregistry.Writer]. It copies nothing: all repositories share their blobs.
 func (s *Store) MountBlob(ctx context.Context, _, toRepo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	if _, err := repoPath(toRepo); err != nil {
 		return ociregistry.Descriptor{}, err
@@ -88,7 +87,7 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// PushBlobChunkedResume implements [ociregistry.Writer]. An upload has no state but the length of its file, so it
+// PushBlobChunkedResume implements [ociregistry.Writer]. An upload's only state is the length of its file, so it
 // survives a restart.
 func (s *Store) PushBlobChunkedResume(
 	ctx context.Context,
@@ -148,7 +147,7 @@ func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.B
 	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
 }
 
-// upload is an upload that one request has opened. No other request can write to it.
+// upload is an upload that one request has opened. No other can write to it.
 type upload struct {
 	s      *Store
 	id     string
@@ -161,9 +160,8 @@ func (u *upload) ID() string     { return u.id }
 func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
-// Write appends p. It compares the client's offset with the upload's size only when the first bytes of a request
-// arrive. The last request of an upload may have no content. Its offset is then 0, whatever was sent before, and it
-// must not be refused.
+// Write appends p. It checks the client's offset when the first bytes arrive. A last request without content has offset
+// 0 and must not be refused.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -199,7 +197,7 @@ func (u *upload) Cancel() error {
 	return errors.Join(u.Close(), err)
 }
 
-// Commit makes the upload a blob, if the content has this digest. If it has another digest, Commit removes the upload.
+// Commit makes the upload a blob. If the content has another digest, Commit removes the upload.
 func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -228,7 +226,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
 }
 
-// manifest has the fields that a registry must read. They are those of all kinds of manifests.
+// manifest has the fields that a registry must read, for all kinds of manifests.
 type manifest struct {
 	MediaType    string                   `json:"mediaType"`
 	ArtifactType string                   `json:"artifactType"`
@@ -239,8 +237,8 @@ type manifest struct {
 	Annotations  map[string]string        `json:"annotations"`
 }
 
-// PushManifest implements [ociregistry.Writer]. It writes the content, the entry among the referrers, the manifest and
-// the tag, in this order. What each of them needs is then visible before it.
+// PushManifest implements [ociregistry.Writer]. It writes the content, the referrer's entry, the manifest and the tag.
+// Keep this order: each needs the one before.
 func (s *Store) PushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -267,8 +265,7 @@ func (s *Store) pushManifest(
 			return desc, err
 		}
 	}
-	// While the lock is held, no collection removes a blob. The checked blobs are therefore still there when the manifest
-	// is stored.
+	// While the lock is held, no collection removes the checked blobs.
 	s.collecting.RLock()
 	defer s.collecting.RUnlock()
 	m, err := s.parseAndCheck(ctx, repo, content, mediaType)
@@ -343,8 +340,8 @@ func (s *Store) setTag(repo, tag, name string, desc ociregistry.Descriptor) erro
 	return nil
 }
 
-// parseAndCheck parses a manifest, and returns an error if something that it refers to is not stored. Only the subject
-// may be missing, because the protocol allows clients to push a referrer before its subject.
+// parseAndCheck parses a manifest, and returns an error if a blob or manifest that it refers to is missing. Only the
+// subject may be missing: the protocol allows a referrer before its subject.
 func (s *Store) parseAndCheck(ctx context.Context, repo string, content []byte, mediaType string) (manifest, error) {
 	var m manifest
 	invalid := func(format string, args ...any) error {
@@ -402,8 +399,8 @@ func missing(what string, d ociregistry.Digest, err error) error {
 	return err
 }
 
-// DeleteTag implements [ociregistry.Deleter]. It does not delete the manifest. It refuses to delete a create-only tag,
-// because the tag could then be made again for other content.
+// DeleteTag implements [ociregistry.Deleter]. It keeps the manifest. It refuses to delete a create-only tag, because
+// the tag could then get other content.
 func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	name, err := tagPath(repo, tag)
 	if err != nil {
@@ -428,13 +425,12 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 	return s.readDescriptor(name)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest. If
-// a tag is create-only, the store remembers its manifest, so that the tag can only be made again for the same content.
-// The content itself is left to [Store.Collect], because another repository may have it.
+// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest, and then the manifest. The
+// content stays for [Store.Collect], because another repository may have it.
 //
-// If a tag cannot be read, it may refer to the manifest. DeleteManifest then returns an error and deletes no manifest.
-// A tag with damaged content refers to no manifest. It does not prevent the deletion. It is not removed, because a
-// create-only tag must not become free for other content.
+// A create-only tag can be made again only for the same content. A tag with damaged content stays, because it may be
+// create-only. If a tag cannot be read, DeleteManifest returns an error and keeps the manifest, which may have this
+// tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {

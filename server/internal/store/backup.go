@@ -10,9 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CopySQLite copies an SQLite database, such as the catalogue, to a new file. If the file exists, it returns an error.
-// The copy has the state of one moment: of another writer's transaction, it has all or nothing. No writer waits for the
-// copy. CopySQLite calls fsync before it returns.
+// CopySQLite copies an SQLite database to a new file, and calls fsync. The copy is a snapshot, and blocks no writer. If
+// the file exists, CopySQLite returns an error.
 func CopySQLite(ctx context.Context, from, to string) error {
 	if err := copySQLite(ctx, from, to); err != nil {
 		return fmt.Errorf("copy the database %s: %w", from, err)
@@ -25,7 +24,7 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 	if _, err := os.Stat(from); err != nil {
 		return fault.Wrap(fault.NotFound, err, "give the data folder of the server: --data FOLDER")
 	}
-	// The file is made first, with a mode that lets only this user read it. SQLite accepts an empty file as target.
+	// SQLite accepts an empty file as target, so create it with a mode that lets only this user read it.
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
@@ -36,8 +35,7 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	// SQLite reads the source in one transaction. The transaction blocks no writer, because all our databases have a
-	// write-ahead log.
+	// This transaction blocks no writer, because all our databases have a write-ahead log.
 	if _, err := db.ExecContext(ctx, `VACUUM INTO $1`, to); err != nil {
 		return classify("write the copy", err)
 	}

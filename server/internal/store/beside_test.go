@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testReadDuringWrite shows that readers do not wait for writers. When readers and writers shared one connection, a
-// builder's report or an endless list blocked all readiness checks and all questions of nodes.
+// testReadDuringWrite checks that readers do not wait for writers. In an earlier version, they shared one connection.
 func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()

@@ -38,9 +38,8 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	return b, errors.Join(err, json.Unmarshal([]byte(kernel), &b.Kernel))
 }
 
-// encodableTime returns a time in UTC. In JSON a year must be 0 to 9999 (RFC 3339). If the year is outside of these,
-// encodableTime returns the zero time. Such times exist: a text with an offset may be read, although the same time in
-// UTC has another year.
+// encodableTime returns a time in UTC, or the zero time if JSON cannot encode it. JSON allows the years 0 to 9999 (RFC
+// 3339). A time that was read with an offset can be outside of them in UTC.
 func encodableTime(t time.Time) time.Time {
 	t = t.UTC()
 	if year := t.Year(); year < 0 || year > 9999 {
@@ -64,7 +63,7 @@ func builds(ctx context.Context, q querier, tail string, args ...any) ([]api.Bui
 	return all, classify("list the builds", err)
 }
 
-// BuildFilter chooses the builds to list. An empty field allows any value.
+// BuildFilter chooses builds. An empty field allows any value.
 type BuildFilter struct {
 	State          api.State
 	BuildID, Board string
@@ -132,16 +131,15 @@ func build(ctx context.Context, q querier, id int64, lock string) (api.Build, er
 	return b, classify(fmt.Sprintf("read build %d", id), err)
 }
 
-// AddBuild stores a new build and returns it with its number. If the cell has an open build, it stores nothing and
-// returns that build, and the result added is false.
+// AddBuild stores a new build and returns it with its number. If the cell has an open build, it returns that build
+// instead, and added is false.
 func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
 	tx.touch(b.Kernel.String())
-	// The database has a unique index over open builds. If another transaction has added one for this cell, the INSERT
-	// returns no row.
+	// A unique index allows one open build of a cell. If another transaction has added one, the INSERT returns no row.
 	for range 3 {
 		err = tx.QueryRowContext(
 			ctx,
@@ -175,7 +173,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		"send the request again")
 }
 
-// BuildBefore returns the newest of the builds of b's cell that are older than b.
+// BuildBefore returns the newest build of b's cell that is older than b.
 func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, found bool, err error) {
 	all, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
         AND id < $5 ORDER BY id DESC LIMIT 1`,
@@ -196,8 +194,8 @@ func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, erro
 	return open[0], true, nil
 }
 
-// SetBuild stores the state of a build. It does not change the build's cell, number and creation time. If b is open and
-// another build of its cell is open, too, the error has kind Busy.
+// SetBuild stores the state of a build, but not its cell, number and creation time. If another build of the cell is
+// open, too, the error has kind Busy.
 func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {

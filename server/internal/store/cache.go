@@ -15,17 +15,16 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Nodes ask the same few questions again and again, and for each the database needs some hundred microseconds. The
-// cache therefore keeps the facts about a kernel's cells until somebody changes them. With SQLite, this process is the
-// only writer. With PostgreSQL, each writer sends a NOTIFY to the others in the transaction that writes. As long as a
-// process cannot receive notifications, it caches nothing.
+// The cache keeps the facts about a kernel's cells until somebody changes them. With SQLite, this process is the only
+// writer. With PostgreSQL, each writing transaction sends a NOTIFY to the other processes. A process that cannot
+// receive notifications caches nothing.
 
-// rememberedKernels and rememberedDrivers are how many entries the cache has at most.
+// rememberedKernels and rememberedDrivers are the maximum numbers of cached entries.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
-	// maxNotes is how many changed keys a transaction sends to other processes at most. If more have changed, it sends one
-	// notification that everything has changed.
+	// maxNotes is the maximum number of changed keys that a transaction sends to other processes. If more have changed,
+	// it sends one notification for everything.
 	maxNotes = 50
 	channel  = "prebake_catalogue"
 )
@@ -48,9 +47,8 @@ func newCache() *cache {
 	return &cache{kernels: kernels, drivers: drivers}
 }
 
-// remember returns a cached value. If there is none, it calls the function read and caches the result. The second
-// result of read is false if the value must not be cached. If entries were dropped during the call, the value is not
-// cached either, because it may be older than the change.
+// remember returns a cached value. If there is none, it calls the callback and caches the result. It does not cache the
+// result if the callback forbids it, or if entries were dropped meanwhile: the result may be out of date.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil
@@ -70,7 +68,7 @@ func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func()
 	return v, nil
 }
 
-// forget drops the entries of the kernels and drivers with these keys. The key "" stands for all entries.
+// forget drops the entries of kernels and drivers. The key "" stands for all entries.
 func (c *cache) forget(keys ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -86,7 +84,7 @@ func (c *cache) forget(keys ...string) {
 	}
 }
 
-// setListening stores whether notifications of other writers arrive. It also drops all entries.
+// setListening stores whether notifications arrive, and drops all entries.
 func (c *cache) setListening(yes bool) {
 	c.mu.Lock()
 	c.listening = yes
@@ -94,8 +92,8 @@ func (c *cache) setListening(yes bool) {
 	c.forget("")
 }
 
-// KernelCells reads a kernel with the facts that decide the state of its cells. It returns nil if the catalogue lacks
-// the kernel. The result may come from the cache.
+// KernelCells returns a kernel with the facts that decide the state of its cells. It returns nil if the catalogue lacks
+// the kernel. The result may be cached.
 func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*KernelCells, error) {
 	return remember(s.cache, s.cache.kernels, buildID+"/"+board, func() (*KernelCells, bool, error) {
 		all, _, err := s.Cells(ctx, KernelFilter{BuildID: buildID, Board: board}, Page{Limit: 1})
@@ -107,8 +105,7 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 }
 
 // RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. If all kernels of
-// the page are cached, it takes the facts from the cache. The facts about one kernel are always those of one moment.
-// The facts about two kernels may then be of different moments.
+// the page are cached, the facts about two kernels may be of different moments.
 func (s *Store) RememberedCells(
 	ctx context.Context,
 	f KernelFilter,
@@ -176,8 +173,7 @@ func (s *Store) listen(ctx context.Context, url string) {
 	}
 }
 
-// listenOnce receives notifications on one connection, until the connection breaks. It calls the function begun when it
-// listens.
+// listenOnce receives notifications until its connection breaks. It calls the callback when it begins to listen.
 func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -198,8 +194,7 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	}
 }
 
-// touch records that the transaction changes a kernel or a driver version. The key is BUILD_ID/BOARD or the version; ""
-// stands for everything.
+// touch records that the transaction changes a kernel (BUILD_ID/BOARD), a driver version, or everything ("").
 func (tx *Tx) touch(key string) {
 	if tx.touched == nil {
 		tx.touched = map[string]bool{}

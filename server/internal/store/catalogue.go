@@ -47,7 +47,7 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 	return all, next, classify("list the drivers", err)
 }
 
-// Driver reads one driver version. If the version is not known, it returns no error, and a driver without flavours.
+// Driver reads one driver version. An unknown version is not an error: the result has no flavours.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
 	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
 		d, err := scanDriver(
@@ -87,16 +87,16 @@ func scanArtifact(row func(...any) error, more ...any) (api.Artifact, error) {
 	return a, err
 }
 
-// ArtifactFilter chooses the artifacts to list. An empty field allows any value.
+// ArtifactFilter chooses artifacts. An empty field allows any value.
 type ArtifactFilter struct {
 	Digest, Driver string
 	Flavour        target.Flavour
 	State          api.State
-	// BuildID and Board are those of a kernel that the artifact is attested for.
+	// BuildID and Board choose the artifacts that are attested for this kernel.
 	BuildID, Board string
 }
 
-// Artifacts lists a page of artifacts, newest first. Each artifact has the kernels that it is attested for.
+// Artifacts lists a page of artifacts with their kernels, newest first.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
 	return all, next, classify("list the artifacts", err)
@@ -196,8 +196,7 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 	return all[0], nil
 }
 
-// PutArtifact adds an artifact. If the artifact is stored already, it only adds kernels. It never changes the digest,
-// driver, fingerprint or state of a stored artifact; [Tx.SetArtifactState] changes the state.
+// PutArtifact adds an artifact. If the artifact is stored already, PutArtifact only adds kernels.
 func (tx *Tx) PutArtifact(ctx context.Context, a api.Artifact) error {
 	err := func() error {
 		_, err := tx.ExecContext(ctx, `
@@ -213,8 +212,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// The cached facts about other kernels with this fingerprint are not dropped. Such a kernel can use the artifact
-			// only after a builder has attested the artifact for it, and the builder finds the artifact without the cache.
+			// The cached facts about other kernels with this fingerprint stay. They change only when a builder attests
+			// the artifact for such a kernel.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
@@ -229,7 +228,7 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 	return classify("store the artifact "+a.Digest, err)
 }
 
-// Withdrawn lists the n artifacts that were yanked or quarantined last. They have no list of kernels.
+// Withdrawn lists the given number of artifacts that were yanked or quarantined last, without their kernels.
 func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
@@ -258,8 +257,8 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 	return all, classify("count the kernels", err)
 }
 
-// SetArtifactState sets the state of an artifact and the reason for it. If the state is a withdrawal, the argument at
-// is its time. SetArtifactState removes the replacement, if there is one.
+// SetArtifactState sets an artifact's state and its reason, and removes the replacement. For a withdrawal, it stores
+// the given time.
 func (tx *Tx) SetArtifactState(
 	ctx context.Context,
 	digest string,
@@ -289,8 +288,8 @@ func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) er
 	return classify("store the replacement of "+digest, err)
 }
 
-// DropArtifact removes an artifact of a repository, because the repository's manifest was deleted. The result dropped
-// is false if the catalogue did not have the artifact.
+// DropArtifact removes an artifact whose manifest was deleted from the repository. It reports whether the catalogue had
+// the artifact.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)

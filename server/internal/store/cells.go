@@ -16,23 +16,23 @@ type CellKey struct {
 
 // Facts has everything that decides the state of a cell.
 type Facts struct {
-	// Artifacts has the driver's artifacts that may fit the kernel: those with the kernel's fingerprint. If that
-	// fingerprint is not known, it has the artifacts that are attested for the kernel.
+	// Artifacts are the driver's artifacts with the kernel's fingerprint. If the fingerprint is not known, they are the
+	// artifacts that are attested for the kernel.
 	Artifacts []Candidate
 	// Newest is the newest build of the cell; nil means that there is none.
 	Newest *api.Build
 }
 
-// Candidate is an artifact that may fit a kernel. It has no list of kernels.
+// Candidate is an artifact that may fit a kernel. Its list of kernels is empty.
 type Candidate struct {
 	api.Artifact
 	// Attested is true if the artifact is attested for this kernel.
 	Attested bool
-	// AttestedAt is the time of that attestation. It is zero if there is none, or if its time is not known.
+	// AttestedAt is the time of the attestation, or zero if it is not known.
 	AttestedAt time.Time
 }
 
-// Cells reads a page of kernels with the facts about all of their cells. All facts are those of one moment.
+// Cells lists a page of kernels with the facts about all of their cells at one moment.
 func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
 	text, args, err := f.page("build_id, board, fingerprint", p)
 	if err != nil {
@@ -57,10 +57,8 @@ func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*Kerne
 	return all, next, nil
 }
 
-// facts returns the facts about the cells of some kernels. The keys of the result are BUILD_ID/BOARD. The argument from
-// is a query for the columns build_id, board and fingerprint of those kernels. SQLite reads the tables in the order of
-// the CROSS JOINs; PostgreSQL may choose another order. Without a fixed order, SQLite would start with the wrong table,
-// because it has no statistics here.
+// facts returns the facts about the cells of some kernels, by BUILD_ID/BOARD. The given query returns build_id, board
+// and fingerprint of these kernels. Keep the CROSS JOINs: without statistics, SQLite would start with the wrong table.
 func facts(ctx context.Context, q querier, from string, args []any) (map[string]map[target.Driver]Facts, error) {
 	all := map[string]map[target.Driver]Facts{}
 	of := func(k target.Kernel) map[target.Driver]Facts {

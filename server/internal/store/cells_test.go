@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testPages reads each list page by page. Each entry must be on exactly one page.
+// testPages reads each list page by page. Each entry must be on one page only.
 func testPages(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	major, _, _ := strings.Cut(id, ".")
@@ -181,8 +181,8 @@ func testCells(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testCache changes the catalogue in every possible way. With PostgreSQL, another process makes the changes. A reader
-// whose last answer was cached must see each change.
+// testCache changes the catalogue in every possible way, with PostgreSQL from another process. A reader must see each
+// change in spite of its cache.
 func testCache(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	other := s

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testFilters searches for kernels as the matrix does, and lists what the pages show. It uses boards of its own,
-// because the database also has the rows of other tests.
+// testFilters searches for kernels as the matrix does. It uses its own boards, because other tests use the same
+// database.
 func testFilters(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	noon := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)

@@ -36,24 +36,24 @@ func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	return k, err
 }
 
-// noMap and noList are what the database has for an empty map and for an empty list.
+// noMap and noList are an empty map and an empty list in the database.
 const (
 	noMap  = "{}"
 	noList = "[]"
 )
 
-// KernelFilter chooses the kernels to list. An empty field allows any value.
+// KernelFilter chooses kernels. An empty field allows any value.
 type KernelFilter struct {
 	BuildID, Board string
 	Milestone      int
-	// State is the state that a cell of the kernel must have. If it is yanked or quarantined, an artifact that is attested
-	// for the kernel must have it; otherwise the newest build of the cell must have it. It must not be published.
+	// State is the state of a cell of the kernel: of an attested artifact if it is yanked or quarantined, and otherwise
+	// of the newest build. Published is not allowed.
 	State api.State
-	// Text is the beginning of a BUILD_ID or of a kernel release. It may have only letters, digits and ".+~-", because it
+	// Text is the beginning of a BUILD_ID or kernel release. It may have only letters, digits and ".+~-", because it
 	// becomes part of an SQL pattern.
 	Text string
-	// GKE is a GKE version whose nodes boot the kernel, or the beginning of such a version: 1.33 or 1.33.5. It may have
-	// only digits, dots and "-gke.", because it becomes part of an SQL pattern.
+	// GKE is a GKE version or its beginning, such as 1.33. It may have only digits, dots and "-gke.", because it
+	// becomes part of an SQL pattern.
 	GKE string
 }
 
@@ -132,12 +132,12 @@ func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.
 	return all, next, classify("list the kernels", err)
 }
 
-// Kernel reads one kernel. The result known is false if the catalogue lacks the kernel.
+// Kernel reads one kernel. It reports whether the catalogue has the kernel.
 func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, s.readers, buildID, board)
 }
 
-// Kernel reads one kernel inside the transaction. The result known is false if the catalogue lacks the kernel.
+// Kernel reads one kernel inside the transaction. It reports whether the catalogue has the kernel.
 func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, tx, buildID, board)
 }
@@ -151,7 +151,7 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 	return k, err == nil, classify("read kernel "+buildID+"/"+board, err)
 }
 
-// PutKernel adds a kernel, or changes a stored one. The empty fields of k do not change the stored values.
+// PutKernel adds or changes a kernel. Empty fields do not change stored values.
 func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
 	branches, err := encodeMap(k.Branches)
 	if err != nil {
@@ -190,8 +190,7 @@ func encodeMap[T any](m map[string]T) (string, error) {
 	return string(text), err
 }
 
-// PutGKE stores which GKE versions boot a kernel. An empty list removes all versions of the kernel. A kernel that the
-// catalogue lacks is not added.
+// PutGKE replaces the GKE versions of a kernel. If the catalogue lacks the kernel, it does nothing.
 func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
 	text, err := json.Marshal(append([]string{}, versions...))
 	if err != nil {

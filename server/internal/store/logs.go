@@ -14,11 +14,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Logs stores build logs as files. <dir>/<build>.log is the complete log, which a builder sends at the end of a build.
-// <dir>/<build>.live is the log so far, which the builder sends in parts while the build runs.
+// Logs stores build logs as files. A running build's log is in <dir>/<build>.live. The complete log is in
+// <dir>/<build>.log.
 type Logs struct{ root *os.Root }
 
-// OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.
+// OpenLogs opens the folder, or makes it. It removes the remains of interrupted uploads.
 func OpenLogs(dir string) (*Logs, error) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, fmt.Errorf("open the logs: %w", err)
@@ -45,9 +45,8 @@ func (l *Logs) Close() error { return l.root.Close() }
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
 
-// Append adds text to the log of a running build. The argument offset is the position of the text in the log, in bytes.
-// If it is 0, the log starts again. If it is another number, it must be the current length of the log; otherwise the
-// error has kind Mismatch. The log may have at most api.MaxLiveLog bytes.
+// Append adds text to the log of a running build, at an offset in bytes. Offset 0 starts the log again. If another
+// offset is not the log's length, the error has kind Mismatch. The log is limited to api.MaxLiveLog bytes.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	flags := os.O_WRONLY
 	if offset == 0 {
@@ -90,7 +89,7 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	return nil
 }
 
-// Put stores the complete log of a build. It replaces an earlier one; readers see either the old log or the new one.
+// Put stores the complete log of a build. Readers see either the earlier log or the new one.
 func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	name := logName(build)
 	part, err := os.CreateTemp(l.root.Name(), name+".*.part")
@@ -128,9 +127,8 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens the log of a build. The result size is its current length in bytes. The argument live is true if the build
-// is running. Get then prefers the log so far to a complete log, which is from an earlier attempt. If the build has
-// ended, it prefers the complete log, because a part of the other may arrive late.
+// Get opens the log of a build, and returns its length in bytes. For a running build, it prefers the live log, because
+// a complete log is from an earlier attempt. For an ended build, it prefers the complete log.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
 	names := []string{logName(build), liveName(build)}
 	if live {

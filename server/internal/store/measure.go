@@ -10,16 +10,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes returns the number of writes that this process knows of. As long as the number is the same, nothing that was
-// measured has changed.
+// Changes returns the number of writes that this process knows of. While it is the same, measurements stay valid.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	return s.cache.dropped
 }
 
-// wantedAtOnce is how many wanted cells one transaction stores. wantedRows is how many wanted cells one statement
-// stores.
+// wantedAtOnce is the number of wanted cells in one transaction, and wantedRows in one statement.
 const (
 	wantedAtOnce = 1000
 	wantedRows   = 100
@@ -40,8 +38,8 @@ func (w WantedCell) early() int {
 	return 0
 }
 
-// SetWanted replaces the wanted cells of a wish list. It writes only what has changed. A long list is written in
-// several transactions, so that it blocks no other writer.
+// SetWanted replaces the wanted cells of a wish list. It uses several transactions for a long list, so that other
+// writers need not wait.
 func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -100,7 +98,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 	return nil
 }
 
-// addWanted stores wanted cells of a wish list. It stores nothing for a list that was removed meanwhile.
+// addWanted stores wanted cells of a wish list, unless the list was removed meanwhile.
 func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil
@@ -125,10 +123,8 @@ DO UPDATE SET early = excluded.early`
 	return err
 }
 
-// Coverage returns the number of wanted cells for each milestone and state. It leaves out cells that only early-warning
-// entries ask for. Milestone 0 means that the milestone is not known. The rules for the state of a cell are those of
-// package catalogue. State Unknown means that the cell has no artifact and no build. Coverage takes some ten
-// microseconds for each cell.
+// Coverage counts wanted cells by milestone and state, without cells that only early-warning entries want. Milestone 0
+// means unknown. State Unknown means no artifact and no build. For other states, package catalogue has the rules.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -180,7 +176,7 @@ type Waiting struct {
 	Flavour  target.Flavour
 }
 
-// maxWaiting is the most waiting builds, and the most running builds, that are read.
+// maxWaiting is the maximum number of waiting builds, and of running builds, that are read.
 const maxWaiting = 100_000
 
 // WaitingBuilds lists the queued builds in the order in which they will start.

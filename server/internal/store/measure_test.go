@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testWantedCells counts wanted cells. A cell is not counted any more after its wish list dropped it, or after the wish
-// list was removed. A cell that two lists ask for is counted once.
+// testWantedCells counts wanted cells. A cell of two lists counts once. A cell of a removed list does not count.
 func testWantedCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4242 // no other test uses it

@@ -7,8 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// CountFailures returns the number of failed builds for each class. It leaves out builds that only an early-warning
-// entry of a wish list asked for.
+// CountFailures counts failed builds by class, without builds that only early-warning entries want.
 func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 	counts := map[string]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -25,8 +24,7 @@ SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 
 	return counts, classify("count the failed builds", err)
 }
 
-// OldestQueued returns the creation time of the build that has waited longest. If no build waits, it returns the zero
-// time.
+// OldestQueued returns the creation time of the oldest queued build, or the zero time if there is none.
 func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	var oldest int64
 	err := s.readers.QueryRowContext(

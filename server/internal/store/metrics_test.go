@@ -8,8 +8,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testQueueMetrics checks the numbers for the metrics. It looks at changes of the numbers only, because other tests
-// have builds in the same database.
+// testQueueMetrics checks changes of the metrics' numbers. Other tests have builds in the same database.
 func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	before, err := s.CountFailures(ctx)

@@ -19,21 +19,19 @@ import (
 // KernelCells is a kernel with the facts that decide the state of its cells. Readers share it, so it must not be
 // changed.
 //
-// A server keeps the facts about tens of thousands of cells for days. As Go values, these facts are several hundred
-// thousand objects with pointers, and the garbage collector reads all of them again and again. KernelCells therefore
-// stores the facts as bytes: all texts of a kernel's cells are in one string, and everything else is numbers. To read
-// the facts about a cell takes less than a microsecond.
+// The facts are stored as bytes: as Go values, they would be several hundred thousand objects for the garbage collector
+// to read. All texts are in one string. Reading the facts about a cell takes less than a microsecond.
 type KernelCells struct {
 	Kernel api.Kernel
 	// text has all texts of the cells, each once.
 	text string
-	// cells says where the facts about each cell are in the field facts. The newest driver version is first.
+	// cells are the cells of the kernel, newest driver version first.
 	cells []packedCell
 	facts []byte
 }
 
-// packedCell says which driver a cell has, and where the facts about the cell are. The field facts is an offset into
-// KernelCells.facts. The other fields are offsets into KernelCells.text.
+// packedCell is the driver of a cell, and the offset of its facts in KernelCells.facts. The other fields are offsets
+// into KernelCells.text.
 type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts int }
 
 // NewKernelCells packs the facts about the cells of a kernel.
@@ -50,8 +48,7 @@ func NewKernelCells(k api.Kernel, facts map[target.Driver]Facts) *KernelCells {
 	return &KernelCells{Kernel: k, text: w.text(), cells: cells, facts: bytes.Clone(w.stream)}
 }
 
-// newestFirst compares two drivers for the order of the cells. Versions that are equal but written differently, such as
-// 535.1 and 535.01, have two cells.
+// newestFirst orders the cells. Versions such as 535.1 and 535.01 are equal, but have two cells.
 func newestFirst(a, b target.Driver) int {
 	return cmp.Or(
 		target.CompareVersions(b.Version, a.Version),
@@ -82,7 +79,7 @@ func (k *KernelCells) Drivers() iter.Seq[target.Driver] {
 	}
 }
 
-// Facts returns the facts about the cell of a driver. The result is empty if nothing is known about the cell.
+// Facts returns the facts about a driver's cell. Without any, the result is empty.
 func (k *KernelCells) Facts(d target.Driver) Facts {
 	i, known := slices.BinarySearchFunc(k.cells, d, func(c packedCell, d target.Driver) int {
 		return newestFirst(k.driver(c), d)
@@ -106,9 +103,8 @@ func (k *KernelCells) unpack(c packedCell) (f Facts) {
 	return f
 }
 
-// packer either writes values to a stream of bytes, or reads them from one. Each method can do both, so that writing
-// and reading cannot differ. For a text, the stream has its offset in the string of all texts, and its length. A text
-// that is read shares memory with that string.
+// packer either writes values to a stream of bytes or reads them. Each method does both, so that writing and reading
+// cannot differ. A text is stored as offset and length in the string of all texts.
 type packer struct {
 	stream []byte
 	reads  bool
@@ -121,7 +117,7 @@ type packer struct {
 
 func (p *packer) text() string { return strings.Clone(p.texts.String()) }
 
-// place returns the offset of a text among the texts. If the text is new, place stores it first.
+// place returns a text's offset among the texts. It stores a new text first.
 func (p *packer) place(s string) int {
 	at, ok := p.places[s]
 	if !ok {
@@ -177,7 +173,7 @@ func (p *packer) bool(b *bool) {
 	}
 }
 
-// time writes or reads a time. The time that it reads is in UTC.
+// time writes or reads a time. It reads times in UTC.
 func (p *packer) time(t *time.Time) {
 	seconds, nanos := t.Unix(), t.Nanosecond()
 	packNumber(p, &seconds)
@@ -200,7 +196,7 @@ func packOptional[T any](p *packer, v **T, pack func(*T)) {
 	pack(*v)
 }
 
-// packList writes or reads a list. If the list is empty, the result of reading it is nil.
+// packList writes or reads a list. An empty list is read as nil.
 func packList[T any](p *packer, all *[]T, pack func(*T)) {
 	size := uint64(len(*all))
 	p.uint(&size)

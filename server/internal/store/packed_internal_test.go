@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fillFields sets v and all fields in it to values other than zero. No two texts or numbers are equal. The function
-// finds the fields by reflection, so it also sets a field that somebody adds later.
+// fillFields sets all fields of v to different values, none of which is zero. It uses reflection, so it also sets
+// fields that are added later.
 func fillFields(t *testing.T, v reflect.Value, next *int) {
 	*next++
 	switch v.Kind() {

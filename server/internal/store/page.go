@@ -11,23 +11,22 @@ import (
 
 // Page says which part of a list to return.
 type Page struct {
-	// After is the cursor that came with the former page; "" means the first page.
+	// After is the cursor from the former page; "" means the first page.
 	After string
-	// Limit is how many entries the page has at most. The caller makes sure that it is at least 1.
+	// Limit is the maximum number of entries of the page. It must be at least 1.
 	Limit int
 }
 
-// maxCursor is the most bytes of a cursor. Cursors of this package have some hundred bytes.
+// maxCursor is the maximum length of a cursor, in bytes. Our cursors have some hundred.
 const maxCursor = 1 << 10
 
-// cursor returns the cursor of the page after an entry, which is the entry's encoded sort key. Clients send it back
-// without reading it.
+// cursor returns the cursor of the page after an entry: the entry's encoded sort key.
 func cursor(key ...string) string {
 	raw, _ := json.Marshal(key) // encoding strings never fails
 	return base64.RawURLEncoding.EncodeToString(raw)
 }
 
-// parse returns the n fields of the cursor. For the first page, it returns nil.
+// parse returns the fields of the cursor, or nil for the first page.
 func (p Page) parse(n int) ([]string, error) {
 	if p.After == "" {
 		return nil, nil
@@ -47,8 +46,7 @@ func (p Page) parse(n int) ([]string, error) {
 	return key, nil
 }
 
-// cut returns at most limit entries, and the cursor of the next page. If all has no more entries than that, there is no
-// next page, and the cursor is "".
+// cut returns at most limit entries, and the cursor of the next page. The cursor is "" if there is none.
 func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	if len(all) <= limit {
 		return all, ""
@@ -57,8 +55,8 @@ func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	return all, cursor(key(all[limit-1])...)
 }
 
-// where has the conditions of a query and their arguments. Each ? in a condition is replaced by the number of its
-// parameter, in a form that both databases understand.
+// where holds the conditions of a query and their arguments. Each ? becomes a numbered parameter, which both databases
+// understand.
 type where struct {
 	conditions []string
 	args       []any
@@ -72,7 +70,7 @@ func (w *where) and(condition string, args ...any) {
 	w.conditions = append(w.conditions, condition)
 }
 
-// addEqual adds the condition that a column has a value. The zero value means any value: then addEqual adds nothing.
+// addEqual adds the condition that a column has a value. It adds nothing for the zero value.
 func addEqual[T comparable](w *where, column string, value T) {
 	var zero T
 	if value != zero {
@@ -87,7 +85,7 @@ func (w *where) String() string {
 	return " WHERE " + strings.Join(w.conditions, " AND ")
 }
 
-// limit returns a LIMIT of n+1 entries. The additional entry shows that there is a next page.
+// limit returns a LIMIT of n+1 entries. The extra entry shows that there is a next page.
 func (w *where) limit(n int) string {
 	w.args = append(w.args, n+1)
 	return fmt.Sprintf(" LIMIT $%d", len(w.args))

@@ -20,9 +20,8 @@ func (r *recorder) QueryContext(ctx context.Context, text string, args ...any) (
 	return r.reader.QueryContext(ctx, text, args...)
 }
 
-// TestCellsAreLookedUp checks SQLite's query plans for the questions that every node and every page asks. Each plan
-// must use an index, and must not scan a whole table. The database has no statistics, as in production. In an earlier
-// version, a scan over all artifacts made one answer slower the larger the catalogue was.
+// TestCellsAreLookedUp checks that SQLite answers the frequent queries with an index, without a scan of a table. The
+// database has no statistics, as in production.
 func TestCellsAreLookedUp(t *testing.T) {
 	t.Parallel()
 	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
@@ -67,8 +66,8 @@ func TestCellsAreLookedUp(t *testing.T) {
 			if err := rows.Scan(&id, &parent, &unused, &step); err != nil {
 				t.Fatal(err)
 			}
-			// A scan of k is allowed, because k is only the page that the inner query returns. A scan in the order of an index
-			// is allowed, too, because it ends at the end of the page.
+			// The inner query's page k may be scanned. A scan in the order of an index is allowed, too, because it ends
+			// with the page.
 			if strings.HasPrefix(step, "SCAN") && !strings.HasPrefix(step, "SCAN k") && !strings.Contains(step, "USING") {
 				t.Errorf("%q of\n%s\nwant a look-up by an index", step, text)
 			}

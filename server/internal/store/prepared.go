@@ -7,9 +7,8 @@ import (
 	"sync"
 )
 
-// preparedDB is an SQLite database that keeps its prepared statements. To prepare a statement takes longer than most of
-// the queries here. PostgreSQL's driver keeps its statements by itself. The texts of the statements are all from this
-// package, so there cannot be too many.
+// preparedDB is an SQLite database that keeps its prepared statements, because preparing takes longer than most
+// queries. There is a fixed number of statements. PostgreSQL's driver keeps its statements itself.
 type preparedDB struct {
 	*sql.DB
 	mu    sync.Mutex

@@ -9,12 +9,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports is how many nodes of one network may report on an artifact. Without a limit, a client that invents nodes
-// could fill the disk.
+// MaxReports is the maximum number of nodes of one network that may report on an artifact. It protects the disk from a
+// client that invents nodes.
 const MaxReports = 1000
 
-// PutReport stores a node's report about an artifact. It replaces the earlier report of that node. The argument source
-// is the network of the node.
+// PutReport stores a node's report about an artifact, and replaces the node's earlier report. source is the node's
+// network.
 func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
 	what := "store the report on " + r.Digest
 	var others int
@@ -37,7 +37,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE
 	return classify(what, err)
 }
 
-// OutcomeCount is how many nodes of one network reported the same outcome for an artifact.
+// OutcomeCount is the number of nodes of one network that reported the same outcome for an artifact.
 type OutcomeCount struct {
 	Source  string
 	Outcome api.Outcome
@@ -45,8 +45,8 @@ type OutcomeCount struct {
 	Nodes   int
 }
 
-// OutcomeCounts returns how many nodes of each network reported each outcome for an artifact. It leaves out reports
-// that are older than the argument since, and reports that [Tx.IgnoreReportsBefore] excludes.
+// OutcomeCounts counts the reported outcomes of an artifact for each network. It leaves out reports before the given
+// time, and reports that [Tx.IgnoreReportsBefore] excludes.
 func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
 	if tx.postgres { // with the lock, the second of two reports at the same time sees the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
@@ -73,8 +73,8 @@ func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Ti
 	return classify("mark the artifact "+digest, err)
 }
 
-// Reports returns how often each outcome was reported, for each pair of a kernel and an artifact. Only the pairs with
-// the given artifact or kernel are in the result. It has at most limit pairs, newest first.
+// Reports counts the reported outcomes for each pair of kernel and artifact, newest first. Empty arguments match any.
+// It returns at most limit pairs.
 func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error) {
 	w := &where{}
 	addEqual(w, "digest", digest)
@@ -95,7 +95,7 @@ FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY
 	return all, classify("count the reports", err)
 }
 
-// forgottenAtOnce is the most reports that one transaction removes.
+// forgottenAtOnce is the maximum number of reports that one transaction removes.
 const forgottenAtOnce = 5000
 
 // ForgetReports removes all reports that are older than the given time.

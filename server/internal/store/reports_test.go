@@ -66,7 +66,7 @@ func testReports(t *testing.T, s *store.Store, id string) {
 			t.Errorf("Reports(%v) (-want +got):\n%s", ask, d)
 		}
 	}
-	// A client that invents nodes cannot fill the disk. Reports from other networks are still stored.
+	// A client that invents nodes must not fill the disk. Reports from other networks are still stored.
 	check(write(func(tx *store.Tx) error {
 		for i := range store.MaxReports - 2 {
 			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,

@@ -10,8 +10,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testGPUsAndGKE stores a kernel, and then stores it again without GPUs and GKE versions. The stored GPUs and versions
-// must stay. It also filters kernels by a whole GKE version, and by the beginning of one.
+// testGPUsAndGKE stores a kernel again without GPUs and GKE versions, which must stay. It also filters by GKE versions.
 func testGPUsAndGKE(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	full := api.Kernel{Kernel: kernelOf(id), SeenAt: noon, GPUs: map[string]api.GPUDrivers{

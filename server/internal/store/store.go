@@ -1,6 +1,5 @@
-// Package store keeps the catalogue in a database: SQLite in one file, or PostgreSQL. It is the only package with SQL.
-// Methods of [Store] read. Methods of [Tx] write, so that a use-case can write everything in one transaction. The
-// package has no rules: package catalogue decides which state may follow which, and which artifact fits which kernel.
+// Package store keeps the catalogue in SQLite or PostgreSQL. It is the only package with SQL. Methods of [Store] read.
+// Methods of [Tx] write in one transaction. The rules are in package catalogue.
 package store
 
 import (
@@ -31,7 +30,7 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// Store is an open catalogue. The caller has to close it.
+// Store is an open catalogue. The caller closes it.
 type Store struct {
 	db       *sql.DB // for writing
 	readers  reader  // for reading; with PostgreSQL the same database
@@ -47,8 +46,7 @@ type reader interface {
 	Close() error
 }
 
-// readers is how many connections to SQLite read at the same time. Because of the write-ahead log, they do not wait for
-// a write.
+// readers is the number of connections that read from SQLite. They do not wait for a write.
 const readers = 8
 
 // Open opens the database sqlite:///abs/path or postgres://… and updates its tables.
@@ -121,7 +119,7 @@ func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
 	return db, nil
 }
 
-// goMigrations has the parts of migrations that need Go code. The keys are the numbers of the migrations.
+// goMigrations are the parts of migrations in Go, by number of the migration.
 var goMigrations = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
 
 // fillSortKeys sets the sort keys of rows that were stored before the column for sort keys was added.
@@ -209,16 +207,14 @@ func (s *Store) Close() error {
 	return errors.Join(s.readers.Close(), s.db.Close())
 }
 
-// Ping returns an error if the database does not answer. It uses a connection for reading, so it does not wait for
-// writers.
+// Ping returns an error if the database does not answer. It does not wait for writers.
 func (s *Store) Ping(ctx context.Context) error {
 	var one int
 	err := s.readers.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
 	return classify("reach catalogue", err)
 }
 
-// classify returns a database error with a kind. If the disk is full, the kind is DiskFull. Otherwise it is Transient,
-// because a later attempt may succeed. An error that has a kind already keeps it.
+// classify gives a database error a kind: DiskFull for a full disk, otherwise Transient. An error with a kind keeps it.
 func classify(what string, err error) error {
 	var classified *fault.Error
 	if err == nil || errors.As(err, &classified) {
@@ -257,8 +253,8 @@ func query(
 	return rows.Err()
 }
 
-// Tx is a transaction that writes. With SQLite, no other transaction writes at the same time. With PostgreSQL, another
-// transaction may change rows that this one has read; a method that must prevent that locks the rows.
+// Tx is a transaction that writes. With PostgreSQL, other transactions may change rows that this one has read, unless a
+// method locks them. With SQLite, there is only one writer.
 type Tx struct {
 	*sql.Tx
 	// Conn is the connection of the transaction.
@@ -267,8 +263,7 @@ type Tx struct {
 	touched  map[string]bool // keys of what the transaction changes; see touch
 }
 
-// Write calls f in one transaction and commits the transaction. If f returns an error, Write rolls back and returns
-// that error.
+// Write calls f in a transaction, and commits. If f returns an error, Write rolls back and returns the error.
 func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	conn, err := s.db.Conn(ctx)
 	if err != nil {
@@ -279,8 +274,8 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
-	// If f panics, the transaction is still open, and to close the connection would wait for it for ever. In all other
-	// cases the transaction has ended already, and Rollback does nothing.
+	// If f panics, roll back: conn.Close would wait for the open transaction for ever. After a commit, Rollback does
+	// nothing.
 	defer func() { _ = tx.Rollback() }()
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)

@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestConformance runs one suite on every available database. The tests of the suite share a database, so each uses a
-// BUILD_ID of its own.
+// TestConformance runs one suite on every available database. The tests share a database, so each has its own BUILD_ID.
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
@@ -50,8 +49,7 @@ func TestConformance(t *testing.T) {
 		n := 0
 		for name, f := range suite {
 			n++
-			// No two tests share the first number of their BUILD_IDs, because the test of pages makes further COS builds with
-			// that number.
+			// No two tests share the first number of their BUILD_IDs, because testPages adds more COS builds with it.
 			id := fmt.Sprintf("%d.1.0", base+int64(n))
 			t.Run(name, func(t *testing.T) { f(t, s, id) })
 		}
@@ -383,8 +381,7 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// TestLogsGrow appends to a log part by part. With the next attempt, the log starts again. At the end of the build, the
-// complete log replaces the parts.
+// TestLogsGrow appends to a log part by part. A new attempt starts the log again. The complete log replaces the parts.
 func TestLogsGrow(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -27,7 +27,7 @@ func scanToken(row func(...any) error) (t api.Token, hash []byte, err error) {
 	return t, hash, errors.Join(err, json.Unmarshal([]byte(scopes), &t.Scopes))
 }
 
-// Token reads a token and its hash. If there is no such token, the error has kind NotFound.
+// Token reads a token and its hash. If it does not exist, the error has kind NotFound.
 func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error) {
 	t, hash, err := scanToken(s.readers.QueryRowContext(ctx, `SELECT `+tokenColumns+` FROM tokens WHERE id = $1`, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -52,7 +52,7 @@ func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 	return all, classify("list the tokens", err)
 }
 
-// CreateToken stores a token with its hash. The secret is not stored.
+// CreateToken stores a token and its hash, but not the secret.
 func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error {
 	scopes, err := json.Marshal(t.Scopes)
 	if err != nil {
@@ -66,8 +66,8 @@ func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error
 	})
 }
 
-// RevokeToken makes a token invalid from now on. Its row is not deleted, because the audit log refers to the token. If
-// the token was revoked before, the time of the first revocation is kept.
+// RevokeToken makes a token invalid. The row stays, because the audit log refers to it. A second call does not change
+// the time.
 func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		done, err := tx.ExecContext(ctx,
@@ -101,7 +101,7 @@ func (s *Store) Audited(ctx context.Context, e api.AuditEntry) error {
 	})
 }
 
-// Audit lists a page of the audit log, newest first. An empty actor means all actors.
+// Audit lists a page of the audit log, newest first. An empty actor means all.
 func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.AuditEntry, next string, err error) {
 	after, err := p.parse(1)
 	if err != nil {

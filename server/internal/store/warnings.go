@@ -7,12 +7,11 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// maxWarnings is the most entries of one answer. If even more cells fail, they have the same cause, which these entries
-// show already.
+// maxWarnings is the maximum number of entries of one answer. More failures than that have the same cause.
 const maxWarnings = 1000
 
-// Warnings lists the cells that only early-warning entries of wish lists ask for and whose last ended build failed,
-// newest builds first. The field Since of an entry is the end of the first failed build after the last published one.
+// Warnings lists the cells that only early-warning entries want and whose last ended build failed, newest builds first.
+// An entry's field Since is the end of the first failed build after the last published one.
 func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all := []api.Warning{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -13,9 +13,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testWarnings makes a build fail that only an early-warning entry asked for. The failure must be listed as a warning,
-// and must be counted nowhere else. The warning must end when the cell is published, or when another kind of entry asks
-// for the cell, too.
+// testWarnings makes a build of an early-warning entry fail. The failure must be a warning, and must not be counted.
+// The warning must end when the cell is published or wanted by another entry.
 func testWarnings(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4343 // no other test uses it

@@ -25,7 +25,7 @@ func scanWishList(row func(...any) error) (api.WishList, error) {
 	return l, json.Unmarshal([]byte(problems), &l.Problems)
 }
 
-// WishLists lists all wish lists, sorted by name. It has no pages, because there are few.
+// WishLists lists all wish lists, sorted by name.
 func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 	all := []api.WishList{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -52,8 +52,8 @@ func noWishList(name string) error {
 		"take the name from the list of wish lists: server wish-lists")
 }
 
-// PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the version of the
-// stored text. Two people who edit a list then do not overwrite each other's changes.
+// PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the stored version.
+// This prevents two people from overwriting each other's changes.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
 	var stored int64
 	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
@@ -74,7 +74,7 @@ ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.vers
 	return classify("store the wish list "+name, err)
 }
 
-// DropWishList removes a wish list. Artifacts that were built for it stay.
+// DropWishList removes a wish list. Its artifacts stay.
 func (tx *Tx) DropWishList(ctx context.Context, name string) error {
 	done, err := tx.ExecContext(ctx, `DELETE FROM wish_lists WHERE name = $1`, name)
 	if err != nil {
@@ -104,9 +104,8 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	return classify("store the plan of wish list "+l.Name, err)
 }
 
-// ReadyTimes returns the times from the discovery of a kernel until a cell of it was published, shortest first. It has
-// the times of the cells that were published after the argument since. It leaves out cells whose artifact is older than
-// the record of their kernel.
+// ReadyTimes returns how long cells took from the discovery of their kernel to publication, shortest first. It includes
+// the cells published after the given time, except artifacts older than their kernel's record.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {
 	var all []time.Duration
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -23,7 +23,7 @@ type cellPage struct {
 	head
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// GPUs has the types of GPU for which the COS build lists this driver.
+	// GPUs are the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
 	// Both is the path of the page with both flavours; "" on that page itself.
 	Both     string
@@ -97,8 +97,8 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 // shellSafe matches a word that a shell takes without quotes.
 var shellSafe = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
 
-// shellQuote quotes a word for a shell. The server's name in a command needs quotes: it comes from the reader's
-// request, and anybody may have given the reader a link with another name.
+// shellQuote quotes a word for a shell. The server's name comes from the request, and a link with a hostile name may
+// have caused it.
 func shellQuote(word string) string {
 	if shellSafe.MatchString(word) {
 		return word
@@ -106,8 +106,8 @@ func shellQuote(word string) string {
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
-// commandsFor returns the commands that the page shows for a cell. If the cell is published, they install, verify and
-// download its artifact. If a build is open, they show its state. If the cell can be built, they request a build.
+// commandsFor returns the commands for a cell: to use a published artifact, to watch an open build, or to request a
+// build.
 func (p *pages) commandsFor(r *http.Request, f catalogue.FlavourView) []command {
 	server, k, d := shellQuote(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
@@ -142,12 +142,12 @@ func (p *pages) commandsFor(r *http.Request, f catalogue.FlavourView) []command 
 	}
 }
 
-// maxReferrers is how many statements of an artifact are examined. An artifact may have hundreds of kernels, with
-// statements for each.
+// maxReferrers is the maximum number of statements about an artifact that are read. An artifact has some for each
+// kernel.
 const maxReferrers = 200
 
-// describeAttachments describes the statements that are attached to an artifact on this server. It reads only their
-// labels. Anybody who may push can write labels, so a node verifies the statements themselves.
+// describeAttachments describes the statements about an artifact on this server by their labels. Labels are not
+// verified: nodes verify the statements.
 func (p *pages) describeAttachments(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
 	repository, local := strings.CutPrefix(a.Repository, "/")
 	if !local || p.Registry == nil {
@@ -216,7 +216,7 @@ func historyOf(builds []api.Build) []historyEntry {
 type buildPage struct {
 	head
 	api.Build
-	// Cell is the path of the cell's page. Ref is the reference by which OCI clients pull the artifact.
+	// Cell is the path of the cell's page. Ref is the artifact's reference for OCI clients.
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
@@ -278,10 +278,10 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "build.html", page)
 }
 
-// maxLogEnd is the most bytes of a log that a page shows.
+// maxLogEnd is the maximum size of a log on a page, in bytes.
 const maxLogEnd = 8 << 10
 
-// logEnd returns the last complete lines of a build's log. The result there is false if the build has no log.
+// logEnd returns the last complete lines of a build's log, and reports whether there is a log.
 func (p *pages) logEnd(ctx context.Context, id int64) (text string, there bool, err error) {
 	log, size, err := p.Catalogue.OpenLog(ctx, id)
 	if fault.Is(err, fault.NotFound) {

@@ -8,10 +8,9 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// This file draws the charts of the pages as SVG. The pages have the same values as text, so screen readers skip the
-// bars.
+// This file draws charts as SVG. Screen readers skip the bars, because the pages have the values as text.
 
-// part is a section of a bar. The state is the section's CSS class.
+// part is a section of a bar. Its state is the CSS class.
 type part struct {
 	State api.State
 	N     int
@@ -40,7 +39,7 @@ func stackedBar(parts []part) template.HTML {
 
 func number(x float64) string { return strconv.FormatFloat(x, 'f', 1, 64) }
 
-// bar draws a bar for one value of a list. The bar of the greatest value has the full width.
+// bar draws a bar for a value. The greatest value has the full width.
 func bar(value, greatest float64, state api.State) template.HTML {
 	if greatest <= 0 {
 		greatest = 1
@@ -63,15 +62,15 @@ const (
 	chartLeft, chartBottom  = 8, 24
 )
 
-// column is a release in the chart. P50 and Max are the median and the longest of the times that its cells took to
-// become ready, in seconds.
+// column is a release in the chart. P50 and Max are the median and the maximum of its cells' times to ready, in
+// seconds.
 type column struct {
 	Name     string
 	P50, Max float64
 }
 
-// freshness draws how long it took until the cells of each release were ready. The oldest release is on the left. Each
-// release has a column for its slowest cell, and in front of that a column for the median.
+// freshness draws the times to ready of releases, oldest first. Each release has a column for its slowest cell, and in
+// front of it one for the median.
 func freshness(all []column) template.HTML {
 	greatest := 0.0
 	for _, c := range all {

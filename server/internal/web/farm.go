@@ -29,7 +29,7 @@ type queuePage struct {
 	head
 	*catalogue.Workload
 	Takes []medianTime
-	// More is how many waiting builds are not listed.
+	// More is the number of waiting builds that are not listed.
 	More int
 }
 
@@ -72,7 +72,7 @@ type release struct {
 	Bar   template.HTML
 }
 
-// maxReleases is the most kernels on the page of releases.
+// maxReleases is the maximum number of kernels on the page of releases.
 const maxReleases = 30
 
 func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
@@ -121,11 +121,11 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 type warningsPage struct {
 	head
 	Warnings []api.Warning
-	// More is how many warnings are not shown.
+	// More is the number of warnings that are not shown.
 	More int
 }
 
-// maxWarnings is the most warnings on the page of early warnings.
+// maxWarnings is the maximum number of warnings on the page of early warnings.
 const maxWarnings = 100
 
 func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
@@ -192,8 +192,8 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, status, "preflight.html", page)
 }
 
-// badge answers with a badge like those on project pages. The badge shows how much of the desired matrix is published,
-// in total or for one milestone. If the query has a build, the badge shows the state of a cell instead.
+// badge answers with a badge for project pages. It shows how much of the desired matrix, or of a milestone, is
+// published. If the query has a build, it shows the state of a cell.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
@@ -233,7 +233,7 @@ func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 // badgeLife is how long browsers and proxies may keep a badge.
 const badgeLife = time.Minute
 
-// drawBadge draws a label and a value. A character is about seven units wide.
+// drawBadge draws a label and a value, at about seven units for each character.
 func drawBadge(name, value string, s api.State) string {
 	colours := map[api.State]string{
 		api.Published:   "#14602c",

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// The types in this file are those of an Atom feed (RFC 4287).
+// The types in this file are an Atom feed (RFC 4287).
 
 type atomFeed struct {
 	XMLName xml.Name    `xml:"http://www.w3.org/2005/Atom feed"`
@@ -45,7 +45,7 @@ type atomCategory struct {
 	Term string `xml:"term,attr"`
 }
 
-// maxEntries is the most entries of the feed.
+// maxEntries is the maximum number of entries of the feed.
 const maxEntries = 30
 
 func (p *pages) feed(w http.ResponseWriter, r *http.Request) {

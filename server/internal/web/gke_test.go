@@ -8,8 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestPagesOfGKE shows that the pages have the GKE versions whose nodes boot a kernel, and the types of GPU for which
-// COS lists a driver.
+// TestPagesOfGKE checks that the pages show GKE versions and types of GPU.
 func TestPagesOfGKE(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

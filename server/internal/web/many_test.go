@@ -9,8 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMatrixIsOnePage shows that an answer with the matrix has only one page of kernels, however large the catalogue
-// is. In an earlier version, each answer had all builds of all kernels.
+// TestMatrixIsOnePage checks that the matrix shows only one page of kernels of a large catalogue.
 func TestMatrixIsOnePage(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

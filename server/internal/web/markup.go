@@ -11,13 +11,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// This file makes the HTML that a page of the matrix has hundreds of times. A template would take ten times as long.
+// This file makes the HTML of the matrix. A template would take ten times as long.
 
 // markup collects HTML.
 type markup struct{ strings.Builder }
 
-// put adds pieces that are HTML and text in turn: the first is HTML, the second is text, and so on. It escapes the
-// text.
+// put adds HTML and text in turn, beginning with HTML. It escapes the text.
 func (m *markup) put(pieces ...string) {
 	for i, p := range pieces {
 		if i%2 == 1 {
@@ -27,11 +26,10 @@ func (m *markup) put(pieces ...string) {
 	}
 }
 
-// safe returns the collected HTML. Every text in it is escaped.
+// safe returns the collected HTML, with all text escaped.
 func (m *markup) safe() template.HTML { return template.HTML(m.String()) }
 
-// cellPath returns the path of a cell's page. Without a flavour, it returns the path of the page about both cells of a
-// driver version.
+// cellPath returns the path of a cell's page. Without a flavour, it is the page about both cells of a driver version.
 func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	path := "/cells/" + url.PathEscape(k.Board) + "/" + url.PathEscape(k.BuildID) + "/" + url.PathEscape(version)
 	if flavour != "" {
@@ -40,7 +38,7 @@ func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	return path
 }
 
-// cells returns the table cells in a kernel's row. There is one for each driver version, with both flavours.
+// cells returns the table cells of a kernel's row, one for each driver version.
 func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) template.HTML {
 	var out markup
 	for i, both := range all {
@@ -49,8 +47,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill adds the table cell of a driver version. The table cell shows the flavours that somebody asked for. If there are
-// none, it shows the flavours that can be built. If none can be built, it shows both.
+// pill adds the table cell of a driver version. It shows the requested flavours. If there are none, it shows the
+// flavours that can be built, or else both.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{
@@ -83,7 +81,7 @@ func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	out.put("</a></td>\n")
 }
 
-// half adds the part of a table cell that shows one flavour. The style sheet adds the symbol of the state.
+// half adds one flavour to a table cell. The style sheet adds the symbol of the state.
 func half(out *markup, s api.State, flavour string) {
 	out.put(`<span class="`, string(s), `">`)
 	if flavour != "" {
@@ -109,7 +107,7 @@ func kernelHead(k api.Kernel) template.HTML {
 	return out.safe()
 }
 
-// share returns a part of a whole in percent. The result is 100 % only if the part is the whole.
+// share returns a part of a whole in percent. Only the whole is 100 %.
 func share(part, whole int) string {
 	if part == whole {
 		return "100 %"

@@ -44,12 +44,12 @@ type matrixPage struct {
 	Groups     []group
 	Coverage   []milestoneShare
 	Legend     []legend
-	// Unfolded is the address of this page with a column for each driver. Older is the address of the next page, and
-	// Newest that of the first page. An address is "" if the page does not need that link.
+	// Unfolded is the address of this page with a column for each driver. Older and Newest are the addresses of the
+	// next and the first page. "" means no link.
 	Unfolded, Older, Newest string
 }
 
-// Query is what the reader searches for. It has the fields of the page's form.
+// Query is a search, with the fields of the page's form.
 type Query struct {
 	Text, Board, Driver string
 	State               api.State
@@ -74,7 +74,7 @@ type milestoneShare struct {
 	api.CoverageCounts
 }
 
-// maxRows is the most kernels on a page.
+// maxRows is the maximum number of kernels on a page.
 const maxRows = 20
 
 // parse returns what the reader searches for.
@@ -96,9 +96,8 @@ func parse(query url.Values) (Query, error) {
 	return q, nil
 }
 
-// filters returns the filters for a search. A text such as 535 or R535.104 is the beginning of a driver version,
-// because nothing of a kernel begins like that: a BUILD_ID begins with five digits (COS 113 is 18244.x), and a kernel
-// release with one (Linux 6.x).
+// filters returns the filters for a search. A text such as 535 or R535.104 is a driver version: a BUILD_ID begins with
+// five digits (18244.x), and a kernel release with one (6.x).
 func (q Query) filters() (store.KernelFilter, catalogue.DriverFilter) {
 	k := store.KernelFilter{Board: q.Board, Milestone: q.Milestone, State: q.State, Text: q.Text}
 	d := catalogue.DriverFilter{Text: q.Driver, All: q.All}

@@ -1,6 +1,5 @@
-// Package web has the server's web pages: the matrix of kernels and drivers, a page for each cell and build, the queue,
-// the releases, preflight, a feed and a badge. Templates, one style sheet and one script are embedded. Every page can
-// be read without the script. The pages load nothing from other hosts, and they change nothing.
+// Package web has the server's web pages, for example the matrix, the cells, the queue and the releases. Every page can
+// be read without the script. The pages change nothing, and load nothing from other hosts.
 package web
 
 import (
@@ -26,7 +25,7 @@ import (
 //go:embed pages/*.html assets/*
 var files embed.FS
 
-// reader reads the data of the pages. Package catalogue implements it.
+// reader reads the data of the pages. [catalogue.Catalogue] implements it.
 type reader interface {
 	Matrix(ctx context.Context, f store.KernelFilter, d catalogue.DriverFilter, p store.Page) (*catalogue.Matrix, error)
 	View(ctx context.Context, buildID, board, version string) (*catalogue.CellView, error)
@@ -44,7 +43,7 @@ type reader interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// labeller is this server's registry. Labels returns the labels of at most n attachments of an artifact.
+// labeller returns the labels of at most n attachments of an artifact in this server's registry.
 type labeller interface {
 	Labels(ctx context.Context, repo, digest string, n int) ([]map[string]string, error)
 }
@@ -52,7 +51,7 @@ type labeller interface {
 // Config has the parts and settings of the pages.
 type Config struct {
 	Catalogue reader
-	// Registry returns the labels of an artifact's attachments. If it is nil, the pages do not describe attachments.
+	// Registry returns the labels of attachments. If it is nil, the pages do not describe them.
 	Registry labeller
 	Log      *slog.Logger
 	// Now returns the current time. nil means time.Now.
@@ -115,15 +114,15 @@ func cached(next http.Handler) http.HandlerFunc {
 
 // head has the fields that every page needs.
 type head struct {
-	// Title is the title of the window. Here is the path of the page that the menu shows as the current one.
+	// Title is the window's title. Here is the path of the current page in the menu.
 	Title, Here string
-	// Live is the address of a stream of server-sent events about changes of what the page shows. If Refresh is true, the
-	// browser loads the page again every 15 seconds, unless the script reads that stream.
+	// Live is the address of a stream of server-sent events about the page. If Refresh is true, the browser reloads the
+	// page every 15 seconds, unless the script reads that stream.
 	Live    string
 	Refresh bool
 }
 
-// dict returns the data that one template passes to another. Its arguments are names and values in turn.
+// dict returns the data that one template passes to another, from names and values in turn.
 func dict(pairs ...any) map[any]any {
 	out := map[any]any{}
 	for i := 0; i+1 < len(pairs); i += 2 {
@@ -205,8 +204,7 @@ func base(r *http.Request) string {
 	return scheme + "://" + r.Host
 }
 
-// plain reports whether OCI clients need a flag because this server has no TLS. For a loopback address they do not need
-// the flag.
+// plain reports whether OCI clients need a flag because this server has no TLS. They need none for a loopback address.
 func plain(r *http.Request) bool {
 	if strings.HasPrefix(base(r), "https:") {
 		return false
@@ -218,8 +216,7 @@ func plain(r *http.Request) bool {
 	return host != "localhost" && !net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
-// reference returns the reference by which an OCI client pulls an artifact. A repository without a host is on this
-// server. For such a repository, the reference gets the host name that the reader used.
+// reference returns an artifact's reference for OCI clients. A repository of this server gets the given host.
 func reference(host, repository, digest string) string {
 	if strings.HasPrefix(repository, "/") {
 		repository = host + repository
@@ -244,8 +241,7 @@ func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.render(w, r, page.Status, "fail.html", page)
 }
 
-// render answers with a page. It sends nothing before the whole page is made, because half a page would look like a
-// complete answer.
+// render answers with a page. It makes the whole page first, because half a page would look complete.
 func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
 	var out bytes.Buffer
 	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {

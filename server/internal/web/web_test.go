@@ -43,8 +43,7 @@ var (
 	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 )
 
-// farm returns a catalogue with a real database, and the handler of its pages. Each call of the clock returns a time
-// that is a second later.
+// farm returns a catalogue with a real database, and its pages. The clock advances a second with each call.
 func farm(t *testing.T) (*catalogue.Catalogue, http.Handler) {
 	t.Helper()
 	dir := t.TempDir()
@@ -195,7 +194,7 @@ func TestPages(t *testing.T) {
 		{"cell that is withdrawn", full, cell + "525.60.13/open", 200, []string{"panics &lt;i&gt;", yanked, "Withdrawn"},
 			[]string{"crane pull", "<i>;"}},
 		{"cell of no flavour", full, cell + "535.261.03/shut", 404, []string{"flavour"}, nil},
-		{"cell of no driver", full, cell + "x", 404, []string{"choose a cell"}, nil},
+		{"cell of no driver", full, cell + "x", 404, []string{"find the cell in the matrix"}, nil},
 		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404,
 			[]string{"is not in the catalogue", "server announce 1.2.3"}, nil},
 		{"failed build", full, "/builds/2", 200,
@@ -370,8 +369,7 @@ func TestTrouble(t *testing.T) {
 	}
 }
 
-// TestHostile has a catalogue with texts that are HTML. Such texts could come from a builder, a mirror or a wish list.
-// The pages must show them as text.
+// TestHostile has a catalogue with texts that are HTML. The pages must show them as text.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	const bad = `<i>"'&`

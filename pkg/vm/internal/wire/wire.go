@@ -1,6 +1,5 @@
 // Package wire defines the messages between the host and the virtual machine. The host puts a script into the
-// initramfs. The guest writes events, one JSON object per line, to its second serial port. The package does not know
-// how the two sides are started.
+// initramfs. The guest writes events, one JSON object per line, to its second serial port.
 package wire
 
 import (
@@ -20,8 +19,8 @@ const (
 	GPUModule  = "/prebake/emugpu.ko"
 )
 
-// Port returns the guest's device file of the serial port for events. On amd64 the console is ttyS0, so the events use
-// ttyS1. On arm64 the console is ttyAMA0, a port of another kind, so the events use ttyS0.
+// Port returns the guest's device file of the serial port for events. The console is ttyS0 on amd64. On arm64 it is
+// ttyAMA0, a port of another kind.
 func Port(goarch string) string {
 	if goarch == "arm64" {
 		return "/dev/ttyS0"
@@ -82,13 +81,13 @@ type Event struct {
 	Kernel string `json:"kernel,omitempty"`
 }
 
-// MaxLine is the greatest length of one event in bytes. The guest cuts output and kernel log so that they fit.
+// MaxLine is the maximum length of one event in bytes. The guest cuts output and kernel log so that they fit.
 const MaxLine = 4 << 20
 
-// MaxChunk is the greatest number of output bytes in one event.
+// MaxChunk is the maximum number of output bytes in one event.
 const MaxChunk = 16 << 10
 
-// MaxOutput is the greatest number of bytes of one stream of one step. Further bytes are dropped.
+// MaxOutput is the maximum number of bytes of one stream of one step. Further bytes are dropped.
 const MaxOutput = 4 << 20
 
 // Write writes one event as one line.
@@ -103,9 +102,9 @@ func Write(w io.Writer, e Event) error {
 	return nil
 }
 
-// Read calls f for every event until the stream ends. It drops a last line without a newline, because a machine that
-// loses power may leave half a line. It skips blank lines. Any other line that is not an event is an error. If f
-// returns an error, Read stops and returns that error.
+// Read passes every event to the callback until the stream ends or the callback returns an error. It skips blank lines.
+// It skips a last line without a newline, which a loss of power may leave. Any other line that is not an event is an
+// error.
 func Read(r io.Reader, f func(Event) error) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	for {

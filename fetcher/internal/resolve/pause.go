@@ -1,0 +1,31 @@
+package resolve
+
+import (
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// maxRetryAfter bounds how long a server may make a node wait.
+const maxRetryAfter = 5 * time.Minute
+
+// Passing reports whether the same question may get an answer later: a service did not respond, or it was asked too
+// often.
+func Passing(err error) bool { return fault.Is(err, fault.Transient) || fault.Is(err, fault.TooMany) }
+
+// Pauses returns the pauses between two questions. They grow from 3 to 30 seconds, and each is up to half shorter or
+// longer by chance. So the nodes of a farm do not all ask at the same time, for example after an outage.
+func Pauses() backoff.BackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval, b.MaxInterval, b.RandomizationFactor = 3*time.Second, 30*time.Second, 0.5
+	return b
+}
+
+// nextPause returns the pause after a question with the result err. If the server asked for a longer pause, nextPause
+// adds that, so that nodes that got the same number still do not come back together.
+func nextPause(pauses backoff.BackOff, err error) time.Duration {
+	return pauses.NextBackOff() + min(api.RetryAfter(err), maxRetryAfter)
+}

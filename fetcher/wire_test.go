@@ -1,0 +1,73 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+func findIn(ref string) resolve.Finder {
+	open := func() (*registry.Repository, error) { return registry.Open(ref, registry.Options{Plain: true}) }
+	return registryFinder(ref, open, nil)
+}
+
+// TestLoginPage checks that the login page of a network in place of a registry is not taken for an artifact, and that
+// the next source is asked.
+func TestLoginPage(t *testing.T) {
+	t.Parallel()
+	portal := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, "<html>log in to this network</html>")
+	}))
+	t.Cleanup(portal.Close)
+	c := sample.NewCell(t, "17800.0.47", "535.261.03")
+	mirror := "oci:" + filepath.Join(t.TempDir(), "layout")
+	p := sample.Publish(t, mirror, testkit.NewKey(t), c)
+	page := findIn(strings.TrimPrefix(portal.URL, "http://") + "/prebake/driver")
+	for name, q := range map[string]resolve.Question{
+		"by version": {Kernel: c.Kernel, Wish: target.Wish(c.Driver.Version), Flavour: string(c.Driver.Flavour)},
+		"by branch":  {Kernel: c.Kernel, Wish: "R535", Flavour: resolve.Auto},
+		"by digest":  {Kernel: c.Kernel, Pin: p.Digest},
+	} {
+		if a, err := page.Find(t.Context(), q); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
+			t.Errorf("%s: the page alone: %+v, %v; want transient with a hint", name, a, err)
+		}
+		a, err := resolve.Chain{page, findIn(mirror)}.Find(t.Context(), q)
+		if err != nil || a.State != api.Published || a.Digest != p.Digest {
+			t.Errorf("%s: the page, then a mirror: %+v, %v; want the artifact of the mirror", name, a, err)
+		}
+	}
+}
+
+// TestOtherMediaType checks that an artifact counts although its registry names another media type.
+func TestOtherMediaType(t *testing.T) {
+	t.Parallel()
+	c := sample.NewCell(t, "17800.0.47", "535.261.03")
+	p := sample.Publish(t, "oci:"+filepath.Join(t.TempDir(), "layout"), testkit.NewKey(t), c)
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.Contains(r.URL.Path, "/manifests/") {
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(p.Manifest))
+	}))
+	t.Cleanup(plain.Close)
+	a, err := findIn(strings.TrimPrefix(plain.URL, "http://")+"/prebake/driver").Find(t.Context(),
+		resolve.Question{Kernel: c.Kernel, Wish: target.Wish(c.Driver.Version), Flavour: string(c.Driver.Flavour)})
+	if err != nil || a.State != api.Published || a.Digest != p.Digest {
+		t.Errorf("Find = %+v, %v; want the artifact", a, err)
+	}
+}
