@@ -88,6 +88,9 @@ func UnpackDelta(
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack delta: %w", context.Cause(ctx))
 	}
+	if err != nil && !fault.Is(err, fault.Unverified) { // files could not be written: the rest of the delta is useless
+		return fmt.Errorf("unpack delta %s: %w", wantDigest, diskFull(err))
+	}
 	if err := packed.check(wantDigest, size); err != nil {
 		return fmt.Errorf("unpack delta: %w", err)
 	}

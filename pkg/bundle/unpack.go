@@ -44,6 +44,9 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack layer: %w", context.Cause(ctx))
 	}
+	if err != nil && !fault.Is(err, fault.Unverified) { // files could not be written: the rest of the stream is useless
+		return fmt.Errorf("unpack layer %s: %w", wantDigest, diskFull(err))
+	}
 	_, _ = io.Copy(io.Discard, coming) // read the rest; the meter keeps the error
 	coming.Close()
 	if err := packed.check(wantDigest, size); err != nil {

@@ -77,6 +77,40 @@ func unpackBytes(t testing.TB, packed, plain []byte, limit int64) (string, error
 	return dir, unpack(t.Context(), bytes.NewReader(packed), sum(packed), sum(plain), int64(len(packed)), root, limit)
 }
 
+// counter counts the bytes that are read.
+type counter struct {
+	r io.Reader
+	n int
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += n
+	return n, err
+}
+
+// TestUnpackStopsReading checks that Unpack does not read the rest of a layer if it cannot write a file.
+func TestUnpackStopsReading(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a"), nil, 0o644); err != nil { // file a cannot be made again
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	plain := archive(t, file("a"))
+	packed := compress(t, plain)
+	rest := make([]byte, 8<<20)
+	all := &counter{r: io.MultiReader(bytes.NewReader(packed), bytes.NewReader(rest))}
+	err = Unpack(t.Context(), all, sum(packed), sum(plain), int64(len(packed)+len(rest)), root)
+	if !errors.Is(err, os.ErrExist) || all.n > 1<<20 {
+		t.Errorf("Unpack = %v after %d bytes; want that the file exists, after the first bytes", err, all.n)
+	}
+}
+
 func TestUnpackEntries(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -53,6 +53,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		s.facts = &facts
 	}
 	changed := before == nil || before.Digest != set.Digest
+	// If the driver was loaded before this activation, an error says nothing about the driver.
+	loadedBefore := d.do == keep && !changed && !begun
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
 	set, missing, err := a.verifyFor(ctx, store, s, d, changed)
 	if err != nil {
@@ -95,9 +97,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	})
 	if err != nil {
 		r.Changed = false
-		return errors.Join(err, a.end(store, set.Digest, err))
+		return errors.Join(err, a.end(store, set.Digest, err, !loadedBefore))
 	}
-	undo := revertPlan{set: set, before: before, to: pointers, changed: changed, foreign: was}
+	undo := revertPlan{set: set, before: before, to: pointers, changed: changed, foreign: was, blame: !loadedBefore}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad && !missing {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
@@ -107,7 +109,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if d.do != keep { // GPU errors from before the load no longer count
-			a.xids = xidWatch{mark: mark}
+			a.xids = xidWatch{load: mark, mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
@@ -120,15 +122,15 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil && changed {
 		return a.revert(ctx, r, store, s, undo, err)
 	}
-	if err != nil {
-		return errors.Join(err, a.end(store, set.Digest, err))
+	if err != nil { // the probe did not answer, which says nothing about a driver that was active before
+		return errors.Join(err, a.end(store, set.Digest, err, false))
 	}
 	a.describeGPUs(ctx, r.Verdict)
 	a.notePersistence(r)
 	if changed || d.do != keep {
 		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
-	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
+	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil, false), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
@@ -202,6 +204,7 @@ type revertPlan struct {
 	to          install.Pointers
 	changed     bool
 	foreign     *foreignFiles // the foreign driver that was unloaded
+	blame       bool          // whether the failure counts against the driver
 }
 
 // revert restores files and modules after a failed activation. If the failed driver cannot be unloaded, it stays
@@ -221,7 +224,8 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
 			return fmt.Errorf("%w; and then: %w", cause,
-				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err), a.end(store, t.set.Digest, cause)))
+				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err),
+					a.end(store, t.set.Digest, cause, t.blame)))
 		}
 	}
 	if t.changed {
@@ -256,7 +260,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
-			a.xids = xidWatch{mark: mark}
+			a.xids = xidWatch{load: mark, mark: mark}
 			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
 				errs = append(errs, err)
 			} else {
@@ -266,8 +270,10 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		}
 	}
 	a.describeGPUs(ctx, r.Verdict)
-	errs = append(errs, a.end(store, t.set.Digest, cause))
-	a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
+	errs = append(errs, a.end(store, t.set.Digest, cause, t.blame))
+	if t.blame {
+		a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
+	}
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}
@@ -319,27 +325,6 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
-
-// xidWatch holds the GPU errors since the driver's load or first check. The kernel log was read up to mark.
-type xidWatch struct {
-	mark  kmod.Mark
-	lines []string
-}
-
-// maxXids is the maximum number of stored lines. Only the first errors of a failing GPU matter.
-const maxXids = 512
-
-// newXids reads the new lines of the kernel log and returns all stored lines.
-func (a *Agent) newXids() []string {
-	lines, end := a.loader.Follow(a.xids.mark)
-	a.xids.mark = end
-	for _, line := range lines {
-		if gpucheck.Significant(line) && len(a.xids.lines) < maxXids {
-			a.xids.lines = append(a.xids.lines, line)
-		}
-	}
-	return a.xids.lines
-}
 
 // validate checks the loaded driver and returns the verdict. The kernel log is read from the given mark. The given Xid
 // lines count against the driver.
@@ -407,6 +392,9 @@ type record struct {
 	BootID  string           `json:"bootId"`
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
+	// Log is the position in the kernel log before the load of the driver, or before its first check. It is valid only in
+	// the boot with the id BootID.
+	Log kmod.Mark `json:"kernelLog,omitzero"`
 }
 
 // execFile has the id of the boot in which this program mounted the install folder with exec.
@@ -415,7 +403,8 @@ const execFile = ".prebake/exec-mount"
 const recordFile = ".prebake/verdict.json"
 
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
-	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams}
+	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
+		Log: a.xids.load}
 	// A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })

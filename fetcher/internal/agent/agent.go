@@ -77,6 +77,8 @@ type Report struct {
 	Modules      []kmod.Outcome   `json:"modules"`
 	Verdict      gpucheck.Verdict `json:"verdict"`
 	Phases       []timeline.Phase `json:"phases"`
+
+	layers []install.Layer // the layers of the verified artifact
 }
 
 func (r *Report) did(format string, args ...any) {
@@ -139,13 +141,13 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		return err
 	}
 	// Other installers can work during the wait for the farm, because the lock is not held.
-	mayBuild := a.mayBuild(ctx, store, facts, current)
+	mayBuild, made := a.mayBuild(ctx, store, facts, current)
 	if a.watcher != nil && r.Verdict.State != "" { // start checked the driver
 		a.watcher.Report(r.Verdict)
 	}
 	var answer resolve.Answer
 	var none error
-	a.whileWatching(ctx, current, func() { answer, none = a.resolve(ctx, facts, mayBuild) })
+	a.whileWatching(ctx, current, func() { answer, none = a.resolve(ctx, facts, mayBuild, made) })
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
@@ -156,25 +158,6 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 	}
-}
-
-// mayBuild reports whether this node should compile a driver that is not published. It should not if:
-//
-//   - the owner wants one artifact by its digest;
-//   - a foreign driver stays loaded;
-//   - the active driver matches the wish, and is verified or loaded.
-func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
-	if a.parts.Local == nil || a.cfg.Pin != "" {
-		return false
-	}
-	s, err := a.readState(ctx, store)
-	if err != nil {
-		return false
-	}
-	if s.keepsForeign() {
-		return false
-	}
-	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
 // locked takes the lock that excludes other installers, calls the callback, and releases the lock.
@@ -273,7 +256,15 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
-	var waiting []string // digests of inactive drivers that stay on the disk
+	var waiting []string // digests of inactive drivers and layers that stay on the disk
+	if fault.Is(s.none, fault.DiskFull) {
+		for _, l := range r.layers { // the next run need not fetch the complete layers again
+			waiting = append(waiting, l.Digest)
+		}
+	}
+	if r.Answer.Source == resolve.SourceNode { // even if it is refused: otherwise this node would compile it again
+		waiting = append(waiting, r.Answer.Digest)
+	}
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
@@ -308,13 +299,14 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		r.Answer.Reason = reason.Error()
 		a.parts.Log.WarnContext(ctx, "kept installed driver", "driver", d.set.Driver, "digest", d.set.Digest, "err", reason)
 	}
-	if err := a.activate(ctx, r, store, s, d); err != nil {
+	err = a.activate(ctx, r, store, s, d)
+	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
 		return errors.Join(err, d.err)
 	}
 	if resolve.Passing(d.err) {
-		return d.err // keep the fetched layers for the next run
+		return errors.Join(err, d.err) // keep the fetched layers for the next run
 	}
-	return errors.Join(d.err, store.Sweep(waiting...))
+	return errors.Join(err, d.err, store.Sweep(waiting...))
 }
 
 // addUnverified adds the reason why the installed driver did not verify to the given error.
@@ -390,9 +382,12 @@ func (s nodeState) waiting() *install.Set {
 	return nil
 }
 
+// required are the modules that CUDA programs need.
+var required = []string{"nvidia", "nvidia_uvm"}
+
 // incomplete reports whether a module that CUDA programs need is not loaded.
 func (s nodeState) incomplete() bool {
-	for _, name := range []string{"nvidia", "nvidia_uvm"} {
+	for _, name := range required {
 		if !slices.ContainsFunc(s.facts.Modules, func(m host.Module) bool { return m.Name == name }) {
 			return true
 		}

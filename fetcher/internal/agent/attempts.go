@@ -150,9 +150,12 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end records the result of an activation. After a success, it deletes the record. If the disk is full, it deletes the
-// whole file, because the record must not stay open.
-func (a *Agent) end(store *install.Store, digest string, failed error) error {
+// end records the result of an activation. After a success, it deletes the record. An error counts against the driver
+// only with blame. Some errors say nothing about the driver, and never count.
+//
+// If the disk is full, end deletes the whole file: an open record would count as a crash after the next boot. The file
+// stays if it names a foreign driver that must be loaded again.
+func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	if failed == nil {
 		all, err := readAttempts(store)
 		if err != nil || all[digest] == nil {
@@ -169,11 +172,15 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	}
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
-	return a.note(store, digest, func(at *attempt) {
+	foreign := false
+	err = a.note(store, digest, func(at *attempt) {
 		if at.Open, at.Next = false, false; !empty { // if no driver is loaded, the foreign one must be loaded again
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
-		// Errors that say nothing about the driver do not count against it.
+		foreign = len(at.Foreign) > 0
+		if !blame {
+			return
+		}
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {
 				return
@@ -186,6 +193,10 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 		at.Reason = strings.ToValidUTF8(failed.Error(), "?")
 		at.Reason = at.Reason[:min(len(at.Reason), 2000)]
 	})
+	if err != nil && !foreign {
+		err = errors.Join(err, store.RemoveFile(attemptsFile))
+	}
+	return err
 }
 
 // noteNext sets Next in the record of this driver, and clears it in all other records.

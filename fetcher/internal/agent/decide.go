@@ -116,6 +116,8 @@ func (s nodeState) put(set *install.Set) decision {
 		return decision{do: keep, set: set}
 	case len(s.facts.Modules) == 0:
 		return s.allowed(set, load)
+	case changing(s.facts, required...) != nil:
+		return decision{do: refuse, err: changing(s.facts, required...)}
 	case s.runs(set):
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && s.facts.Runs(set.Driver):
@@ -235,6 +237,9 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 // idle returns an error of kind Busy if the loaded driver is in use or cannot be unloaded. Call it before the first
 // module is unloaded.
 func idle(facts *host.Facts) error {
+	if err := changing(facts); err != nil {
+		return err
+	}
 	for _, m := range facts.Modules {
 		if m.Permanent {
 			return fault.New(fault.Busy,
@@ -259,6 +264,18 @@ func idle(facts *host.Facts) error {
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
 				"stop the programs that use the GPU (fetcher status lists their processes), then run fetcher again; until then "+
 					"the loaded driver stays in use")
+		}
+	}
+	return nil
+}
+
+// changing returns an error of kind Busy if the kernel is still loading or unloading one of these modules. Without
+// names, it looks at all modules of the driver. Before that ends, nobody can tell which driver is loaded.
+func changing(facts *host.Facts, names ...string) error {
+	for _, m := range facts.Modules {
+		if m.Changing && (len(names) == 0 || slices.Contains(names, m.Name)) {
+			return fault.New(fault.Busy, fmt.Sprintf("the kernel is still loading or unloading module %s", m.Name),
+				"wait until the other program has loaded or unloaded the driver, then run fetcher again")
 		}
 	}
 	return nil

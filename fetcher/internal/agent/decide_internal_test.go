@@ -62,6 +62,14 @@ func TestDecide(t *testing.T) {
 		{name: "upgrade, a program uses the GPU", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
 			err:    "1 open device",
 			change: func(s *nodeState) { s.facts.Modules[0].Refs = 1 }},
+		{name: "upgrade, an optional module is being loaded", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep,
+			set: "535.2", err: "still loading",
+			change: func(s *nodeState) {
+				s.facts.Modules = append(s.facts.Modules, host.Module{Name: "nvidia_drm", Changing: true})
+			}},
+		{name: "somebody else's driver is being unloaded", loaded: "570.1", wanted: "535.2", do: refuse,
+			err:    "still loading or unloading module nvidia",
+			change: func(s *nodeState) { s.replaceForeign, s.facts.Modules[0].Changing = true, true }},
 		{name: "upgrade, gdrdrv holds the driver", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
 			err:    "kernel module gdrdrv",
 			change: func(s *nodeState) { s.facts.Modules[1].UsedBy = []string{"gdrdrv"} }},

@@ -368,7 +368,7 @@ func (o order) runWithFault(t *testing.T) string {
 		if err := os.MkdirAll(disk, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", disk,
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(128 << 20), "--tmpfs", disk,
 			"--die-with-parent", "--"}, argv...)
 	} else {
 		o.setUp(t)

@@ -17,6 +17,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // atOnce is the number of layers that are fetched at the same time. Each needs a decompression window of 4 MiB, or 8
@@ -58,6 +60,9 @@ func (a *Agent) fetch(
 		return err
 	}
 	if len(missing) > 0 {
+		if err := a.checkSpace(store, set.Driver, missing); err != nil {
+			return err
+		}
 		footprint.Trim() // free memory for the decompression windows
 	}
 	var done atomic.Int64
@@ -81,6 +86,33 @@ func (a *Agent) fetch(
 		return context.Cause(ctx) // the cause, not the error that the cancellation caused in the streams
 	}
 	return err
+}
+
+// Layers of drivers unpack to at most unpackedRatio times their size; reserve is what must stay free on the disk.
+const (
+	unpackedRatio = 3
+	reserve       = 64 << 20
+)
+
+// checkSpace returns an error of kind DiskFull if the layers do not fit on the disk. Without this check, each try would
+// fill a disk that other programs of the node use, too.
+func (a *Agent) checkSpace(store *install.Store, d target.Driver, missing []missingLayer) error {
+	free, err := a.parts.free(store)
+	if err != nil {
+		a.parts.Log.Warn("could not find out how much space is free", "err", err)
+		return nil
+	}
+	need := int64(reserve)
+	for _, l := range missing {
+		need += unpackedRatio * l.Size
+	}
+	if free >= need {
+		return nil
+	}
+	return fault.New(fault.DiskFull,
+		fmt.Sprintf("fetch driver %s: it may need %s on the disk of %s; %s are free", d, size(need), a.cfg.InstallDir,
+			size(free)),
+		"free space on that disk, or set --install-dir to a folder on another disk")
 }
 
 func (a *Agent) fetchWhole(
@@ -124,7 +156,7 @@ func (a *Agent) fetchDelta(
 			facts,
 			func(dst *os.Root) error { return unpackDelta(ctx, repo, store, l, d, dst) },
 		)
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || fault.NoSpace(err) { // another delta would fill the disk again
 			a.parts.Line.Progress("fetch", "%s", size(done.Add(d.Size)))
 			return err
 		}

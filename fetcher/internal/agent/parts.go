@@ -10,6 +10,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -94,8 +95,8 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot
-// and Tried.
+// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot,
+// Tried and Free.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
@@ -123,4 +124,13 @@ type Parts struct {
 	Line  *timeline.Run
 	// Now is the clock.
 	Now func() time.Time
+	// Free returns the number of free bytes on the disk of the install folder; nil means that the disk is asked.
+	Free func() (int64, error)
+}
+
+func (p Parts) free(store *install.Store) (int64, error) {
+	if p.Free != nil {
+		return p.Free()
+	}
+	return store.Free()
 }

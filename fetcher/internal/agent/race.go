@@ -6,13 +6,60 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// resolve finds the artifact. If none is published, the node may compile while it waits for the farm. The first
-// verified artifact wins.
-func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (resolve.Answer, error) {
+// mayBuild reports whether this node should compile a driver that is not published. It should not if:
+//
+//   - the owner wants one artifact by its digest;
+//   - a foreign driver stays loaded;
+//   - the active driver matches the wish, and is verified or loaded.
+//
+// The driver made was compiled on this node before; nil means none.
+func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts,
+	current *install.Set) (may bool, made *install.Set) {
+	if a.parts.Local == nil || a.cfg.Pin != "" {
+		return false, nil
+	}
+	s, err := a.readState(ctx, store)
+	if err != nil || s.keepsForeign() {
+		return false, nil
+	}
+	if serves(current, a.question(facts)) && (a.verifiable(store, current, facts) || s.runs(current)) {
+		return false, nil
+	}
+	return true, a.madeBefore(ctx, s)
+}
+
+// madeBefore returns a driver on the disk that this node compiled for the present wish. Its artifact must still exist.
+// Such a driver waits for an idle GPU, or is refused. With --retry, the node compiles a refused driver again.
+func (a *Agent) madeBefore(ctx context.Context, s nodeState) *install.Set {
+	for _, set := range s.staged {
+		if set.Origin != install.MadeHere || !serves(set, s.question) || !s.acceptable(set) {
+			continue
+		}
+		at := s.attempts[set.Digest]
+		if a.cfg.Retry && at != nil && at.refused(set.Driver, true) != nil {
+			continue
+		}
+		repo, err := a.parts.Open(set.Repository)
+		if err == nil {
+			_, err = repo.Manifest(ctx, set.Digest)
+		}
+		if err == nil {
+			return set
+		}
+		a.parts.Log.WarnContext(ctx, "could not find the artifact that this node compiled", "digest", set.Digest, "err", err)
+	}
+	return nil
+}
+
+// resolve finds the artifact. If none is published and the node may compile, the answer is the driver made. Without it,
+// the node compiles while it waits for the farm. The first verified artifact wins.
+func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, made *install.Set) (resolve.Answer,
+	error) {
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
 	patience := resolve.WaitLimits{Wait: a.cfg.Wait,
@@ -27,6 +74,9 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 		answer, err = patience.Find(ctx, a.parts.Finder, q)
 		switch {
 		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && resolve.Passing(err):
+			if made != nil {
+				return err.Error() + usesMade, nil
+			}
 			grace = min(a.cfg.Wait/2, maxGrace)
 			return fmt.Sprintf("%v; compiling on this node if this error lasts for %v", err, grace), nil
 		case err != nil:
@@ -35,6 +85,8 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
 		case !compiles || answer.State.Withdrawn():
 			return string(answer.State), answer.Err()
+		case made != nil:
+			return string(answer.State) + usesMade, nil
 		case a.cfg.DryRun:
 			return string(answer.State) + "; would compile on this node", answer.Err()
 		}
@@ -42,6 +94,11 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 	})
 	if err != nil || answer.Err() == nil {
 		return answer, err
+	}
+	if made != nil {
+		answer = keptAnswer(made)
+		answer.Source = resolve.SourceNode
+		return answer, nil
 	}
 	err = a.parts.Line.Do("build", func() (string, error) {
 		won, err := a.race(ctx, q, answer, facts, grace)
@@ -55,6 +112,8 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 	})
 	return answer, err
 }
+
+const usesMade = "; using the driver that this node compiled before"
 
 // maxGrace is how long a node waits for a silent farm before it compiles. A restart of the server must not make all
 // nodes compile.

@@ -54,6 +54,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 		return nil, err
 	}
 	set := a.setOf(origin, r.Answer.Digest, repo.Name(), content, facts)
+	r.layers = set.Layers
 	if a.cfg.DryRun {
 		a.planStage(ctx, r, repo, store, set, current)
 		return set, nil

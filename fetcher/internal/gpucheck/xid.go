@@ -22,45 +22,46 @@ var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9
 // means to stop peer-to-peer traffic.
 var recoveryAction = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
-// FatalXids returns the first fatal error of each GPU, in the driver's own text. A line that demands no recovery action
-// clears the error.
+// loadLine is part of the line that the driver writes when it is loaded.
+const loadLine = "NVRM: loading NVIDIA UNIX"
+
+// FatalXids returns the fatal errors that still count (see [KeepXids]), in the driver's own text.
 func FatalXids(lines []string) (fatal []string) {
-	var order []string
-	found := map[string]string{}
-	for _, line := range lines {
+	for _, line := range KeepXids(lines) {
 		m := xidLine.FindStringSubmatch(line)
-		if m == nil {
-			continue
-		}
-		gpu := m[1]
-		id, err := strconv.Atoi(m[2])
-		if err == nil && id == recoveryXid && wantsNothing(m[3]) {
-			delete(found, gpu)
-			order = slices.DeleteFunc(order, func(g string) bool { return g == gpu })
-			continue
-		}
-		if _, ok := found[gpu]; ok || err != nil || !slices.Contains(fatalXids, id) &&
-			(id != recoveryXid || !wantsReset(m[3])) {
-			continue
-		}
-		order = append(order, gpu)
-		found[gpu] = fmt.Sprintf("Xid %d of GPU %s: %s", id, strings.ToLower(gpu), Clip(strings.TrimSpace(m[3]), 80))
-	}
-	for _, gpu := range order {
-		fatal = append(fatal, found[gpu])
+		fatal = append(fatal,
+			fmt.Sprintf("Xid %s of GPU %s: %s", m[2], strings.ToLower(m[1]), Clip(strings.TrimSpace(m[3]), 80)))
 	}
 	return fatal
 }
 
-// Significant reports whether [FatalXids] uses a line of the kernel log. Drop other lines, because programs may cause
-// any number of them.
-func Significant(line string) bool {
-	m := xidLine.FindStringSubmatch(line)
-	if m == nil {
-		return false
+// KeepXids returns the line with the first fatal error of each GPU. A line that demands no recovery action clears the
+// error. A load of the driver clears all errors. Keep the result in place of all lines, because programs may cause any
+// number of them.
+func KeepXids(lines []string) (kept []string) {
+	var gpus []string // the GPU of each kept line
+	for _, line := range lines {
+		if strings.Contains(line, loadLine) {
+			kept, gpus = nil, nil
+			continue
+		}
+		m := xidLine.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		id, err := strconv.Atoi(m[2])
+		at := slices.Index(gpus, m[1])
+		switch {
+		case err != nil:
+		case id == recoveryXid && wantsNothing(m[3]):
+			if at >= 0 {
+				kept, gpus = slices.Delete(kept, at, at+1), slices.Delete(gpus, at, at+1)
+			}
+		case at < 0 && (slices.Contains(fatalXids, id) || id == recoveryXid && wantsReset(m[3])):
+			kept, gpus = append(kept, line), append(gpus, m[1])
+		}
 	}
-	id, err := strconv.Atoi(m[2])
-	return err == nil && (id == recoveryXid || slices.Contains(fatalXids, id))
+	return kept
 }
 
 func wantsNothing(text string) bool {

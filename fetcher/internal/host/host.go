@@ -123,6 +123,8 @@ type Module struct {
 	// Permanent means that the kernel never unloads the module: it has no exit function, or the kernel lacks
 	// CONFIG_MODULE_UNLOAD. Refs is 0 on a kernel without that option.
 	Permanent bool `json:"permanent,omitempty"`
+	// Changing means that the kernel is still loading or unloading the module.
+	Changing bool `json:"changing,omitempty"`
 }
 
 // Observe reads the facts below a node's root folder. The error is of kind Unsupported if the COS build is not known.
@@ -252,6 +254,7 @@ func ParseModules(text string) []Module {
 				m.UsedBy = append(m.UsedBy, user)
 			}
 		}
+		m.Changing = len(field) > 4 && (field[4] == "Loading" || field[4] == "Unloading")
 		mods = append(mods, m)
 	}
 	return mods

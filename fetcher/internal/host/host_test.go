@@ -277,6 +277,16 @@ func FuzzParseDriverVersion(f *testing.F) {
 	})
 }
 
+// TestModuleState checks that modules count as changing while the kernel loads or unloads them.
+func TestModuleState(t *testing.T) {
+	t.Parallel()
+	text := "a 1 0 - Live 0x0\nb 1 1 - Loading 0x0 (OE+)\nc 1 0 - Unloading 0x0 (OE-)\nd 1 0 -\n"
+	want := []host.Module{{Name: "a"}, {Name: "b", Refs: 1, Changing: true}, {Name: "c", Changing: true}, {Name: "d"}}
+	if diff := cmp.Diff(want, host.ParseModules(text)); diff != "" {
+		t.Errorf("ParseModules (-want +got):\n%s", diff)
+	}
+}
+
 func FuzzParseModules(f *testing.F) {
 	f.Add("nvidia 62631936 12 nvidia_modeset,nvidia_uvm, Live 0x0\n")
 	f.Add("a 1 0 [permanent], Live\n b 1 x - Live\n")

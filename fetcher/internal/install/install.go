@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"strings"
@@ -174,6 +175,23 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 		return fmt.Errorf("rename staged folder: %w", err)
 	}
 	return nil
+}
+
+// Free returns the number of bytes that root can still write to the file system. A ramfs has no limit of its own.
+func (s *Store) Free() (_ int64, err error) {
+	d, err := s.root.Open(".")
+	if err != nil {
+		return 0, fmt.Errorf("open install folder: %w", err)
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(d.Fd()), &st); err != nil {
+		return 0, fmt.Errorf("ask for the free space of the install folder: %w", err)
+	}
+	if st.Blocks == 0 {
+		return math.MaxInt64, nil
+	}
+	return int64(st.Bfree) * st.Frsize, nil //nolint:gosec // no disk has 2^63 bytes
 }
 
 // Sync flushes the file system, so that written files survive a crash.

@@ -299,11 +299,15 @@ func (s *Store) Remove() error {
 }
 
 // Sweep removes the leftovers of interrupted runs, and all sets and layers except those of the current, the previous
-// and the given sets. It first renames each folder: a final name must never have incomplete content.
+// and the given sets. It also keeps given layers. It first renames each folder: a final name must never have incomplete
+// content.
 func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
 	for _, digest := range extra {
+		if name, err := hexOf(digest); err == nil {
+			keep[path.Join("layers", name)] = true
+		}
 		set, err := s.Set(digest)
 		if err != nil || set == nil {
 			continue

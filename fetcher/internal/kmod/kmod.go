@@ -263,8 +263,11 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 	return done, nil
 }
 
-// Mark is a position in the kernel log.
-type Mark struct{ last string }
+// Mark is a position in the kernel log of one boot. The zero value is no position.
+type Mark struct {
+	// Last is the last line before the position.
+	Last string `json:"last"`
+}
 
 // Mark returns the end of the kernel log, for [Loader.Since].
 func (l *Loader) Mark() Mark {
@@ -272,7 +275,7 @@ func (l *Loader) Mark() Mark {
 	if err != nil || len(lines) == 0 {
 		return Mark{} // without a log, Since has nothing to quote either
 	}
-	return Mark{last: lines[len(lines)-1]}
+	return Mark{Last: lines[len(lines)-1]}
 }
 
 // Since returns the kernel's lines after the mark, without their priority prefix. If the mark is lost, it returns all
@@ -282,9 +285,9 @@ func (l *Loader) Since(m Mark) []string {
 	if err != nil {
 		return nil // the log is optional: a missing log must not hide the error
 	}
-	if m.last != "" {
+	if m.Last != "" {
 		for i := len(lines) - 1; i >= 0; i-- {
-			if lines[i] == m.last {
+			if lines[i] == m.Last {
 				lines = lines[i+1:]
 				break
 			}
@@ -299,22 +302,18 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
-// Follow returns the kernel's lines after the mark, and the present end of the log. If the mark is empty or lost, it
-// returns no lines, because it cannot tell which are new.
+// Follow returns the kernel's lines after the mark, and the present end of the log. If the mark is empty, it returns no
+// lines. If the mark is lost, it returns all lines: the log drops the oldest lines first.
 func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
 	all, err := l.System.Log()
 	if err != nil || len(all) == 0 {
 		return nil, m
 	}
-	end = Mark{last: all[len(all)-1]}
-	i := -1
-	if m.last != "" {
-		i = lastIndex(all, m.last)
-	}
-	if i < 0 {
+	end = Mark{Last: all[len(all)-1]}
+	if m == (Mark{}) {
 		return nil, end
 	}
-	for _, line := range all[i+1:] {
+	for _, line := range all[lastIndex(all, m.Last)+1:] {
 		if line = stripPrefix(line); line != "" {
 			lines = append(lines, line)
 		}
@@ -322,6 +321,7 @@ func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
 	return lines, end
 }
 
+// lastIndex returns the index of the last line that equals s; -1 means that there is none.
 func lastIndex(all []string, s string) int {
 	for i, line := range slices.Backward(all) {
 		if line == s {

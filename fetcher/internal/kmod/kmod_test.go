@@ -213,3 +213,31 @@ func TestNVRM(t *testing.T) {
 		t.Errorf("NVRM (-want +got):\n%s", diff)
 	}
 }
+
+// TestFollow checks which lines of the kernel log are new. If the marked line has left the log, all lines are newer.
+func TestFollow(t *testing.T) {
+	t.Parallel()
+	s := &system{log: []string{"<4>[    1.0] a"}}
+	l := &kmod.Loader{System: s}
+	for _, row := range []struct {
+		name string
+		mark kmod.Mark
+		log  []string
+		want []string
+	}{
+		{"no mark", kmod.Mark{}, []string{"<4>[    2.0] b"}, nil},
+		{"nothing new", l.Mark(), s.log, nil},
+		{"new lines", l.Mark(), append(s.log, "<4>[    2.0] b", "<4>[    3.0] c"), []string{"b", "c"}},
+		{"the mark has left the log", l.Mark(), []string{"<4>[    2.0] b", "<4>[    3.0] c"}, []string{"b", "c"}},
+		{"an empty log", l.Mark(), nil, nil},
+	} {
+		s.log = row.log
+		got, end := l.Follow(row.mark)
+		if diff := cmp.Diff(row.want, got); diff != "" {
+			t.Errorf("%s: Follow (-want +got):\n%s", row.name, diff)
+		}
+		if again, _ := l.Follow(end); len(again) > 0 {
+			t.Errorf("%s: Follow from the end = %q; want nothing", row.name, again)
+		}
+	}
+}

@@ -69,7 +69,7 @@ func (f failures) lastError(q resolve.Question) error {
 
 // store writes an error into the file, unless the next compile may succeed.
 func (f failures) store(q resolve.Question, err error) error {
-	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
+	if err == nil || fault.Of(err).Retryable() {
 		return nil
 	}
 	raw, merr := json.Marshal(

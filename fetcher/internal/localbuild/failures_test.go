@@ -46,11 +46,24 @@ func TestFailuresAreRemembered(t *testing.T) {
 			t.Errorf("%d, %s: compiled %d times; want %d", i, row.name, got, row.calls)
 		}
 	}
-	transient := script(t, "exit 5")
-	for range 2 {
-		if _, err := transient.Build(t.Context(), question); err == nil ||
-			strings.Contains(err.Error(), "compiles again after") {
-			t.Errorf("Build = %v", err)
+}
+
+// TestWhichFailuresAreRemembered checks that a failure is remembered, unless the same compile may succeed later.
+func TestWhichFailuresAreRemembered(t *testing.T) {
+	t.Parallel()
+	for body, remembered := range map[string]bool{
+		"exit 20": true, "exit 21": true, "exit 22": true, "exit 23": true, "exit 24": true, "exit 1": true,
+		"echo done": true, // an answer without a digest
+		"exit 10":   false, "exit 26": false, "exit 27": false, "exit 28": false, "exit 30": false,
+		"kill -9 $$": false,
+	} {
+		b := script(t, body)
+		for i := range 2 {
+			_, err := b.Build(t.Context(), question)
+			if got := err != nil && strings.Contains(err.Error(), "compiles again after"); err == nil ||
+				got != (remembered && i == 1) {
+				t.Errorf("%s, compile %d: Build = %v; want it remembered: %t", body, i, err, remembered)
+			}
 		}
 	}
 }

@@ -119,7 +119,6 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := failed.lastError(q); err != nil && !b.Retry {
 		return resolve.Answer{}, err
 	}
-	defer func() { err = errors.Join(err, failed.store(q, err)) }()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
@@ -139,6 +138,15 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
 		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
 	}
+	answer, err := b.compile(ctx, q, key)
+	if ctx.Err() == nil {
+		err = errors.Join(err, failed.store(q, err))
+	}
+	return answer, err
+}
+
+// compile runs the builder. It does all that costs time, so its errors are remembered.
+func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (resolve.Answer, error) {
 	flavour := q.Flavour
 	if flavour == resolve.Auto {
 		flavour = string(target.Proprietary) // every release that compiles on an old kernel has this flavour
@@ -200,7 +208,11 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 			"use builder and fetcher of the same release")
 	}
 	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if errors.As(err, &exit) && exit.ExitCode() < 0 {
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("run the builder: %w", err),
+			"if the node had too little memory, free memory, then run fetcher install; read the kernel log: dmesg | tail")
+	}
+	if exit != nil {
 		return nil, said.fault(exit.ExitCode())
 	}
 	if err != nil {

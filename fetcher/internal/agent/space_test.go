@@ -1,0 +1,112 @@
+package agent_test
+
+import (
+	"context"
+	"io"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+// TestTooLittleSpace checks that nothing is fetched if a driver does not fit on the disk. The active driver stays.
+func TestTooLittleSpace(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	fetched := 0
+	n.parts.Open = func(ref string) (agent.Repository, error) {
+		repo, err := registry.Open(ref, registry.Options{})
+		return blobs{repo, func(_ string, rc io.ReadCloser) io.ReadCloser { fetched++; return rc }}, err
+	}
+	var most int64
+	for _, l := range pn.Layers {
+		most += 3 * l.Size
+	}
+	most += 64 << 20
+	for _, free := range []int64{0, most / 2, most - 1, most} {
+		n.parts.Free = func() (int64, error) { return free, nil }
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if free == most {
+			if err != nil || r.Verdict.Digest != pn.Digest {
+				t.Errorf("%d bytes free: Run = %s, %v; want the new driver", free, r.Verdict.Digest, err)
+			}
+			continue
+		}
+		if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "are free") || fault.Hint(err) == "" ||
+			fetched > 0 || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("%d bytes free: Run = %s, %v after %d layers; want disk full, nothing fetched, the active driver", free,
+				r.Verdict.Digest, err, fetched)
+		}
+	}
+}
+
+// blobs changes the streams of layers.
+type blobs struct {
+	agent.Repository
+	change func(digest string, rc io.ReadCloser) io.ReadCloser
+}
+
+func (b blobs) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
+	rc, err := b.Repository.Blob(ctx, digest, size)
+	if err != nil {
+		return nil, err
+	}
+	return b.change(digest, rc), nil
+}
+
+// closing calls a function when it is closed.
+type closing struct {
+	io.ReadCloser
+	done func()
+}
+
+func (c closing) Close() error {
+	defer c.done()
+	return c.ReadCloser.Close()
+}
+
+// full fails as a full disk does, after it has waited.
+type full struct {
+	io.ReadCloser
+	wait func()
+}
+
+func (f full) Read([]byte) (int, error) {
+	f.wait()
+	return 0, syscall.ENOSPC
+}
+
+// TestLayersOutliveFullDisk checks that complete layers stay on the disk if the disk is full before the last layer.
+func TestLayersOutliveFullDisk(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	last := pn.Layers[len(pn.Layers)-1]
+	others := make(chan struct{}, len(pn.Layers))
+	open := n.parts.Open
+	n.parts.Open = func(ref string) (agent.Repository, error) {
+		repo, err := open(ref)
+		return blobs{repo, func(digest string, rc io.ReadCloser) io.ReadCloser {
+			if digest != last.Digest {
+				return closing{rc, func() { others <- struct{}{} }}
+			}
+			return full{rc, func() {
+				for range len(pn.Layers) - 1 {
+					<-others
+				}
+			}}
+		}}, err
+	}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.DiskFull) || r.Verdict.Digest != po.Digest {
+		t.Fatalf("Run = %s, %v; want disk full, and the active driver", r.Verdict.Digest, err)
+	}
+	n.parts.Open = open
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if err != nil || r.FetchedBytes != last.Size || r.Verdict.Digest != pn.Digest {
+		t.Errorf("then: Run = %s, %v, fetched %d bytes; want the new driver, and only the layer of %d bytes",
+			r.Verdict.Digest, err, r.FetchedBytes, last.Size)
+	}
+}
