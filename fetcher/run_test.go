@@ -251,7 +251,7 @@ func TestDriverThatDisappears(t *testing.T) {
 		{"another process unloaded it, and the next run loads it", func(context.Context, int) (*agent.Report, error) {
 			return &agent.Report{Verdict: readyVerdict}, nil
 		}, agent.ErrNotLoaded, 2, nil, http.StatusOK},
-		{"another process unloaded it, and the next run cannot load it", func(_ context.Context, n int) (*agent.Report, error) {
+		{"another process unloaded it, and a run cannot load it", func(_ context.Context, n int) (*agent.Report, error) {
 			if n == 1 {
 				return &agent.Report{Verdict: readyVerdict}, nil
 			}

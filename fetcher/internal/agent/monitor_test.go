@@ -221,8 +221,8 @@ func (s slowFinder) Find(ctx context.Context, q resolve.Question) (resolve.Answe
 	return s.Finder.Find(ctx, q)
 }
 
-// TestReportsWhileItWaits checks that a run reports an active driver that works before the farm responds: after a reboot,
-// and if the driver is loaded already.
+// TestReportsWhileItWaits checks that a run reports a working driver before the farm responds: after a reboot, and if
+// the driver is loaded already.
 func TestReportsWhileItWaits(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
