@@ -230,7 +230,8 @@ func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text 
 		return nil, "", fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(text)) > limit {
-		return nil, "", fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: the object has more than %d bytes", attrs.URL, limit),
+		return nil, "", fault.New(fault.Unsupported,
+			fmt.Sprintf("fetch %s: the object has more than %d bytes", attrs.URL, limit),
 			"check that the bucket holds COS builds")
 	}
 	return text, attrs.URL, nil

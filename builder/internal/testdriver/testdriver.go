@@ -4,8 +4,8 @@
 // drivers.
 package testdriver
 
-// Kbuild and Script are the driver's makefile and its conftest.sh. The makefile runs conftest.sh to find out whether two
-// headers exist, and for three compile tests: has_size, has_old and symbol_a.
+// Kbuild and Script are the driver's makefile and its conftest.sh. The makefile runs conftest.sh to find out whether
+// two headers exist, and for three compile tests: has_size, has_old and symbol_a.
 const (
 	Kbuild = `obj := .
 NV_KERNEL_SOURCES := $(SYSSRC)

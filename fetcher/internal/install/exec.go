@@ -12,8 +12,8 @@ import (
 )
 
 // EnsureExec mounts the install folder over itself with exec, because COS mounts its stateful partition without exec.
-// EnsureExec makes the mount in the node's mount namespace, and in this container if necessary. Just before it makes the
-// node's mount, it calls beforeMount. The result mounted is true if the node's mount was made now.
+// EnsureExec makes the mount in the node's mount namespace, and in this container if necessary. Just before it makes
+// the node's mount, it calls beforeMount. The result mounted is true if the node's mount was made now.
 func (s *Store) EnsureExec(beforeMount func()) (mounted bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {

@@ -436,7 +436,7 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(data)) > limit {
-		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit),
+		err = fault.New(fault.Unverified, fmt.Sprintf("the file has more than %d bytes", limit),
 			"remove the file: fetcher never writes that much")
 	}
 	if err != nil {
