@@ -386,8 +386,8 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// If this program did not record the file's content, the file is the other installer's. Only if the content equals
-	// the new text, and no folder of the other installer is adopted, the file counts as this program's own.
+	// If this program did not record the file's content, the file is the other installer's. One exception: if the content
+	// equals the new text, and no folder of the other installer is adopted, the file counts as this program's own.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
