@@ -362,3 +362,23 @@ func TestDevicePluginStays(t *testing.T) {
 		t.Errorf("the device plugin's node selector = %v; want none", p.NodeSelector)
 	}
 }
+
+// TestRemovePageNamesObjects checks that the page about removal deletes each object of the manifests. It must delete
+// keys and volume last, with the namespaces.
+func TestRemovePageNamesObjects(t *testing.T) {
+	t.Parallel()
+	text := read(t, "docs/how-to/remove.md")
+	for name, m := range manifests(t) {
+		kind, object, _ := strings.Cut(name, "/")
+		want := strings.ToLower(kind) + "/" + object
+		if m.Kind == "Namespace" || m.Kind == "PersistentVolumeClaim" {
+			if strings.Contains(text, want) {
+				t.Errorf("docs/how-to/remove.md deletes %s among the other objects", want)
+			}
+			continue
+		}
+		if !strings.Contains(text, want) {
+			t.Errorf("docs/how-to/remove.md does not delete %s", want)
+		}
+	}
+}
