@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -98,7 +99,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	defer cancel()
 	g, gctx := errgroup.WithContext(inner)
 	if listen := cmd.String("listen"); listen != "" {
-		g.Go(func() error { return outside.server.Run(gctx, listen) })
+		g.Go(func() error { return serve(gctx, outside.server, listen, log) })
 	}
 	if outside.cluster != nil {
 		g.Go(func() error { return outside.cluster.Run(gctx) })
@@ -130,6 +131,30 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 			defer done()
 			outside.cluster.Flush(last)
 		}
+// listenPause is the time between two tries to listen.
+const listenPause = 5 * time.Second
+
+// serve serves the driver's state until ctx ends. If the address cannot be used, it tries again: the node needs its
+// driver, even if nobody can ask for the state.
+func serve(ctx context.Context, server *report.Server, listen string, log *slog.Logger) error {
+	last := ""
+	for {
+		err := server.Run(ctx, listen)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if text := err.Error(); text != last {
+			last = text
+			log.WarnContext(ctx, "could not serve the state, and will try again", "err", err, "hint", fault.Hint(err))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(listenPause):
+		}
+	}
+}
+
 		return err
 	})
 	return g.Wait()

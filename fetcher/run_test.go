@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -43,7 +44,7 @@ func (w *watcher) Write(p []byte) (int, error) {
 }
 
 // TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
-// use.
+// use, and the node gets its driver all the same.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -69,7 +70,7 @@ func TestRunEnds(t *testing.T) {
 		{"while it holds", "staged", "", 0, ""},
 		{"while it holds and serves", "staged", "127.0.0.1:0", 0, ""},
 		{"while it asks the server", "", "", 30, "error: "},
-		{"address taken", "never", taken.Addr().String(), 2, "--listen"},
+		{"address taken", "staged", taken.Addr().String(), 0, ""},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -319,6 +320,40 @@ func TestPendingReleases(t *testing.T) {
 			t.Errorf("stay left %d contexts; want none", left)
 		}
 	})
+}
+
+// TestServeAgain checks that a taken address is used as soon as it is free.
+func TestServeAgain(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	logged := make(chan struct{})
+	log := slog.New(slog.NewTextHandler(&watcher{text: "\n", seen: func() { close(logged) }}, nil))
+	go func() { done <- serve(ctx, report.New(time.Now), taken.Addr().String(), log) }()
+	<-logged
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	client := http.Client{Timeout: time.Second}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		resp, err := client.Get("http://" + taken.Addr().String() + "/healthz")
+		if err == nil {
+			_ = resp.Body.Close() // only the answer counts
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("serve = %v; want nil", err)
+	}
 }
 
 // TestHelp checks that the help fits a terminal, and that each flag has a heading in it.
