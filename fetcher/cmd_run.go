@@ -117,12 +117,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 					fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err)
 				}
 			},
-		}
-		k.quickVerdict = a.QuickVerdict
-		if outside.cluster != nil { // the cluster may still show the driver of an earlier boot
-			if v, ok := a.QuickVerdict(gctx); ok {
-				outside.cluster.Report(v)
-			}
+			quickVerdict: a.QuickVerdict,
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
@@ -131,6 +126,11 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 			defer done()
 			outside.cluster.Flush(last)
 		}
+		return err
+	})
+	return g.Wait()
+}
+
 // listenPause is the time between two tries to listen.
 const listenPause = 5 * time.Second
 
@@ -153,11 +153,6 @@ func serve(ctx context.Context, server *report.Server, listen string, log *slog.
 		case <-time.After(listenPause):
 		}
 	}
-}
-
-		return err
-	})
-	return g.Wait()
 }
 
 // flushTime is how long a failing program waits at most until the cluster has stored the reason.
@@ -209,7 +204,8 @@ type daemon struct {
 	outside *listeners
 	// run does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict returns a verdict after a run that ended without one; see [agent.Agent.QuickVerdict].
+	// quickVerdict returns a verdict before the first run, and after a run that ended without one; see
+	// [agent.Agent.QuickVerdict].
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
 	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
@@ -222,6 +218,11 @@ func (k daemon) reportFailure(v gpucheck.Verdict, why error) {
 }
 
 func (k daemon) stay(ctx context.Context) error {
+	// The cluster may still show the driver of an earlier boot. Metrics must show the GPUs even if the first run ends the
+	// program. This verdict is never ready.
+	if v, ok := k.quickVerdict(ctx); ok {
+		k.outside.Report(v)
+	}
 	ready := false
 	for {
 		if ready {

@@ -126,6 +126,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
+func noVerdict(context.Context) (gpucheck.Verdict, bool) { return gpucheck.Verdict{}, false }
+
 // TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
 // node without a ready driver ends.
 func TestPending(t *testing.T) {
@@ -146,6 +148,7 @@ func TestPending(t *testing.T) {
 					_, err := run(t.Context())
 					return err
 				},
+				quickVerdict: noVerdict,
 			}
 			err := k.stay(t.Context())
 			if (err == nil) != (want.err == fault.Internal) || err != nil && !fault.Is(err, want.err) || b.runs != want.runs ||
@@ -312,6 +315,7 @@ func TestPendingReleases(t *testing.T) {
 				_, err := run(t.Context())
 				return err
 			},
+			quickVerdict: noVerdict,
 		}
 		if err := k.stay(ctx); err != nil {
 			t.Fatal(err)
@@ -320,6 +324,31 @@ func TestPendingReleases(t *testing.T) {
 			t.Errorf("stay left %d contexts; want none", left)
 		}
 	})
+}
+
+// TestGPUsBeforeTheFirstRun checks that the metrics show the GPUs of a node during its first run, because that run may
+// end the program. The node must not be ready.
+func TestGPUsBeforeTheFirstRun(t *testing.T) {
+	t.Parallel()
+	failed := fault.New(fault.NoArtifact, "nothing is published", "")
+	out := report.New(time.Now)
+	node := &scripted{run: func(context.Context, int) (*agent.Report, error) {
+		w := httptest.NewRecorder()
+		out.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		for _, want := range []string{"prebake_fetcher_gpus_present 2\n", "prebake_fetcher_ready 0\n"} {
+			if !strings.Contains(w.Body.String(), want) {
+				t.Errorf("the metrics lack %q:\n%s", want, w.Body)
+			}
+		}
+		if ready, healthy := status(out, "/readyz"), status(out, "/healthz"); ready != 503 || healthy != 200 {
+			t.Errorf("/readyz = %d, /healthz = %d; want 503, 200", ready, healthy)
+		}
+		return &agent.Report{}, failed
+	}}
+	quick := gpucheck.Verdict{State: gpucheck.Absent, PCIGPUs: 2, Modules: map[string]string{}}
+	if err := daemonOf(node, out, quick).stay(t.Context()); !errors.Is(err, failed) {
+		t.Errorf("stay = %v; want %v", err, failed)
+	}
 }
 
 // TestServeAgain checks that a taken address is used as soon as it is free.
