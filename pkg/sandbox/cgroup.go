@@ -98,8 +98,8 @@ func groupMemory(dir string) int64 {
 	return least
 }
 
-// MemoryLimit returns the lowest memory limit, in bytes, of this process's control group and its ancestors. It returns 0
-// if there is no limit, or if this process cannot see its control group of version 2.
+// MemoryLimit returns the lowest memory limit, in bytes, of this process's control group and its ancestors. It returns
+// 0 if there is no limit, or if this process cannot see its control group of version 2.
 func MemoryLimit() int64 {
 	own, err := ownGroup()
 	if err != nil {

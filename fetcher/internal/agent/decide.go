@@ -101,8 +101,8 @@ func (s nodeState) usableSet() *install.Set {
 	return nil
 }
 
-// waitsForRollback reports whether an operator rolled the current driver back, and the driver is still loaded because it
-// was in use.
+// waitsForRollback reports whether an operator rolled the current driver back, and the driver is still loaded because
+// it was in use.
 func (s nodeState) waitsForRollback() bool {
 	if s.current == nil || s.attempts[s.current.Digest] == nil {
 		return false
