@@ -135,7 +135,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
 	err = errors.Join(err, a.remember(r, store, r.Verdict)) // after end, which frees space on a full disk
-	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
+	if changed || d.do != keep {                            // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
 	return err
