@@ -134,8 +134,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if !loadedBefore || !s.waitsForRollback() { // else the rollback still waits
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
-	err = errors.Join(err, a.remember(r, store, r.Verdict)) // after end, which frees space on a full disk
-	if changed || d.do != keep {                            // last, because no other step needs the node's ld.so cache
+	// After end, which frees space on a full disk.
+	err = errors.Join(err, a.remember(r, store, r.Verdict))
+	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
 	return err
