@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/grafana/grafana-foundation-sdk/go/cog"
 	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
@@ -127,6 +128,10 @@ func TestScaledObject(t *testing.T) {
 // upMetric is a metric of Prometheus itself. It says whether Prometheus could read a program's metrics.
 const upMetric = "up"
 
+// conditionMetric is a metric of kube-state-metrics. For each condition of a node, it is 1 for the condition's status
+// and 0 for the others.
+const conditionMetric = "kube_node_status_condition"
+
 // nameLabel is the label that has a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
 
@@ -143,7 +148,8 @@ func TestMetricsExist(t *testing.T) {
 		}
 		parser.Inspect(tree, func(node parser.Node, _ []parser.Node) error {
 			selector, ok := node.(*parser.VectorSelector)
-			if !ok || selector.Name == upMetric || strings.HasPrefix(selector.Name, "prebake_fetcher_") {
+			if !ok || selector.Name == upMetric || selector.Name == conditionMetric ||
+				strings.HasPrefix(selector.Name, "prebake_fetcher_") {
 				return nil
 			}
 			has, ok := known[selector.Name]
@@ -159,6 +165,41 @@ func TestMetricsExist(t *testing.T) {
 			return nil
 		})
 	}
+}
+
+// TestNodeAlert checks that the alert about nodes without a driver does not fire for a node that was removed: the
+// metrics of such a node count as "GPUs and not ready" for the difference of the two ranges.
+func TestNodeAlert(t *testing.T) {
+	t.Parallel()
+	var r rules
+	if err := yaml.Unmarshal([]byte(read(t, monitoring+"rules.yaml")), &r); err != nil {
+		t.Fatal(err)
+	}
+	for _, rule := range r.Spec.Groups[0].Rules {
+		if rule.Alert != "PrebakeNodeWithoutDriver" {
+			continue
+		}
+		tree, err := parser.ParseExpr(rule.Expr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ranges := map[string]time.Duration{}
+		parser.Inspect(tree, func(node parser.Node, _ []parser.Node) error {
+			if m, ok := node.(*parser.MatrixSelector); ok {
+				if v, ok := m.VectorSelector.(*parser.VectorSelector); ok {
+					ranges[v.Name] = m.Range
+				}
+			}
+			return nil
+		})
+		wait, err := time.ParseDuration(rule.For)
+		gpus, ready := ranges["prebake_fetcher_gpus_present"], ranges["prebake_fetcher_ready"]
+		if err != nil || ready == 0 || gpus <= ready || gpus-ready >= wait {
+			t.Errorf("ranges %v, for %s (%v); want gpus_present longer than ready, and by less than for", ranges, rule.For, err)
+		}
+		return
+	}
+	t.Error("there is no alert PrebakeNodeWithoutDriver")
 }
 
 // TestDashboard checks the dashboard with the types that Grafana generates from its own schema.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -98,7 +99,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	defer cancel()
 	g, gctx := errgroup.WithContext(inner)
 	if listen := cmd.String("listen"); listen != "" {
-		g.Go(func() error { return outside.server.Run(gctx, listen) })
+		g.Go(func() error { return serve(gctx, outside.server, listen, log) })
 	}
 	if outside.cluster != nil {
 		g.Go(func() error { return outside.cluster.Run(gctx) })
@@ -116,12 +117,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 					fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err)
 				}
 			},
-		}
-		k.quickVerdict = a.QuickVerdict
-		if outside.cluster != nil { // the cluster may still show the driver of an earlier boot
-			if v, ok := a.QuickVerdict(gctx); ok {
-				outside.cluster.Report(v)
-			}
+			quickVerdict: a.QuickVerdict,
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
@@ -133,6 +129,30 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		return err
 	})
 	return g.Wait()
+}
+
+// listenPause is the time between two tries to listen.
+const listenPause = 5 * time.Second
+
+// serve serves the driver's state until ctx ends. If the address cannot be used, it tries again: the node needs its
+// driver, even if nobody can ask for the state.
+func serve(ctx context.Context, server *report.Server, listen string, log *slog.Logger) error {
+	last := ""
+	for {
+		err := server.Run(ctx, listen)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if text := err.Error(); text != last {
+			last = text
+			log.WarnContext(ctx, "could not serve the state, and will try again", "err", err, "hint", fault.Hint(err))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(listenPause):
+		}
+	}
 }
 
 // flushTime is how long a failing program waits at most until the cluster has stored the reason.
@@ -184,7 +204,8 @@ type daemon struct {
 	outside *listeners
 	// run does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict returns a verdict after a run that ended without one; see [agent.Agent.QuickVerdict].
+	// quickVerdict returns a verdict before the first run, and after a run that ended without one; see
+	// [agent.Agent.QuickVerdict].
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
 	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
@@ -197,6 +218,11 @@ func (k daemon) reportFailure(v gpucheck.Verdict, why error) {
 }
 
 func (k daemon) stay(ctx context.Context) error {
+	// The cluster may still show the driver of an earlier boot. Metrics must show the GPUs even if the first run ends the
+	// program. This verdict is never ready.
+	if v, ok := k.quickVerdict(ctx); ok {
+		k.outside.Report(v)
+	}
 	ready := false
 	for {
 		if ready {

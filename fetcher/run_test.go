@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -43,7 +44,7 @@ func (w *watcher) Write(p []byte) (int, error) {
 }
 
 // TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
-// use.
+// use, and the node gets its driver all the same.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -69,7 +70,7 @@ func TestRunEnds(t *testing.T) {
 		{"while it holds", "staged", "", 0, ""},
 		{"while it holds and serves", "staged", "127.0.0.1:0", 0, ""},
 		{"while it asks the server", "", "", 30, "error: "},
-		{"address taken", "never", taken.Addr().String(), 2, "--listen"},
+		{"address taken", "staged", taken.Addr().String(), 0, ""},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -125,6 +126,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
+func noVerdict(context.Context) (gpucheck.Verdict, bool) { return gpucheck.Verdict{}, false }
+
 // TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
 // node without a ready driver ends.
 func TestPending(t *testing.T) {
@@ -145,6 +148,7 @@ func TestPending(t *testing.T) {
 					_, err := run(t.Context())
 					return err
 				},
+				quickVerdict: noVerdict,
 			}
 			err := k.stay(t.Context())
 			if (err == nil) != (want.err == fault.Internal) || err != nil && !fault.Is(err, want.err) || b.runs != want.runs ||
@@ -311,6 +315,7 @@ func TestPendingReleases(t *testing.T) {
 				_, err := run(t.Context())
 				return err
 			},
+			quickVerdict: noVerdict,
 		}
 		if err := k.stay(ctx); err != nil {
 			t.Fatal(err)
@@ -319,6 +324,65 @@ func TestPendingReleases(t *testing.T) {
 			t.Errorf("stay left %d contexts; want none", left)
 		}
 	})
+}
+
+// TestGPUsBeforeTheFirstRun checks that the metrics show the GPUs of a node during its first run, because that run may
+// end the program. The node must not be ready.
+func TestGPUsBeforeTheFirstRun(t *testing.T) {
+	t.Parallel()
+	failed := fault.New(fault.NoArtifact, "nothing is published", "")
+	out := report.New(time.Now)
+	node := &scripted{run: func(context.Context, int) (*agent.Report, error) {
+		w := httptest.NewRecorder()
+		out.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		for _, want := range []string{"prebake_fetcher_gpus_present 2\n", "prebake_fetcher_ready 0\n"} {
+			if !strings.Contains(w.Body.String(), want) {
+				t.Errorf("the metrics lack %q:\n%s", want, w.Body)
+			}
+		}
+		if ready, healthy := status(out, "/readyz"), status(out, "/healthz"); ready != 503 || healthy != 200 {
+			t.Errorf("/readyz = %d, /healthz = %d; want 503, 200", ready, healthy)
+		}
+		return &agent.Report{}, failed
+	}}
+	quick := gpucheck.Verdict{State: gpucheck.Absent, PCIGPUs: 2, Modules: map[string]string{}}
+	if err := daemonOf(node, out, quick).stay(t.Context()); !errors.Is(err, failed) {
+		t.Errorf("stay = %v; want %v", err, failed)
+	}
+}
+
+// TestServeAgain checks that a taken address is used as soon as it is free.
+func TestServeAgain(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	logged := make(chan struct{})
+	log := slog.New(slog.NewTextHandler(&watcher{text: "\n", seen: func() { close(logged) }}, nil))
+	go func() { done <- serve(ctx, report.New(time.Now), taken.Addr().String(), log) }()
+	<-logged
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	client := http.Client{Timeout: time.Second}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		resp, err := client.Get("http://" + taken.Addr().String() + "/healthz")
+		if err == nil {
+			_ = resp.Body.Close() // only the answer counts
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("serve = %v; want nil", err)
+	}
 }
 
 // TestHelp checks that the help fits a terminal, and that each flag has a heading in it.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"path/filepath"
+	"sync"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -13,6 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -34,6 +36,61 @@ func newVerifier(
 	p.Listing = rule
 	v, err := trust.NewVerifier(p.Policy)
 	return v, rule.Refresh, err
+}
+
+// rereading is a verifier that reads the keys and the policy again at the beginning of each run: a revoked key must not
+// count until the program is started again.
+type rereading struct {
+	// read returns what [newVerifier] returns for the present files.
+	read func() (*trust.Verifier, func(context.Context) error, error)
+
+	mu      sync.Mutex
+	last    *trust.Verifier
+	refresh func(context.Context) error
+}
+
+// Reread reads the files. If that fails, the verifier keeps the last good keys and policy.
+func (r *rereading) Reread() error {
+	v, refresh, err := r.read()
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.last, r.refresh = v, refresh
+	return nil
+}
+
+func (r *rereading) present() (*trust.Verifier, func(context.Context) error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.last, r.refresh
+}
+
+// Refresh refreshes the signed list, if the policy demands one.
+func (r *rereading) Refresh(ctx context.Context) error {
+	if _, refresh := r.present(); refresh != nil {
+		return refresh(ctx)
+	}
+	return nil
+}
+
+// Verify implements [agent.Verifier].
+func (r *rereading) Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error) {
+	v, _ := r.present()
+	return v.Verify(bundles, e)
+}
+
+// Statement implements [agent.Verifier].
+func (r *rereading) Statement(bundle []byte) (*trust.Statement, error) {
+	v, _ := r.present()
+	return v.Statement(bundle)
+}
+
+// Wanted implements [agent.Verifier].
+func (r *rereading) Wanted(k target.Kernel) []map[string]string {
+	v, _ := r.present()
+	return v.Wanted(k)
 }
 
 // newListing returns the rule for the signed list that a policy demands, or nil.

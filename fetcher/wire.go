@@ -82,13 +82,6 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	if err != nil {
 		return nil, nil, err
 	}
-	trusted, err := trustPolicy(cmd)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := needProbe(cmd, cfg); err != nil {
-		return nil, nil, err
-	}
 	parts, closeNode, err := hostParts(cmd, cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -98,11 +91,16 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 			err = errors.Join(err, closeNode())
 		}
 	}()
-	verifier, refresh, err := newVerifier(cmd, trusted, parts.Node)
-	if err != nil {
+	verifier := &rereading{read: func() (*trust.Verifier, func(context.Context) error, error) {
+		return localVerifier(cmd, parts.Node)
+	}}
+	if err := verifier.Reread(); err != nil {
 		return nil, nil, err
 	}
-	parts.Refresh = refresh
+	parts.Reread, parts.Refresh = verifier.Reread, verifier.Refresh
+	if err := needProbe(cmd, cfg); err != nil {
+		return nil, nil, err
+	}
 	if state, err := parts.Node.Path(cmd.String("state-dir")); err == nil && !cfg.DryRun {
 		if err := localbuild.Sweep(state); err != nil {
 			log.Warn("could not remove the builder's image, which a killed run left", "err", err)
@@ -321,7 +319,7 @@ func pinnedNowhere() error {
 // newFinder returns a finder that asks the server first and then the registries. Without both, the node must compile
 // drivers itself, or the result is an error. The verifier is for the lists of supported GPUs; nil means that no list is
 // read.
-func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
+func newFinder(cmd *ucli.Command, v agent.Verifier, compiles bool) (resolve.Finder, error) {
 	registries := cmd.StringSlice("registry")
 	var gpus resolve.Lister
 	if v != nil {

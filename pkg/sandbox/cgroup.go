@@ -98,6 +98,19 @@ func groupMemory(dir string) int64 {
 	return least
 }
 
+// MemoryLimit returns the lowest memory limit, in bytes, of this process's control group and its ancestors. It returns
+// 0 if there is no limit, or if this process cannot see its control group of version 2.
+func MemoryLimit() int64 {
+	own, err := ownGroup()
+	if err != nil {
+		return 0
+	}
+	if n := groupMemory(own); n != math.MaxInt64 {
+		return n
+	}
+	return 0
+}
+
 // parent returns the control group for the groups of the runs, and enables the controllers that they need. A group with
 // processes cannot delegate controllers. So parent moves this process into a child group. It returns an error if the
 // group has other processes.

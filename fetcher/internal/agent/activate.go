@@ -130,7 +130,12 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if changed || d.do != keep {
 		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
-	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil, false), a.remember(r, store, r.Verdict))
+	err = r.Verdict.Err()
+	if !loadedBefore || !s.waitsForRollback() { // else the rollback still waits
+		err = errors.Join(err, a.end(store, set.Digest, nil, false))
+	}
+	// After end, which frees space on a full disk.
+	err = errors.Join(err, a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
@@ -184,9 +189,11 @@ func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
-// returnTo reports whether the agent can activate the former driver again.
+// returnTo reports whether the agent can activate the former driver again. A driver that an operator rolled back while
+// it was in use is better than none.
 func (s nodeState) returnTo(before *install.Set) bool {
-	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
+	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil &&
+		(s.refused(before) == nil || s.waitsForRollback())
 }
 
 // restore makes the former driver active again. If before is nil, no driver was active.

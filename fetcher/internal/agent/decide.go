@@ -63,6 +63,9 @@ func decide(s nodeState) decision {
 			return decision{do: refuse, err: why}
 		}
 		d := s.put(good)
+		if d.set == nil && s.waitsForRollback() {
+			return decision{do: keep, set: s.current, err: d.err}
+		}
 		if d.set == nil {
 			return decision{do: refuse, err: firstOf(why, d.err)}
 		}
@@ -96,6 +99,15 @@ func (s nodeState) usableSet() *install.Set {
 		}
 	}
 	return nil
+}
+
+// waitsForRollback reports whether an operator rolled the current driver back, and the driver is still loaded because
+// it was in use.
+func (s nodeState) waitsForRollback() bool {
+	if s.current == nil || s.attempts[s.current.Digest] == nil {
+		return false
+	}
+	return s.attempts[s.current.Digest].ByHand && !s.retry && s.runs(s.current) && fitsNode(s.current, s.facts) == nil
 }
 
 // acceptable reports whether the attestations of a driver on the disk allow it to be active. A loaded driver needs no

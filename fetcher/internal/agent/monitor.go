@@ -326,6 +326,8 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	}
 	d := s.put(previous)
 	switch {
+	case d.set == nil && fault.Is(d.err, fault.Busy) && !a.cfg.DryRun:
+		return r, a.rollbackLater(r, store, current, previous, d.err)
 	case d.set == nil:
 		return r, d.err
 	case a.cfg.DryRun:
@@ -339,6 +341,20 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
 	}
 	return r, err
+}
+
+// rollbackLater notes a rollback for the time when the loaded driver is no longer in use. It returns the given error
+// with a note on that.
+func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous *install.Set, busy error) error {
+	if err := errors.Join(a.noteNext(store, previous.Digest),
+		a.note(store, current.Digest, func(at *attempt) { at.ByHand = true })); err != nil {
+		return errors.Join(busy, fmt.Errorf("note the rollback: %w", err))
+	}
+	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
+		short(previous.Digest))
+	return fault.Wrap(fault.Busy, fmt.Errorf("%w; the rollback to driver %s is noted", busy, previous.Driver),
+		"reboot the node, or stop the programs that use the GPU (fetcher status lists their processes): the next run of "+
+			"fetcher then loads the previous driver; to keep the present driver instead, run fetcher install --retry")
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.

@@ -95,8 +95,8 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot,
-// Tried and Free.
+// Parts are the interfaces and services that the agent uses. All are required except Registries, Reread, Refresh,
+// Local, Boot, Tried and Free.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
@@ -106,6 +106,9 @@ type Parts struct {
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
+	// Reread reads the keys and the policy of Verifier again. A run begins with it; nil means that they never change. Its
+	// errors are only logged: the keys and the policy that Verifier has stay valid.
+	Reread func() error
 	// Refresh fetches the signed list that Verifier reads; nil means no list. Its errors are only logged, because Verifier
 	// decides whether a missing list matters.
 	Refresh func(ctx context.Context) error

@@ -84,14 +84,20 @@ func isDenied(err error) bool {
 // isConflict reports whether an object has changed since it was read.
 func isConflict(err error) bool {
 	var s *statusError
-	return errors.As(err, &s) && (s.code == http.StatusConflict || s.code == http.StatusUnprocessableEntity)
+	return errors.As(err, &s) && s.code == http.StatusConflict
+}
+
+// isRefused reports whether the cluster does not allow the call. An admission policy refuses with status 422, unless it
+// sets another reason (Kubernetes documentation, "Validating Admission Policy").
+func isRefused(err error) bool {
+	var s *statusError
+	return isDenied(err) || errors.As(err, &s) && s.code == http.StatusUnprocessableEntity
 }
 
 // These are the content types of requests and patches (Kubernetes documentation, "API Concepts").
 const (
 	mergePatch     = "application/merge-patch+json"
 	strategicPatch = "application/strategic-merge-patch+json"
-	jsonPatch      = "application/json-patch+json"
 	plain          = "application/json"
 )
 

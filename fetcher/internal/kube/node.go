@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // These are the labels and annotations of a node. Labels have few different values, because selectors use them.
@@ -59,6 +61,8 @@ type Node struct {
 	written  state
 	at       time.Time
 	complain string
+	told     state // the state of the last Event
+	owes     bool  // an Event could not be written yet
 }
 
 // state is what the node object must show.
@@ -201,7 +205,7 @@ func (n *Node) write(ctx context.Context) error {
 	if err != nil {
 		if text := err.Error(); text != n.complain {
 			n.complain = text
-			n.log.WarnContext(ctx, "could not report to the cluster", "node", n.name, "err", err)
+			n.log.WarnContext(ctx, "could not report to the cluster", "node", n.name, "err", err, "hint", fault.Hint(err))
 		}
 		return err
 	}
@@ -212,7 +216,8 @@ func (n *Node) write(ctx context.Context) error {
 // node has the fields that this program reads of a node object.
 type node struct {
 	Metadata struct {
-		UID string `json:"uid"`
+		UID             string `json:"uid"`
+		ResourceVersion string `json:"resourceVersion"`
 	} `json:"metadata"`
 	Spec struct {
 		Taints []map[string]any `json:"taints"`
@@ -231,35 +236,57 @@ type condition struct {
 	LastTransitionTime time.Time `json:"lastTransitionTime"`
 }
 
+// patch writes a state to the node object. The startup taint is removed before the condition is written: pods must not
+// wait for a condition that the cluster refuses.
 func (n *Node) patch(ctx context.Context, s state) error {
 	path := "/api/v1/nodes/" + url.PathEscape(n.name)
 	var have node
 	if err := n.api.call(ctx, http.MethodGet, path, "", nil, &have); err != nil {
 		return err
 	}
-	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()},
-		nil); err != nil {
-		return err
-	}
 	now := n.condition(s, have.Status.Conditions)
-	status := map[string]any{"status": map[string]any{"conditions": []condition{now}}}
-	if err := n.api.call(ctx, http.MethodPatch, path+"/status", strategicPatch, status, nil); err != nil {
+	shown := isShown(now, have.Status.Conditions)
+	var labelled node // a new variable: the decoder would mix the taints of two answers
+	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()},
+		&labelled); err != nil {
 		return err
 	}
+	var held error // the condition does not wait for the taint either
 	if s.verdict.State == gpucheck.Ready && s.since.IsZero() {
-		if err := n.removeTaint(ctx, path, have); err != nil {
-			return err
+		held = n.removeTaint(ctx, path, labelled)
+	}
+	status := map[string]any{"status": map[string]any{"conditions": []condition{now}}}
+	err := n.api.call(ctx, http.MethodPatch, path+"/status", strategicPatch, status, nil)
+	if err = n.tolerate(ctx, err, s, "the service account may not write the node's condition"); err != nil {
+		return errors.Join(held, err)
+	}
+	// A process that was started again knows no Event of its predecessor, but the condition shows that there was one.
+	if n.owes = n.owes || !shown && !s.same(n.told); n.owes {
+		err = n.event(ctx, have.Metadata.UID, now, s)
+		if err = n.tolerate(ctx, err, s, "the service account may write no Events"); err == nil {
+			n.told, n.owes = s, false
 		}
 	}
-	if s.same(n.written) {
-		return nil
+	return errors.Join(held, err)
+}
+
+// tolerate logs the error of a call for which the service account lacks the right, and returns other errors. The owner
+// may withhold such rights: the rest works without them.
+func (n *Node) tolerate(ctx context.Context, err error, s state, message string) error {
+	if !isDenied(err) {
+		return err
 	}
-	err := n.event(ctx, have.Metadata.UID, now, s)
-	if isDenied(err) { // the owner may withhold this right; labels and condition work without it
-		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
-		return nil
+	if !s.same(n.written) {
+		n.log.InfoContext(ctx, message, "err", err)
 	}
-	return err
+	return nil
+}
+
+// isShown reports whether the node object already shows a condition, apart from its times.
+func isShown(c condition, have []condition) bool {
+	return slices.ContainsFunc(have, func(o condition) bool {
+		return o.Type == c.Type && o.Status == c.Status && o.Reason == c.Reason && o.Message == c.Message
+	})
 }
 
 // metadata returns the labels and annotations. A null value removes an entry.
@@ -330,8 +357,8 @@ const maxMessage = 1000
 // cut shortens a foreign text. All annotations of a node together may have 256 KiB.
 func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
-// removeTaint removes the startup taint. The API server compares the taints first, because a concurrent change must not
-// be lost.
+// removeTaint removes the startup taint. The patch names the version of the node that was read, because a concurrent
+// change of the taints must not be lost: the API server refuses the patch of an older version with status 409.
 func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	if n.taint == "" {
 		return nil
@@ -340,15 +367,22 @@ func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	if len(rest) == len(have.Spec.Taints) {
 		return nil
 	}
-	patch := []map[string]any{
-		{"op": "test", "path": "/spec/taints", "value": have.Spec.Taints},
-		{"op": "replace", "path": "/spec/taints", "value": rest},
+	patch := map[string]any{
+		"metadata": map[string]any{"resourceVersion": have.Metadata.ResourceVersion},
+		"spec":     map[string]any{"taints": rest},
 	}
-	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
-	if isConflict(err) {
-		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
+	err := n.api.call(ctx, http.MethodPatch, path, mergePatch, patch, nil)
+	switch {
+	case isConflict(err): // the next try reads it again
+		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err)
+	case isRefused(err):
+		return fault.Wrap(fault.Forbidden, fmt.Errorf("remove taint %s: the cluster refuses it: %w", n.taint, err),
+			"allow the service account prebake-fetcher to remove this taint, or remove it by hand: "+
+				"kubectl taint nodes "+n.name+" "+n.taint+"-")
+	case err != nil:
+		return fmt.Errorf("remove taint %s: %w", n.taint, err)
 	}
-	return err
+	return nil
 }
 
 // event writes an Event about a change. kubectl describe node shows it.

@@ -13,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -154,6 +157,7 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 	args := []string{
 		"build", "--build-id", q.Kernel.BuildID, "--board", q.Kernel.Board, "--driver", string(q.Wish), "--flavour", flavour,
 		"--to", b.Layout(), "--key", key, "--cache", b.CacheDir, "--load-test", "off", "--output", "json",
+		"--jobs", strconv.Itoa(jobs(runtime.GOMAXPROCS(0), sandbox.MemoryLimit())),
 	}
 	if b.KernelMirror != "" {
 		args = append(args, "--kernel-mirror", b.KernelMirror)
@@ -175,6 +179,22 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
 		Digest: res.Digest}, nil
+}
+
+// The memory limit of a pod counts for the fetcher and the builder together, and the kernel kills both. baseMemory is
+// the memory of all but the compilers, and jobMemory that of one compiler, in bytes.
+const (
+	baseMemory = 512 << 20
+	jobMemory  = 1 << 30
+)
+
+// jobs returns the number of compilers for this many processors and this memory limit in bytes; 0 means no limit. An
+// image with the builder has no /sys/fs/cgroup, so the builder itself does not see the limit.
+func jobs(processors int, limit int64) int {
+	if limit <= 0 {
+		return processors
+	}
+	return int(max(min(int64(processors), (limit-baseMemory)/jobMemory), 1))
 }
 
 const hintBuilder = "check that --builder is Prebake's builder, of the same release as the fetcher"
@@ -211,7 +231,8 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() < 0 {
 		return nil, fault.Wrap(fault.Transient, fmt.Errorf("run the builder: %w", err),
-			"if the node had too little memory, free memory, then run fetcher install; read the kernel log: dmesg | tail")
+			"if the node had too little memory, free memory or raise the memory limit of the pod, then run fetcher install; "+
+				"read the kernel log: dmesg | tail")
 	}
 	if exit != nil {
 		return nil, said.fault(exit.ExitCode())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -54,9 +55,10 @@ func TestBuild(t *testing.T) {
 	}
 	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key " +
 		"STATE/node-key/local.key --cache " + b.CacheDir +
-		" --load-test off --output json --kernel-mirror file:///k --driver-mirror file:///d"
+		" --load-test off --output json --jobs N --kernel-mirror file:///k --driver-mirror file:///d"
 	want := []string{"keygen STATE/tmp-key/local.key", build, build}
-	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(raw), b.StateDir, "STATE")), "\n")
+	calls := regexp.MustCompile("--jobs [1-9][0-9]*").ReplaceAllString(string(raw), "--jobs N") // as this machine allows
+	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(calls, b.StateDir, "STATE")), "\n")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
 	}

@@ -1,0 +1,86 @@
+package agent_test
+
+import (
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// TestRollbackOfABusyDriver rolls back a driver that is in use. The driver must stay until the node reboots or the GPU
+// is idle, even if the program is started again meanwhile. Then the previous driver must be loaded, and stay.
+func TestRollbackOfABusyDriver(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name   string
+		then   func(t *testing.T, n *node) // ends the use of the driver
+		unload bool                        // whether the driver is unloaded then
+		broken bool                        // whether the previous driver no longer loads
+		retry  bool                        // whether the operator asks for the present driver again, before that
+		want   string                      // the version of the loaded driver at the end
+	}{
+		{name: "reboot", then: func(t *testing.T, n *node) { n.reboot(t) }, want: oldVersion},
+		{name: "idle", then: func(t *testing.T, n *node) { n.inUse(t, "0") }, unload: true, want: oldVersion},
+		{name: "reboot, asked for again", then: func(t *testing.T, n *node) { n.reboot(t) }, retry: true, want: newVersion},
+		{name: "idle, asked for again", then: func(t *testing.T, n *node) { n.inUse(t, "0") }, retry: true,
+			want: newVersion},
+		{name: "idle, and the previous one fails", then: func(t *testing.T, n *node) { n.inUse(t, "0") }, unload: true,
+			broken: true, want: newVersion},
+		{name: "reboot, and the previous one fails", then: func(t *testing.T, n *node) { n.reboot(t) }, broken: true,
+			want: newVersion},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, _, newer, po, pn := publishTwo(t, 1)
+			if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+				t.Fatal(err)
+			}
+			n.inUse(t, "1")
+			if _, err := n.rollback(); !fault.Is(err, fault.Busy) || !strings.Contains(fault.Hint(err), "reboot") ||
+				len(n.kernel.calls) > 0 {
+				t.Fatalf("Rollback = %v, hint %q, calls %v; want busy, and nothing done", err, fault.Hint(err), n.kernel.calls)
+			}
+			for range 2 { // the driver works, and is reported as such
+				r, err := n.run(t, ref, pn.Digest, newer.Driver)
+				if !fault.Is(err, fault.Busy) || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest ||
+					r.Pending == "" || len(n.kernel.calls) > 0 {
+					t.Fatalf("Run = %+v, %v, pending %q, calls %v; want the present driver", r.Verdict, err, r.Pending,
+						n.kernel.calls)
+				}
+			}
+			if row.retry {
+				n.cfg.Retry = true
+				if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+					t.Fatal(err)
+				}
+				n.cfg.Retry = false
+			}
+			if row.broken {
+				n.kernel.refuse["nvidia "+oldVersion] = syscall.ENODEV
+			}
+			row.then(t, n)
+			r, _ := n.run(t, ref, pn.Digest, newer.Driver) // the error says why it is not the wanted driver
+			if got := slices.Contains(n.kernel.calls, "unload nvidia"); got != row.unload {
+				t.Errorf("calls %v; want the present driver unloaded: %v", n.kernel.calls, row.unload)
+			}
+			for range 3 { // the result stays
+				r, _ = n.run(t, ref, pn.Digest, newer.Driver)
+			}
+			want := po.Digest
+			if row.want == newVersion {
+				want = pn.Digest
+			}
+			if r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != want {
+				t.Errorf("the verdict is %+v; want driver %s, ready", r.Verdict, row.want)
+			}
+			if diff := cmp.Diff([]string(nil), n.kernel.calls); diff != "" {
+				t.Errorf("the last run made system calls (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
