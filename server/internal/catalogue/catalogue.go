@@ -323,17 +323,15 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			),
 		)
 	}
-	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.HasManifest != nil {
-		switch held, err := c.HasManifest(ctx, name, a.Digest); {
-		case err != nil:
-			return err
-		case !held:
-			return fault.New(
-				fault.Mismatch,
-				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
-				"push the manifest to this repository, and then record the artifact again",
-			)
-		}
+	switch held, err := c.holdsManifest(ctx, a); {
+	case err != nil:
+		return err
+	case !held:
+		return fault.New(
+			fault.Mismatch,
+			fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
+			"push the manifest to this repository, and then record the artifact again",
+		)
 	}
 	for _, k := range a.Kernels {
 		known, ok, err := tx.Kernel(ctx, k.BuildID, k.Board)
@@ -371,8 +369,18 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// Forget removes an artifact whose manifest was deleted from a repository of this server. Its cells can then be built
-// again.
+// holdsManifest reports whether a repository of this server has the manifest of an artifact. Other registries are not
+// asked.
+func (c *Catalogue) holdsManifest(ctx context.Context, a api.Artifact) (bool, error) {
+	name, local := strings.CutPrefix(a.Repository, "/")
+	if !local || c.HasManifest == nil {
+		return true, nil
+	}
+	return c.HasManifest(ctx, name, a.Digest)
+}
+
+// Forget removes a published artifact whose manifest was deleted from a repository of this server. Its cells can then
+// be built again. A withdrawn artifact stays withdrawn.
 func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
 	dropped := false
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
