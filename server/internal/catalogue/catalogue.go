@@ -118,6 +118,7 @@ type Config struct {
 type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
+	lookups  lookups
 	planning chan struct{} // has room for one request; see Planner
 	figures  atomic.Pointer[figures]
 }

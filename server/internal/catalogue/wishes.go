@@ -348,7 +348,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 			"start the server with the URL of a bucket of COS releases: --kernel-mirror URL",
 		)
 	}
-	if _, err := c.lookUp(ctx, buildID); err != nil {
+	if err := c.lookUp(ctx, buildID); err != nil {
 		return api.Release{}, err
 	}
 	if _, err := c.Plan(ctx); err != nil {
