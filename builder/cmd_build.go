@@ -230,7 +230,7 @@ With --wish, the wish list replaces --board, --driver, --flavour and --label.
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupTo, cli.Strings("label",
-				"label the open driver in buckets with `LABEL`: DEFAULT, LATEST or the driver's branch")),
+				"in buckets, set `LABEL` (DEFAULT, LATEST or the branch) on the driver with open kernel modules")),
 			cli.Group(groupOutput,
 				cli.WasCalled(cli.String("log-file", "", "`FILE` for the full log (default: in the cache folder)"), "log"),
 				cli.Bool("dry-run", "with --wish: print what would be built; build nothing"),

@@ -51,7 +51,7 @@ func keyFlags(roles ...string) []ucli.Flag {
 		cli.String("keys", "", "`FOLDER` that builder snapshot keys made; it has the keys that no other flag names"),
 	}
 	for _, role := range roles {
-		flags = append(flags, cli.String(role+"-key", "", "`KEY` of the role "+role+": a file or a KMS URI"))
+		flags = append(flags, cli.String(role+"-key", "", "`KEY` for the \""+role+"\" role: a file or a KMS URI"))
 	}
 	return flags
 }

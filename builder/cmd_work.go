@@ -31,7 +31,7 @@ func workCommand() *ucli.Command {
 	}
 	id := cli.String("id", host, "unique `NAME` of this builder")
 	id.DefaultText = "the host's name"
-	grace := cli.Duration("grace", 0, "`TIME` for running builds to end after a stop signal")
+	grace := cli.Duration("grace", 0, "`TIME` to wait for active builds after a stop signal")
 	grace.DefaultText = "10m with --wish, 0 with --queue"
 	return cli.WithConfig(&ucli.Command{
 		Name:  "work",

@@ -18,6 +18,7 @@ import (
 
 // foreignKinds are other projects' kinds that the components use. Each definition (CRD) is a file of a Go module.
 var foreignKinds = []struct{ module, file string }{
+	{"github.com/cilium/cilium@v1.16.5", "pkg/k8s/apis/cilium.io/client/crds/v2/ciliumclusterwidenetworkpolicies.yaml"},
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
 		"example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"},
@@ -81,10 +82,13 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if _, err := c.Kubectl(read(t, "deploy/testdata/kinds.yaml"), "apply", "--server-side", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := c.Kubectl("", "wait", "--for=condition=established", "--timeout=60s", "crd", "--all"); err != nil {
 		t.Fatal(err)
 	}
-	rendered, err := c.Kubectl("", "kustomize", writeOverlay(t, "podmonitor", "keda", "monitoring"))
+	rendered, err := c.Kubectl("", "kustomize", writeOverlay(t, "podmonitor", "keda", "monitoring", "cilium"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,15 +122,41 @@ func TestClusterTakesComponents(t *testing.T) {
 		t.Errorf("after the second apply there are %q builders, %v; want the 7 that KEDA wanted", got, err)
 	}
 	for _, want := range []string{"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "PodDisruptionBudget",
-		"NetworkPolicy", "ConfigMap"} {
+		"NetworkPolicy", "ConfigMap", "CiliumClusterwideNetworkPolicy"} {
 		if !strings.Contains(rendered, "\nkind: "+want+"\n") {
 			t.Errorf("the manifests with all components have no %s", want)
 		}
+	}
+	google, err := c.Kubectl("", "kustomize", writeOverlay(t, "managed-prometheus"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(google, "monitoring.coreos.com") || strings.Count(google, "\nkind: PodMonitoring\n") != 2 ||
+		!strings.Contains(google, "\nkind: ClusterRules\n") {
+		t.Error("the component managed-prometheus has kinds of the Prometheus operator, or lacks Google's")
+	}
+	if _, err := c.Kubectl("", "-n", "prebake-privileged", "create", "serviceaccount", "default"); err != nil {
+		t.Fatal(err) // in a real cluster, a controller makes it; gpu-pod.yaml is in the namespace default, which has one
+	}
+	rendered += "---\n" + google
+	examples, err := filepath.Glob("kubernetes/examples/*.yaml")
+	if err != nil || len(examples) < 3 {
+		t.Fatalf("examples: %v, %v", examples, err)
+	}
+	for _, path := range examples {
+		rendered += "---\n" + strings.ReplaceAll(read(t, "deploy/"+path), `"NODE"`, "node-1")
+	}
+	if _, err := c.Kubectl(rendered, "apply", "--server-side", "--validate=strict", "--dry-run=server", "-f",
+		"-"); err != nil {
+		t.Fatal(err)
 	}
 	// The API server must check manifests against the definitions, and refuse an unknown member.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
+		{"Google's monitor", "targetLabels:", "targetLabel:"},
+		{"Google's rules", "interval: 30s\n    name:", "every: 30s\n    name:"},
+		{"Cilium's policy", "fromEntities:", "fromEntity:"},
 		{"policy", "policyTypes:", "policyKinds:"}, {"budget", "maxUnavailable: 1", "maxUnavailable: []"},
 	} {
 		bad := strings.Replace(rendered, row.from, row.to, 1)

@@ -34,12 +34,13 @@ type manifest struct {
 }
 
 type pod struct {
-	HostPID         bool   `yaml:"hostPID"`
-	HostNetwork     bool   `yaml:"hostNetwork"`
-	HostUsers       *bool  `yaml:"hostUsers"`
-	PriorityClass   string `yaml:"priorityClassName"`
-	AutomountToken  *bool  `yaml:"automountServiceAccountToken"`
-	ServiceAccount  string `yaml:"serviceAccountName"`
+	HostPID         bool              `yaml:"hostPID"`
+	HostNetwork     bool              `yaml:"hostNetwork"`
+	HostUsers       *bool             `yaml:"hostUsers"`
+	PriorityClass   string            `yaml:"priorityClassName"`
+	AutomountToken  *bool             `yaml:"automountServiceAccountToken"`
+	NodeSelector    map[string]string `yaml:"nodeSelector"`
+	ServiceAccount  string            `yaml:"serviceAccountName"`
 	SecurityContext struct {
 		RunAsNonRoot   bool                  `yaml:"runAsNonRoot"`
 		RunAsUser      int                   `yaml:"runAsUser"`
@@ -337,4 +338,47 @@ func words(t *testing.T, program string) map[string]bool {
 		t.Fatalf("the page of %s has %d commands and flags; want more", program, len(found))
 	}
 	return found
+}
+
+// TestDevicePluginStays checks that the plain overlay's device plugin does not depend on the value of the driver's
+// state. If it did, one broken GPU would take away all GPUs of the node.
+func TestDevicePluginStays(t *testing.T) {
+	t.Parallel()
+	var m manifest
+	if err := yaml.Unmarshal([]byte(read(t, "deploy/kubernetes/overlays/plain/device-plugin.yaml")), &m); err != nil {
+		t.Fatal(err)
+	}
+	p := m.Spec.Template.Spec
+	var got []expression
+	for _, term := range p.Affinity.NodeAffinity.Required.Terms {
+		got = append(got, term.MatchExpressions...)
+	}
+	want := []expression{{Key: "prebake.dev/driver-state", Operator: "Exists"},
+		{Key: "gke-no-default-nvidia-gpu-device-plugin", Operator: "NotIn", Values: []string{"true"}}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the device plugin selects nodes by (-want +got):\n%s", diff)
+	}
+	if len(p.NodeSelector) > 0 {
+		t.Errorf("the device plugin's node selector = %v; want none", p.NodeSelector)
+	}
+}
+
+// TestRemovePageNamesObjects checks that the page about removal deletes each object of the manifests. It must delete
+// keys and volume last, with the namespaces.
+func TestRemovePageNamesObjects(t *testing.T) {
+	t.Parallel()
+	text := read(t, "docs/how-to/remove.md")
+	for name, m := range manifests(t) {
+		kind, object, _ := strings.Cut(name, "/")
+		want := strings.ToLower(kind) + "/" + object
+		if m.Kind == "Namespace" || m.Kind == "PersistentVolumeClaim" {
+			if strings.Contains(text, want) {
+				t.Errorf("docs/how-to/remove.md deletes %s among the other objects", want)
+			}
+			continue
+		}
+		if !strings.Contains(text, want) {
+			t.Errorf("docs/how-to/remove.md does not delete %s", want)
+		}
+	}
 }

@@ -91,7 +91,7 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists the banned imports of folders, with the reasons. All rows that match a file apply.
+// walls lists, for each folder, the packages that its files must not import, and why. All rows that match a file apply.
 var walls = []struct {
 	below, banned, why string
 }{

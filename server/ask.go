@@ -213,7 +213,8 @@ func yankCommand() *ucli.Command {
 		Flags: writeFlags(
 			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY` no node may use the artifact; nodes show this text"},
 			&ucli.StringFlag{Name: "replacement",
-				Usage: "`DIGEST` of the artifact that nodes use instead; it has the same kernels, and the same or a newer driver"},
+				Usage: "`DIGEST` of the artifact that nodes use instead; it must have the same kernels, " +
+					"and the same or a newer driver"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) {

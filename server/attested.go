@@ -161,8 +161,8 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 	return refusal
 }
 
-// candidates returns the kernels that an artifact's statements name, in labels or in unlabelled statements. The caller
-// has to verify each kernel, because anybody can write a label.
+// candidates returns the kernels that an artifact's statements are about. It takes them from the labels, or from the
+// statement itself if it has no label. The caller has to verify each kernel, because anybody can write a label.
 func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel, error) {
 	attached, err := r.repo.Referrers(ctx, digest, "")
 	if err != nil {

@@ -67,7 +67,7 @@ func serveCommand() *ucli.Command {
 				cli.Range("client-rate", 30_000, 0, 1_000_000_000,
 					"accept at most `COUNT` requests per minute from one IP address; 0 means no limit"),
 			), append(cli.Group(cli.Advanced,
-				cli.Duration("grace", 20*time.Second, "`TIME` for running requests to end when the server stops"),
+				cli.Duration("grace", 20*time.Second, "`TIME` to wait for open requests when the server stops"),
 			), cli.Group(cli.Advanced, cli.LogFlags()...)...)...)...)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			log, err := cli.Logger(cmd)

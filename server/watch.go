@@ -204,8 +204,9 @@ func buildToWatch(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Bu
 		}
 		return c.Build(ctx, id)
 	case cmd.Args().Len() > 1 || asked.BuildID == "":
-		return api.Build{}, fault.New(fault.Usage, cmd.FullName()+" needs the number of one build, or a cell",
-			"for a build: server watch ID; for a cell: server watch --build-id 17800.66.78; to list the builds: server builds")
+		return api.Build{}, fault.New(fault.Usage, cmd.FullName()+" needs the number of one build, or flags for one cell",
+			"to follow a build: server watch ID; to follow the build of a cell: server watch --build-id 17800.66.78; "+
+				"to list the builds: server builds")
 	}
 	r, err := c.Resolve(ctx, asked.question())
 	if err != nil {

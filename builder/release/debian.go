@@ -242,7 +242,8 @@ type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.
 	seen map[string]bool
-	// certificates and masters (Debian's templates of passwd and group) map a path to the file's content, for finish.
+	// certificates has the CA certificates, and masters has Debian's templates of passwd and group. Both map a file's path
+	// to its content. [rootFS.finish] reads them.
 	certificates map[string][]byte
 	masters      map[string][]byte
 	status       bytes.Buffer

@@ -100,7 +100,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 // entriesByName returns the entries below root that have these names. The names must be in the archive's order.
 func entriesByName(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
-		return nil, fmt.Errorf("more than %d names", maxEntries)
+		return nil, fmt.Errorf("the layer has more than %d files and folders", maxEntries)
 	}
 	var entries []entry
 	var total int64
@@ -116,7 +116,7 @@ func entriesByName(root *os.Root, names []string) ([]entry, error) {
 		switch info.Mode().Type() {
 		case 0:
 			if e.size = info.Size(); total+e.size > maxBytes/2 {
-				return nil, fmt.Errorf("more than %d bytes", int64(maxBytes/2))
+				return nil, fmt.Errorf("the files of the layer have more than %d bytes", int64(maxBytes/2))
 			}
 			total += e.size
 		case fs.ModeDir:
@@ -135,8 +135,8 @@ func entriesByName(root *os.Root, names []string) ([]entry, error) {
 	return entries, nil
 }
 
-// checkPlain refuses a file that [Unpack] cannot have made, by its owner, write permissions or special bits. The diff
-// ID does not show these differences.
+// checkPlain refuses a file with an owner, write permissions or special bits that [Unpack] never gives to a file. The
+// diff ID does not show these differences.
 func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,

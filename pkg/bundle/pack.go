@@ -143,7 +143,7 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 		}
 		entries = append(entries, e)
 		if len(entries) > maxEntries || total > maxBytes/2 {
-			return fmt.Errorf("more than %d entries or %d bytes", maxEntries, int64(maxBytes/2))
+			return fmt.Errorf("the layer has more than %d entries or %d bytes", maxEntries, int64(maxBytes/2))
 		}
 		return nil
 	})

@@ -56,7 +56,8 @@ type backend interface {
 const maxListed = 1 << 20
 
 func tooMany() error {
-	return fault.New(fault.Unsupported, fmt.Sprintf("more than %d names", maxListed), "check the bucket's URL")
+	return fault.New(fault.Unsupported, fmt.Sprintf("the bucket's listing has more than %d objects", maxListed),
+		"check the bucket's URL")
 }
 
 // Bucket is an open bucket. It is safe for concurrent use.
@@ -229,7 +230,8 @@ func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text 
 		return nil, "", fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(text)) > limit {
-		return nil, "", fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+		return nil, "", fault.New(fault.Unsupported,
+			fmt.Sprintf("fetch %s: the object has more than %d bytes", attrs.URL, limit),
 			"check that the bucket holds COS builds")
 	}
 	return text, attrs.URL, nil

@@ -166,12 +166,13 @@ func ParseDriverVersionsBin(data []byte) (DriverList, error) {
 
 func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (DriverList, error) {
 	if len(data) > maxVersionList {
-		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxVersionList),
+		return DriverList{}, fault.New(fault.Unsupported,
+			fmt.Sprintf("the list of driver versions has more than %d bytes", maxVersionList),
 			"check that the bucket holds COS builds")
 	}
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := unmarshal(data, &list); err != nil {
-		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("driver versions: %w", err),
+		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("parse the list of driver versions: %w", err),
 			"check that the bucket holds COS builds")
 	}
 	infos := list.GetGpuDriverVersionInfo()
@@ -194,12 +195,12 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	if len(l.GPUs) > maxGPUs {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d types of GPU; want at most %d", len(l.GPUs), maxGPUs),
+			fmt.Sprintf("the list of driver versions has %d types of GPU; at most %d are allowed", len(l.GPUs), maxGPUs),
 			"check that the bucket holds COS builds")
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions),
+			fmt.Sprintf("the list of driver versions has %d versions; at most %d are allowed", len(l.Versions), maxVersions),
 			"check that the bucket holds COS builds")
 	}
 	return l, nil

@@ -33,7 +33,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the format of " +
 		"https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
 	if len(data) > MaxImageMap {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: more than %d bytes", MaxImageMap), hint)
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: it has more than %d bytes", MaxImageMap), hint)
 	}
 	var list struct {
 		Entries []struct {

@@ -265,7 +265,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 			return nil, err
 		}
 		if n == maxEntries {
-			return nil, refused(fmt.Sprintf("more than %d entries", maxEntries))
+			return nil, refused(fmt.Sprintf("the archive has more than %d entries", maxEntries))
 		}
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue

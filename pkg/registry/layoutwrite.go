@@ -61,7 +61,8 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	case list != nil:
 		all = list.Manifests
 	case i >= 0:
-		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is not the tag of a list of referrers",
+		return nil, fault.New(fault.PublishRefused,
+			"tag "+listTag(subject)+" must be the list of the artifact's attestations, but it is something else",
 			"remove that tag from "+indexFile+" by hand, or publish to another folder")
 	default:
 		if all, err = s.referrers(ctx, subject); err != nil { // manifests that were attached before the list existed
@@ -76,8 +77,7 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	raw, err := ReferrersList(all)
 	if err == nil && len(raw) > MaxManifest { // readers refuse a longer list
 		err = fault.New(fault.PublishRefused,
-			fmt.Sprintf("the list of what is attached to %s would have %d bytes; at most %d are read", subject, len(raw),
-				MaxManifest),
+			fmt.Sprintf("the list of referrers of %s would have %d bytes; the limit is %d", subject, len(raw), MaxManifest),
 			"attach with shorter annotations, or publish to another folder")
 	}
 	return raw, err

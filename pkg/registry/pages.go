@@ -49,7 +49,7 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		whole = part
 		at, err := nextPage(req.URL, resp.Header)
 		if err == nil && at != nil && page == maxPages {
-			err = damaged(fmt.Errorf("more than %d pages", maxPages))
+			err = damaged(fmt.Errorf("the list has more than %d pages", maxPages))
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read the referrers: %w", err)

@@ -93,8 +93,10 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 				"publish to another registry: this one cannot list the attestations of an artifact")
 		}
 		if req.Context().Value(attachKey{}) != nil {
-			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is not the tag of a list of referrers",
-				"remove that tag by hand: this registry has no referrers API, so the tag must list the artifact's attestations")
+			return nil, fault.New(fault.PublishRefused,
+				req.URL.Host+" has no referrers API, so tag "+tag+" must be the list of the artifact's attestations, "+
+					"but it is something else",
+				"delete that tag in the registry by hand, then run the command again")
 		}
 		return asNotFound(resp), nil
 	}

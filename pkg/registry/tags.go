@@ -28,14 +28,14 @@ func (s *remoteStore) tags(ctx context.Context) ([]string, error) {
 	var all []string
 	for n := 0; pages.HasNext(); n++ {
 		if n == maxTagPages {
-			return nil, damaged(fmt.Errorf("more than %d pages of tags", maxTagPages))
+			return nil, damaged(fmt.Errorf("the repository has more than %d pages of tags", maxTagPages))
 		}
 		page, err := pages.Next(ctx)
 		if err != nil {
 			return nil, s.readError(ctx, err)
 		}
 		if all = append(all, page.Tags...); len(all) > maxTags {
-			return nil, damaged(fmt.Errorf("more than %d tags", maxTags))
+			return nil, damaged(fmt.Errorf("the repository has more than %d tags", maxTags))
 		}
 	}
 	return all, nil

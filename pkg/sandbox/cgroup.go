@@ -234,14 +234,16 @@ func (g *group) brokenLimit(l Limits) error {
 		// The counter "oom" is for the limits of this group and its children, and not for those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
-				fmt.Sprintf("all programs that ran at the same time needed more than %d MiB of memory, "+
+				fmt.Sprintf("the programs that ran at the same time needed more than %d MiB of memory together, "+
 					"or the machine had less memory than that", l.Together>>20),
 				hintTogether)
 		}
-		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)
+		return fault.New(fault.OutOfMemory, fmt.Sprintf("the build needed more than %d MiB of memory", l.Memory>>20),
+			hintMemory)
 	}
 	if n := g.count("pids.events", "max"); n > 0 {
-		return fault.New(fault.Internal, fmt.Sprintf("it started more than %d processes", l.Processes), hintProcesses)
+		return fault.New(fault.Internal, fmt.Sprintf("the build had more than %d processes at the same time", l.Processes),
+			hintProcesses)
 	}
 	return nil
 }

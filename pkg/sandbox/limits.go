@@ -210,7 +210,7 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		}
 		if w.grown = now - began; w.grown > w.limits.Disk {
-			stop(fault.New(fault.DiskFull, fmt.Sprintf("it wrote more than %d MiB into its folders", w.limits.Disk>>20),
+			stop(fault.New(fault.DiskFull, fmt.Sprintf("the build wrote more than %d MiB into its folders", w.limits.Disk>>20),
 				"read the end of the build's log to see which files it wrote"))
 			return
 		}

@@ -145,7 +145,7 @@ func Run(ctx context.Context, c Config) error {
 		return fmt.Errorf("run %s: %w", program, err)
 	}
 	ctx, late := context.WithTimeoutCause(ctx, c.Limits.Time,
-		fault.New(fault.TimedOut, fmt.Sprintf("it ran longer than %v", c.Limits.Time), hintTime))
+		fault.New(fault.TimedOut, fmt.Sprintf("the build ran longer than %v", c.Limits.Time), hintTime))
 	defer late()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -183,7 +183,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	if status == 128+int(syscall.SIGXFSZ) {
 		return fmt.Errorf("run %s: %w", program,
-			fault.New(fault.DiskFull, fmt.Sprintf("it wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20),
+			fault.New(fault.DiskFull, fmt.Sprintf("the build wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20),
 				hintFile))
 	}
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})

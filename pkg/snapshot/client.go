@@ -130,7 +130,7 @@ func (c *Client) loadState() (st state, err error) {
 	const most = 2 * MaxFile // the JSON has the list in base64
 	raw, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err == nil && len(raw) > most {
-		err = fmt.Errorf("more than %d bytes", most)
+		err = fmt.Errorf("the file has more than %d bytes", most)
 	}
 	if err == nil {
 		err = json.Unmarshal(raw, &st)

@@ -9,8 +9,9 @@ import "strings"
 // numbers, but the name of an image has both numbers (cos-109-17800-570-40). The table comes from the release notes of
 // each milestone. For milestones out of support it comes from endoflife.date's list of last releases.
 //
-// The table leaves out development images, which have many branch numbers for one milestone: 133 had 19672, 19700 and
-// 19879 before 19999. Do not guess from the intervals: an unknown milestone would pass for a known one.
+// The table leaves out development images, because one milestone has several branch numbers during its development:
+// milestone 133 had 19672, 19700 and 19879 before 19999. Do not guess the milestone of a branch number between two
+// entries of the table: an image of a milestone that is not in the table would get the number of another one.
 func Milestone(buildID string) (int, bool) {
 	if !buildIDPattern.MatchString(buildID) {
 		return 0, false

@@ -166,8 +166,8 @@ func nameOf(s certificate.Summary) Identity {
 	return Identity{Subject: s.SubjectAlternativeName, Issuer: s.Issuer}
 }
 
-// explain finds out why a bundle is refused, because most errors of the library have no types. Every result is an
-// error, so explain cannot accept a bundle.
+// explain finds the reason why the library refused a bundle. Most errors of the library have no type, so explain checks
+// the bundle again, step by step. It always returns an error, so it cannot accept a bundle.
 func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause error) error {
 	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
 		who, err := certificate.SummarizeCertificate(leaf)

@@ -79,7 +79,7 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 			return nil, err
 		}
 		if keys = append(keys, key); len(keys) > maxKeys {
-			return nil, fmt.Errorf("more than %d keys", maxKeys)
+			return nil, fmt.Errorf("there are more than %d keys", maxKeys)
 		}
 	}
 	if len(keys) == 0 {

@@ -69,6 +69,6 @@ func compilerFault(dir string) error {
 		return fault.New(fault.OutOfMemory, said, hintMemory)
 	}
 	return fault.New(fault.Internal, said,
-		"check the machine's memory and disk, then run the command again; if the error stays, the toolchain's "+
-			"compiler crashes: report this to the publisher of the toolchain")
+		"check the machine's memory and disk, then run the command again; if the error stays, the cause is a fault of "+
+			"the toolchain's compiler: report it to the toolchain's publisher")
 }

@@ -260,7 +260,7 @@ func readConfig(path string) ([]byte, error) {
 	f, err := openHost(path)
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
-			"publish a kernel-headers.tgz that holds the kernel's .config")
+			"publish a kernel-headers.tgz that contains the kernel's .config")
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
@@ -268,8 +268,8 @@ func readConfig(path string) ([]byte, error) {
 		return nil, fmt.Errorf("read kernel configuration: %w", err)
 	}
 	if len(text) > maxConfig {
-		return nil, fault.New(fault.CheckFailed, "read kernel configuration: it has more than 4 MiB",
-			"publish a kernel-headers.tgz that holds the kernel's .config")
+		return nil, fault.New(fault.CheckFailed, "read kernel configuration: .config has more than 4 MiB",
+			"check that .config in kernel-headers.tgz is the kernel's configuration")
 	}
 	return text, nil
 }

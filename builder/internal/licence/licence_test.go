@@ -167,7 +167,8 @@ func TestWhatTheOperatorSays(t *testing.T) {
 	}
 }
 
-// TestWhatTheServerSays checks that a Prebake server's own statement decides, even if everybody can read there.
+// TestWhatTheServerSays uses a Prebake server that everybody can read over the internet. The server counts as private
+// only if its header calls it private.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,

@@ -142,7 +142,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: it has %d bytes; at most %d are read", ErrMalformed, len(signature), maxSignature)
 	}
-	// The library also accepts BER and ignores some parts. So first check for this outline in DER, with nothing after it.
+	// The library also accepts BER, and does not check every field. So first check that the signature is DER with the
+	// structure below, and that no data follows it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {

@@ -35,7 +35,7 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {
 		return s, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
-			"publish a kernel-headers.tgz that holds the kernel's .config")
+			"publish a kernel-headers.tgz that contains the kernel's .config")
 	}
 	defer f.Close()
 	config, err := modsign.ReadConfig(f)

@@ -149,8 +149,8 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 		if signed {
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("attach symbols to %s: the artifact already has other symbols, in manifest %s", digest, h.Digest),
-				"compare the published symbols with the new ones, because equal builds give equal symbols; if the published "+
-					"symbols are wrong, delete their manifest in the registry")
+				"compare the published symbols with the new ones: they should not differ, because two builds of one artifact give "+
+					"the same symbols; if the published symbols are wrong, delete their manifest in the registry")
 		}
 	}
 	return nil

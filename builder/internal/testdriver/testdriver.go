@@ -4,8 +4,8 @@
 // drivers.
 package testdriver
 
-// Kbuild and Script are the driver's makefile and its conftest.sh, with questions about two headers and three compile
-// tests: has_size, has_old and symbol_a.
+// Kbuild and Script are the driver's makefile and its conftest.sh. The makefile runs conftest.sh to find out whether
+// two headers exist, and for three compile tests: has_size, has_old and symbol_a.
 const (
 	Kbuild = `obj := .
 NV_KERNEL_SOURCES := $(SYSSRC)
@@ -153,8 +153,8 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 	}
 }
 
-// Headers returns the files of a kernel's header tree by path, with the given UTS_RELEASE. The kernel exports only the
-// symbol a, with the given checksum.
+// Headers returns the files of a kernel's header tree by path, with the given UTS_RELEASE. The kernel exports one
+// symbol, named "a", with the given checksum.
 func Headers(release, crc string) map[string]string {
 	return map[string]string{
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",

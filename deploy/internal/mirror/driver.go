@@ -63,7 +63,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	for _, must := range []string{"conftest-verbose", "NV_CFLAGS_FROM_KBUILD"} {
 		if bytes.Contains(t["kernel/Kbuild"].data, []byte(must)) {
-			return nil, fault.New(fault.Internal, "undo Debian's edits: Kbuild still has "+must, "")
+			return nil, fault.New(fault.Internal, "Kbuild still has "+must+" after Debian's edits were undone", "")
 		}
 	}
 	return s.edits, nil

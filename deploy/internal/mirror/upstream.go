@@ -151,7 +151,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 		} else {
 			how = "backwards"
 			if n.data, err = unpatch(ctx, work, n.data, was.data, edited.data); err != nil {
-				return nil, nil, fmt.Errorf("undo Debian's edits of %s: %w", name, err)
+				return nil, nil, fmt.Errorf("undoing Debian's edits of %s failed: %w", name, err)
 			}
 		}
 		if left := remainingLines(n.data, was.data, edited.data); len(left) > 0 {

@@ -7,7 +7,7 @@
 // It never gives unverified bytes a final name, and never touches a driver in use. When a step fails, it restores the
 // former driver.
 //
-// In names and types of this package, a set is one driver on the node's disk (see [install.Set]).
+// In names and types of this package, a set is the files of one driver on the node's disk (see [install.Set]).
 package agent
 
 import (

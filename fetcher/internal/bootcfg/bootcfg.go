@@ -100,7 +100,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	}
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err == nil && len(raw) > maxConfig {
-		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig),
+		err = fault.New(fault.Unsupported, fmt.Sprintf("the file has more than %d bytes", maxConfig),
 			"check the EFI partition: the file is not a configuration of COS's boot loader")
 	}
 	if err := errors.Join(err, f.Close()); err != nil {

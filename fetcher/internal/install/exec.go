@@ -12,27 +12,27 @@ import (
 )
 
 // EnsureExec mounts the install folder over itself with exec, because COS mounts its stateful partition without exec.
-// The mount is made in the node's mount namespace, and in this container if necessary. Before the node's mount, the
-// callback is called. The result did is true if the node's mount was made.
-func (s *Store) EnsureExec(note func()) (did bool, err error) {
+// EnsureExec makes the mount in the node's mount namespace, and in this container if necessary. Just before it makes
+// the node's mount, it calls beforeMount. The result mounted is true if the node's mount was made now.
+func (s *Store) EnsureExec(beforeMount func()) (mounted bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
 		return false, fmt.Errorf("find install folder: %w", err)
 	}
 	inside, err := s.inNode(here, func() (err error) {
-		did, err = allowExec(s.dir, note)
+		mounted, err = allowExec(s.dir, beforeMount)
 		return err
 	})
 	switch {
 	case errors.Is(err, noderoot.ErrNamespace) && (s.node.Dir() == "/" || mayExec(here)):
-		did, err = allowExec(here, note)
+		mounted, err = allowExec(here, beforeMount)
 	case err == nil && inside:
 		_, err = allowExec(here, func() {})
 	}
 	if err != nil {
-		return did, s.execFault(err)
+		return mounted, s.execFault(err)
 	}
-	return did, nil
+	return mounted, nil
 }
 
 // RevokeExec removes the mount that EnsureExec made.
@@ -74,8 +74,9 @@ func mayExec(dir string) bool {
 	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC == 0
 }
 
-// allowExec mounts the folder over itself with exec. It reports whether this was necessary.
-func allowExec(dir string, note func()) (bool, error) {
+// allowExec mounts the folder over itself with exec, if it is mounted without exec. Before the mount it calls
+// beforeMount. It reports whether the mount was necessary.
+func allowExec(dir string, beforeMount func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return false, fmt.Errorf("look at install folder's filesystem: %w", err)
@@ -83,7 +84,7 @@ func allowExec(dir string, note func()) (bool, error) {
 	if st.Flags&unix.ST_NOEXEC == 0 {
 		return false, nil
 	}
-	note()
+	beforeMount()
 	// Set the flags before the mount is attached: other mount namespaces get a copy then, but no later change of flags
 	// (mount_namespaces(7)).
 	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)

@@ -1,5 +1,5 @@
-// Package install keeps drivers in a node's install folder and switches between them atomically. It calls one driver on
-// the disk a set. All files of this program are below .prebake:
+// Package install keeps drivers in a node's install folder and switches between them atomically. A set is the files
+// of one driver on the disk. All files of this program are below .prebake:
 //
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json

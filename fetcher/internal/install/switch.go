@@ -386,7 +386,8 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// A file with the same content is also foreign if the other installer's folders are adopted.
+	// If this program did not record the file's content, the file is the other installer's. One exception: if the content
+	// equals the new text, and no folder of the other installer is adopted, the file counts as this program's own.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
@@ -435,7 +436,7 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(data)) > limit {
-		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit),
+		err = fault.New(fault.Unverified, fmt.Sprintf("the file has more than %d bytes", limit),
 			"remove the file: fetcher never writes that much")
 	}
 	if err != nil {

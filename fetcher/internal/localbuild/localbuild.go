@@ -171,11 +171,13 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 	}
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
 		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer has no digest",
-			"use builder and fetcher of the same release")
+			hintBuilder)
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
 		Digest: res.Digest}, nil
 }
+
+const hintBuilder = "check that --builder is Prebake's builder, of the same release as the fetcher"
 
 // maxOutput is the maximum size of the builder's result in bytes.
 const maxOutput = 4 << 20
@@ -204,8 +206,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, context.Cause(ctx)
 	}
 	if stdout.tooLong { // the builder then ended because nobody read its output
-		return nil, fault.New(fault.Internal, "run the builder: its output has more than 4 MiB",
-			"use builder and fetcher of the same release")
+		return nil, fault.New(fault.Internal, "the builder wrote more than 4 MiB of output", hintBuilder)
 	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() < 0 {

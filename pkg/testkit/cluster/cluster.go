@@ -220,6 +220,21 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	return stdout.String() + stderr.String(), nil
 }
 
+// Environ returns the environment for a script whose kubectl is the administrator of this cluster.
+func (c *Cluster) Environ() []string {
+	c.t.Helper()
+	c.write("ca.crt", string(c.CA))
+	c.write("admin.conf", fmt.Sprintf(`apiVersion: v1
+kind: Config
+current-context: admin
+contexts: [{name: admin, context: {cluster: here, user: admin}}]
+clusters: [{name: here, cluster: {server: "https://%s", certificate-authority: %q}}]
+users: [{name: admin, user: {token: %q}}]
+`, net.JoinHostPort(c.Host, c.Port), filepath.Join(c.dir, "ca.crt"), c.admin))
+	return []string{"HOME=" + c.dir, "PATH=" + c.bin + ":" + os.Getenv("PATH"),
+		"KUBECONFIG=" + filepath.Join(c.dir, "admin.conf")}
+}
+
 // Account makes a pod of a service account on a node, which must exist. It returns a token as kubelet gives it to the
 // pod.
 func (c *Cluster) Account(namespace, account, node string) string {

@@ -126,7 +126,7 @@ func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores gzip data with a Content-Encoding, which clients should read in plain form.
+// PutGzip stores gzip data and sets Content-Encoding: gzip, so that clients get the uncompressed data.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})

@@ -91,10 +91,12 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
-		return b, fault.New(fault.Unsupported, "request a build: the artifact was yanked: "+cell.Reason,
+		return b, fault.New(fault.Unsupported,
+			"request of a build refused: the artifact was yanked (reason: "+cell.Reason+")",
 			"choose another driver version; if this artifact is good after all, run: server unyank DIGEST")
 	case api.Quarantined:
-		return b, fault.New(fault.Unsupported, "request a build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
+		return b, fault.New(fault.Unsupported,
+			"request of a build refused: the artifact is in quarantine (reason: "+cell.Reason+")", cell.Hint)
 	case api.Published:
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil

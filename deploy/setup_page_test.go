@@ -1,0 +1,94 @@
+package deploy_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/deploy/internal/page"
+	"github.com/prebake/prebake/pkg/testkit/cluster"
+)
+
+// keygen stands in for the builder. Each of its keys is another one.
+const keygen = `#!/bin/sh
+[ "$1" = keygen ] && ! [ -e "$2" ] || exit 2
+head -c 16 /dev/urandom | base64 > "$2"
+cp "$2" "$2.pub"
+`
+
+// TestClusterKeepsKeys runs the commands of deploy/README.md against a real API server. Run again, also from a folder
+// without the key, they must not replace the signing key, the trusted keys or the token.
+func TestClusterKeepsKeys(t *testing.T) {
+	c := cluster.Start(t)
+	var script string
+	for _, b := range page.Parse([]byte(read(t, "deploy/README.md"))).Blocks {
+		if strings.Contains(b.Text, "prebake-signing-key") {
+			script = b.Text
+		}
+	}
+	top, err := filepath.Abs(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	folder := func() string {
+		dir := t.TempDir()
+		if err := os.Mkdir(filepath.Join(dir, "bin"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "bin", "builder"), []byte(keygen), 0o755); err != nil { //nolint:gosec // run below
+			t.Fatal(err)
+		}
+		if err := os.Symlink(filepath.Join(top, "deploy"), filepath.Join(dir, "deploy")); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	run := func(dir string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
+		cmd.Dir, cmd.Env = dir, c.Environ()
+		if said, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("the commands of deploy/README.md: %v\n%s", err, said)
+		}
+	}
+	stored := func() (all []string) {
+		t.Helper()
+		for _, what := range []string{
+			"prebake-privileged secret prebake-signing-key", "prebake-privileged configmap prebake-keys",
+			"prebake-privileged secret prebake-builder", "prebake secret prebake-server",
+		} {
+			words := strings.Fields(what)
+			data, err := c.Kubectl("", "-n", words[0], "get", words[1], words[2], "-o", "jsonpath={.data}")
+			if err != nil || data == "" {
+				t.Fatalf("get %s: %q, %v", what, data, err)
+			}
+			all = append(all, what+" "+data)
+		}
+		return all
+	}
+	home := folder()
+	run(home)
+	first := stored()
+	run(home)
+	if diff := cmp.Diff(first, stored()); diff != "" {
+		t.Errorf("the second run changed (-first +second):\n%s", diff)
+	}
+	// A rotation adds a key. Another machine does not have the key.
+	if _, err := c.Kubectl("", "-n", "prebake-privileged", "patch", "configmap", "prebake-keys", "-p",
+		`{"data":{"keys.pem":"two keys"}}`); err != nil {
+		t.Fatal(err)
+	}
+	rotated := stored()
+	elsewhere := folder()
+	run(elsewhere)
+	if diff := cmp.Diff(rotated, stored()); diff != "" {
+		t.Errorf("a run from another machine changed (-before +after):\n%s", diff)
+	}
+	if _, err := os.Stat(filepath.Join(elsewhere, "prebake.key")); err == nil {
+		t.Error("a run from another machine made a key; want none, because the cluster has one")
+	}
+}
