@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestFullDisk starts a server with a reserve larger than the free space. The server must be ready for nodes but not for
-// writes, must refuse uploads, and must not show a path of its machine.
+// TestFullDisk starts a server with a reserve larger than the free space. The server must be ready for nodes but not
+// for writes, must refuse uploads, and must not show a path of its machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

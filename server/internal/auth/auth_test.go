@@ -110,7 +110,10 @@ func TestTokenOfFullDatabase(t *testing.T) {
 		after time.Duration
 		fail  error
 		tries int
-	}{{0, m.fail, 1}, {59 * time.Second, m.fail, 1}, {time.Second, m.fail, 2}, {time.Minute, nil, 3}, {time.Minute, nil, 3}} {
+	}{
+		{0, m.fail, 1}, {59 * time.Second, m.fail, 1}, {time.Second, m.fail, 2}, {time.Minute, nil, 3},
+		{time.Minute, nil, 3},
+	} {
 		now, m.fail = now.Add(row.after), row.fail
 		if p, err := a.Authenticate(t.Context(), made.Secret); err != nil || p.Name != "token:node-pool-a" {
 			t.Errorf("Authenticate() = %+v, %v; want the token's holder", p, err)

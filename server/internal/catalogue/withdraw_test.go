@@ -72,9 +72,9 @@ func TestYankWithReplacement(t *testing.T) {
 	}
 }
 
-// TestDeletedWithdrawn deletes the manifest of a withdrawn artifact. The withdrawal must stay: the planner must not queue
-// the cell, and the same artifact stays withdrawn when it is published again. Without its manifest, an artifact that is
-// allowed again leaves the catalogue.
+// TestDeletedWithdrawn deletes the manifest of a withdrawn artifact. The withdrawal must stay: the planner must not
+// queue the cell, and the same artifact stays withdrawn when it is published again. Without its manifest, an artifact
+// that is allowed again leaves the catalogue.
 func TestDeletedWithdrawn(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
