@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestFullDisk starts a server with a reserve larger than the free space. The server must not be ready, must refuse
-// uploads, and must not show a path of its machine.
+// TestFullDisk starts a server with a reserve larger than the free space. The server must be ready for nodes but not
+// for writes, must refuse uploads, and must not show a path of its machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -19,7 +19,8 @@ func TestFullDisk(t *testing.T) {
 		method, path string
 		status       int
 	}{
-		{"GET", "/readyz", http.StatusServiceUnavailable},
+		{"GET", "/readyz", http.StatusOK},
+		{"GET", "/readyz?for=write", http.StatusServiceUnavailable},
 		{"POST", "/v2/prebake/driver/blobs/uploads/", http.StatusInsufficientStorage},
 		{"GET", "/v1/kernels", http.StatusOK},
 		{"GET", "/healthz", http.StatusOK},

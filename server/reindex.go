@@ -210,7 +210,7 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 			continue
 		}
 		switch _, err := r.repo.Resolve(ctx, k.Digest); {
-		case fault.Is(err, fault.NoArtifact) && k.State == api.Yanked: // no node is sent to a yanked artifact
+		case fault.Is(err, fault.NoArtifact) && k.State.Withdrawn(): // no node is sent there
 		case fault.Is(err, fault.NoArtifact):
 			found.Findings = append(found.Findings, finding{Digest: k.Digest, Difference: absent, Driver: k.Driver,
 				Note: "publish it again, or yank it"})

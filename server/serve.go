@@ -226,7 +226,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
-	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers})
+	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers, Log: log})
 	handler := httpapi.New(httpapi.Config{
 		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log,
 		Stopping: ctx.Done(),

@@ -110,6 +110,16 @@ func (k Kind) HTTPStatus() int { return k.row().http }
 // Retryable reports whether the same call, without any change, may succeed later.
 func (k Kind) Retryable() bool { return k.row().retry }
 
+// Passes reports whether a build that failed with this kind may succeed hours later: the network, a machine or a
+// missing input may have caused the failure. It includes kinds that are not worth a retry at once.
+func (k Kind) Passes() bool {
+	switch k {
+	case Transient, TimedOut, DiskFull, OutOfMemory, Busy, TooMany, InputMissing, Internal:
+		return true
+	}
+	return false
+}
+
 // What returns one sentence about the kind, for the documentation.
 func (k Kind) What() string { return k.row().what }
 

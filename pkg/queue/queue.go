@@ -202,6 +202,7 @@ const (
 	PriorityAsked   = 1 // a node or a person waits for the build
 	PriorityWanted  = 2 // a wish list wants the build; builds for newer kernels are inserted first
 	PriorityWarning = 4 // the build is for a milestone that is not released yet
+	PriorityAgain   = 4 // a wish list wants the build, and the former build of the cell failed
 )
 
 // Insert adds a build to the queue. Priority 0 means PriorityAsked. A second Insert of the same build changes nothing.

@@ -8,9 +8,11 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -107,19 +109,27 @@ type Config struct {
 	Tokens tokenStore
 	// Issuers are the issuers whose OpenID Connect tokens are accepted; see [ReadIssuers].
 	Issuers *Issuers
+	// Log gets the errors that do not refuse a caller; nil means none.
+	Log *slog.Logger
 	// Now returns the current time; nil means time.Now.
 	Now func() time.Time
 }
 
 // Authenticator identifies callers.
-type Authenticator struct{ Config }
+type Authenticator struct {
+	Config
+	noRecordUntil atomic.Int64 // nanoseconds since 1970; see recordUse
+}
 
 // New returns an authenticator.
 func New(c Config) *Authenticator {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Authenticator{c}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Authenticator{Config: c}
 }
 
 // Authenticate returns the caller with the given secret. For an unknown secret, the error has kind Unauthorized. If the

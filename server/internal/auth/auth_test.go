@@ -35,6 +35,7 @@ type memory struct {
 	token api.Token
 	hash  []byte
 	used  int
+	fail  error // the result of TokenUsed; nil means success
 }
 
 func (m *memory) Token(_ context.Context, id string) (api.Token, []byte, error) {
@@ -46,6 +47,9 @@ func (m *memory) Token(_ context.Context, id string) (api.Token, []byte, error) 
 
 func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 	m.used++
+	if m.fail != nil {
+		return m.fail
+	}
 	m.token.UsedAt = &at
 	return nil
 }
@@ -90,6 +94,33 @@ func TestToken(t *testing.T) {
 	}
 	if _, err := New(Config{}).Authenticate(t.Context(), ""); !fault.Is(err, fault.Unauthorized) {
 		t.Errorf("Authenticate(nothing) of a server without secrets = %v; want unauthorized", err)
+	}
+}
+
+// TestTokenOfFullDatabase uses a token while the database takes no writes. The token must be accepted, and the use is
+// recorded as soon as that works again, with one try a minute until then.
+func TestTokenOfFullDatabase(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
+	made, hash, err := NewToken(api.NewToken{Name: "node-pool-a", Scopes: []string{"ask"}}, "first", now)
+	check(t, err)
+	m := &memory{token: made, hash: hash, fail: fault.New(fault.DiskFull, "database or disk is full", "")}
+	a := New(Config{Tokens: m, Now: func() time.Time { return now }})
+	for _, row := range []struct {
+		after time.Duration
+		fail  error
+		tries int
+	}{
+		{0, m.fail, 1}, {59 * time.Second, m.fail, 1}, {time.Second, m.fail, 2}, {time.Minute, nil, 3},
+		{time.Minute, nil, 3},
+	} {
+		now, m.fail = now.Add(row.after), row.fail
+		if p, err := a.Authenticate(t.Context(), made.Secret); err != nil || p.Name != "token:node-pool-a" {
+			t.Errorf("Authenticate() = %+v, %v; want the token's holder", p, err)
+		}
+		if m.used != row.tries {
+			t.Errorf("at %s, the use was recorded %d times; want %d", now, m.used, row.tries)
+		}
 	}
 }
 

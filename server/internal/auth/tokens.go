@@ -24,8 +24,13 @@ const (
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is the minimum pause between two records of a token's use.
-const usedEvery = time.Hour
+// usedEvery is the minimum pause between two records of a token's use. A record may take recordTime. After an error,
+// the next record waits for recordPause.
+const (
+	usedEvery   = time.Hour
+	recordTime  = 2 * time.Second
+	recordPause = time.Minute
+)
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
@@ -86,9 +91,21 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 		return Principal{}, unknown("token " + t.Name + " has a scope that this version of the server does not know")
 	}
 	if t.UsedAt == nil || now.Sub(*t.UsedAt) >= usedEvery {
-		if err := a.Tokens.TokenUsed(ctx, id, now); err != nil {
-			return Principal{}, fmt.Errorf("record the use of the token: %w", err)
-		}
+		a.recordUse(ctx, t, now)
 	}
 	return Principal{Name: "token:" + t.Name, Scopes: scopes}, nil
+}
+
+// recordUse records the use of a token. An error refuses nobody, because a full database still answers nodes. After an
+// error, recordUse does nothing for recordPause, so that callers do not all wait for the database.
+func (a *Authenticator) recordUse(ctx context.Context, t api.Token, now time.Time) {
+	if now.UnixNano() < a.noRecordUntil.Load() {
+		return
+	}
+	limited, cancel := context.WithTimeout(ctx, recordTime)
+	defer cancel()
+	if err := a.Tokens.TokenUsed(limited, t.ID, now); err != nil && ctx.Err() == nil {
+		a.noRecordUntil.Store(now.Add(recordPause).UnixNano())
+		a.Log.WarnContext(ctx, "token use not recorded", "name", t.Name, "err", err)
+	}
 }

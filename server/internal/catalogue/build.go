@@ -16,7 +16,7 @@ import (
 
 // Caller says which requests of a caller are refused. The zero value means none.
 type Caller struct {
-	// KnownOnly is true if requests for kernels that are not in the catalogue are refused.
+	// KnownOnly is true if requests for kernels that are not in the catalogue are refused. The mirror is asked later.
 	KnownOnly bool
 	// Allow is called before a build is added, but not if the build exists already. If it returns an error, the request
 	// is refused. nil means no limit.
@@ -35,18 +35,15 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request a build: %w", err)
 	}
-	cells, known, err := c.find(ctx, w.kernel)
+	find := c.find
+	if by.KnownOnly {
+		find = c.findKnown
+	}
+	cells, known, err := find(ctx, w.kernel)
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request a build: %w", err)
 	}
 	k := cells.Kernel
-	if by.KnownOnly && !known {
-		return api.Build{}, fault.New(
-			fault.Forbidden,
-			"request a build: the catalogue does not know kernel "+w.kernel.String()+" yet",
-			"ask the holder of a token with scope announce to run: server announce "+w.kernel.BuildID,
-		)
-	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
 		return api.Build{}, fault.New(fault.InputMissing, "request a build: "+reason, hint)
@@ -146,45 +143,6 @@ func (c *Catalogue) changeQueueAfterTx(ctx context.Context, trouble string, id i
 	if err := change(c.Queue); err != nil {
 		c.Log.WarnContext(ctx, trouble, "build", id, "err", err)
 	}
-}
-
-// find returns a kernel with its cells. If the catalogue lacks the kernel, find looks it up in the mirror. Without a
-// mirror, find returns a kernel without cells, and known is false.
-func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
-	none := &store.KernelCells{Kernel: api.Kernel{Kernel: k}}
-	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
-	if err != nil || cells != nil {
-		return cells, err == nil, err
-	}
-	if c.Mirror == nil {
-		return none, false, nil
-	}
-	if _, err := c.lookUp(ctx, k.BuildID); err != nil {
-		return none, false, err
-	}
-	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
-	if err == nil && cells == nil {
-		err = fault.New(
-			fault.InputMissing,
-			fmt.Sprintf("COS build %s has no kernel for board %s", k.BuildID, k.Board),
-			"take the board from CHROMEOS_RELEASE_BOARD in /etc/lsb-release",
-		)
-	}
-	return cells, err == nil, err
-}
-
-// lookUp reads a COS build from the mirror, and records its kernels for all boards.
-func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, error) {
-	all, err := c.Mirror.Build(ctx, buildID)
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range all {
-		if err := c.RecordKernel(ctx, k); err != nil {
-			return nil, err
-		}
-	}
-	return all, nil
 }
 
 // errPublished makes a transaction roll back if the cell was published meanwhile.

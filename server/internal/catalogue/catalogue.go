@@ -26,6 +26,7 @@ type lister interface {
 	Drivers(ctx context.Context, p store.Page) ([]api.DriverRelease, string, error)
 	Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) ([]api.Artifact, string, error)
 	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
+	FailedBuilds(ctx context.Context) (map[store.CellKey]int, error)
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
 	NextBuilds(ctx context.Context, n int) ([]api.Build, error)
 	Withdrawn(ctx context.Context, n int) ([]api.Artifact, error)
@@ -117,6 +118,7 @@ type Config struct {
 type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
+	lookups  lookups
 	planning chan struct{} // has room for one request; see Planner
 	figures  atomic.Pointer[figures]
 }
@@ -322,17 +324,15 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			),
 		)
 	}
-	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.HasManifest != nil {
-		switch held, err := c.HasManifest(ctx, name, a.Digest); {
-		case err != nil:
-			return err
-		case !held:
-			return fault.New(
-				fault.Mismatch,
-				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
-				"push the manifest to this repository, and then record the artifact again",
-			)
-		}
+	switch held, err := c.holdsManifest(ctx, a); {
+	case err != nil:
+		return err
+	case !held:
+		return fault.New(
+			fault.Mismatch,
+			fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
+			"push the manifest to this repository, and then record the artifact again",
+		)
 	}
 	for _, k := range a.Kernels {
 		known, ok, err := tx.Kernel(ctx, k.BuildID, k.Board)
@@ -370,8 +370,18 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// Forget removes an artifact whose manifest was deleted from a repository of this server. Its cells can then be built
-// again.
+// holdsManifest reports whether a repository of this server has the manifest of an artifact. Other registries are not
+// asked.
+func (c *Catalogue) holdsManifest(ctx context.Context, a api.Artifact) (bool, error) {
+	name, local := strings.CutPrefix(a.Repository, "/")
+	if !local || c.HasManifest == nil {
+		return true, nil
+	}
+	return c.HasManifest(ctx, name, a.Digest)
+}
+
+// Forget removes a published artifact whose manifest was deleted from a repository of this server. Its cells can then
+// be built again. A withdrawn artifact stays withdrawn.
 func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
 	dropped := false
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -234,49 +233,6 @@ func requestHint(k api.Kernel, d target.Driver) string {
 	return fmt.Sprintf("request a build: server request --build-id %s --board %s --driver %s --flavour %s",
 		k.BuildID, k.Board, d.Version, d.Flavour)
 }
-
-// lookUpLater stores an unknown kernel for [Catalogue.LookUpUnknown]. The number of stored kernels is limited, because
-// anybody can ask.
-func (c *Catalogue) lookUpLater(k target.Kernel) {
-	if c.Mirror == nil {
-		return
-	}
-	select {
-	case c.unknown <- k:
-	default: // the list is full
-	}
-}
-
-// LookUpUnknown looks up the unknown kernels that nodes asked for, until ctx is done. A kernel that was not found is
-// looked up again only after missedFor.
-func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
-	missed := map[string]time.Time{}
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case k := <-c.unknown:
-			if c.Now().Sub(missed[k.String()]) < missedFor {
-				continue
-			}
-			if len(missed) >= maxMissed { // an attacker may ask for many kernels
-				clear(missed)
-			}
-			missed[k.String()] = c.Now()
-			if _, _, err := c.find(ctx, k); err != nil && ctx.Err() == nil {
-				c.Log.InfoContext(ctx, "kernel not found", "kernel", k.String(), "err", err)
-			}
-		}
-	}
-}
-
-// maxUnknown is the maximum number of kernels that wait for their lookup. maxMissed is the maximum number of remembered
-// misses. missedFor is the pause before a missed kernel is looked up again.
-const (
-	maxUnknown = 64
-	maxMissed  = 10000
-	missedFor  = 2 * time.Minute
-)
 
 // Matrix is a page of kernels with a column for each driver version. Cells[i][j] are the cells of kernel i and version
 // j, one for each flavour.

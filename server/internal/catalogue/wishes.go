@@ -81,12 +81,20 @@ func (c *Catalogue) PlanSoon() {
 	}
 }
 
-// Planner plans the wish lists after each call of [Catalogue.PlanSoon], until ctx is done.
+// planEvery is the maximum pause between two plans. Without discovery, nothing else finds the failed cells that may be
+// queued again.
+const planEvery = time.Hour
+
+// Planner plans the wish lists after each call of [Catalogue.PlanSoon], and at intervals, until ctx is done.
 func (c *Catalogue) Planner(ctx context.Context) error {
+	tick := time.NewTicker(planEvery)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-tick.C:
+			c.PlanSoon()
 		case <-c.planning:
 			if n, err := c.Plan(ctx); err != nil && ctx.Err() == nil {
 				c.Log.WarnContext(ctx, "plan incomplete", "builds", n, "err", err)
@@ -97,8 +105,8 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 	}
 }
 
-// Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. Failed
-// and cancelled cells stay as they are.
+// Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. A failed
+// cell is queued again after [retryPause] if the cause of the failure may pass. Cancelled cells stay as they are.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
@@ -189,7 +197,9 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 		}
 	}
 	key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: cell.Driver}
-	if state, ok := known.states[key]; ok && state != api.Unknown {
+	state, ok := known.states[key]
+	again := state == api.Failed && known.again[key]
+	if ok && state != api.Unknown && !again {
 		return false, nil
 	}
 	now := resolution(k, known.drivers[cell.Driver.Version], cell.Driver, store.Facts{})
@@ -197,8 +207,11 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 		return false, nil
 	}
 	priority := queue.PriorityWanted
-	if cell.EarlyWarning {
+	switch {
+	case cell.EarlyWarning:
 		priority = queue.PriorityWarning
+	case again:
+		priority = queue.PriorityAgain
 	}
 	b, err := c.openCell(ctx, k, now, priority)
 	if err != nil {
@@ -215,6 +228,27 @@ type planView struct {
 	boards  map[string][]target.Kernel
 	drivers map[string]api.DriverRelease
 	states  map[store.CellKey]api.State // only cells with a build or an artifact
+	again   map[store.CellKey]bool      // failed cells that may be queued again now
+}
+
+// retryPause returns the pause after the given number of failed builds of a cell, before the cell is queued again.
+func retryPause(failed int) time.Duration {
+	switch {
+	case failed <= 1:
+		return time.Hour
+	case failed == 2:
+		return 6 * time.Hour
+	}
+	return 24 * time.Hour
+}
+
+// mayRetry reports whether a failed cell may be queued again. b is its newest build.
+func mayRetry(b *api.Build, failed int, now time.Time) bool {
+	class, err := fault.Parse(b.Class)
+	if err != nil || !class.Passes() || b.FinishedAt == nil {
+		return false
+	}
+	return now.Sub(*b.FinishedAt) >= retryPause(failed)
 }
 
 func (s *planView) add(k api.Kernel) {
@@ -232,7 +266,13 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 		boards:  map[string][]target.Kernel{},
 		drivers: map[string]api.DriverRelease{},
 		states:  map[store.CellKey]api.State{},
+		again:   map[store.CellKey]bool{},
 	}
+	failed, err := c.Store.FailedBuilds(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := c.Now()
 	for after := ""; ; {
 		all, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
 		if err != nil {
@@ -245,7 +285,11 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 				// Without the copies, these short texts would keep all facts about the kernel in memory.
 				own := target.Driver{Version: unique.Make(d.Version).Value(), Flavour: unique.Make(d.Flavour).Value()}
 				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
-				s.states[key] = unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
+				state := unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
+				s.states[key] = state
+				if state == api.Failed && mayRetry(f.Newest, failed[key], now) {
+					s.again[key] = true
+				}
 			}
 		}
 		if after = next; after == "" {
@@ -304,7 +348,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 			"start the server with the URL of a bucket of COS releases: --kernel-mirror URL",
 		)
 	}
-	if _, err := c.lookUp(ctx, buildID); err != nil {
+	if err := c.lookUp(ctx, buildID); err != nil {
 		return api.Release{}, err
 	}
 	if _, err := c.Plan(ctx); err != nil {

@@ -149,3 +149,63 @@ func TestAnnounce(t *testing.T) {
 		t.Errorf("Preflight(one missing) = %+v, %v; want no, and why", p, err)
 	}
 }
+
+// TestPlanFailedCells fails wanted cells with each class. The planner must queue a cell again if the cause may pass:
+// after an hour, then after six, then each day, behind all other builds.
+func TestPlanFailedCells(t *testing.T) {
+	t.Parallel()
+	c, q := open(t)
+	ctx := t.Context()
+	at := c.Now()
+	c.Now = func() time.Time { return at }
+	k := api.Kernel{Kernel: target.Kernel{BuildID: first, Board: "lakitu", Milestone: 109}, Default: v261}
+	if err := c.RecordKernel(ctx, k); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.PutWishList(ctx, "production", wishes, 0); err != nil {
+		t.Fatal(err)
+	}
+	plan := func() (queued []string) {
+		t.Helper()
+		q.jobs, q.priorities = nil, nil
+		if n, err := c.Plan(ctx); err != nil || n != len(q.jobs) {
+			t.Fatalf("Plan() = %d, %v with %d jobs", n, err, len(q.jobs))
+		}
+		return jobs(q)
+	}
+	fail := func(class string) {
+		t.Helper()
+		update(t, c, q.jobs[0].Build, api.BuildUpdate{State: api.Failed, Class: class, Error: "x"})
+	}
+	if got := plan(); len(got) != 1 {
+		t.Fatalf("Plan() queued %q; want one build", got)
+	}
+	last := ""
+	for _, row := range []struct {
+		class string
+		pause time.Duration
+	}{
+		{"transient", time.Hour}, {"input-missing", 6 * time.Hour}, {"internal", 24 * time.Hour},
+		{"disk-full", 24 * time.Hour},
+	} {
+		fail(row.class)
+		at = at.Add(row.pause - time.Second)
+		if got := plan(); got != nil {
+			t.Errorf("Plan() %s after %s queued %q; want nothing yet", row.pause-time.Second, row.class, got)
+		}
+		at = at.Add(time.Second)
+		got := plan()
+		if d := cmp.Diff([]string{first + " " + v261 + " open !!!!"}, got); d != "" {
+			t.Fatalf("Plan() %s after %s (-want +got):\n%s", row.pause, row.class, d)
+		}
+		last = row.class
+	}
+	for _, class := range []string{"api-break", "check-failed", "unsupported", "load-test-failed", "unverified"} {
+		fail(class)
+		at = at.Add(365 * 24 * time.Hour)
+		if got := plan(); got != nil {
+			t.Errorf("Plan() after %s, then %s queued %q; want nothing", last, class, got)
+		}
+		request(t, c, first, v261, "open")
+	}
+}

@@ -93,7 +93,8 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 }
 
 // setState sets the state of an artifact. The callback, which may be nil, gets the former artifact in the same
-// transaction.
+// transaction. An artifact that becomes usable again leaves the catalogue if its manifest was deleted meanwhile: the
+// returned artifact then has state Unknown, and its cells can be built again.
 func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
 ) (a api.Artifact, err error) {
@@ -113,11 +114,23 @@ func (c *Catalogue) setState(
 				return err
 			}
 		}
+		if state == api.Published {
+			switch held, err := c.holdsManifest(ctx, old); {
+			case err != nil:
+				return err
+			case !held:
+				a = old
+				a.State, a.Replacement, a.WithdrawnAt = api.Unknown, "", nil
+				a.Reason = "its manifest was deleted from the registry"
+				_, err := tx.DropArtifact(ctx, old.Repository, digest)
+				return err
+			}
+		}
 		a, err = tx.Artifact(ctx, digest)
 		return err
 	})
 	if err == nil {
-		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason,
+		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", a.State, "reason", a.Reason,
 			"replacement", a.Replacement)
 	}
 	return a, err

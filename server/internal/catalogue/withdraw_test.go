@@ -1,6 +1,7 @@
 package catalogue_test
 
 import (
+	"context"
 	"strings"
 	"testing"
 
@@ -68,5 +69,58 @@ func TestYankWithReplacement(t *testing.T) {
 	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
 	if err != nil || r.State != api.Published || r.Replacement != "" {
 		t.Errorf("Resolve() after Unyank = %+v, %v", r, err)
+	}
+}
+
+// TestDeletedWithdrawn deletes the manifest of a withdrawn artifact. The withdrawal must stay: the planner must not
+// queue the cell, and the same artifact stays withdrawn when it is published again. Without its manifest, an artifact
+// that is allowed again leaves the catalogue.
+func TestDeletedWithdrawn(t *testing.T) {
+	t.Parallel()
+	c, q := world(t)
+	ctx := t.Context()
+	there := true
+	c.HasManifest = func(context.Context, string, string) (bool, error) { return there, nil }
+	d := target.Driver{Version: v261, Flavour: target.Open}
+	list := "version: 1\nkernels: [{build: " + first + "}]\ndrivers: [" + v261 + "]\nflavours: [open]\n"
+	if _, err := c.PutWishList(ctx, "production", list, 0); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, c, digest("1"), first, fingerA, d)
+	resolve := func(want api.State, reason string) {
+		t.Helper()
+		r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
+		if err != nil || r.State != want || reason != "" && r.Reason != reason {
+			t.Errorf("Resolve() = %s %q, %v; want %s %q", r.State, r.Reason, err, want, reason)
+		}
+	}
+	if _, err := c.Yank(ctx, digest("1"), api.YankRequest{Reason: "panics"}); err != nil {
+		t.Fatal(err)
+	}
+	there = false
+	if err := c.Forget(ctx, "prebake/driver", digest("1")); err != nil {
+		t.Fatal(err)
+	}
+	resolve(api.Yanked, "panics")
+	if n, err := c.Plan(ctx); err != nil || n != 0 || len(q.jobs) != 0 {
+		t.Errorf("Plan() = %d, %v with %d jobs; want none for a yanked cell", n, err, len(q.jobs))
+	}
+	there = true
+	publish(t, c, digest("1"), first, fingerA, d)
+	resolve(api.Yanked, "panics")
+	if a, err := c.Unyank(ctx, digest("1")); err != nil || a.State != api.Published {
+		t.Errorf("Unyank(published again) = %+v, %v; want published", a, err)
+	}
+	resolve(api.Published, "")
+	if _, err := c.Yank(ctx, digest("1"), api.YankRequest{Reason: "panics"}); err != nil {
+		t.Fatal(err)
+	}
+	there = false
+	if a, err := c.Unyank(ctx, digest("1")); err != nil || a.State != api.Unknown || a.WithdrawnAt != nil {
+		t.Errorf("Unyank(without a manifest) = %+v, %v; want unknown", a, err)
+	}
+	resolve(api.Unknown, "")
+	if n, err := c.Plan(ctx); err != nil || n != 1 {
+		t.Errorf("Plan() after the cell is allowed again = %d, %v; want 1", n, err)
 	}
 }

@@ -45,6 +45,35 @@ func TestSlowReadersHoldUpNobody(t *testing.T) {
 	}
 }
 
+// TestReportsHaveTheirOwnSlots shows that calls that take long do not delay the reports of builders.
+func TestReportsHaveTheirOwnSlots(t *testing.T) {
+	t.Parallel()
+	var running, done sync.WaitGroup
+	let := make(chan struct{})
+	h := throttle()(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			running.Done()
+			<-let
+		}
+	}))
+	ask := func(method, path string) int {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), method, path, nil))
+		return w.Code
+	}
+	running.Add(callsAtOnce)
+	for range callsAtOnce {
+		done.Go(func() { ask(http.MethodPost, "/v1/builds") })
+	}
+	running.Wait()
+	code := ask(http.MethodPatch, "/v1/builds/7")
+	close(let)
+	done.Wait()
+	if code != http.StatusOK {
+		t.Errorf("the report of a builder beside %d long calls = %d; want 200", callsAtOnce, code)
+	}
+}
+
 // TestCompression shows that large answers are compressed for clients that accept it, and small answers never.
 func TestCompression(t *testing.T) {
 	t.Parallel()

@@ -69,15 +69,6 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	gauge := func(desc *prometheus.Desc, v float64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, v, labels...)
 	}
-	if depth, err := f.c.Queue.Depth(ctx); err != nil {
-		out <- prometheus.NewInvalidMetric(openDesc, err)
-	} else {
-		open := 0
-		for _, state := range openStates {
-			open += depth[state]
-		}
-		gauge(openDesc, float64(open))
-	}
 	if oldest, err := f.c.Store.OldestQueued(ctx); err != nil {
 		out <- prometheus.NewInvalidMetric(oldestDesc, err)
 	} else if oldest.IsZero() {
@@ -93,6 +84,22 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
 		}
 	}
+	f.collectReady(ctx, out, gauge)
+	// The queue comes last, because it may use up the time while its database is away.
+	if depth, err := f.c.Queue.Depth(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(openDesc, err)
+	} else {
+		open := 0
+		for _, state := range openStates {
+			open += depth[state]
+		}
+		gauge(openDesc, float64(open))
+	}
+}
+
+// collectReady collects the percentiles of the times to ready.
+func (f *farmCollector) collectReady(ctx context.Context, out chan<- prometheus.Metric,
+	gauge func(desc *prometheus.Desc, v float64, labels ...string)) {
 	ready, err := f.readyTimes(ctx)
 	if err != nil {
 		out <- prometheus.NewInvalidMetric(readyDesc, err)

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// checker is a part without which the server is not ready.
+// checker is a part that the readiness check asks.
 type checker interface {
 	Ping(ctx context.Context) error
 }
@@ -137,23 +137,48 @@ func New(c Config) http.Handler {
 	return root
 }
 
+// readyTime is the time limit of a readiness check, and pingTime that of a part that nodes do not need.
+const (
+	readyTime = 5 * time.Second
+	pingTime  = 2 * time.Second
+)
+
+// ready answers whether the server can answer nodes. They need only the catalogue: without the queue or free space, the
+// server still resolves and serves artifacts. With ?for=write, every part counts. The body names the parts that do not
+// work.
 func ready(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(r.Context(), readyTime)
 		defer cancel()
+		status, text := http.StatusOK, ""
 		for _, part := range []struct {
-			name string
+			name   string
+			needed bool
+			limit  time.Duration
 			checker
-		}{{"catalogue", c.Store}, {"queue", c.Queue}, {"disk", c.Disk}} {
+		}{
+			{"catalogue", true, readyTime, c.Store},
+			{"queue", r.URL.Query().Get("for") == "write", pingTime, c.Queue},
+			{"disk", r.URL.Query().Get("for") == "write", pingTime, c.Disk},
+		} {
 			if part.checker == nil {
 				continue
 			}
-			if err := part.Ping(ctx); err != nil {
-				c.Log.WarnContext(ctx, "not ready", "part", part.name, "err", err)
-				writeText(w, http.StatusServiceUnavailable, part.name+": "+PublicText(fault.Of(err))+"\n")
-				return
+			ctx, cancel := context.WithTimeout(ctx, part.limit)
+			err := part.Ping(ctx)
+			cancel()
+			if err == nil {
+				continue
+			}
+			c.Log.WarnContext(r.Context(), "part not ready", "part", part.name, "err", err)
+			text += part.name + ": " + PublicText(fault.Of(err)) + "\n"
+			if part.needed {
+				status = http.StatusServiceUnavailable
 			}
 		}
-		writeText(w, http.StatusOK, "ok\n")
+		if text == "" {
+			text = "ok\n"
+		}
+		writeText(w, status, text)
 	}
 }

@@ -141,7 +141,9 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
-	longestWait               = 10 * time.Second
+	// Without a report in time, a builder counts as dead. So reports do not wait for other calls.
+	reportsAtOnce, reportsWaiting = 16, 1024
+	longestWait                   = 10 * time.Second
 )
 
 // listsMade is the number of pages that are made at the same time. It leaves one core for the nodes, if there are two.
@@ -157,12 +159,16 @@ func throttle() func(http.Handler) http.Handler {
 		})
 	}
 	lists, calls, making := of(listsAtOnce, listsWaiting), of(callsAtOnce, callsWaiting), of(listsMade(), listsAtOnce)
+	reports := of(reportsAtOnce, reportsWaiting)
 	return func(next http.Handler) http.Handler {
-		large, small := lists(bufferResponse(making(next))), calls(next)
+		large, small, report := lists(bufferResponse(making(next))), calls(next), reports(next)
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if isList(r) {
+			switch {
+			case isList(r):
 				large.ServeHTTP(w, r)
-			} else {
+			case r.Method == http.MethodPatch && strings.HasPrefix(r.URL.Path, "/v1/builds/"):
+				report.ServeHTTP(w, r)
+			default:
 				small.ServeHTTP(w, r)
 			}
 		})

@@ -41,7 +41,7 @@ var undescribed = map[string]string{
 	"GET /badge.svg":        "a picture",
 	"GET /assets/{name}":    "what pages are made of",
 	"GET /healthz":          "for whoever restarts the server, one word of text",
-	"GET /readyz":           "for whoever restarts the server, one line of text",
+	"GET /readyz":           "for whoever restarts the server, lines of text",
 	"GET /metrics":          "Prometheus's own format",
 	"GET /openapi.json":     "the description itself",
 	"GET /openapi.yaml":     "the description itself",

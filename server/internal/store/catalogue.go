@@ -288,11 +288,12 @@ func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) er
 	return classify("store the replacement of "+digest, err)
 }
 
-// DropArtifact removes an artifact whose manifest was deleted from the repository. It reports whether the catalogue had
-// the artifact.
+// DropArtifact removes a published artifact whose manifest was deleted from the repository, and reports whether it did.
+// A withdrawn artifact stays with its reason and reports: otherwise its cells would be built and published again.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
-	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
+	done, err := tx.ExecContext(ctx,
+		`DELETE FROM artifacts WHERE digest = $1 AND repository = $2 AND state = 'published'`, digest, repository)
 	if err != nil {
 		return false, classify("remove artifact "+digest, err)
 	}

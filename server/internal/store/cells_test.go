@@ -230,6 +230,7 @@ func testCache(t *testing.T, s *store.Store, id string) {
 		}
 		return describe(cells)
 	}
+	drop := func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }
 	for i, step := range []struct {
 		want  string
 		write func(tx *store.Tx) error
@@ -246,7 +247,11 @@ func testCache(t *testing.T, s *store.Store, id string) {
 		{"1.3 yanked build failed", func(tx *store.Tx) error {
 			return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x", time.Now())
 		}},
-		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
+		{"1.3 yanked build failed", drop}, // a withdrawn artifact stays
+		{"1.3 published build failed", func(tx *store.Tx) error {
+			return tx.SetArtifactState(ctx, artifact.Digest, api.Published, "", time.Now())
+		}},
+		{"1.3 build failed", drop},
 	} {
 		state(i%2 == 0) // fills the cache
 		if err := other.Write(ctx, step.write); err != nil {

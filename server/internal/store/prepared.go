@@ -13,6 +13,13 @@ type preparedDB struct {
 	*sql.DB
 	mu    sync.Mutex
 	stmts map[string]*sql.Stmt
+	// txs has an entry for each open transaction. A transaction may have to prepare a statement on another connection,
+	// so transactions leave one connection free.
+	txs chan struct{}
+}
+
+func newPreparedDB(db *sql.DB, connections int) *preparedDB {
+	return &preparedDB{DB: db, stmts: map[string]*sql.Stmt{}, txs: make(chan struct{}, connections-1)}
 }
 
 func (p *preparedDB) stmt(ctx context.Context, text string) (*sql.Stmt, error) {

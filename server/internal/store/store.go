@@ -91,7 +91,7 @@ func open(rawURL string) (*Store, error) {
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
-		return &Store{db: db, readers: &preparedDB{DB: reading, stmts: map[string]*sql.Stmt{}}, cache: newCache()}, nil
+		return &Store{db: db, readers: newPreparedDB(reading, readers), cache: newCache()}, nil
 	}
 	if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
 		db, err := sql.Open("pgx", rawURL)
@@ -297,13 +297,22 @@ func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
 	if s.postgres {
 		options.Isolation = sql.LevelRepeatableRead // SQLite always has this isolation
 	}
+	prepared, ok := s.readers.(*preparedDB)
+	if ok {
+		select {
+		case prepared.txs <- struct{}{}:
+			defer func() { <-prepared.txs }()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	tx, err := s.readers.BeginTx(ctx, options)
 	if err != nil {
 		return err
 	}
 	var q querier = tx
-	if p, ok := s.readers.(*preparedDB); ok {
-		q = preparedTx{tx, p}
+	if ok {
+		q = preparedTx{tx, prepared}
 	}
 	return errors.Join(f(q), tx.Rollback())
 }

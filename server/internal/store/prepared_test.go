@@ -1,0 +1,29 @@
+package store_test
+
+import (
+	"fmt"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// TestManyFirstReaders lets many callers read a store that has just been opened. While each connection is in a
+// transaction, none is left to prepare a statement: in an earlier version, such callers waited for ever.
+func TestManyFirstReaders(t *testing.T) {
+	t.Parallel()
+	for range 5 {
+		s := open(t, "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
+		var done sync.WaitGroup
+		begin := make(chan struct{})
+		for i := range 64 {
+			done.Go(func() {
+				<-begin
+				if _, err := s.KernelCells(t.Context(), fmt.Sprintf("1.2.%d", i), "lakitu"); err != nil {
+					t.Errorf("KernelCells() = %v", err)
+				}
+			})
+		}
+		close(begin)
+		done.Wait()
+	}
+}
