@@ -113,6 +113,7 @@ func planCommand() *ucli.Command {
 				"trusted-root",
 				"cache",
 				"load-test",
+				"rebuild-after",
 			},
 			f.Names()[0],
 		) {
@@ -235,6 +236,7 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 		return nil, err
 	}
 	policy := signer.Policy()
+	policy.MaxAge = cfg.RebuildAfter
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}

@@ -103,7 +103,8 @@ type Verdict struct {
 	ModulesSigned bool `json:"modulesSigned,omitempty"`
 	// LoadTest is the load test's verdict. It is empty if no statement has one.
 	LoadTest string `json:"loadTest,omitempty"`
-	// BuiltOn is the end of the build, according to the provenance. Zero means unknown.
+	// BuiltOn is the end of the newest build to which as many signers as the policy demands have signed a provenance. Zero
+	// means unknown.
 	BuiltOn time.Time `json:"builtOn,omitzero"`
 	// Signatures are all signatures that counted for a rule.
 	Signatures []Signature `json:"signatures,omitempty"`
@@ -174,6 +175,7 @@ type evaluation struct {
 	verdict                    Verdict
 	provenance, match, useless tally
 	tests                      loadTests
+	built                      buildTimes
 	// reasons has the reasons why statements did not count, by predicate type.
 	reasons map[string][]error
 }
@@ -212,6 +214,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		x.read(v, st, e)
 	}
 	p := v.policy
+	x.verdict.BuiltOn = x.built.decide(p.Rules)
 	checks := []check{
 		{"artifact", func() (string, error) { return e.Identity.Driver.String() + " for " + e.Identity.Release, e.check() }},
 		{"revoked digests", func() (string, error) { return p.revoked(e.Digest) }},

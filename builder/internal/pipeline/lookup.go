@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/gpus"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -167,6 +168,9 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 // COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
+	if r.again, err = r.isOld(ctx, to, digest); err != nil || r.again {
+		return nil, "to be built again because of its age", err
+	}
 	if r.cfg.LoadTest == LoadTestRequire {
 		return nil, "load test required", nil
 	}
@@ -199,6 +203,29 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		}
 	}
 	return found, "", nil
+}
+
+// isOld reports whether the newest provenance in a repository is older than Config.RebuildAfter.
+func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, error) {
+	if r.cfg.RebuildAfter <= 0 {
+		return false, nil
+	}
+	for _, p := range to.destinations {
+		attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
+		if err != nil {
+			return false, err
+		}
+		var built time.Time
+		for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
+			if at := trust.FinishedOn(st); at.After(built) {
+				built = at
+			}
+		}
+		if r.started.Sub(built) >= r.cfg.RebuildAfter {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // verifyPublished verifies the artifact with this digest in one repository. The given kernel match for this COS build

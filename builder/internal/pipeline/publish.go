@@ -1,8 +1,10 @@
 package pipeline
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
 )
@@ -10,7 +12,7 @@ import (
 // publish sends the artifact and its statements to each destination that lacks them.
 func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (string, error) {
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
-		Verifier: to.verifier, Log: a.log}
+		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m)}
 	r.res.Existed = true
 	for _, p := range to.destinations {
 		existed, err := true, error(nil)
@@ -52,6 +54,15 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		note += ", published there before"
 	}
 	return note, nil
+}
+
+// renewAfter returns the age at which a provenance in a destination gets a successor. It is 0 if this run neither
+// compiled the modules nor took Google's: then it must not claim a new build.
+func (r *run) renewAfter(in *inputs, m *modules) time.Duration {
+	if m == nil || len(m.madeOf) == 0 && in.prebuilt == nil {
+		return 0
+	}
+	return cmp.Or(r.cfg.RebuildAfter, defaultRenewAfter)
 }
 
 // checkLayers returns an error if a layer in the cache changed since it was packed.

@@ -6,6 +6,7 @@ package publish
 import (
 	"context"
 	"fmt"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -31,8 +32,12 @@ type Artifact struct {
 	// If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
 	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
-	// repository has another run's provenance, neither is attached.
+	// repository has another run's provenance, neither is attached, except after RenewAfter.
 	Log []byte
+	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older than
+	// the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the run
+	// built nothing.
+	RenewAfter time.Duration
 }
 
 // Existing returns the digest to which a tag refers in a repository, and whether the tag exists. The caller must verify
@@ -161,6 +166,7 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
+	var built time.Time // the newest time in a present provenance
 	if a.Verifier != nil {
 		var wanted []map[string]string
 		for _, raw := range a.Bundles {
@@ -174,8 +180,14 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proofKey(st)] = true
+				if at := trust.FinishedOn(st); at.After(built) {
+					built = at
+				}
 			}
 		}
+	}
+	if present[trust.PredicateProvenance] && a.renews(built) {
+		present[trust.PredicateProvenance] = false
 	}
 	if a.Log != nil && !present[trust.PredicateProvenance] {
 		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
@@ -201,6 +213,21 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		}
 	}
 	return nil
+}
+
+// renews reports whether a new provenance is attached although the repository has one from a build that ended at the
+// given time.
+func (a Artifact) renews(built time.Time) bool {
+	if a.RenewAfter <= 0 {
+		return false
+	}
+	for _, raw := range a.Bundles {
+		st, err := a.Verifier.Statement(raw)
+		if err == nil && trust.FinishedOn(st).Sub(built) >= a.RenewAfter {
+			return true
+		}
+	}
+	return false
 }
 
 // proofKey returns a key for what a statement proves. One statement for each key is enough.
