@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -201,6 +202,40 @@ func TestRules(t *testing.T) {
 				t.Errorf("signatures %+v; want who signed what", got.Signatures)
 			}
 		})
+	}
+}
+
+// VerifyBefore takes the kernel match that is to be signed for given, and nothing else.
+func TestVerifyBefore(t *testing.T) {
+	t.Parallel()
+	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
+	s := testkit.NewSample(t, farm, testkit.SampleKernel("47"), driver, "")
+	match := trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}
+	other := match
+	other.Fingerprint = "sha256:" + target.Fingerprint(strings.Repeat("0", 64))
+	elsewhere := match
+	elsewhere.Kernel.BuildID = "17800.1.47"
+	for _, row := range []struct {
+		name    string
+		match   trust.KernelMatch
+		bundles [][]byte
+		is      error
+	}{
+		{"provenance alone", match, s.Bundles[:1], nil},
+		{"with a match", match, s.Bundles, nil},
+		{"no provenance", match, nil, trust.ErrNoProvenance},
+		{"a stranger's provenance", match, [][]byte{stranger.Provenance(t, s.Digest,
+			trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver})}, trust.ErrNoProvenance},
+		{"a match for another fingerprint", other, s.Bundles, trust.ErrOtherIdentity},
+		{"a match for another kernel", elsewhere, s.Bundles, trust.ErrOtherKernel},
+	} {
+		v, err := farm.Verifier(t).VerifyBefore(row.match, row.bundles, s.Expect())
+		if !errors.Is(err, row.is) || row.is == nil && (err != nil || v.Match != match) {
+			t.Errorf("%s: VerifyBefore = %v, %v; want %v", row.name, v, err, row.is)
+		}
+	}
+	if _, err := farm.Verifier(t).Verify(s.Bundles[:1], s.Expect()); !errors.Is(err, trust.ErrNoKernelMatch) {
+		t.Errorf("Verify without a kernel match = %v; want it refused", err)
 	}
 }
 

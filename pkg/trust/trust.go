@@ -138,14 +138,40 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	return verdict, nil
 }
 
-func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
+// VerifyBefore is [Verifier.Verify] before the given kernel match is signed: the match counts as if it were signed and
+// attached. A signer calls it to learn whether it may sign.
+func (v *Verifier) VerifyBefore(m KernelMatch, bundles [][]byte, e Expect) (*Verdict, error) {
 	x, checks := v.evaluate(bundles, e)
-	for _, c := range checks {
-		if _, err := c.run(); err != nil {
-			return nil, err
-		}
+	x.unsigned = true
+	err := m.fits(e)
+	if x.match.ok = true; x.verdict.MatchedBy == "" {
+		x.verdict.Match = m
+	}
+	if err == nil {
+		err = run(checks)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("verify artifact %s: %w", e.Digest, err)
 	}
 	return x.done(), nil
+}
+
+func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
+	x, checks := v.evaluate(bundles, e)
+	if err := run(checks); err != nil {
+		return nil, err
+	}
+	return x.done(), nil
+}
+
+// run runs the checks until one fails.
+func run(checks []check) error {
+	for _, c := range checks {
+		if _, err := c.run(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Explain is [Verifier.Verify] for messages to a person. It also returns the result of each rule. If the error is not
@@ -176,6 +202,7 @@ type evaluation struct {
 	provenance, match, useless tally
 	tests                      loadTests
 	built                      buildTimes
+	unsigned                   bool // the kernel match is not signed yet, so no rule about it is checked
 	// reasons has the reasons why statements did not count, by predicate type.
 	reasons map[string][]error
 }

@@ -164,6 +164,9 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 // attach adds the statements that the artifact lacks. The build log comes before the provenance, which must never refer
 // to a missing log.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
+	if len(a.Bundles) == 0 && a.Log == nil {
+		return nil
+	}
 	digest := subject.Digest.String()
 	present := map[string]bool{}
 	var built time.Time // the newest time in a present provenance
