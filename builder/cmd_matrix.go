@@ -191,7 +191,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		!m.cfg.BTF {
 		m.batch.Published = m.destinations.Published
 	}
-	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
+	if m.batch.Failures, err = failureStore(ctx, m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
 	// Labels depend on all cells together, so the method setLabels sets them after the last build.
