@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -12,7 +13,8 @@ import (
 // publish sends the artifact and its statements to each destination that lacks them.
 func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (string, error) {
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
-		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m)}
+		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m),
+		Pause: pause}
 	r.res.Existed = true
 	for _, p := range to.destinations {
 		existed, err := true, error(nil)
@@ -54,6 +56,18 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		note += ", published there before"
 	}
 	return note, nil
+}
+
+// pause waits for two to four seconds, so that builders that met once do not meet again.
+func pause(ctx context.Context) error {
+	timer := time.NewTimer(2*time.Second + rand.N(2*time.Second))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // renewAfter returns the age at which a provenance in a destination gets a successor. It is 0 if this run neither

@@ -38,6 +38,10 @@ type Artifact struct {
 	// the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the run
 	// built nothing.
 	RenewAfter time.Duration
+	// Pause waits between two looks at the attachments of a registry whose list of attachments other builders may overwrite
+	// (see [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is
+	// no second look.
+	Pause func(ctx context.Context) error
 }
 
 // Existing returns the digest to which a tag refers in a repository, and whether the tag exists. The caller must verify
@@ -150,68 +154,15 @@ func checkTags(ctx context.Context, repo *registry.Repository, digest string, a 
 
 // finish attaches the statements to a stored image and adds the tags.
 func finish(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
-	if err := attach(ctx, repo, subject, a); err != nil {
+	_, err := attach(ctx, repo, subject, a)
+	if err == nil {
+		err = settle(ctx, repo, subject, a)
+	}
+	if err != nil {
 		return err
 	}
 	for _, tag := range a.tags() {
 		if err := repo.Tag(ctx, subject, tag); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// attach adds the statements that the artifact lacks. The build log comes before the provenance, which must never refer
-// to a missing log.
-func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
-	if len(a.Bundles) == 0 && a.Log == nil {
-		return nil
-	}
-	digest := subject.Digest.String()
-	present := map[string]bool{}
-	var built time.Time // the newest time in a present provenance
-	if a.Verifier != nil {
-		var wanted []map[string]string
-		for _, raw := range a.Bundles {
-			wanted = append(wanted, labels(raw))
-		}
-		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, wanted...)
-		if err != nil {
-			return err
-		}
-		for _, raw := range attached {
-			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
-			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
-				present[proofKey(st)] = true
-				if at := trust.FinishedOn(st); at.After(built) {
-					built = at
-				}
-			}
-		}
-	}
-	if present[trust.PredicateProvenance] && a.renews(built) {
-		present[trust.PredicateProvenance] = false
-	}
-	if a.Log != nil && !present[trust.PredicateProvenance] {
-		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
-			return err
-		}
-	}
-	for _, raw := range a.Bundles {
-		if a.Verifier != nil {
-			st, err := a.Verifier.Statement(raw)
-			if err != nil {
-				return fmt.Errorf("verify the new statement: %w", err)
-			}
-			if !st.About(digest) {
-				return fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
-					st.PredicateType, digest)
-			}
-			if present[proofKey(st)] {
-				continue
-			}
-		}
-		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, labels(raw)); err != nil {
 			return err
 		}
 	}
