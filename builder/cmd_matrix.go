@@ -113,7 +113,7 @@ func planCommand() *ucli.Command {
 				"trusted-root",
 				"cache",
 				"load-test",
-				"rebuild-after",
+				"max-age",
 			},
 			f.Names()[0],
 		) {

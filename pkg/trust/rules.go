@@ -314,7 +314,7 @@ func (p Policy) tooOld(have, least string) error {
 const clockSkew = 24 * time.Hour
 
 // renewHint says how an artifact gets a new provenance.
-const renewHint = "build the driver again, which signs a new provenance: builder build --rebuild-after 30"
+const renewHint = "build the driver again, which signs a new provenance: builder build --max-age 30"
 
 // age checks that the artifact's build, whose time is in the provenance, is not older than MaxAge.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {

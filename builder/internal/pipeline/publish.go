@@ -76,7 +76,7 @@ func (r *run) renewAfter(in *inputs, m *modules) time.Duration {
 	if m == nil || len(m.madeOf) == 0 && in.prebuilt == nil {
 		return 0
 	}
-	return cmp.Or(r.cfg.RebuildAfter, defaultRenewAfter)
+	return min(cmp.Or(r.cfg.RebuildAfter, defaultRenewAfter), defaultRenewAfter)
 }
 
 // checkLayers returns an error if a layer in the cache changed since it was packed.
