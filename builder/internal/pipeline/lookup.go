@@ -232,8 +232,8 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, 
 	return false, nil
 }
 
-// verifyPublished verifies the artifact with this digest in one repository, as if a kernel match for this COS build were
-// published. attested is true if there is one already.
+// verifyPublished verifies the artifact with this digest in one repository, as if it had a kernel match for this COS
+// build. attested is true if there is one already.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination,
 	digest string) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

@@ -34,13 +34,13 @@ type Artifact struct {
 	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
 	// repository has another run's provenance, neither is attached, except after RenewAfter.
 	Log []byte
-	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older than
-	// the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the run
+	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older
+	// than the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the run
 	// built nothing.
 	RenewAfter time.Duration
-	// Pause waits between two looks at the attachments of a registry whose list of attachments other builders may overwrite
-	// (see [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is
-	// no second look.
+	// Pause waits between two looks at the attachments, where other builders may overwrite their list (see
+	// [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is no
+	// second look.
 	Pause func(ctx context.Context) error
 }
 
