@@ -221,7 +221,7 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, 
 		}
 		var built time.Time
 		for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
-			if at := trust.FinishedOn(st); at.After(built) {
+			if at := trust.FinishedOn(st); at.After(built) && !at.After(r.started.Add(24*time.Hour)) { // no wrong clock's
 				built = at
 			}
 		}

@@ -83,7 +83,8 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	}
 	digest := subject.Digest.String()
 	present := map[string]bool{}
-	var built time.Time // the newest time in a present provenance
+	var built time.Time // the newest time in a present provenance, without times of wrong clocks
+	finished := a.finished()
 	if a.Verifier != nil {
 		var wanted []map[string]string
 		for _, raw := range a.Bundles {
@@ -97,13 +98,13 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proofKey(st)] = true
-				if at := trust.FinishedOn(st); at.After(built) {
+				if at := trust.FinishedOn(st); at.After(built) && !at.After(finished.Add(24*time.Hour)) {
 					built = at
 				}
 			}
 		}
 	}
-	if present[trust.PredicateProvenance] && a.renews(built) {
+	if a.RenewAfter > 0 && finished.Sub(built) >= a.RenewAfter {
 		present[trust.PredicateProvenance] = false
 	}
 	if a.Log != nil && !present[trust.PredicateProvenance] {

@@ -169,19 +169,17 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// renews reports whether a new provenance is attached although the repository has one from a build that ended at the
-// given time.
-func (a Artifact) renews(built time.Time) bool {
-	if a.RenewAfter <= 0 {
-		return false
-	}
+// finished returns the time in the new provenance, or zero.
+func (a Artifact) finished() (at time.Time) {
 	for _, raw := range a.Bundles {
-		st, err := a.Verifier.Statement(raw)
-		if err == nil && trust.FinishedOn(st).Sub(built) >= a.RenewAfter {
-			return true
+		if a.Verifier == nil {
+			break
+		}
+		if st, err := a.Verifier.Statement(raw); err == nil && at.IsZero() {
+			at = trust.FinishedOn(st)
 		}
 	}
-	return false
+	return at
 }
 
 // proofKey returns a key for what a statement proves. One statement for each key is enough.

@@ -138,6 +138,8 @@ func TestRenew(t *testing.T) {
 		{"old, but nothing was built", "2027-02-01T00:00:00Z", 0, 2},
 		{"old, and built again", "2027-02-01T00:00:00Z", 30 * day, 3},
 		{"the newest one counts", "2027-02-02T00:00:00Z", 30 * day, 3},
+		{"by a wrong clock", "2099-01-01T00:00:00Z", 30 * day, 4},
+		{"after a wrong clock", "2027-05-01T00:00:00Z", 30 * day, 5},
 	}
 	for _, row := range rows {
 		p := testkit.ProvenancePredicate(trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
