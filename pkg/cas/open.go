@@ -81,8 +81,9 @@ func checkFolder(dir string) error {
 	if other == "" {
 		return nil
 	}
-	return fault.New(fault.Usage, fmt.Sprintf("open cache %s: the folder has other files, such as %s, and is no cache", dir,
-		other), "use a new or empty folder: --cache FOLDER")
+	return fault.New(fault.Usage,
+		fmt.Sprintf("open cache %s: the folder has other files, such as %s, and is no cache", dir, other),
+		"use a new or empty folder: --cache FOLDER")
 }
 
 func open(dir string) (*Cache, error) {

@@ -21,8 +21,8 @@ const (
 )
 
 // settle looks again at the attachments, and attaches what is missing. Without the referrers API, each builder reads
-// the list of attachments, adds to it and writes it. If two builders do so at once, the second overwrites the first one's
-// entry, and each of them may have read its own entry before.
+// the list of attachments, adds to it and writes it. If two builders do so at once, the second overwrites the first
+// one's entry, and each of them may have read its own entry before.
 func settle(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	if a.Pause == nil || a.Verifier == nil || len(a.Bundles) == 0 {
 		return nil

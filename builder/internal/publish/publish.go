@@ -35,8 +35,8 @@ type Artifact struct {
 	// repository has another run's provenance, neither is attached, except after RenewAfter.
 	Log []byte
 	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older
-	// than the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the run
-	// built nothing.
+	// than the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the
+	// run built nothing.
 	RenewAfter time.Duration
 	// Pause waits between two looks at the attachments, where other builders may overwrite their list (see
 	// [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is no
