@@ -113,6 +113,7 @@ func planCommand() *ucli.Command {
 				"trusted-root",
 				"cache",
 				"load-test",
+				"max-age",
 			},
 			f.Names()[0],
 		) {
@@ -190,7 +191,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		!m.cfg.BTF {
 		m.batch.Published = m.destinations.Published
 	}
-	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
+	if m.batch.Failures, err = failureStore(ctx, m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
 	// Labels depend on all cells together, so the method setLabels sets them after the last build.
@@ -235,6 +236,7 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 		return nil, err
 	}
 	policy := signer.Policy()
+	policy.MaxAge = cfg.RebuildAfter
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/prebake/prebake/builder/internal/batch"
+	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -15,15 +16,23 @@ import (
 
 // failureStore opens the store of failures, which single builds and wish lists share. The last argument makes the store
 // find no earlier failure.
-func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*batch.FailureStore, error) {
+func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *cosbucket.Bucket,
+	forget bool) (*batch.FailureStore, error) {
 	host, err := sandbox.HostTools()
 	if err != nil {
 		return nil, err
 	}
+	types := ""
+	if cfg.BTF { // another pahole may succeed
+		if types, err = compile.Pahole(ctx); err != nil {
+			return nil, err
+		}
+	}
 	how, signatures := cfg.Signing()
 	return &batch.FailureStore{
 		Facts: cfg.Cache, Kernels: kernels, Drivers: drivers, Version: version, BTF: cfg.BTF, Forget: forget,
-		Settings: fmt.Sprintf("%s, debug symbols %t, host tools %s", how, cfg.DebugSymbols, host), Signatures: signatures,
+		Settings:   fmt.Sprintf("%s, debug symbols %t, host tools %s, pahole %s", how, cfg.DebugSymbols, host, types),
+		Signatures: signatures,
 	}, nil
 }
 
@@ -43,7 +52,7 @@ func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result,
 		return err
 	}
 	defer func() { err = errors.Join(err, drivers.Close()) }()
-	memory, err := failureStore(cfg, kernels, drivers, false)
+	memory, err := failureStore(ctx, cfg, kernels, drivers, false)
 	if err != nil {
 		return err
 	}

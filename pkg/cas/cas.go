@@ -51,6 +51,7 @@ const (
 	ownersDir = "owners" // <owner>.lock is locked by flock while the owner's process lives
 	locksDir  = "locks"  // one lock file for each tree that was ever made
 	usesDir   = "uses"   // <kind>@<key> is the stamp of a blob or tree; see use.go
+	logsDir   = "logs"   // <name>.log is a build's log, which the builder writes
 )
 
 // maxFact is the maximum size in bytes of the value of a fact.
@@ -82,105 +83,6 @@ type Cache struct {
 	read  map[string]string // trees that this process has verified, with the state of their inodes
 	works map[uint64]bool   // pieces of work that have not ended, by the value of count when they began
 	pins  map[string]*pin
-}
-
-// Open opens the cache in dir, and makes the folder if it is missing.
-func Open(dir string) (*Cache, error) {
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return nil, fmt.Errorf("open cache: %w", err)
-	}
-	for _, d := range []string{blobsDir, treesDir, sealsDir, factsDir, tmpDir, workDir, ownersDir, locksDir, usesDir} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-			return nil, disk(fmt.Errorf("open cache: %w", err))
-		}
-	}
-	// Only one Open runs at a time. Otherwise another Open could take this process for dead before it has locked its owner
-	// file.
-	gate := flock.New(filepath.Join(dir, "open.lock"))
-	if err := gate.Lock(); err != nil {
-		return nil, disk(fmt.Errorf("open cache %s: lock: %w", dir, err))
-	}
-	c, err := open(dir)
-	return c, errors.Join(err, gate.Close())
-}
-
-func open(dir string) (*Cache, error) {
-	if err := sweep(dir); err != nil {
-		return nil, fmt.Errorf("open cache %s: clean up: %w", dir, err)
-	}
-	f, err := os.CreateTemp(filepath.Join(dir, ownersDir), fmt.Sprintf("%d-*.lock", os.Getpid()))
-	if err != nil {
-		return nil, disk(fmt.Errorf("open cache: %w", err))
-	}
-	if err := f.Close(); err != nil {
-		return nil, disk(fmt.Errorf("open cache: %w", err))
-	}
-	c := &Cache{dir: dir, owner: strings.TrimSuffix(filepath.Base(f.Name()), ".lock"), lock: flock.New(f.Name())}
-	switch locked, err := c.lock.TryLock(); {
-	case err != nil:
-		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: %w", dir, err)
-	case !locked: // the file is new, so only a process that locks every file can have locked it
-		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process has locked %s", dir, f.Name()),
-			"start the program again")
-	}
-	for _, d := range []string{c.tmp(), c.work()} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			return nil, disk(fmt.Errorf("open cache: %w", err))
-		}
-	}
-	return c, nil
-}
-
-// sweep removes the incomplete files of dead owners: no process has locked their files.
-func sweep(dir string) error {
-	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
-	if err != nil {
-		return err
-	}
-	alive := map[string]bool{}
-	var dead []string
-	for _, e := range owners {
-		file := filepath.Join(dir, ownersDir, e.Name())
-		lock := flock.New(file, flock.SetFlag(os.O_RDWR))
-		ok, err := lock.TryLock()
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // the owner closed the cache after ReadDir, and removed its folders before its lock
-		}
-		if err != nil {
-			return err
-		}
-		if !ok {
-			alive[strings.TrimSuffix(e.Name(), ".lock")] = true
-			continue
-		}
-		dead = append(dead, file)
-		if err := lock.Close(); err != nil {
-			return err
-		}
-	}
-	for _, d := range []string{tmpDir, workDir} {
-		entries, err := os.ReadDir(filepath.Join(dir, d))
-		if err != nil {
-			return err
-		}
-		for _, e := range entries {
-			if alive[e.Name()] {
-				continue
-			}
-			if err := os.RemoveAll(filepath.Join(dir, d, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	// Remove the owner files last. If this process is killed before that, the next sweep removes the rest.
-	for _, file := range dead {
-		// An owner that closed the cache after ReadDir has removed its file itself.
-		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
 }
 
 // Close removes this cache's temporary folders and releases its locks.

@@ -113,8 +113,7 @@ func inodes(dir string) (state string, quiet bool) {
 const tick = time.Second
 
 func foreign(kind, key string, err error) error {
-	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err),
-		"run the command as the user that owns the cache folder, or use another folder: --cache FOLDER")
+	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err), hintOwner)
 }
 
 // discard reports a damaged tree and removes it.

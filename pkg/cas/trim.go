@@ -21,9 +21,9 @@ import (
 
 // Kind describes all entries of one kind.
 type Kind struct {
-	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of another program's folder. Two more names
-	// are for files that are no entries: "unfinished" (temporary files of running builds) and "records" (locks, seals and
-	// stamps).
+	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or "logs". More names are for files that are no entries:
+	// "unfinished" (temporary files of running builds), "records" (locks, seals and stamps), and the name of each folder
+	// that does not belong to the cache.
 	Name    string `json:"kind"`
 	Entries int    `json:"entries"`
 	Bytes   int64  `json:"bytes"`
@@ -49,7 +49,7 @@ type Limit struct {
 type Trimmed struct {
 	Removed int   `json:"removed"`
 	Freed   int64 `json:"freedBytes"`
-	// Left is the size of the cache afterwards.
+	// Left is the size of the cache afterwards, without folders that do not belong to it.
 	Left int64 `json:"leftBytes"`
 	// InUse is the number of entries that were not removed because a process uses them.
 	InUse int `json:"inUse"`
@@ -76,12 +76,12 @@ func (e entry) rank() int {
 	return 0
 }
 
-// minAge is the minimum age of a removable file in another program's folder. A younger file may be incomplete.
+// minAge is the minimum age of a removable log. A younger log may be incomplete.
 const minAge = time.Hour
 
 // Kinds describes the content of the cache, the largest kind first.
 func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
-	entries, rest, err := c.entries(ctx)
+	entries, rest, foreign, err := c.entries(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +95,7 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 		}
 		return errors.Is(err, errInUse)
 	})
-	for _, k := range rest {
+	for _, k := range slices.Concat(rest, foreign) {
 		if k.Entries > 0 {
 			kinds = append(kinds, k)
 		}
@@ -154,7 +154,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 		return done, nil
 	}
 	defer func() { err = errors.Join(err, gate.Close()) }()
-	entries, rest, err := c.entries(ctx)
+	entries, rest, _, err := c.entries(ctx)
 	if err != nil {
 		return done, err
 	}
@@ -237,16 +237,17 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// entries lists the entries that can be removed, and the totals of all other files.
-func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err error) {
+// entries lists the entries that can be removed, and the totals of all other files: of the cache's own, and of the
+// folders that do not belong to it.
+func (c *Cache) entries(ctx context.Context) (all []entry, rest, foreign []Kind, err error) {
 	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
 	top, err := os.ReadDir(c.dir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("list cache: %w", err)
+		return nil, nil, nil, fmt.Errorf("list cache: %w", err)
 	}
 	for _, d := range top {
 		if cause := context.Cause(ctx); cause != nil {
-			return nil, nil, fmt.Errorf("list cache: %w", cause)
+			return nil, nil, nil, fmt.Errorf("list cache: %w", cause)
 		}
 		path := filepath.Join(c.dir, d.Name())
 		switch d.Name() {
@@ -274,16 +275,20 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 			unfinished.add(path)
 		case sealsDir, ownersDir, locksDir, usesDir:
 			records.add(path)
+		case logsDir:
+			all = append(all, logFiles(path)...)
 		default:
-			if d.IsDir() { // the folder of another program
-				all = append(all, foreignFiles(d.Name(), path)...)
+			if d.IsDir() {
+				k := Kind{Name: d.Name()}
+				k.add(path)
+				foreign = append(foreign, k)
 			}
 		}
 		if err != nil {
-			return nil, nil, fmt.Errorf("list cache: %w", err)
+			return nil, nil, nil, fmt.Errorf("list cache: %w", err)
 		}
 	}
-	return all, []Kind{unfinished, records}, nil
+	return all, []Kind{unfinished, records}, foreign, nil
 }
 
 func (c *Cache) entry(kind, key, path string, info fs.FileInfo) entry {
@@ -321,19 +326,13 @@ func eachEntry(dir string, f func(name, path string, info fs.FileInfo)) error {
 	return nil
 }
 
-// foreignFiles returns the files in the folder of another program, such as a compiler cache. It leaves out lock files
-// and files younger than minAge.
-func foreignFiles(kind, dir string) (all []entry) {
-	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return nil //nolint:nilerr // the file was removed meanwhile, or this user cannot read it
+// logFiles returns the logs that can be removed: those that are not younger than minAge.
+func logFiles(dir string) (all []entry) {
+	// An error means that the folder was removed meanwhile.
+	_ = eachEntry(dir, func(name, path string, info fs.FileInfo) {
+		if info.Mode().IsRegular() && filepath.Ext(name) == ".log" && time.Since(info.ModTime()) >= minAge {
+			all = append(all, entry{kind: logsDir, path: path, used: info.ModTime(), bytes: blocks(info)})
 		}
-		info, err := d.Info()
-		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < minAge {
-			return nil //nolint:nilerr // the file was removed meanwhile
-		}
-		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})
-		return nil
 	})
 	return all
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -294,13 +295,13 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks that Kinds counts the files in another program's folder, and that Trim removes them one by
-// one. Both leave out young files and lock files.
+// TestTrimForeign checks that Kinds counts the files in folders that do not belong to the cache, and that Trim removes
+// none of them.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
-	for name, ago := range map[string]time.Duration{"ccache/0/old": 30 * time.Hour, "ccache/0/new": 0,
-		"ccache/0/x.lock": 30 * time.Hour} {
+	write := func(name string, ago time.Duration) {
+		t.Helper()
 		path := filepath.Join(dir, name)
 		err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, 8<<10), 0o644),
 			os.Chtimes(path, time.Now().Add(-ago), time.Now().Add(-ago)))
@@ -308,25 +309,74 @@ func TestTrimForeign(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	foreign := []string{"keys/prebake.key", "registry/blobs/sha256/0", "logs/notes.txt", "wish.yaml"}
+	for _, name := range foreign {
+		write(name, 30*time.Hour)
+	}
+	write("logs/old.log", 30*time.Hour)
+	write("logs/new.log", 0)
 	if err := c.PutFact("verdict", "k", []byte("v")); err != nil {
 		t.Fatal(err)
 	}
 	k := kinds(t, c)
-	if k["ccache"].Entries != 1 || k["ccache"].Bytes != 8<<10 || k["fact:verdict"].Entries != 1 ||
-		k["blob"].Entries != 1 || k["records"].Entries == 0 {
-		t.Errorf("kinds = %+v; want a removable file of ccache's, a fact, a blob and records", k)
+	if k["keys"].Entries != 1 || k["keys"].Bytes != 8<<10 || k["registry"].Entries != 1 || k["logs"].Entries != 1 ||
+		k["fact:verdict"].Entries != 1 || k["blob"].Entries != 1 || k["records"].Entries == 0 {
+		t.Errorf("kinds = %+v; want the foreign files, an old log, a fact, a blob and records", k)
 	}
 	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
-	left, err := filepath.Glob(filepath.Join(dir, "ccache/0/*"))
-	if err != nil || len(left) != 2 {
-		t.Errorf("left of ccache: %v, %v; want new and x.lock", left, err)
-	}
 	if _, ok := c.Fact("verdict", "k"); !ok {
 		t.Error("a fresh fact is gone")
 	}
 	mustTrim(t, c, cas.Limit{Bytes: 1})
 	if _, ok := c.Fact("verdict", "k"); ok {
 		t.Error("Trim of everything left a fact")
+	}
+	for _, name := range append(foreign, "logs/new.log") {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Errorf("after Trim of everything: %v", err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "logs/old.log")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an old log: %v; want it removed", err)
+	}
+}
+
+// Foreign files do not count against the limit: otherwise they would push all entries out.
+func TestTrimLimitWithoutForeign(t *testing.T) {
+	t.Parallel()
+	c, dir := agedCache(t)
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "registry"), 0o755),
+		os.WriteFile(filepath.Join(dir, "registry/blob"), make([]byte, 64<<20), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if done := mustTrim(t, c, cas.Limit{Bytes: 32 << 20}); done.Removed != 0 || done.Left >= 32<<20 {
+		t.Errorf("Trim = %+v; want nothing removed", done)
+	}
+}
+
+// Open refuses a folder with other files, so that nobody gives the parent of the cache by mistake.
+func TestOpenRefusesOtherFolders(t *testing.T) {
+	t.Parallel()
+	for name, refused := range map[string]bool{
+		"keys/key": true, "a.txt": true, "blobs/sha256/0": true, "tmp/x": true, "logs/a.log": true,
+		"lost+found/x": false, ".snapshot/x": false, "trees/x": false, "owners/x": false,
+	} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		c, err := cas.Open(dir)
+		if refused != (err != nil) || refused && (!fault.Is(err, fault.Usage) || fault.Hint(err) == "") {
+			t.Errorf("Open of a folder with %s = %v; want refused %v", name, err, refused)
+		}
+		if err == nil {
+			_ = c.Close()
+		}
+		list, err := os.ReadDir(dir)
+		if refused && (err != nil || len(list) != 1) {
+			t.Errorf("Open left %v, %v in a folder that it refused", list, err)
+		}
 	}
 }
 

@@ -231,6 +231,23 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	return raw, nil
 }
 
+// SharesList reports whether the attachments of a manifest are in a list that every writer reads and then overwrites:
+// the registry lacks the referrers API, so there is a tag with the list.
+func (r *Repository) SharesList(ctx context.Context, digest string) (bool, error) {
+	s, ok := r.s.(*remoteStore)
+	if !ok {
+		return false, nil
+	}
+	if err := checkDigest(digest); err != nil {
+		return false, err
+	}
+	_, err := s.resolve(ctx, strings.Replace(digest, ":", "-", 1))
+	if fault.Is(err, fault.Transient) || ctx.Err() != nil {
+		return false, fmt.Errorf("find the list of attachments of %s in %s: %w", digest, r.name, err)
+	}
+	return err == nil, nil
+}
+
 // Push stores an image under its digest, without a tag. It sends the blobs first, and skips blobs that the repository
 // already has.
 func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, error) {

@@ -2,6 +2,7 @@ package trust
 
 import (
 	"encoding/json"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -98,26 +99,76 @@ func fillProvenance(st *Statement, verdict *Verdict) {
 	if json.Unmarshal(st.Predicate, &p) != nil {
 		return // cannot happen: checkProvenance has parsed the same bytes
 	}
-	run := p.RunDetails
-	// If several statements count, the oldest time decides. A missing time makes the time unknown (zero).
-	at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn)
 	if verdict.BuilderID != "" {
-		if err != nil || at.Before(verdict.BuiltOn) {
-			verdict.BuiltOn = at
-		}
-		return
+		return // the facts are those of the first
 	}
+	run := p.RunDetails
 	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, p.BuildDefinition.ExternalParameters
 	verdict.BuilderID, verdict.InvocationID = run.Builder.ID, run.Metadata.InvocationID
 	for _, fact := range []string{FactModuleKey, FactGoogleSignatures, FactGoogleModules} {
 		_, signed := p.BuildDefinition.InternalParameters[fact]
 		verdict.ModulesSigned = verdict.ModulesSigned || signed
 	}
-	if err == nil {
-		verdict.BuiltOn = at
-	}
 	for _, d := range p.BuildDefinition.ResolvedDependencies {
 		verdict.Materials = append(verdict.Materials,
 			Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
 	}
+}
+
+// FinishedOn returns the end of the build according to a provenance. It returns the zero time for a provenance without
+// that time, and for every other statement.
+func FinishedOn(st *Statement) time.Time {
+	var p provenance
+	if st.PredicateType != PredicateProvenance || json.Unmarshal(st.Predicate, &p) != nil {
+		return time.Time{}
+	}
+	at, err := time.Parse(time.RFC3339, p.RunDetails.Metadata.FinishedOn)
+	if err != nil {
+		return time.Time{}
+	}
+	return at
+}
+
+// buildTimes are the times in the provenances that count.
+type buildTimes struct {
+	newest map[string]map[int]time.Time // by role and by entry of the role, without times in the future
+	future time.Time                    // one of the times in the future
+}
+
+// add adds the time of a provenance that counts for a role. Zero for now means that no time is in the future.
+func (b *buildTimes) add(role string, entry int, at, now time.Time) {
+	if at.IsZero() {
+		return
+	}
+	if !now.IsZero() && at.After(now.Add(clockSkew)) {
+		b.future = at
+		return
+	}
+	if b.newest == nil {
+		b.newest = map[string]map[int]time.Time{}
+	}
+	if b.newest[role] == nil {
+		b.newest[role] = map[int]time.Time{}
+	}
+	if at.After(b.newest[role][entry]) {
+		b.newest[role][entry] = at
+	}
+}
+
+// decide returns the last time by which the provenances satisfy the rules: as many signers as a rule demands say that
+// the artifact was built then or later. If there is no such time, it returns a time in the future, or zero.
+func (b *buildTimes) decide(rules []Rule) (at time.Time) {
+	for _, rule := range rules {
+		if rule.Statement != PredicateProvenance {
+			continue
+		}
+		times := slices.SortedFunc(maps.Values(b.newest[rule.Role]), func(a, b time.Time) int { return b.Compare(a) })
+		if len(times) < rule.Count {
+			return b.future
+		}
+		if last := times[rule.Count-1]; at.IsZero() || last.Before(at) {
+			at = last
+		}
+	}
+	return at
 }

@@ -214,6 +214,9 @@ func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) erro
 			continue
 		}
 		counted = true
+		if about && st.PredicateType == PredicateProvenance {
+			x.built.add(role.Name, entry, FinishedOn(st), now)
+		}
 		s := Signature{Statement: st.PredicateType, Signer: st.Signer(), Role: role.Name, Entry: entry}
 		if about && !slices.Contains(x.verdict.Signatures, s) {
 			x.verdict.Signatures = append(x.verdict.Signatures, s)
@@ -228,6 +231,9 @@ func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) erro
 // checkRule returns how many signers have signed, and which. It returns an error if they are fewer than the rule
 // demands.
 func (x *evaluation) checkRule(rule Rule) (string, error) {
+	if x.unsigned && rule.Statement == PredicateKernelMatch {
+		return "not signed yet", nil
+	}
 	var signers []string
 	entries := map[int]bool{}
 	for _, s := range x.verdict.Signatures {
@@ -304,6 +310,12 @@ func (p Policy) tooOld(have, least string) error {
 		"ask for a newer driver version")
 }
 
+// clockSkew is how far the clock of a builder may be ahead of the node's clock.
+const clockSkew = 24 * time.Hour
+
+// renewHint says how an artifact gets a new provenance.
+const renewHint = "build the driver again, which signs a new provenance: builder build --max-age 30"
+
 // age checks that the artifact's build, whose time is in the provenance, is not older than MaxAge.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
@@ -313,7 +325,7 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 		return "not checked: this node accepted the artifact before", nil
 	case v.BuilderID == "":
 		return "", fault.New(fault.Unverified, "no trusted provenance says when the artifact was built", "")
-	case v.BuiltOn.After(now.Add(24 * time.Hour)):
+	case v.BuiltOn.After(now.Add(clockSkew)):
 		return "", fault.New(fault.Unverified,
 			"the provenance says that the artifact was built on "+v.BuiltOn.UTC().Format(time.DateOnly)+
 				", which is in the future",
@@ -322,13 +334,13 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	if v.BuiltOn.IsZero() {
 		return "", fault.New(fault.Unverified,
 			"the provenance does not say when the artifact was built, and the policy has a maximum age",
-			"build and publish the driver again: builder build")
+			renewHint)
 	}
 	if age := now.Sub(v.BuiltOn); age > p.MaxAge {
 		return "", fault.Wrap(fault.Unverified,
 			fmt.Errorf("%w: built on %s, %d days ago; the policy allows %d days", ErrTooOld,
 				v.BuiltOn.UTC().Format(time.DateOnly), int(age.Hours()/24), int(p.MaxAge.Hours()/24)),
-			"build the driver again, or sign a new provenance for it: builder build")
+			renewHint)
 	}
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }

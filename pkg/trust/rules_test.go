@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -20,15 +21,16 @@ func TestRules(t *testing.T) {
 	params := trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver}
 	match := trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}
 	now := time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
-	finished := func(when string, uri string) []byte {
+	finishedBy := func(k *testkit.Key, when, uri string) []byte {
 		p := testkit.ProvenancePredicate(params)
 		p["runDetails"].(map[string]any)["metadata"] = map[string]any{"finishedOn": when}
 		if uri != "" {
 			p["buildDefinition"].(map[string]any)["resolvedDependencies"] = []any{map[string]any{"name": "headers", "uri": uri,
 				"digest": map[string]string{"sha256": strings.Repeat("5", 64)}}}
 		}
-		return farm.Statement(t, s.Digest, trust.PredicateProvenance, p)
+		return k.Statement(t, s.Digest, trust.PredicateProvenance, p)
 	}
+	finished := func(when, uri string) []byte { return finishedBy(farm, when, uri) }
 	reproduction := func(k *testkit.Key, result string) []byte {
 		return k.Statement(t, s.Digest, trust.PredicateReproduced, map[string]any{
 			"result": result, "fingerprint": s.Identity.Fingerprint, "driver": driver,
@@ -116,9 +118,21 @@ func TestRules(t *testing.T) {
 			bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), rejected(farm2)}, is: trust.ErrRejected},
 		{name: "built in the future", change: age(30), bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), fits},
 			now: now, text: "in the future"},
-		{name: "the oldest of two decides", change: age(30),
-			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), fits}, now: now,
-			is: trust.ErrTooOld},
+		{name: "the newest of two decides", change: age(30),
+			bundles: [][]byte{finished("2026-01-20T00:00:00Z", ""), finished("2026-05-20T00:00:00Z", ""), fits}, now: now},
+		{name: "in any order", change: age(30),
+			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), prov, fits}, now: now},
+		{name: "a wrong clock hides no other build", change: age(30),
+			bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), finished("2026-05-20T00:00:00Z", ""), fits}, now: now},
+		{name: "one of two signers cannot renew alone", change: func(p *trust.Policy) { two(p); age(30)(p) },
+			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finishedBy(farm2, "2026-01-20T00:00:00Z", ""), fits},
+			now:     now, is: trust.ErrTooOld},
+		{name: "both can", change: func(p *trust.Policy) { two(p); age(30)(p) },
+			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finishedBy(farm2, "2026-01-20T00:00:00Z", ""),
+				finishedBy(farm2, "2026-05-21T00:00:00Z", ""), fits}, now: now},
+		{name: "a rebuilder cannot renew", change: age(30),
+			bundles: [][]byte{finished("2026-01-20T00:00:00Z", ""), finishedBy(rebuilder, "2026-05-20T00:00:00Z", ""), fits},
+			now:     now, is: trust.ErrTooOld},
 		{name: "revoked", change: func(p *trust.Policy) { p.Revoked = []string{s.Digest} }, bundles: [][]byte{prov, fits},
 			is: trust.ErrRevoked},
 		{name: "within its period", change: period(farm.Public(t), "2026-01-01", "2026-12-31"), bundles: [][]byte{prov, fits},
@@ -188,6 +202,40 @@ func TestRules(t *testing.T) {
 				t.Errorf("signatures %+v; want who signed what", got.Signatures)
 			}
 		})
+	}
+}
+
+// VerifyBefore takes the kernel match that is to be signed for given, and nothing else.
+func TestVerifyBefore(t *testing.T) {
+	t.Parallel()
+	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
+	s := testkit.NewSample(t, farm, testkit.SampleKernel("47"), driver, "")
+	match := trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}
+	other := match
+	other.Fingerprint = "sha256:" + target.Fingerprint(strings.Repeat("0", 64))
+	elsewhere := match
+	elsewhere.Kernel.BuildID = "17800.1.47"
+	for _, row := range []struct {
+		name    string
+		match   trust.KernelMatch
+		bundles [][]byte
+		is      error
+	}{
+		{"provenance alone", match, s.Bundles[:1], nil},
+		{"with a match", match, s.Bundles, nil},
+		{"no provenance", match, nil, trust.ErrNoProvenance},
+		{"a stranger's provenance", match, [][]byte{stranger.Provenance(t, s.Digest,
+			trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver})}, trust.ErrNoProvenance},
+		{"a match for another fingerprint", other, s.Bundles, trust.ErrOtherIdentity},
+		{"a match for another kernel", elsewhere, s.Bundles, trust.ErrOtherKernel},
+	} {
+		v, err := farm.Verifier(t).VerifyBefore(row.match, row.bundles, s.Expect())
+		if !errors.Is(err, row.is) || row.is == nil && (err != nil || v.Match != match) {
+			t.Errorf("%s: VerifyBefore = %v, %v; want %v", row.name, v, err, row.is)
+		}
+	}
+	if _, err := farm.Verifier(t).Verify(s.Bundles[:1], s.Expect()); !errors.Is(err, trust.ErrNoKernelMatch) {
+		t.Errorf("Verify without a kernel match = %v; want it refused", err)
 	}
 }
 

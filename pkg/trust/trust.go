@@ -103,7 +103,8 @@ type Verdict struct {
 	ModulesSigned bool `json:"modulesSigned,omitempty"`
 	// LoadTest is the load test's verdict. It is empty if no statement has one.
 	LoadTest string `json:"loadTest,omitempty"`
-	// BuiltOn is the end of the build, according to the provenance. Zero means unknown.
+	// BuiltOn is the end of the newest build to which as many signers as the policy demands have signed a provenance. Zero
+	// means unknown.
 	BuiltOn time.Time `json:"builtOn,omitzero"`
 	// Signatures are all signatures that counted for a rule.
 	Signatures []Signature `json:"signatures,omitempty"`
@@ -137,14 +138,40 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	return verdict, nil
 }
 
-func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
+// VerifyBefore is [Verifier.Verify] before the given kernel match is signed: the match counts as if it were signed and
+// attached. A signer calls it to learn whether it may sign.
+func (v *Verifier) VerifyBefore(m KernelMatch, bundles [][]byte, e Expect) (*Verdict, error) {
 	x, checks := v.evaluate(bundles, e)
-	for _, c := range checks {
-		if _, err := c.run(); err != nil {
-			return nil, err
-		}
+	x.unsigned = true
+	err := m.fits(e)
+	if x.match.ok = true; x.verdict.MatchedBy == "" {
+		x.verdict.Match = m
+	}
+	if err == nil {
+		err = run(checks)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("verify artifact %s: %w", e.Digest, err)
 	}
 	return x.done(), nil
+}
+
+func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
+	x, checks := v.evaluate(bundles, e)
+	if err := run(checks); err != nil {
+		return nil, err
+	}
+	return x.done(), nil
+}
+
+// run runs the checks until one fails.
+func run(checks []check) error {
+	for _, c := range checks {
+		if _, err := c.run(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Explain is [Verifier.Verify] for messages to a person. It also returns the result of each rule. If the error is not
@@ -174,6 +201,8 @@ type evaluation struct {
 	verdict                    Verdict
 	provenance, match, useless tally
 	tests                      loadTests
+	built                      buildTimes
+	unsigned                   bool // the kernel match is not signed yet, so no rule about it is checked
 	// reasons has the reasons why statements did not count, by predicate type.
 	reasons map[string][]error
 }
@@ -212,6 +241,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		x.read(v, st, e)
 	}
 	p := v.policy
+	x.verdict.BuiltOn = x.built.decide(p.Rules)
 	checks := []check{
 		{"artifact", func() (string, error) { return e.Identity.Driver.String() + " for " + e.Identity.Release, e.check() }},
 		{"revoked digests", func() (string, error) { return p.revoked(e.Digest) }},

@@ -3,9 +3,9 @@
 // the cell again. A failed cell does not block any other cell.
 //
 // Cells with the same fingerprint, driver and flavour lead to the same artifact. They are called cells of the same
-// build. Only one of them runs at a time; the others then reuse its result, or fail in the same way. Cells of the same
-// driver wait for each other while one of them unpacks the driver's user space, so the runner prefers a cell of another
-// driver.
+// build. Only one of them runs at a time; the others then reuse its result, or fail in the same way if it did not
+// compile. Cells of the same driver wait for each other while one of them unpacks the driver's user space, so the
+// runner prefers a cell of another driver.
 //
 // The package does not know how a cell is made or where its artifact is published. The functions in Config know that.
 package batch
@@ -97,6 +97,22 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 		}
 	}
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
+}
+
+// sharedByBuild reports whether a permanent failure holds for all cells of the same build. They share only the compile:
+// sources, signatures, checks and destinations depend on the COS build, too.
+func sharedByBuild(kind fault.Kind, res *pipeline.Result) bool {
+	if !Permanent(kind, res) {
+		return false
+	}
+	if res != nil {
+		for _, p := range res.Phases {
+			if p.Failed && p.Of == "" {
+				return p.Name == "compile"
+			}
+		}
+	}
+	return kind == fault.APIBreak // no phase is known, but only a compiler fails so
 }
 
 // maxLookups is the number of cells that are looked up at the same time, and fetchers the number of kernels and drivers

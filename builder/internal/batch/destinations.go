@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -85,8 +86,8 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	if err != nil {
 		return err
 	}
-	if _, err := p.Verifier.Verify(attached,
-		trust.Expect{Digest: digest, Kernel: kernel, Driver: c.Driver, Identity: content.Identity}); err != nil {
+	expect := trust.Expect{Digest: digest, Kernel: kernel, Driver: c.Driver, Identity: content.Identity, Now: time.Now()}
+	if _, err := p.Verifier.Verify(attached, expect); err != nil {
 		return err
 	}
 	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest

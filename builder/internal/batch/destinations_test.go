@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -15,6 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 var driver = target.Driver{Version: "535.261.03", Flavour: target.Open}
@@ -94,6 +96,31 @@ func TestPublished(t *testing.T) {
 	}
 	if err := (&batch.Destinations{Buckets: []*tarball.Bucket{bucket}}).Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// An artifact whose newest build is older than the policy allows counts as not published.
+func TestPublishedTooOld(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	p := testkit.ProvenancePredicate(trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
+		Driver: driver})
+	p["runDetails"].(map[string]any)["metadata"] = map[string]any{"finishedOn": "2025-01-01T00:00:00Z"}
+	s.Bundles[0] = key.Statement(t, s.Digest, trust.PredicateProvenance, p)
+	repo := repository(t, testkit.Registry(t, true)+"/prebake/driver")
+	put(t, repo, key, s)
+	cell := plan.Cell{Kernel: target.Kernel{BuildID: s.Kernel.BuildID, Board: s.Kernel.Board, Arch: s.Kernel.Arch},
+		Driver: driver}
+	for limit, want := range map[time.Duration]string{0: s.Digest, 24 * time.Hour: ""} {
+		v, err := trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, MaxAge: limit})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := &batch.Destinations{Repositories: []*registry.Repository{repo}, Verifier: v}
+		if got, err := d.Published(t.Context(), cell); err != nil || got != want {
+			t.Errorf("Published with a limit of %v = %q, %v; want %q", limit, got, err, want)
+		}
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
 // TestOrder checks the order in which several workers start cells. A cell waits while a running cell is the first with
@@ -85,6 +86,52 @@ func TestLateTwin(t *testing.T) {
 	f.endFetch(t.Context(), twin.kernel, func() { twin.kernel.fingerprint = "1" }, nil)
 	if twin.State != Failed || twin.Like != "1.0.1/lakitu" || twin.Attempts != 0 {
 		t.Errorf("twin is %s, like %q, %d attempts; want it failed like the first", twin.State, twin.Like, twin.Attempts)
+	}
+}
+
+// A failure that depends on the COS build says nothing about the other cells of the same build.
+func TestTwinTriesItself(t *testing.T) {
+	t.Parallel()
+	phases := func(failed string) *pipeline.Result {
+		res := &pipeline.Result{}
+		for _, name := range []string{"source", "look up", "take modules", "compile", "sign modules", "check"} {
+			res.Phases = append(res.Phases, timeline.Phase{Name: name, Failed: name == failed})
+			if name == failed {
+				break
+			}
+		}
+		return res
+	}
+	for _, row := range []struct {
+		kind   fault.Kind
+		phase  string
+		shared bool
+	}{
+		{fault.APIBreak, "compile", true},
+		{fault.Unsupported, "compile", true},
+		{fault.CheckFailed, "check", false},
+		{fault.Unsupported, "source", false},
+		{fault.Unsupported, "look up", false},
+		{fault.CheckFailed, "take modules", false},
+		{fault.CheckFailed, "sign modules", false},
+	} {
+		var cells []plan.Cell
+		for _, kernel := range []string{"1.0.1", "1.0.2"} {
+			cells = append(cells, plan.Cell{Kernel: target.Kernel{BuildID: kernel, Board: "lakitu"},
+				Driver: target.Driver{Version: "5.1", Flavour: target.Open}})
+		}
+		f := newRunner(Config{Attempts: 1}, &plan.Plan{Cells: cells})
+		for _, j := range f.jobs {
+			j.kernel.arrived, j.kernel.fingerprint, j.driver.arrived, j.driver.flavours =
+				true, "1", true, []target.Flavour{target.Open}
+		}
+		first, twin := f.jobs[0], f.jobs[1]
+		f.endAttempt(t.Context(), first, phases(row.phase), fault.New(row.kind, "x", ""), time.Second)
+		next, _, _ := f.pick(time.Now())
+		if first.State != Failed || (twin.State == Failed) != row.shared || (next == twin) == row.shared {
+			t.Errorf("%v in %q: the first is %q, the twin %q; want that they fail alike: %v", row.kind, row.phase, first.State,
+				twin.State, row.shared)
+		}
 	}
 }
 

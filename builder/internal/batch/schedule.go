@@ -61,7 +61,7 @@ type runner struct {
 	done      int               // number of cells that have a state
 	ended     bool              // no further input will arrive
 	warm      map[any]bool      // fingerprints and driver versions of finished cells
-	failed    map[buildKey]*job // permanently failed builds
+	failed    map[buildKey]*job // builds whose compile fails each time
 	lookupErr error             // the first error of a lookup
 }
 
@@ -283,7 +283,7 @@ func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, e
 	}
 	f.put(j, stateOf(j.Cell, known), &known)
 	var same []*job
-	if Permanent(kind, res) {
+	if sharedByBuild(kind, res) {
 		key := j.buildKey()
 		f.failed[key] = j
 		for _, other := range f.jobs {

@@ -60,6 +60,52 @@ func compileModule(t *testing.T, r compile.Request) ([]byte, string) {
 	return data, strings.Join(notes, "; ")
 }
 
+// A new file of the next driver may come before the file that an object was compiled with. Then the object must not be
+// reused, although the files that it was made from are unchanged.
+func TestCacheHiddenHeader(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name   string
+		source string // of a file of the driver, which includes common.h of the first release
+		adds   map[string]string
+		notes  string // of the second release
+	}{
+		{"no new file", `#include "common.h"`, nil, "6 tests, 6 remembered; 3 files, 2 reused"},
+		{"another name", `#include "common.h"`, map[string]string{"nvidia/uncommon.h": "#define COMMON 2\n"},
+			"6 tests, 6 remembered; 3 files, 2 reused"},
+		{"beside the source", `#include "common.h"`, map[string]string{"nvidia/common.h": "#define COMMON 2\n"},
+			"6 tests, 6 remembered; 3 files, 1 reused"},
+		{"asked for", "#if __has_include(\"more.h\")\n#define COMMON 2\n#else\n#include \"common.h\"\n#endif",
+			map[string]string{"nvidia/more.h": ""}, "6 tests, 6 remembered; 3 files, 1 reused"},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			r := toyWithTests(t)
+			cache, err := cas.Open(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = cache.Close() })
+			write(t, r.Source, map[string]string{"common.h": "#define COMMON 1\n",
+				"nvidia/user.c": row.source + "\nint common = COMMON;\n"})
+			r.Cache = cache
+			compileModule(t, r)
+			write(t, r.Source, row.adds)
+			r.SourceDigest = "next source"
+			got, notes := compileModule(t, r)
+			r.Cache = nil
+			want, _ := compileModule(t, r)
+			if !bytes.Equal(got, want) {
+				t.Error("the module is not what make alone makes")
+			}
+			if notes != row.notes {
+				t.Errorf("the phases say %q; want %q", notes, row.notes)
+			}
+		})
+	}
+}
+
 // A build with a cache makes the same module as a build without a cache, and it uses the stored results.
 func TestCache(t *testing.T) {
 	t.Parallel()
@@ -117,7 +163,7 @@ func TestCache(t *testing.T) {
 	r.HostDigest = "another make"
 	step("other host tools", none)
 
-	for _, file := range []string{"trees/object-1/*/object", "trees/object-1/*/command", "facts/object-inputs-1/*",
+	for _, file := range []string{"trees/object-2/*/object", "trees/object-2/*/command", "facts/object-inputs-1/*",
 		"facts/conftest-2/*", "facts/conftest-plan-2/*", "facts/header-view-1/*"} {
 		found, err := filepath.Glob(filepath.Join(dir, file))
 		if err != nil || len(found) == 0 {
@@ -188,7 +234,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 				t.Errorf("%s, with a cache: %t: Modules = %v (%v, hint %q); want %v\n%s", name, remembers, err, fault.Of(err),
 					fault.Hint(err), row.want, &log)
 			}
-			for _, kept := range []string{"facts/conftest-2", "trees/object-1"} {
+			for _, kept := range []string{"facts/conftest-2", "trees/object-2"} {
 				if found, err := filepath.Glob(filepath.Join(cache.Dir(), kept, "*")); err != nil || len(found) > 0 {
 					t.Errorf("%s: %v is kept, %v", name, found, err)
 				}

@@ -19,6 +19,7 @@ type fileFacts struct {
 	named  map[string]bool // the scanner's names that occur in the file
 	pastes map[string]bool // parts of names, which the preprocessor joins with ##
 	hides  bool            // true if the file includes files that are missing in every dependency list
+	asks   bool            // true if the file asks whether some file exists
 }
 
 // nameScanner looks for names in files. It reads each file once.
@@ -46,12 +47,14 @@ var (
 	pasted = regexp.MustCompile(`(\w*)\s*##\s*(\w*)`)
 	// Directives of the assembler and of C23 that include a binary file.
 	takesIn = regexp.MustCompile(`\.incbin\b|#\s*embed\b`)
+	// Questions of the preprocessor whose answers depend on files that no dependency list has.
+	asksFor = regexp.MustCompile(`\b__has_(?:include|embed)`)
 )
 
 func (r *nameScanner) parse(text []byte) *fileFacts {
 	sum := sha256.Sum256(text)
 	w := &fileFacts{digest: hex.EncodeToString(sum[:]), named: map[string]bool{}, pastes: map[string]bool{},
-		hides: takesIn.Match(text)}
+		hides: takesIn.Match(text), asks: asksFor.Match(text)}
 	for i := 0; i < len(text); {
 		if !inIdentifier(text[i]) {
 			i++
@@ -131,7 +134,7 @@ func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 			}
 		} else if rel, ok := strings.CutPrefix(inside, insideSource+"/"); ok {
 			w := k.driverFile(&v, rel)
-			if w == nil {
+			if w == nil || w.asks {
 				return v, false
 			}
 			read = append(read, w)

@@ -21,7 +21,8 @@ import (
 )
 
 // The object cache keeps each object together with its inputs:
-//   - the content of the driver's files that the compiler read,
+//   - the content of the driver's files that the compiler read, and the paths of all files of the driver with the same
+//     base names, because a file that comes earlier in the search for an include would hide the one that was read,
 //   - the conftest answers about macros whose names occur in these files or in the kernel's headers,
 //   - the driver's version, if the files contain the name of its macro.
 //
@@ -35,7 +36,7 @@ import (
 // hidden: the recorder searches the files in the object's .cmd file for the hidden names. The cache never keeps objects
 // of .mod.c files, because they contain the kernel's release and build salt.
 const (
-	objectKind = "object-1" // trees with the two files object and command
+	objectKind = "object-2" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
 
 	maxVariants = 8 // variants of one object; the newest are kept
@@ -54,6 +55,7 @@ type objects struct {
 	answers map[string]string // files of the folder conftest/, by name
 	base    *cas.Key          // what the cache keys of all objects of this build have in common
 	tree    *nameScanner      // scans the original sources
+	names   driverNames
 	// restored has the paths of the objects that came from the cache.
 	restored map[string]bool
 }
@@ -79,10 +81,13 @@ func (b *build) newObjects(v *view, a *answerer) (*objects, error) {
 	if err != nil {
 		return nil, err
 	}
+	if o.names, err = b.driverNames(); err != nil {
+		return nil, err
+	}
 	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain",
 		b.r.ToolchainDigest).Add("host tools", b.r.HostDigest).
 		Add("flavour", string(b.r.Driver.Flavour)).Add("makefiles", makefiles).Add("conftest flags",
-		versionMacro.ReplaceAllString(a.keyer.Flags(), ""))
+		versionMacro.ReplaceAllString(a.keyer.Flags(), "")).Add("files beside the kernel's", o.names.kernel)
 	for _, arg := range b.args {
 		if !strings.HasPrefix(arg, "KERNEL_UNAME=") {
 			o.base.Add("argument", arg)
@@ -189,7 +194,7 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		if w == nil {
 			return "", false
 		}
-		key.Add(name, w.digest)
+		key.Add(name, w.digest).Add("same name as "+name, o.names.like(name))
 		maps.Copy(named, w.named)
 		maps.Copy(pastes, w.pastes)
 	}
@@ -202,7 +207,10 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.Generated)) {
-		key.Add("generated "+name, v.Generated[name])
+		key.Add("generated "+name, v.Generated[name]).Add("same name as "+name, o.names.like(name))
+	}
+	for _, name := range slices.Sorted(maps.Keys(o.answers)) {
+		key.Add("same name as conftest/"+name, o.names.like(name))
 	}
 	if named["NV_VERSION_STRING"] || o.debug {
 		key.Add("version", o.r.Driver.Modules().Version)

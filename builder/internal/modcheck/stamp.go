@@ -30,10 +30,10 @@ const maxModule = 1 << 30
 // because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
-	if err == nil {
-		data, err = addStamp(data, f)
-	}
 	if err != nil {
+		return fmt.Errorf("read module: %w", err) // the disk's fault, which a later build may not have
+	}
+	if data, err = addStamp(data, f); err != nil {
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("write the stamp into %s: %w", src, err), "compile the module again")
 	}
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
@@ -53,7 +53,8 @@ func readModule(path string) ([]byte, error) {
 		return nil, err
 	}
 	if info.Size() > maxModule {
-		return nil, fmt.Errorf("the file has %d bytes, more than the limit of %d", info.Size(), maxModule)
+		return nil, fault.Errorf(fault.CheckFailed, "the file %s has %d bytes, more than the limit of %d", path, info.Size(),
+			maxModule)
 	}
 	return os.ReadFile(path)
 }

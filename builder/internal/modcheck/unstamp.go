@@ -15,10 +15,10 @@ import (
 // Unstamped returns the bytes that a module had before [Stamp]. Google signs modules without a stamp.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
-	if err == nil {
-		data, err = removeStamp(data)
-	}
 	if err != nil {
+		return nil, fmt.Errorf("read module: %w", err)
+	}
+	if data, err = removeStamp(data); err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove the stamp from %s: %w", path, err),
 			"compile the module again")
 	}

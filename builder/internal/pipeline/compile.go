@@ -65,7 +65,11 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	key, why := r.modulesKey(in), ""
 	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols,
 		in.pahole != "")
-	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
+	tree := key
+	if r.again {
+		tree = key.With("made again", r.started.String())
+	}
+	dir, cached, err := r.products.Tree(ctx, "modules", tree.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
 			fmt.Fprintf(r.log, "compiled again: this input changed since the last build of this cell: %s\n", why)
 		}

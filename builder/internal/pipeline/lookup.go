@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/gpus"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -167,6 +168,9 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 // COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
+	if r.again, err = r.isOld(ctx, to, digest); err != nil || r.again {
+		return nil, "to be built again because of its age", err
+	}
 	if r.cfg.LoadTest == LoadTestRequire {
 		return nil, "load test required", nil
 	}
@@ -175,17 +179,10 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 			return nil, "debug symbols wanted", err
 		}
 	}
-	statement, err := sign.KernelMatch(digest, in.kernel.Kernel, in.kernel.Fingerprint, in.driver)
-	if err != nil {
-		return nil, "", err
-	}
-	match, err := sign.Bundle(ctx, to.signer, statement)
-	if err != nil {
-		return nil, "", err
-	}
-	found = &artifact{digest: digest, bundles: [][]byte{match}}
+	found = &artifact{digest: digest}
+	everywhere := true
 	for _, p := range to.destinations {
-		content, attested, err := verifyPublished(ctx, in, to, p, digest, match)
+		content, attested, err := verifyPublished(ctx, in, to, p, digest)
 		if err != nil {
 			return nil, "", err
 		}
@@ -193,18 +190,52 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not load-tested on this COS build yet", nil
 		}
+		everywhere = everywhere && attested
 		found.identity, found.layers = content.Identity, nil
 		for _, l := range content.Layers {
 			found.layers = append(found.layers, bundle.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
 		}
 	}
-	return found, "", nil
+	if everywhere {
+		return found, "", nil
+	}
+	// Only now, after every check, this run signs that the artifact fits the COS build.
+	statement, err := sign.KernelMatch(digest, in.kernel.Kernel, in.kernel.Fingerprint, in.driver)
+	if err != nil {
+		return nil, "", err
+	}
+	match, err := sign.Bundle(ctx, to.signer, statement)
+	found.bundles = [][]byte{match}
+	return found, "", err
 }
 
-// verifyPublished verifies the artifact with this digest in one repository. The given kernel match for this COS build
-// counts as published. attested is true if a kernel match for this COS build is published already.
-func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
-	match []byte) (content bundle.Content, attested bool, err error) {
+// isOld reports whether the newest provenance in a repository is older than Config.RebuildAfter.
+func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, error) {
+	if r.cfg.RebuildAfter <= 0 {
+		return false, nil
+	}
+	for _, p := range to.destinations {
+		attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
+		if err != nil {
+			return false, err
+		}
+		var built time.Time
+		for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
+			if at := trust.FinishedOn(st); at.After(built) && !at.After(r.started.Add(24*time.Hour)) { // no wrong clock's
+				built = at
+			}
+		}
+		if r.started.Sub(built) >= r.cfg.RebuildAfter {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// verifyPublished verifies the artifact with this digest in one repository, as if it had a kernel match for this COS
+// build. attested is true if there is one already.
+func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination,
+	digest string) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)
 	if err != nil {
 		return content, false, err
@@ -214,7 +245,8 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 		return content, false, err
 	}
 	expect := trust.Expect{Digest: digest, Kernel: in.kernel.Kernel, Driver: in.driver, Identity: content.Identity}
-	verdict, err := to.verifier.Verify(append([][]byte{match}, attached...), expect)
+	match := trust.KernelMatch{Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint}
+	verdict, err := to.verifier.VerifyBefore(match, attached, expect)
 	if err != nil {
 		return content, false, err
 	}

@@ -44,6 +44,7 @@ const (
 const (
 	defaultCompileTimeout = 45 * time.Minute
 	defaultMinFree        = 1 << 30
+	defaultRenewAfter     = 30 * 24 * time.Hour
 )
 
 // Config is the settings of one machine for all its builds.
@@ -75,6 +76,9 @@ type Config struct {
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The artifact stays the same.
 	DebugSymbols bool
+	// RebuildAfter is the age from which on a published artifact is built again, so that it gets a new provenance. 0 means
+	// that a published artifact is reused at any age.
+	RebuildAfter time.Duration
 	// BTF gives the modules BTF, a description of their types for tracers, if the kernel accepts it. It needs the bucket's
 	// vmlinux and the program pahole. It changes the artifact's fingerprint.
 	BTF bool

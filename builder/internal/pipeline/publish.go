@@ -1,8 +1,11 @@
 package pipeline
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"math/rand/v2"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
 )
@@ -10,7 +13,8 @@ import (
 // publish sends the artifact and its statements to each destination that lacks them.
 func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (string, error) {
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
-		Verifier: to.verifier, Log: a.log}
+		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m),
+		Pause: pause}
 	r.res.Existed = true
 	for _, p := range to.destinations {
 		existed, err := true, error(nil)
@@ -52,6 +56,27 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		note += ", published there before"
 	}
 	return note, nil
+}
+
+// pause waits for two to four seconds, so that builders that met once do not meet again.
+func pause(ctx context.Context) error {
+	timer := time.NewTimer(2*time.Second + rand.N(2*time.Second))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// renewAfter returns the age at which a provenance in a destination gets a successor. It is 0 if this run neither
+// compiled the modules nor took Google's: then it must not claim a new build.
+func (r *run) renewAfter(in *inputs, m *modules) time.Duration {
+	if m == nil || len(m.madeOf) == 0 && in.prebuilt == nil {
+		return 0
+	}
+	return min(cmp.Or(r.cfg.RebuildAfter, defaultRenewAfter), defaultRenewAfter)
 }
 
 // checkLayers returns an error if a layer in the cache changed since it was packed.

@@ -25,6 +25,8 @@ type run struct {
 
 	// products is the cache for everything that the build makes. It is Config.Cache, except in Make.
 	products *cas.Cache
+	// again is true if the published artifact is older than Config.RebuildAfter. Then cached modules are not enough.
+	again bool
 }
 
 // Run makes one cell. The log gets the whole output of all tools. After an error, the Result has everything up to the

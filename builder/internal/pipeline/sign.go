@@ -71,7 +71,9 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	return a, to.signer.String(), nil
 }
 
-// statements returns the statements about the image: its provenance, kernel match, test result, contents and GPUs.
+// statements returns the statements about the image, in the order in which they are attached: its provenance, test
+// result, contents, GPUs and kernel match. The kernel match comes last, because a later run takes an artifact with a
+// kernel match for complete.
 func (r *run) statements(in *inputs, to *publication, m *modules, tested testOutcome, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()
@@ -111,7 +113,7 @@ func (r *run) statements(in *inputs, to *publication, m *modules, tested testOut
 	if err != nil {
 		return nil, err
 	}
-	all := []sign.Statement{provenance, match, result, contents}
+	all := []sign.Statement{provenance, result, contents}
 	if to.gpus != nil {
 		supported, err := gpus.Statement(a.digest, in.driver, to.gpus)
 		switch {
@@ -123,5 +125,5 @@ func (r *run) statements(in *inputs, to *publication, m *modules, tested testOut
 			all = append(all, supported)
 		}
 	}
-	return all, nil
+	return append(all, match), nil
 }

@@ -6,6 +6,7 @@ package publish
 import (
 	"context"
 	"fmt"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -31,8 +32,16 @@ type Artifact struct {
 	// If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
 	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
-	// repository has another run's provenance, neither is attached.
+	// repository has another run's provenance, neither is attached, except after RenewAfter.
 	Log []byte
+	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older
+	// than the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the
+	// run built nothing.
+	RenewAfter time.Duration
+	// Pause waits between two looks at the attachments, where other builders may overwrite their list (see
+	// [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is no
+	// second look.
+	Pause func(ctx context.Context) error
 }
 
 // Existing returns the digest to which a tag refers in a repository, and whether the tag exists. The caller must verify
@@ -145,7 +154,11 @@ func checkTags(ctx context.Context, repo *registry.Repository, digest string, a 
 
 // finish attaches the statements to a stored image and adds the tags.
 func finish(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
-	if err := attach(ctx, repo, subject, a); err != nil {
+	_, err := attach(ctx, repo, subject, a)
+	if err == nil {
+		err = settle(ctx, repo, subject, a)
+	}
+	if err != nil {
 		return err
 	}
 	for _, tag := range a.tags() {
@@ -156,51 +169,17 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach adds the statements that the artifact lacks. The build log comes before the provenance, which must never refer
-// to a missing log.
-func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
-	digest := subject.Digest.String()
-	present := map[string]bool{}
-	if a.Verifier != nil {
-		var wanted []map[string]string
-		for _, raw := range a.Bundles {
-			wanted = append(wanted, labels(raw))
-		}
-		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, wanted...)
-		if err != nil {
-			return err
-		}
-		for _, raw := range attached {
-			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
-			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
-				present[proofKey(st)] = true
-			}
-		}
-	}
-	if a.Log != nil && !present[trust.PredicateProvenance] {
-		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
-			return err
-		}
-	}
+// finished returns the time in the new provenance, or zero.
+func (a Artifact) finished() (at time.Time) {
 	for _, raw := range a.Bundles {
-		if a.Verifier != nil {
-			st, err := a.Verifier.Statement(raw)
-			if err != nil {
-				return fmt.Errorf("verify the new statement: %w", err)
-			}
-			if !st.About(digest) {
-				return fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
-					st.PredicateType, digest)
-			}
-			if present[proofKey(st)] {
-				continue
-			}
+		if a.Verifier == nil {
+			break
 		}
-		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, labels(raw)); err != nil {
-			return err
+		if st, err := a.Verifier.Statement(raw); err == nil && at.IsZero() {
+			at = trust.FinishedOn(st)
 		}
 	}
-	return nil
+	return at
 }
 
 // proofKey returns a key for what a statement proves. One statement for each key is enough.

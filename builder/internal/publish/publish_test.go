@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -117,6 +118,45 @@ func TestPublish(t *testing.T) {
 			}
 			check(t, repo, key, s, 3)
 		})
+	}
+}
+
+// TestRenew attaches a new provenance only for a run that built again, and only if the newest present one is old.
+func TestRenew(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	repo := open(t, testkit.Registry(t, true)+"/prebake/driver", nil)
+	const day = 24 * time.Hour
+	rows := []struct {
+		name, finished string
+		after          time.Duration
+		statements     int // attached afterwards
+	}{
+		{"first", "2026-01-01T00:00:00Z", 30 * day, 2},
+		{"not old yet", "2026-01-30T00:00:00Z", 30 * day, 2},
+		{"old, but nothing was built", "2027-02-01T00:00:00Z", 0, 2},
+		{"old, and built again", "2027-02-01T00:00:00Z", 30 * day, 3},
+		{"the newest one counts", "2027-02-02T00:00:00Z", 30 * day, 3},
+		{"by a wrong clock", "2099-01-01T00:00:00Z", 30 * day, 4},
+		{"after a wrong clock", "2027-05-01T00:00:00Z", 30 * day, 5},
+	}
+	for _, row := range rows {
+		p := testkit.ProvenancePredicate(trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
+			Driver: driver})
+		p["runDetails"].(map[string]any)["metadata"] = map[string]any{"finishedOn": row.finished}
+		a := artifact(t, key, signAgain(t, key, s))
+		a.Bundles[0] = key.Statement(t, s.Digest, trust.PredicateProvenance, p)
+		a.Log, a.RenewAfter = []byte("log of "+row.name), row.after
+		if _, _, err := publish.Publish(t.Context(), repo, a); err != nil {
+			t.Fatalf("%s: Publish = %v", row.name, err)
+		}
+		attached, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
+		logs, lerr := repo.Referrers(t.Context(), s.Digest, publish.ArtifactTypeLog)
+		if err != nil || lerr != nil || len(attached) != row.statements || len(logs) != row.statements-1 {
+			t.Errorf("%s: %d statements, %d logs, %v, %v; want %d statements, and a log for each provenance", row.name,
+				len(attached), len(logs), err, lerr, row.statements)
+		}
 	}
 }
 

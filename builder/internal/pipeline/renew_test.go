@@ -1,0 +1,99 @@
+package pipeline_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// An artifact that is older than RebuildAfter is compiled again, even with a full cache, and gets a new provenance. A
+// run that reuses the artifact claims no new build.
+func TestRenew(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request("17800.0.9"))
+	provenances := func() int {
+		t.Helper()
+		repo, err := registry.Open(f.repo, registry.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		attached, err := repo.Attached(t.Context(), first.Digest, trust.ArtifactTypeBundle)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(f.verifier(t).Statements(attached, first.Digest, trust.PredicateProvenance))
+	}
+	cfg.RebuildAfter = time.Hour
+	if res := must(t, cfg, request("17800.0.9")); !res.Reused || provenances() != 1 {
+		t.Errorf("a young artifact: reused %v, %d provenances; want it reused, and one", res.Reused, provenances())
+	}
+	cfg.RebuildAfter = time.Nanosecond
+	res := must(t, cfg, request("17800.0.9"))
+	if res.Reused || res.Digest != first.Digest || provenances() != 2 ||
+		!slices.Equal(phases(res), whole) {
+		t.Errorf("an old artifact: reused %v, digest %s, %d provenances; want %s made again, and two", res.Reused, res.Digest,
+			provenances(), first.Digest)
+	}
+}
+
+// cutter fails the n-th upload of a manifest and all later requests.
+type cutter struct {
+	n    atomic.Int64
+	done atomic.Bool
+}
+
+func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/") && c.n.Add(-1) == 0 {
+		c.done.Store(true)
+	}
+	if c.done.Load() {
+		return nil, errors.New("the machine lost its network")
+	}
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+// A run that was cut off between two statements is completed by the next run, also for a sibling of a published cell.
+func TestRetryAddsTestResult(t *testing.T) {
+	t.Parallel()
+	for n := int64(1); n <= 2; n++ {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			tree := headerFiles()
+			tree[headers+"Module.symvers"] += "0x00000000\tdrm_open\tdrivers/gpu/drm/drm\tEXPORT_SYMBOL\t\n"
+			f.kernel(t, "17800.0.9", tree)
+			f.kernel(t, "17800.1.9", tree)
+			files := driverFiles()
+			files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "depends=", "depends=drm", 1)
+			f.driver(t, files)
+			cfg := f.config(t, emptyCache(t))
+			cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it needs them
+			must(t, cfg, request("17800.0.9"))
+			var boot bytes.Buffer
+			tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
+			f.putChecked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
+
+			cut := &cutter{}
+			cut.n.Store(n)
+			cfg.Registry = func(string) registry.Options { return registry.Options{Transport: cut} }
+			if _, log, err := build(t, cfg, request("17800.1.9")); err == nil {
+				t.Fatalf("Run without a network succeeded\n%s", log)
+			}
+			cfg.Registry = nil
+			res := must(t, cfg, request("17800.1.9"))
+			f.checkArtifact(t, res, 6) // a kernel match and a test result more than the first build's
+		})
+	}
+}

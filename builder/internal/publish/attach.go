@@ -1,0 +1,135 @@
+package publish
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// A publisher looks again until quietLooks looks in a row found everything, but at most maxLooks times.
+const (
+	quietLooks = 2
+	maxLooks   = 10
+)
+
+// settle looks again at the attachments, and attaches what is missing. Without the referrers API, each builder reads
+// the list of attachments, adds to it and writes it. If two builders do so at once, the second overwrites the first
+// one's entry, and each of them may have read its own entry before.
+func settle(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
+	if a.Pause == nil || a.Verifier == nil || len(a.Bundles) == 0 {
+		return nil
+	}
+	shared, err := repo.SharesList(ctx, subject.Digest.String())
+	if err != nil || !shared {
+		return err
+	}
+	quiet := 0
+	for range maxLooks {
+		if err := a.Pause(ctx); err != nil {
+			return err
+		}
+		added, err := attach(ctx, repo, subject, a)
+		if err != nil {
+			return err
+		}
+		if err := keepLog(ctx, repo, subject, a); err != nil {
+			return err
+		}
+		if quiet++; added > 0 {
+			quiet = 0
+		}
+		if quiet == quietLooks {
+			return nil
+		}
+	}
+	return fault.New(fault.Transient, "other builders overwrite the list of attachments again and again",
+		"run the command again, with fewer builders at a time; or use a registry with the OCI referrers API")
+}
+
+// keepLog attaches the build log again if this run's provenance is attached. If the log is listed, nothing changes.
+func keepLog(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
+	if a.Log == nil {
+		return nil
+	}
+	attached, err := repo.Attached(ctx, subject.Digest.String(), trust.ArtifactTypeBundle,
+		trust.OfType(trust.PredicateProvenance))
+	if err != nil {
+		return err
+	}
+	mine := slices.ContainsFunc(attached, func(raw []byte) bool {
+		st, err := a.Verifier.Statement(raw)
+		return err == nil && st.PredicateType == trust.PredicateProvenance &&
+			slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) })
+	})
+	if mine {
+		_, err = repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil)
+	}
+	return err
+}
+
+// attach adds the statements that the artifact lacks, and returns the number of additions. The build log comes before
+// the provenance, which must never refer to a missing log.
+func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) (added int, err error) {
+	if len(a.Bundles) == 0 && a.Log == nil {
+		return 0, nil
+	}
+	digest := subject.Digest.String()
+	present := map[string]bool{}
+	var built time.Time // the newest time in a present provenance, without times of wrong clocks
+	finished := a.finished()
+	if a.Verifier != nil {
+		var wanted []map[string]string
+		for _, raw := range a.Bundles {
+			wanted = append(wanted, labels(raw))
+		}
+		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, wanted...)
+		if err != nil {
+			return added, err
+		}
+		for _, raw := range attached {
+			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
+			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
+				present[proofKey(st)] = true
+				if at := trust.FinishedOn(st); at.After(built) && !at.After(finished.Add(24*time.Hour)) {
+					built = at
+				}
+			}
+		}
+	}
+	if a.RenewAfter > 0 && finished.Sub(built) >= a.RenewAfter {
+		present[trust.PredicateProvenance] = false
+	}
+	if a.Log != nil && !present[trust.PredicateProvenance] {
+		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
+			return added, err
+		}
+	}
+	for _, raw := range a.Bundles {
+		if a.Verifier != nil {
+			st, err := a.Verifier.Statement(raw)
+			if err != nil {
+				return added, fmt.Errorf("verify the new statement: %w", err)
+			}
+			if !st.About(digest) {
+				return added, fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
+					st.PredicateType, digest)
+			}
+			if present[proofKey(st)] {
+				continue
+			}
+		}
+		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, labels(raw)); err != nil {
+			return added, err
+		}
+		added++
+	}
+	return added, nil
+}
