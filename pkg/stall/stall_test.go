@@ -2,6 +2,7 @@ package stall_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"testing"
 	"testing/synctest"
@@ -73,7 +74,7 @@ func TestWatch(t *testing.T) {
 						time.Sleep(row.reader) // on the clock of the bubble
 					}
 				}
-				if row.stalled != fault.Is(err, fault.Transient) || !row.stalled && err != io.EOF {
+				if row.stalled != fault.Is(err, fault.Transient) || !row.stalled && !errors.Is(err, io.EOF) {
 					t.Errorf("Read = %v; want stalled: %v", err, row.stalled)
 				}
 				if err := r.Close(); err != nil {
