@@ -77,18 +77,18 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 				"to end the quarantine, run: server lift "+digest,
 			)
 		}
-		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
+		return tx.IgnoreFailuresBefore(ctx, digest, c.Now())
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
+// Lift makes a quarantined artifact usable again. Earlier failures do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
 			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
 				"take the digest from the list of quarantined artifacts: server quarantine")
 		}
-		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
+		return tx.IgnoreFailuresBefore(ctx, digest, c.Now())
 	})
 }
 

@@ -43,11 +43,12 @@ type OutcomeCount struct {
 	Outcome api.Outcome
 	Class   string
 	Nodes   int
+	Recent  int // those of them with a recent report
 }
 
-// OutcomeCounts counts the reported outcomes of an artifact for each network. It leaves out reports before the given
-// time, and reports that [Tx.IgnoreReportsBefore] excludes.
-func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
+// OutcomeCounts counts the last reported outcomes of an artifact's nodes for each network. It leaves out reports up to
+// since, and failures that [Tx.IgnoreFailuresBefore] excludes. Reports after recent are recent.
+func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since, recent time.Time) ([]OutcomeCount, error) {
 	if tx.postgres { // with the lock, the second of two reports at the same time sees the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
@@ -57,18 +58,19 @@ func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time)
 	var all []OutcomeCount
 	err := query(ctx, tx, func(row func(...any) error) error {
 		var s OutcomeCount
-		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes)
+		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes, &s.Recent)
 		all = append(all, s)
 		return err
 	}, `
-SELECT source, outcome, class, COUNT(*) FROM reports
-WHERE digest = $1 AND at > $2 AND at > (SELECT judged_from FROM artifacts WHERE digest = $1)
-GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since))
+SELECT source, outcome, class, COUNT(*), SUM(CASE WHEN at > $3 THEN 1 ELSE 0 END) FROM reports
+WHERE digest = $1 AND at > $2 AND (outcome = 'loaded' OR at > (SELECT judged_from FROM artifacts WHERE digest = $1))
+GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since), micros(recent))
 	return all, classify("read reports on "+digest, err)
 }
 
-// IgnoreReportsBefore excludes the reports on an artifact up to this time from the results of [Tx.OutcomeCounts].
-func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
+// IgnoreFailuresBefore excludes the reported failures of an artifact up to this time from the results of
+// [Tx.OutcomeCounts].
+func (tx *Tx) IgnoreFailuresBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
 	return classify("mark the artifact "+digest, err)
 }

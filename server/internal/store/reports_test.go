@@ -42,20 +42,20 @@ func testReports(t *testing.T, s *store.Store, id string) {
 	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // replaces the node's earlier report
 	said := func(since time.Time) (all []store.OutcomeCount) {
 		t.Helper()
-		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since); return err }))
+		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since, noon); return err }))
 		return all
 	}
-	want := []store.OutcomeCount{{"a", api.NotLoad, "rejected", 1}, {"a", api.Loaded, "", 1},
-		{"b", api.FellBack, "unusable", 1}}
+	want := []store.OutcomeCount{{"a", api.NotLoad, "rejected", 1, 0}, {"a", api.Loaded, "", 1, 1},
+		{"b", api.FellBack, "unusable", 1, 1}}
 	if d := cmp.Diff(want, said(noon.Add(-1))); d != "" {
 		t.Errorf("OutcomeCounts() (-want +got):\n%s", d)
 	}
 	if d := cmp.Diff(want[1:], said(noon)); d != "" {
 		t.Errorf("OutcomeCounts(after the first) (-want +got):\n%s", d)
 	}
-	check(write(func(tx *store.Tx) error { return tx.IgnoreReportsBefore(ctx, digest, noon.Add(time.Hour)) }))
+	check(write(func(tx *store.Tx) error { return tx.IgnoreFailuresBefore(ctx, digest, noon.Add(2*time.Hour)) }))
 	if d := cmp.Diff(want[1:2], said(noon.Add(-1))); d != "" {
-		t.Errorf("OutcomeCounts(judged from one o'clock) (-want +got):\n%s", d)
+		t.Errorf("OutcomeCounts(judged from two o'clock) (-want +got):\n%s", d)
 	}
 	counts := []api.ReportCounts{{BuildID: id, Board: "lakitu", Digest: digest, Loaded: 1, Failed: 1, FellBack: 1,
 		LastAt: noon.Add(2 * time.Hour)}}
