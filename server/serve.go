@@ -189,10 +189,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
 		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,
-		Deleted: func(repo string, d digest.Digest) {
-			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
-				log.Error("deleted artifact not removed from the catalogue", "digest", string(d), "err", err)
-			}
+		Forget: func(repo string, d digest.Digest) error {
+			return cat.Forget(context.WithoutCancel(ctx), repo, string(d))
 		},
 	})
 	if err != nil {

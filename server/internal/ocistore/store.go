@@ -52,8 +52,10 @@ const (
 type Options struct {
 	// CreateOnly reports whether a tag must refer to the same manifest for ever. nil means that no tag must.
 	CreateOnly func(repo, tag string) bool
-	// Deleted is called after a manifest was deleted. nil means no call.
-	Deleted func(repo string, d ociregistry.Digest)
+	// Forget is called before and after a manifest is deleted, and for a request to delete a missing one. It removes
+	// what else refers to the manifest. After an error, the request fails, and the client may repeat it. nil means no
+	// call.
+	Forget func(repo string, d ociregistry.Digest) error
 	// Public is true if everybody can read this registry (--public). It then refuses content under NVIDIA's licence
 	// that Redistribute does not allow. "" allows none.
 	Public       bool
@@ -68,7 +70,7 @@ type Store struct {
 
 	root       *os.Root
 	createOnly func(repo, tag string) bool
-	deleted    func(repo string, d ociregistry.Digest)
+	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
 
 	public       bool
@@ -94,6 +96,9 @@ func open(dir string, o Options) (*Store, error) {
 	if o.CreateOnly == nil {
 		o.CreateOnly = func(string, string) bool { return false }
 	}
+	if o.Forget == nil {
+		o.Forget = func(string, ociregistry.Digest) error { return nil }
+	}
 	if o.CheckFree == nil {
 		o.CheckFree = func() error { return nil }
 	}
@@ -109,7 +114,7 @@ func open(dir string, o Options) (*Store, error) {
 	s := &Store{
 		root:         root,
 		createOnly:   o.CreateOnly,
-		deleted:      o.Deleted,
+		forget:       o.Forget,
 		checkFree:    o.CheckFree,
 		busy:         map[string]bool{},
 		public:       o.Public,

@@ -433,7 +433,12 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 // tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
-	if err != nil {
+	if err != nil && !errors.Is(err, ociregistry.ErrManifestUnknown) {
+		return err
+	}
+	// Forget the manifest first, so that no failure leaves a reference to a deleted one. A deletion that a crash stopped
+	// may still have left one.
+	if err := cmp.Or(s.forget(repo, d), err); err != nil {
 		return err
 	}
 	for tag, err := range s.Tags(ctx, repo, "") {
@@ -467,8 +472,5 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 	if err := cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))); err != nil {
 		return replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
-	if s.deleted != nil {
-		s.deleted(repo, d)
-	}
-	return nil
+	return s.forget(repo, d) // what somebody recorded meanwhile
 }
