@@ -29,7 +29,7 @@ const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
 	differs    difference = "differs"    // the artifact contradicts its record; a person has to decide
-	absent     difference = "absent"     // the registry lacks an artifact; --apply forgets it if the registry is the server's
+	absent     difference = "absent"     // the registry lacks an artifact; forgotten by --apply in the server's own
 	unverified difference = "unverified" // no trusted signer says what the artifact is; never recorded
 	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
 )
@@ -104,7 +104,8 @@ Example:
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
 			cli.String("bucket", "", "also read published tarballs from the bucket at `URL`: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply",
-				Usage: "record the differences \"missing\" and \"attested\", and forget artifacts that the server's registry lacks"},
+				Usage: "record the differences \"missing\" and \"attested\", and forget artifacts that " +
+					"the server's registry lacks"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {

@@ -292,8 +292,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
-// TestReindexForgets checks that reindex --apply forgets a published artifact that the server's registry lost. It keeps a
-// yanked one.
+// TestReindexForgets checks that reindex --apply forgets a published artifact that the server's registry lost. It keeps
+// a yanked one.
 func TestReindexForgets(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -186,6 +186,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	defer closing("logs", logs.Close)
 	room := &disk{dir: s.Data, reserve: uint64(s.ReserveMB) << 20}
+	logs.CheckFree = room.CheckFree
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
 		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,

@@ -70,7 +70,7 @@ func (s *Store) MountBlob(ctx context.Context, _, toRepo string, d ociregistry.D
 }
 
 // PushBlobChunked implements [ociregistry.Writer].
-func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregistry.BlobWriter, error) {
+func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ociregistry.BlobWriter, error) {
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
@@ -78,8 +78,12 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 		return nil, err
 	}
 	id := randomID()
+	if err := s.own(id, ownerOf(ctx)); err != nil {
+		return nil, err
+	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
+		s.disown(id)
 		return nil, fmt.Errorf("begin upload: %w", err)
 	}
 	return s.upload(id, f, 0, -1)
@@ -133,6 +137,7 @@ func (s *Store) CancelUpload(id string) error {
 	if s.busy[id] {
 		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
 	}
+	delete(s.owners, id)
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
@@ -154,6 +159,7 @@ type upload struct {
 	f      *os.File // nil after Close
 	size   int64
 	offset int64 // the size that the client expects; -1 if it gave none, or if it was checked
+	left   int   // how many bytes may be written before the free space is checked
 }
 
 func (u *upload) ID() string     { return u.id }
@@ -169,6 +175,12 @@ func (u *upload) Write(p []byte) (int, error) {
 	u.offset = -1
 	if u.size+int64(len(p)) > MaxBlob {
 		return 0, fmt.Errorf("%w: the blob has more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
+	}
+	if u.left -= len(p); u.left < 0 {
+		if err := u.s.checkFree(); err != nil {
+			return 0, err
+		}
+		u.left = checkEvery
 	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
@@ -194,6 +206,7 @@ func (u *upload) Cancel() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
+	u.s.disown(u.id)
 	return errors.Join(u.Close(), err)
 }
 
@@ -223,6 +236,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 	if err := u.s.moveToFinal(name, blobPath(sum)); err != nil {
 		return desc, err
 	}
+	u.s.disown(u.id)
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
 }
 
