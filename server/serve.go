@@ -319,31 +319,6 @@ func (s settings) createOnly(repo, tag string) bool {
 	return chosen && !fallbackTag.MatchString(tag)
 }
 
-// collectEvery is the pause between two collections.
-const collectEvery = 6 * time.Hour
-
-// collect deletes unreferenced content of the registry at intervals, until ctx is done.
-func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
-	tick := time.NewTicker(collectEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		out, err := r.Collect(ctx, time.Now())
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
-			log.WarnContext(ctx, "collection incomplete", "err", err)
-		case out.Blobs > 0:
-			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
-		}
-	}
-}
-
 // auditRetention is how long the audit log is kept.
 const auditRetention = 400 * 24 * time.Hour
 
