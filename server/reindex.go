@@ -28,7 +28,7 @@ type difference string
 const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
-	differs    difference = "differs"    // the artifact contradicts its record; a person has to decide
+	differs    difference = "differs"    // the artifact contradicts its record; --apply changes only the repository
 	absent     difference = "absent"     // the registry lacks an artifact; forgotten by --apply in the server's own
 	unverified difference = "unverified" // no trusted signer says what the artifact is; never recorded
 	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
@@ -84,9 +84,10 @@ and catalogue, each with its kind:
   absent      an artifact is in the catalogue, and not in the repository
   unverified  no trusted signer signed the artifact
   lost        only --bucket has the driver, as a tarball; build it again
-With --apply, reindex records the kinds missing and attested. It forgets the
-published artifacts that are absent from the server's own registry. Withdrawn
-artifacts stay.
+With --apply, reindex records the kinds missing and attested. If an artifact
+differs only in its repository, and REPOSITORY is the server's
+--public-repository, reindex records that. It forgets the published artifacts
+that are absent from the server's own registry. Withdrawn artifacts stay.
 
 A bucket with published tarballs shows what a registry lost. The tarballs are
 not recorded, because nodes fetch artifacts from a registry.
@@ -255,8 +256,12 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 		f.Difference, f.Kernels, f.Note = missing, a.kernels, "for "+kernelNames(a.kernels)
 		return f, false
 	}
-	if notes := contradictions(a, k, repository); len(notes) > 0 {
+	if notes := contradictions(a, k); len(notes) > 0 {
 		f.Difference, f.Note, f.add = differs, strings.Join(notes, "; "), nil
+		return f, false
+	}
+	if k.Repository != repository {
+		f.Difference, f.Kernels, f.Note = differs, a.kernels, "the catalogue has it in the repository "+k.Repository
 		return f, false
 	}
 	if f.Kernels = without(a.kernels, k.Kernels); len(f.Kernels) > 0 {
@@ -266,8 +271,9 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 	return f, true
 }
 
-// contradictions returns a note for each fact in which the artifact and its record in the catalogue differ.
-func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
+// contradictions returns a note for each fact in which the artifact and its record in the catalogue differ, except the
+// repository.
+func contradictions(a artifact, k api.Artifact) (notes []string) {
 	if id := a.identity; k.Fingerprint != id.Fingerprint {
 		notes = append(
 			notes,
@@ -282,9 +288,6 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 	}
 	if k.Release != "" && k.Release != a.identity.Release {
 		notes = append(notes, fmt.Sprintf("its kernel release is %s, the catalogue has %s", a.identity.Release, k.Release))
-	}
-	if k.Repository != repository {
-		notes = append(notes, "the catalogue has it in the repository "+k.Repository)
 	}
 	if more := without(k.Kernels, a.kernels); len(more) > 0 {
 		notes = append(notes, "it has no kernel match for "+kernelNames(more))
@@ -327,7 +330,7 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 				return fmt.Errorf("forget the artifact %s: %w", f.Digest, err)
 			}
 			if f.Applied = err == nil; err != nil {
-				f.Note = "the server refuses to forget it: " + err.Error()
+				f.Note, f.forget = "the server refuses to forget it: "+err.Error(), false
 			}
 		}
 		if f.add == nil {
@@ -336,13 +339,18 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 		for from := 0; from < len(f.Kernels); from += maxCall {
 			part := *f.add
 			part.Kernels = f.Kernels[from:min(from+maxCall, len(f.Kernels))]
-			_, err := to.AddArtifact(ctx, part)
+			stored, err := to.AddArtifact(ctx, part)
 			if fault.Is(err, fault.Mismatch) || fault.Is(err, fault.Usage) {
-				f.Note = "the server refuses it: " + err.Error()
+				f.Note, f.add = "the server refuses it: "+err.Error(), nil
 				break
 			}
 			if err != nil {
 				return fmt.Errorf("record the artifact %s: %w", f.Digest, err)
+			}
+			if f.Difference == differs && stored.Repository != part.Repository {
+				f.Note, f.add = "the server keeps the repository "+stored.Repository+
+					", because its --public-repository is another", nil
+				break
 			}
 			f.Applied = from+maxCall >= len(f.Kernels)
 		}

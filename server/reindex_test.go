@@ -341,6 +341,46 @@ func TestReindexForgets(t *testing.T) {
 	}
 }
 
+// TestReindexMoves checks that reindex --apply changes the repository of a known artifact, but only to the server's
+// --public-repository.
+func TestReindexMoves(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, stop, _ := start(t, dir)
+	secret := secretOf(t, dir)
+	farm := testkit.NewKey(t)
+	s := testkit.NewSample(t, farm, testkit.SampleKernel("47"),
+		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	publish(t, url, secret, s)
+	record(t, api.NewClient(url, secret, nil), s)
+	name := testkit.Registry(t, true) + "/mirror/driver"
+	repo, err := registry.Open(name, registry.Options{Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Publish(t, repo)
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	put(t, pem, farm.PEM(t))
+	apply := func(code int, text, repository string) {
+		t.Helper()
+		got, out, errs := run(t, "reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token"),
+			"--repository", name, "--apply")
+		if got != code || !strings.Contains(out, text) {
+			t.Errorf("reindex --apply = %d\n%s%s\nwant %d with %q", got, out, errs, code, text)
+		}
+		if r := resolved(t, api.NewClient(url, secret, nil), s); r.Repository != repository {
+			t.Errorf("Resolve() = repository %q; want %q", r.Repository, repository)
+		}
+	}
+	apply(fault.Mismatch.ExitCode(), "the server keeps", "/prebake/driver")
+	if code := stop(); code != 0 {
+		t.Fatalf("stop = %d; want 0", code)
+	}
+	url, _, _ = start(t, dir, "--public-repository", name)
+	apply(0, "  recorded  ", name)
+	apply(0, "no differences", name)
+}
+
 // attach signs a kernel match of a sample and attaches it with the usual labels and the given ones.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {

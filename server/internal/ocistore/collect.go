@@ -23,8 +23,8 @@ type Collected struct {
 }
 
 // Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
-// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot be
-// read, Collect removes no blobs and returns an error.
+// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot
+// be read, Collect removes no blobs and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)

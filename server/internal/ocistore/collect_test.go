@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestCollectBesideDamage checks that a damaged manifest does not end a collection. The blobs that it names are kept. If
-// a manifest cannot be read, no blob is removed.
+// TestCollectBesideDamage checks that a damaged manifest does not end a collection. The blobs that it names are kept.
+// If a manifest cannot be read, no blob is removed.
 func TestCollectBesideDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -281,6 +281,13 @@ func (tx *Tx) SetArtifactState(
 	return classify("mark the artifact "+digest, err)
 }
 
+// SetRepository stores in which repository an artifact is.
+func (tx *Tx) SetRepository(ctx context.Context, digest, repository string) error {
+	tx.touch("") // all kernels that the artifact is attested for
+	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET repository = $2 WHERE digest = $1`, digest, repository)
+	return classify("store the repository of "+digest, err)
+}
+
 // SetReplacement stores which artifact replaces a yanked one.
 func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
 	tx.touch("")
