@@ -171,6 +171,14 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	return all, next, err
 }
 
+// Published reports whether an artifact that is attested for the kernel is published.
+func (tx *Tx) Published(ctx context.Context, buildID, board string) (bool, error) {
+	var n int
+	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM artifacts a JOIN artifact_kernels t ON t.digest = a.digest
+WHERE t.build_id = $1 AND t.board = $2 AND a.state = $3`, buildID, board, string(api.Published)).Scan(&n)
+	return n > 0, classify("read the artifacts of "+buildID+"/"+board, err)
+}
+
 // Artifact reads one artifact.
 func (s *Store) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
 	return artifact(ctx, s.readers, digest)
