@@ -72,7 +72,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 	}
 	reason, now := "", c.Now()
 	err = c.Store.Write(ctx, func(tx *store.Tx) error {
-		if err := tx.PutReport(ctx, r, from, now); err != nil {
+		if err := tx.PutReport(ctx, r, from, now, now.Add(-reportWindow)); err != nil {
 			return err
 		}
 		if r.Outcome == api.Loaded || c.Quarantine <= 0 {

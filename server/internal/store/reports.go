@@ -9,18 +9,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports is the maximum number of nodes of one network that may report on an artifact. It protects the disk from a
-// client that invents nodes.
+// MaxReports is the maximum number of nodes of one network that may report on an artifact in one period, such as a day.
+// It protects the disk from a client that invents nodes.
 const MaxReports = 1000
 
 // PutReport stores a node's report about an artifact, and replaces the node's earlier report. source is the node's
-// network.
-func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
+// network. Reports after since count for [MaxReports].
+func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at, since time.Time) error {
 	what := "store the report on " + r.Digest
 	var others int
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM (
-    SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
-		r.Digest, source, r.Node, MaxReports).Scan(&others)
+    SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 AND at > $5 LIMIT $4) c`,
+		r.Digest, source, r.Node, MaxReports, micros(since)).Scan(&others)
 	if err != nil {
 		return classify(what, err)
 	}
