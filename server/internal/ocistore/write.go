@@ -81,12 +81,16 @@ func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ocireg
 	if err := s.own(id, ownerOf(ctx)); err != nil {
 		return nil, err
 	}
+	if err := s.claim(id); err != nil {
+		return nil, err
+	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
+		s.release(id)
 		s.disown(id)
 		return nil, fmt.Errorf("begin upload: %w", err)
 	}
-	return s.upload(id, f, 0, -1)
+	return &upload{s: s, id: id, f: f, offset: -1}, nil
 }
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -105,21 +109,28 @@ func (s *Store) PushBlobChunkedResume(
 	if !idPattern.MatchString(id) {
 		return nil, ociregistry.ErrBlobUploadUnknown
 	}
+	// Claim the upload before its file is opened: another request may be about to remove the file or to make it a blob.
+	if err := s.claim(id); err != nil {
+		return nil, err
+	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
+		s.release(id)
 		return nil, replaceNotExist(err, ociregistry.ErrBlobUploadUnknown)
 	}
+	u := &upload{s: s, id: id, f: f, offset: offset}
 	info, err := f.Stat()
 	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, errors.Join(err, u.Close())
 	}
+	u.size = info.Size()
 	switch {
 	case !offsetKnown(ctx):
-		offset = -1 // without an offset, the chunk is appended
-	case offset > 0 && offset != info.Size():
-		return nil, errors.Join(outOfOrder(offset, info.Size()), f.Close())
+		u.offset = -1 // without an offset, the chunk is appended
+	case offset > 0 && offset != u.size:
+		return nil, errors.Join(outOfOrder(offset, u.size), u.Close())
 	}
-	return s.upload(id, f, info.Size(), offset)
+	return u, nil
 }
 
 func outOfOrder(offset, size int64) error {
@@ -141,15 +152,22 @@ func (s *Store) CancelUpload(id string) error {
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
-func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.BlobWriter, error) {
+// claim gives an upload to one request.
+func (s *Store) claim(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.busy[id] {
-		err := fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
-		return nil, errors.Join(err, f.Close())
+		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
 	}
 	s.busy[id] = true
-	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
+	return nil
+}
+
+// release ends a claim.
+func (s *Store) release(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.busy, id)
 }
 
 // upload is an upload that one request has opened. No other can write to it.
@@ -194,9 +212,7 @@ func (u *upload) Close() error {
 	}
 	err := u.f.Close()
 	u.f = nil
-	u.s.mu.Lock()
-	delete(u.s.busy, u.id)
-	u.s.mu.Unlock()
+	u.s.release(u.id)
 	return err
 }
 
