@@ -11,7 +11,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -306,17 +305,13 @@ func (s settings) sources() (all []discover.Source) {
 	return all
 }
 
-// fallbackTag matches the tag under which a client without the referrers API lists referrers. The client moves this
-// tag.
-var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
-
 // createOnly reports whether a tag is protected: it refers to the same digest for ever.
 func (s settings) createOnly(repo, tag string) bool {
 	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
 		ok, err := path.Match(pattern, repo)
 		return ok && err == nil
 	})
-	return chosen && !fallbackTag.MatchString(tag)
+	return chosen && !listTag.MatchString(tag)
 }
 
 // auditRetention is how long the audit log is kept.
