@@ -48,3 +48,21 @@ func (s *Store) disown(id string) {
 	defer s.mu.Unlock()
 	delete(s.owners, id)
 }
+
+// claim gives an upload to one request.
+func (s *Store) claim(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy[id] {
+		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
+	}
+	s.busy[id] = true
+	return nil
+}
+
+// release ends a claim.
+func (s *Store) release(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.busy, id)
+}

@@ -152,24 +152,6 @@ func (s *Store) CancelUpload(id string) error {
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
-// claim gives an upload to one request.
-func (s *Store) claim(id string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.busy[id] {
-		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
-	}
-	s.busy[id] = true
-	return nil
-}
-
-// release ends a claim.
-func (s *Store) release(id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.busy, id)
-}
-
 // upload is an upload that one request has opened. No other can write to it.
 type upload struct {
 	s      *Store
