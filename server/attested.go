@@ -42,8 +42,9 @@ const (
 	maxAttestations = 5000
 )
 
-// listTag matches the tag under which clients without the referrers API keep the list of an image's referrers.
-var listTag = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,}`)
+// listTag matches the tags under which clients without the referrers API keep the list of an image's referrers, or, as
+// cosign does, its signatures. Clients move these tags.
+var listTag = regexp.MustCompile(`^sha(256|512)-([0-9a-f]{64}|[0-9a-f]{128})(\.(sig|att|sbom))?$`)
 
 // readAll returns each tagged artifact once, sorted by digest.
 func (r *reader) readAll(ctx context.Context) ([]artifact, error) {

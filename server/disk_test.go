@@ -55,7 +55,8 @@ func TestCreateOnlyPatterns(t *testing.T) {
 		want      bool
 	}{
 		{"prebake/driver", "v1", true}, {"mine/a", "v1", true}, {"mine/b", "v1", false}, {"prebake/a/b", "v1", false},
-		{"prebake/driver", fallback, false},
+		{"prebake/driver", fallback, false}, {"prebake/driver", fallback + ".sig", false},
+		{"prebake/driver", strings.Replace(fallback, "256", "512", 1), false}, {"prebake/driver", fallback + "-v1", true},
 	} {
 		if got := s.createOnly(row.repo, row.tag); got != row.want {
 			t.Errorf("createOnly(%s, %.12s) = %t; want %t", row.repo, row.tag, got, row.want)

@@ -28,8 +28,8 @@ type difference string
 const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
-	differs    difference = "differs"    // the artifact contradicts its record; a person has to decide
-	absent     difference = "absent"     // the catalogue has an artifact that is not in the registry
+	differs    difference = "differs"    // the artifact contradicts its record; --apply changes only the repository
+	absent     difference = "absent"     // the registry lacks an artifact; forgotten by --apply in the server's own
 	unverified difference = "unverified" // no trusted signer says what the artifact is; never recorded
 	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
 )
@@ -43,7 +43,8 @@ type finding struct {
 	Note       string          `json:"note,omitempty"`
 	Applied    bool            `json:"applied,omitempty"`
 
-	add *api.NewArtifact // what --apply adds to the catalogue; nil means nothing
+	add    *api.NewArtifact // what --apply adds to the catalogue; nil means nothing
+	forget bool             // --apply removes the artifact from the catalogue
 }
 
 // comparison is the result that reindex prints.
@@ -83,7 +84,10 @@ and catalogue, each with its kind:
   absent      an artifact is in the catalogue, and not in the repository
   unverified  no trusted signer signed the artifact
   lost        only --bucket has the driver, as a tarball; build it again
-With --apply, reindex records the kinds missing and attested, and no others.
+With --apply, reindex records the kinds missing and attested. If an artifact
+differs only in its repository, and REPOSITORY is the server's
+--public-repository, reindex records that. It forgets the published artifacts
+that are absent from the server's own registry. Withdrawn artifacts stay.
 
 A bucket with published tarballs shows what a registry lost. The tarballs are
 not recorded, because nodes fetch artifacts from a registry.
@@ -101,7 +105,8 @@ Example:
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
 			cli.String("bucket", "", "also read published tarballs from the bucket at `URL`: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply",
-				Usage: "add to the catalogue what it lacks: the differences \"missing\" and \"attested\""},
+				Usage: "record the differences \"missing\" and \"attested\", and forget artifacts that " +
+					"the server's registry lacks"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
@@ -213,7 +218,7 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 		case fault.Is(err, fault.NoArtifact) && k.State.Withdrawn(): // no node is sent there
 		case fault.Is(err, fault.NoArtifact):
 			found.Findings = append(found.Findings, finding{Digest: k.Digest, Difference: absent, Driver: k.Driver,
-				Note: "publish it again, or yank it"})
+				Note: "publish it again, or yank it", forget: strings.HasPrefix(repository, "/") && k.State == api.Published})
 		case err != nil:
 			return nil, err
 		default: // the artifact is there, without a tag
@@ -251,8 +256,12 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 		f.Difference, f.Kernels, f.Note = missing, a.kernels, "for "+kernelNames(a.kernels)
 		return f, false
 	}
-	if notes := contradictions(a, k, repository); len(notes) > 0 {
+	if notes := contradictions(a, k); len(notes) > 0 {
 		f.Difference, f.Note, f.add = differs, strings.Join(notes, "; "), nil
+		return f, false
+	}
+	if k.Repository != repository {
+		f.Difference, f.Kernels, f.Note = differs, a.kernels, "the catalogue has it in the repository "+k.Repository
 		return f, false
 	}
 	if f.Kernels = without(a.kernels, k.Kernels); len(f.Kernels) > 0 {
@@ -262,8 +271,9 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 	return f, true
 }
 
-// contradictions returns a note for each fact in which the artifact and its record in the catalogue differ.
-func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
+// contradictions returns a note for each fact in which the artifact and its record in the catalogue differ, except the
+// repository.
+func contradictions(a artifact, k api.Artifact) (notes []string) {
 	if id := a.identity; k.Fingerprint != id.Fingerprint {
 		notes = append(
 			notes,
@@ -278,9 +288,6 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 	}
 	if k.Release != "" && k.Release != a.identity.Release {
 		notes = append(notes, fmt.Sprintf("its kernel release is %s, the catalogue has %s", a.identity.Release, k.Release))
-	}
-	if k.Repository != repository {
-		notes = append(notes, "the catalogue has it in the repository "+k.Repository)
 	}
 	if more := without(k.Kernels, a.kernels); len(more) > 0 {
 		notes = append(notes, "it has no kernel match for "+kernelNames(more))
@@ -312,24 +319,38 @@ func kernelNames(kernels []target.Kernel) string {
 // maxCall is the maximum number of kernels of an artifact in one call.
 const maxCall = 1000
 
-// apply adds the missing records to the catalogue. It continues after a refused artifact, and stops if the server does
-// not answer.
+// apply adds the missing records to the catalogue, and removes those of absent artifacts. It continues after a refused
+// artifact, and stops if the server does not answer.
 func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	for i := range c.Findings {
 		f := &c.Findings[i]
+		if f.forget {
+			err := to.ForgetArtifact(ctx, f.Digest)
+			if err != nil && !fault.Is(err, fault.Mismatch) && !fault.Is(err, fault.Forbidden) {
+				return fmt.Errorf("forget the artifact %s: %w", f.Digest, err)
+			}
+			if f.Applied = err == nil; err != nil {
+				f.Note, f.forget = "the server refuses to forget it: "+err.Error(), false
+			}
+		}
 		if f.add == nil {
 			continue
 		}
 		for from := 0; from < len(f.Kernels); from += maxCall {
 			part := *f.add
 			part.Kernels = f.Kernels[from:min(from+maxCall, len(f.Kernels))]
-			_, err := to.AddArtifact(ctx, part)
+			stored, err := to.AddArtifact(ctx, part)
 			if fault.Is(err, fault.Mismatch) || fault.Is(err, fault.Usage) {
-				f.Note = "the server refuses it: " + err.Error()
+				f.Note, f.add = "the server refuses it: "+err.Error(), nil
 				break
 			}
 			if err != nil {
 				return fmt.Errorf("record the artifact %s: %w", f.Digest, err)
+			}
+			if f.Difference == differs && stored.Repository != part.Repository {
+				f.Note, f.add = "the server keeps the repository "+stored.Repository+
+					", because its --public-repository is another", nil
+				break
 			}
 			f.Applied = from+maxCall >= len(f.Kernels)
 		}
@@ -340,11 +361,14 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 // remainingError returns an error with a hint if differences remain.
 func (c *comparison) remainingError() error {
 	count := map[difference]int{}
-	rest := 0
+	rest, applicable := 0, 0
 	for _, f := range c.Findings {
 		if !f.Applied {
 			count[f.Difference]++
 			rest++
+			if f.add != nil || f.forget {
+				applicable++
+			}
 		}
 	}
 	switch {
@@ -353,8 +377,8 @@ func (c *comparison) remainingError() error {
 			"if you trust their publisher, give its public key with --public-key FILE; otherwise delete them from the registry")
 	case rest > 0:
 		hint := "for each artifact that differs or is absent: publish it again, or yank it: server yank DIGEST --reason WHY"
-		if count[missing]+count[attested] > 0 {
-			hint = "to record the missing artifacts and kernel matches, run the same command with --apply"
+		if applicable > 0 {
+			hint = "to record what is missing and to forget what is absent, run the same command with --apply"
 		}
 		if count[lost] == rest {
 			hint = "for each artifact that only the bucket has, request a build: server request"
@@ -390,6 +414,9 @@ func printComparison(w io.Writer, c *comparison) error {
 		state := string(f.Difference)
 		if f.Applied {
 			state = "recorded"
+			if f.forget {
+				state, f.Note = "forgotten", "its cells can be built again"
+			}
 		}
 		driver := "-"
 		if f.Driver.Version != "" {

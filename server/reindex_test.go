@@ -292,6 +292,95 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
+// TestReindexForgets checks that reindex --apply forgets a published artifact that the server's registry lost. It keeps
+// a yanked one.
+func TestReindexForgets(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, _, _ := start(t, dir)
+	secret := secretOf(t, dir)
+	c := api.NewClient(url, secret, nil)
+	farm := testkit.NewKey(t)
+	var all []testkit.Sample
+	for _, patch := range []string{"47", "48", "49"} {
+		s := testkit.NewSample(t, farm, testkit.SampleKernel(patch),
+			target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+		publish(t, url, secret, s)
+		record(t, c, s)
+		all = append(all, s)
+	}
+	kept, lost, yanked := all[0], all[1], all[2]
+	if _, err := c.Yank(t.Context(), yanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []testkit.Sample{lost, yanked} { // as a damaged disk may lose them
+		file := filepath.Join(dir, "registry/repos/prebake/driver/_manifests", strings.TrimPrefix(s.Digest, "sha256:"))
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.ForgetArtifact(t.Context(), kept.Digest); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("ForgetArtifact(in the registry) = %v; want mismatch", err)
+	}
+	if err := c.ForgetArtifact(t.Context(), yanked.Digest); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("ForgetArtifact(yanked) = %v; want mismatch", err)
+	}
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	put(t, pem, farm.PEM(t))
+	args := []string{"reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token")}
+	if code, out, errs := run(t, args...); code != fault.Mismatch.ExitCode() || !strings.Contains(out, "  absent  ") {
+		t.Errorf("reindex = %d\n%s%s\nwant an absent artifact", code, out, errs)
+	}
+	if code, out, errs := run(t, append(args, "--apply")...); code != 0 || strings.Count(out, "  forgotten  ") != 1 {
+		t.Errorf("reindex --apply = %d\n%s%s\nwant 0, and one forgotten", code, out, errs)
+	}
+	for s, want := range map[*testkit.Sample]api.State{&kept: api.Published, &lost: api.Unknown, &yanked: api.Yanked} {
+		if r := resolved(t, c, *s); r.State != want {
+			t.Errorf("Resolve(%s) = %s; want %s", s.Kernel, r.State, want)
+		}
+	}
+}
+
+// TestReindexMoves checks that reindex --apply changes the repository of a known artifact, but only to the server's
+// --public-repository.
+func TestReindexMoves(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, stop, _ := start(t, dir)
+	secret := secretOf(t, dir)
+	farm := testkit.NewKey(t)
+	s := testkit.NewSample(t, farm, testkit.SampleKernel("47"),
+		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	publish(t, url, secret, s)
+	record(t, api.NewClient(url, secret, nil), s)
+	name := testkit.Registry(t, true) + "/mirror/driver"
+	repo, err := registry.Open(name, registry.Options{Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Publish(t, repo)
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	put(t, pem, farm.PEM(t))
+	apply := func(code int, text, repository string) {
+		t.Helper()
+		got, out, errs := run(t, "reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token"),
+			"--repository", name, "--apply")
+		if got != code || !strings.Contains(out, text) {
+			t.Errorf("reindex --apply = %d\n%s%s\nwant %d with %q", got, out, errs, code, text)
+		}
+		if r := resolved(t, api.NewClient(url, secret, nil), s); r.Repository != repository {
+			t.Errorf("Resolve() = repository %q; want %q", r.Repository, repository)
+		}
+	}
+	apply(fault.Mismatch.ExitCode(), "the server keeps", "/prebake/driver")
+	if code := stop(); code != 0 {
+		t.Fatalf("stop = %d; want 0", code)
+	}
+	url, _, _ = start(t, dir, "--public-repository", name)
+	apply(0, "  recorded  ", name)
+	apply(0, "no differences", name)
+}
+
 // attach signs a kernel match of a sample and attaches it with the usual labels and the given ones.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {

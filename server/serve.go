@@ -11,7 +11,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -186,13 +185,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	defer closing("logs", logs.Close)
 	room := &disk{dir: s.Data, reserve: uint64(s.ReserveMB) << 20}
+	logs.CheckFree = room.CheckFree
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
 		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,
-		Deleted: func(repo string, d digest.Digest) {
-			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
-				log.Error("deleted artifact not removed from the catalogue", "digest", string(d), "err", err)
-			}
+		Forget: func(repo string, d digest.Digest) error {
+			return cat.Forget(context.WithoutCancel(ctx), repo, string(d))
 		},
 	})
 	if err != nil {
@@ -307,42 +305,13 @@ func (s settings) sources() (all []discover.Source) {
 	return all
 }
 
-// fallbackTag matches the tag under which a client without the referrers API lists referrers. The client moves this
-// tag.
-var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
-
 // createOnly reports whether a tag is protected: it refers to the same digest for ever.
 func (s settings) createOnly(repo, tag string) bool {
 	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
 		ok, err := path.Match(pattern, repo)
 		return ok && err == nil
 	})
-	return chosen && !fallbackTag.MatchString(tag)
-}
-
-// collectEvery is the pause between two collections.
-const collectEvery = 6 * time.Hour
-
-// collect deletes unreferenced content of the registry at intervals, until ctx is done.
-func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
-	tick := time.NewTicker(collectEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		out, err := r.Collect(ctx, time.Now())
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
-			log.WarnContext(ctx, "collection incomplete", "err", err)
-		case out.Blobs > 0:
-			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
-		}
-	}
+	return chosen && !listTag.MatchString(tag)
 }
 
 // auditRetention is how long the audit log is kept.

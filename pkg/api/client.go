@@ -188,6 +188,11 @@ func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, erro
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts", a, &out)
 }
 
+// ForgetArtifact removes a published artifact from the catalogue, if it is absent from the server's registry.
+func (c *Client) ForgetArtifact(ctx context.Context, digest string) error {
+	return c.sendOnly(ctx, http.MethodDelete, "/v1/artifacts/"+url.PathEscape(digest), nil)
+}
+
 // Yank marks an artifact so that no node gets it any more.
 func (c *Client) Yank(ctx context.Context, digest string, r YankRequest) (Artifact, error) {
 	var out Artifact

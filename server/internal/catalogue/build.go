@@ -272,8 +272,10 @@ func (c *Catalogue) update(
 		if after, err = apply(before, e, u, c.Now()); err != nil {
 			return err
 		}
-		if err := c.recordKernel(ctx, tx, before, u); err != nil {
-			return err
+		if !tooLate(before, e, u) {
+			if err := c.recordKernel(ctx, tx, before, u); err != nil {
+				return err
+			}
 		}
 		if e == publish {
 			if err := c.recordArtifact(ctx, tx, before, u); err != nil {
@@ -357,8 +359,23 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// The mirror must have changed, because a COS build never does. Artifacts with the old fingerprint do not fit
-		// any more.
+		// The mirror must have changed, because a COS build never does. A wrong mirror, or builder, must not take
+		// published artifacts from nodes.
+		held, err := tx.Published(ctx, k.BuildID, k.Board)
+		if err != nil {
+			return err
+		}
+		if held && u.State != api.Failed && u.State != api.Queued {
+			return fault.New(
+				fault.Mismatch,
+				fmt.Sprintf("kernel %s has fingerprint %s and published artifacts, but the builder reports fingerprint %s", k,
+					old.Fingerprint.Short(), k.Fingerprint.Short()),
+				"compare the kernel headers in the mirror with Google's; if the new ones are right, yank the artifacts first",
+			)
+		}
+		if held { // the report of a failure still counts
+			return nil
+		}
 		c.Log.WarnContext(
 			ctx,
 			"kernel fingerprint changed",

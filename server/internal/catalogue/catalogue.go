@@ -291,7 +291,8 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records a published artifact. If the catalogue has it already, AddArtifact adds only its new kernels.
+// AddArtifact records a published artifact. If the catalogue has it already, AddArtifact adds only its new kernels, and
+// changes its repository to [Config.Repository] if that is the given one.
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}
@@ -365,6 +366,10 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 				old.Fingerprint.Short()),
 			"",
 		)
+	case old.Repository != a.Repository && a.Repository == c.Repository: // the operator has changed the repository
+		if err := tx.SetRepository(ctx, a.Digest, a.Repository); err != nil {
+			return err
+		}
 	}
 	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
 	return tx.PutArtifact(ctx, a)

@@ -14,9 +14,10 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes report what happened to an artifact. If it does not load on several nodes, it goes into quarantine until an
-// operator has examined it. Nodes may lie, so the reports of one network (/24, or /64 with IPv6) are not enough if a
-// quarantine needs two nodes or more. A network can still prevent a quarantine by reporting success.
+// Nodes report what happened to an artifact. If it does not load on several nodes within a day, and within keepReports
+// on more than it loads on, it goes into quarantine until an operator has examined it. Nodes may lie, so the failures
+// of one network (/24, or /64 with IPv6) are not enough if a quarantine needs two nodes or more. A network's successes
+// are bounded as well, but less: a whole fleet may have one address, and a false alarm costs more than a late one.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -26,8 +27,10 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// reportWindow is the maximum age of a report that counts against an artifact.
+	// reportWindow is the period in which an artifact must fail on several nodes for a quarantine.
 	reportWindow = 24 * time.Hour
+	// loadedFactor is how many more nodes of one network count if the artifact loaded on them.
+	loadedFactor = 10
 	// maxCounts is the maximum number of entries in an answer about reports.
 	maxCounts = 1000
 	// maxMessage is the maximum length of a node's message, in bytes.
@@ -69,7 +72,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 	}
 	reason, now := "", c.Now()
 	err = c.Store.Write(ctx, func(tx *store.Tx) error {
-		if err := tx.PutReport(ctx, r, from, now); err != nil {
+		if err := tx.PutReport(ctx, r, from, now, now.Add(-reportWindow)); err != nil {
 			return err
 		}
 		if r.Outcome == api.Loaded || c.Quarantine <= 0 {
@@ -78,7 +81,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 		if a, err = tx.Artifact(ctx, r.Digest); err != nil || a.State != api.Published {
 			return err
 		}
-		said, err := tx.OutcomeCounts(ctx, r.Digest, now.Add(-reportWindow))
+		said, err := tx.OutcomeCounts(ctx, r.Digest, now.Add(-keepReports), now.Add(-reportWindow))
 		if err != nil {
 			return err
 		}
@@ -129,31 +132,43 @@ func checkReport(r *api.NodeReport) error {
 
 // artifactFaults are the classes of failures that may be the artifact's fault. Other classes are the node's, such as a
 // full disk.
-var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
+var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Internal, fault.TimedOut}
+
+// mayBlame reports whether a failure may be the artifact's fault. A GPU that the driver cannot use is usually broken.
+// After a fallback it is not: a node falls back for that reason only if its former driver could use the GPU.
+func mayBlame(s store.OutcomeCount) bool {
+	kind, err := fault.Parse(s.Class)
+	return err == nil && (slices.Contains(artifactFaults, kind) || kind == fault.Unusable && s.Outcome == api.FellBack)
+}
 
 // quarantineReason returns why an artifact has to go into quarantine, or "". The artifact must have failed on at least
-// limit nodes, and on more nodes than it loaded on.
+// limit nodes recently, and in all counted reports on more nodes than it loaded on.
 func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
-	most := max(1, limit-1) // the most failed nodes of one network that are counted
-	of, loaded, nodes := map[string]int{}, 0, 0
+	type nodes struct{ recent, failed, loaded int }
+	of := map[string]nodes{}
 	for _, s := range outcomes {
-		kind, err := fault.Parse(s.Class)
+		n := of[s.Source]
 		switch {
 		case s.Outcome == api.Loaded:
-			loaded += s.Nodes
-		case err == nil && slices.Contains(artifactFaults, kind):
-			of[s.Source] += s.Nodes
-			nodes += s.Nodes
+			n.loaded += s.Nodes
+		case mayBlame(s):
+			n.failed += s.Nodes
+			n.recent += s.Recent
 		}
+		of[s.Source] = n
 	}
-	failed := 0
+	most := max(1, limit-1) // the most failed nodes of one network that count
+	var sum nodes
 	for _, n := range of {
-		failed += min(n, most)
+		sum.recent += min(n.recent, most)
+		sum.failed += min(n.failed, most)
+		sum.loaded += min(n.loaded, loadedFactor*most)
 	}
-	if failed < limit || failed <= loaded {
+	if sum.recent < limit || sum.failed <= sum.loaded {
 		return ""
 	}
-	return fmt.Sprintf("it did not load on %d of %d nodes within a day", nodes, nodes+loaded)
+	return fmt.Sprintf("it did not load on %d counted nodes within a day, and on %d of %d within 30 days", sum.recent,
+		sum.failed, sum.failed+sum.loaded)
 }
 
 // Reports counts the reported outcomes for one artifact, or for all artifacts of one kernel.

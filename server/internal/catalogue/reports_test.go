@@ -3,6 +3,7 @@ package catalogue_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -56,6 +57,17 @@ func TestQuarantine(t *testing.T) {
 		class   fault.Kind
 		later   time.Duration // time since the former step
 	}
+	fails := []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0},
+		{"c", 3, failed, fault.Rejected, 0}}
+	// loads returns as many nodes of one network, on which the artifact loads; then time passes.
+	loads := func(nodes int, then time.Duration, next ...step) (all []step) {
+		for n := range nodes {
+			all = append(all, step{"d", 100 + n, api.Loaded, 0, 0})
+		}
+		next = slices.Clone(next)
+		next[0].later = then
+		return append(all, next...)
+	}
 	rows := []struct {
 		name  string
 		limit int
@@ -82,6 +94,19 @@ func TestQuarantine(t *testing.T) {
 		{"more failures than successes", 3, []step{{"a", 4, api.Loaded, 0, 0}, {"a", 5, api.Loaded, 0, 0},
 			{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}},
 			api.Quarantined},
+		{"good last week", 3, loads(3, 7*24*time.Hour, fails...), api.Published},
+		{"good two months ago", 3, loads(3, 60*24*time.Hour, fails...), api.Quarantined},
+		{"one network that makes up successes", 3, loads(40, 0, append(slices.Clone(fails),
+			func() (more []step) {
+				for n := range 20 {
+					more = append(more, step{fmt.Sprint("e", n/2), 200 + n, failed, fault.Rejected, 0})
+				}
+				return more
+			}()...)...), api.Quarantined},
+		{"broken GPUs", 3, []step{{"a", 1, failed, fault.Unusable, 0}, {"b", 2, failed, fault.Unusable, 0},
+			{"c", 3, failed, fault.Unusable, 0}}, api.Published},
+		{"the former driver could use the GPUs", 3, []step{{"a", 1, fell, fault.Unusable, 0},
+			{"b", 2, fell, fault.Unusable, 0}, {"c", 3, fell, fault.Unusable, 0}}, api.Quarantined},
 		{"longer than a day", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0},
 			{"c", 3, failed, fault.Rejected, 25 * time.Hour}}, api.Published},
 		{"a node that came round", 3,
@@ -107,7 +132,7 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// TestLift checks that nodes do not get a quarantined artifact, and get it again once it is lifted. Earlier reports
+// TestLift checks that nodes do not get a quarantined artifact, and get it again once it is lifted. Earlier failures
 // then do not count.
 func TestLift(t *testing.T) {
 	t.Parallel()
@@ -125,7 +150,8 @@ func TestLift(t *testing.T) {
 	report(t, c, "a", reportOf(9, api.Loaded, 0))
 	fails()
 	r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
-	want := "it did not load on 3 of 4 nodes within a day; the last report says: unknown symbol"
+	want := "it did not load on 3 counted nodes within a day, and on 3 of 4 within 30 days; " +
+		"the last report says: unknown symbol"
 	if err != nil || r.State != api.Quarantined || r.Reason != want || r.Digest != "" ||
 		!strings.Contains(r.Hint, "server lift "+digest("1")) {
 		t.Errorf("Resolve() = %+v, %v; want quarantined, %q", r, err, want)

@@ -57,21 +57,29 @@ func eventOf(u api.BuildUpdate) (event, error) {
 	return "", fmt.Errorf("state %q is not a state of builds", u.State)
 }
 
+// superseded reports whether another attempt began after that of the update, because its builder seemed dead.
+func superseded(b api.Build, e event, u api.BuildUpdate) bool {
+	return e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
+}
+
+// tooLate reports whether an update changes nothing, without an error.
+func tooLate(b api.Build, e event, u api.BuildUpdate) bool {
+	return slices.Contains(tooLateStates[e], b.State) || superseded(b, e, u) && (e == fail || e == putBack)
+}
+
 // apply returns the build after an event, with the values of the update. If the event is not allowed, it returns an
 // error.
 func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, error) {
 	if u.Kernel != nil && (u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board) {
 		return b, fault.New(fault.Mismatch, fmt.Sprintf("the build is for kernel %s, not %s", b.Kernel, *u.Kernel), "")
 	}
-	// A superseded attempt is one after which another attempt began, because its builder seemed dead.
-	superseded := e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
 	switch {
-	case slices.Contains(tooLateStates[e], b.State), superseded && (e == fail || e == putBack):
+	case tooLate(b, e, u):
 		return b, nil
 	case e != progress && !slices.Contains(allowedStates[e], b.State):
 		return b, fault.New(fault.Mismatch,
 			fmt.Sprintf("the build is %s and cannot become %s", b.State, stateAfter[e]), "")
-	case superseded:
+	case superseded(b, e, u):
 		return b, fault.New(fault.Mismatch,
 			fmt.Sprintf("attempt %d of the build runs now, not attempt %d", b.Attempt, u.Attempt), "")
 	case b.State == api.Published && u.Digest != b.Digest: // a repeated report must have the same digest

@@ -77,19 +77,58 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 				"to end the quarantine, run: server lift "+digest,
 			)
 		}
-		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
+		return tx.IgnoreFailuresBefore(ctx, digest, c.Now())
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
+// Lift makes a quarantined artifact usable again. Earlier failures do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
 			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
 				"take the digest from the list of quarantined artifacts: server quarantine")
 		}
-		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
+		return tx.IgnoreFailuresBefore(ctx, digest, c.Now())
 	})
+}
+
+// ForgetAbsent removes a published artifact that a repository of this server lacks. Its cells can then be built again.
+// A withdrawn artifact stays, so that a later push of the same content is not handed out.
+func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
+	if !digestPattern.MatchString(digest) {
+		return badDigest(digest)
+	}
+	err := c.Store.Write(ctx, func(tx *store.Tx) error {
+		a, err := tx.Artifact(ctx, digest)
+		if err != nil {
+			return err
+		}
+		name, local := strings.CutPrefix(a.Repository, "/")
+		held := false
+		if local && c.HasManifest != nil {
+			if held, err = c.HasManifest(ctx, name, digest); err != nil {
+				return err
+			}
+		}
+		var why string
+		switch {
+		case !local:
+			why = "it is in the repository " + a.Repository + ", which this server does not keep"
+		case a.State.Withdrawn():
+			why = "it is " + string(a.State)
+		case held || c.HasManifest == nil:
+			why = "the repository " + a.Repository + " has its manifest"
+		default:
+			_, err = tx.DropArtifact(ctx, a.Repository, digest)
+			return err
+		}
+		return fault.New(fault.Mismatch, why, "to keep the artifact from nodes, run: server yank "+digest+" --reason WHY")
+	})
+	if err != nil {
+		return fmt.Errorf("forget the artifact %s: %w", digest, err)
+	}
+	c.Log.InfoContext(ctx, "absent artifact removed from the catalogue", "digest", digest)
+	return nil
 }
 
 // setState sets the state of an artifact. The callback, which may be nil, gets the former artifact in the same

@@ -171,6 +171,43 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	}
 }
 
+// TestLateBoard checks that the second board of a COS build is found although the first was recorded alone.
+func TestLateBoard(t *testing.T) {
+	t.Parallel()
+	commit := strings.Repeat("a", 40)
+	files := map[string]string{}
+	for n := range 6 {
+		files[fmt.Sprintf("17800.0.%d/lakitu/kernel_commit", n)] = commit + "\n"
+	}
+	for _, id := range []string{"17800.0.5", "17800.0.2", "17800.0.1"} {
+		files[id+"/lakitu-arm64/kernel_commit"] = commit + "\n"
+	}
+	n := &notes{}
+	now := time.Now()
+	for id := range 6 {
+		first := now.Add(-48 * time.Hour)
+		if id == 2 {
+			first = now.Add(-time.Hour)
+		}
+		n.known = append(n.known, api.Kernel{SeenAt: now, FirstSeenAt: first, Kernel: target.Kernel{
+			BuildID: fmt.Sprintf("17800.0.%d", id), Board: "lakitu", Commit: commit, Arch: target.AMD64}})
+	}
+	k := discover.Kernels{URL: lay(t, files)}
+	if _, err := k.Look(t.Context(), n); err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]int{}
+	for _, k := range n.kernels {
+		got[k.String()]++
+	}
+	want := map[string]int{"17800.0.5/lakitu": 1, "17800.0.4/lakitu": 1, "17800.0.3/lakitu": 1,
+		"17800.0.5/lakitu-arm64": 1, // one of the newest three
+		"17800.0.2/lakitu-arm64": 1} // seen first an hour ago
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("Look() read kernels (-want +got):\n%s", diff)
+	}
+}
+
 func TestMirrorLooksUpOneBuild(t *testing.T) {
 	t.Parallel()
 	m := discover.Mirror{URL: lay(t, map[string]string{

@@ -21,10 +21,12 @@ import (
 const requestsAtOnce = 8
 
 // Google adds drivers mostly to the lists of a milestone's newest builds, so these are read each time. Other known
-// kernels are read again after readAgain.
+// kernels are read again after readAgain. The boards of a build may come one by one, so they are listed again for the
+// newest builds, and for each build for listAgain after it was seen first.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
+	listAgain  = 24 * time.Hour
 	pageLength = 1000
 )
 
@@ -55,11 +57,16 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
-	unseen, again := s.choose(ids, old, time.Now())
-	found, err := b.BuildsOf(ctx, unseen)
+	listed, again := s.choose(ids, old, time.Now())
+	found, err := b.BuildsOf(ctx, listed)
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
+	found = slices.DeleteFunc(found, func(k target.Kernel) bool {
+		return slices.ContainsFunc(old[k.BuildID], func(have api.Kernel) bool {
+			return have.Board == k.Board && !incomplete(have)
+		})
+	})
 	n, _, err = readAndRecord(ctx, b, to, append(found, again...))
 	return n, err
 }
@@ -114,13 +121,13 @@ func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, er
 	}
 }
 
-// choose returns the COS builds that the catalogue lacks, and the known kernels to read again. The given BUILD_IDs are
+// choose returns the COS builds whose boards to list, and the known kernels to read again. The given BUILD_IDs are
 // sorted, newest first. Those of one milestone have the same first number.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
 	now time.Time,
-) (unseen []string, again []target.Kernel) {
+) (listed []string, again []target.Kernel) {
 	most := s.PerMilestone
 	if most <= 0 {
 		most = 40
@@ -131,18 +138,18 @@ func (s Kernels) choose(
 		if seen[branch]++; seen[branch] > most {
 			continue
 		}
-		kernels := old[id]
-		if len(kernels) == 0 || slices.ContainsFunc(kernels, incomplete) {
-			unseen = append(unseen, id)
-			continue
-		}
-		for _, k := range kernels {
-			if seen[branch] <= newest || now.Sub(k.SeenAt) > readAgain {
+		lacks := len(old[id]) == 0
+		for _, k := range old[id] {
+			lacks = lacks || incomplete(k) || now.Sub(k.FirstSeenAt) < listAgain
+			if !incomplete(k) && (seen[branch] <= newest || now.Sub(k.SeenAt) > readAgain) {
 				again = append(again, k.Kernel)
 			}
 		}
+		if lacks || seen[branch] <= newest {
+			listed = append(listed, id)
+		}
 	}
-	return unseen, again
+	return listed, again
 }
 
 // incomplete reports whether a kernel was never read from a bucket. The catalogue has it because of a build or an

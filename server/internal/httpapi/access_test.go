@@ -66,6 +66,7 @@ var neededScopes = map[string]auth.Scope{
 	"POST /v1/reports":                      auth.Ask,
 	"POST /v1/artifacts/{digest}/lift":      auth.Operate,
 	"POST /v1/artifacts":                    auth.Build,
+	"DELETE /v1/artifacts/{digest}":         auth.Operate,
 	"POST /v1/artifacts/{digest}/unyank":    auth.Operate,
 	"POST /v1/artifacts/{digest}/yank":      auth.Operate,
 	"POST /v1/builds":                       auth.Ask,

@@ -16,8 +16,9 @@ import (
 // cannotFail has the operations whose input cannot be wrong.
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
-// testedElsewhere are operations that need clients in several networks. Tests of package catalogue cover them.
-var testedElsewhere = map[string]bool{"lift": true}
+// testedElsewhere are operations that need clients in several networks, or a registry that lost an artifact. Tests of
+// package catalogue and of reindex cover them.
+var testedElsewhere = map[string]bool{"lift": true, "forget-artifact": true}
 
 // serveMirrored is [serve] with a mirror of two COS builds.
 func serveMirrored(t testing.TB) string {
@@ -132,6 +133,8 @@ func exchanges() []exchange {
 		{operation: "unyank", method: "POST", path: "/v1/artifacts/" + digest + "/unyank", status: 200},
 		{operation: "unyank", method: "POST", path: "/v1/artifacts/sha256:" + strings.Repeat("0", 64) + "/unyank",
 			status: 404},
+		{operation: "forget-artifact", method: "DELETE", path: "/v1/artifacts/" + digest, status: 409},
+		{operation: "forget-artifact", method: "DELETE", path: "/v1/artifacts/latest", status: 400},
 
 		{operation: "put-wish-list", method: "PUT", path: "/v1/wish-lists/production", status: 200,
 			body: `{"text": "version: 1\nkernels: [{build: 17800.66.78}]\ndrivers: [default, {version: 550.54.15, flavours: [open]}]\n"}`},

@@ -384,6 +384,17 @@ func (t table) artifacts() {
 	)
 	huma.Register(
 		t,
+		t.write("forget-artifact", auth.Operate, http.MethodDelete, "/v1/artifacts/{digest}",
+			"Forget a published artifact that the server's registry lacks", http.StatusNoContent),
+		func(ctx context.Context, in *DigestPath) (*struct{}, error) {
+			if err := cat.ForgetAbsent(ctx, in.Digest); err != nil {
+				return nil, asProblem(err)
+			}
+			return nil, nil
+		},
+	)
+	huma.Register(
+		t,
 		t.write(
 			"yank",
 			auth.Operate,

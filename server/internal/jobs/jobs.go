@@ -41,11 +41,11 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. Without a report for deadAfter, it is dead. After the server was
-// down, builders have settleTime to report again. A dead builder's builds continue within a minute in both cases.
+// A builder reports every [api.HeartbeatInterval]. If the sweeps see no new report for deadAfter, it is dead. Only the
+// sweeper's own clock measures that, because another server may have written the time of the report. A dead builder's
+// builds continue within a minute, also after the server was down.
 const (
 	deadAfter  = 30 * time.Second
-	settleTime = 15 * time.Second
 	sweepEvery = 5 * time.Second
 	// idleFactor is the minimum pause after a sweep, as a multiple of its duration. It limits sweeps to some hundredths
 	// of a core.
@@ -62,10 +62,13 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since which builders can report without interruption. Earlier silence does not make a
-	// builder dead.
-	listening time.Time
+	// heard has the last report of each running build. It is empty after an error of the database, because reports may
+	// have been lost.
+	heard map[int64]heard
 }
+
+// heard says which report of a builder was the last, and when a sweep saw it first.
+type heard struct{ report, seen time.Time }
 
 // Run sweeps at intervals until ctx is done. It logs errors and continues.
 func (s *Sweeper) Run(ctx context.Context) error {
@@ -92,16 +95,13 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	if s.Now != nil {
 		now = s.Now
 	}
-	if s.listening.IsZero() {
-		s.listening = now()
-	}
 	jobs, err := s.Queue.Open(ctx)
 	var open []api.Build
 	if err == nil {
 		open, err = s.Catalogue.OpenBuilds(ctx)
 	}
 	if err != nil {
-		s.listening = time.Time{} // reports of builders may have been lost, too
+		s.heard = nil
 		return err
 	}
 	var errs []error
@@ -110,13 +110,15 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
 		}
 	}
+	before := s.heard
+	s.heard = map[int64]heard{}
 	for _, b := range open {
 		at, found := jobs[b.ID]
 		delete(jobs, b.ID)
 		switch {
 		case !found:
 			note(b.ID, s.repairLost(ctx, b))
-		case b.State == api.Building && s.dead(b, now()):
+		case b.State == api.Building && s.dead(b, before, now()):
 			note(b.ID, s.releaseJob(ctx, b, at))
 		case b.State == api.Queued && b.Priority > 0 && at.Priority > b.Priority:
 			note(b.ID, s.Queue.SetPriority(ctx, b.ID, b.Priority))
@@ -128,10 +130,18 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// dead reports whether the builder of a running build is dead.
-func (s *Sweeper) dead(b api.Build, now time.Time) bool {
-	silent := b.HeartbeatAt == nil || now.Sub(*b.HeartbeatAt) > deadAfter
-	return silent && now.Sub(s.listening) > settleTime
+// dead reports whether the builder of a running build is dead: it has not reported since the sweep that saw its last
+// report first.
+func (s *Sweeper) dead(b api.Build, before map[int64]heard, now time.Time) bool {
+	h := heard{seen: now}
+	if b.HeartbeatAt != nil {
+		h.report = *b.HeartbeatAt
+	}
+	if old, ok := before[b.ID]; ok && old.report.Equal(h.report) {
+		h = old
+	}
+	s.heard[b.ID] = h
+	return now.Sub(h.seen) > deadAfter
 }
 
 // releaseJob gives a dead builder's job to other builders. It changes the queue first, because the next sweep repeats a

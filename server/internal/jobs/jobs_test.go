@@ -158,7 +158,25 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(10*time.Minute + 14*time.Second)
 	beat = noon.Add(10*time.Minute + 15*time.Second)
 	sweep(10*time.Minute + 40*time.Second)
-	sweep(11*time.Minute, "release", "put back: transient")
+	sweep(11*time.Minute+11*time.Second, "release", "put back: transient")
+}
+
+// TestSweepTrustsNoClock checks that a builder lives while it reports, although another server whose clock is behind
+// writes the times of its reports.
+func TestSweepTrustsNoClock(t *testing.T) {
+	t.Parallel()
+	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	now, beat := noon, noon
+	w := &world{open: []api.Build{{ID: 1, State: api.Building, HeartbeatAt: &beat}},
+		standing: map[int64]queue.JobState{1: {Found: true, State: "running"}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	for after := time.Duration(0); after < 2*time.Minute; after += 10 * time.Second {
+		now = noon.Add(after)
+		beat = now.Add(-time.Hour)
+		if err := s.Sweep(t.Context()); err != nil || len(w.did) != 0 {
+			t.Fatalf("after %v, Sweep() = %v and did %v; want nothing", after, err, w.did)
+		}
+	}
 }
 
 // TestSweepNoticesAfterRestart restarts a server after a builder died. The server must wait for one report, but must
@@ -173,7 +191,7 @@ func TestSweepNoticesAfterRestart(t *testing.T) {
 	for _, step := range []struct {
 		at   time.Duration
 		want []string
-	}{{31 * time.Second, nil}, {45 * time.Second, nil}, {50 * time.Second, []string{"release", "put back: transient"}}} {
+	}{{31 * time.Second, nil}, {61 * time.Second, nil}, {62 * time.Second, []string{"release", "put back: transient"}}} {
 		now = noon.Add(step.at)
 		if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, step.want) {
 			t.Errorf("%v after the last report, Sweep() = %v and did %v; want %v", step.at, err, w.did, step.want)

@@ -7,19 +7,24 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"regexp"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
+	"github.com/opencontainers/go-digest"
 )
 
 // Collected is what one collection removed.
 type Collected struct {
 	Blobs int
 	Bytes int64
+	// Damaged has the digests of manifests with other content. The collection kept the blobs that this content names.
+	Damaged []string
 }
 
 // Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
-// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored.
+// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot
+// be read, Collect removes no blobs and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
@@ -41,7 +46,8 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	if err != nil || len(old) == 0 {
 		return out, err
 	}
-	referenced, err := s.referencedBlobs(ctx)
+	referenced, damaged, err := s.referencedBlobs(ctx)
+	out.Damaged = damaged
 	if err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
@@ -79,14 +85,19 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 	return info.Size(), s.root.Remove(p)
 }
 
-// referencedBlobs returns the digests of all manifests and their blobs, as hex digits.
-func (s *Store) referencedBlobs(ctx context.Context) (map[string]bool, error) {
-	all := map[string]bool{}
-	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
+// anyDigest matches the hex digits of digests in damaged content.
+var anyDigest = regexp.MustCompile(`[0-9a-f]{128}|[0-9a-f]{64}`)
+
+// referencedBlobs returns the digests of all manifests and their blobs, as hex digits. It also returns the digests of
+// damaged manifests.
+func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damaged []string, err error) {
+	all = map[string]bool{}
+	err = fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())
 		}
-		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || all[d.Name()] {
+		is := digest.NewDigestFromEncoded(algorithm(d.Name()), d.Name())
+		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || all[d.Name()] || is.Validate() != nil {
 			return nil
 		}
 		all[d.Name()] = true
@@ -98,15 +109,23 @@ func (s *Store) referencedBlobs(ctx context.Context) (map[string]bool, error) {
 			return err
 		}
 		var m manifest
-		if err := json.Unmarshal(content, &m); err != nil {
-			return fmt.Errorf("manifest %s: %w", d.Name(), err)
+		if is.Algorithm().FromBytes(content) != is || json.Unmarshal(content, &m) != nil {
+			damaged = append(damaged, string(is))
+			for _, sum := range anyDigest.FindAll(content, -1) {
+				all[string(sum)] = true
+			}
+			return nil
 		}
 		for _, desc := range append(append(m.Layers, m.Manifests...), orNone(m.Config)...) {
-			all[desc.Digest.Encoded()] = true
+			sum, err := hexOf(desc.Digest)
+			if err != nil {
+				return fmt.Errorf("manifest %s: %w", d.Name(), err)
+			}
+			all[sum] = true
 		}
 		return nil
 	})
-	return all, err
+	return all, damaged, err
 }
 
 func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {

@@ -65,6 +65,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		if known = err == nil; known {
 			auth.Write(r.Context(), who)
+			r = r.WithContext(withOwner(r.Context(), who.Name))
 		}
 	}
 	switch {

@@ -18,6 +18,7 @@ package ocistore
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -52,13 +53,16 @@ const (
 type Options struct {
 	// CreateOnly reports whether a tag must refer to the same manifest for ever. nil means that no tag must.
 	CreateOnly func(repo, tag string) bool
-	// Deleted is called after a manifest was deleted. nil means no call.
-	Deleted func(repo string, d ociregistry.Digest)
+	// Forget is called before and after a manifest is deleted, and for a request to delete a missing one. It removes
+	// what else refers to the manifest. After an error, the request fails, and the client may repeat it. nil means no
+	// call.
+	Forget func(repo string, d ociregistry.Digest) error
 	// Public is true if everybody can read this registry (--public). It then refuses content under NVIDIA's licence
 	// that Redistribute does not allow. "" allows none.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// CheckFree returns an error if there is no room to write. nil means no check.
+	// CheckFree returns an error if there is no room to write. It is called when a write begins, and again after each
+	// checkEvery bytes. nil means no check.
 	CheckFree func() error
 }
 
@@ -68,7 +72,7 @@ type Store struct {
 
 	root       *os.Root
 	createOnly func(repo, tag string) bool
-	deleted    func(repo string, d ociregistry.Digest)
+	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
 
 	public       bool
@@ -76,6 +80,8 @@ type Store struct {
 
 	mu   sync.Mutex
 	busy map[string]bool // uploads that a request writes to at this moment
+	// owners has the caller who began each open upload since the start.
+	owners map[string]string
 
 	// collecting is held for writing while a blob is deleted, and for reading while a manifest is checked and stored.
 	collecting sync.RWMutex
@@ -94,6 +100,9 @@ func open(dir string, o Options) (*Store, error) {
 	if o.CreateOnly == nil {
 		o.CreateOnly = func(string, string) bool { return false }
 	}
+	if o.Forget == nil {
+		o.Forget = func(string, ociregistry.Digest) error { return nil }
+	}
 	if o.CheckFree == nil {
 		o.CheckFree = func() error { return nil }
 	}
@@ -109,9 +118,10 @@ func open(dir string, o Options) (*Store, error) {
 	s := &Store{
 		root:         root,
 		createOnly:   o.CreateOnly,
-		deleted:      o.Deleted,
+		forget:       o.Forget,
 		checkFree:    o.CheckFree,
 		busy:         map[string]bool{},
+		owners:       map[string]string{},
 		public:       o.Public,
 		redistribute: o.Redistribute,
 	}
@@ -237,6 +247,25 @@ func (s *Store) mkdirs(dir string) error {
 	return s.syncDir(path.Dir(dir))
 }
 
+// checkEvery is how many bytes are written between two checks of the free space.
+const checkEvery = 16 << 20
+
+// checkedReader checks the free space again after each checkEvery bytes.
+type checkedReader struct {
+	io.Reader
+	check func() error
+	n     int
+}
+
+func (r *checkedReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if r.n += n; r.n >= checkEvery {
+		r.n = 0
+		err = cmp.Or(r.check(), err)
+	}
+	return n, err
+}
+
 // writeTemp writes r to a new file in the folder tmp, calls fsync, and returns the file's path.
 func (s *Store) writeTemp(r io.Reader) (name string, err error) {
 	if err := s.checkFree(); err != nil {
@@ -247,7 +276,7 @@ func (s *Store) writeTemp(r io.Reader) (name string, err error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = io.Copy(f, r)
+	_, err = io.Copy(f, &checkedReader{Reader: r, check: s.checkFree})
 	if err == nil {
 		err = f.Sync()
 	}

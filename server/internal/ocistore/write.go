@@ -70,7 +70,7 @@ func (s *Store) MountBlob(ctx context.Context, _, toRepo string, d ociregistry.D
 }
 
 // PushBlobChunked implements [ociregistry.Writer].
-func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregistry.BlobWriter, error) {
+func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ociregistry.BlobWriter, error) {
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
@@ -78,11 +78,19 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 		return nil, err
 	}
 	id := randomID()
+	if err := s.own(id, ownerOf(ctx)); err != nil {
+		return nil, err
+	}
+	if err := s.claim(id); err != nil {
+		return nil, err
+	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
+		s.release(id)
+		s.disown(id)
 		return nil, fmt.Errorf("begin upload: %w", err)
 	}
-	return s.upload(id, f, 0, -1)
+	return &upload{s: s, id: id, f: f, offset: -1}, nil
 }
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -101,21 +109,28 @@ func (s *Store) PushBlobChunkedResume(
 	if !idPattern.MatchString(id) {
 		return nil, ociregistry.ErrBlobUploadUnknown
 	}
+	// Claim the upload before its file is opened: another request may be about to remove the file or to make it a blob.
+	if err := s.claim(id); err != nil {
+		return nil, err
+	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
+		s.release(id)
 		return nil, replaceNotExist(err, ociregistry.ErrBlobUploadUnknown)
 	}
+	u := &upload{s: s, id: id, f: f, offset: offset}
 	info, err := f.Stat()
 	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, errors.Join(err, u.Close())
 	}
+	u.size = info.Size()
 	switch {
 	case !offsetKnown(ctx):
-		offset = -1 // without an offset, the chunk is appended
-	case offset > 0 && offset != info.Size():
-		return nil, errors.Join(outOfOrder(offset, info.Size()), f.Close())
+		u.offset = -1 // without an offset, the chunk is appended
+	case offset > 0 && offset != u.size:
+		return nil, errors.Join(outOfOrder(offset, u.size), u.Close())
 	}
-	return s.upload(id, f, info.Size(), offset)
+	return u, nil
 }
 
 func outOfOrder(offset, size int64) error {
@@ -133,18 +148,8 @@ func (s *Store) CancelUpload(id string) error {
 	if s.busy[id] {
 		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
 	}
+	delete(s.owners, id)
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
-}
-
-func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.BlobWriter, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.busy[id] {
-		err := fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
-		return nil, errors.Join(err, f.Close())
-	}
-	s.busy[id] = true
-	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
 }
 
 // upload is an upload that one request has opened. No other can write to it.
@@ -154,6 +159,7 @@ type upload struct {
 	f      *os.File // nil after Close
 	size   int64
 	offset int64 // the size that the client expects; -1 if it gave none, or if it was checked
+	left   int   // how many bytes may be written before the free space is checked
 }
 
 func (u *upload) ID() string     { return u.id }
@@ -170,6 +176,12 @@ func (u *upload) Write(p []byte) (int, error) {
 	if u.size+int64(len(p)) > MaxBlob {
 		return 0, fmt.Errorf("%w: the blob has more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
 	}
+	if u.left -= len(p); u.left < 0 {
+		if err := u.s.checkFree(); err != nil {
+			return 0, err
+		}
+		u.left = checkEvery
+	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
 	return n, err
@@ -182,9 +194,7 @@ func (u *upload) Close() error {
 	}
 	err := u.f.Close()
 	u.f = nil
-	u.s.mu.Lock()
-	delete(u.s.busy, u.id)
-	u.s.mu.Unlock()
+	u.s.release(u.id)
 	return err
 }
 
@@ -194,6 +204,7 @@ func (u *upload) Cancel() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
+	u.s.disown(u.id)
 	return errors.Join(u.Close(), err)
 }
 
@@ -223,6 +234,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 	if err := u.s.moveToFinal(name, blobPath(sum)); err != nil {
 		return desc, err
 	}
+	u.s.disown(u.id)
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
 }
 
@@ -433,7 +445,12 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 // tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
-	if err != nil {
+	if err != nil && !errors.Is(err, ociregistry.ErrManifestUnknown) {
+		return err
+	}
+	// Forget the manifest first, so that no failure leaves a reference to a deleted one. A deletion that a crash stopped
+	// may still have left one.
+	if err := cmp.Or(s.forget(repo, d), err); err != nil {
 		return err
 	}
 	for tag, err := range s.Tags(ctx, repo, "") {
@@ -467,8 +484,5 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 	if err := cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))); err != nil {
 		return replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
-	if s.deleted != nil {
-		s.deleted(repo, d)
-	}
-	return nil
+	return s.forget(repo, d) // what somebody recorded meanwhile
 }

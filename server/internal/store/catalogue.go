@@ -171,6 +171,14 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	return all, next, err
 }
 
+// Published reports whether an artifact that is attested for the kernel is published.
+func (tx *Tx) Published(ctx context.Context, buildID, board string) (bool, error) {
+	var n int
+	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM artifacts a JOIN artifact_kernels t ON t.digest = a.digest
+WHERE t.build_id = $1 AND t.board = $2 AND a.state = $3`, buildID, board, string(api.Published)).Scan(&n)
+	return n > 0, classify("read the artifacts of "+buildID+"/"+board, err)
+}
+
 // Artifact reads one artifact.
 func (s *Store) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
 	return artifact(ctx, s.readers, digest)
@@ -279,6 +287,13 @@ func (tx *Tx) SetArtifactState(
 		micros(at),
 	)
 	return classify("mark the artifact "+digest, err)
+}
+
+// SetRepository stores in which repository an artifact is.
+func (tx *Tx) SetRepository(ctx context.Context, digest, repository string) error {
+	tx.touch("") // all kernels that the artifact is attested for
+	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET repository = $2 WHERE digest = $1`, digest, repository)
+	return classify("store the repository of "+digest, err)
 }
 
 // SetReplacement stores which artifact replaces a yanked one.

@@ -16,7 +16,12 @@ import (
 
 // Logs stores build logs as files. A running build's log is in <dir>/<build>.live. The complete log is in
 // <dir>/<build>.log.
-type Logs struct{ root *os.Root }
+type Logs struct {
+	// CheckFree returns an error if there is no room for a log. nil means no check.
+	CheckFree func() error
+
+	root *os.Root
+}
 
 // OpenLogs opens the folder, or makes it. It removes the remains of interrupted uploads.
 func OpenLogs(dir string) (*Logs, error) {
@@ -36,11 +41,21 @@ func OpenLogs(dir string) (*Logs, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the logs: %w", err)
 	}
-	return &Logs{root}, nil
+	return &Logs{root: root}, nil
 }
 
 // Close closes the folder.
 func (l *Logs) Close() error { return l.root.Close() }
+
+func (l *Logs) checkFree(build int64) error {
+	if l.CheckFree == nil {
+		return nil
+	}
+	if err := l.CheckFree(); err != nil {
+		return fmt.Errorf("store the log of build %d: %w", build, err)
+	}
+	return nil
+}
 
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
@@ -48,6 +63,9 @@ func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live
 // Append adds text to the log of a running build, at an offset in bytes. Offset 0 starts the log again. If another
 // offset is not the log's length, the error has kind Mismatch. The log is limited to api.MaxLiveLog bytes.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
+	if err := l.checkFree(build); err != nil {
+		return err
+	}
 	flags := os.O_WRONLY
 	if offset == 0 {
 		flags |= os.O_CREATE | os.O_TRUNC
@@ -91,6 +109,9 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 
 // Put stores the complete log of a build. Readers see either the earlier log or the new one.
 func (l *Logs) Put(build int64, r io.Reader) (err error) {
+	if err := l.checkFree(build); err != nil {
+		return err
+	}
 	name := logName(build)
 	part, err := os.CreateTemp(l.root.Name(), name+".*.part")
 	if err != nil {

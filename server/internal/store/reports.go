@@ -9,18 +9,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports is the maximum number of nodes of one network that may report on an artifact. It protects the disk from a
-// client that invents nodes.
+// MaxReports is the maximum number of nodes of one network that may report on an artifact in one period, such as a day.
+// It protects the disk from a client that invents nodes.
 const MaxReports = 1000
 
 // PutReport stores a node's report about an artifact, and replaces the node's earlier report. source is the node's
-// network.
-func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
+// network. Reports after since count for [MaxReports].
+func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at, since time.Time) error {
 	what := "store the report on " + r.Digest
 	var others int
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM (
-    SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
-		r.Digest, source, r.Node, MaxReports).Scan(&others)
+    SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 AND at > $5 LIMIT $4) c`,
+		r.Digest, source, r.Node, MaxReports, micros(since)).Scan(&others)
 	if err != nil {
 		return classify(what, err)
 	}
@@ -43,11 +43,12 @@ type OutcomeCount struct {
 	Outcome api.Outcome
 	Class   string
 	Nodes   int
+	Recent  int // those of them with a recent report
 }
 
-// OutcomeCounts counts the reported outcomes of an artifact for each network. It leaves out reports before the given
-// time, and reports that [Tx.IgnoreReportsBefore] excludes.
-func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
+// OutcomeCounts counts the last reported outcomes of an artifact's nodes for each network. It leaves out reports up to
+// since, and failures that [Tx.IgnoreFailuresBefore] excludes. Reports after recent are recent.
+func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since, recent time.Time) ([]OutcomeCount, error) {
 	if tx.postgres { // with the lock, the second of two reports at the same time sees the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
@@ -57,18 +58,19 @@ func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time)
 	var all []OutcomeCount
 	err := query(ctx, tx, func(row func(...any) error) error {
 		var s OutcomeCount
-		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes)
+		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes, &s.Recent)
 		all = append(all, s)
 		return err
 	}, `
-SELECT source, outcome, class, COUNT(*) FROM reports
-WHERE digest = $1 AND at > $2 AND at > (SELECT judged_from FROM artifacts WHERE digest = $1)
-GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since))
+SELECT source, outcome, class, COUNT(*), SUM(CASE WHEN at > $3 THEN 1 ELSE 0 END) FROM reports
+WHERE digest = $1 AND at > $2 AND (outcome = 'loaded' OR at > (SELECT judged_from FROM artifacts WHERE digest = $1))
+GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since), micros(recent))
 	return all, classify("read reports on "+digest, err)
 }
 
-// IgnoreReportsBefore excludes the reports on an artifact up to this time from the results of [Tx.OutcomeCounts].
-func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
+// IgnoreFailuresBefore excludes the reported failures of an artifact up to this time from the results of
+// [Tx.OutcomeCounts].
+func (tx *Tx) IgnoreFailuresBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
 	return classify("mark the artifact "+digest, err)
 }

@@ -16,12 +16,13 @@ import (
 // testReports stores reports of nodes, counts them and removes them.
 func testReports(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
+	const day = 24 * time.Hour
 	digest, k := "sha256:said"+id, kernelOf(id)
 	write := func(f func(tx *store.Tx) error) error { return s.Write(ctx, f) }
 	put := func(node int, outcome api.Outcome, class, source string, at time.Time) error {
 		r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: outcome, Class: class,
 			Node: fmt.Sprint(node)}
-		return write(func(tx *store.Tx) error { return tx.PutReport(ctx, r, source, at) })
+		return write(func(tx *store.Tx) error { return tx.PutReport(ctx, r, source, at, at.Add(-day)) })
 	}
 	check := func(err error) {
 		t.Helper()
@@ -42,20 +43,20 @@ func testReports(t *testing.T, s *store.Store, id string) {
 	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // replaces the node's earlier report
 	said := func(since time.Time) (all []store.OutcomeCount) {
 		t.Helper()
-		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since); return err }))
+		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since, noon); return err }))
 		return all
 	}
-	want := []store.OutcomeCount{{"a", api.NotLoad, "rejected", 1}, {"a", api.Loaded, "", 1},
-		{"b", api.FellBack, "unusable", 1}}
+	want := []store.OutcomeCount{{"a", api.NotLoad, "rejected", 1, 0}, {"a", api.Loaded, "", 1, 1},
+		{"b", api.FellBack, "unusable", 1, 1}}
 	if d := cmp.Diff(want, said(noon.Add(-1))); d != "" {
 		t.Errorf("OutcomeCounts() (-want +got):\n%s", d)
 	}
 	if d := cmp.Diff(want[1:], said(noon)); d != "" {
 		t.Errorf("OutcomeCounts(after the first) (-want +got):\n%s", d)
 	}
-	check(write(func(tx *store.Tx) error { return tx.IgnoreReportsBefore(ctx, digest, noon.Add(time.Hour)) }))
+	check(write(func(tx *store.Tx) error { return tx.IgnoreFailuresBefore(ctx, digest, noon.Add(2*time.Hour)) }))
 	if d := cmp.Diff(want[1:2], said(noon.Add(-1))); d != "" {
-		t.Errorf("OutcomeCounts(judged from one o'clock) (-want +got):\n%s", d)
+		t.Errorf("OutcomeCounts(judged from two o'clock) (-want +got):\n%s", d)
 	}
 	counts := []api.ReportCounts{{BuildID: id, Board: "lakitu", Digest: digest, Loaded: 1, Failed: 1, FellBack: 1,
 		LastAt: noon.Add(2 * time.Hour)}}
@@ -71,7 +72,7 @@ func testReports(t *testing.T, s *store.Store, id string) {
 		for i := range store.MaxReports - 2 {
 			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,
 				Node: fmt.Sprint("made up ", i)}
-			if err := tx.PutReport(ctx, r, "a", noon); err != nil {
+			if err := tx.PutReport(ctx, r, "a", noon, noon.Add(-day)); err != nil {
 				return err
 			}
 		}
@@ -80,6 +81,8 @@ func testReports(t *testing.T, s *store.Store, id string) {
 	if err := put(5, api.Loaded, "", "a", noon); !fault.Is(err, fault.TooMany) {
 		t.Errorf("PutReport(beyond the bound) = %v; want too-many", err)
 	}
+	check(put(7, api.Loaded, "", "a", noon.Add(day+time.Hour))) // a day later
+	check(put(7, api.Loaded, "", "c", noon.Add(2*time.Hour)))
 	check(put(2, api.Loaded, "", "a", noon.Add(3*time.Hour))) // from a known node
 	check(put(6, api.Loaded, "", "c", noon.Add(3*time.Hour)))
 

@@ -372,6 +372,15 @@ func TestLogs(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Error(err)
 	}
+	full := fault.New(fault.DiskFull, "the disk is full", "")
+	logs.CheckFree = func() error { return full }
+	for what, err := range map[string]error{"Put": logs.Put(7, strings.NewReader("x")),
+		"Append": logs.Append(7, 0, strings.NewReader("x"))} {
+		if !fault.Is(err, fault.DiskFull) {
+			t.Errorf("%s() on a full disk = %v; want disk-full", what, err)
+		}
+	}
+	logs.CheckFree = nil
 	if err := logs.Put(7, endless{}); !fault.Is(err, fault.TooLarge) {
 		t.Errorf("Put(endless) = %v; want too-large", err)
 	}

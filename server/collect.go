@@ -1,0 +1,46 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/prebake/prebake/server/internal/ocistore"
+)
+
+// The first collection comes soon after the start, because the disk may be full. Chance spreads it, so that servers
+// that start together do not read one disk together. collectEvery is the pause between two collections.
+const (
+	collectFirst  = 2 * time.Minute
+	collectSpread = 3 * time.Minute
+	collectEvery  = 6 * time.Hour
+)
+
+// collector removes unreferenced content of a registry.
+type collector interface {
+	Collect(ctx context.Context, now time.Time) (ocistore.Collected, error)
+}
+
+// collect deletes unreferenced content of the registry at intervals, until ctx is done.
+func collect(ctx context.Context, r collector, log *slog.Logger) error {
+	for next := collectFirst + rand.N(collectSpread); ; next = collectEvery {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(next):
+		}
+		out, err := r.Collect(ctx, time.Now())
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			log.WarnContext(ctx, "collection incomplete", "err", err)
+		case out.Blobs > 0:
+			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
+		}
+		for _, d := range out.Damaged {
+			log.WarnContext(ctx, "manifest damaged", "digest", d, "hint", "push this manifest again, or delete it")
+		}
+	}
+}

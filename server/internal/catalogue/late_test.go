@@ -1,0 +1,59 @@
+package catalogue_test
+
+import (
+	"testing"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// TestLateReport checks that a report that comes too late does not change the kernel, and that no report changes the
+// fingerprint of a kernel with published artifacts.
+func TestLateReport(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	ctx := t.Context()
+	fingerprint := func() target.Fingerprint {
+		t.Helper()
+		all, _, err := c.Kernels(ctx, store.KernelFilter{BuildID: first, Board: "lakitu"}, store.Page{})
+		if err != nil || len(all) != 1 {
+			t.Fatalf("Kernels() = %v, %v; want one", all, err)
+		}
+		return all[0].Fingerprint
+	}
+	update := func(id int64, u api.BuildUpdate) error { _, err := c.Update(ctx, id, u); return err }
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := request(t, c, first, v261, "open")
+	check(update(b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Fingerprint: fingerA}))
+	check(update(b.ID, api.BuildUpdate{State: api.Building, Worker: "v", Attempt: 2}))
+	check(update(b.ID, api.BuildUpdate{State: api.Failed, Class: "internal", Attempt: 1, Fingerprint: fingerB}))
+	if got := fingerprint(); got != fingerA {
+		t.Errorf("after a report of attempt 1 beside attempt 2, the fingerprint = %s; want %s", got.Short(), fingerA.Short())
+	}
+	check(update(b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA}))
+	next := request(t, c, first, v309, "proprietary")
+	check(update(next.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1}))
+	err := update(next.ID, api.BuildUpdate{Phase: "compile", Fingerprint: fingerB})
+	if !fault.Is(err, fault.Mismatch) || fault.Hint(err) == "" {
+		t.Errorf("Update(another fingerprint) = %v; want mismatch with a hint", err)
+	}
+	check(update(next.ID, api.BuildUpdate{State: api.Failed, Class: "internal", Fingerprint: fingerB}))
+	if got := fingerprint(); got != fingerA {
+		t.Errorf("with a published artifact, the fingerprint became %s; want %s", got.Short(), fingerA.Short())
+	}
+	if _, err := c.Yank(ctx, digest("1"), api.YankRequest{Reason: "the headers were wrong"}); err != nil {
+		t.Fatal(err)
+	}
+	third := request(t, c, first, v309, "proprietary")
+	check(update(third.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Fingerprint: fingerB}))
+	if got := fingerprint(); got != fingerB {
+		t.Errorf("without a published artifact, the fingerprint = %s; want %s", got.Short(), fingerB.Short())
+	}
+}

@@ -1,0 +1,60 @@
+package ocistore_test
+
+import (
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"cuelabs.dev/go/oci/ociregistry"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/prebake/prebake/server/internal/auth"
+	"github.com/prebake/prebake/server/internal/ocistore"
+)
+
+// TestForgetFails checks that a manifest is kept if Forget fails, and that a missing manifest is forgotten again.
+func TestForgetFails(t *testing.T) {
+	t.Parallel()
+	calls, trouble := 0, errors.New("the database is away")
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Forget: func(string, ociregistry.Digest) error {
+		calls++
+		return trouble
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	img := image(t)
+	if err := remote.Write(reference(t, host, "a/x:1"), img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	manifest := "/v2/a/x/manifests/" + digestOf(t, img).String()
+	for _, row := range []struct {
+		trouble error
+		method  string
+		status  int
+		calls   int
+	}{
+		{trouble, "DELETE", http.StatusInternalServerError, 1},
+		{trouble, "GET", http.StatusOK, 0},
+		{nil, "DELETE", http.StatusAccepted, 2},
+		{trouble, "DELETE", http.StatusInternalServerError, 1}, // the manifest is gone, and was not forgotten
+		{nil, "DELETE", http.StatusNotFound, 1},
+	} {
+		calls, trouble = 0, row.trouble
+		if r := call(t, host, row.method, manifest, ""); r.StatusCode != row.status || calls != row.calls {
+			t.Errorf("%s with the error %v of Forget = %s, %d calls; want %d, %d calls", row.method, row.trouble, r.Status,
+				calls, row.status, row.calls)
+		}
+	}
+}
