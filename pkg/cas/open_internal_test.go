@@ -1,6 +1,7 @@
 package cas
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"testing"
@@ -15,7 +16,7 @@ func TestOpenDenied(t *testing.T) {
 	if !fault.Is(err, fault.Usage) || fault.Hint(err) != hintOwner {
 		t.Errorf("Open of another user's cache = %v, hint %q; want a hint about the owner", err, fault.Hint(err))
 	}
-	if other := denied(fs.ErrExist); other != fs.ErrExist {
+	if other := denied(fs.ErrExist); !errors.Is(other, fs.ErrExist) {
 		t.Errorf("another error = %v; want it unchanged", other)
 	}
 }

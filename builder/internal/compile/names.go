@@ -2,7 +2,6 @@ package compile
 
 import (
 	"io/fs"
-	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -24,7 +23,7 @@ func (n driverNames) like(name string) string { return strings.Join(n.byBase[pat
 // driverNames lists the driver's original sources.
 func (b *build) driverNames() (driverNames, error) {
 	n := driverNames{byBase: map[string][]string{}}
-	list, err := os.ReadDir(filepath.Join(b.r.Headers, "include"))
+	list, err := fs.ReadDir(hostFS(b.r.Headers), "include")
 	if err != nil {
 		return n, err
 	}
