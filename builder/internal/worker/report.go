@@ -18,7 +18,14 @@ import (
 // reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
 // the log, the outcome is still sent.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
-	err := retryUntilDone(ctx, func() error { return w.sendLog(ctx, build) })
+	err := retryUntilDone(ctx, func() error {
+		err := w.sendLog(ctx, build)
+		if fault.Is(err, fault.DiskFull) { // the outcome needs no space, and must not wait for a person
+			log.WarnContext(ctx, "log not stored", "err", err)
+			return nil
+		}
+		return err
+	})
 	switch {
 	case err != nil && mayPass(err):
 		return err // the log file stays, and the next start of the worker sends it

@@ -30,8 +30,8 @@ type server struct {
 	*httptest.Server
 	// refuse returns the error for an update, or nil to accept it. Tests also use it to react to an update.
 	refuse func(u api.BuildUpdate) *api.Problem
-	// noRead is the kind of error of each GET of the build, unless it is 0.
-	noRead fault.Kind
+	// noRead is the kind of error of each GET of the build, unless it is 0. noLog is that of each PUT of its log.
+	noRead, noLog fault.Kind
 
 	mu     sync.Mutex
 	states []api.BuildUpdate // updates with a state; their times are removed
@@ -84,6 +84,11 @@ func newServer(t *testing.T) *server {
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		if s.noLog != 0 {
+			w.Header().Set("Content-Type", "application/problem+json")
+			answer(w, s.noLog.HTTPStatus(), api.Problem{Kind: s.noLog, Status: s.noLog.HTTPStatus()})
+			return
+		}
 		s.log = string(raw)
 		w.WriteHeader(http.StatusNoContent)
 	})

@@ -307,6 +307,20 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
+// TestOutcomeOnFullDisk checks that the server hears of the outcome although its disk has no room for the log.
+func TestOutcomeOnFullDisk(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, works)
+	r.server.noLog = fault.DiskFull
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if last := r.server.states[len(r.server.states)-1]; last.State != api.Published || r.tries != 1 {
+		t.Errorf("after %d tries the server heard %+v; want it published", r.tries, last)
+	}
+	r.checkNoLogs(t)
+}
+
 // TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
 // if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {

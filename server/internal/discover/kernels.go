@@ -57,17 +57,22 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
-	listed, again := s.choose(ids, old, time.Now())
-	found, err := b.BuildsOf(ctx, listed)
+	unseen, listed, again := s.choose(ids, old, time.Now())
+	found, err := b.BuildsOf(ctx, unseen)
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
+	more, late := b.BuildsOf(ctx, listed) // an error must not keep new builds out
+	found = append(found, more...)
 	found = slices.DeleteFunc(found, func(k target.Kernel) bool {
 		return slices.ContainsFunc(old[k.BuildID], func(have api.Kernel) bool {
 			return have.Board == k.Board && !incomplete(have)
 		})
 	})
 	n, _, err = readAndRecord(ctx, b, to, append(found, again...))
+	if late != nil {
+		err = errors.Join(err, fmt.Errorf("discover boards of known COS builds: %w", late))
+	}
 	return n, err
 }
 
@@ -121,13 +126,14 @@ func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, er
 	}
 }
 
-// choose returns the COS builds whose boards to list, and the known kernels to read again. The given BUILD_IDs are
+// choose returns the COS builds that are new or incomplete, the other builds whose boards to list again, and the known
+// kernels to read again. The given BUILD_IDs are
 // sorted, newest first. Those of one milestone have the same first number.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
 	now time.Time,
-) (listed []string, again []target.Kernel) {
+) (unseen, listed []string, again []target.Kernel) {
 	most := s.PerMilestone
 	if most <= 0 {
 		most = 40
@@ -138,18 +144,21 @@ func (s Kernels) choose(
 		if seen[branch]++; seen[branch] > most {
 			continue
 		}
-		lacks := len(old[id]) == 0
+		lacks, young := len(old[id]) == 0, false
 		for _, k := range old[id] {
-			lacks = lacks || incomplete(k) || now.Sub(k.FirstSeenAt) < listAgain
+			lacks, young = lacks || incomplete(k), young || now.Sub(k.FirstSeenAt) < listAgain
 			if !incomplete(k) && (seen[branch] <= newest || now.Sub(k.SeenAt) > readAgain) {
 				again = append(again, k.Kernel)
 			}
 		}
-		if lacks || seen[branch] <= newest {
+		switch {
+		case lacks:
+			unseen = append(unseen, id)
+		case young || seen[branch] <= newest:
 			listed = append(listed, id)
 		}
 	}
-	return listed, again
+	return unseen, listed, again
 }
 
 // incomplete reports whether a kernel was never read from a bucket. The catalogue has it because of a build or an
