@@ -206,6 +206,9 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	if now.State != api.Unknown { // the cell can never be built
 		return false, nil
 	}
+	if id, ok := known.forgotten[key]; ok {
+		now.Build = &api.Build{ID: id, State: api.Published}
+	}
 	priority := queue.PriorityWanted
 	switch {
 	case cell.EarlyWarning:
@@ -213,12 +216,12 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	case again:
 		priority = queue.PriorityAgain
 	}
-	b, err := c.openCell(ctx, k, now, priority)
+	b, queued, err := c.openCell(ctx, k, now, priority)
 	if err != nil {
 		return false, err
 	}
 	known.states[key] = b.State
-	return true, nil
+	return queued, nil
 }
 
 // planView gives [plan.Expand] the content of the catalogue instead of a bucket.
@@ -229,6 +232,8 @@ type planView struct {
 	drivers map[string]api.DriverRelease
 	states  map[store.CellKey]api.State // only cells with a build or an artifact
 	again   map[store.CellKey]bool      // failed cells that may be queued again now
+	// forgotten has the newest build of each cell whose build was published, and whose artifact was deleted since.
+	forgotten map[store.CellKey]int64
 }
 
 // retryPause returns the pause after the given number of failed builds of a cell, before the cell is queued again.
@@ -267,6 +272,8 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 		drivers: map[string]api.DriverRelease{},
 		states:  map[store.CellKey]api.State{},
 		again:   map[store.CellKey]bool{},
+
+		forgotten: map[store.CellKey]int64{},
 	}
 	failed, err := c.Store.FailedBuilds(ctx)
 	if err != nil {
@@ -289,6 +296,9 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 				s.states[key] = state
 				if state == api.Failed && mayRetry(f.Newest, failed[key], now) {
 					s.again[key] = true
+				}
+				if state == api.Unknown && f.Newest != nil && f.Newest.State == api.Published {
+					s.forgotten[key] = f.Newest.ID
 				}
 			}
 		}
