@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -270,7 +271,9 @@ func (c *Catalogue) update(
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update the state of build %d: %w", id, err), "")
 	}
 	var before, after api.Build
+	var refusal error
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		refusal = nil
 		if before, err = tx.Build(ctx, id); err != nil {
 			return err
 		}
@@ -278,7 +281,13 @@ func (c *Catalogue) update(
 			return err
 		}
 		if !tooLate(before, e, u) {
-			if err := c.recordKernel(ctx, tx, before, u); err != nil {
+			err := c.recordKernel(ctx, tx, before, u)
+			if e == publish && fault.Is(err, fault.Mismatch) {
+				refusal = err
+				after, err = refusePublication(ctx, tx, before, u, err, c.Now())
+				return err
+			}
+			if err != nil {
 				return err
 			}
 		}
@@ -299,7 +308,24 @@ func (c *Catalogue) update(
 		c.Log.InfoContext(ctx, "build changed", "build", id, "state", after.State, "class", after.Class, "digest",
 			after.Digest)
 	}
+	if refusal != nil {
+		return after, fmt.Errorf("update the state of build %d: %w", id, refusal)
+	}
 	return after, nil
+}
+
+// refusePublication marks a build as failed because its publication was refused. Its builder sends no other report, and
+// another attempt would be refused, too.
+func refusePublication(
+	ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate, why error, at time.Time,
+) (api.Build, error) {
+	u.State, u.Class = api.Failed, fault.Of(why).String()
+	u.Error, u.Hint = firstLine(why.Error()), firstLine(fault.Hint(why))
+	after, err := apply(b, fail, u, at)
+	if err != nil {
+		return b, why // the build is published already
+	}
+	return after, tx.SetBuild(ctx, after)
 }
 
 // firstLine returns the first line of a text, with at most maxLine bytes of valid UTF-8.
@@ -375,7 +401,9 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 				fault.Mismatch,
 				fmt.Sprintf("kernel %s has fingerprint %s and published artifacts, but the builder reports fingerprint %s", k,
 					old.Fingerprint.Short(), k.Fingerprint.Short()),
-				"compare the kernel headers in the mirror with Google's; if the new ones are right, yank the artifacts first",
+				"compare the kernel headers in the mirror with Google's; if the new ones are right, delete the kernel's "+
+					"published artifacts from this server's registry, or yank those in another registry: "+
+					"server yank DIGEST --reason WHY; then "+requestHint(api.Kernel{Kernel: k.Kernel}, b.Driver),
 			)
 		}
 		if held { // the report of a failure still counts
