@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -81,48 +82,53 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 			return api.Build{}, fmt.Errorf("request a build: %w", err)
 		}
 	}
-	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
+	b, _, err := c.openCell(ctx, k, *chosen, queue.PriorityAsked)
+	return b, err
 }
 
 // openCell adds and queues a build of a cell, or returns its published or open build. It raises the priority of a
-// waiting build if necessary. For a withdrawn artifact, the error has kind Unsupported.
-func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
+// waiting build if necessary. For a withdrawn artifact, the error has kind Unsupported. queued reports whether the
+// build is new and waits for a builder.
+func (c *Catalogue) openCell(
+	ctx context.Context, k api.Kernel, cell api.Resolution, priority int,
+) (b api.Build, queued bool, err error) {
 	now := c.Now()
-	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
+	b = api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
-		return b, fault.New(fault.Unsupported,
+		return b, false, fault.New(fault.Unsupported,
 			"request of a build refused: the artifact was yanked (reason: "+cell.Reason+")",
 			"choose another driver version; if this artifact is good after all, run: server unyank DIGEST")
 	case api.Quarantined:
-		return b, fault.New(fault.Unsupported,
+		return b, false, fault.New(fault.Unsupported,
 			"request of a build refused: the artifact is in quarantine (reason: "+cell.Reason+")", cell.Hint)
 	case api.Published:
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
-			return *cell.Build, nil
+			return *cell.Build, false, nil
 		}
 		// The artifact is not from a build of this server, so a new published build stands for it.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
-		b, _, err := c.add(ctx, b, cell.Build)
-		return b, err
+		b, _, err = c.add(ctx, b, cell.Build)
+		return b, false, err
 	}
 	if k.SeenAt.IsZero() { // each build needs its kernel in the catalogue; without a mirror, nothing else adds it
 		if err := c.RecordKernel(ctx, k); err != nil {
-			return b, err
+			return b, false, err
 		}
 	}
-	b, added, err := c.add(ctx, b, cell.Build)
+	b, queued, err = c.add(ctx, b, cell.Build)
 	switch {
 	case err != nil:
-		return b, err
-	case !added && b.State == api.Queued && b.Priority > priority:
-		return c.raisePriority(ctx, b, priority)
-	case !added:
-		return b, nil
+		return b, false, err
+	case !queued && b.State == api.Queued && b.Priority > priority:
+		b, err = c.raisePriority(ctx, b, priority)
+		return b, false, err
+	case !queued:
+		return b, false, nil
 	}
 	c.Log.InfoContext(ctx, "build requested", "build", b.ID, "kernel", b.Kernel.String(), "driver", b.Driver.String())
 	c.changeQueueAfterTx(ctx, "build not queued yet", b.ID, func(q Enqueuer) error { return c.enqueue(ctx, q, b) })
-	return b, nil
+	return b, true, nil
 }
 
 // changeQueueInTx changes the queue in the given transaction if queue and catalogue are in one database. Otherwise
@@ -265,7 +271,9 @@ func (c *Catalogue) update(
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update the state of build %d: %w", id, err), "")
 	}
 	var before, after api.Build
+	var refusal error
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		refusal = nil
 		if before, err = tx.Build(ctx, id); err != nil {
 			return err
 		}
@@ -273,7 +281,13 @@ func (c *Catalogue) update(
 			return err
 		}
 		if !tooLate(before, e, u) {
-			if err := c.recordKernel(ctx, tx, before, u); err != nil {
+			err := c.recordKernel(ctx, tx, before, u)
+			if e == publish && fault.Is(err, fault.Mismatch) {
+				refusal = err
+				after, err = refusePublication(ctx, tx, before, u, err, c.Now())
+				return err
+			}
+			if err != nil {
 				return err
 			}
 		}
@@ -294,7 +308,24 @@ func (c *Catalogue) update(
 		c.Log.InfoContext(ctx, "build changed", "build", id, "state", after.State, "class", after.Class, "digest",
 			after.Digest)
 	}
+	if refusal != nil {
+		return after, fmt.Errorf("update the state of build %d: %w", id, refusal)
+	}
 	return after, nil
+}
+
+// refusePublication marks a build as failed because its publication was refused. Its builder sends no other report, and
+// another attempt would be refused, too.
+func refusePublication(
+	ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate, why error, at time.Time,
+) (api.Build, error) {
+	u.State, u.Class = api.Failed, fault.Of(why).String()
+	u.Error, u.Hint = firstLine(why.Error()), firstLine(fault.Hint(why))
+	after, err := apply(b, fail, u, at)
+	if err != nil {
+		return b, why // the build is published already
+	}
+	return after, tx.SetBuild(ctx, after)
 }
 
 // firstLine returns the first line of a text, with at most maxLine bytes of valid UTF-8.
@@ -370,7 +401,9 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 				fault.Mismatch,
 				fmt.Sprintf("kernel %s has fingerprint %s and published artifacts, but the builder reports fingerprint %s", k,
 					old.Fingerprint.Short(), k.Fingerprint.Short()),
-				"compare the kernel headers in the mirror with Google's; if the new ones are right, yank the artifacts first",
+				"compare the kernel headers in the mirror with Google's; if the new ones are right, delete the kernel's "+
+					"published artifacts from this server's registry, or yank those in another registry: "+
+					"server yank DIGEST --reason WHY; then "+requestHint(api.Kernel{Kernel: k.Kernel}, b.Driver),
 			)
 		}
 		if held { // the report of a failure still counts

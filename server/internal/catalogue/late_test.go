@@ -1,6 +1,7 @@
 package catalogue_test
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -56,4 +57,48 @@ func TestLateReport(t *testing.T) {
 	if got := fingerprint(); got != fingerB {
 		t.Errorf("without a published artifact, the fingerprint = %s; want %s", got.Short(), fingerB.Short())
 	}
+}
+
+// TestRefusedPublication publishes a build with another fingerprint than the kernel's published artifacts have. The
+// build must fail for good, with the refusal's text, until the artifacts are deleted.
+func TestRefusedPublication(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	ctx := t.Context()
+	b := request(t, c, first, v261, "open")
+	update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
+	next := request(t, c, first, v309, "proprietary")
+	update(t, c, next.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 2})
+	published := api.BuildUpdate{State: api.Published, Digest: digest("2"), Fingerprint: fingerB}
+	refused := func(when string, attempt int, want api.State) api.Build {
+		t.Helper()
+		published.Attempt = attempt
+		if _, err := c.Update(ctx, next.ID, published); !fault.Is(err, fault.Mismatch) || fault.Hint(err) == "" {
+			t.Errorf("%s: Update(another fingerprint) = %v; want mismatch with a hint", when, err)
+		}
+		got, err := c.Build(ctx, next.ID)
+		if err != nil || got.State != want {
+			t.Fatalf("%s: Build() = %+v, %v; want %s", when, got, err, want)
+		}
+		return got
+	}
+	refused("while another attempt runs", 1, api.Building)
+	got := refused("at the end", 2, api.Failed)
+	if got.Class != "mismatch" || got.FinishedAt == nil || got.Digest != "" ||
+		!strings.Contains(got.Error, "fingerprint") || !strings.Contains(got.Hint, "server request --build-id "+first) {
+		t.Errorf("the refused build is %+v; want the refusal's class, text and hint", got)
+	}
+	if err := c.Abandon(ctx, next.ID, "the job ended"); err != nil {
+		t.Fatal(err)
+	}
+	if got := refused("again", 2, api.Failed); got.Class != "mismatch" {
+		t.Errorf("the refused build became %+v; want mismatch", got)
+	}
+	if err := c.Forget(ctx, "prebake/driver", digest("1")); err != nil {
+		t.Fatal(err)
+	}
+	next = request(t, c, first, v309, "proprietary")
+	update(t, c, next.ID, api.BuildUpdate{State: api.Published, Digest: digest("2"), Fingerprint: fingerB})
+	published.Fingerprint = fingerA
+	refused("after the publication", 0, api.Published)
 }

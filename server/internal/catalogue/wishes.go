@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"regexp"
 	"slices"
 	"strings"
@@ -106,7 +107,7 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 }
 
 // Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. A failed
-// cell is queued again after [retryPause] if the cause of the failure may pass. Cancelled cells stay as they are.
+// cell is queued again at [retryTime] if the cause of the failure may pass. Cancelled cells stay as they are.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
@@ -206,6 +207,9 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	if now.State != api.Unknown { // the cell can never be built
 		return false, nil
 	}
+	if id, ok := known.forgotten[key]; ok {
+		now.Build = &api.Build{ID: id, State: api.Published}
+	}
 	priority := queue.PriorityWanted
 	switch {
 	case cell.EarlyWarning:
@@ -213,12 +217,12 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	case again:
 		priority = queue.PriorityAgain
 	}
-	b, err := c.openCell(ctx, k, now, priority)
+	b, queued, err := c.openCell(ctx, k, now, priority)
 	if err != nil {
 		return false, err
 	}
 	known.states[key] = b.State
-	return true, nil
+	return queued, nil
 }
 
 // planView gives [plan.Expand] the content of the catalogue instead of a bucket.
@@ -229,26 +233,38 @@ type planView struct {
 	drivers map[string]api.DriverRelease
 	states  map[store.CellKey]api.State // only cells with a build or an artifact
 	again   map[store.CellKey]bool      // failed cells that may be queued again now
+	// forgotten has the newest build of each cell whose build was published, and whose artifact was deleted since.
+	forgotten map[store.CellKey]int64
 }
 
-// retryPause returns the pause after the given number of failed builds of a cell, before the cell is queued again.
-func retryPause(failed int) time.Duration {
+// retryTime returns when a cell with the given number of failed builds may be queued again. ended is the end of the
+// newest one. From the third on it is once a day, at a time that depends on the cell: the cells of an outage must not
+// all be built at once each day.
+func retryTime(key store.CellKey, failed int, ended time.Time) time.Time {
 	switch {
 	case failed <= 1:
-		return time.Hour
+		return ended.Add(time.Hour)
 	case failed == 2:
-		return 6 * time.Hour
+		return ended.Add(6 * time.Hour)
 	}
-	return 24 * time.Hour
+	const day = 24 * time.Hour
+	sum := fnv.New64a()
+	fmt.Fprint(sum, key.BuildID, "/", key.Board, "/", key.Driver) // a hash's Write returns no error
+	earliest := ended.Add(6 * time.Hour)
+	at := earliest.Truncate(day).Add(time.Duration(sum.Sum64() % uint64(day)))
+	if at.Before(earliest) {
+		at = at.Add(day)
+	}
+	return at
 }
 
 // mayRetry reports whether a failed cell may be queued again. b is its newest build.
-func mayRetry(b *api.Build, failed int, now time.Time) bool {
+func mayRetry(key store.CellKey, b *api.Build, failed int, now time.Time) bool {
 	class, err := fault.Parse(b.Class)
 	if err != nil || !class.Passes() || b.FinishedAt == nil {
 		return false
 	}
-	return now.Sub(*b.FinishedAt) >= retryPause(failed)
+	return !now.Before(retryTime(key, failed, *b.FinishedAt))
 }
 
 func (s *planView) add(k api.Kernel) {
@@ -267,6 +283,8 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 		drivers: map[string]api.DriverRelease{},
 		states:  map[store.CellKey]api.State{},
 		again:   map[store.CellKey]bool{},
+
+		forgotten: map[store.CellKey]int64{},
 	}
 	failed, err := c.Store.FailedBuilds(ctx)
 	if err != nil {
@@ -287,8 +305,11 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
 				state := unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
 				s.states[key] = state
-				if state == api.Failed && mayRetry(f.Newest, failed[key], now) {
+				if state == api.Failed && mayRetry(key, f.Newest, failed[key], now) {
 					s.again[key] = true
+				}
+				if state == api.Unknown && f.Newest != nil && f.Newest.State == api.Published {
+					s.forgotten[key] = f.Newest.ID
 				}
 			}
 		}

@@ -1,6 +1,7 @@
 package catalogue_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -151,7 +152,7 @@ func TestAnnounce(t *testing.T) {
 }
 
 // TestPlanFailedCells fails wanted cells with each class. The planner must queue a cell again if the cause may pass:
-// after an hour, then after six, then each day, behind all other builds.
+// after an hour, then after six, then once a day, behind all other builds.
 func TestPlanFailedCells(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -182,21 +183,24 @@ func TestPlanFailedCells(t *testing.T) {
 	}
 	last := ""
 	for _, row := range []struct {
-		class string
-		pause time.Duration
+		class      string
+		early, due time.Duration // nothing is queued after early, and the cell is after due
 	}{
-		{"transient", time.Hour}, {"input-missing", 6 * time.Hour}, {"internal", 24 * time.Hour},
-		{"disk-full", 24 * time.Hour},
+		{"transient", time.Hour - time.Second, time.Hour},
+		{"input-missing", 6*time.Hour - time.Second, 6 * time.Hour},
+		{"internal", 6*time.Hour - time.Second, 30 * time.Hour},
+		{"disk-full", 6*time.Hour - time.Second, 30 * time.Hour},
 	} {
 		fail(row.class)
-		at = at.Add(row.pause - time.Second)
+		failed := at
+		at = failed.Add(row.early)
 		if got := plan(); got != nil {
-			t.Errorf("Plan() %s after %s queued %q; want nothing yet", row.pause-time.Second, row.class, got)
+			t.Errorf("Plan() %s after %s queued %q; want nothing yet", row.early, row.class, got)
 		}
-		at = at.Add(time.Second)
+		at = failed.Add(row.due)
 		got := plan()
 		if d := cmp.Diff([]string{first + " " + v261 + " open !!!!"}, got); d != "" {
-			t.Fatalf("Plan() %s after %s (-want +got):\n%s", row.pause, row.class, d)
+			t.Fatalf("Plan() %s after %s (-want +got):\n%s", row.due, row.class, d)
 		}
 		last = row.class
 	}
@@ -207,5 +211,53 @@ func TestPlanFailedCells(t *testing.T) {
 			t.Errorf("Plan() after %s, then %s queued %q; want nothing", last, class, got)
 		}
 		request(t, c, first, v261, "open")
+	}
+}
+
+// TestRetriesAreSpread lets the cells of an outage fail for days. Each must be queued once a day, and not all together.
+func TestRetriesAreSpread(t *testing.T) {
+	t.Parallel()
+	c, q := open(t)
+	ctx := t.Context()
+	at := c.Now()
+	c.Now = func() time.Time { return at }
+	const kernels = 12
+	for i := range kernels {
+		k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("17800.0.%d", i), Board: "lakitu", Milestone: 109}}
+		if err := c.RecordKernel(ctx, k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list := "version: 1\nkernels: [{milestone: 109, latest: 12}]\ndrivers: [" + v261 + "]\nflavours: [open]\n"
+	if _, err := c.PutWishList(ctx, "production", list, 0); err != nil {
+		t.Fatal(err)
+	}
+	// The third failure of each cell is at hour 7.
+	const start, days = 7 + 30, 3
+	times, most := map[string]int{}, 0
+	for hour := range start + days*24 {
+		q.jobs = nil
+		if _, err := c.Plan(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for _, j := range q.jobs {
+			update(t, c, j.Build, api.BuildUpdate{State: api.Failed, Class: "transient", Error: "the mirror is away"})
+			if hour >= start {
+				times[j.BuildID]++
+			}
+		}
+		if hour >= start {
+			most = max(most, len(q.jobs))
+		}
+		at = at.Add(time.Hour)
+	}
+	for id, n := range times {
+		if n != days {
+			t.Errorf("COS build %s was queued %d times in %d days; want once a day", id, n, days)
+		}
+	}
+	if len(times) != kernels || most > kernels/2 {
+		t.Errorf("%d of %d cells were queued, %d of them in one hour; want all, at different hours", len(times), kernels,
+			most)
 	}
 }

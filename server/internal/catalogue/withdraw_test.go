@@ -86,7 +86,8 @@ func TestDeletedWithdrawn(t *testing.T) {
 	if _, err := c.PutWishList(ctx, "production", list, 0); err != nil {
 		t.Fatal(err)
 	}
-	publish(t, c, digest("1"), first, fingerA, d)
+	built := request(t, c, first, v261, "open")
+	update(t, c, built.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
 	resolve := func(want api.State, reason string) {
 		t.Helper()
 		r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
@@ -102,8 +103,8 @@ func TestDeletedWithdrawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	resolve(api.Yanked, "panics")
-	if n, err := c.Plan(ctx); err != nil || n != 0 || len(q.jobs) != 0 {
-		t.Errorf("Plan() = %d, %v with %d jobs; want none for a yanked cell", n, err, len(q.jobs))
+	if n, err := c.Plan(ctx); err != nil || n != 0 || len(q.jobs) != 1 {
+		t.Errorf("Plan() = %d, %v with %d jobs; want no new one for a yanked cell", n, err, len(q.jobs))
 	}
 	there = true
 	publish(t, c, digest("1"), first, fingerA, d)
@@ -120,7 +121,10 @@ func TestDeletedWithdrawn(t *testing.T) {
 		t.Errorf("Unyank(without a manifest) = %+v, %v; want unknown", a, err)
 	}
 	resolve(api.Unknown, "")
-	if n, err := c.Plan(ctx); err != nil || n != 1 {
-		t.Errorf("Plan() after the cell is allowed again = %d, %v; want 1", n, err)
+	for i, want := range []int{1, 0} {
+		if n, err := c.Plan(ctx); err != nil || n != want || len(q.jobs) != 2 {
+			t.Errorf("Plan() %d after the cell is allowed again = %d, %v with %d jobs; want %d and 2 jobs", i, n, err,
+				len(q.jobs), want)
+		}
 	}
 }

@@ -34,7 +34,8 @@ var (
 		"Time since the request for the build that waits longest; 0 if no build waits.", nil, nil)
 	failedDesc = prometheus.NewDesc(
 		"prebake_builds_failed",
-		"Failed builds, by class, without early warnings. The number goes down when such a build starts again.",
+		"Failed builds, by class, without early warnings and repeated failures: of each cell, the first failure of a class "+
+			"since its last success counts. The number goes down when such a build starts again.",
 		[]string{"class"},
 		nil,
 	)

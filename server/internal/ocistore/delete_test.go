@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -56,5 +58,48 @@ func TestForgetFails(t *testing.T) {
 			t.Errorf("%s with the error %v of Forget = %s, %d calls; want %d, %d calls", row.method, row.trouble, r.Status,
 				calls, row.status, row.calls)
 		}
+	}
+}
+
+// TestRefusedDeletionForgetsNothing checks that an unreadable tag refuses a deletion before anything is changed.
+func TestRefusedDeletionForgetsNothing(t *testing.T) {
+	t.Parallel()
+	dir, forgotten := t.TempDir(), 0
+	s, err := ocistore.Open(dir, ocistore.Options{Forget: func(string, ociregistry.Digest) error {
+		forgotten++
+		return nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	img := image(t)
+	if err := remote.Write(reference(t, host, "a/x:good"), img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	unreadable := filepath.Join(dir, "repos/a/x/_tags/z") // after the other tag
+	if err := os.Mkdir(unreadable, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	manifest := "/v2/a/x/manifests/" + digestOf(t, img).String()
+	r := call(t, host, "DELETE", manifest, "")
+	if r.StatusCode != http.StatusInternalServerError || forgotten != 0 {
+		t.Errorf("DELETE beside an unreadable tag = %s after %d calls of Forget; want 500 and none", r.Status, forgotten)
+	}
+	if r := call(t, host, "GET", "/v2/a/x/manifests/good", ""); r.StatusCode != http.StatusOK {
+		t.Errorf("GET of the readable tag after that = %s; want 200", r.Status)
+	}
+	if err := os.Remove(unreadable); err != nil {
+		t.Fatal(err)
+	}
+	if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted || forgotten != 2 {
+		t.Errorf("DELETE = %s after %d calls of Forget; want 202 and 2", r.Status, forgotten)
 	}
 }

@@ -2,13 +2,20 @@ package ocistore
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 )
 
 // maxUploads is the maximum number of open uploads of one caller. It protects the disk and the folder of uploads.
 const maxUploads = 64
+
+// uploadIdle is how long nobody has written to an upload that its caller loses for a new one. It is longer than any
+// pause of a client that is still there.
+const uploadIdle = 10 * time.Minute
 
 type ownerKey struct{}
 
@@ -23,8 +30,8 @@ func ownerOf(ctx context.Context) string {
 	return name
 }
 
-// own counts a new upload for a caller. It returns an error if the caller has too many. Uploads from before the start
-// do not count, because nothing says who began them.
+// own counts a new upload for a caller. At the maximum, it first removes the caller's oldest idle upload, or returns an
+// error if there is none. Uploads from before the start do not count, because nothing says who began them.
 func (s *Store) own(id, name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -35,11 +42,44 @@ func (s *Store) own(id, name string) error {
 		}
 	}
 	if n >= maxUploads {
-		return fmt.Errorf("%w: %d uploads of this caller are open; end or delete one, or wait until they expire after %s",
-			ociregistry.ErrTooManyRequests, n, uploadMaxAge)
+		switch dropped, err := s.dropIdle(name); {
+		case err != nil:
+			return fmt.Errorf("remove an idle upload: %w", err)
+		case !dropped:
+			return fmt.Errorf("%w: %d uploads of this caller are open; end or delete one, or wait until one is idle for %s",
+				ociregistry.ErrTooManyRequests, n, uploadIdle)
+		}
 	}
 	s.owners[id] = name
 	return nil
+}
+
+// dropIdle removes a caller's oldest idle upload, and reports whether there was one. s.mu must be held.
+func (s *Store) dropIdle(name string) (bool, error) {
+	oldest, at := "", s.now().Add(-uploadIdle)
+	for id, owner := range s.owners {
+		if owner != name || s.busy[id] {
+			continue
+		}
+		info, err := s.root.Stat("uploads/" + id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the upload begins at this moment
+		}
+		if err != nil {
+			return false, err
+		}
+		if info.ModTime().Before(at) {
+			oldest, at = id, info.ModTime()
+		}
+	}
+	if oldest == "" {
+		return false, nil
+	}
+	if err := s.root.Remove("uploads/" + oldest); err != nil {
+		return false, err
+	}
+	delete(s.owners, oldest)
+	return true, nil
 }
 
 // disown ends the count of an upload.

@@ -197,6 +197,24 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	return ociregistry.SliceSeq(names)
 }
 
+// checkTags returns an error if a tag of a repository cannot be read. A tag with damaged content can be.
+func (s *Store) checkTags(ctx context.Context, repo string) error {
+	for tag, err := range s.Tags(ctx, repo, "") {
+		if err != nil {
+			return err
+		}
+		name, err := tagPath(repo, tag)
+		if err != nil {
+			return err
+		}
+		_, err = s.readDescriptor(name)
+		if err != nil && !errors.Is(err, errDamaged) && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("read tag %s: %w", tag, err)
+		}
+	}
+	return nil
+}
+
 // Labels returns the annotations of at most n manifests that are attached to a manifest.
 func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string]string, error) {
 	all, err := s.referrers(ctx, repo, ociregistry.Digest(d), "", n)

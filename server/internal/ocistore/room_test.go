@@ -3,8 +3,12 @@ package ocistore_test
 import (
 	"errors"
 	"io"
+	"io/fs"
 	"net/http"
+	"os"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 
@@ -90,6 +94,61 @@ func TestOpenUploads(t *testing.T) {
 	for i, want := range []int{http.StatusAccepted, http.StatusAccepted, http.StatusTooManyRequests} {
 		if r := begin(); r.StatusCode != want {
 			t.Errorf("upload %d after two are gone = %s; want %d", i, r.Status, want)
+		}
+	}
+}
+
+// TestIdleUploads checks that a caller with the maximum number of uploads loses the oldest idle one for a new one. An
+// upload that a request writes to is not idle.
+func TestIdleUploads(t *testing.T) {
+	t.Parallel()
+	dir, began := t.TempDir(), time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+	now := began.Add(10 * time.Minute)
+	s, err := ocistore.Open(dir, ocistore.Options{Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []ociregistry.BlobWriter
+	for i := range 64 {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, w)
+		at := began.Add(time.Duration(i) * time.Second)
+		if err := os.Chtimes(filepath.Join(dir, "uploads", w.ID()), at, at); err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 {
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(all[0].Close(), s.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	begin := func(when string, accepted bool) {
+		t.Helper()
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err == nil {
+			err = w.Close()
+		}
+		if accepted && err != nil || !accepted && !errors.Is(err, ociregistry.ErrTooManyRequests) {
+			t.Errorf("%s: PushBlobChunked() = %v; want accepted: %t", when, err, accepted)
+		}
+	}
+	begin("no upload is idle", false)
+	now = now.Add(2500 * time.Millisecond)
+	begin("two are idle", true)
+	begin("one is idle", true)
+	begin("the idle ones are gone", false)
+	for i, w := range all[:4] {
+		_, err := os.Stat(filepath.Join(dir, "uploads", w.ID()))
+		if gone := errors.Is(err, fs.ErrNotExist); gone != (i == 1 || i == 2) {
+			t.Errorf("upload %d is gone: %t, %v; want that only 1 and 2 are", i, gone, err)
 		}
 	}
 }

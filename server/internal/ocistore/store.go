@@ -64,6 +64,8 @@ type Options struct {
 	// CheckFree returns an error if there is no room to write. It is called when a write begins, and again after each
 	// checkEvery bytes. nil means no check.
 	CheckFree func() error
+	// Now returns the time, which decides when an upload is idle. nil means [time.Now].
+	Now func() time.Time
 }
 
 // Store stores a registry in a folder. Only one process may use the folder.
@@ -74,6 +76,7 @@ type Store struct {
 	createOnly func(repo, tag string) bool
 	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
+	now        func() time.Time
 
 	public       bool
 	redistribute bundle.Redistribution
@@ -106,6 +109,9 @@ func open(dir string, o Options) (*Store, error) {
 	if o.CheckFree == nil {
 		o.CheckFree = func() error { return nil }
 	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	for _, sub := range []string{"blobs", "repos", "uploads"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
 			return nil, err
@@ -120,6 +126,7 @@ func open(dir string, o Options) (*Store, error) {
 		createOnly:   o.CreateOnly,
 		forget:       o.Forget,
 		checkFree:    o.CheckFree,
+		now:          o.Now,
 		busy:         map[string]bool{},
 		owners:       map[string]string{},
 		public:       o.Public,

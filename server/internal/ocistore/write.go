@@ -441,10 +441,13 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 // content stays for [Store.Collect], because another repository may have it.
 //
 // A create-only tag can be made again only for the same content. A tag with damaged content stays, because it may be
-// create-only. If a tag cannot be read, DeleteManifest returns an error and keeps the manifest, which may have this
-// tag.
+// create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing, because the manifest may
+// have this tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
+	if err == nil {
+		err = s.checkTags(ctx, repo)
+	}
 	if err != nil && !errors.Is(err, ociregistry.ErrManifestUnknown) {
 		return err
 	}

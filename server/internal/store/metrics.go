@@ -7,7 +7,9 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// CountFailures counts failed builds by class, without builds that only early-warning entries want.
+// CountFailures counts failed builds by class, without builds that only early-warning entries want. Of each cell, it
+// counts only the first failure of a class since the cell's last published build, so that repeated builds of one cause
+// are no news.
 func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 	counts := map[string]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -17,10 +19,16 @@ func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 		counts[class] = n
 		return err
 	}, `
-SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 OR EXISTS (
-    SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
-    AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
-)) GROUP BY class`, queue.PriorityWarning)
+SELECT class, COUNT(*) FROM (
+    SELECT DISTINCT class, build_id, board, driver, flavour, (
+        SELECT MAX(s.id) FROM builds s WHERE s.build_id = b.build_id AND s.board = b.board
+        AND s.driver = b.driver AND s.flavour = b.flavour AND s.id < b.id AND s.state = 'published'
+    ) AS success
+    FROM builds b WHERE state = 'failed' AND (priority <> $1 OR EXISTS (
+        SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
+        AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
+    ))
+) firsts GROUP BY class`, queue.PriorityWarning)
 	return counts, classify("count the failed builds", err)
 }
 

@@ -38,4 +38,31 @@ func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	if cells, err := s.FailedBuilds(ctx); err != nil || cells[key] != 1 {
 		t.Errorf("FailedBuilds()[%v] = %d, %v; want 1", key, cells[key], err)
 	}
+	// Only a cell's first failure of a class since its last success counts.
+	for i, row := range []struct {
+		state     api.State
+		class     string
+		apiBreaks int // more than before
+		transient int
+	}{
+		{api.Failed, "api-break", 1, 0}, {api.Failed, "transient", 1, 1}, {api.Failed, "transient", 1, 1},
+		{api.Failed, "api-break", 1, 1}, {api.Cancelled, "", 1, 1}, {api.Failed, "transient", 1, 1},
+		{api.Published, "", 1, 1}, {api.Failed, "transient", 1, 2}, {api.Failed, "transient", 1, 2},
+		{api.Failed, "api-break", 2, 2},
+	} {
+		b, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.State, b.Class = row.state, row.class
+		if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetBuild(ctx, b) }); err != nil {
+			t.Fatal(err)
+		}
+		after, err := s.CountFailures(ctx)
+		if err != nil || after["api-break"] != before["api-break"]+row.apiBreaks ||
+			after["transient"] != before["transient"]+row.transient {
+			t.Errorf("CountFailures() after build %d, %s %s = %v, %v; want %d of api-break and %d of transient more than %v",
+				i, row.state, row.class, after, err, row.apiBreaks, row.transient, before)
+		}
+	}
 }

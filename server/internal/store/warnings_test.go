@@ -104,11 +104,11 @@ func testWarnings(t *testing.T, s *store.Store, id string) {
 	normal := cell
 	normal.Early = false
 	set("wanted"+id, normal)
-	check("wanted for real by another list", 3, true)
+	check("wanted for real by another list", 2, true)
 	set("wanted" + id)
 	check("no longer", 0, false, told(b, "nv.c:3: error: three", 2, 3))
 	set("early"+id, normal)
-	check("released", 3, true)
+	check("released", 2, true)
 	set("early"+id, cell)
 	write(func(tx *store.Tx) error {
 		return tx.PutArtifact(ctx,
