@@ -1,0 +1,65 @@
+package agent_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+const attemptsFile = installDir + "/.prebake/attempts.json"
+
+// noted makes a node with a driver in use and a rollback that waits for it.
+func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.Published) {
+	t.Helper()
+	n, ref, _, newer, po, pn = publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Rollback = %v; want busy", err)
+	}
+	return n, ref, newer, po, pn
+}
+
+// fillDisk makes the write of each small file fail, or succeed again.
+func (n *node) fillDisk(t *testing.T, full bool) {
+	t.Helper()
+	// Every small file is first written under this name.
+	name := filepath.Join(n.root, installDir, ".prebake/tmp-file")
+	err := os.RemoveAll(name)
+	if full {
+		err = errors.Join(err, os.Mkdir(name, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestAttemptsOutliveFullDisk checks that the records stay if the check of an active driver fails on a full disk.
+func TestAttemptsOutliveFullDisk(t *testing.T) {
+	t.Parallel()
+	n, ref, newer, _, pn := noted(t)
+	read := func() string {
+		raw, err := os.ReadFile(filepath.Join(n.root, attemptsFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(raw)
+	}
+	before := read()
+	n.parts.Probe = silent{}
+	n.fillDisk(t, true)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {
+		t.Error("Run without an answer of the probe = nil; want an error")
+	}
+	if diff := cmp.Diff(before, read()); diff != "" {
+		t.Errorf("records of attempts (-want +got):\n%s", diff)
+	}
+}
