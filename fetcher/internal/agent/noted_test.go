@@ -4,10 +4,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -39,6 +41,46 @@ func (n *node) fillDisk(t *testing.T, full bool) {
 	}
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestNotedRollbackFails reboots a node with a noted rollback whose driver cannot be activated. The failure does not
+// count. The driver that was rolled back must be loaded, because it is better than none. The rollback still waits.
+func TestNotedRollbackFails(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(t *testing.T, n *node, broken bool){
+		"full disk": func(t *testing.T, n *node, broken bool) { n.fillDisk(t, broken) },
+		"busy kernel": func(_ *testing.T, n *node, broken bool) {
+			if delete(n.kernel.refuse, "nvidia "+oldVersion); broken {
+				n.kernel.refuse["nvidia "+oldVersion] = syscall.EBUSY
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, newer, po, pn := noted(t)
+			n.reboot(t)
+			set(t, n, true)
+			for i := range 2 {
+				r, err := n.run(t, ref, pn.Digest, newer.Driver)
+				if err == nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
+					t.Fatalf("run %d: %+v, %v; want the present driver ready, and an error", i, r.Verdict, err)
+				}
+				want := loads(newVersion)
+				if i > 0 {
+					want = nil
+				}
+				if diff := cmp.Diff(want, n.kernel.calls); diff != "" && name == "full disk" {
+					t.Errorf("run %d: system calls (-want +got):\n%s", i, diff)
+				}
+			}
+			set(t, n, false)
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the error says why it is not the wanted driver
+			if r, _ := n.run(t, ref, pn.Digest, newer.Driver); r.Verdict.State != gpucheck.Ready ||
+				r.Verdict.Digest != po.Digest {
+				t.Errorf("once the driver can be activated: %+v; want the rollback done", r.Verdict)
+			}
+		})
 	}
 }
 
