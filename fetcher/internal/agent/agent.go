@@ -301,7 +301,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 				}
 			}
 		}
-		if excused {
+		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
 			d.err = nil
 		}
 		r.Answer = keptAnswer(d.set)

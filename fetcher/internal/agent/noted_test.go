@@ -6,12 +6,15 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 const attemptsFile = installDir + "/.prebake/attempts.json"
@@ -103,5 +106,60 @@ func TestAttemptsOutliveFullDisk(t *testing.T) {
 	}
 	if diff := cmp.Diff(before, read()); diff != "" {
 		t.Errorf("records of attempts (-want +got):\n%s", diff)
+	}
+}
+
+// TestNotedRollbackIsPending checks that a rollback that waits is never reported as success, whatever the farm answers:
+// otherwise the daemon would not try it again.
+func TestNotedRollbackIsPending(t *testing.T) {
+	t.Parallel()
+	n, _, _, po, pn := noted(t)
+	n.cfg.Wish = target.Wish(newVersion)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	if r, err := n.runAs(t); !fault.Is(err, fault.Busy) || r.Verdict.Digest != pn.Digest {
+		t.Errorf("Run = %+v, %v; want busy, and the present driver", r.Verdict, err)
+	}
+	n.inUse(t, "0")
+	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest {
+		t.Errorf("idle: Run = %+v, %v; want the previous driver", r.Verdict, err)
+	}
+}
+
+// TestRollbackWaitsForProbe checks that a rollback waits some seconds for the check of another fetcher, but not for
+// other programs.
+func TestRollbackWaitsForProbe(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		command string
+		ends    time.Duration
+		done    bool
+	}{
+		{"nvmlprobe", 3 * time.Second, true},
+		{"probe", 3 * time.Second, true}, // the copy on the node
+		{"nvmlprobe", time.Hour, false},
+		{"python3", 3 * time.Second, false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n, ref, _, newer, po, pn := publishTwo(t, 1)
+			if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+				t.Fatal(err)
+			}
+			n.inUse(t, "1")
+			sample.Write(t, n.root, "proc/70/comm", row.command+"\n")
+			fd := filepath.Join(n.root, "proc/70/fd")
+			if err := errors.Join(os.Mkdir(fd, 0o755), os.Symlink("/dev/nvidiactl", filepath.Join(fd, "3"))); err != nil {
+				t.Fatal(err)
+			}
+			end := time.AfterFunc(row.ends, func() {
+				n.inUse(t, "0")
+				_ = os.RemoveAll(filepath.Join(n.root, "proc/70"))
+			})
+			defer end.Stop()
+			r, err := n.rollback()
+			if done := err == nil && r.Verdict.Digest == po.Digest; done != row.done || !done && !fault.Is(err, fault.Busy) {
+				t.Errorf("%s for %s: Rollback = %+v, %v; want it done: %v, else busy", row.command, row.ends, r.Verdict, err,
+					row.done)
+			}
+		})
 	}
 }
