@@ -1,13 +1,12 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
+	"sort"
 	"sync/atomic"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -69,7 +68,8 @@ func (a *Agent) fetch(
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
 	// Start the largest layer first, so that it does not finish alone at the end.
-	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
+	// Not slices.SortStableFunc, which adds 6 KB to the program.
+	sort.SliceStable(missing, func(i, j int) bool { return missing[i].Size > missing[j].Size })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
