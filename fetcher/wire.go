@@ -425,6 +425,6 @@ func notRegistry(err error) error {
 	if !fault.Is(err, fault.Unverified) {
 		return err
 	}
-	return fault.Wrap(fault.Transient, err,
+	return resolve.OtherService(err,
 		"check that --registry names a repository with drivers, and that no proxy or login page answers in its place")
 }

@@ -45,6 +45,13 @@ func TestLoginPage(t *testing.T) {
 		if a, err := page.Find(t.Context(), q); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
 			t.Errorf("%s: the page alone: %+v, %v; want transient with a hint", name, a, err)
 		}
+		// The kind transient would excuse a run, and the node would never ask again.
+		away := findIn("127.0.0.1:1/x")
+		for _, chain := range []resolve.Chain{{page}, {away, page}} {
+			if a, err := chain.Find(t.Context(), q); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+				t.Errorf("%s: a chain of %d: %+v, %v; want unverified with a hint", name, len(chain), a, err)
+			}
+		}
 		a, err := resolve.Chain{page, findIn(mirror)}.Find(t.Context(), q)
 		if err != nil || a.State != api.Published || a.Digest != p.Digest {
 			t.Errorf("%s: the page, then a mirror: %+v, %v; want the artifact of the mirror", name, a, err)

@@ -131,7 +131,11 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
 	err = r.Verdict.Err()
-	if !loadedBefore || !s.waitsForRollback() { // else the rollback still waits
+	switch {
+	case loadedBefore && s.waitsForRollback(): // the rollback still waits
+	case s.onlyRolledBack(set): // so does this one, because no other driver could be loaded
+		err = errors.Join(err, a.end(store, set.Digest, s.refused(set), false))
+	default:
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
 	// After end, which frees space on a full disk.

@@ -180,7 +180,8 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //
 //  1. the driver that waits (attempt.Next);
 //  2. the current driver;
-//  3. the previous driver.
+//  3. the previous driver;
+//  4. the current driver, even if an operator rolled it back.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -211,6 +212,9 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		}
 	}
 	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
+		if s.onlyRolledBack(s.current) && fitsNode(s.current, s.facts) == nil && a.try(ctx, r, store, s, s.current) {
+			return store.Current()
+		}
 		if err := a.restoreForeign(ctx, r, store, s); err != nil {
 			a.parts.Log.WarnContext(ctx, "could not load the foreign driver again, which a killed run unloaded", "err", err)
 		}
@@ -297,7 +301,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 				}
 			}
 		}
-		if excused {
+		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
 			d.err = nil
 		}
 		r.Answer = keptAnswer(d.set)
@@ -306,12 +310,22 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	err = a.activate(ctx, r, store, s, d)
 	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
-		return errors.Join(err, d.err)
+		return errors.Join(err, d.err, a.keepRolledBack(ctx, r, store))
 	}
 	if resolve.Passing(d.err) {
 		return errors.Join(err, d.err) // keep the fetched layers for the next run
 	}
 	return errors.Join(err, d.err, store.Sweep(waiting...))
+}
+
+// keepRolledBack checks the current driver after its rollback failed, so that the report has a verdict on it.
+func (a *Agent) keepRolledBack(ctx context.Context, r *Report, store *install.Store) error {
+	s, err := a.readState(ctx, store)
+	if err != nil || r.Verdict.State != "" || !s.waitsForRollback() {
+		return err
+	}
+	r.Answer = keptAnswer(s.current)
+	return a.activate(ctx, r, store, s, decision{do: keep, set: s.current})
 }
 
 // addUnverified adds the reason why the installed driver did not verify to the given error.

@@ -153,50 +153,64 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
 // only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the disk is full, end deletes the whole file: an open record would count as a crash after the next boot. The file
-// stays if it names a foreign driver that must be loaded again.
+// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. After
+// an error, the file stays if it has a record that must not be lost (see [attempts.precious]).
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
+	all, err := readAttempts(store)
+	if err != nil {
+		return err
+	}
+	at := all[digest]
+	open := at != nil && at.Open
 	if failed == nil {
-		all, err := readAttempts(store)
-		if err != nil || all[digest] == nil {
-			return err
+		if at == nil {
+			return nil
 		}
 		delete(all, digest)
 		for _, at := range all { // other open or waiting activations are obsolete now
 			at.Open, at.Next = false, false
 		}
-		if err := all.write(store); err != nil {
+		if err := all.write(store); err != nil && open {
 			return store.RemoveFile(attemptsFile)
 		}
 		return nil
 	}
+	blame = blame && blames(failed)
+	if !blame && (at == nil || !at.Open && !at.Next && len(at.Foreign) == 0) {
+		return nil // nothing to record
+	}
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
-	foreign := false
 	err = a.note(store, digest, func(at *attempt) {
 		if at.Open, at.Next = false, false; !empty { // if no driver is loaded, the foreign one must be loaded again
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
-		foreign = len(at.Foreign) > 0
-		if !blame {
-			return
+		if blame {
+			at.Failures++
+			at.Reason = strings.ToValidUTF8(failed.Error(), "?")
+			at.Reason = at.Reason[:min(len(at.Reason), 2000)]
 		}
-		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
-			if fault.Is(failed, kind) {
-				return
-			}
-		}
-		if errors.Is(failed, context.Canceled) {
-			return
-		}
-		at.Failures++
-		at.Reason = strings.ToValidUTF8(failed.Error(), "?")
-		at.Reason = at.Reason[:min(len(at.Reason), 2000)]
 	})
-	if err != nil && !foreign {
+	if err != nil && open && !all.precious() {
 		err = errors.Join(err, store.RemoveFile(attemptsFile))
 	}
 	return err
+}
+
+// blames reports whether an error of an activation says something about the driver.
+func blames(failed error) bool {
+	return !fault.Is(failed, fault.Busy) && !fault.Is(failed, fault.Transient) && !fault.Is(failed, fault.DiskFull) &&
+		!errors.Is(failed, context.Canceled)
+}
+
+// precious reports whether a record has a rollback, a crash, or a foreign driver that must be loaded again.
+func (all attempts) precious() bool {
+	for _, at := range all {
+		if at.ByHand || at.Crashes > 0 || len(at.Foreign) > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // noteNext sets Next in the record of this driver, and clears it in all other records.

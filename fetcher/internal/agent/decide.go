@@ -191,6 +191,16 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
+// onlyRolledBack reports whether a driver is refused, but only because an operator rolled it back.
+func (s nodeState) onlyRolledBack(set *install.Set) bool {
+	if set == nil || s.refused(set) == nil || !s.attempts[set.Digest].ByHand {
+		return false
+	}
+	rest := *s.attempts[set.Digest]
+	rest.ByHand = false
+	return rest.refused(set.Driver, true) == nil
+}
+
 // another reports whether the node may run a driver with another digest: the active, the previous or a loaded foreign
 // driver.
 func (s nodeState) another(digest string) bool {

@@ -325,6 +325,14 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, fmt.Errorf("roll back: %w", err)
 	}
 	d := s.put(previous)
+	for end := a.parts.Now().Add(probeWait); d.set == nil && s.onlyProbeUses() && !a.cfg.DryRun; d = s.put(previous) {
+		if !a.pauseUntil(ctx, end) {
+			break
+		}
+		if s, err = a.readState(ctx, store); err != nil {
+			return r, err
+		}
+	}
 	switch {
 	case d.set == nil && fault.Is(d.err, fault.Busy) && !a.cfg.DryRun:
 		return r, a.rollbackLater(r, store, current, previous, d.err)

@@ -27,8 +27,10 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 			a.refresh(ctx)
 		}
 	})
-	// The statements of a repository that failed still count, because one of them may refuse the artifact.
+	// The statements of a repository that failed still count, because one of them may refuse the artifact. They come
+	// first, so that nothing from the next repository pushes them out.
 	var known [][]byte
+	counts := useful(v, answer.Digest)
 	err = a.tryEach(ctx, answer.Digest, a.repositories(answer.Repository, origin), func(ref string) (err error) {
 		if repo, err = a.parts.Open(ref); err != nil {
 			return err
@@ -36,8 +38,8 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 		if p, err = readEvidence(ctx, repo, v, answer.Digest, facts); err != nil {
 			return err
 		}
-		p.Bundles = union(p.Bundles, known)
-		known = p.Bundles
+		p.Bundles = union(known, p.Bundles)
+		known = slices.DeleteFunc(slices.Clone(p.Bundles), func(b []byte) bool { return counts(b) == "" })
 		refresh()
 		now := a.since(store, origin, answer, facts)
 		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -135,6 +136,28 @@ func (w withoutProvenance) AttachedIf(ctx context.Context, digest, artifactType 
 	}), err
 }
 
+// reject attaches the statement that the driver failed its load test.
+func reject(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell) {
+	t.Helper()
+	repo, err := registry.Open(ref, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := repo.Resolve(t.Context(), digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rejected := key.Statement(t, digest, trust.PredicateTestResult, trust.TestResult{
+		Result: "FAILED",
+		LoadTest: trust.LoadTest{
+			Verdict: trust.VerdictRejected, Reason: "unknown symbol", Kernel: c.Kernel, Fingerprint: c.Fingerprint,
+		},
+	})
+	if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, rejected, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestNextRepositoryKeepsRefusals checks that the statements of a repository that failed still count: an older mirror
 // lacks the statement that the driver failed its load test.
 func TestNextRepositoryKeepsRefusals(t *testing.T) {
@@ -144,23 +167,7 @@ func TestNextRepositoryKeepsRefusals(t *testing.T) {
 	named, mirror := layout(t), layout(t)
 	p := sample.Publish(t, named, key, c)
 	sample.Publish(t, mirror, key, c)
-	repo, err := registry.Open(named, registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := repo.Resolve(t.Context(), p.Digest)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rejected := key.Statement(t, p.Digest, trust.PredicateTestResult, trust.TestResult{
-		Result: "FAILED",
-		LoadTest: trust.LoadTest{
-			Verdict: trust.VerdictRejected, Reason: "unknown symbol", Kernel: c.Kernel, Fingerprint: c.Fingerprint,
-		},
-	})
-	if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, rejected, nil); err != nil {
-		t.Fatal(err)
-	}
+	reject(t, named, p.Digest, key, c)
 	n := newNode(t, c, 1, key)
 	n.parts.Registries = []string{mirror}
 	open := n.parts.Open
@@ -174,5 +181,53 @@ func TestNextRepositoryKeepsRefusals(t *testing.T) {
 	r, err := n.run(t, named, p.Digest, c.Driver)
 	if err == nil || !strings.Contains(err.Error(), "rejected in the load test") || len(n.kernel.calls) > 0 {
 		t.Errorf("Run = %+v, %v; want the refusal of the first repository", r.Verdict, err)
+	}
+}
+
+// withJunk is a repository that adds more than 16 MiB of payloads that are no statements.
+type withJunk struct{ agent.Repository }
+
+func (w withJunk) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted ...map[string]string) ([][]byte, error) {
+	all, err := w.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
+	for i := range 15 {
+		all = append(all, bytes.Repeat([]byte{byte(i)}, 1<<20))
+	}
+	for i := range 5000 { // small ones fill the limit to the end
+		all = append(all, fmt.Appendf(nil, "%-256d", i))
+	}
+	return all, err
+}
+
+// TestNextRepositoryWithJunk checks that payloads that are no statements push out no statement of another repository,
+// neither a refusal nor a permission.
+func TestNextRepositoryWithJunk(t *testing.T) {
+	t.Parallel()
+	for _, refused := range []bool{true, false} {
+		key := testkit.NewKey(t)
+		c := sample.NewCell(t, buildA, newVersion)
+		named, mirror := layout(t), layout(t)
+		p := sample.Publish(t, named, key, c)
+		sample.Publish(t, mirror, key, c)
+		if refused {
+			reject(t, named, p.Digest, key, c)
+		}
+		n := newNode(t, c, 1, key)
+		n.parts.Registries = []string{mirror}
+		open := n.parts.Open
+		n.parts.Open = func(ref string) (agent.Repository, error) {
+			r, err := open(ref)
+			if err == nil && ref == named {
+				r = withoutProvenance{r, key.Verifier(t)}
+			}
+			return withJunk{r}, err
+		}
+		r, err := n.run(t, named, p.Digest, c.Driver)
+		if refused && (err == nil || !strings.Contains(err.Error(), "rejected in the load test")) {
+			t.Errorf("Run = %+v, %v; want the refusal of the first repository", r.Verdict, err)
+		}
+		if !refused && (err != nil || r.Verdict.Digest != p.Digest) {
+			t.Errorf("Run = %+v, %v; want the driver", r.Verdict, err)
+		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -63,6 +64,30 @@ func (w Window) Closed(now time.Time) string {
 
 // idlePause is the time between two checks whether programs use the driver.
 const idlePause = 2 * time.Second
+
+// probeWait is how long a rollback waits for the check of another fetcher, which uses the GPU for some seconds.
+const probeWait = 10 * time.Second
+
+// onlyProbeUses reports whether the check of a fetcher is the only program that uses the GPU. The program is nvmlprobe,
+// or its copy on the node, probe.
+func (s nodeState) onlyProbeUses() bool {
+	return len(s.facts.Users) > 0 && !slices.ContainsFunc(s.facts.Users, func(u host.User) bool {
+		return u.Command != "nvmlprobe" && u.Command != "probe"
+	})
+}
+
+// pauseUntil waits for idlePause. It reports false if the context or the given time ends first.
+func (a *Agent) pauseUntil(ctx context.Context, end time.Time) bool {
+	if !a.parts.Now().Before(end) {
+		return false
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(idlePause):
+		return true
+	}
+}
 
 // idleCheck is the time between two checks of the loaded driver during that wait.
 const idleCheck = time.Minute

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"regexp"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 )
@@ -109,7 +110,8 @@ func DeviceUsers(root fs.FS) ([]User, error) {
 			break
 		}
 	}
-	slices.SortFunc(users, func(a, b User) int { return a.PID - b.PID })
+	// Not slices.SortFunc, which adds 14 KB to the program.
+	sort.Slice(users, func(i, j int) bool { return users[i].PID < users[j].PID })
 	return users, nil
 }
 

@@ -2,6 +2,7 @@ package localbuild
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -67,9 +68,10 @@ func (f failures) lastError(q resolve.Question) error {
 	)
 }
 
-// store writes an error into the file, unless the next compile may succeed.
+// store writes an error into the file, unless the next compile may succeed. A broken machine may be the cause of an
+// error of kind Internal, and a lack of memory that of a builder that did not start.
 func (f failures) store(q resolve.Question, err error) error {
-	if err == nil || fault.Of(err).Retryable() {
+	if err == nil || fault.Of(err).Retryable() || fault.Is(err, fault.Internal) || errors.Is(err, errNotStarted) {
 		return nil
 	}
 	raw, merr := json.Marshal(

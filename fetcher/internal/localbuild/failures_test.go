@@ -52,8 +52,9 @@ func TestFailuresAreRemembered(t *testing.T) {
 func TestWhichFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	for body, remembered := range map[string]bool{
-		"exit 20": true, "exit 21": true, "exit 22": true, "exit 23": true, "exit 24": true, "exit 1": true,
-		"echo done": true, // an answer without a digest
+		"exit 20": true, "exit 21": true, "exit 22": true, "exit 23": true, "exit 24": true,
+		"exit 1":    false,
+		"echo done": false, // an answer without a digest
 		"exit 10":   false, "exit 26": false, "exit 27": false, "exit 28": false, "exit 30": false,
 		"kill -9 $$": false,
 	} {
@@ -65,5 +66,25 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 				t.Errorf("%s, compile %d: Build = %v; want it remembered: %t", body, i, err, remembered)
 			}
 		}
+	}
+}
+
+// TestUnstartedIsNotRemembered checks that a builder that could not be started counts as no compile.
+func TestUnstartedIsNotRemembered(t *testing.T) {
+	t.Parallel()
+	b := script(t, "exit 22")
+	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Unsupported) { // makes the node's key
+		t.Fatal(err)
+	}
+	b.Retry = true
+	if err := os.Chmod(b.Program, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Build(t.Context(), question); err == nil || fault.Is(err, fault.Unsupported) {
+		t.Fatalf("Build = %v; want the error of the start", err)
+	}
+	if raw, err := os.ReadFile(filepath.Join(b.StateDir, "failed.json")); err == nil &&
+		strings.Contains(string(raw), "run the builder") {
+		t.Errorf("remembered: %s", raw)
 	}
 }

@@ -202,6 +202,9 @@ const hintBuilder = "check that --builder is Prebake's builder, of the same rele
 // maxOutput is the maximum size of the builder's result in bytes.
 const maxOutput = 4 << 20
 
+// errNotStarted is in the error of a builder that could not be started.
+var errNotStarted = errors.New("run the builder")
+
 // run runs the builder and returns its stdout.
 func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	cmd, err := b.command(ctx, args)
@@ -217,7 +220,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fmt.Errorf("run %s: %w", b.Program, err)
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run the builder: %w", err),
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("%w: %w", errNotStarted, err),
 			"set --builder to the path of the builder program, or turn compiling off: --builder never")
 	}
 	said := b.follow(stderr)

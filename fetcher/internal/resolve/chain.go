@@ -16,7 +16,8 @@ type Chain []Finder
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
-// resolve the wish.
+// resolve the wish. If one of the
+// sources that did not respond sent wrong bytes, the error is of kind Unverified.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
@@ -62,9 +63,30 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	case first != nil && first.Pending():
 		return *first, nil
 	case away != nil:
-		return Answer{}, away
+		return Answer{}, unpassing(away)
 	case first != nil:
 		return *first, nil
 	}
 	return Answer{}, other
+}
+
+// otherService is an error of kind Transient, whose cause is of kind Unverified.
+type otherService struct{ error }
+
+// Unwrap returns the error without the mark.
+func (o otherService) Unwrap() error { return o.error }
+
+// OtherService makes an error of kind Unverified a passing one, so that a [Chain] asks its next source. If no source
+// has an answer, the chain returns an error of kind Unverified.
+func OtherService(err error, hint string) error {
+	return otherService{fault.Wrap(fault.Transient, err, hint)}
+}
+
+// unpassing undoes [OtherService] for the errors of all sources.
+func unpassing(away error) error {
+	var o otherService
+	if !errors.As(away, &o) {
+		return away
+	}
+	return fault.Wrap(fault.Unverified, away, fault.Hint(o))
 }

@@ -42,14 +42,19 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 			lists = append(lists, l)
 			return st.Signer() + string(st.Predicate)
 		}
+		unread := false // whether a repository failed that may have a list
 		read := func(ref string) error {
 			repo, err := open(ref)
 			if err == nil {
 				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
 			}
+			if err == nil && unread && len(lists) == 0 {
+				return fault.New(fault.NoArtifact, "no list of supported GPUs", "")
+			}
 			return err
 		}
-		if err := TryEach(ctx, Repositories(repository, others), read, func(string, error) {}); err != nil {
+		failed := func(_ string, err error) { unread = unread || !fault.Is(err, fault.NoArtifact) }
+		if err := TryEach(ctx, Repositories(repository, others), read, failed); err != nil {
 			return nil, fmt.Errorf("read supported GPUs: %w", err)
 		}
 		if len(lists) > 0 {

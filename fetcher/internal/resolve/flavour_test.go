@@ -220,4 +220,25 @@ func TestSignedElsewhere(t *testing.T) {
 		!strings.Contains(err.Error(), "other/x is away") {
 		t.Errorf("list of repositories that are away: %v; want transient, and each named once", err)
 	}
+	// A mirror without the list says nothing about a repository that failed.
+	some := func(ref string) (resolve.Attachments, error) {
+		if ref == "reg/x" {
+			return open(ref)
+		}
+		return attached(nil), nil
+	}
+	list, err = resolve.Signed(key.Verifier(t), some, "mirror/x")(t.Context(), "reg/x", digest, d)
+	if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "reg/x is away") {
+		t.Errorf("list = %v, %v; want transient, because only a mirror without the list responded", list, err)
+	}
+	lacks := func(ref string) (resolve.Attachments, error) {
+		if ref == "reg/x" {
+			return nil, fault.New(fault.NoArtifact, "no such artifact", "")
+		}
+		return attached(nil), nil
+	}
+	list, err = resolve.Signed(key.Verifier(t), lacks, "mirror/x")(t.Context(), "reg/x", digest, d)
+	if err != nil || list != nil {
+		t.Errorf("list = %v, %v; want none, because the first repository lacks the artifact", list, err)
+	}
 }

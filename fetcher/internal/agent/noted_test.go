@@ -1,0 +1,165 @@
+package agent_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+const attemptsFile = installDir + "/.prebake/attempts.json"
+
+// noted makes a node with a driver in use and a rollback that waits for it.
+func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.Published) {
+	t.Helper()
+	n, ref, _, newer, po, pn = publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Rollback = %v; want busy", err)
+	}
+	return n, ref, newer, po, pn
+}
+
+// fillDisk makes the write of each small file fail, or succeed again.
+func (n *node) fillDisk(t *testing.T, full bool) {
+	t.Helper()
+	// Every small file is first written under this name.
+	name := filepath.Join(n.root, installDir, ".prebake/tmp-file")
+	err := os.RemoveAll(name)
+	if full {
+		err = errors.Join(err, os.Mkdir(name, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestNotedRollbackFails reboots a node with a noted rollback whose driver cannot be activated. The failure does not
+// count. The driver that was rolled back must be loaded, because it is better than none. The rollback still waits.
+func TestNotedRollbackFails(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(t *testing.T, n *node, broken bool){
+		"full disk": func(t *testing.T, n *node, broken bool) { n.fillDisk(t, broken) },
+		"busy kernel": func(_ *testing.T, n *node, broken bool) {
+			if delete(n.kernel.refuse, "nvidia "+oldVersion); broken {
+				n.kernel.refuse["nvidia "+oldVersion] = syscall.EBUSY
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, newer, po, pn := noted(t)
+			n.reboot(t)
+			set(t, n, true)
+			for i := range 2 {
+				r, err := n.run(t, ref, pn.Digest, newer.Driver)
+				if err == nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
+					t.Fatalf("run %d: %+v, %v; want the present driver ready, and an error", i, r.Verdict, err)
+				}
+				want := loads(newVersion)
+				if i > 0 {
+					want = nil
+				}
+				if diff := cmp.Diff(want, n.kernel.calls); diff != "" && name == "full disk" {
+					t.Errorf("run %d: system calls (-want +got):\n%s", i, diff)
+				}
+			}
+			set(t, n, false)
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the error says why it is not the wanted driver
+			if r, _ := n.run(t, ref, pn.Digest, newer.Driver); r.Verdict.State != gpucheck.Ready ||
+				r.Verdict.Digest != po.Digest {
+				t.Errorf("once the driver can be activated: %+v; want the rollback done", r.Verdict)
+			}
+		})
+	}
+}
+
+// TestAttemptsOutliveFullDisk checks that the records stay if the check of an active driver fails on a full disk.
+func TestAttemptsOutliveFullDisk(t *testing.T) {
+	t.Parallel()
+	n, ref, newer, _, pn := noted(t)
+	read := func() string {
+		raw, err := os.ReadFile(filepath.Join(n.root, attemptsFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(raw)
+	}
+	before := read()
+	n.parts.Probe = silent{}
+	n.fillDisk(t, true)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {
+		t.Error("Run without an answer of the probe = nil; want an error")
+	}
+	if diff := cmp.Diff(before, read()); diff != "" {
+		t.Errorf("records of attempts (-want +got):\n%s", diff)
+	}
+}
+
+// TestNotedRollbackIsPending checks that a rollback that waits is never reported as success, whatever the farm answers:
+// otherwise the daemon would not try it again.
+func TestNotedRollbackIsPending(t *testing.T) {
+	t.Parallel()
+	n, _, _, po, pn := noted(t)
+	n.cfg.Wish = target.Wish(newVersion)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	if r, err := n.runAs(t); !fault.Is(err, fault.Busy) || r.Verdict.Digest != pn.Digest {
+		t.Errorf("Run = %+v, %v; want busy, and the present driver", r.Verdict, err)
+	}
+	n.inUse(t, "0")
+	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest {
+		t.Errorf("idle: Run = %+v, %v; want the previous driver", r.Verdict, err)
+	}
+}
+
+// TestRollbackWaitsForProbe checks that a rollback waits some seconds for the check of another fetcher, but not for
+// other programs.
+func TestRollbackWaitsForProbe(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		command string
+		ends    time.Duration
+		done    bool
+	}{
+		{"nvmlprobe", 3 * time.Second, true},
+		{"probe", 3 * time.Second, true}, // the copy on the node
+		{"nvmlprobe", time.Hour, false},
+		{"python3", 3 * time.Second, false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n, ref, _, newer, po, pn := publishTwo(t, 1)
+			if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+				t.Fatal(err)
+			}
+			n.inUse(t, "1")
+			sample.Write(t, n.root, "proc/70/comm", row.command+"\n")
+			fd := filepath.Join(n.root, "proc/70/fd")
+			if err := errors.Join(os.Mkdir(fd, 0o755), os.Symlink("/dev/nvidiactl", filepath.Join(fd, "3"))); err != nil {
+				t.Fatal(err)
+			}
+			end := time.AfterFunc(row.ends, func() {
+				n.inUse(t, "0")
+				_ = os.RemoveAll(filepath.Join(n.root, "proc/70"))
+			})
+			defer end.Stop()
+			r, err := n.rollback()
+			if done := err == nil && r.Verdict.Digest == po.Digest; done != row.done || !done && !fault.Is(err, fault.Busy) {
+				t.Errorf("%s for %s: Rollback = %+v, %v; want it done: %v, else busy", row.command, row.ends, r.Verdict, err,
+					row.done)
+			}
+		})
+	}
+}
