@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,6 +97,9 @@ func TestRealSameBytes(t *testing.T) {
 			want, answers = byMakeAlone(t, references, r, cell)
 		}
 		r.Cache = cache
+		if folder == os.Getenv("PREBAKE_FILLED") && !same {
+			fillObjects(t, r, cell)
+		}
 		for _, what := range times {
 			got, found := compileReal(t, r, cell+what)
 			if diff := cmp.Diff(answers, found); diff != "" {
@@ -109,6 +113,22 @@ func TestRealSameBytes(t *testing.T) {
 					t.Errorf("%s%s: %s is not what make alone makes (%s, %s)", cell, what, name, got[name], path)
 				}
 			}
+		}
+	}
+}
+
+// fillObjects compiles a cell if the cache has its modules but not its objects. That is so if an earlier version of this
+// package, with other keys of objects, filled the cache.
+func fillObjects(t *testing.T, r compile.Request, cell string) {
+	t.Helper()
+	r.WorkDir, r.Log = t.TempDir(), io.Discard
+	result, err := compile.Modules(t.Context(), r)
+	if err != nil {
+		t.Fatalf("%s: %v", cell, err)
+	}
+	for _, p := range result.Phases {
+		if p.Name == "compile" {
+			t.Logf("%s before: %s %.1f s, %s", cell, p.Name, p.Seconds, p.Note)
 		}
 	}
 }
