@@ -117,8 +117,8 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-// fillObjects compiles a cell if the cache has its modules but not its objects. That is so if an earlier version of this
-// package, with other keys of objects, filled the cache.
+// fillObjects compiles a cell if the cache has its modules but not its objects. That is so if an earlier version of
+// this package, with other keys of objects, filled the cache.
 func fillObjects(t *testing.T, r compile.Request, cell string) {
 	t.Helper()
 	r.WorkDir, r.Log = t.TempDir(), io.Discard
