@@ -73,8 +73,9 @@ func TestSharedList(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || pauses != row.pauses {
-				t.Errorf("Publish = %v after %d pauses; want %d", err, pauses, row.pauses)
+			// The publisher does not wait for an entry that is lost after its last look, so the order of entries counts.
+			if least := min(row.pauses, 2+max(0, row.losses-2)); err != nil || pauses < least || pauses > row.pauses {
+				t.Errorf("Publish = %v after %d pauses; want %d to %d", err, pauses, least, row.pauses)
 			}
 			check(t, repo, key, s, 2)
 		})
