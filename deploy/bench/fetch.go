@@ -160,8 +160,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. It
-// also does so with crane, if crane is installed. It keeps the seconds of each way.
+// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar,
+// and then with crane. It keeps the seconds of each way.
 func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
@@ -183,10 +183,9 @@ func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, la
 		return err
 	}
 	b.fetching.curl.theirs = append(b.fetching.curl.theirs, seconds)
-	crane, err := exec.LookPath("crane")
+	crane, err := craneProgram(ctx)
 	if err != nil {
-		fmt.Fprintln(b.Out, "crane is not installed: fetching is not compared with crane")
-		return nil
+		return err
 	}
 	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})
 	seconds, err = b.runTimed(
@@ -207,6 +206,18 @@ func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, la
 	}
 	b.fetching.crane.theirs = append(b.fetching.crane.theirs, seconds)
 	return nil
+}
+
+// craneProgram builds crane in the version of go.mod, and returns its path.
+func craneProgram(ctx context.Context) (string, error) {
+	if out, err := exec.CommandContext(ctx, "go", "tool", "crane", "version").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build crane: %w: %s", err, out)
+	}
+	path, err := exec.CommandContext(ctx, "go", "tool", "-n", "crane").Output()
+	if err != nil {
+		return "", fmt.Errorf("find crane: %w", err)
+	}
+	return strings.TrimSpace(string(path)), nil
 }
 
 // runTimed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
