@@ -31,9 +31,9 @@ type platform struct {
 
 // platforms has the machine of each architecture.
 //
-// On amd64 the processor has everything that the emulator supports, with two exceptions. Under emulation, Go's AVX2 code
-// for SHA-256 is slower than its plain code. With ERMS or FSRM, the kernel copies with "rep movsb", which the emulator
-// executes byte by byte; without, it copies eight bytes at a time.
+// On amd64 the processor has everything that the emulator supports, except AVX2, ERMS and FSRM. Under emulation, Go's
+// AVX2 code for SHA-256 is slower than its plain code. With ERMS or FSRM, the kernel copies with "rep movsb", which the
+// emulator executes byte by byte. Without them, it copies eight bytes at a time.
 //
 // On arm64 the processor is a Neoverse N1, as in COS's Arm nodes. With qemu's processor "max", the emulation of pointer
 // authentication would take most of the time. The only built-in serial port is the console, so the events use a serial
