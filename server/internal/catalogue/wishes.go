@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"regexp"
 	"slices"
 	"strings"
@@ -199,7 +198,8 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	}
 	key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: cell.Driver}
 	state, ok := known.states[key]
-	again := state == api.Failed && known.again[key]
+	tries := known.again[key]
+	again := state == api.Failed && tries > 0
 	if ok && state != api.Unknown && !again {
 		return false, nil
 	}
@@ -217,7 +217,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	case again:
 		priority = queue.PriorityAgain
 	}
-	b, queued, err := c.openCell(ctx, k, now, priority)
+	b, queued, err := c.openCell(ctx, k, now, priority, tries+1)
 	if err != nil {
 		return false, err
 	}
@@ -232,39 +232,9 @@ type planView struct {
 	boards  map[string][]target.Kernel
 	drivers map[string]api.DriverRelease
 	states  map[store.CellKey]api.State // only cells with a build or an artifact
-	again   map[store.CellKey]bool      // failed cells that may be queued again now
+	again   map[store.CellKey]int       // the tries of failed cells that may be queued again now
 	// forgotten has the newest build of each cell whose build was published, and whose artifact was deleted since.
 	forgotten map[store.CellKey]int64
-}
-
-// retryTime returns when a cell with the given number of failed builds may be queued again. ended is the end of the
-// newest one. From the third on it is once a day, at a time that depends on the cell: the cells of an outage must not
-// all be built at once each day.
-func retryTime(key store.CellKey, failed int, ended time.Time) time.Time {
-	switch {
-	case failed <= 1:
-		return ended.Add(time.Hour)
-	case failed == 2:
-		return ended.Add(6 * time.Hour)
-	}
-	const day = 24 * time.Hour
-	sum := fnv.New64a()
-	fmt.Fprint(sum, key.BuildID, "/", key.Board, "/", key.Driver) // a hash's Write returns no error
-	earliest := ended.Add(6 * time.Hour)
-	at := earliest.Truncate(day).Add(time.Duration(sum.Sum64() % uint64(day)))
-	if at.Before(earliest) {
-		at = at.Add(day)
-	}
-	return at
-}
-
-// mayRetry reports whether a failed cell may be queued again. b is its newest build.
-func mayRetry(key store.CellKey, b *api.Build, failed int, now time.Time) bool {
-	class, err := fault.Parse(b.Class)
-	if err != nil || !class.Passes() || b.FinishedAt == nil {
-		return false
-	}
-	return !now.Before(retryTime(key, failed, *b.FinishedAt))
 }
 
 func (s *planView) add(k api.Kernel) {
@@ -282,13 +252,9 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 		boards:  map[string][]target.Kernel{},
 		drivers: map[string]api.DriverRelease{},
 		states:  map[store.CellKey]api.State{},
-		again:   map[store.CellKey]bool{},
+		again:   map[store.CellKey]int{},
 
 		forgotten: map[store.CellKey]int64{},
-	}
-	failed, err := c.Store.FailedBuilds(ctx)
-	if err != nil {
-		return nil, err
 	}
 	now := c.Now()
 	for after := ""; ; {
@@ -305,8 +271,8 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
 				state := unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
 				s.states[key] = state
-				if state == api.Failed && mayRetry(key, f.Newest, failed[key], now) {
-					s.again[key] = true
+				if state == api.Failed && mayRetry(key, f.Newest, now) {
+					s.again[key] = f.Newest.Tries
 				}
 				if state == api.Unknown && f.Newest != nil && f.Newest.State == api.Published {
 					s.forgotten[key] = f.Newest.ID

@@ -314,7 +314,7 @@ func testChange(t *testing.T, s *store.Store, id string) {
 	started := noon.Add(time.Minute)
 	want := b
 	want.State, want.Phase, want.Worker, want.Attempt = api.Building, "compile", "w1", 2
-	want.Class, want.Error, want.Hint, want.Digest = "api-break", "x.c:1: error", "none", "sha256:1"
+	want.Class, want.Error, want.Hint, want.Digest, want.Tries = "api-break", "x.c:1: error", "none", "sha256:1", 4
 	want.Kernel.Release, want.StartedAt, want.FinishedAt, want.HeartbeatAt = "6.1.0-47", &started, &started, &started
 	want.Phases = []timeline.Phase{{Name: "source", Start: noon, Seconds: 1.5, Note: "cached"}}
 	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {
