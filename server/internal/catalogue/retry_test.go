@@ -1,6 +1,7 @@
 package catalogue_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -92,5 +93,50 @@ func TestTriesBeginAgain(t *testing.T) {
 	r.fail()
 	if n := r.plan(time.Hour); n != 1 {
 		t.Errorf("Plan() an hour after the requested build failed queued %d builds; want 1", n)
+	}
+}
+
+// TestTriesEnd fails a wanted cell at each try. The server must give up after 30 builds and say so, and begin again
+// after a request. Before, it queued the cell each day for ever.
+func TestTriesEnd(t *testing.T) {
+	t.Parallel()
+	r := newRetries(t)
+	cell := func() api.Resolution {
+		t.Helper()
+		got, err := r.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	const text, command = "no more automatic tries after 30 builds", "server request --build-id " + first
+	builds := 0
+	for range 60 { // days
+		if r.plan(30*time.Hour) == 0 {
+			continue
+		}
+		b := r.fail()
+		if builds++; b.Tries != builds {
+			t.Fatalf("build %d has tries %d", builds, b.Tries)
+		}
+		if got := cell(); builds < 30 && strings.Contains(got.Reason, text) {
+			t.Errorf("the reason after build %d is %q", builds, got.Reason)
+		}
+	}
+	if got := cell(); builds != 30 || got.State != api.Failed || !strings.Contains(got.Reason, text) ||
+		!strings.Contains(got.Hint, command) {
+		t.Errorf("after %d builds, the cell is %s, %q, %q; want 30, failed, with %q and %q", builds, got.State, got.Reason,
+			got.Hint, text, command)
+	}
+	request(t, r.Catalogue, first, v261, "open")
+	update(t, r.Catalogue, r.q.jobs[len(r.q.jobs)-1].Build,
+		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "x"})
+	if got := cell(); strings.Contains(got.Reason, text) {
+		t.Errorf("the reason of a failure that lasts is %q", got.Reason)
+	}
+	request(t, r.Catalogue, first, v261, "open")
+	r.fail()
+	if n := r.plan(time.Hour); n != 1 {
+		t.Errorf("Plan() an hour after a requested build failed queued %d builds; want 1", n)
 	}
 }

@@ -106,7 +106,8 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 }
 
 // Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. A failed
-// cell is queued again at [retryTime] if the cause of the failure may pass. Cancelled cells stay as they are.
+// cell is queued again at [retryTime] if the cause of the failure may pass, up to [maxTries] builds. Cancelled cells
+// stay as they are.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
