@@ -33,8 +33,8 @@ func TestConformance(t *testing.T) {
 		"remembered": testCache,
 		"tokens":     testTokens, "audit": testAudit,
 		"measured": testWantedCells, "reported": testReports, "filtered": testFilters, "warned": testWarnings,
-		"sources": testGPUsAndGKE,
-		"beside":  testReadDuringWrite, "panicked": testWriteThatPanics,
+		"sources": testGPUsAndGKE, "trimmed": testTrim,
+		"beside": testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
 		// When the database is opened again, all migrations have been made.
