@@ -285,20 +285,18 @@ func (c *Catalogue) update(
 			return err
 		}
 		if !tooLate(before, e, u) {
-			err := c.recordKernel(ctx, tx, before, u)
-			if e == publish && fault.Is(err, fault.Mismatch) {
-				refusal = err
-				after, err = refusePublication(ctx, tx, before, u, err, c.Now())
-				return err
-			}
-			if err != nil {
-				return err
-			}
+			err = c.recordKernel(ctx, tx, before, u)
 		}
-		if e == publish {
-			if err := c.recordArtifact(ctx, tx, before, u); err != nil {
-				return err
-			}
+		if err == nil && e == publish {
+			err = c.recordArtifact(ctx, tx, before, u)
+		}
+		if e == publish && isRefusal(err) {
+			refusal = err
+			after, err = refusePublication(ctx, tx, before, u, err, c.Now())
+			return err
+		}
+		if err != nil {
+			return err
 		}
 		if err := tx.SetBuild(ctx, after); err != nil {
 			return err
@@ -316,6 +314,11 @@ func (c *Catalogue) update(
 		return after, fmt.Errorf("update the state of build %d: %w", id, refusal)
 	}
 	return after, nil
+}
+
+// isRefusal reports whether the publication is refused for good. After any other error, the builder repeats its report.
+func isRefusal(err error) bool {
+	return err != nil && !fault.Of(err).Retryable() && !fault.Is(err, fault.Internal)
 }
 
 // refusePublication marks a build as failed because its publication was refused. Its builder sends no other report, and
