@@ -181,7 +181,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 			n++
 		}
 	}
-	return n, c.Store.SetWanted(ctx, l.Name, wanted)
+	return n, c.Store.SetWanted(ctx, l.Name, l.Version, wanted)
 }
 
 // queueCell queues a build of one cell, and reports whether it did. It does not if the cell has a build or an artifact,

@@ -33,7 +33,7 @@ func TestConformance(t *testing.T) {
 		"remembered": testCache,
 		"tokens":     testTokens, "audit": testAudit,
 		"measured": testWantedCells, "reported": testReports, "filtered": testFilters, "warned": testWarnings,
-		"sources": testGPUsAndGKE, "trimmed": testTrim,
+		"sources": testGPUsAndGKE, "trimmed": testTrim, "guarded": testWishListGuard,
 		"beside": testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
