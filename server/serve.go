@@ -169,7 +169,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 			return err
 		}
 	}
-	db, err := store.Open(ctx, s.Database)
+	db, err := store.OpenLogged(ctx, s.Database, log)
 	if err != nil {
 		return err
 	}
