@@ -9,6 +9,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
@@ -20,13 +21,23 @@ const maxCandidates = 200
 func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	switch at.Flag {
 	case "flavour":
-		if at.Command == "artifacts" || at.Command == "builds" {
+		if at.Command == "artifacts" || at.Command == "builds" || at.Command == "retry" {
 			return fixed("proprietary", "open")
 		}
 		return fixed("auto", "proprietary", "open")
 	case "state":
-		if at.Command == "artifacts" {
+		switch at.Command {
+		case "artifacts":
 			return fixed(string(api.Published), string(api.Yanked), string(api.Quarantined))
+		case "cells":
+			return fixed(
+				string(api.Building),
+				string(api.Queued),
+				string(api.Failed),
+				string(api.Yanked),
+				string(api.Quarantined),
+				string(api.Cancelled),
+			)
 		}
 		return fixed(
 			string(api.Queued),
@@ -35,6 +46,12 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 			string(api.Failed),
 			string(api.Cancelled),
 		)
+	case "class":
+		var all []string
+		for _, k := range fault.Kinds() {
+			all = append(all, k.String())
+		}
+		return fixed(all...)
 	case "scope":
 		var all []string
 		for _, s := range auth.Scopes() {

@@ -190,8 +190,10 @@ func cellsCommand() *ucli.Command {
 		description: `A cell is a kernel with a driver. The list has the cells that were built or
 requested.`,
 		what: "kernels", of: "the cells of ", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
-		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell,
-		table: printCells,
+		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter(),
+			&ucli.StringFlag{Name: "state",
+				Usage: "show only cells in this `STATE`: building, queued, failed, yanked, quarantined or cancelled"}),
+		get: (*api.Client).EachCell, table: printCells,
 	}.command()
 }
 

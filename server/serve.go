@@ -42,7 +42,7 @@ type settings struct {
 	Public                                                                              bool
 	Redistribute                                                                        bundle.Redistribution
 	CreateOnly                                                                          []string
-	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine                                int
+	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine, KeepBuilds                    int
 	DiscoverEvery, Grace                                                                time.Duration
 }
 
@@ -169,7 +169,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 			return err
 		}
 	}
-	db, err := store.Open(ctx, s.Database)
+	db, err := store.OpenLogged(ctx, s.Database, log)
 	if err != nil {
 		return err
 	}
@@ -286,7 +286,9 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 		return nil
 	})
-	group.Go(func() error { return trimAudit(running, db, log) })
+	group.Go(func() error {
+		return trim(running, db, logs, time.Duration(s.KeepBuilds)*day, log)
+	})
 	log.Info("server ready", "url", scheme+"://"+address, "data", s.Data, "version", version)
 	return group.Wait()
 }
@@ -312,23 +314,4 @@ func (s settings) createOnly(repo, tag string) bool {
 		return ok && err == nil
 	})
 	return chosen && !listTag.MatchString(tag)
-}
-
-// auditRetention is how long the audit log is kept.
-const auditRetention = 400 * 24 * time.Hour
-
-// trimAudit deletes entries that are too old from the audit log once a day, until ctx is done.
-func trimAudit(ctx context.Context, db *store.Store, log *slog.Logger) error {
-	tick := time.NewTicker(24 * time.Hour)
-	defer tick.Stop()
-	for {
-		if err := db.TrimAudit(ctx, time.Now().Add(-auditRetention)); err != nil && ctx.Err() == nil {
-			log.WarnContext(ctx, "audit log not trimmed", "err", err)
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
 }

@@ -141,7 +141,10 @@ type Build struct {
 	Digest string           `json:"digest,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
 	// Priority is 1 if a node or a person waits for the build. Builds that can wait have higher numbers.
-	Priority   int        `json:"priority"`
+	Priority int `json:"priority"`
+	// Tries is 1 for the first build of the cell since the last one that was published or that somebody requested. Each
+	// build that the server then queues again by itself adds 1. The server queues no build after the 30th.
+	Tries      int        `json:"tries,omitempty"`
 	CreatedAt  time.Time  `json:"createdAt"`
 	StartedAt  *time.Time `json:"startedAt,omitempty"`
 	FinishedAt *time.Time `json:"finishedAt,omitempty"`

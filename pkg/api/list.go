@@ -118,7 +118,7 @@ func (c *Client) EachBuild(ctx context.Context, f Filter) iter.Seq2[Build, error
 }
 
 // EachCell reads the states of cells. The cells of the newest kernel come first. The filter may set BUILD_ID, board,
-// milestone, GKE version and driver.
+// milestone, GKE version, driver and state.
 func (c *Client) EachCell(ctx context.Context, f Filter) iter.Seq2[Resolution, error] {
 	return readPages[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/riverqueue/river"
@@ -47,14 +48,20 @@ func (q *Queue) Work(
 		JobTimeout:           JobTimeout,
 		RescueStuckJobsAfter: RescueAfter,
 		SoftStopTimeout:      soft,
-		// SQLite has no notifications, so the poll interval decides how soon a job starts.
-		FetchPollInterval: 500 * time.Millisecond,
-		PollOnly:          q.sqlite != nil,
-		Queues:            map[string]river.QueueConfig{api.BuildQueue: {MaxWorkers: max(concurrency, 1)}},
-		Workers:           workers,
+		FetchPollInterval:    pollInterval,
+		PollOnly:             q.sqlite != nil,
+		Queues:               map[string]river.QueueConfig{api.BuildQueue: {MaxWorkers: max(concurrency, 1)}},
+		Workers:              workers,
 	})
 	if err != nil {
 		return fmt.Errorf("take builds from the queue: %w", err)
+	}
+	if q.pg != nil {
+		checking, stop := context.WithCancel(ctx)
+		var check sync.WaitGroup
+		check.Go(func() { q.checkNotifications(checking) })
+		defer check.Wait()
+		defer stop()
 	}
 	if err := c.Start(ctx); err != nil {
 		if ctx.Err() != nil {
@@ -66,6 +73,10 @@ func (q *Queue) Work(
 	<-c.Stopped()
 	return nil
 }
+
+// pollInterval is the pause between two looks into the queue. SQLite has no notifications, so it decides how soon a job
+// starts.
+const pollInterval = 500 * time.Millisecond
 
 // handBackPause is the pause before the next attempt of a job that a running worker gave back.
 const handBackPause = 15 * time.Second

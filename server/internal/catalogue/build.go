@@ -82,18 +82,19 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 			return api.Build{}, fmt.Errorf("request a build: %w", err)
 		}
 	}
-	b, _, err := c.openCell(ctx, k, *chosen, queue.PriorityAsked)
+	b, _, err := c.openCell(ctx, k, *chosen, queue.PriorityAsked, 1)
 	return b, err
 }
 
 // openCell adds and queues a build of a cell, or returns its published or open build. It raises the priority of a
-// waiting build if necessary. For a withdrawn artifact, the error has kind Unsupported. queued reports whether the
-// build is new and waits for a builder.
+// waiting build if necessary. tries is the value of this field of a new build. For a withdrawn artifact, the error has
+// kind Unsupported. queued reports whether the build is new and waits for a builder.
 func (c *Catalogue) openCell(
-	ctx context.Context, k api.Kernel, cell api.Resolution, priority int,
+	ctx context.Context, k api.Kernel, cell api.Resolution, priority, tries int,
 ) (b api.Build, queued bool, err error) {
 	now := c.Now()
-	b = api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
+	b = api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, Tries: tries,
+		CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
 		return b, false, fault.New(fault.Unsupported,
@@ -180,7 +181,7 @@ func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stor
 	return stored, added, err
 }
 
-// raisePriority gives a waiting build a higher priority.
+// raisePriority gives a waiting build a higher priority. If somebody waits for it, the cell's tries begin again.
 func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int) (api.Build, error) {
 	up := func(q Enqueuer) error { return q.SetPriority(ctx, b.ID, priority) }
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -188,6 +189,9 @@ func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int
 			return err
 		}
 		b.Priority = priority
+		if priority == queue.PriorityAsked {
+			b.Tries = 1
+		}
 		if err := tx.SetBuild(ctx, b); err != nil {
 			return err
 		}
@@ -281,20 +285,18 @@ func (c *Catalogue) update(
 			return err
 		}
 		if !tooLate(before, e, u) {
-			err := c.recordKernel(ctx, tx, before, u)
-			if e == publish && fault.Is(err, fault.Mismatch) {
-				refusal = err
-				after, err = refusePublication(ctx, tx, before, u, err, c.Now())
-				return err
-			}
-			if err != nil {
-				return err
-			}
+			err = c.recordKernel(ctx, tx, before, u)
 		}
-		if e == publish {
-			if err := c.recordArtifact(ctx, tx, before, u); err != nil {
-				return err
-			}
+		if err == nil && e == publish {
+			err = c.recordArtifact(ctx, tx, before, u)
+		}
+		if e == publish && isRefusal(err) {
+			refusal = err
+			after, err = refusePublication(ctx, tx, before, u, err, c.Now())
+			return err
+		}
+		if err != nil {
+			return err
 		}
 		if err := tx.SetBuild(ctx, after); err != nil {
 			return err
@@ -312,6 +314,11 @@ func (c *Catalogue) update(
 		return after, fmt.Errorf("update the state of build %d: %w", id, refusal)
 	}
 	return after, nil
+}
+
+// isRefusal reports whether the publication is refused for good. After any other error, the builder repeats its report.
+func isRefusal(err error) bool {
+	return err != nil && !fault.Of(err).Retryable() && !fault.Is(err, fault.Internal)
 }
 
 // refusePublication marks a build as failed because its publication was refused. Its builder sends no other report, and

@@ -26,7 +26,6 @@ type lister interface {
 	Drivers(ctx context.Context, p store.Page) ([]api.DriverRelease, string, error)
 	Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) ([]api.Artifact, string, error)
 	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
-	FailedBuilds(ctx context.Context) (map[store.CellKey]int, error)
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
 	NextBuilds(ctx context.Context, n int) ([]api.Build, error)
 	Withdrawn(ctx context.Context, n int) ([]api.Artifact, error)

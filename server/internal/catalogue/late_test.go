@@ -1,12 +1,15 @@
 package catalogue_test
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -101,4 +104,48 @@ func TestRefusedPublication(t *testing.T) {
 	update(t, c, next.ID, api.BuildUpdate{State: api.Published, Digest: digest("2"), Fingerprint: fingerB})
 	published.Fingerprint = fingerA
 	refused("after the publication", 0, api.Published)
+}
+
+// TestRefusals refuses publications for each reason. The build must fail with the kind of the refusal: without an end,
+// it would end as internal when its job ends. After an error of the server itself, the builder reports again.
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name        string
+		set         func(*catalogue.Config)
+		fingerprint target.Fingerprint
+		kind        fault.Kind
+		state       api.State
+	}{
+		{"the registry is public", func(c *catalogue.Config) { c.Public = true }, fingerA, fault.PublishRefused,
+			api.Failed},
+		{"the registry has no such manifest", func(c *catalogue.Config) {
+			c.HasManifest = func(context.Context, string, string) (bool, error) { return false, nil }
+		}, fingerA, fault.Mismatch, api.Failed},
+		{"nobody reported a fingerprint", func(*catalogue.Config) {}, "", fault.Usage, api.Failed},
+		{"the registry's disk is broken", func(c *catalogue.Config) {
+			c.HasManifest = func(context.Context, string, string) (bool, error) { return false, errors.New("disk: I/O error") }
+		}, fingerA, fault.Transient, api.Building},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			c, _ := open(t)
+			row.set(&c.Config)
+			b := request(t, c, first, v261, "open")
+			update(t, c, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1})
+			_, err := c.Update(t.Context(), b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Attempt: 1,
+				Fingerprint: row.fingerprint})
+			if !fault.Is(err, row.kind) {
+				t.Errorf("Update(published) = %v; want %s", err, row.kind)
+			}
+			got, err := c.Build(t.Context(), b.ID)
+			if err != nil || got.State != row.state {
+				t.Fatalf("Build() = %+v, %v; want %s", got, err, row.state)
+			}
+			if row.state == api.Failed && (got.Class != row.kind.String() || got.Error == "" || got.Digest != "") {
+				t.Errorf("the refused build has class %q, error %q and digest %q; want %s with the refusal's text", got.Class,
+					got.Error, got.Digest, row.kind)
+			}
+		})
+	}
 }

@@ -18,7 +18,7 @@ import (
 // measurer reads the data for a measurement.
 type measurer interface {
 	Changes() uint64
-	SetWanted(ctx context.Context, list string, cells []store.WantedCell) error
+	SetWanted(ctx context.Context, list string, version int64, cells []store.WantedCell) error
 	Coverage(ctx context.Context) (map[int]map[api.State]int, error)
 	WaitingBuilds(ctx context.Context) ([]store.Waiting, error)
 	RunningBuilds(ctx context.Context) ([]store.Working, error)

@@ -214,6 +214,7 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 	case newest != nil && newest.State == api.Failed:
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
 			orText(newest.Hint, fmt.Sprintf("read the log of the build: server build %d --log", newest.ID))
+		addLastTry(&r, k)
 	case newest != nil && newest.State == api.Cancelled:
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), requestHint(k, d)
 	case sibling != nil:
@@ -366,7 +367,8 @@ func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the cells of a page of kernels. Without a version, it lists the cells with a build or an artifact.
+// Cells lists the cells of a page of kernels, only those in the filter's state if it has one. Without a version, it
+// lists the cells with a build or an artifact.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -380,11 +382,15 @@ func (c *Catalogue) Cells(
 	all := []api.Resolution{}
 	for _, kc := range cells { // cells are sorted already
 		for d, facts := range kc.All() {
-			if version == "" || version == d.Version {
-				r := resolution(kc.Kernel, api.DriverRelease{Version: d.Version}, d, facts)
-				c.addForecast(&r)
-				all = append(all, r)
+			if version != "" && version != d.Version {
+				continue
 			}
+			r := resolution(kc.Kernel, api.DriverRelease{Version: d.Version}, d, facts)
+			if f.State != "" && r.State != f.State {
+				continue
+			}
+			c.addForecast(&r)
+			all = append(all, r)
 		}
 	}
 	return all, next, nil

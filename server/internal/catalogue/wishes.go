@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"regexp"
 	"slices"
 	"strings"
@@ -107,13 +106,14 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 }
 
 // Plan queues each wanted cell that has no build, newest kernels first, and returns the number of new builds. A failed
-// cell is queued again at [retryTime] if the cause of the failure may pass. Cancelled cells stay as they are.
+// cell is queued again at [retryTime] if the cause of the failure may pass, up to [maxTries] builds. Cancelled cells
+// stay as they are.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
 		return 0, err
 	}
-	known, err := c.planView(ctx)
+	known, err := c.planView(ctx, "")
 	if err != nil {
 		return 0, err
 	}
@@ -140,15 +140,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 // into l.
 func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planView) (n int, err error) {
 	l.Cells, l.Problems = 0, nil
-	w, err := plan.Parse(l.Name, []byte(l.Text))
-	if err != nil {
-		return 0, err
-	}
-	images, err := plan.LoadImageMap(ctx, w.ImageMap)
-	if err != nil {
-		return 0, err
-	}
-	p, err := plan.Expand(ctx, w, known, images)
+	p, err := known.expand(ctx, l)
 	if err != nil {
 		return 0, err
 	}
@@ -181,7 +173,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 			n++
 		}
 	}
-	return n, c.Store.SetWanted(ctx, l.Name, wanted)
+	return n, c.Store.SetWanted(ctx, l.Name, l.Version, wanted)
 }
 
 // queueCell queues a build of one cell, and reports whether it did. It does not if the cell has a build or an artifact,
@@ -199,7 +191,8 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	}
 	key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: cell.Driver}
 	state, ok := known.states[key]
-	again := state == api.Failed && known.again[key]
+	tries := known.again[key]
+	again := state == api.Failed && tries > 0
 	if ok && state != api.Unknown && !again {
 		return false, nil
 	}
@@ -217,7 +210,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	case again:
 		priority = queue.PriorityAgain
 	}
-	b, queued, err := c.openCell(ctx, k, now, priority)
+	b, queued, err := c.openCell(ctx, k, now, priority, tries+1)
 	if err != nil {
 		return false, err
 	}
@@ -232,39 +225,9 @@ type planView struct {
 	boards  map[string][]target.Kernel
 	drivers map[string]api.DriverRelease
 	states  map[store.CellKey]api.State // only cells with a build or an artifact
-	again   map[store.CellKey]bool      // failed cells that may be queued again now
+	again   map[store.CellKey]int       // the tries of failed cells that may be queued again now
 	// forgotten has the newest build of each cell whose build was published, and whose artifact was deleted since.
 	forgotten map[store.CellKey]int64
-}
-
-// retryTime returns when a cell with the given number of failed builds may be queued again. ended is the end of the
-// newest one. From the third on it is once a day, at a time that depends on the cell: the cells of an outage must not
-// all be built at once each day.
-func retryTime(key store.CellKey, failed int, ended time.Time) time.Time {
-	switch {
-	case failed <= 1:
-		return ended.Add(time.Hour)
-	case failed == 2:
-		return ended.Add(6 * time.Hour)
-	}
-	const day = 24 * time.Hour
-	sum := fnv.New64a()
-	fmt.Fprint(sum, key.BuildID, "/", key.Board, "/", key.Driver) // a hash's Write returns no error
-	earliest := ended.Add(6 * time.Hour)
-	at := earliest.Truncate(day).Add(time.Duration(sum.Sum64() % uint64(day)))
-	if at.Before(earliest) {
-		at = at.Add(day)
-	}
-	return at
-}
-
-// mayRetry reports whether a failed cell may be queued again. b is its newest build.
-func mayRetry(key store.CellKey, b *api.Build, failed int, now time.Time) bool {
-	class, err := fault.Parse(b.Class)
-	if err != nil || !class.Passes() || b.FinishedAt == nil {
-		return false
-	}
-	return !now.Before(retryTime(key, failed, *b.FinishedAt))
 }
 
 func (s *planView) add(k api.Kernel) {
@@ -275,60 +238,93 @@ func (s *planView) add(k api.Kernel) {
 	s.boards[k.BuildID] = append(s.boards[k.BuildID], k.Kernel)
 }
 
-// planView reads the whole catalogue, page by page.
-func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
+// planView reads the catalogue, page by page: the facts about all cells, or with a BUILD_ID only those about its cells.
+func (c *Catalogue) planView(ctx context.Context, buildID string) (*planView, error) {
 	s := &planView{
 		kernels: map[string]api.Kernel{},
 		boards:  map[string][]target.Kernel{},
 		drivers: map[string]api.DriverRelease{},
 		states:  map[store.CellKey]api.State{},
-		again:   map[store.CellKey]bool{},
+		again:   map[store.CellKey]int{},
 
 		forgotten: map[store.CellKey]int64{},
 	}
-	failed, err := c.Store.FailedBuilds(ctx)
+	now := c.Now()
+	if buildID != "" {
+		err := eachPage(MaxLimit, func(p store.Page) (next string, err error) {
+			all, next, err := c.Store.Kernels(ctx, store.KernelFilter{}, p)
+			for _, k := range all {
+				s.add(k)
+			}
+			return next, err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	err := eachPage(MaxLimitCells, func(p store.Page) (next string, err error) {
+		all, next, err := c.Store.Cells(ctx, store.KernelFilter{BuildID: buildID}, p)
+		for _, cells := range all {
+			if buildID == "" {
+				s.add(cells.Kernel)
+			}
+			s.addFacts(cells, now)
+		}
+		return next, err
+	})
 	if err != nil {
 		return nil, err
 	}
-	now := c.Now()
-	for after := ""; ; {
-		all, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
-		if err != nil {
-			return nil, err
-		}
-		for _, cells := range all {
-			k := cells.Kernel
-			s.add(k)
-			for d, f := range cells.All() {
-				// Without the copies, these short texts would keep all facts about the kernel in memory.
-				own := target.Driver{Version: unique.Make(d.Version).Value(), Flavour: unique.Make(d.Flavour).Value()}
-				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
-				state := unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
-				s.states[key] = state
-				if state == api.Failed && mayRetry(key, f.Newest, failed[key], now) {
-					s.again[key] = true
-				}
-				if state == api.Unknown && f.Newest != nil && f.Newest.State == api.Published {
-					s.forgotten[key] = f.Newest.ID
-				}
-			}
-		}
-		if after = next; after == "" {
-			break
-		}
-	}
-	for after := ""; ; {
-		all, next, err := c.Store.Drivers(ctx, store.Page{After: after, Limit: MaxLimit})
-		if err != nil {
-			return nil, err
-		}
+	err = eachPage(MaxLimit, func(p store.Page) (next string, err error) {
+		all, next, err := c.Store.Drivers(ctx, p)
 		for _, d := range all {
 			s.drivers[d.Version] = d
 		}
-		if after = next; after == "" {
-			return s, nil
+		return next, err
+	})
+	return s, err
+}
+
+// eachPage calls the callback for each page of a list, until there is no next page.
+func eachPage(limit int, read func(store.Page) (next string, err error)) error {
+	for after := ""; ; {
+		next, err := read(store.Page{After: after, Limit: limit})
+		if err != nil || next == "" {
+			return err
+		}
+		after = next
+	}
+}
+
+// addFacts adds what a plan needs of the facts about a kernel's cells.
+func (s *planView) addFacts(cells *store.KernelCells, now time.Time) {
+	k := cells.Kernel
+	for d, f := range cells.All() {
+		// Without the copies, these short texts would keep all facts about the kernel in memory.
+		own := target.Driver{Version: unique.Make(d.Version).Value(), Flavour: unique.Make(d.Flavour).Value()}
+		key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
+		state := unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
+		s.states[key] = state
+		if state == api.Failed && mayRetry(key, f.Newest, now) {
+			s.again[key] = f.Newest.Tries
+		}
+		if state == api.Unknown && f.Newest != nil && f.Newest.State == api.Published {
+			s.forgotten[key] = f.Newest.ID
 		}
 	}
+}
+
+// expand returns the cells of a wish list.
+func (s *planView) expand(ctx context.Context, l *api.WishList) (*plan.Plan, error) {
+	w, err := plan.Parse(l.Name, []byte(l.Text))
+	if err != nil {
+		return nil, err
+	}
+	images, err := plan.LoadImageMap(ctx, w.ImageMap)
+	if err != nil {
+		return nil, err
+	}
+	return plan.Expand(ctx, w, s, images)
 }
 
 // BuildIDs returns the known BUILD_IDs, newest first.
@@ -355,71 +351,6 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 		)
 	}
 	return list, nil
-}
-
-// Announce looks up a COS build, records its kernels, and plans all wish lists. A second call changes nothing.
-func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, error) {
-	if _, err := target.ParseKernel(buildID, "lakitu"); err != nil {
-		return api.Release{}, fault.Wrap(fault.Usage, err, "")
-	}
-	if c.Mirror == nil {
-		return api.Release{}, fault.New(
-			fault.Unsupported,
-			"look up COS build "+buildID+": this server has no --kernel-mirror",
-			"start the server with the URL of a bucket of COS releases: --kernel-mirror URL",
-		)
-	}
-	if err := c.lookUp(ctx, buildID); err != nil {
-		return api.Release{}, err
-	}
-	if _, err := c.Plan(ctx); err != nil {
-		// The next plan tries the cells that were not queued.
-		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
-		c.PlanSoon()
-	}
-	return c.Release(ctx, buildID)
-}
-
-// Release returns a COS build with the states of its cells.
-func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, error) {
-	kernels, _, err := c.Store.Kernels(ctx, store.KernelFilter{BuildID: buildID}, store.Page{Limit: MaxLimit})
-	if err != nil {
-		return api.Release{}, err
-	}
-	if len(kernels) == 0 || buildID == "" {
-		return api.Release{}, fault.New(
-			fault.NotFound,
-			fmt.Sprintf("COS build %.80q is not in the catalogue", buildID),
-			"announce the COS build: server announce BUILD_ID",
-		)
-	}
-	r := api.Release{BuildID: buildID, Kernels: kernels, SeenAt: kernels[0].FirstSeenAt}
-	if r.Cells, _, err = c.Cells(ctx, store.KernelFilter{BuildID: buildID}, "",
-		store.Page{Limit: MaxLimitCells}); err != nil {
-		return r, err
-	}
-	seen := map[string]time.Time{}
-	for _, k := range kernels {
-		seen[k.String()] = k.FirstSeenAt
-		if k.FirstSeenAt.Before(r.SeenAt) {
-			r.SeenAt = k.FirstSeenAt
-		}
-	}
-	var took []time.Duration
-	for _, cell := range r.Cells {
-		switch {
-		case cell.State == api.Queued || cell.State == api.Building:
-			r.Open++
-		case cell.State == api.Published:
-			r.Ready++
-		}
-		if at := seen[cell.Kernel.String()]; cell.ReadyAt != nil && !cell.ReadyAt.Before(at) {
-			took = append(took, cell.ReadyAt.Sub(at))
-		}
-	}
-	slices.Sort(took)
-	r.Times = durations(took)
-	return r, nil
 }
 
 // ReadyTimes returns percentiles of the time from a kernel's discovery to the publication of a cell, over the given

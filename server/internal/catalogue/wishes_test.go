@@ -104,7 +104,8 @@ func TestPlan(t *testing.T) {
 
 func errOf[T any](_ T, err error) error { return err }
 
-// TestAnnounce announces a COS build. The server must look it up, plan it, and say later how long it took.
+// TestAnnounce announces a COS build. The server must look it up, plan it, and say later how long it took. The plan of
+// other COS builds must not delay the answer.
 func TestAnnounce(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -119,6 +120,10 @@ func TestAnnounce(t *testing.T) {
 	if _, err := c.PutWishList(ctx, "all", strings.Replace(wishes, "milestone: 109, ", "", 1), 0); err != nil {
 		t.Fatal(err)
 	}
+	older := target.Kernel{BuildID: "19216.104.20", Board: "lakitu", Arch: target.AMD64}
+	if err := c.RecordKernel(ctx, api.Kernel{Kernel: older, Default: v261}); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 { // the second announcement changes nothing
 		r, err := c.Announce(ctx, "19216.104.25")
 		if err != nil || r.Open != 1 || r.Ready != 0 || len(q.jobs) != 1 {
@@ -127,6 +132,9 @@ func TestAnnounce(t *testing.T) {
 	}
 	if _, err := c.Announce(ctx, "1.2.3"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Announce(absent) = %v; want input-missing", err)
+	}
+	if n, err := c.Plan(ctx); err != nil || n != 1 || q.jobs[1].BuildID != older.BuildID {
+		t.Errorf("Plan() = %d, %v with the jobs %+v; want a second job, for %s", n, err, q.jobs, older)
 	}
 	at = noon.Add(90 * time.Second)
 	update(t, c, q.jobs[0].Build, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})

@@ -99,7 +99,8 @@ func coverageDesc() *prometheus.Desc {
 }
 
 func inventoryDescs() (builds, artifacts, jobs *prometheus.Desc) {
-	return prometheus.NewDesc("prebake_builds", "Builds by state.", []string{"state"}, nil),
+	return prometheus.NewDesc("prebake_builds", "Builds by state, without those that --keep-builds removed.",
+			[]string{"state"}, nil),
 		prometheus.NewDesc("prebake_artifacts", "Artifacts by state.", []string{"state"}, nil),
 		prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
 }

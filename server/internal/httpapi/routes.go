@@ -263,9 +263,12 @@ func (t table) cells() {
 		func(ctx context.Context, in *struct {
 			PageQuery
 			GKEQuery
+			State  string `query:"state" doc:"only cells in this state: building, queued, failed, yanked, quarantined or cancelled"`
 			Driver string `query:"driver" doc:"only of this driver version"`
 		}) (*list[api.Resolution], error) {
-			all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())
+			f := in.filter()
+			f.State = api.State(in.State)
+			all, next, err := cat.Cells(ctx, f, in.Driver, in.page())
 			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)

@@ -16,14 +16,15 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at, priority`
+const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at, priority, tries`
 
 func scanBuild(row func(...any) error) (api.Build, error) {
 	var b api.Build
 	var kernel, phases string
 	var created, started, finished, beat int64
 	err := row(&b.ID, &kernel, &b.Driver.Version, &b.Driver.Flavour, &b.State, &b.Phase, &b.Worker, &b.Attempt,
-		&b.Class, &b.Error, &b.Hint, &b.Digest, &phases, &created, &started, &finished, &beat, &b.Priority)
+		&b.Class, &b.Error, &b.Hint, &b.Digest, &phases, &created, &started, &finished, &beat, &b.Priority,
+		&b.Tries)
 	if err != nil {
 		return b, err
 	}
@@ -138,14 +139,15 @@ func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, adde
 	if err != nil {
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
+	b.Tries = max(b.Tries, 1)
 	tx.touch(b.Kernel.String())
 	// A unique index allows one open build of a cell. If another transaction has added one, the INSERT returns no row.
 	for range 3 {
 		err = tx.QueryRowContext(
 			ctx,
 			`
-INSERT INTO builds (build_id, board, kernel, driver, flavour, state, digest, created_at, finished_at, priority)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNING id`,
+INSERT INTO builds (build_id, board, kernel, driver, flavour, state, digest, created_at, finished_at, priority, tries)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT DO NOTHING RETURNING id`,
 			b.Kernel.BuildID,
 			b.Kernel.Board,
 			string(kernel),
@@ -156,6 +158,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 			micros(b.CreatedAt),
 			ptrMicros(b.FinishedAt),
 			b.Priority,
+			b.Tries,
 		).Scan(&b.ID)
 		if err == nil {
 			return b, true, nil
@@ -221,9 +224,10 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	tx.touch(b.Kernel.String())
 	_, err = tx.ExecContext(ctx, `
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
-    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,
+    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15, tries = $16 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
-		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority)
+		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority,
+		max(b.Tries, 1))
 	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
 }
 

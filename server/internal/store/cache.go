@@ -12,6 +12,8 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -160,11 +162,20 @@ func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all [
 func (s *Store) listen(ctx context.Context, url string) {
 	pause := backoff.NewExponentialBackOff()
 	pause.MaxInterval = 10 * time.Second
+	warned := false
+	begun := func() {
+		pause.Reset()
+		warned = false
+	}
 	for ctx.Err() == nil {
-		err := s.listenOnce(ctx, url, pause.Reset)
+		err := s.listenOnce(ctx, url, begun)
 		s.cache.setListening(false)
 		if err == nil || ctx.Err() != nil {
 			return
+		}
+		if fault.Is(err, fault.Usage) && !warned {
+			s.log.WarnContext(ctx, "notifications of the catalogue not received", "err", err, "hint", fault.Hint(err))
+			warned = true
 		}
 		select {
 		case <-ctx.Done():
@@ -181,6 +192,14 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // the connection is not used again
 	if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
+		return err
+	}
+	// A cache that hears of no changes would give old answers for ever.
+	err = queue.HearOwn(ctx, conn, func(ctx context.Context, payload string) error {
+		_, err := s.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, channel, payload)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	s.cache.setListening(true)

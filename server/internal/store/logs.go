@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -139,6 +141,61 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	return nil
+}
+
+// logsPerRead is the number of names that Trim reads from the folder at a time.
+const logsPerRead = 1000
+
+// Trim removes logs that were last written before the given time and whose builds are gone, and returns their number. A
+// younger log may belong to a build that a restored database does not have yet.
+func (l *Logs) Trim(before time.Time, gone func(build int64) (bool, error)) (removed int, err error) {
+	dir, err := l.root.Open(".")
+	if err != nil {
+		return 0, fmt.Errorf("find old logs: %w", err)
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	for {
+		entries, err := dir.ReadDir(logsPerRead)
+		if errors.Is(err, io.EOF) {
+			return removed, nil
+		}
+		if err != nil {
+			return removed, fmt.Errorf("find old logs: %w", err)
+		}
+		for _, e := range entries {
+			build, ok := buildOf(e.Name())
+			if !ok {
+				continue
+			}
+			info, err := e.Info()
+			if errors.Is(err, fs.ErrNotExist) || err == nil && !info.ModTime().Before(before) {
+				continue
+			}
+			if err != nil {
+				return removed, fmt.Errorf("find old logs: %w", err)
+			}
+			switch yes, err := gone(build); {
+			case err != nil:
+				return removed, err
+			case !yes:
+				continue
+			}
+			if err := ignoreGone(l.root.Remove(e.Name())); err != nil {
+				return removed, fmt.Errorf("remove the log of build %d: %w", build, err)
+			}
+			removed++
+		}
+	}
+}
+
+// buildOf returns the number of the build whose log has this name.
+func buildOf(name string) (build int64, ok bool) {
+	number, isLog := strings.CutSuffix(name, ".log")
+	if !isLog {
+		number, isLog = strings.CutSuffix(name, ".live")
+	}
+	build, err := strconv.ParseInt(number, 10, 64)
+	return build, isLog && err == nil
 }
 
 func ignoreGone(err error) error {

@@ -38,9 +38,10 @@ func (w WantedCell) early() int {
 	return 0
 }
 
-// SetWanted replaces the wanted cells of a wish list. It uses several transactions for a long list, so that other
-// writers need not wait.
-func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
+// SetWanted replaces the wanted cells of a wish list by those of one version of its text. If the list has another
+// version now, or none, SetWanted changes nothing more: another plan stores the cells of that version. It uses several
+// transactions for a long list, so that other writers need not wait.
+func (s *Store) SetWanted(ctx context.Context, list string, version int64, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
 		var key WantedCell
@@ -63,8 +64,12 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 	for key := range stored {
 		gone = append(gone, key)
 	}
-	for len(added)+len(gone) > 0 {
+	for current := true; current && len(added)+len(gone) > 0; {
 		err := s.Write(ctx, func(tx *Tx) error {
+			now, err := tx.lockWishList(ctx, list)
+			if current = err == nil && now == version; !current {
+				return err
+			}
 			n := min(len(gone), wantedAtOnce)
 			for _, key := range gone[:n] {
 				_, err := tx.ExecContext(
@@ -98,7 +103,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 	return nil
 }
 
-// addWanted stores wanted cells of a wish list, unless the list was removed meanwhile.
+// addWanted stores wanted cells of a wish list, which has to exist.
 func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil
@@ -114,7 +119,7 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) er
 		rows,
 		" UNION ALL ",
 	) +
-		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT (list, build_id, board, driver, flavour)
+		`) c WHERE TRUE ON CONFLICT (list, build_id, board, driver, flavour)
 DO UPDATE SET early = excluded.early`
 	if tx.postgres { // PostgreSQL does not know the types of these parameters
 		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")

@@ -1,12 +1,16 @@
 package store_test
 
 import (
+	"fmt"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/store"
 )
@@ -30,7 +34,7 @@ func testWantedCells(t *testing.T, s *store.Store, id string) {
 	}
 	want := func(cells []store.WantedCell, list string, counts map[api.State]int) {
 		t.Helper()
-		if err := s.SetWanted(ctx, list, cells); err != nil {
+		if err := s.SetWanted(ctx, list, 1, cells); err != nil {
 			t.Fatal(err)
 		}
 		all, err := s.Coverage(ctx)
@@ -96,4 +100,54 @@ func testWantedCells(t *testing.T, s *store.Store, id string) {
 
 	write(func(tx *store.Tx) error { return tx.DropWishList(ctx, "a"+id) })
 	want(cells[5:12], "b"+id, map[api.State]int{api.Unknown: 7})
+	// A plan of an earlier version must not replace the cells of the present one.
+	write(func(tx *store.Tx) error { return tx.PutWishList(ctx, "b"+id, "y", 1, noon) })
+	want(cells[20:23], "b"+id, map[api.State]int{api.Unknown: 7})
+	if err := s.SetWanted(ctx, "b"+id, 2, cells[20:23]); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := s.Coverage(ctx); err != nil || all[milestone][api.Unknown] != 3 {
+		t.Errorf("Coverage() after the plan of version 2 = %v, %v; want 3 cells", all[milestone], err)
+	}
+}
+
+// testWishListGuard replaces one version of a wish list many times at once. Only one caller may succeed.
+func testWishListGuard(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	put := func(text string, version int64, begun func()) error {
+		return s.Write(ctx, func(tx *store.Tx) error {
+			begun()
+			return tx.PutWishList(ctx, "g"+id, text, version, noon)
+		})
+	}
+	if err := put("first", 0, func() {}); err != nil {
+		t.Fatal(err)
+	}
+	errs := make([]error, 8)
+	var wait, begun sync.WaitGroup
+	begun.Add(len(errs))
+	for i := range errs {
+		wait.Go(func() {
+			errs[i] = put(fmt.Sprint(i), 1, func() {
+				begun.Done()
+				if strings.HasSuffix(t.Name(), "postgres/guarded") { // with SQLite, one transaction writes at a time
+					begun.Wait()
+				}
+			})
+		})
+	}
+	wait.Wait()
+	stored := 0
+	for i, err := range errs {
+		switch {
+		case err == nil:
+			stored++
+		case !fault.Is(err, fault.Busy):
+			t.Errorf("caller %d: %v; want busy", i, err)
+		}
+	}
+	if l, err := s.WishList(ctx, "g"+id); err != nil || stored != 1 || l.Version != 2 {
+		t.Errorf("%d callers replaced version 1, and the list has version %d, %v; want one caller, and version 2", stored,
+			l.Version, err)
+	}
 }

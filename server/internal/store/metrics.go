@@ -32,20 +32,6 @@ SELECT class, COUNT(*) FROM (
 	return counts, classify("count the failed builds", err)
 }
 
-// FailedBuilds counts the failed builds of each cell that has any.
-func (s *Store) FailedBuilds(ctx context.Context) (map[CellKey]int, error) {
-	counts := map[CellKey]int{}
-	err := query(ctx, s.readers, func(row func(...any) error) error {
-		var key CellKey
-		var n int
-		err := row(&key.BuildID, &key.Board, &key.Driver.Version, &key.Driver.Flavour, &n)
-		counts[key] = n
-		return err
-	}, `SELECT build_id, board, driver, flavour, COUNT(*) FROM builds WHERE state = 'failed'
-GROUP BY build_id, board, driver, flavour`)
-	return counts, classify("count the failed builds of cells", err)
-}
-
 // OldestQueued returns the creation time of the oldest queued build, or the zero time if there is none.
 func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	var oldest int64

@@ -253,6 +253,7 @@ func (p *packer) build(b *api.Build) {
 	packText(p, &b.Digest)
 	packList(p, &b.Phases, p.phase)
 	packNumber(p, &b.Priority)
+	packNumber(p, &b.Tries)
 	p.time(&b.CreatedAt)
 	packOptional(p, &b.StartedAt, p.time)
 	packOptional(p, &b.FinishedAt, p.time)

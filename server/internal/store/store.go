@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net/url"
 	"path"
 	"path/filepath"
@@ -37,6 +38,7 @@ type Store struct {
 	postgres bool
 	cache    *cache
 	stop     func() // ends the listener; nil without one
+	log      *slog.Logger
 }
 
 // reader is a database that is only read.
@@ -51,10 +53,16 @@ const readers = 8
 
 // Open opens the database sqlite:///abs/path or postgres://… and updates its tables.
 func Open(ctx context.Context, rawURL string) (*Store, error) {
+	return OpenLogged(ctx, rawURL, slog.New(slog.DiscardHandler))
+}
+
+// OpenLogged is [Open] with a log for the trouble of the listener for other servers' changes.
+func OpenLogged(ctx context.Context, rawURL string, log *slog.Logger) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {
 		return nil, fmt.Errorf("open the catalogue: %w", err)
 	}
+	s.log = log
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
 			"check that the server can reach the database and may write to it, and that no newer server has used it"),

@@ -33,8 +33,8 @@ func TestConformance(t *testing.T) {
 		"remembered": testCache,
 		"tokens":     testTokens, "audit": testAudit,
 		"measured": testWantedCells, "reported": testReports, "filtered": testFilters, "warned": testWarnings,
-		"sources": testGPUsAndGKE,
-		"beside":  testReadDuringWrite, "panicked": testWriteThatPanics,
+		"sources": testGPUsAndGKE, "trimmed": testTrim, "guarded": testWishListGuard,
+		"beside": testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
 		// When the database is opened again, all migrations have been made.
@@ -314,7 +314,7 @@ func testChange(t *testing.T, s *store.Store, id string) {
 	started := noon.Add(time.Minute)
 	want := b
 	want.State, want.Phase, want.Worker, want.Attempt = api.Building, "compile", "w1", 2
-	want.Class, want.Error, want.Hint, want.Digest = "api-break", "x.c:1: error", "none", "sha256:1"
+	want.Class, want.Error, want.Hint, want.Digest, want.Tries = "api-break", "x.c:1: error", "none", "sha256:1", 4
 	want.Kernel.Release, want.StartedAt, want.FinishedAt, want.HeartbeatAt = "6.1.0-47", &started, &started, &started
 	want.Phases = []timeline.Phase{{Name: "source", Start: noon, Seconds: 1.5, Note: "cached"}}
 	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {

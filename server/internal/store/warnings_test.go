@@ -30,7 +30,7 @@ func testWarnings(t *testing.T, s *store.Store, id string) {
 	}
 	set := func(list string, cells ...store.WantedCell) {
 		t.Helper()
-		if err := s.SetWanted(ctx, list, cells); err != nil {
+		if err := s.SetWanted(ctx, list, 1, cells); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -55,10 +55,9 @@ func noWishList(name string) error {
 // PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the stored version.
 // This prevents two people from overwriting each other's changes.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
-	var stored int64
-	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
-	if err != nil && !errors.Is(err, sql.ErrNoRows) {
-		return classify("read wish list "+name, err)
+	stored, err := tx.lockWishList(ctx, name)
+	if err != nil {
+		return err
 	}
 	if version != 0 && version != stored {
 		return fault.New(
@@ -72,6 +71,20 @@ INSERT INTO wish_lists (name, text, version, changed_at) VALUES ($1, $2, 1, $3)
 ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.version + 1, changed_at = excluded.changed_at,
     planned_at = 0, problems = '[]'`, name, text, micros(at))
 	return classify("store the wish list "+name, err)
+}
+
+// lockWishList returns the version of a wish list, or 0 if it does not exist. No other transaction changes the list
+// until the end of this one.
+func (tx *Tx) lockWishList(ctx context.Context, name string) (version int64, err error) {
+	text := `SELECT version FROM wish_lists WHERE name = $1`
+	if tx.postgres {
+		text += ` FOR UPDATE` // with SQLite, each transaction that writes has a lock already
+	}
+	err = tx.QueryRowContext(ctx, text, name).Scan(&version)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, nil
+	}
+	return version, classify("read wish list "+name, err)
 }
 
 // DropWishList removes a wish list. Its artifacts stay.

@@ -1,0 +1,59 @@
+package catalogue
+
+import (
+	"fmt"
+	"hash/fnv"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// maxTries is the maximum number of builds of a cell that nobody requested, up to a success. With the pauses of
+// [retryTime], they take four weeks. A cause that lasts longer does not pass by itself.
+const maxTries = 30
+
+// retryTime returns when a failed cell may be queued again. tries is the number of its newest build; see [api.Build].
+// ended is the end of that build. From the third on it is once a day, at a time that depends on the cell: the cells of
+// an outage must not all be built at once each day.
+func retryTime(key store.CellKey, tries int, ended time.Time) time.Time {
+	switch {
+	case tries <= 1:
+		return ended.Add(time.Hour)
+	case tries == 2:
+		return ended.Add(6 * time.Hour)
+	}
+	const day = 24 * time.Hour
+	sum := fnv.New64a()
+	fmt.Fprint(sum, key.BuildID, "/", key.Board, "/", key.Driver) // a hash's Write returns no error
+	earliest := ended.Add(6 * time.Hour)
+	at := earliest.Truncate(day).Add(time.Duration(sum.Sum64() % uint64(day)))
+	if at.Before(earliest) {
+		at = at.Add(day)
+	}
+	return at
+}
+
+// passes reports whether the cause of a build's failure may pass.
+func passes(b *api.Build) bool {
+	class, err := fault.Parse(b.Class)
+	return err == nil && class.Passes()
+}
+
+// mayRetry reports whether a failed cell may be queued again now. b is its newest build.
+func mayRetry(key store.CellKey, b *api.Build, now time.Time) bool {
+	if !passes(b) || b.Tries >= maxTries || b.FinishedAt == nil {
+		return false
+	}
+	return !now.Before(retryTime(key, b.Tries, *b.FinishedAt))
+}
+
+// addLastTry says in the reason and hint of a failed cell that the server does not queue it again, although the cause
+// may pass.
+func addLastTry(r *api.Resolution, k api.Kernel) {
+	if b := r.Build; passes(b) && b.Tries >= maxTries {
+		r.Reason += fmt.Sprintf("; no more automatic tries after %d builds", b.Tries)
+		r.Hint += "; when the cause is gone, " + requestHint(k, r.Driver)
+	}
+}

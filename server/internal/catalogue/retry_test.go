@@ -1,0 +1,142 @@
+package catalogue_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
+)
+
+// retries is a catalogue with a clock, whose wish list wants one cell.
+type retries struct {
+	*catalogue.Catalogue
+	t  *testing.T
+	q  *fakeQueue
+	at time.Time
+}
+
+func newRetries(t *testing.T) *retries {
+	t.Helper()
+	c, q := open(t)
+	r := &retries{Catalogue: c, t: t, q: q, at: c.Now()}
+	c.Now = func() time.Time { return r.at }
+	k := api.Kernel{Kernel: target.Kernel{BuildID: first, Board: "lakitu", Milestone: 109}, Default: v261}
+	if err := c.RecordKernel(t.Context(), k); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.PutWishList(t.Context(), "production", wishes, 0); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// plan plans after a pause, and returns the number of builds that it queued.
+func (r *retries) plan(pause time.Duration) int {
+	r.t.Helper()
+	r.at = r.at.Add(pause)
+	n, err := r.Plan(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return n
+}
+
+// fail reports that the newest build failed for a reason that may pass, and returns the build.
+func (r *retries) fail() api.Build {
+	r.t.Helper()
+	return update(r.t, r.Catalogue, r.q.jobs[len(r.q.jobs)-1].Build,
+		api.BuildUpdate{State: api.Failed, Class: "transient", Error: "the mirror is away"})
+}
+
+// TestTriesBeginAgain fails a cell three times, so that it waits for a day. After a success, and after a request, the
+// cell must be queued again an hour after its next failure: earlier failures do not count.
+func TestTriesBeginAgain(t *testing.T) {
+	t.Parallel()
+	r := newRetries(t)
+	thrice := func(pauses ...time.Duration) {
+		t.Helper()
+		var got []int
+		for _, pause := range pauses {
+			if n := r.plan(pause); n != 1 {
+				t.Fatalf("Plan() after %s and failures %v queued %d builds; want 1", pause, got, n)
+			}
+			got = append(got, r.fail().Tries)
+		}
+		if d := cmp.Diff([]int{1, 2, 3}, got); d != "" {
+			t.Errorf("tries of the failed builds (-want +got):\n%s", d)
+		}
+	}
+	thrice(0, time.Hour, 6*time.Hour)
+	if n := r.plan(time.Hour); n != 0 {
+		t.Errorf("Plan() an hour after three failures queued %d builds; want none", n)
+	}
+	if b := request(t, r.Catalogue, first, v261, "open"); b.Tries != 1 {
+		t.Errorf("a requested build has tries %d; want 1", b.Tries)
+	}
+	update(t, r.Catalogue, r.q.jobs[len(r.q.jobs)-1].Build,
+		api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
+	if err := r.Forget(t.Context(), "prebake/driver", digest("1")); err != nil {
+		t.Fatal(err)
+	}
+	thrice(0, time.Hour, 6*time.Hour)
+	if n := r.plan(30 * time.Hour); n != 1 {
+		t.Fatalf("Plan() 30 hours after three failures queued %d builds; want 1", n)
+	}
+	if b := request(t, r.Catalogue, first, v261, "open"); b.Tries != 1 || b.Priority != 1 {
+		t.Errorf("a request for the queued build leaves tries %d and priority %d; want 1 and 1", b.Tries, b.Priority)
+	}
+	r.fail()
+	if n := r.plan(time.Hour); n != 1 {
+		t.Errorf("Plan() an hour after the requested build failed queued %d builds; want 1", n)
+	}
+}
+
+// TestTriesEnd fails a wanted cell at each try. The server must give up after 30 builds and say so, and begin again
+// after a request. Before, it queued the cell each day for ever.
+func TestTriesEnd(t *testing.T) {
+	t.Parallel()
+	r := newRetries(t)
+	cell := func() api.Resolution {
+		t.Helper()
+		got, err := r.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	const text, command = "no more automatic tries after 30 builds", "server request --build-id " + first
+	builds := 0
+	for range 60 { // days
+		if r.plan(30*time.Hour) == 0 {
+			continue
+		}
+		b := r.fail()
+		if builds++; b.Tries != builds {
+			t.Fatalf("build %d has tries %d", builds, b.Tries)
+		}
+		if got := cell(); builds < 30 && strings.Contains(got.Reason, text) {
+			t.Errorf("the reason after build %d is %q", builds, got.Reason)
+		}
+	}
+	if got := cell(); builds != 30 || got.State != api.Failed || !strings.Contains(got.Reason, text) ||
+		!strings.Contains(got.Hint, command) {
+		t.Errorf("after %d builds, the cell is %s, %q, %q; want 30, failed, with %q and %q", builds, got.State, got.Reason,
+			got.Hint, text, command)
+	}
+	request(t, r.Catalogue, first, v261, "open")
+	update(t, r.Catalogue, r.q.jobs[len(r.q.jobs)-1].Build,
+		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "x"})
+	if got := cell(); strings.Contains(got.Reason, text) {
+		t.Errorf("the reason of a failure that lasts is %q", got.Reason)
+	}
+	request(t, r.Catalogue, first, v261, "open")
+	r.fail()
+	if n := r.plan(time.Hour); n != 1 {
+		t.Errorf("Plan() an hour after a requested build failed queued %d builds; want 1", n)
+	}
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// maxRetries is the maximum number of builds that one call of retry requests.
+const maxRetries = 1000
+
+func retryCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "retry", Usage: "request the builds of failed cells again",
+		Description: `retry lists the cells whose last build failed, newest kernel first. With
+--apply, it requests a build of each, and lists the new builds. A request begins
+the automatic tries of a wanted cell again.
+
+Examples:
+  server retry --class transient
+  server retry --class publish-refused --apply --token-file token`,
+		Flags: writeFlags(append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter(), flavourFilter(),
+			&ucli.StringFlag{Name: "class",
+				Usage: "choose only cells whose last build failed with this `CLASS`, such as transient"},
+			&ucli.IntFlag{Name: "limit", Value: 100, Usage: "choose at most `COUNT` cells", Validator: func(n int) error {
+				if n < 1 || n > maxRetries {
+					return fmt.Errorf("limit %d: want 1 to %d", n, maxRetries)
+				}
+				return nil
+			}},
+			&ucli.BoolFlag{Name: "apply", Usage: "request the builds; without it, retry changes nothing"},
+		)...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			if class := cmd.String("class"); class != "" {
+				if _, err := fault.Parse(class); err != nil {
+					return fault.Wrap(fault.Usage, fmt.Errorf("choose failed cells: %w", err),
+						"take the class from the list of failed builds: server builds --state failed")
+				}
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			builds, more, err := failedBuilds(ctx, c, filter(cmd), cmd.String("class"), cmd.Int("limit"))
+			if err != nil {
+				return err
+			}
+			note := fmt.Sprintf("%d failed cells; to request their builds, run this command with --apply", len(builds))
+			var failed error
+			if cmd.Bool("apply") {
+				builds, failed = requestAgain(ctx, c, builds)
+				note = fmt.Sprintf("%d builds requested", len(builds))
+			}
+			if more {
+				note += "; there are more failed cells, choose more with --limit COUNT"
+			}
+			err = cli.Print(cmd, builds, func(w io.Writer) error {
+				if len(builds) == 0 && failed == nil {
+					_, err := fmt.Fprintln(w, "no failed cell was found")
+					return err
+				}
+				return printBuilds(w, builds)
+			})
+			if err == nil && len(builds) > 0 {
+				_, err = fmt.Fprintln(cmd.Root().ErrWriter, note)
+			}
+			return errors.Join(failed, err)
+		},
+	}
+}
+
+// failedBuilds returns the newest builds of failed cells, at most the given number. An empty class matches any class.
+// It also reports whether there are more.
+func failedBuilds(
+	ctx context.Context, c *api.Client, f api.Filter, class string, most int,
+) (builds []api.Build, more bool, err error) {
+	builds = []api.Build{}
+	flavour := f.Flavour
+	f.State, f.Flavour = api.Failed, "" // the list of cells has no filter for flavours
+	for cell, err := range c.EachCell(ctx, f) {
+		switch {
+		case err != nil:
+			return nil, false, err
+		case cell.Build == nil || class != "" && cell.Build.Class != class:
+		case flavour != "" && string(cell.Driver.Flavour) != flavour:
+		case len(builds) == most:
+			return builds, true, nil
+		default:
+			builds = append(builds, *cell.Build)
+		}
+	}
+	return builds, false, nil
+}
+
+// requestAgain requests a build of the cell of each build, and returns the new builds. An error with one cell does not
+// stop the others, unless they would fail, too.
+func requestAgain(ctx context.Context, c *api.Client, failed []api.Build) ([]api.Build, error) {
+	builds, errs := []api.Build{}, []error(nil)
+	for _, f := range failed {
+		b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: f.Kernel.BuildID, Board: f.Kernel.Board,
+			Driver: f.Driver.Version, Flavour: string(f.Driver.Flavour)})
+		if err == nil {
+			builds = append(builds, b)
+			continue
+		}
+		errs = append(errs, fmt.Errorf("request a build of %s for %s: %w", f.Driver, f.Kernel, err))
+		switch fault.Of(err) {
+		case fault.Unauthorized, fault.Forbidden, fault.TooMany, fault.Transient, fault.TimedOut, fault.Cancelled:
+			return builds, errors.Join(errs...)
+		}
+	}
+	return builds, errors.Join(errs...)
+}
