@@ -218,18 +218,8 @@ func TestLabelsOfOthers(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
 	dest := "file://" + filepath.Join(t.TempDir(), "bucket")
-	dir := filepath.Join(strings.TrimPrefix(dest, "file://"), here)
-	var list gpuversions.GPUDriverVersionInfoList
-	if err := prototext.Unmarshal([]byte(cosText), &list); err != nil {
-		t.Fatal(err)
-	}
-	for _, form := range []tarball.Form{tarball.Text, tarball.Binary} {
-		data, err := form.Marshal(&list)
-		if err != nil {
-			t.Fatal(err)
-		}
-		write(t, filepath.Join(dir, "gpu_driver_versions."+form.Name), string(data))
-	}
+	dir := strings.TrimPrefix(dest, "file://")
+	writeCOSLists(t, dir)
 	b := openBucket(t, dest)
 	publishAll(t, b, s, v261, v309)
 	cos := rowsOf(t, content(t, dest))
@@ -271,7 +261,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(other(labels{"R535": v261}), both...)
 	give(other(nil), both...)
 	give(labelling(s, nil, nil))
-	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
+	write(t, filepath.Join(dir, here, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
 	refused(other(labels{"R535": v309}), "535.1.1 has this label already, in the label's own object")
 }
