@@ -90,10 +90,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 func TestLabels(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		b := openBucket(t, dest)
 		if got, err := tarball.SetLabels(t.Context(), b, labelling(s, labels{"DEFAULT": v261}, nil)); err != nil ||
 			!got.Existed || !slices.Equal(got.Absent, []string{"DEFAULT"}) {
@@ -167,10 +164,7 @@ func TestLabels(t *testing.T) {
 // checkSigned checks that each object that changes has a signature of its present state.
 func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	t.Helper()
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	for name, text := range all {
 		if !strings.HasPrefix(name, here+"gpu_") || strings.Contains(name, ".sha256-") {
 			continue
@@ -302,10 +296,7 @@ func TestLabelsNeedTarballs(t *testing.T) {
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	for n := 0; ; n++ {
 		m := tarball.NewMemory()
 		b := m.Bucket()
@@ -315,13 +306,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 			labelling(s, labels{"DEFAULT": v261, "LATEST": v261}, nil)); err != nil {
 			t.Fatal(err)
 		}
-		left := n
-		cut := func() error {
-			if left--; left < 0 {
-				return errCut
-			}
-			return nil
-		}
+		cut := cutAfter(n)
 		_, err := tarball.SetLabels(t.Context(), tarball.Breaking(b, cut, cut),
 			labelling(s, labels{"DEFAULT": v309}, labels{"R535": v309}))
 		check(t, m.Content(), v)

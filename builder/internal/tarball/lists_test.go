@@ -219,10 +219,7 @@ func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList
 func TestForeignEntries(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	const textList, binList = here + "gpu_driver_versions.textproto", here + "gpu_driver_versions.bin"
 	stranger, _ := newSigner(t)
 	strange := tarball.NewMemory()
