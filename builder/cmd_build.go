@@ -317,16 +317,25 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 			return err
 		}
 	}
+	var unsigned []string
 	for _, t := range res.Tarballs {
+		unsigned = append(unsigned, t.Unsigned...)
 		if _, err := fmt.Fprintln(w, t.URL); err != nil {
 			return err
 		}
 	}
 	for _, l := range res.Labels {
+		unsigned = append(unsigned, l.Unsigned...)
 		for _, label := range slices.Sorted(maps.Keys(l.Labels)) {
 			if _, err := fmt.Fprintf(w, "label     %s is %s in %s\n", label, l.Labels[label], l.URL); err != nil {
 				return err
 			}
+		}
+	}
+	slices.Sort(unsigned)
+	for _, url := range slices.Compact(unsigned) {
+		if _, err := fmt.Fprintf(w, "unsigned  %s: others wrote a part of it\n", url); err != nil {
+			return err
 		}
 	}
 	verdict := "static checks only"

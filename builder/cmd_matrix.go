@@ -95,28 +95,26 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts the settings of build that a plan uses.
+// planCommand accepts the settings of build that a plan uses. A plan neither publishes nor signs, so some of them have
+// texts of their own.
 func planCommand() *ucli.Command {
+	own := slices.Concat(
+		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
+		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
+		cli.Group(groupTrust,
+			cli.String("key", "", "count only what `KEY` signed: file, KMS URI, keyless:SIGSTORE_FILE"),
+			cli.Choice("load-test", pipeline.LoadTestAuto,
+				"with require, count only artifacts that passed the load test: `MODE` is auto, require or off",
+				pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)),
+	)
+	shared := []string{"kernel-mirror", "driver-mirror", "private", "redistribute", "username", "password",
+		"identity-token", "trusted-root", "cache"}
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
-		if slices.Contains(
-			[]string{
-				"kernel-mirror",
-				"driver-mirror",
-				"to",
-				"private",
-				"redistribute",
-				"username",
-				"password",
-				"key",
-				"identity-token",
-				"trusted-root",
-				"cache",
-				"load-test",
-				"max-age",
-			},
-			f.Names()[0],
-		) {
+		name := f.Names()[0]
+		if i := slices.IndexFunc(own, func(o ucli.Flag) bool { return o.Names()[0] == name }); i >= 0 {
+			flags = append(flags, own[i])
+		} else if slices.Contains(shared, name) {
 			flags = append(flags, f)
 		}
 	}

@@ -220,8 +220,12 @@ func printReport(w io.Writer, r *reproduce.Report) error {
 	case r.ModuleKey != "":
 		outcome = "identical but for the modules' signatures, under certificate\n          " + r.ModuleKey
 	}
+	built := r.BuilderID
+	if !r.BuiltOn.IsZero() {
+		built += ", on " + r.BuiltOn.UTC().Format(time.RFC3339)
+	}
 	if _, err := fmt.Fprintf(w, "artifact  %s@%s\ndriver    %s\nkernel    %s, release %s\nbuilt by  %s\noutcome   %s\n",
-		r.Repository, r.Digest, r.Driver, r.Kernel, r.Kernel.Release, r.BuilderID, outcome); err != nil {
+		r.Repository, r.Digest, r.Driver, r.Kernel, r.Kernel.Release, built, outcome); err != nil {
 		return err
 	}
 	for _, d := range r.Differences {

@@ -84,6 +84,17 @@ func sampleLayers(t testing.TB) []Layer {
 	}
 }
 
+// emptyRoot returns an empty folder to unpack into.
+func emptyRoot(t testing.TB) *os.Root {
+	t.Helper()
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = root.Close() })
+	return root
+}
+
 func unpackFile(t testing.TB, l Layer) (string, error) {
 	t.Helper()
 	f, err := os.Open(l.Path)
@@ -152,11 +163,7 @@ func TestPackUnpack(t *testing.T) {
 
 func TestUnpackAllLayersIntoOneFolder(t *testing.T) {
 	t.Parallel()
-	root, err := os.OpenRoot(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
+	root := emptyRoot(t)
 	for _, l := range sampleLayers(t) {
 		data, err := os.ReadFile(l.Path)
 		if err != nil {

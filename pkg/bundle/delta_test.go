@@ -250,15 +250,11 @@ func TestUnpackDeltaStops(t *testing.T) {
 	t.Parallel()
 	former, from, to := layerPair(t)
 	delta := makeDelta(t, plainOf(t, from), plainOf(t, to))
-	dst, err := os.OpenRoot(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dst.Close()
+	dst := emptyRoot(t)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(io.ErrClosedPipe)
 	archive := TreeArchive(ctx, former, LayerModules, nil)
-	err = UnpackDelta(ctx, bytes.NewReader(delta), sum(delta), int64(len(delta)), archive, to.DiffID, dst)
+	err := UnpackDelta(ctx, bytes.NewReader(delta), sum(delta), int64(len(delta)), archive, to.DiffID, dst)
 	if cerr := archive.Close(); cerr != nil || err == nil || !strings.Contains(err.Error(), io.ErrClosedPipe.Error()) {
 		t.Errorf("UnpackDelta = %v, Close = %v; want the cause", err, cerr)
 	}

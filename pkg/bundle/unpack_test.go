@@ -241,12 +241,8 @@ func TestUnpackVerifies(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			root, err := os.OpenRoot(t.TempDir())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer root.Close()
-			err = unpack(t.Context(), bytes.NewReader(row.packed), row.digest, row.diff, row.size, root, 1<<20)
+			root := emptyRoot(t)
+			err := unpack(t.Context(), bytes.NewReader(row.packed), row.digest, row.diff, row.size, root, 1<<20)
 			switch {
 			case row.text == "" && err != nil:
 				t.Errorf("Unpack = %v; want success", err)
@@ -265,14 +261,10 @@ func TestUnpackReportsTheSource(t *testing.T) {
 	t.Parallel()
 	plain := archive(t, dir("bin"), file("bin/a"))
 	packed := compress(t, plain)
-	root, err := os.OpenRoot(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
+	root := emptyRoot(t)
 	cut := errors.New("connection reset")
 	r := io.MultiReader(bytes.NewReader(packed[:20]), brokenReader{fault.Wrap(fault.Transient, cut, "")})
-	err = Unpack(t.Context(), r, sum(packed), sum(plain), int64(len(packed)), root)
+	err := Unpack(t.Context(), r, sum(packed), sum(plain), int64(len(packed)), root)
 	if !fault.Is(err, fault.Transient) || !errors.Is(err, cut) {
 		t.Errorf("Unpack(broken source) = %v (%v); want the source's error", err, fault.Of(err))
 	}
@@ -286,11 +278,7 @@ func TestUnpackReportsTheSource(t *testing.T) {
 
 func TestUnpackBoundsEntries(t *testing.T) {
 	t.Parallel()
-	root, err := os.OpenRoot(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
+	root := emptyRoot(t)
 	x := &extractor{dst: root, seen: map[string]byte{}}
 	for i := range maxEntries - 1 {
 		x.seen[hex.EncodeToString([]byte{byte(i >> 16), byte(i >> 8), byte(i)})] = tar.TypeReg

@@ -168,16 +168,7 @@ func (b *Bucket) tryMirrors(ctx context.Context, f func(m backend) error) error 
 			break
 		}
 	}
-	return inOneLine(append(troubles, cannot...))
-}
-
-// inOneLine joins errors as errors.Join does, but in one line.
-func inOneLine(errs []error) error {
-	all := errs[0]
-	for _, err := range errs[1:] {
-		all = fmt.Errorf("%w; %w", all, err)
-	}
-	return all
+	return fault.Join(append(troubles, cannot...)...)
 }
 
 func (b *Bucket) prefer(at int) {

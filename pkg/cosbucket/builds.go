@@ -134,5 +134,5 @@ func (b *Bucket) readOfBuild(ctx context.Context, k target.Kernel, name string, 
 		}
 		absent = append(absent, err)
 	}
-	return nil, "", inOneLine(absent)
+	return nil, "", fault.Join(absent...)
 }

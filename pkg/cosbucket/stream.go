@@ -85,7 +85,7 @@ func (s *stream) resume(cause error) error {
 		if s.ctx.Err() != nil {
 			return s.ctx.Err()
 		}
-		broken = fmt.Errorf("%w; %w", broken, err)
+		broken = fault.Join(broken, err)
 		if !fault.Is(err, fault.Transient) {
 			break
 		}
@@ -109,7 +109,7 @@ func (s *stream) otherMirror(broken error) error {
 			if s.ctx.Err() != nil {
 				return s.ctx.Err()
 			}
-			broken = fmt.Errorf("%w; %w", broken, err)
+			broken = fault.Join(broken, err)
 			continue
 		}
 		if same, decided := s.attrs.same(attrs); !same {

@@ -184,6 +184,20 @@ func Errorf(kind Kind, format string, args ...any) error {
 	return &Error{Kind: kind, Err: fmt.Errorf(format, args...)}
 }
 
+// Join joins errors as [errors.Join] does, but in one line, with "; " between them.
+func Join(errs ...error) error {
+	var all error
+	for _, err := range errs {
+		switch {
+		case all == nil:
+			all = err
+		case err != nil:
+			all = fmt.Errorf("%w; %w", all, err)
+		}
+	}
+	return all
+}
+
 // Of returns the kind of the outermost classified error in err's chain. Without a classified error, it returns
 // Cancelled for a cancelled context, TimedOut for an expired context, and else Internal.
 func Of(err error) Kind {

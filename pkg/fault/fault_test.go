@@ -52,6 +52,26 @@ func TestDisk(t *testing.T) {
 	}
 }
 
+func TestJoin(t *testing.T) {
+	t.Parallel()
+	first, second, third := errors.New("first"), fault.New(fault.Busy, "second", "wait"), errors.New("third")
+	err := fault.Join(nil, first, nil, second, third)
+	if err == nil || err.Error() != "first; second; third" || fault.Of(err) != fault.Busy || fault.Hint(err) != "wait" {
+		t.Errorf("Join = %v (%v, %q); want the three errors in one line", err, fault.Of(err), fault.Hint(err))
+	}
+	for _, one := range []error{first, second, third} {
+		if !errors.Is(err, one) {
+			t.Errorf("Join = %v; want that it wraps %v", err, one)
+		}
+	}
+	if got := fault.Join(nil, second); got != second { //nolint:errorlint // the very same value
+		t.Errorf("Join(nil, err) = %v; want err unchanged", got)
+	}
+	if err := fault.Join(nil, nil); err != nil {
+		t.Errorf("Join(nil, nil) = %v; want nil", err)
+	}
+}
+
 func TestOfAndHint(t *testing.T) {
 	t.Parallel()
 	inner := fault.New(fault.Checksum, "sha256 differs", "fetch it again")

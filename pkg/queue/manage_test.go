@@ -97,17 +97,7 @@ func TestRelease(t *testing.T) {
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		dead := open(t)
 		insert(t, dead, map[int64]int{1: 1})
-		started, gone := make(chan struct{}), make(chan struct{})
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() {
-			done <- dead.Work(ctx, "dead", 1, func(context.Context, api.BuildJob, int) error {
-				close(started)
-				<-gone
-				return nil
-			})
-		}()
-		<-started
+		wake := hang(t, dead, "dead", nil)
 		q := open(t)
 		insert(t, q, map[int64]int{2: 1})
 		if err := q.Release(t.Context(), 1, 2, 99); err != nil {
@@ -122,11 +112,7 @@ func TestRelease(t *testing.T) {
 				t.Errorf("Lookup(%d) = %+v, %v; want %+v", build, got, err, want)
 			}
 		}
-		stop()
-		close(gone)
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+		wake()
 	})
 }
 
@@ -202,17 +188,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 				if name == "same name" {
 					id = "w1" // the name that worked uses
 				}
-				started, gone := make(chan struct{}), make(chan struct{})
-				ctx, stop := context.WithCancel(t.Context())
-				done := make(chan error, 1)
-				go func() {
-					done <- dead.Work(ctx, id, 1, func(context.Context, api.BuildJob, int) error {
-						close(started)
-						<-gone
-						return queue.Requeue(context.Canceled)
-					})
-				}()
-				<-started
+				wake := hang(t, dead, id, queue.Requeue(context.Canceled))
 				q := open(t)
 				if name == "release" {
 					if err := q.Release(t.Context(), 1); err != nil {
@@ -222,11 +198,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 				if got := runWorker(t, q, 3); !slices.Equal(got, []int64{1, 2, 3}) {
 					t.Errorf("worked in the order %v; want 1, 2, 3", got)
 				}
-				stop()
-				close(gone)
-				if err := <-done; err != nil {
-					t.Error(err)
-				}
+				wake()
 			})
 		})
 	}
@@ -238,16 +210,7 @@ func TestEnd(t *testing.T) {
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		dead := open(t)
 		insert(t, dead, map[int64]int{1: 1, 2: 1})
-		started, gone, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-		ctx, stop := context.WithCancel(t.Context())
-		go func() {
-			done <- dead.Work(ctx, "dead", 1, func(context.Context, api.BuildJob, int) error {
-				close(started)
-				<-gone
-				return nil
-			})
-		}()
-		<-started
+		wake := hang(t, dead, "dead", nil)
 		q := open(t)
 		for _, build := range []int64{1, 1, 2, 99} {
 			if err := q.End(t.Context(), build); err != nil {
@@ -257,10 +220,6 @@ func TestEnd(t *testing.T) {
 		if all, err := q.Open(t.Context()); err != nil || len(all) != 0 {
 			t.Errorf("Open() = %v, %v; want none", all, err)
 		}
-		stop()
-		close(gone)
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+		wake()
 	})
 }

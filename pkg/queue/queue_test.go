@@ -177,6 +177,30 @@ func TestStopHandsBack(t *testing.T) {
 	})
 }
 
+// hang starts a worker that takes a build and hangs in it. After wake, the build ends with this result, and the worker
+// takes no other one.
+func hang(t *testing.T, q *queue.Queue, id string, result error) (wake func()) {
+	t.Helper()
+	started, gone, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	go func() {
+		done <- q.Work(ctx, id, 1, func(context.Context, api.BuildJob, int) error {
+			close(started)
+			<-gone
+			return result
+		})
+	}()
+	<-started
+	return func() {
+		t.Helper()
+		stop()
+		close(gone)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestKilledWorker checks the running job of a killed worker. Only the next process with the same id gets the job
 // again.
 func TestKilledWorker(t *testing.T) {
@@ -187,17 +211,7 @@ func TestKilledWorker(t *testing.T) {
 		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
 		}
-		started, gone := make(chan struct{}), make(chan struct{})
-		ctx, stop := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() {
-			done <- dead.Work(ctx, "w1", 1, func(context.Context, api.BuildJob, int) error {
-				close(started)
-				<-gone
-				return nil
-			})
-		}()
-		<-started
+		wake := hang(t, dead, "w1", nil)
 		q := open(t)
 		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "running" {
 			t.Fatalf("Lookup() = %+v, %v; want running", s, err)
@@ -206,11 +220,7 @@ func TestKilledWorker(t *testing.T) {
 		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "completed" {
 			t.Errorf("Lookup() = %+v, %v; want completed", s, err)
 		}
-		stop()
-		close(gone)
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+		wake()
 	})
 }
 

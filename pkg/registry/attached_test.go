@@ -26,18 +26,25 @@ import (
 
 const labelledType = "application/vnd.test.labelled"
 
+// pushRandom pushes an image with layers of random bytes.
+func pushRandom(t *testing.T, repo *registry.Repository, size, layers int64) v1.Descriptor {
+	t.Helper()
+	img, err := random.Image(size, layers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := repo.Push(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 // crowd pushes an image and attaches many manifests of kind match, one manifest of kind plan, and some without this
 // annotation.
 func crowd(t *testing.T, repo *registry.Repository) (digest string) {
 	t.Helper()
-	img, err := random.Image(64, 1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	subject, err := repo.Push(t.Context(), img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	subject := pushRandom(t, repo, 64, 1)
 	attach := func(text string, annotations map[string]string) {
 		if _, err := repo.Attach(t.Context(), subject, labelledType, []byte(text), annotations); err != nil {
 			t.Fatal(err)
@@ -182,14 +189,7 @@ func TestHostilePages(t *testing.T) {
 					change(page, h)
 				}
 			})+"/pages")
-			img, err := random.Image(64, 1)
-			if err != nil {
-				t.Fatal(err)
-			}
-			subject, err := repo.Push(t.Context(), img)
-			if err != nil {
-				t.Fatal(err)
-			}
+			subject := pushRandom(t, repo, 64, 1)
 			armed.Store(true)
 			if list, err := repo.Referrers(t.Context(), subject.Digest.String(), ""); !fault.Is(err, fault.Unverified) {
 				t.Errorf("Referrers = %d, %v (%v); want unverified", len(list), err, fault.Of(err))
@@ -206,14 +206,7 @@ func TestAttachedIf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	repo := open(t, "oci:"+dir)
-	img, err := random.Image(64, 1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	subject, err := repo.Push(t.Context(), img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	subject := pushRandom(t, repo, 64, 1)
 	label := map[string]string{"kind": "plan"}
 	attach := func(text string) v1.Descriptor {
 		d, err := repo.Attach(t.Context(), subject, labelledType, []byte(text), label)

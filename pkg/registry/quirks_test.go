@@ -3,6 +3,7 @@ package registry_test
 import (
 	"bytes"
 	"encoding/json"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -26,17 +27,19 @@ import (
 )
 
 // startProxy puts a proxy in front of a registry. The first callback may respond in the registry's place. The second
-// may alter the registry's response.
+// may alter the registry's response. The proxy logs nothing, also if a connection breaks.
 func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
 	change func(*http.Response) error) string {
 	t.Helper()
+	silent := slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: host})
-	behind.ModifyResponse = change
+	behind.ModifyResponse, behind.ErrorLog = change, silent
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if answer == nil || !answer(w, r) {
 			behind.ServeHTTP(w, r)
 		}
 	}))
+	s.Config.ErrorLog = silent
 	t.Cleanup(s.Close)
 	return strings.TrimPrefix(s.URL, "http://")
 }

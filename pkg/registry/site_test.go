@@ -27,14 +27,7 @@ func publishLayout(t *testing.T) (dir, digest string) {
 	t.Helper()
 	dir = t.TempDir()
 	repo := openRef(t, "oci:"+dir, registry.Options{})
-	img, err := random.Image(300_000, 2)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := repo.Push(t.Context(), img)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := pushRandom(t, repo, 300_000, 2)
 	for _, text := range []string{"one", "two"} {
 		if _, err := repo.Attach(t.Context(), d, labelledType, []byte(text), map[string]string{"kind": text}); err != nil {
 			t.Fatal(err)

@@ -5,13 +5,9 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -56,13 +52,7 @@ func noise(t *testing.T, host string) (data []byte, digest string) {
 func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
 	t.Helper()
 	asked, ranges = new(atomic.Int64), new(atomic.Int64)
-	to, err := url.Parse("http://" + host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := httputil.NewSingleHostReverseProxy(to)
-	p.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	p.ModifyResponse = func(r *http.Response) error {
+	proxy = startProxy(t, host, nil, func(r *http.Response) error {
 		if strings.Contains(r.Request.URL.Path, "/blobs/") && r.Request.Method == http.MethodGet {
 			asked.Add(1)
 			if r.StatusCode == http.StatusPartialContent {
@@ -71,13 +61,8 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 			r.Body = &breakingBody{r.Body, after}
 		}
 		return nil
-	}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p.ServeHTTP(w, r)
-	}))
-	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	t.Cleanup(srv.Close)
-	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
+	})
+	return proxy, asked, ranges
 }
 
 // breakingBody is a response body whose connection breaks after a number of bytes.
@@ -130,13 +115,11 @@ func TestResumeWithoutRanges(t *testing.T) {
 	data, digest := noise(t, host)
 	var first atomic.Bool
 	first.Store(true)
-	to, err := url.Parse("http://" + host)
-	if err != nil {
-		t.Fatal(err)
+	withoutRange := func(_ http.ResponseWriter, r *http.Request) bool {
+		r.Header.Del("Range")
+		return false
 	}
-	p := httputil.NewSingleHostReverseProxy(to)
-	p.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	p.ModifyResponse = func(r *http.Response) error {
+	proxy := startProxy(t, host, withoutRange, func(r *http.Response) error {
 		if strings.Contains(r.Request.URL.Path, "/blobs/") && first.Swap(false) {
 			r.Body = struct {
 				io.Reader
@@ -144,14 +127,8 @@ func TestResumeWithoutRanges(t *testing.T) {
 			}{io.MultiReader(io.LimitReader(r.Body, 1<<20), failing{}), r.Body}
 		}
 		return nil
-	}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.Header.Del("Range")
-		p.ServeHTTP(w, r)
-	}))
-	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	t.Cleanup(srv.Close)
-	rc, err := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x").Blob(t.Context(), digest, int64(len(data)))
+	})
+	rc, err := open(t, proxy+"/x").Blob(t.Context(), digest, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -304,20 +281,14 @@ func TestResumeBehindRedirect(t *testing.T) {
 	host := distribution.Start(t)
 	data, digest := noise(t, host)
 	bucket, asked, ranges := cut(t, host, 1<<20+1)
-	to, err := url.Parse("http://" + host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := httputil.NewSingleHostReverseProxy(to)
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.Contains(r.URL.Path, "/blobs/") {
+	proxy := startProxy(t, host, func(w http.ResponseWriter, r *http.Request) bool {
+		toBucket := strings.Contains(r.URL.Path, "/blobs/")
+		if toBucket {
 			http.Redirect(w, r, "http://"+bucket+r.URL.Path, http.StatusTemporaryRedirect)
-			return
 		}
-		p.ServeHTTP(w, r)
-	}))
-	t.Cleanup(srv.Close)
-	rc, err := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x").Blob(t.Context(), digest, int64(len(data)))
+		return toBucket
+	}, nil)
+	rc, err := open(t, proxy+"/x").Blob(t.Context(), digest, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,6 +29,23 @@ func editSigned(t testing.TB, data []byte, change func(signed map[string]any)) [
 // futureVersion is a version of the timestamp that is higher than any that the node has seen.
 var futureVersion = start.AddDate(0, 0, 1).Unix()
 
+// forgeTimestamp writes a timestamp that is newer than all others, for this version of the snapshot.
+func forgeTimestamp(t testing.TB, f *snapshots.Farm, dir string, snapshotVersion int64) {
+	t.Helper()
+	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: snapshotVersion}
+	sign(t, stamp, f.Stamps, dir, "timestamp.json")
+}
+
+// forgeSnapshot writes version 9 of the snapshot, for this version of the targets. It has no hashes, so anybody can
+// forge the files that it lists.
+func forgeSnapshot(t testing.TB, key signature.Signer, dir string, targetsVersion int64) {
+	t.Helper()
+	snap := metadata.Snapshot(start.AddDate(0, 1, 0))
+	snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: targetsVersion}
+	sign(t, snap, key, dir, "9.snapshot.json")
+}
+
 // TestAttacks checks that a node with list 2 refuses each attack with its own error, and keeps its state. The attacker
 // has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
@@ -51,21 +68,15 @@ func TestAttacks(t *testing.T) {
 		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0,
 			snapshot.ErrRollback},
 		"rollback: the snapshot, with the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
-			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 1}
-			sign(t, stamp, f.Stamps, dir, "timestamp.json")
+			forgeTimestamp(t, f, dir, 1)
 			write(t, read(t, old, "1.snapshot.json"), dir, "1.snapshot.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
 		"rollback: the list, with the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm,
 			dir string) string {
-			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
-			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
-			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
-			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.Stamps, dir, "timestamp.json")
+			forgeSnapshot(t, f.Snapshot, dir, 1)
+			forgeTimestamp(t, f, dir, 9)
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
@@ -119,12 +130,8 @@ func TestAttacks(t *testing.T) {
 		}, 0, snapshot.ErrSignature},
 		"wrong key: the snapshot, signed with the key for lists": {func(t *testing.T, f *snapshots.Farm,
 			dir string) string {
-			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
-			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
-			sign(t, snap, f.Targets, dir, "9.snapshot.json")
-			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.Stamps, dir, "timestamp.json")
+			forgeSnapshot(t, f.Targets, dir, 3)
+			forgeTimestamp(t, f, dir, 9)
 			return dir
 		}, 0, snapshot.ErrSignature},
 		"wrong key: somebody else's snapshot": {func(*testing.T, *snapshots.Farm, string) string { return stranger.Dir }, 0,
@@ -164,12 +171,8 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrMalformed},
 		"targets that are null": {func(t *testing.T, f *snapshots.Farm, dir string) string {
-			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // has no hashes, so that anybody can forge the files that it lists
-			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
-			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
-			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.Stamps, dir, "timestamp.json")
+			forgeSnapshot(t, f.Snapshot, dir, 9)
+			forgeTimestamp(t, f, dir, 9)
 			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir,
 				"9.targets.json")
 			return dir

@@ -248,7 +248,7 @@ func (x *evaluation) checkRule(rule Rule) (string, error) {
 	if len(entries) < rule.Count {
 		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, statementName(rule.Statement), detail)
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
-			err = fmt.Errorf("%w; %w", err, other)
+			err = fault.Join(err, other)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
 			"ask more signers of that role to sign the artifact, or change the policy")

@@ -411,10 +411,10 @@ func (t *tally) explain(none error, useless tally) error {
 	case t.ok:
 		return nil
 	case len(t.errs) > 0:
-		missing = join(t.errs[:min(shown, len(t.errs))])
+		missing = fault.Join(t.errs[:min(shown, len(t.errs))]...)
 	case len(useless.errs) > 0:
 		errs := useless.errs[:min(shown, len(useless.errs))]
-		missing = fmt.Errorf("%w that is valid: %w", none, join(errs))
+		missing = fmt.Errorf("%w that is valid: %w", none, fault.Join(errs...))
 	default:
 		return fault.Wrap(fault.Unverified, none,
 			"copy the artifact together with its attestations: oras cp -r, or regctl image copy --referrers")
@@ -424,13 +424,4 @@ func (t *tally) explain(none error, useless tally) error {
 		kind = fault.Of(t.errs[0])
 	}
 	return fault.Wrap(kind, missing, "")
-}
-
-// join joins errors as errors.Join does, but in one line.
-func join(errs []error) error {
-	all := errs[0]
-	for _, err := range errs[1:] {
-		all = fmt.Errorf("%w; %w", all, err)
-	}
-	return all
 }

@@ -27,7 +27,7 @@ type lister interface {
 // builder set before are removed if nobody wants them now. Kernels outside the plan keep their labels.
 //
 // If Label fails for one kernel, it still sets the labels of the others. If a label's driver version is not published,
-// the label stays unchanged, and the callback gets a line about it.
+// the label stays unchanged, and the callback gets a line about it. It also gets one for each list without a signature.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil
@@ -78,6 +78,9 @@ func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[
 		for _, label := range got.Absent {
 			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k,
 				cmp.Or(declared[label], "the version that has this label at COS"), got.URL))
+		}
+		for _, url := range got.Unsigned {
+			notes = append(notes, url+" has no signature: others wrote a part of it")
 		}
 	}
 	return notes, nil

@@ -88,6 +88,7 @@ func TestLabel(t *testing.T) {
 		return all
 	}
 	cos := fakeCOS{"17800.0.2": driver.Version, "17800.0.3": "down", "17800.0.4": driver.Version}
+	const unsigned = "a list that somebody changed"
 	for _, row := range []struct {
 		name  string
 		cells []plan.Cell
@@ -101,7 +102,18 @@ func TestLabel(t *testing.T) {
 			[]string{"1/lakitu/gpu_latest", "2/lakitu/gpu_R535", "2/lakitu/gpu_default"}, 2, true},
 		{"no longer, and a build that is no longer named", []plan.Cell{cell("17800.0.2")},
 			[]string{"1/lakitu/gpu_latest", "2/lakitu/gpu_default"}, 0, false},
+		{unsigned, []plan.Cell{cell("17800.0.1")}, []string{"2/lakitu/gpu_default"}, 1, false},
 	} {
+		if row.name == unsigned {
+			list := filepath.Join(dir, "a/17800.0.1/lakitu/gpu_driver_versions.textproto")
+			text, err := os.ReadFile(list)
+			if err == nil {
+				err = os.WriteFile(list, append(text, "# changed by somebody\n"...), 0o644)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
 		var notes []string
 		err := p.Label(t.Context(), &plan.Plan{Cells: row.cells}, "https://example.com/b", cos,
 			func(s string) { notes = append(notes, s) })

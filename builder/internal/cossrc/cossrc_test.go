@@ -137,10 +137,10 @@ type bench struct {
 	said   []string
 }
 
-func newBench(t testing.TB) *bench {
+// openEmpty opens a bucket and an empty cache, both until the test ends.
+func openEmpty(t testing.TB, bucketURL string) (*cosbucket.Bucket, *cas.Cache) {
 	t.Helper()
-	dir := t.TempDir()
-	bucket, err := cosbucket.Open(t.Context(), "file://"+dir)
+	bucket, err := cosbucket.Open(t.Context(), bucketURL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,6 +153,13 @@ func newBench(t testing.TB) *bench {
 			t.Error(err)
 		}
 	})
+	return bucket, cache
+}
+
+func newBench(t testing.TB) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	bucket, cache := openEmpty(t, "file://"+dir)
 	return &bench{dir: dir, bucket: bucket, cache: cache}
 }
 

@@ -17,8 +17,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/pkg/cas"
-	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/gcs"
@@ -117,19 +115,7 @@ func (l layout) check(t *testing.T, bucketURL string, in *cossrc.Inputs) {
 
 func fetchFrom(t *testing.T, bucketURL, board string, options ...cossrc.Option) (*cossrc.Inputs, error) {
 	t.Helper()
-	bucket, err := cosbucket.Open(t.Context(), bucketURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cache, err := cas.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(bucket.Close(), cache.Close()); err != nil {
-			t.Error(err)
-		}
-	})
+	bucket, cache := openEmpty(t, bucketURL)
 	return cossrc.Fetch(t.Context(), bucket, cache, "17800.0.9", board, nil, options...)
 }
 

@@ -1,15 +1,12 @@
 package cossrc_test
 
 import (
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/pkg/cas"
-	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
@@ -25,16 +22,7 @@ func TestMirror(t *testing.T) {
 	if err != nil || len(builds) == 0 {
 		t.Fatalf("no builds below %s: %v", dir, err)
 	}
-	bucket, err := cosbucket.Open(t.Context(), mirror+"/cos")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer bucket.Close()
-	cache, err := cas.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer cache.Close()
+	bucket, cache := openEmpty(t, mirror+"/cos")
 
 	byPrint := map[target.Fingerprint][]string{}
 	for _, file := range builds {
@@ -109,14 +97,7 @@ func TestEmulatorMirror(t *testing.T) {
 	}
 	var want *cossrc.Inputs
 	for _, url := range []string{mirror + "/cos", "gs://cos-tools", "gs://cos-tools-eu", s.Endpoint + "/cos-tools"} {
-		bucket, err := cosbucket.Open(t.Context(), url)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cache, err := cas.Open(t.TempDir())
-		if err != nil {
-			t.Fatal(err)
-		}
+		bucket, cache := openEmpty(t, url)
 		in, err := cossrc.Fetch(t.Context(), bucket, cache, build, "lakitu", func(line string) { t.Log(line) })
 		if err != nil {
 			t.Fatalf("Fetch from %s: %v", url, err)
@@ -131,9 +112,6 @@ func TestEmulatorMirror(t *testing.T) {
 			if m.Digest != want.Materials[i].Digest || !strings.HasPrefix(m.URI, url+"/"+build+"/") || m.Unverified {
 				t.Errorf("material %+v; want %s, verified, from %s", m, want.Materials[i].Digest, url)
 			}
-		}
-		if err := errors.Join(bucket.Close(), cache.Close()); err != nil {
-			t.Error(err)
 		}
 	}
 }

@@ -196,7 +196,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
 		}
-		absent = fmt.Errorf("%w; %w", absent, err)
+		absent = fault.Join(absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
 		fmt.Sprintf("put the toolchain at %s; or put it at the place that is written in %s, in a bucket beside "+

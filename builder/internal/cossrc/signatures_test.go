@@ -2,7 +2,6 @@ package cossrc_test
 
 import (
 	"crypto/md5"
-	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -10,8 +9,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/pkg/cas"
-	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -51,14 +48,7 @@ func TestSignatures(t *testing.T) {
 	} {
 		root := t.TempDir()
 		put(t, root, row.objects)
-		bucket, err := cosbucket.Open(t.Context(), "file://"+root)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cache, err := cas.Open(t.TempDir())
-		if err != nil {
-			t.Fatal(err)
-		}
+		bucket, cache := openEmpty(t, "file://"+root)
 		kernel := target.Kernel{BuildID: "17800.0.9", Board: row.board}
 		s, err := cossrc.FetchSignatures(t.Context(), bucket, cache, kernel, signedVersion)
 		switch {
@@ -93,9 +83,6 @@ func TestSignatures(t *testing.T) {
 				(len(d.Materials) == 2) != (row.root != "") {
 				t.Errorf("%s: FetchSignedDriver = %q, %v, %+v; want %q", row.name, got, err, d, row.driver)
 			}
-		}
-		if err := errors.Join(bucket.Close(), cache.Close()); err != nil {
-			t.Error(err)
 		}
 	}
 }

@@ -8,7 +8,6 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/cas"
-	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -24,16 +23,7 @@ func TestMirror(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no runfiles in %s/drivers: %v", mirror, err)
 	}
-	bucket, err := cosbucket.Open(t.Context(), mirror+"/drivers")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer bucket.Close()
-	cache, err := cas.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer cache.Close()
+	bucket, cache := openEmpty(t, mirror+"/drivers")
 	for _, file := range files {
 		version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(file), "NVIDIA-Linux-x86_64-"), ".run")
 		r, err := nvsrc.Fetch(t.Context(), bucket, cache, version, target.AMD64, func(line string) { t.Log(line) })

@@ -172,9 +172,10 @@ func writeRunfile(t testing.TB, dir, version string, file []byte, sum string) {
 	}
 }
 
-func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) {
+// openEmpty opens a bucket and an empty cache, both until the test ends.
+func openEmpty(t testing.TB, bucketURL string) (*cosbucket.Bucket, *cas.Cache) {
 	t.Helper()
-	bucket, err := cosbucket.Open(t.Context(), "file://"+dir)
+	bucket, err := cosbucket.Open(t.Context(), bucketURL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,10 +188,28 @@ func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) 
 			t.Error(err)
 		}
 	})
+	return bucket, cache
+}
+
+func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) {
+	t.Helper()
+	bucket, cache := openEmpty(t, "file://"+dir)
 	var said []string
 	r, err := nvsrc.Fetch(t.Context(), bucket, cache, version, target.AMD64,
 		func(line string) { said = append(said, line) })
 	return r, said, err
+}
+
+// fetchRunfile fetches a driver from a mirror with this runfile.
+func fetchRunfile(t testing.TB, file []byte) *nvsrc.Release {
+	t.Helper()
+	dir := t.TempDir()
+	writeRunfile(t, dir, version, file, "")
+	r, _, err := fetch(t, dir, version)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
 }
 
 // layout returns the entries of a folder: the mode of a file, or the target of a link.
@@ -301,12 +320,7 @@ func TestStageWithoutManifest(t *testing.T) {
 		delete(files, "libGL.so."+version) // only the manifest says that this is the variant for systems without libglvnd
 		files["nvidia-modprobe*"] = files["nvidia-modprobe"]
 		delete(files, "nvidia-modprobe")
-		dir := t.TempDir()
-		writeRunfile(t, dir, version, runfile(t, files, false), "")
-		r, _, err := fetch(t, dir, version)
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := fetchRunfile(t, runfile(t, files, false))
 		user := t.TempDir()
 		if err := r.StageUserspace(user); err != nil {
 			t.Fatal(err)
@@ -418,12 +432,7 @@ func TestFetchRefuses(t *testing.T) {
 		t.Parallel()
 		files := driverFiles(t)
 		maps.DeleteFunc(files, func(name, _ string) bool { return strings.HasPrefix(name, "kernel-open/") })
-		dir := t.TempDir()
-		writeRunfile(t, dir, version, runfile(t, files, false), "")
-		r, _, err := fetch(t, dir, version)
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := fetchRunfile(t, runfile(t, files, false))
 		if _, err := r.Source(target.Open); !fault.Is(err, fault.Unsupported) ||
 			fault.Hint(err) != "use --flavour proprietary" {
 			t.Errorf("Source(open) = %v, hint %q", err, fault.Hint(err))
@@ -431,12 +440,7 @@ func TestFetchRefuses(t *testing.T) {
 	})
 	t.Run("manifest names a file that is missing", func(t *testing.T) {
 		t.Parallel()
-		dir := t.TempDir()
-		writeRunfile(t, dir, version, runfile(t, hole, false), "")
-		r, _, err := fetch(t, dir, version)
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := fetchRunfile(t, runfile(t, hole, false))
 		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) ||
 			!strings.Contains(err.Error(), "libnvidia-ml") {
 			t.Errorf("StageUserspace = %v; want an unverified error that names the file", err)
@@ -446,12 +450,7 @@ func TestFetchRefuses(t *testing.T) {
 		t.Parallel()
 		files := driverFiles(t)
 		files["libcuda.so."+version] = library(t, "../../etc/cron.d/x")
-		dir := t.TempDir()
-		writeRunfile(t, dir, version, runfile(t, files, false), "")
-		r, _, err := fetch(t, dir, version)
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := fetchRunfile(t, runfile(t, files, false))
 		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) ||
 			!strings.Contains(err.Error(), "SONAME") {
 			t.Errorf("StageUserspace = %v; want a refusal of the SONAME", err)
@@ -464,12 +463,7 @@ func TestStageIsTheSameForTheSameContent(t *testing.T) {
 	t.Parallel()
 	var digests, sources []string
 	for _, xzed := range []bool{false, true} {
-		dir := t.TempDir()
-		writeRunfile(t, dir, version, runfile(t, driverFiles(t), xzed), "")
-		r, _, err := fetch(t, dir, version)
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := fetchRunfile(t, runfile(t, driverFiles(t), xzed))
 		user := t.TempDir()
 		if err := r.StageUserspace(user); err != nil {
 			t.Fatal(err)

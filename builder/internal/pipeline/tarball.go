@@ -65,6 +65,7 @@ func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error 
 		}
 		r.res.Existed = r.res.Existed && got.Existed
 		r.res.Labels = append(r.res.Labels, got)
+		r.logUnsigned(got.Unsigned)
 	}
 	return nil
 }
@@ -107,8 +108,15 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 		}
 		r.res.Existed = r.res.Existed && report.Existed
 		r.res.Tarballs = append(r.res.Tarballs, report)
+		r.logUnsigned(report.Unsigned)
 	}
 	return nil
+}
+
+func (r *run) logUnsigned(urls []string) {
+	for _, url := range urls {
+		fmt.Fprintf(r.log, "%s has no signature: others wrote a part of it\n", url)
+	}
 }
 
 // tarballFiles returns the folders with modules and firmware, from this build or from the artifact that it reuses.

@@ -16,7 +16,6 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/reproduce"
-	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
@@ -87,16 +86,8 @@ func TestBTF(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	signer, err := sign.LoadSigner(t.Context(), f.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	verifier, err := signer.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
 	report, err := reproduce.Run(t.Context(), reproduce.Config{
-		Repo: repo, Ref: first.Digest, Verifier: verifier,
+		Repo: repo, Ref: first.Digest, Verifier: f.verifier(t),
 		TempDir: func(string) (string, func() error, error) {
 			dir, err := os.MkdirTemp(t.TempDir(), "")
 			return dir, func() error { return os.RemoveAll(dir) }, err

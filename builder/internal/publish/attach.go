@@ -40,9 +40,6 @@ func settle(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		if err != nil {
 			return err
 		}
-		if err := keepLog(ctx, repo, subject, a); err != nil {
-			return err
-		}
 		if quiet++; added > 0 {
 			quiet = 0
 		}
@@ -54,35 +51,15 @@ func settle(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		"run the command again, with fewer builders at a time; or use a registry with the OCI referrers API")
 }
 
-// keepLog attaches the build log again if this run's provenance is attached. If the log is listed, nothing changes.
-func keepLog(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
-	if a.Log == nil {
-		return nil
-	}
-	attached, err := repo.Attached(ctx, subject.Digest.String(), trust.ArtifactTypeBundle,
-		trust.OfType(trust.PredicateProvenance))
-	if err != nil {
-		return err
-	}
-	mine := slices.ContainsFunc(attached, func(raw []byte) bool {
-		st, err := a.Verifier.Statement(raw)
-		return err == nil && st.PredicateType == trust.PredicateProvenance &&
-			slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) })
-	})
-	if mine {
-		_, err = repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil)
-	}
-	return err
-}
-
-// attach adds the statements that the artifact lacks, and returns the number of additions. The build log comes before
-// the provenance, which must never refer to a missing log.
+// attach adds the statements that the artifact lacks, and the build log if its provenance is missing or from this run.
+// It returns the number of additions. The log comes before the provenance, which must never refer to a missing log.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) (added int, err error) {
 	if len(a.Bundles) == 0 && a.Log == nil {
 		return 0, nil
 	}
 	digest := subject.Digest.String()
 	present := map[string]bool{}
+	mine := false       // the provenance of this run is present
 	var built time.Time // the newest time in a present provenance, without times of wrong clocks
 	finished := a.finished()
 	if a.Verifier != nil {
@@ -98,6 +75,8 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proofKey(st)] = true
+				mine = mine || st.PredicateType == trust.PredicateProvenance &&
+					slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) })
 				if at := trust.FinishedOn(st); at.After(built) && !at.After(finished.Add(24*time.Hour)) {
 					built = at
 				}
@@ -107,9 +86,17 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	if a.RenewAfter > 0 && finished.Sub(built) >= a.RenewAfter {
 		present[trust.PredicateProvenance] = false
 	}
-	if a.Log != nil && !present[trust.PredicateProvenance] {
-		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
+	if a.Log != nil && (mine || !present[trust.PredicateProvenance]) {
+		listed, err := repo.Referrers(ctx, digest, "")
+		if err != nil {
 			return added, err
+		}
+		log, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil)
+		if err != nil {
+			return added, err
+		}
+		if !slices.ContainsFunc(listed, func(d v1.Descriptor) bool { return d.Digest == log.Digest }) {
+			added++
 		}
 	}
 	for _, raw := range a.Bundles {

@@ -14,11 +14,12 @@ import (
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
-// overwrite removes one statement from the list of attachments under the tag, as another builder does that read the
-// list before the entry was there. It never removes the log, after whose loss the publisher does not look again.
-func overwrite(t *testing.T, ref, digest string, entry int) {
+// overwrite removes the log or a statement from the list of attachments under the tag, as another builder does that
+// read the list before the entry was there. what is the log's artifact type or the statement's predicate type.
+func overwrite(t *testing.T, ref, digest, what string) {
 	t.Helper()
 	tag, err := name.ParseReference(ref+":"+strings.Replace(digest, ":", "-", 1), name.Insecure)
 	if err != nil {
@@ -32,13 +33,13 @@ func overwrite(t *testing.T, ref, digest string, entry int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	statements := slices.DeleteFunc(slices.Clone(m.Manifests),
-		func(d v1.Descriptor) bool { return d.ArtifactType == publish.ArtifactTypeLog })
-	if len(statements) < 2 {
-		t.Fatalf("list of attachments = %+v; want two statements or more", m)
+	isLost := func(d v1.Descriptor) bool {
+		return d.ArtifactType == what || d.Annotations[trust.LabelPredicate] == what
 	}
-	lost := statements[entry%len(statements)].Digest
-	list = mutate.RemoveManifests(list, func(d v1.Descriptor) bool { return d.Digest == lost })
+	if !slices.ContainsFunc(m.Manifests, isLost) {
+		t.Fatalf("list of attachments = %+v; want %s among them", m, what)
+	}
+	list = mutate.RemoveManifests(list, isLost)
 	if err := remote.Put(tag, list); err != nil {
 		t.Fatal(err)
 	}
@@ -49,16 +50,21 @@ func TestSharedList(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	const log, provenance, match = publish.ArtifactTypeLog, trust.PredicateProvenance, trust.PredicateKernelMatch
 	for _, row := range []struct {
 		name   string
 		api    bool
-		losses int // pauses in which an entry is lost
-		pauses int // in all
+		lost   []string // the entry that is lost in each pause
+		pauses int      // in all
+		fails  bool
 	}{
-		{"referrers API", true, 0, 0},
-		{"nothing lost", false, 0, 2},
-		{"each entry lost once", false, 3, 5},
-		{"one lost each time", false, 100, 10},
+		{"referrers API", true, nil, 0, false},
+		{"nothing lost", false, nil, 2, false},
+		{"each entry lost once", false, []string{log, provenance, match}, 5, false},
+		{"log lost at the last look", false, []string{"", log}, 4, false},
+		{"log lost twice", false, []string{match, log, log}, 5, false},
+		{"statement lost each time", false, slices.Repeat([]string{match}, 10), 10, true},
+		{"log lost each time", false, slices.Repeat([]string{log}, 10), 10, true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -66,21 +72,25 @@ func TestSharedList(t *testing.T) {
 			pauses := 0
 			a := artifact(t, key, s)
 			a.Pause = func(context.Context) error {
-				if pauses++; pauses <= row.losses {
-					overwrite(t, ref, s.Digest, (pauses-1)%3)
+				if pauses < len(row.lost) && row.lost[pauses] != "" {
+					overwrite(t, ref, s.Digest, row.lost[pauses])
 				}
+				pauses++
 				return nil
 			}
 			repo := open(t, ref, nil)
 			_, _, err := publish.Publish(t.Context(), repo, a)
-			if row.losses == 100 {
-				if !fault.Is(err, fault.Transient) || fault.Hint(err) == "" || pauses != row.pauses {
-					t.Errorf("Publish = %v after %d pauses; want that it gives up after %d", err, pauses, row.pauses)
+			if pauses != row.pauses {
+				t.Errorf("Publish paused %d times; want %d", pauses, row.pauses)
+			}
+			if row.fails {
+				if !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
+					t.Errorf("Publish = %v; want a temporary error with a hint", err)
 				}
 				return
 			}
-			if err != nil || pauses != row.pauses {
-				t.Errorf("Publish = %v after %d pauses; want %d", err, pauses, row.pauses)
+			if err != nil {
+				t.Errorf("Publish = %v; want the lost entries attached again", err)
 			}
 			check(t, repo, key, s, 2)
 		})

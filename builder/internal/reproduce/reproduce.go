@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -48,7 +49,10 @@ type Report struct {
 	Kernel      target.Kernel      `json:"kernel"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	BuilderID   string             `json:"builderId"`
+	// BuilderID is the builder in the provenance whose inputs were used: the newest one that verifies. BuiltOn is the end
+	// of that build. Zero means unknown.
+	BuilderID string    `json:"builderId"`
+	BuiltOn   time.Time `json:"builtOn,omitzero"`
 	// Identical is true if the new artifact has the same digest. If ModuleKey is set, the signatures in the modules may
 	// differ.
 	Identical bool `json:"identical"`
@@ -127,6 +131,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	report := &Report{
 		Repository: c.Repo.Name(), Digest: digest, Made: hash.String(), Identical: hash == desc.Digest,
 		Kernel: p.Built.Kernel, Driver: p.Built.Driver, Fingerprint: p.Built.Fingerprint, BuilderID: p.BuilderID,
+		BuiltOn: p.BuiltOn,
 	}
 	if !report.Identical {
 		report.ModuleKey = p.recipes[trust.FactModuleKey]
@@ -141,43 +146,95 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the artifact's provenance, and verifies it as a node with the provenance's kernel does.
+// provenance returns the artifact's newest provenance that verifies. It verifies each one alone, as a node with the
+// provenance's kernel does.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
+	all, err := c.trusted(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	if len(all) == 0 {
+		// Without a trusted provenance there is no kernel. Verify needs one to report what is wrong with the statements.
+		all = []candidate{{kernel: target.Kernel{BuildID: "0.0.0", Board: "none"}}}
+	}
+	var refused error
+	for _, p := range all {
+		switch verdict, err := c.verify(ctx, digest, content, p); {
+		case err == nil:
+			return &provenance{*verdict, p.recipes}, nil
+		case !fault.Is(err, fault.Unverified) && !fault.Is(err, fault.Mismatch):
+			return nil, err
+		case refused == nil:
+			refused = err
+		}
+	}
+	return nil, refused
+}
+
+// candidate is a provenance with a trusted signature.
+type candidate struct {
+	raw      []byte
+	kernel   target.Kernel
+	recipes  map[string]string
+	finished time.Time
+}
+
+// trusted returns all provenances of the artifact with a trusted signature, newest first.
+func (c Config) trusted(ctx context.Context, digest string) ([]candidate, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
 		return nil, err
 	}
-	var said struct {
-		BuildDefinition struct {
-			ExternalParameters trust.Parameters  `json:"externalParameters"`
-			InternalParameters map[string]string `json:"internalParameters"`
-		} `json:"buildDefinition"`
-	}
+	var all []candidate
 	for _, raw := range attached {
 		st, err := c.Verifier.Statement(raw)
 		if err != nil || st.PredicateType != trust.PredicateProvenance || !st.About(digest) {
-			continue // the call of Verify below reports what is wrong with the statements
+			continue // a later call of Verify reports what is wrong with the statements
 		}
-		if err := json.Unmarshal(st.Predicate, &said); err == nil {
-			break
+		var said struct {
+			BuildDefinition struct {
+				ExternalParameters trust.Parameters `json:"externalParameters"`
+				InternalParameters map[string]any   `json:"internalParameters"`
+			} `json:"buildDefinition"`
 		}
+		err = json.Unmarshal(st.Predicate, &said)
+		k := said.BuildDefinition.ExternalParameters.Kernel
+		if err == nil {
+			_, err = target.ParseKernel(k.BuildID, k.Board)
+		}
+		if err != nil {
+			continue
+		}
+		p := candidate{raw: raw, kernel: k, recipes: map[string]string{}, finished: trust.FinishedOn(st)}
+		for name, value := range said.BuildDefinition.InternalParameters {
+			if text, ok := value.(string); ok {
+				p.recipes[name] = text
+			}
+		}
+		all = append(all, p)
 	}
-	built := said.BuildDefinition.ExternalParameters
-	if built.Kernel.BuildID == "" {
-		// Without a trusted provenance there is no kernel. Verify needs one to report what is wrong with the statements.
-		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
-	}
-	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {
-		return nil, err
-	}
-	verdict, err := c.Verifier.Verify(attached, trust.Expect{
-		Digest: digest, Kernel: target.Kernel{BuildID: built.Kernel.BuildID, Board: built.Kernel.Board},
-		Driver: content.Identity.Driver, Identity: content.Identity,
-	})
+	slices.SortStableFunc(all, func(a, b candidate) int { return b.finished.Compare(a.finished) })
+	return all, nil
+}
+
+// verify verifies the artifact with one provenance. Without a provenance, it uses all that are attached.
+func (c Config) verify(ctx context.Context, digest string, content bundle.Content, p candidate) (*trust.Verdict,
+	error) {
+	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(p.kernel)...)
 	if err != nil {
 		return nil, err
 	}
-	return &provenance{*verdict, said.BuildDefinition.InternalParameters}, nil
+	if p.raw != nil {
+		attached = slices.DeleteFunc(attached, func(raw []byte) bool {
+			st, err := c.Verifier.Statement(raw)
+			return err == nil && st.PredicateType == trust.PredicateProvenance
+		})
+		attached = append([][]byte{p.raw}, attached...)
+	}
+	return c.Verifier.Verify(attached, trust.Expect{
+		Digest: digest, Kernel: target.Kernel{BuildID: p.kernel.BuildID, Board: p.kernel.Board},
+		Driver: content.Identity.Driver, Identity: content.Identity,
+	})
 }
 
 // checkRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.

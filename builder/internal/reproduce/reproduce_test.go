@@ -34,9 +34,9 @@ var (
 
 // farm is a repository with one published artifact, and the keys of the parties.
 type farm struct {
-	cfg    reproduce.Config
-	sample testkit.Sample
-	second *sign.Signer
+	cfg             reproduce.Config
+	sample          testkit.Sample
+	builder, second *sign.Signer
 }
 
 func signer(t *testing.T) *sign.Signer {
@@ -52,6 +52,29 @@ func signer(t *testing.T) *sign.Signer {
 	return s
 }
 
+// signed returns a signed statement.
+func signed(t *testing.T, by *sign.Signer, st sign.Statement, err error) []byte {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sign.Bundle(t.Context(), by, st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// provenance returns the provenance of a build with these recipes that ended at this Unix time.
+func provenance(t *testing.T, builder *sign.Signer, s testkit.Sample, ended int64, recipes map[string]string) []byte {
+	t.Helper()
+	st, err := sign.Provenance(s.Digest, sign.BuildFacts{
+		Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver, Materials: materials,
+		BuilderID: "https://example.com/farm", Started: time.Unix(1, 0), Finished: time.Unix(ended, 0), Facts: recipes,
+	})
+	return signed(t, builder, st, err)
+}
+
 // newFarm publishes a sample with provenance by a builder with these recipes.
 func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	t.Helper()
@@ -60,31 +83,14 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 		t.Fatal(err)
 	}
 	builder := signer(t)
-	provenance, err := sign.Provenance(s.Digest, sign.BuildFacts{
-		Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver, Materials: materials,
-		BuilderID: "https://example.com/farm", Started: time.Unix(1, 0), Finished: time.Unix(2, 0), Facts: recipes,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	match, err := sign.KernelMatch(s.Digest, s.Kernel, s.Identity.Fingerprint, s.Identity.Driver)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Bundles = nil
-	for _, st := range []sign.Statement{provenance, match} {
-		b, err := sign.Bundle(t.Context(), builder, st)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.Bundles = append(s.Bundles, b)
-	}
+	s.Bundles = [][]byte{provenance(t, builder, s, 2, recipes), signed(t, builder, match, err)}
 	s.Publish(t, repo)
 	verifier, err := builder.Verifier()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &farm{sample: s, second: signer(t), cfg: reproduce.Config{
+	return &farm{sample: s, builder: builder, second: signer(t), cfg: reproduce.Config{
 		Repo: repo, Ref: s.Digest, Verifier: verifier, By: "https://example.com/second",
 		TempDir: func(string) (string, func() error, error) {
 			dir, err := os.MkdirTemp(t.TempDir(), "")
@@ -153,6 +159,51 @@ func TestIdentical(t *testing.T) {
 	// The artifact has the statement already, so a second run must not attach another one.
 	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
 		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
+	}
+}
+
+// TestNewestProvenance adds a second provenance, which is listed first. The newest one that verifies counts.
+func TestNewestProvenance(t *testing.T) {
+	t.Parallel()
+	s, other := sample(t, ""), sample(t, "")
+	other.Identity.Driver.Version = "535.309.01"
+	old := map[string]string{"compile": "compile-0", "builder": "v3"}
+	for _, row := range []struct {
+		name           string
+		present, added map[string]string // recipes; the present build ended at second 2
+		about          testkit.Sample
+		ended          int64 // when the added build ended
+		kind           fault.Kind
+		builtOn        int64
+	}{
+		{"the added one is older", facts(), old, s, 1, -1, 2},
+		{"the added one is newer", old, facts(), s, 3, -1, 3},
+		{"the newest has other recipes", old, facts(), s, 1, fault.Unsupported, 0},
+		{"the newest is for another driver", facts(), old, other, 3, -1, 2},
+	} {
+		f := newFarm(t, s, row.present)
+		d, err := f.cfg.Repo.Resolve(t.Context(), s.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw := provenance(t, f.builder, row.about, row.ended, row.added)
+		// Attachments with annotations are listed before those without.
+		if _, err := f.cfg.Repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, raw,
+			trust.OfType(trust.PredicateProvenance)); err != nil {
+			t.Fatal(err)
+		}
+		f.cfg.Make = rebuild(s, s.Image, s.Layers, materials)
+		report, err := reproduce.Run(t.Context(), f.cfg)
+		if row.kind >= 0 {
+			if !fault.Is(err, row.kind) {
+				t.Errorf("%s: Run = %+v, %v; want %v", row.name, report, err, row.kind)
+			}
+			continue
+		}
+		if err != nil || !report.Identical || !report.BuiltOn.Equal(time.Unix(row.builtOn, 0)) {
+			t.Errorf("%s: Run = %+v, %v; want identical, by the build that ended at %v", row.name, report, err,
+				time.Unix(row.builtOn, 0).UTC())
+		}
 	}
 }
 

@@ -56,7 +56,7 @@ func WithPassword(f func() ([]byte, error)) Option {
 
 func newLoading(opts []Option) loading {
 	l := loading{password: func() ([]byte, error) {
-		return nil, errors.New("the key is encrypted, and there is no password")
+		return nil, errors.New("the key is encrypted with a password")
 	}}
 	for _, o := range opts {
 		o(&l)
@@ -90,14 +90,27 @@ func privateFile(path string, l loading) (crypto.Signer, error) {
 	}
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it; "+
-			"if the file is an encrypted PKCS #8 key, decrypt it with: openssl pkey -in KEY -out DECRYPTED")
+		return nil, fault.Wrap(fault.Usage, err, usableKey(path, text))
 	}
 	key, ok := private.(crypto.Signer)
 	if !ok {
 		return nil, fault.Errorf(fault.Usage, "a key of type %T cannot sign", private)
 	}
 	return key, nil
+}
+
+// usableKey returns a hint that says how to get a key that privateFile can read.
+func usableKey(path string, text []byte) string {
+	block, _ := pem.Decode(text)
+	switch {
+	case block == nil:
+	case strings.Contains(block.Type, "SIGSTORE") || strings.Contains(block.Type, "COSIGN"):
+		return "make a key without a password, because openssl cannot decrypt cosign's keys: builder keygen FILE; " +
+			"nodes must trust FILE.pub too"
+	case block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "": // PKCS #8, and the older form
+		return "give the decrypted key, or a key in a KMS; to decrypt it: openssl pkey -in " + path + " -out DECRYPTED"
+	}
+	return "give a PEM file of type PRIVATE KEY, as builder keygen writes it"
 }
 
 func fromFile(path string, l loading) (*Signer, error) {

@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -304,6 +305,54 @@ func TestLoadSignerFiles(t *testing.T) {
 		_, err := sign.LoadSigner(t.Context(), row.path, row.opts...)
 		if row.ok != (err == nil) || err != nil && !fault.Is(err, fault.Usage) {
 			t.Errorf("%s: LoadSigner = %v (%v); want success %v", row.name, err, fault.Of(err), row.ok)
+		}
+	}
+}
+
+// TestEncryptedKeys gives keys with a password, as cosign and openssl make them. The hint must lead to a usable key.
+func TestEncryptedKeys(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	refused := func(file, hint string) {
+		t.Helper()
+		_, err := sign.LoadSigner(t.Context(), file)
+		if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "encrypted with a password") ||
+			!strings.Contains(fault.Hint(err), hint) {
+			t.Errorf("LoadSigner(%s) = %v, hint %q; want kind usage, the cause, and a hint with %q", filepath.Base(file), err,
+				fault.Hint(err), hint)
+		}
+	}
+	text, _, err := cryptoutils.GeneratePEMEncodedECDSAKeyPair(elliptic.P256(),
+		func(bool) ([]byte, error) { return []byte("secret"), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs := filepath.Join(dir, "cosign")
+	if err := os.WriteFile(theirs, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused(theirs, "builder keygen")
+
+	program, err := exec.LookPath("openssl")
+	if err != nil {
+		t.Skip("openssl is missing: apt-get install openssl")
+	}
+	openssl := func(args ...string) {
+		t.Helper()
+		if out, err := exec.CommandContext(t.Context(), program, args...).CombinedOutput(); err != nil {
+			t.Fatalf("openssl %s = %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	pkcs8, older, plain := filepath.Join(dir, "pkcs8"), filepath.Join(dir, "older"), filepath.Join(dir, "plain")
+	openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-aes-256-cbc", "-pass", "pass:secret",
+		"-out", pkcs8)
+	openssl("pkey", "-in", pkcs8, "-passin", "pass:secret", "-traditional", "-aes256", "-passout", "pass:secret", "-out",
+		older)
+	for _, file := range []string{pkcs8, older} {
+		refused(file, "openssl pkey -in "+file+" -out ")
+		openssl("pkey", "-in", file, "-passin", "pass:secret", "-out", plain)
+		if _, err := sign.LoadSigner(t.Context(), plain); err != nil {
+			t.Errorf("LoadSigner(decrypted %s) = %v; want none", filepath.Base(file), err)
 		}
 	}
 }

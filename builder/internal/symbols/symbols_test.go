@@ -78,6 +78,21 @@ func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.
 	return set
 }
 
+// pushSample pushes an artifact, without symbols, to the repository at ref.
+func pushSample(t *testing.T, ref string) (*registry.Repository, testkit.Sample, v1.Descriptor) {
+	t.Helper()
+	repo, err := registry.Open(ref, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	subject, err := repo.Push(t.Context(), sample.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return repo, sample, subject
+}
+
 func TestPublish(t *testing.T) {
 	t.Parallel()
 	for name, place := range map[string]func(t *testing.T) string{
@@ -89,14 +104,7 @@ func TestPublish(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
-			repo, err := registry.Open(place(t), registry.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
-			if _, err := repo.Push(ctx, sample.Image); err != nil {
-				t.Fatal(err)
-			}
+			repo, sample, _ := pushSample(t, place(t))
 			signer := newSigner(t)
 			set := newSet(t, sample.Identity, signer, 1)
 			d, existed, err := symbols.Publish(ctx, repo, sample.Digest, set)
@@ -188,15 +196,7 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 func TestStranger(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	repo, err := registry.Open(testkit.Registry(t, true)+"/prebake/driver", registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
-	subject, err := repo.Push(ctx, sample.Image)
-	if err != nil {
-		t.Fatal(err)
-	}
+	repo, sample, subject := pushSample(t, testkit.Registry(t, true)+"/prebake/driver")
 	if _, err := repo.Attach(ctx, subject, symbols.ArtifactType, []byte("junk"), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -212,14 +212,7 @@ func TestStranger(t *testing.T) {
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "layout"), registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
-	if _, err := repo.Push(ctx, sample.Image); err != nil {
-		t.Fatal(err)
-	}
+	repo, sample, _ := pushSample(t, "oci:"+filepath.Join(t.TempDir(), "layout"))
 	signer := newSigner(t)
 	otherDebug, _ := compileObject(t, "nvidia", 7)
 	for name, row := range map[string]struct {

@@ -13,7 +13,6 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
-	"github.com/prebake/prebake/pkg/trust"
 )
 
 // repository reads an OCI artifact.
@@ -79,24 +78,4 @@ func unpackLayer(ctx context.Context, repo repository, l bundle.ContentLayer, di
 	}
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, root)
-}
-
-// verifyIndex verifies and parses an index. have is the content; if it is nil, the result is an empty index.
-func (b *Bucket) verifyIndex(ctx context.Context, v *trust.Verifier, k target.Kernel, have []byte) (Index, error) {
-	name := IndexName(k)
-	if have == nil {
-		return Index{Format: indexFormat, BuildID: k.BuildID, Board: k.Board}, nil
-	}
-	digest := bytesObject(name, "", have).sha256
-	signature, _, err := b.readSmall(ctx, stateSignatureName(name, digest), maxSignature)
-	if err != nil {
-		return Index{}, err
-	}
-	if signature == nil {
-		return Index{}, fault.Errorf(fault.Unverified, "read %s: it has no signature", b.URL(name))
-	}
-	if _, err := Verify(v, signature, digest, ObjectFacts{Object: name, BuildID: k.BuildID, Board: k.Board}); err != nil {
-		return Index{}, fmt.Errorf("read %s: %w", b.URL(name), err)
-	}
-	return ParseIndex(have)
 }

@@ -86,6 +86,8 @@ type Labelled struct {
 	Absent []string `json:"absent,omitempty"`
 	// Existed is true if nothing had to be changed.
 	Existed bool `json:"existed"`
+	// Unsigned is as in [Report].
+	Unsigned []string `json:"unsigned,omitempty"`
 }
 
 // lister lists the drivers of a COS build, as a COS release bucket does.
@@ -169,7 +171,8 @@ func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err err
 			return Labelled{}, err
 		}
 	}
-	return Labelled{URL: url, Labels: c.given, Absent: c.absent, Existed: p.report.Existed}, nil
+	return Labelled{URL: url, Labels: c.given, Absent: c.absent, Existed: p.report.Existed,
+		Unsigned: p.report.Unsigned}, nil
 }
 
 func (l Labelling) check() error {
@@ -198,7 +201,7 @@ func (l Labelling) check() error {
 
 // updateLabels replaces the labels in the index by the labels that the callback returns.
 func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label, error)) error {
-	return p.update(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
+	return p.update(ctx, p.indexListing(func(have []byte) ([]byte, error) {
 		x, err := p.readIndex(ctx, have)
 		if err != nil {
 			return nil, err
@@ -212,7 +215,7 @@ func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label,
 				len(x.Labels), maxLabels)
 		}
 		return x.marshal()
-	}})
+	}))
 }
 
 // isLabelled reports whether the list has the label, without comparing Declared.
@@ -386,8 +389,8 @@ func (p *publisher) updateVersionObjects(ctx context.Context, c claims) error {
 		if w.GPUType != "" {
 			continue
 		}
-		if err := p.update(ctx, listing{versionObject(p.Kernel, w.Label), text, maxVersions,
-			func(have []byte) ([]byte, error) {
+		if err := p.update(ctx, listing{name: versionObject(p.Kernel, w.Label), contentType: text, limit: maxVersions,
+			next: func(have []byte) ([]byte, error) {
 				is := strings.TrimSpace(string(have))
 				if have != nil && is != w.Version && !hasVersion(c.drop, w.Label, is) {
 					return nil, taken(w, is, "somebody else")

@@ -90,10 +90,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 func TestLabels(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		b := openBucket(t, dest)
 		if got, err := tarball.SetLabels(t.Context(), b, labelling(s, labels{"DEFAULT": v261}, nil)); err != nil ||
 			!got.Existed || !slices.Equal(got.Absent, []string{"DEFAULT"}) {
@@ -167,10 +164,7 @@ func TestLabels(t *testing.T) {
 // checkSigned checks that each object that changes has a signature of its present state.
 func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	t.Helper()
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	for name, text := range all {
 		if !strings.HasPrefix(name, here+"gpu_") || strings.Contains(name, ".sha256-") {
 			continue
@@ -218,18 +212,8 @@ func TestLabelsOfOthers(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
 	dest := "file://" + filepath.Join(t.TempDir(), "bucket")
-	dir := filepath.Join(strings.TrimPrefix(dest, "file://"), here)
-	var list gpuversions.GPUDriverVersionInfoList
-	if err := prototext.Unmarshal([]byte(cosText), &list); err != nil {
-		t.Fatal(err)
-	}
-	for _, form := range []tarball.Form{tarball.Text, tarball.Binary} {
-		data, err := form.Marshal(&list)
-		if err != nil {
-			t.Fatal(err)
-		}
-		write(t, filepath.Join(dir, "gpu_driver_versions."+form.Name), string(data))
-	}
+	dir := strings.TrimPrefix(dest, "file://")
+	writeCOSLists(t, dir)
 	b := openBucket(t, dest)
 	publishAll(t, b, s, v261, v309)
 	cos := rowsOf(t, content(t, dest))
@@ -271,7 +255,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(other(labels{"R535": v261}), both...)
 	give(other(nil), both...)
 	give(labelling(s, nil, nil))
-	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
+	write(t, filepath.Join(dir, here, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
 	refused(other(labels{"R535": v309}), "535.1.1 has this label already, in the label's own object")
 }
@@ -312,10 +296,7 @@ func TestLabelsNeedTarballs(t *testing.T) {
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	for n := 0; ; n++ {
 		m := tarball.NewMemory()
 		b := m.Bucket()
@@ -325,13 +306,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 			labelling(s, labels{"DEFAULT": v261, "LATEST": v261}, nil)); err != nil {
 			t.Fatal(err)
 		}
-		left := n
-		cut := func() error {
-			if left--; left < 0 {
-				return errCut
-			}
-			return nil
-		}
+		cut := cutAfter(n)
 		_, err := tarball.SetLabels(t.Context(), tarball.Breaking(b, cut, cut),
 			labelling(s, labels{"DEFAULT": v309}, labels{"R535": v309}))
 		check(t, m.Content(), v)

@@ -3,15 +3,19 @@ package tarball_test
 import (
 	"bytes"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 func none(string) bool { return false }
@@ -121,6 +125,22 @@ gpu_driver_version_info {
 	}
 }
 
+// writeCOSLists writes a copy of COS's lists into a folder.
+func writeCOSLists(t testing.TB, dir string) {
+	t.Helper()
+	var list gpuversions.GPUDriverVersionInfoList
+	if err := prototext.Unmarshal([]byte(cosText), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, form := range []tarball.Form{tarball.Text, tarball.Binary} {
+		data, err := form.Marshal(&list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, here, "gpu_driver_versions."+form.Name), string(data))
+	}
+}
+
 func protoBytes(b []byte, more string) []byte { return append(bytes.Clone(b), more...) }
 
 func FuzzEditText(f *testing.F) {
@@ -191,6 +211,79 @@ func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList
 				t.Errorf("row %d: version %v became %v", i, v, now.GetSupportedDriverVersions()[j])
 			}
 		}
+	}
+}
+
+// TestForeignEntries publishes beside entries that no trusted key signed. The lists keep these entries, and have no
+// signature from then on.
+func TestForeignEntries(t *testing.T) {
+	t.Parallel()
+	s, _ := newSigner(t)
+	v := verifier(t, s)
+	const textList, binList = here + "gpu_driver_versions.textproto", here + "gpu_driver_versions.bin"
+	stranger, _ := newSigner(t)
+	strange := tarball.NewMemory()
+	publishAll(t, strange.Bucket(), stranger, "535.1.1", v261)
+	for _, row := range []struct {
+		name     string
+		before   func(dir string) // runs before the first driver is published
+		between  func(dir string, published map[string]string)
+		unsigned []string
+	}{
+		{"own lists", nil, nil, nil},
+		{"a copy of COS's lists", func(dir string) { writeCOSLists(t, dir) }, nil, []string{textList, binList}},
+		{"a row was added", nil, func(dir string, published map[string]string) {
+			write(t, filepath.Join(dir, textList), published[textList]+cosText)
+		}, []string{textList}},
+		{"lists that a stranger signed", nil, func(dir string, _ map[string]string) {
+			for name, text := range strange.Content() {
+				if strings.HasPrefix(name, here+"gpu_driver_versions.") {
+					write(t, filepath.Join(dir, name), text)
+				}
+			}
+		}, []string{textList, binList}},
+	} {
+		dir := filepath.Join(t.TempDir(), "bucket")
+		dest := "file://" + dir
+		b := openBucket(t, dest)
+		if row.before != nil {
+			row.before(dir)
+		}
+		publishAll(t, b, s, v261)
+		if row.between != nil {
+			row.between(dir, content(t, dest))
+		}
+		report, err := tarball.Publish(t.Context(), b,
+			newRelease(t, s, target.Driver{Version: v309, Flavour: target.Open}, ""))
+		if err != nil {
+			t.Fatalf("%s: Publish = %v", row.name, err)
+		}
+		labelled, err := tarball.SetLabels(t.Context(), b, labelling(s, labels{"R535": v309}, nil))
+		if err != nil {
+			t.Fatalf("%s: SetLabels = %v", row.name, err)
+		}
+		var unsigned, urls []string
+		all := content(t, dest)
+		for _, name := range []string{textList, binList} {
+			digest := digestOf([]byte(all[name]))
+			_, err := tarball.Verify(v, []byte(all[name+".sha256-"+digest[len("sha256:"):]+".sigstore.json"]), digest,
+				tarball.ObjectFacts{Object: name, BuildID: kernel.BuildID, Board: kernel.Board})
+			if err != nil {
+				unsigned, urls = append(unsigned, name), append(urls, b.URL(name))
+			}
+			foreign := slices.Contains(row.unsigned, name)
+			if !strings.Contains(all[name], v309) || strings.Contains(all[name], "535.1.1") != foreign {
+				t.Errorf("%s: %s = %q; want the new version, and the foreign one: %v", row.name, name, all[name], foreign)
+			}
+		}
+		if diff := cmp.Diff(row.unsigned, unsigned); diff != "" {
+			t.Errorf("%s: lists without a signature (-want +got):\n%s", row.name, diff)
+		}
+		if !slices.Equal(report.Unsigned, urls) || !slices.Equal(labelled.Unsigned, urls) {
+			t.Errorf("%s: Publish reports %q as unsigned, SetLabels %q; want %q", row.name, report.Unsigned,
+				labelled.Unsigned, urls)
+		}
+		check(t, all, v)
 	}
 }
 

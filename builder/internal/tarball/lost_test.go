@@ -65,10 +65,7 @@ func TestLostAnswers(t *testing.T) {
 	(&gcs.Server{Endpoint: proxy.URL}).Use(t)
 	s.Bucket(t, "twins")
 	signer, _ := newSigner(t)
-	v, err := signer.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, signer)
 	const dest = "gs://twins/x"
 	if _, err := tarball.Publish(t.Context(), openBucket(t, dest), newRelease(t, signer, open, "")); err != nil {
 		t.Fatal(err)

@@ -42,6 +42,16 @@ func newSigner(t testing.TB) (s *sign.Signer, pub string) {
 	return s, key + ".pub"
 }
 
+// verifier returns a verifier that trusts only this signer.
+func verifier(t testing.TB, s *sign.Signer) *trust.Verifier {
+	t.Helper()
+	v, err := s.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
 func write(t testing.TB, file, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {

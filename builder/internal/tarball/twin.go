@@ -10,6 +10,7 @@
 // The package never
 //   - publishes different bytes under an existing name,
 //   - adds to an index that no trusted key signed,
+//   - signs entries of gpu_driver_versions that no trusted key signed before,
 //   - lists a driver that Google's installer could not install,
 //   - moves a label, such as DEFAULT or R535, that somebody else set.
 package tarball
@@ -103,6 +104,9 @@ type Report struct {
 	// Existed is true if all objects existed before and nothing changed.
 	Existed bool     `json:"existed"`
 	Objects []Stored `json:"objects"`
+	// Unsigned has the URLs of the lists that were changed and have no signature, because no trusted key signed what was
+	// in them before.
+	Unsigned []string `json:"unsigned,omitempty"`
 }
 
 // Names of objects, relative to the bucket's prefix.
@@ -418,77 +422,4 @@ func (p *publisher) create(ctx context.Context, o object, existed bool) error {
 func (p *publisher) reportObject(name string, size int64, digest string, existed bool) {
 	p.report.Objects = append(p.report.Objects, Stored{Name: name, Size: size, SHA256: digest, Existed: existed})
 	p.report.Existed = p.report.Existed && existed
-}
-
-// listing is an object that changes: the index, a format of gpu_driver_versions, or the object of a label.
-type listing struct {
-	name, contentType string
-	limit             int64
-	// next returns the new content of the object. have is the present content, or nil.
-	next func(have []byte) ([]byte, error)
-}
-
-// updateLists adds the release to gpu_driver_versions, then to the index.
-func (p *publisher) updateLists(ctx context.Context, entry Entry) error {
-	if forInstaller(p.Driver) {
-		serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
-		if err := p.updateVersions(ctx, withVersion(p.Driver.Version, serves)); err != nil {
-			return err
-		}
-	}
-	return p.update(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex,
-		func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
-}
-
-// updateVersions changes both formats of gpu_driver_versions.
-func (p *publisher) updateVersions(ctx context.Context, change edit) error {
-	if err := p.update(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions,
-		func(have []byte) ([]byte, error) { return editText(have, change) }}); err != nil {
-		return err
-	}
-	return p.update(ctx, listing{cosbucket.DriverVersionsBinName(p.Kernel), "application/octet-stream", maxVersions,
-		func(have []byte) ([]byte, error) { return editBinary(have, change) }})
-}
-
-// update changes an object. It writes the new state's signature first, so a reader always finds the signature of the
-// state that it sees.
-func (p *publisher) update(ctx context.Context, l listing) error {
-	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
-		digest := bytesObject(l.name, "", data).sha256
-		o := p.signature(stateSignatureName(l.name, digest), digest, ObjectFacts{Object: l.name})
-		existed, err := p.exists(ctx, o)
-		if err != nil {
-			return err
-		}
-		return p.create(ctx, o, existed)
-	})
-	if err != nil {
-		return err
-	}
-	o := bytesObject(l.name, "", data)
-	p.reportObject(l.name, o.size, o.sha256, !changed)
-	return nil
-}
-
-// indexWith returns the published index with the entry added. have is nil if there is no index.
-func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
-	x, err := p.readIndex(ctx, have)
-	if err != nil {
-		return nil, err
-	}
-	if x, err = x.withEntry(entry); err != nil {
-		return nil, err
-	}
-	return x.marshal()
-}
-
-// readIndex verifies and parses the published index. An index that no trusted key signed is an error: the publisher
-// signs the changed index as a whole, and would sign unverified entries.
-func (p *publisher) readIndex(ctx context.Context, have []byte) (Index, error) {
-	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
-	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
-		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err),
-			"publish with the --key that signed the index; or, if the index is wrong, remove the index from the bucket by hand")
-	}
-	return x, err
 }

@@ -30,10 +30,7 @@ func TestPublish(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		ctx := t.Context()
 		s, pub := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		b := openBucket(t, dest)
 		r := newRelease(t, s, open, "")
 		report, err := tarball.Publish(ctx, b, r)
@@ -100,15 +97,22 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
+// cutAfter returns a function that succeeds n times, and then fails.
+func cutAfter(n int) func() error {
+	return func() error {
+		if n--; n < 0 {
+			return errCut
+		}
+		return nil
+	}
+}
+
 // TestCutOffAnywhere interrupts publishing at every call to the bucket. The index must not list a missing object, and a
 // second run must complete the bucket.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	r, before := newRelease(t, s, open, ""), newRelease(t, s, proprietary, "")
 	r.Runfile.Copy = true
 	for n := 0; ; n++ {
@@ -117,13 +121,7 @@ func TestCutOffAnywhere(t *testing.T) {
 		if _, err := tarball.Publish(t.Context(), b, before); err != nil {
 			t.Fatal(err)
 		}
-		left := n
-		cut := func() error {
-			if left--; left < 0 {
-				return errCut
-			}
-			return nil
-		}
+		cut := cutAfter(n)
 		_, err := tarball.Publish(t.Context(), tarball.Breaking(b, cut, cut), r)
 		check(t, m.Content(), v)
 		if err == nil {
@@ -150,10 +148,7 @@ func TestCutOffAnywhere(t *testing.T) {
 func TestSideBySide(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		var want []target.Driver
 		var g errgroup.Group
 		for i := range 8 {
@@ -176,10 +171,7 @@ func TestSideBySide(t *testing.T) {
 func TestLarge(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		r := newRelease(t, s, open, "")
 		noise := make([]byte, 20<<20) // random bytes do not compress
 		if _, err := rand.NewChaCha8([32]byte{1}).Read(noise); err != nil {
@@ -209,10 +201,7 @@ func TestLarge(t *testing.T) {
 func TestSameTwice(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
-		v, err := s.Verifier()
-		if err != nil {
-			t.Fatal(err)
-		}
+		v := verifier(t, s)
 		r := newRelease(t, s, open, "")
 		var made atomic.Int64
 		var g errgroup.Group
@@ -243,10 +232,7 @@ func TestFromArtifact(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
 	s, _ := newSigner(t)
-	v, err := s.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := verifier(t, s)
 	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "layout"), registry.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -311,18 +311,25 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestEveryClassIsCounted checks that each class of failure has a counter of its own.
-func TestEveryClassIsCounted(t *testing.T) {
-	t.Parallel()
+// withMetrics returns telemetry that serves metrics until the test ends.
+func withMetrics(t *testing.T) *telemetry.Telemetry {
+	t.Helper()
 	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	t.Cleanup(func() {
 		if err := tel.Close(); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	return tel
+}
+
+// TestEveryClassIsCounted checks that each class of failure has a counter of its own.
+func TestEveryClassIsCounted(t *testing.T) {
+	t.Parallel()
+	tel := withMetrics(t)
 	want := map[string]float64{}
 	for _, k := range fault.Kinds() {
 		_, end := tel.Cell(t.Context(), cell, &timeline.Run{})
@@ -337,15 +344,7 @@ func TestEveryClassIsCounted(t *testing.T) {
 // TestMetricsOfABrokenQueue checks that the other metrics are still served if the queue does not answer.
 func TestMetricsOfABrokenQueue(t *testing.T) {
 	t.Parallel()
-	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := tel.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	tel := withMetrics(t)
 	tel.Queue(func(context.Context) (map[string]int, error) { return nil, errors.New("database is locked") })
 	if got := scrape(t, tel.Address()); got["prebake_queue_jobs"] != nil || got["prebake_builds_running"] == nil {
 		t.Errorf("families = %v; want all but the queue's", got)
@@ -354,16 +353,10 @@ func TestMetricsOfABrokenQueue(t *testing.T) {
 
 func TestAddressTaken(t *testing.T) {
 	t.Parallel()
-	first, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: first.Address(), Log: discard})
+	_, err := telemetry.Start(t.Context(),
+		telemetry.Config{MetricsAddress: withMetrics(t).Address(), Log: discard})
 	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "--metrics-address") {
 		t.Errorf("Start on a taken address = %v, hint %q; want usage and the flag", err, fault.Hint(err))
-	}
-	if err := first.Close(); err != nil {
-		t.Error(err)
 	}
 }
 

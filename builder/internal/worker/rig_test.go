@@ -49,8 +49,7 @@ func newServer(t *testing.T) *server {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.noRead != 0 {
-			w.Header().Set("Content-Type", "application/problem+json")
-			answer(w, s.noRead.HTTPStatus(), api.Problem{Kind: s.noRead, Status: s.noRead.HTTPStatus()})
+			refuse(w, api.Problem{Kind: s.noRead})
 			return
 		}
 		answer(w, http.StatusOK, s.build)
@@ -64,9 +63,7 @@ func newServer(t *testing.T) *server {
 		defer s.mu.Unlock()
 		if s.refuse != nil {
 			if p := s.refuse(u); p != nil {
-				p.Status = p.Kind.HTTPStatus()
-				w.Header().Set("Content-Type", "application/problem+json")
-				answer(w, p.Status, p)
+				refuse(w, *p)
 				return
 			}
 		}
@@ -85,8 +82,7 @@ func newServer(t *testing.T) *server {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.noLog != 0 {
-			w.Header().Set("Content-Type", "application/problem+json")
-			answer(w, s.noLog.HTTPStatus(), api.Problem{Kind: s.noLog, Status: s.noLog.HTTPStatus()})
+			refuse(w, api.Problem{Kind: s.noLog})
 			return
 		}
 		s.log = string(raw)
@@ -102,8 +98,7 @@ func newServer(t *testing.T) *server {
 		if at := r.URL.Query().Get("offset"); at == "0" {
 			s.live = nil
 		} else if at != strconv.Itoa(len(s.live)) {
-			w.Header().Set("Content-Type", "application/problem+json")
-			answer(w, http.StatusConflict, api.Problem{Kind: fault.Mismatch, Status: http.StatusConflict})
+			refuse(w, api.Problem{Kind: fault.Mismatch})
 			return
 		}
 		s.live = append(s.live, raw...)
@@ -112,6 +107,12 @@ func newServer(t *testing.T) *server {
 	s.Server = httptest.NewServer(mux)
 	t.Cleanup(s.Close)
 	return s
+}
+
+func refuse(w http.ResponseWriter, p api.Problem) {
+	p.Status = p.Kind.HTTPStatus()
+	w.Header().Set("Content-Type", "application/problem+json")
+	answer(w, p.Status, p)
 }
 
 func answer(w http.ResponseWriter, status int, v any) {
