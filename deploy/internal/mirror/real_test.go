@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestReal makes a mirror with two kernels twice from the same Debian packages, and compares every byte. Then it compiles
-// with the toolchain archive in a sandbox that hides the machine's own compiler.
+// TestReal makes a mirror with two kernels twice from the same Debian packages, and compares every byte. Then it
+// compiles with the toolchain archive in a sandbox that hides the machine's own compiler.
 //
 // It takes a minute, so it runs only if PREBAKE_MIRROR_CACHE is set to the cache folder of an earlier `mirror`.
 func TestReal(t *testing.T) {
