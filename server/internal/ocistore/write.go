@@ -297,7 +297,7 @@ func (s *Store) pushManifest(
 	}
 	if tagFile != "" {
 		if old, err := s.retiredTag(repo, tag); err == nil && old.Digest != desc.Digest {
-			return desc, denied(repo, tag, old.Digest)
+			return desc, deniedRetired(repo, tag, old.Digest)
 		}
 	}
 	if err := s.putBytes(d, content); err != nil {
@@ -428,21 +428,12 @@ func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	return replaceNotExist(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
 }
 
-// retiredTag returns the deleted manifest that a create-only tag referred to.
-func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
-	name, err := repoPath(repo, "_retired", tag)
-	if err != nil {
-		return ociregistry.Descriptor{}, err
-	}
-	return s.readDescriptor(name)
-}
-
 // DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest, and then the manifest. The
 // content stays for [Store.Collect], because another repository may have it.
 //
-// A create-only tag can be made again only for the same content. A tag with damaged content stays, because it may be
-// create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing, because the manifest may
-// have this tag.
+// Until [Store.FreeTags], a create-only tag can be made again only for the same content. A tag with damaged content
+// stays, because it may be create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing,
+// because the manifest may have this tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err == nil {
