@@ -12,6 +12,7 @@
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
+//	damaged/<hex>                              damaged content of a manifest, until it is pushed again or deleted
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -112,7 +113,7 @@ func open(dir string, o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	for _, sub := range []string{"blobs", "repos", "uploads"} {
+	for _, sub := range []string{"blobs", "repos", "uploads", "damaged"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
 			return nil, err
 		}
@@ -355,10 +356,12 @@ func (s *Store) statBlob(d ociregistry.Digest) (int64, error) {
 	return info.Size(), s.touch(blobPath(sum), info)
 }
 
-// putBytes stores content as the blob with the digest d.
+// putBytes stores content as the blob with the digest d. It replaces a damaged file.
 func (s *Store) putBytes(d digest.Digest, content []byte) error {
-	if _, err := s.statBlob(d); err == nil {
-		return nil
+	if size, err := s.statBlob(d); err == nil && size == int64(len(content)) {
+		if old, err := s.root.ReadFile(blobPath(d.Encoded())); err == nil && bytes.Equal(old, content) {
+			return nil
+		}
 	}
 	name, err := s.writeTemp(bytes.NewReader(content))
 	if err != nil {

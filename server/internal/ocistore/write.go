@@ -435,7 +435,7 @@ func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 // stays, because it may be create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing,
 // because the manifest may have this tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
-	desc, err := s.ResolveManifest(ctx, repo, d)
+	desc, err := s.manifestOf(repo, d)
 	if err == nil {
 		err = s.checkTags(ctx, repo)
 	}
