@@ -28,7 +28,7 @@ type Collected struct {
 // A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot
 // be read, Collect removes no blobs and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
-	if err := s.dropUploads(now); err != nil {
+	if _, err := s.dropUploads(now, uploadMaxAge); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var old []string

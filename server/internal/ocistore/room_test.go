@@ -15,11 +15,12 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestReserve checks that a long write is refused once the disk has no room, and that an upload is not continued then.
+// TestReserve checks that a long write is refused once the disk has no room, and that it leaves no bytes then.
 func TestReserve(t *testing.T) {
 	t.Parallel()
 	checks, full := 0, errors.New("the disk is full")
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error {
+	dir := t.TempDir()
+	s, err := ocistore.Open(dir, ocistore.Options{CheckFree: func() error {
 		if checks++; checks > 1 { // there is room when the write begins
 			return full
 		}
@@ -50,18 +51,88 @@ func TestReserve(t *testing.T) {
 	if n, err := io.Copy(w, io.LimitReader(zeros{}, size)); !errors.Is(err, full) || n > 16<<20 {
 		t.Errorf("Write(%d bytes) = %d, %v; want that the disk is full after 16 MiB", size, n, err)
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	if left, err := os.ReadDir(filepath.Join(dir, "uploads")); err != nil || len(left) != 0 {
+		t.Errorf("after the refusal, uploads has %v, %v; want no bytes left", left, err)
 	}
-	w, err = s.PushBlobChunkedResume(t.Context(), "a", w.ID(), w.Size(), 0)
-	if err != nil {
+	if err := w.Close(); err != nil {
+		t.Errorf("Close() after the refusal = %v", err)
+	}
+	if _, err := s.PushBlobChunkedResume(t.Context(), "a", w.ID(), -1, 0); !errors.Is(err,
+		ociregistry.ErrBlobUploadUnknown) {
+		t.Errorf("the refused upload is continued: %v; want that it is unknown", err)
+	}
+	checks = 0
+	if w, err = s.PushBlobChunked(t.Context(), "a", 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Write([]byte("x")); !errors.Is(err, full) {
-		t.Errorf("Write() to a continued upload = %v; want that the disk is full", err)
+		t.Errorf("Write() = %v; want that the disk is full", err)
+	}
+}
+
+// TestFullDropsIdle checks that a full disk costs idle uploads of all callers, but not those that a request writes to.
+func TestFullDropsIdle(t *testing.T) {
+	t.Parallel()
+	dir, now := t.TempDir(), time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+	var full error
+	is := map[string]string{} // paths by names
+	there := func(name string) bool {
+		_, err := os.Stat(is[name])
+		return err == nil
+	}
+	s, err := ocistore.Open(dir, ocistore.Options{Now: func() time.Time { return now }, CheckFree: func() error {
+		if there("idle") {
+			return full
+		}
+		return nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var busy ociregistry.BlobWriter
+	for name, age := range map[string]time.Duration{"idle": 11 * time.Minute, "fresh": 9 * time.Minute,
+		"busy": 11 * time.Minute, "from before the start": 11 * time.Minute} {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		is[name] = filepath.Join(dir, "uploads", w.ID())
+		switch name {
+		case "busy":
+			busy = w
+		case "from before the start":
+			if err := w.Cancel(); err != nil { // nobody owns it
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(is[name], nil, 0o640); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Chtimes(is[name], now.Add(-age), now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(busy.Close(), s.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	full = errors.New("the disk is full")
+	w, err := s.PushBlobChunked(t.Context(), "a", 0)
+	if err != nil {
+		t.Fatalf("PushBlobChunked() beside an idle upload = %v; want room", err)
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"idle": false, "fresh": true, "busy": true, "from before the start": false} {
+		if there(name) != want {
+			t.Errorf("upload %s is there: %t; want %t", name, !want, want)
+		}
 	}
 }
 

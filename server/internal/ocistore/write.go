@@ -16,6 +16,8 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // The registry also accepts Docker's media types of manifests, for images that other tools copy here.
@@ -74,7 +76,7 @@ func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ocireg
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
-	if err := s.checkFree(); err != nil {
+	if err := s.needRoom(); err != nil {
 		return nil, err
 	}
 	id := randomID()
@@ -167,7 +169,7 @@ func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
 // Write appends p. It checks the client's offset when the first bytes arrive. A last request without content has offset
-// 0 and must not be refused.
+// 0 and must not be refused. If the disk is full, Write removes the upload, because its bytes would keep the disk full.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -177,13 +179,16 @@ func (u *upload) Write(p []byte) (int, error) {
 		return 0, fmt.Errorf("%w: the blob has more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
 	}
 	if u.left -= len(p); u.left < 0 {
-		if err := u.s.checkFree(); err != nil {
-			return 0, err
+		if err := u.s.needRoom(); err != nil {
+			return 0, errors.Join(err, u.Cancel())
 		}
 		u.left = checkEvery
 	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
+	if fault.NoSpace(err) {
+		err = errors.Join(err, u.Cancel())
+	}
 	return n, err
 }
 
