@@ -223,3 +223,41 @@ func TestIdleUploads(t *testing.T) {
 		}
 	}
 }
+
+// TestUploadsWithoutFiles checks that uploads whose files are gone do not count for ever.
+func TestUploadsWithoutFiles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	var first ociregistry.BlobWriter // a request has it
+	for i := range 64 {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			first = w
+		} else if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if i < 3 {
+			if err := os.Remove(filepath.Join(dir, "uploads", w.ID())); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for i, want := range []error{nil, nil, ociregistry.ErrTooManyRequests} {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if !errors.Is(err, want) {
+			t.Errorf("upload %d after two files are gone = %v; want %v", i, err, want)
+		}
+		if err == nil {
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -83,9 +83,6 @@ func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ocireg
 	if err := s.own(id, ownerOf(ctx)); err != nil {
 		return nil, err
 	}
-	if err := s.claim(id); err != nil {
-		return nil, err
-	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
 		s.release(id)
