@@ -4,14 +4,19 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -259,5 +264,34 @@ func TestUploadsWithoutFiles(t *testing.T) {
 	}
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestFullDuringUpload checks that a client learns of a full disk, whichever request has the bytes.
+func TestFullDuringUpload(t *testing.T) {
+	t.Parallel()
+	var full error
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	for method, query := range map[string]string{"PATCH": "", "PUT": "?digest=" + sum("x")} {
+		full = nil
+		r := call(t, host, "POST", "/v2/a/b/blobs/uploads/", "")
+		if r.StatusCode != http.StatusAccepted {
+			t.Fatal(r.Status)
+		}
+		full = fault.New(fault.DiskFull, "1 MiB is left", "free space")
+		if r := call(t, host, method, r.Header.Get("Location")+query, "x"); r.StatusCode != http.StatusInsufficientStorage {
+			t.Errorf("%s with the disk full = %s; want 507", method, r.Status)
+		}
 	}
 }

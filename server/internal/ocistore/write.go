@@ -117,7 +117,7 @@ func (s *Store) PushBlobChunkedResume(
 		s.release(id)
 		return nil, replaceNotExist(err, ociregistry.ErrBlobUploadUnknown)
 	}
-	u := &upload{s: s, id: id, f: f, offset: offset}
+	u := &upload{s: s, id: id, f: f, offset: offset, full: fullOf(ctx)}
 	info, err := f.Stat()
 	if err != nil {
 		return nil, errors.Join(err, u.Close())
@@ -159,6 +159,7 @@ type upload struct {
 	size   int64
 	offset int64 // the size that the client expects; -1 if it gave none, or if it was checked
 	left   int   // how many bytes may be written before the free space is checked
+	full   *bool // set if the disk is full; nil if nobody asks
 }
 
 func (u *upload) ID() string     { return u.id }
@@ -177,16 +178,24 @@ func (u *upload) Write(p []byte) (int, error) {
 	}
 	if u.left -= len(p); u.left < 0 {
 		if err := u.s.needRoom(); err != nil {
-			return 0, errors.Join(err, u.Cancel())
+			return 0, u.stop(err)
 		}
 		u.left = checkEvery
 	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
 	if fault.NoSpace(err) {
-		err = errors.Join(err, u.Cancel())
+		err = u.stop(err)
 	}
 	return n, err
+}
+
+// stop removes the upload, because there is no room for it.
+func (u *upload) stop(err error) error {
+	if u.full != nil && isFull(err) {
+		*u.full = true
+	}
+	return errors.Join(err, u.Cancel())
 }
 
 // Close releases the upload, so that another request can resume it.
