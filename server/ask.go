@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -231,6 +232,28 @@ func unyankCommand() *ucli.Command {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) { return c.Unyank(ctx, digest) })
 		},
 	}
+}
+
+func freeTagsCommand() *ucli.Command {
+	c := answerCommand(
+		"free-tags",
+		"allow other content for the tags of a deleted artifact",
+		"DIGEST",
+		"take the digest from the message of the refused push",
+		writeFlags(),
+		func(ctx context.Context, c *api.Client, digest string) (api.FreedTags, error) {
+			return c.FreeTags(ctx, digest)
+		},
+		func(w io.Writer, f api.FreedTags) error {
+			_, err := fmt.Fprintln(w, strings.Join(f.Tags, "\n"))
+			return err
+		},
+	)
+	c.Description = `In repositories of --create-only, the tags of an artifact that was deleted from
+the server's registry accept only the same artifact. Run this when another one
+must replace it, for example after the mirror's kernel headers were corrected.
+Nodes verify signatures, not tags, but who pulls by tag then gets other content.`
+	return c
 }
 
 func markArtifact(cmd *ucli.Command, call func(*api.Client, string) (api.Artifact, error)) error {

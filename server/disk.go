@@ -23,15 +23,16 @@ type disk struct {
 	err  error
 }
 
-// measurementLife is how long a measurement is used. Uploads are too frequent to measure each time.
+// measurementLife is how long a measurement is used. Uploads are too frequent to measure each time. A measurement below
+// the reserve is not used again, because the caller may have freed space meanwhile.
 const measurementLife = time.Second
 
 // Free returns how many bytes this program may still write.
 func (d *disk) Free() (uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if time.Since(d.at) < measurementLife {
-		return d.free, d.err
+	if time.Since(d.at) < measurementLife && d.err == nil && d.free >= d.reserve {
+		return d.free, nil
 	}
 	var s unix.Statfs_t
 	if d.err = unix.Statfs(d.dir, &s); d.err == nil {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestFullDisk starts a server with a reserve larger than the free space. The server must be ready for nodes but not
@@ -41,6 +42,15 @@ func TestFullDisk(t *testing.T) {
 		if resp.StatusCode != row.status || strings.Contains(string(text), dir) {
 			t.Errorf("%s %s = %s %s; want %d without a path", row.method, row.path, resp.Status, text, row.status)
 		}
+	}
+}
+
+// TestDiskMeasuredAgain checks that a full disk is measured again at once, because uploads that were removed made room.
+func TestDiskMeasuredAgain(t *testing.T) {
+	t.Parallel()
+	d := &disk{dir: t.TempDir(), reserve: 1, at: time.Now()} // it has just found no free byte
+	if err := d.CheckFree(); err != nil {
+		t.Errorf("CheckFree() with free space = %v; want nil", err)
 	}
 }
 

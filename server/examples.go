@@ -12,6 +12,7 @@ var examples = map[string]string{
 	"cancel":            "cancel 12 --token-file token",
 	"yank":              "yank sha256:DIGEST --reason \"CVE of the driver\" --token-file token",
 	"unyank":            "unyank sha256:DIGEST --token-file token",
+	"free-tags":         "free-tags sha256:DIGEST --token-file token",
 	"releases":          "releases --milestone 109",
 	"release":           "release 17800.66.78",
 	"announce":          "announce 17800.66.78 --token-file token",

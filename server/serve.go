@@ -204,7 +204,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	cat = catalogue.New(catalogue.Config{
 		Store: db, Logs: logs, Queue: q, Within: within, Repository: s.PublicRepository, HasManifest: registry.HasManifest,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
-		Public: s.Public, Redistribute: s.Redistribute,
+		FreeDeletedTags: registry.FreeTags, Public: s.Public, Redistribute: s.Redistribute,
 	})
 	cat.PlanSoon() // the former process may have stopped before it planned
 	if s.KernelMirror != "" {

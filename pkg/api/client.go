@@ -211,6 +211,12 @@ func (c *Client) Unyank(ctx context.Context, digest string) (Artifact, error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/unyank", nil, &out)
 }
 
+// FreeTags allows other content for the tags of an artifact that was deleted from the server's registry.
+func (c *Client) FreeTags(ctx context.Context, digest string) (FreedTags, error) {
+	var out FreedTags
+	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/free-tags", nil, &out)
+}
+
 // WishLists lists all wish lists.
 func (c *Client) WishLists(ctx context.Context) ([]WishList, error) {
 	var out []WishList
@@ -260,6 +266,11 @@ type YankRequest struct {
 	// Replacement is the digest of another published artifact; "" means none. It must have the same fingerprint, and the
 	// same driver or a newer one.
 	Replacement string `json:"replacement,omitempty"`
+}
+
+// FreedTags are the tags that may get other content again, each with its repository: prebake/driver:TAG.
+type FreedTags struct {
+	Tags []string `json:"tags"`
 }
 
 func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 10) }

@@ -409,8 +409,9 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 				fmt.Sprintf("kernel %s has fingerprint %s and published artifacts, but the builder reports fingerprint %s", k,
 					old.Fingerprint.Short(), k.Fingerprint.Short()),
 				"compare the kernel headers in the mirror with Google's; if the new ones are right, delete the kernel's "+
-					"published artifacts from this server's registry, or yank those in another registry: "+
-					"server yank DIGEST --reason WHY; then "+requestHint(api.Kernel{Kernel: k.Kernel}, b.Driver),
+					"published artifacts from this server's registry, and free the tags of each: server free-tags DIGEST; "+
+					"yank those in another registry: server yank DIGEST --reason WHY; then "+
+					requestHint(api.Kernel{Kernel: k.Kernel}, b.Driver),
 			)
 		}
 		if held { // the report of a failure still counts

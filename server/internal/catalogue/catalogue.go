@@ -98,6 +98,9 @@ type Config struct {
 	// HasManifest reports whether a repository of this server has a manifest. The catalogue calls it before it records
 	// an artifact there. nil means no check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
+	// FreeDeletedTags allows other content for the tags of a manifest that was deleted from this server, and returns these
+	// tags. nil means that there are none.
+	FreeDeletedTags func(ctx context.Context, digest string) ([]string, error)
 	// Public is true if everybody can read this server's registry (--public). The catalogue then records an artifact
 	// there only if Redistribute allows it.
 	Public       bool

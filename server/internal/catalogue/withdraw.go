@@ -131,6 +131,30 @@ func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
 	return nil
 }
 
+// FreeTags allows other content for the tags of an artifact that was deleted from this server's registry. Without it,
+// they are create-only for ever.
+func (c *Catalogue) FreeTags(ctx context.Context, digest string) (api.FreedTags, error) {
+	if !digestPattern.MatchString(digest) {
+		return api.FreedTags{}, badDigest(digest)
+	}
+	var freed []string
+	if c.FreeDeletedTags != nil {
+		var err error
+		if freed, err = c.FreeDeletedTags(ctx, digest); err != nil {
+			return api.FreedTags{}, fmt.Errorf("free the tags of %s: %w", digest, err)
+		}
+	}
+	if len(freed) == 0 {
+		return api.FreedTags{}, fault.New(
+			fault.NotFound,
+			"free the tags of "+digest+": this server's registry has no tag of a deleted manifest with this digest",
+			"delete the manifest first; if that is done, take the digest from the message of the refused push",
+		)
+	}
+	c.Log.InfoContext(ctx, "tags freed", "digest", digest, "tags", freed)
+	return api.FreedTags{Tags: freed}, nil
+}
+
 // setState sets the state of an artifact. The callback, which may be nil, gets the former artifact in the same
 // transaction. An artifact that becomes usable again leaves the catalogue if its manifest was deleted meanwhile: the
 // returned artifact then has state Unknown, and its cells can be built again.

@@ -64,6 +64,7 @@ var neededScopes = map[string]auth.Scope{
 	"GET /v1/reports":                       "",
 	"GET /v1/quarantine":                    "",
 	"POST /v1/reports":                      auth.Ask,
+	"POST /v1/artifacts/{digest}/free-tags": auth.Operate,
 	"POST /v1/artifacts/{digest}/lift":      auth.Operate,
 	"POST /v1/artifacts":                    auth.Build,
 	"DELETE /v1/artifacts/{digest}":         auth.Operate,

@@ -17,8 +17,8 @@ import (
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
 // testedElsewhere are operations that need clients in several networks, or a registry that lost an artifact. Tests of
-// package catalogue and of reindex cover them.
-var testedElsewhere = map[string]bool{"lift": true, "forget-artifact": true}
+// package catalogue, of reindex and of free-tags cover them.
+var testedElsewhere = map[string]bool{"lift": true, "forget-artifact": true, "free-tags": true}
 
 // serveMirrored is [serve] with a mirror of two COS builds.
 func serveMirrored(t testing.TB) string {
@@ -135,6 +135,8 @@ func exchanges() []exchange {
 			status: 404},
 		{operation: "forget-artifact", method: "DELETE", path: "/v1/artifacts/" + digest, status: 409},
 		{operation: "forget-artifact", method: "DELETE", path: "/v1/artifacts/latest", status: 400},
+		{operation: "free-tags", method: "POST", path: "/v1/artifacts/" + digest + "/free-tags", status: 404},
+		{operation: "free-tags", method: "POST", path: "/v1/artifacts/latest/free-tags", status: 400},
 
 		{operation: "put-wish-list", method: "PUT", path: "/v1/wish-lists/production", status: 200,
 			body: `{"text": "version: 1\nkernels: [{build: 17800.66.78}]\ndrivers: [default, {version: 550.54.15, flavours: [open]}]\n"}`},

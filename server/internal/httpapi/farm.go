@@ -31,7 +31,8 @@ var (
 	openDesc = prometheus.NewDesc("prebake_queue_open_jobs",
 		"Jobs that a builder works on or will take; scale builders by this number.", nil, nil)
 	oldestDesc = prometheus.NewDesc("prebake_queue_oldest_seconds",
-		"Time since the request for the build that waits longest; 0 if no build waits.", nil, nil)
+		"Time since the request for the build that waits longest, without early warnings and retries of failed cells; 0 if "+
+			"no such build waits.", nil, nil)
 	failedDesc = prometheus.NewDesc(
 		"prebake_builds_failed",
 		"Failed builds, by class, without early warnings and repeated failures: of each cell, the first failure of a class "+

@@ -420,6 +420,14 @@ func (t table) artifacts() {
 			return answer(cat.Unyank(ctx, in.Digest))
 		},
 	)
+	huma.Register(
+		t,
+		t.write("free-tags", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/free-tags",
+			"Allow other content for the tags of an artifact that was deleted from the server's registry", http.StatusOK),
+		func(ctx context.Context, in *DigestPath) (*body[api.FreedTags], error) {
+			return answer(cat.FreeTags(ctx, in.Digest))
+		},
+	)
 }
 
 // WishListPath is the input of routes with the name of a wish list in their path.

@@ -62,9 +62,13 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// heard has the last report of each running build. It is empty after an error of the database, because reports may
-	// have been lost.
+	// heard has the last report of each running build. It is empty after an error of the database and after a stall,
+	// because reports may have been lost.
 	heard map[int64]heard
+	// read is when the last sweep had read the open builds, and pause is how long Run pauses after it.
+	read  time.Time
+	pause time.Duration
+	late  bool // the last sweep came later than its pause explains
 }
 
 // heard says which report of a builder was the last, and when a sweep saw it first.
@@ -81,10 +85,11 @@ func (s *Sweeper) Run(ctx context.Context) error {
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
 			s.Log.WarnContext(ctx, "sweep failed", "err", err)
 		}
+		s.pause = max(every, idleFactor*time.Since(begin))
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(max(every, idleFactor*time.Since(begin))):
+		case <-time.After(s.pause):
 		}
 	}
 }
@@ -101,7 +106,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		open, err = s.Catalogue.OpenBuilds(ctx)
 	}
 	if err != nil {
-		s.heard = nil
+		s.heard, s.read = nil, time.Time{}
 		return err
 	}
 	var errs []error
@@ -111,7 +116,11 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		}
 	}
 	before := s.heard
+	if s.stalled(now()) {
+		before = nil
+	}
 	s.heard = map[int64]heard{}
+	refused := false
 	for _, b := range open {
 		at, found := jobs[b.ID]
 		delete(jobs, b.ID)
@@ -119,15 +128,29 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		case !found:
 			note(b.ID, s.repairLost(ctx, b))
 		case b.State == api.Building && s.dead(b, before, now()):
-			note(b.ID, s.releaseJob(ctx, b, at))
+			err := s.releaseJob(ctx, b, at)
+			note(b.ID, err)
+			refused = refused || err != nil
 		case b.State == api.Queued && b.Priority > 0 && at.Priority > b.Priority:
 			note(b.ID, s.Queue.SetPriority(ctx, b.ID, b.Priority))
 		}
+	}
+	if refused { // the database may have refused the builders' reports, too
+		s.heard = nil
 	}
 	for id := range jobs { // these jobs have no open build
 		note(id, s.endLeftOver(ctx, id, now()))
 	}
 	return errors.Join(errs...)
+}
+
+// stalled reports whether the server or its database was stalled since the last sweep: this sweep came later than its
+// pause explains. If all sweeps are late, only every other one counts as stalled, because dead builders must be found.
+func (s *Sweeper) stalled(now time.Time) bool {
+	late := !s.read.IsZero() && now.Sub(s.read)-s.pause > deadAfter
+	stalled := late && !s.late
+	s.read, s.late = now, late
+	return stalled
 }
 
 // dead reports whether the builder of a running build is dead: it has not reported since the sweep that saw its last

@@ -23,6 +23,8 @@ type world struct {
 	ended    map[int64]api.State // states of builds that are not open
 	finished time.Time           // when those builds ended; zero means not known
 	away     bool
+	readOnly bool          // Release fails
+	slow     time.Duration // how long Open takes
 	did      []string
 }
 
@@ -56,6 +58,9 @@ func (w *world) SetPriority(_ context.Context, id int64, priority int) error {
 }
 func (w *world) End(context.Context, int64) error { w.did = append(w.did, "end"); return nil }
 func (w *world) Release(context.Context, ...int64) error {
+	if w.readOnly {
+		return errors.New("the database is read-only")
+	}
 	w.did = append(w.did, "release")
 	return nil
 }
@@ -63,6 +68,7 @@ func (w *world) Open(context.Context) (map[int64]queue.JobState, error) {
 	if w.away {
 		return nil, errors.New("no database")
 	}
+	time.Sleep(w.slow)
 	all := map[int64]queue.JobState{}
 	for id, at := range w.standing {
 		if at.Found && !at.Ended {
@@ -158,6 +164,7 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(10*time.Minute + 14*time.Second)
 	beat = noon.Add(10*time.Minute + 15*time.Second)
 	sweep(10*time.Minute + 40*time.Second)
+	sweep(11 * time.Minute)
 	sweep(11*time.Minute+11*time.Second, "release", "put back: transient")
 }
 

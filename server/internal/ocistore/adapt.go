@@ -15,6 +15,8 @@ import (
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // This file corrects requests and answers where the library differs from the distribution specification (v1.1) or from
@@ -218,3 +220,26 @@ func offsetKnown(ctx context.Context) bool {
 	given, told := ctx.Value(rangeKey{}).(bool)
 	return given || !told
 }
+
+type fullKey struct{}
+
+// withFull returns a context in which an upload notes that the disk is full. In the answer to a PUT with content, the
+// library's error has only the text of the cause.
+func withFull(ctx context.Context) context.Context {
+	return context.WithValue(ctx, fullKey{}, new(bool))
+}
+
+// fullOf returns where to note that the disk is full, or nil.
+func fullOf(ctx context.Context) *bool {
+	full, _ := ctx.Value(fullKey{}).(*bool)
+	return full
+}
+
+// wasFull reports whether an upload noted that the disk is full.
+func wasFull(ctx context.Context) bool {
+	full := fullOf(ctx)
+	return full != nil && *full
+}
+
+// isFull reports whether an error is that of a full disk, or of the reserve.
+func isFull(err error) bool { return fault.NoSpace(err) || fault.Is(err, fault.DiskFull) }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"path"
 	"regexp"
+	"slices"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
@@ -18,7 +19,8 @@ import (
 type Collected struct {
 	Blobs int
 	Bytes int64
-	// Damaged has the digests of manifests with other content. The collection kept the blobs that this content names.
+	// Damaged has the digests of manifests with other content, or without. The collection moved such content aside, so
+	// that a push repairs the manifest. It kept the blobs that this content names.
 	Damaged []string
 }
 
@@ -26,7 +28,7 @@ type Collected struct {
 // A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot
 // be read, Collect removes no blobs and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
-	if err := s.dropUploads(now); err != nil {
+	if _, err := s.dropUploads(now, uploadMaxAge); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var old []string
@@ -43,11 +45,14 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 		}
 		return err
 	})
-	if err != nil || len(old) == 0 {
+	if err != nil {
 		return out, err
 	}
 	referenced, damaged, err := s.referencedBlobs(ctx)
 	out.Damaged = damaged
+	if err == nil {
+		err = s.dropRepaired(damaged)
+	}
 	if err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
@@ -102,17 +107,22 @@ func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damag
 		}
 		all[d.Name()] = true
 		content, err := s.root.ReadFile(blobPath(d.Name()))
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // left by a crash; nobody can read this manifest
+		gone := errors.Is(err, fs.ErrNotExist)
+		if gone {
+			content, err = s.root.ReadFile("damaged/" + d.Name())
 		}
-		if err != nil {
+		if err != nil && !(gone && errors.Is(err, fs.ErrNotExist)) {
 			return err
 		}
 		var m manifest
-		if is.Algorithm().FromBytes(content) != is || json.Unmarshal(content, &m) != nil {
+		wrong := is.Algorithm().FromBytes(content) != is
+		if gone || wrong || json.Unmarshal(content, &m) != nil {
 			damaged = append(damaged, string(is))
 			for _, sum := range anyDigest.FindAll(content, -1) {
 				all[string(sum)] = true
+			}
+			if wrong && !gone {
+				return s.setAside(is)
 			}
 			return nil
 		}
@@ -126,6 +136,32 @@ func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damag
 		return nil
 	})
 	return all, damaged, err
+}
+
+// setAside moves the damaged content of a manifest out of the blobs, unless a push has repaired it meanwhile.
+func (s *Store) setAside(d digest.Digest) error {
+	s.collecting.Lock()
+	defer s.collecting.Unlock()
+	content, err := s.root.ReadFile(blobPath(d.Encoded()))
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || err == nil && d.Algorithm().FromBytes(content) == d:
+		return nil
+	case err != nil:
+		return err
+	}
+	return s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded())
+}
+
+// dropRepaired removes the damaged content of manifests that are not damaged any more, or deleted.
+func (s *Store) dropRepaired(damaged []string) error {
+	entries, err := fs.ReadDir(s.root.FS(), "damaged")
+	for _, e := range entries {
+		d := digest.NewDigestFromEncoded(algorithm(e.Name()), e.Name())
+		if !slices.Contains(damaged, string(d)) {
+			err = errors.Join(err, s.root.Remove("damaged/"+e.Name()))
+		}
+	}
+	return err
 }
 
 func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {

@@ -90,7 +90,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.adapt(w, r) {
 		return
 	}
-	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
+	h.api.ServeHTTP(w, r.WithContext(withFull(withRange(r))))
 }
 
 // scopeOf returns the scope that a write needs. Deleting an upload is part of a push.
@@ -143,7 +143,7 @@ func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	switch {
 	case r.Context().Err() != nil:
 		h.log.DebugContext(r.Context(), "client gone", "method", r.Method, "path", r.URL.Path, "err", err)
-	case fault.NoSpace(err) || fault.Is(err, fault.DiskFull):
+	case isFull(err) || wasFull(r.Context()):
 		h.log.ErrorContext(r.Context(), "registry's disk is full", "method", r.Method, "path", r.URL.Path, "err", err)
 		writeStatus(w, http.StatusInsufficientStorage, "DENIED", "the registry's disk is full")
 		return

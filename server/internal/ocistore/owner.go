@@ -30,8 +30,9 @@ func ownerOf(ctx context.Context) string {
 	return name
 }
 
-// own counts a new upload for a caller. At the maximum, it first removes the caller's oldest idle upload, or returns an
-// error if there is none. Uploads from before the start do not count, because nothing says who began them.
+// own counts a new upload for a caller, and gives it to the request. At the maximum, it first removes the caller's
+// oldest idle upload, or returns an error if there is none. Uploads from before the start do not count, because nothing
+// says who began them.
 func (s *Store) own(id, name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,20 +51,23 @@ func (s *Store) own(id, name string) error {
 				ociregistry.ErrTooManyRequests, n, uploadIdle)
 		}
 	}
-	s.owners[id] = name
+	s.owners[id], s.busy[id] = name, true
 	return nil
 }
 
-// dropIdle removes a caller's oldest idle upload, and reports whether there was one. s.mu must be held.
+// dropIdle removes a caller's oldest idle upload, and reports whether there was one. If the files of other uploads are
+// gone, it only ends their count. s.mu must be held.
 func (s *Store) dropIdle(name string) (bool, error) {
-	oldest, at := "", s.now().Add(-uploadIdle)
+	oldest, at, gone := "", s.now().Add(-uploadIdle), false
 	for id, owner := range s.owners {
 		if owner != name || s.busy[id] {
 			continue
 		}
 		info, err := s.root.Stat("uploads/" + id)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // the upload begins at this moment
+			delete(s.owners, id)
+			gone = true
+			continue
 		}
 		if err != nil {
 			return false, err
@@ -72,8 +76,8 @@ func (s *Store) dropIdle(name string) (bool, error) {
 			oldest, at = id, info.ModTime()
 		}
 	}
-	if oldest == "" {
-		return false, nil
+	if gone || oldest == "" {
+		return gone, nil
 	}
 	if err := s.root.Remove("uploads/" + oldest); err != nil {
 		return false, err

@@ -92,8 +92,25 @@ func (s *Store) ResolveBlob(_ context.Context, _ string, d ociregistry.Digest) (
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, nil
 }
 
-// ResolveManifest implements [ociregistry.Reader].
+// ResolveManifest implements [ociregistry.Reader]. A manifest whose content is missing or has another size is unknown,
+// so that clients push it again.
 func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
+	desc, err := s.manifestOf(repo, d)
+	if err != nil {
+		return desc, err
+	}
+	info, err := s.root.Stat(blobPath(d.Encoded()))
+	if err != nil {
+		return desc, replaceNotExist(err, ociregistry.ErrManifestUnknown)
+	}
+	if info.Size() != desc.Size {
+		return desc, ociregistry.ErrManifestUnknown
+	}
+	return desc, nil
+}
+
+// manifestOf returns the descriptor of a manifest in a repository. Its content may be missing.
+func (s *Store) manifestOf(repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	sum, err := hexOf(d)
 	if err != nil {
 		return ociregistry.Descriptor{}, err

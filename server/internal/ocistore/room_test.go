@@ -4,22 +4,28 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestReserve checks that a long write is refused once the disk has no room, and that an upload is not continued then.
+// TestReserve checks that a long write is refused once the disk has no room, and that it leaves no bytes then.
 func TestReserve(t *testing.T) {
 	t.Parallel()
 	checks, full := 0, errors.New("the disk is full")
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error {
+	dir := t.TempDir()
+	s, err := ocistore.Open(dir, ocistore.Options{CheckFree: func() error {
 		if checks++; checks > 1 { // there is room when the write begins
 			return full
 		}
@@ -50,18 +56,88 @@ func TestReserve(t *testing.T) {
 	if n, err := io.Copy(w, io.LimitReader(zeros{}, size)); !errors.Is(err, full) || n > 16<<20 {
 		t.Errorf("Write(%d bytes) = %d, %v; want that the disk is full after 16 MiB", size, n, err)
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	if left, err := os.ReadDir(filepath.Join(dir, "uploads")); err != nil || len(left) != 0 {
+		t.Errorf("after the refusal, uploads has %v, %v; want no bytes left", left, err)
 	}
-	w, err = s.PushBlobChunkedResume(t.Context(), "a", w.ID(), w.Size(), 0)
-	if err != nil {
+	if err := w.Close(); err != nil {
+		t.Errorf("Close() after the refusal = %v", err)
+	}
+	if _, err := s.PushBlobChunkedResume(t.Context(), "a", w.ID(), -1, 0); !errors.Is(err,
+		ociregistry.ErrBlobUploadUnknown) {
+		t.Errorf("the refused upload is continued: %v; want that it is unknown", err)
+	}
+	checks = 0
+	if w, err = s.PushBlobChunked(t.Context(), "a", 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Write([]byte("x")); !errors.Is(err, full) {
-		t.Errorf("Write() to a continued upload = %v; want that the disk is full", err)
+		t.Errorf("Write() = %v; want that the disk is full", err)
+	}
+}
+
+// TestFullDropsIdle checks that a full disk costs idle uploads of all callers, but not those that a request writes to.
+func TestFullDropsIdle(t *testing.T) {
+	t.Parallel()
+	dir, now := t.TempDir(), time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+	var full error
+	is := map[string]string{} // paths by names
+	there := func(name string) bool {
+		_, err := os.Stat(is[name])
+		return err == nil
+	}
+	s, err := ocistore.Open(dir, ocistore.Options{Now: func() time.Time { return now }, CheckFree: func() error {
+		if there("idle") {
+			return full
+		}
+		return nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var busy ociregistry.BlobWriter
+	for name, age := range map[string]time.Duration{"idle": 11 * time.Minute, "fresh": 9 * time.Minute,
+		"busy": 11 * time.Minute, "from before the start": 11 * time.Minute} {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		is[name] = filepath.Join(dir, "uploads", w.ID())
+		switch name {
+		case "busy":
+			busy = w
+		case "from before the start":
+			if err := w.Cancel(); err != nil { // nobody owns it
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(is[name], nil, 0o640); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Chtimes(is[name], now.Add(-age), now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(busy.Close(), s.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	full = errors.New("the disk is full")
+	w, err := s.PushBlobChunked(t.Context(), "a", 0)
+	if err != nil {
+		t.Fatalf("PushBlobChunked() beside an idle upload = %v; want room", err)
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"idle": false, "fresh": true, "busy": true, "from before the start": false} {
+		if there(name) != want {
+			t.Errorf("upload %s is there: %t; want %t", name, !want, want)
+		}
 	}
 }
 
@@ -149,6 +225,73 @@ func TestIdleUploads(t *testing.T) {
 		_, err := os.Stat(filepath.Join(dir, "uploads", w.ID()))
 		if gone := errors.Is(err, fs.ErrNotExist); gone != (i == 1 || i == 2) {
 			t.Errorf("upload %d is gone: %t, %v; want that only 1 and 2 are", i, gone, err)
+		}
+	}
+}
+
+// TestUploadsWithoutFiles checks that uploads whose files are gone do not count for ever.
+func TestUploadsWithoutFiles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	var first ociregistry.BlobWriter // a request has it
+	for i := range 64 {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			first = w
+		} else if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if i < 3 {
+			if err := os.Remove(filepath.Join(dir, "uploads", w.ID())); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for i, want := range []error{nil, nil, ociregistry.ErrTooManyRequests} {
+		w, err := s.PushBlobChunked(t.Context(), "a", 0)
+		if !errors.Is(err, want) {
+			t.Errorf("upload %d after two files are gone = %v; want %v", i, err, want)
+		}
+		if err == nil {
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFullDuringUpload checks that a client learns of a full disk, whichever request has the bytes.
+func TestFullDuringUpload(t *testing.T) {
+	t.Parallel()
+	var full error
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	for method, query := range map[string]string{"PATCH": "", "PUT": "?digest=" + sum("x")} {
+		full = nil
+		r := call(t, host, "POST", "/v2/a/b/blobs/uploads/", "")
+		if r.StatusCode != http.StatusAccepted {
+			t.Fatal(r.Status)
+		}
+		full = fault.New(fault.DiskFull, "1 MiB is left", "free space")
+		if r := call(t, host, method, r.Header.Get("Location")+query, "x"); r.StatusCode != http.StatusInsufficientStorage {
+			t.Errorf("%s with the disk full = %s; want 507", method, r.Status)
 		}
 	}
 }

@@ -12,6 +12,7 @@
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
+//	damaged/<hex>                              damaged content of a manifest, until it is pushed again or deleted
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -112,7 +113,7 @@ func open(dir string, o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	for _, sub := range []string{"blobs", "repos", "uploads"} {
+	for _, sub := range []string{"blobs", "repos", "uploads", "damaged"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
 			return nil, err
 		}
@@ -146,14 +147,15 @@ func (s *Store) removeRemains() error {
 	if err := s.root.Mkdir("tmp", 0o750); err != nil {
 		return err
 	}
-	return s.dropUploads(time.Now())
+	_, err := s.dropUploads(time.Now(), uploadMaxAge)
+	return err
 }
 
-// dropUploads removes abandoned uploads.
-func (s *Store) dropUploads(now time.Time) error {
+// dropUploads removes uploads that nobody has written to for longer than age, and returns their number.
+func (s *Store) dropUploads(now time.Time, age time.Duration) (n int, err error) {
 	uploads, err := fs.ReadDir(s.root.FS(), "uploads")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var errs []error
 	for _, u := range uploads {
@@ -161,14 +163,30 @@ func (s *Store) dropUploads(now time.Time) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // the upload ended meanwhile
 		}
-		if err == nil && now.Sub(info.ModTime()) > uploadMaxAge {
-			if err = s.CancelUpload(u.Name()); errors.Is(err, ociregistry.ErrBlobUploadInvalid) {
+		if err == nil && now.Sub(info.ModTime()) > age {
+			switch err = s.CancelUpload(u.Name()); {
+			case err == nil:
+				n++
+			case errors.Is(err, ociregistry.ErrBlobUploadInvalid):
 				err = nil // a request continues this upload
 			}
 		}
 		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return n, errors.Join(errs...)
+}
+
+// needRoom returns an error if there is no room to write. Before that, it removes the idle uploads of all callers.
+func (s *Store) needRoom() error {
+	full := s.checkFree()
+	if full == nil {
+		return nil
+	}
+	n, err := s.dropUploads(s.now(), uploadIdle)
+	if n == 0 {
+		return errors.Join(full, err)
+	}
+	return s.checkFree()
 }
 
 // Close closes the folder.
@@ -275,7 +293,7 @@ func (r *checkedReader) Read(p []byte) (int, error) {
 
 // writeTemp writes r to a new file in the folder tmp, calls fsync, and returns the file's path.
 func (s *Store) writeTemp(r io.Reader) (name string, err error) {
-	if err := s.checkFree(); err != nil {
+	if err := s.needRoom(); err != nil {
 		return "", err
 	}
 	name = "tmp/" + randomID()
@@ -283,7 +301,7 @@ func (s *Store) writeTemp(r io.Reader) (name string, err error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = io.Copy(f, &checkedReader{Reader: r, check: s.checkFree})
+	_, err = io.Copy(f, &checkedReader{Reader: r, check: s.needRoom})
 	if err == nil {
 		err = f.Sync()
 	}
@@ -355,10 +373,12 @@ func (s *Store) statBlob(d ociregistry.Digest) (int64, error) {
 	return info.Size(), s.touch(blobPath(sum), info)
 }
 
-// putBytes stores content as the blob with the digest d.
+// putBytes stores content as the blob with the digest d. It replaces a damaged file.
 func (s *Store) putBytes(d digest.Digest, content []byte) error {
-	if _, err := s.statBlob(d); err == nil {
-		return nil
+	if size, err := s.statBlob(d); err == nil && size == int64(len(content)) {
+		if old, err := s.root.ReadFile(blobPath(d.Encoded())); err == nil && bytes.Equal(old, content) {
+			return nil
+		}
 	}
 	name, err := s.writeTemp(bytes.NewReader(content))
 	if err != nil {

@@ -16,6 +16,8 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // The registry also accepts Docker's media types of manifests, for images that other tools copy here.
@@ -74,14 +76,11 @@ func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ocireg
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
-	if err := s.checkFree(); err != nil {
+	if err := s.needRoom(); err != nil {
 		return nil, err
 	}
 	id := randomID()
 	if err := s.own(id, ownerOf(ctx)); err != nil {
-		return nil, err
-	}
-	if err := s.claim(id); err != nil {
 		return nil, err
 	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
@@ -118,7 +117,7 @@ func (s *Store) PushBlobChunkedResume(
 		s.release(id)
 		return nil, replaceNotExist(err, ociregistry.ErrBlobUploadUnknown)
 	}
-	u := &upload{s: s, id: id, f: f, offset: offset}
+	u := &upload{s: s, id: id, f: f, offset: offset, full: fullOf(ctx)}
 	info, err := f.Stat()
 	if err != nil {
 		return nil, errors.Join(err, u.Close())
@@ -160,6 +159,7 @@ type upload struct {
 	size   int64
 	offset int64 // the size that the client expects; -1 if it gave none, or if it was checked
 	left   int   // how many bytes may be written before the free space is checked
+	full   *bool // set if the disk is full; nil if nobody asks
 }
 
 func (u *upload) ID() string     { return u.id }
@@ -167,7 +167,7 @@ func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
 // Write appends p. It checks the client's offset when the first bytes arrive. A last request without content has offset
-// 0 and must not be refused.
+// 0 and must not be refused. If the disk is full, Write removes the upload, because its bytes would keep the disk full.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -177,14 +177,25 @@ func (u *upload) Write(p []byte) (int, error) {
 		return 0, fmt.Errorf("%w: the blob has more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
 	}
 	if u.left -= len(p); u.left < 0 {
-		if err := u.s.checkFree(); err != nil {
-			return 0, err
+		if err := u.s.needRoom(); err != nil {
+			return 0, u.stop(err)
 		}
 		u.left = checkEvery
 	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
+	if fault.NoSpace(err) {
+		err = u.stop(err)
+	}
 	return n, err
+}
+
+// stop removes the upload, because there is no room for it.
+func (u *upload) stop(err error) error {
+	if u.full != nil && isFull(err) {
+		*u.full = true
+	}
+	return errors.Join(err, u.Cancel())
 }
 
 // Close releases the upload, so that another request can resume it.
@@ -297,7 +308,7 @@ func (s *Store) pushManifest(
 	}
 	if tagFile != "" {
 		if old, err := s.retiredTag(repo, tag); err == nil && old.Digest != desc.Digest {
-			return desc, denied(repo, tag, old.Digest)
+			return desc, deniedRetired(repo, tag, old.Digest)
 		}
 	}
 	if err := s.putBytes(d, content); err != nil {
@@ -428,23 +439,14 @@ func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	return replaceNotExist(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
 }
 
-// retiredTag returns the deleted manifest that a create-only tag referred to.
-func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
-	name, err := repoPath(repo, "_retired", tag)
-	if err != nil {
-		return ociregistry.Descriptor{}, err
-	}
-	return s.readDescriptor(name)
-}
-
 // DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest, and then the manifest. The
 // content stays for [Store.Collect], because another repository may have it.
 //
-// A create-only tag can be made again only for the same content. A tag with damaged content stays, because it may be
-// create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing, because the manifest may
-// have this tag.
+// Until [Store.FreeTags], a create-only tag can be made again only for the same content. A tag with damaged content
+// stays, because it may be create-only. If a tag cannot be read, DeleteManifest returns an error and changes nothing,
+// because the manifest may have this tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
-	desc, err := s.ResolveManifest(ctx, repo, d)
+	desc, err := s.manifestOf(repo, d)
 	if err == nil {
 		err = s.checkTags(ctx, repo)
 	}

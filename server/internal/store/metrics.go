@@ -33,11 +33,13 @@ SELECT class, COUNT(*) FROM (
 }
 
 // OldestQueued returns the creation time of the oldest queued build, or the zero time if there is none.
+// It leaves out builds of the lowest priority, which wait behind all others.
 func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	var oldest int64
 	err := s.readers.QueryRowContext(
 		ctx,
-		`SELECT COALESCE(MIN(created_at), 0) FROM builds WHERE state = 'queued'`,
+		`SELECT COALESCE(MIN(created_at), 0) FROM builds WHERE state = 'queued' AND priority < $1`,
+		min(queue.PriorityAgain, queue.PriorityWarning),
 	).Scan(
 		&oldest,
 	)

@@ -1,10 +1,13 @@
 package store_test
 
 import (
+	"strconv"
 	"testing"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -16,6 +19,21 @@ func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 	longAgo := time.UnixMicro(1).UTC() // before the builds of all other tests
+	// Builds of the lowest priority wait behind all others.
+	for i, priority := range []int{queue.PriorityAgain, queue.PriorityWarning} {
+		b, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), State: api.Queued, CreatedAt: longAgo,
+			Driver: target.Driver{Version: "1.2." + strconv.Itoa(i), Flavour: target.Open}, Priority: priority})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.OldestQueued(ctx); err != nil || got.Equal(longAgo) {
+			t.Errorf("OldestQueued() with a build of priority %d = %v, %v; want it left out", priority, got, err)
+		}
+		b.State = api.Cancelled
+		if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetBuild(ctx, b) }); err != nil {
+			t.Fatal(err)
+		}
+	}
 	old, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: longAgo})
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,150 @@
+package ocistore_test
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/prebake/prebake/server/internal/auth"
+	"github.com/prebake/prebake/server/internal/ocistore"
+)
+
+// TestRepair damages a manifest in several ways, and pushes the same image again. That must repair it. So must a build
+// of the same artifact after a deletion.
+func TestRepair(t *testing.T) {
+	t.Parallel()
+	truncated := func(content []byte) []byte { return content[:len(content)-1] }
+	flipped := func(content []byte) []byte { content[len(content)-1] ^= 1; return content }
+	lost := func([]byte) []byte { return nil }
+	for _, row := range []struct {
+		name    string
+		damage  func([]byte) []byte
+		collect bool // a collection comes before the push
+		remove  bool // the manifest is deleted before the push
+	}{
+		{"truncated", truncated, false, false},
+		{"truncated, collected", truncated, true, false},
+		{"truncated, deleted", truncated, false, true},
+		{"flipped, collected", flipped, true, false},
+		{"flipped, deleted", flipped, false, true},
+		{"flipped, collected, deleted", flipped, true, true},
+		{"lost", lost, false, false},
+		{"lost, collected", lost, true, false},
+		{"lost, deleted", lost, false, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			s := open(t, dir)
+			server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}),
+				slog.New(slog.DiscardHandler)))
+			t.Cleanup(server.Close)
+			host := strings.TrimPrefix(server.URL, "http://")
+			ref, img := reference(t, host, "prebake/driver:one"), image(t)
+			if err := remote.Write(ref, img, options(t)...); err != nil {
+				t.Fatal(err)
+			}
+			d := digestOf(t, img)
+			manifest := "/v2/prebake/driver/manifests/" + d.String()
+			good, err := img.RawManifest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(dir, "blobs/sha256", d.Hex[:2], d.Hex)
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+			if bad := row.damage(slices.Clone(good)); bad != nil {
+				if err := os.WriteFile(file, bad, 0o640); err != nil {
+					t.Fatal(err)
+				}
+			}
+			collect := func(damaged ...string) {
+				t.Helper()
+				setAge(t, dir, time.Now().Add(-25*time.Hour))
+				out, err := s.Collect(t.Context(), time.Now())
+				if err != nil || !slices.Equal(out.Damaged, damaged) {
+					t.Errorf("Collect() = %+v, %v; want %v damaged", out, err, damaged)
+				}
+			}
+			if row.collect {
+				collect(d.String())
+				collect(d.String()) // the content is aside now, and its blobs must still be kept
+			}
+			if has, err := s.HasManifest(t.Context(), "prebake/driver", d.String()); err != nil ||
+				has != (row.name == "flipped, deleted") {
+				t.Errorf("HasManifest() = %t, %v; want false, except for a right size", has, err)
+			}
+			if row.remove {
+				if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted {
+					t.Errorf("DELETE = %s; want 202", r.Status)
+				}
+				if r := call(t, host, "GET", manifest, ""); r.StatusCode != http.StatusNotFound {
+					t.Errorf("GET after DELETE = %s; want 404", r.Status)
+				}
+			}
+			layers := blobs(t, img)[1:]
+			if row.damage(slices.Clone(good)) != nil { // nobody knows the blobs of a lost manifest
+				for _, name := range layers {
+					if r := call(t, host, "HEAD", "/v2/prebake/driver/blobs/sha256:"+name, ""); r.StatusCode != http.StatusOK {
+						t.Errorf("HEAD of blob %s before the push = %s; want 200", name, r.Status)
+					}
+				}
+			}
+			if err := remote.Write(ref, img, options(t)...); err != nil {
+				t.Fatalf("push again = %v", err)
+			}
+			for _, at := range []string{manifest, "/v2/prebake/driver/manifests/one"} {
+				r := call(t, host, "GET", at, "")
+				if got, err := io.ReadAll(r.Body); err != nil || r.StatusCode != http.StatusOK || string(got) != string(good) {
+					t.Errorf("GET %s after the push = %s %s, %v; want the right content", at, r.Status, got, err)
+				}
+			}
+			collect()
+			if left, err := os.ReadDir(filepath.Join(dir, "damaged")); err != nil || len(left) != 0 {
+				t.Errorf("damaged content after the repair: %v, %v; want none", left, err)
+			}
+		})
+	}
+}
+
+// TestRepairBeforeCollection pushes a manifest over damaged content of the same size, which only its digest shows.
+func TestRepairBeforeCollection(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	host := serve(t, dir)
+	img := image(t)
+	if err := remote.Write(reference(t, host, "a/x:1"), img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	good, err := img.RawManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := digestOf(t, img)
+	file := filepath.Join(dir, "blobs/sha256", d.Hex[:2], d.Hex)
+	bad := slices.Clone(good)
+	bad[0] ^= 1
+	if err := errors.Join(os.Remove(file), os.WriteFile(file, bad, 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	r := call(t, host, "PUT", "/v2/a/x/manifests/1", string(good), "Content-Type",
+		"application/vnd.oci.image.manifest.v1+json")
+	if r.StatusCode != http.StatusCreated {
+		t.Fatalf("PUT = %s; want 201", r.Status)
+	}
+	r = call(t, host, "GET", "/v2/a/x/manifests/"+d.String(), "")
+	if got, err := io.ReadAll(r.Body); err != nil || string(got) != string(good) {
+		t.Errorf("GET after PUT = %s %s, %v; want the right content", r.Status, got, err)
+	}
+}
