@@ -39,6 +39,10 @@ for dir in "$work/first/release" "$work/a/second/clone/release"; do
   (cd "$dir" && sha256sum --quiet --strict --check SHA256SUMS)
   go run ./builder/release -out "$dir" -verify "$dir/signatures/throw-away.pub"
 done
-diff --recursive --brief --exclude signatures "$work/first/release" "$work/a/second/clone/release"
+if ! diff --recursive --brief --exclude signatures "$work/first/release" "$work/a/second/clone/release"; then
+  trap - EXIT
+  echo "twice: the releases differ; they stay, with their compiler caches, in $work" >&2
+  exit 1
+fi
 echo "twice: $(find "$work/first/release" -type f -not -path '*/signatures/*' | wc -l) files are equal," \
   "$(du -sm "$work/first/release" | cut -f1) MB"
