@@ -131,7 +131,10 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 	if set == nil {
 		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
 	}
-	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
+	if v, err = a.validate(ctx, set, kmod.Mark{}, a.newXids()); err == nil {
+		a.clearXids(ctx, store, v.NVML)
+	}
+	return v, err
 }
 
 // Status is the state of a node, as its disk, /proc and NVML report it.
