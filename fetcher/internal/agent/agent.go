@@ -90,11 +90,7 @@ func (r *Report) did(format string, args ...any) {
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
-	if a.parts.Reread != nil {
-		if err := a.parts.Reread(); err != nil {
-			a.parts.Log.WarnContext(ctx, "could not read the trusted keys again, and keeps the last ones", "err", err)
-		}
-	}
+	a.reread(ctx)
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
