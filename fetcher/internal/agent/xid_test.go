@@ -77,8 +77,8 @@ func (p repairable) Probe(ctx context.Context, library string, persist bool) (gp
 }
 
 // TestXidOfResetGPU checks that the fatal error of a GPU that was reset by hand no longer counts, although the driver
-// does not report the reset. While NVML lists a GPU as healthy throughout, its error counts. A new process knows what was
-// cleared.
+// does not report the reset. While NVML lists a GPU as healthy throughout, its error counts. A new process knows what
+// was cleared.
 func TestXidOfResetGPU(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -128,8 +128,8 @@ func TestXidOfResetGPU(t *testing.T) {
 	marked := "unusable the driver reports Xid 79 of GPU 0000:00:04: GPU has fallen off the bus."
 	lost := "unusable 0 of 1 GPUs usable: 0000:00:04.0: open GPU 0: GPU is lost"
 	want := []string{"ready ", marked, lost, marked, lost, marked,
-		"ready NVML lists the GPU as healthy again in 5 checks, so this no longer counts: Xid 79 of GPU 0000:00:04: GPU has " +
-			"fallen off the bus."}
+		"ready NVML lists the GPU as healthy again in 5 checks, so this no longer counts: Xid 79 of GPU 0000:00:04: GPU " +
+			"has fallen off the bus."}
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
