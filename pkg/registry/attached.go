@@ -146,12 +146,13 @@ type search struct {
 }
 
 // leftOut reports whether to skip an attachment after this error. A missing attachment is always skipped, a damaged one
-// only if the search has a callback. A network error ends the search.
+// only if the search has a callback. A network error or a web page ends the search.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
 	}
-	return fault.Is(err, fault.NoArtifact) || s.useful != nil && !fault.Is(err, fault.Transient)
+	return fault.Is(err, fault.NoArtifact) ||
+		s.useful != nil && !fault.Is(err, fault.Transient) && !fault.Is(err, fault.WebPage)
 }
 
 // payloads returns the useful payloads of these attachments. With an error, it returns those that it read before.

@@ -62,9 +62,8 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	}
 	s := &remoteStore{repo: repo, keys: keys, transport: tr, retryFor: max(o.RetryFor, minRetryFor),
 		options: []remote.Option{
-			remote.WithTransport(
-				retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{stallTransport{tr}}}}}},
-			),
+			remote.WithTransport(retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{
+				webPageTransport{stallTransport{tr}}}}}}}),
 			remote.WithAuthFromKeychain(keys),
 			// [retryAfterTransport] handles 429 and 503.
 			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
