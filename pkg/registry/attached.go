@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"slices"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -53,9 +54,10 @@ func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string
 
 func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) string,
 	wanted []map[string]string) ([][]byte, error) {
-	list, err := r.list(ctx, digest)
-	if err != nil && len(list) == 0 {
-		return nil, err
+	list, listErr := r.list(ctx, digest)
+	isCut := errors.As(listErr, new(cutError))
+	if listErr != nil && len(list) == 0 && !isCut {
+		return nil, listErr
 	}
 	s := search{r: r, digest: digest, artifactType: artifactType, useful: useful, wanted: wanted, known: map[string]bool{}}
 	complete, incomplete := sortOut(list, wanted)
@@ -66,17 +68,21 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 	} else {
 		more, err = s.payloads(ctx, incomplete)
 	}
+	if err == nil && isCut {
+		err = listErr
+	}
 	if err != nil {
 		s.unread = slices.DeleteFunc(s.unread, func(d v1.Descriptor) bool { return !mayBe(d, artifactType) })
-		err = &UnreadError{err, s.unread}
+		err = &UnreadError{err, s.unread, isCut}
 	}
 	return slices.Concat(all, more, s.others), err
 }
 
-// UnreadError is the error of a repository that fails after it has listed the attachments.
+// UnreadError is the error of a repository that fails after it has listed attachments.
 type UnreadError struct {
-	err  error
-	list []v1.Descriptor
+	err   error
+	list  []v1.Descriptor
+	isCut bool
 }
 
 // Error returns the text of the cause.
@@ -87,6 +93,9 @@ func (e *UnreadError) Unwrap() error { return e.err }
 
 // Unread returns the attachments that may match, and that were listed but not read.
 func (e *UnreadError) Unread() []v1.Descriptor { return e.list }
+
+// IsCut reports whether the list ended in the middle, so that there may be more.
+func (e *UnreadError) IsCut() bool { return e.isCut }
 
 // sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns.
 // The second has the attachments that lack an annotation but do not contradict the set.

@@ -319,3 +319,39 @@ func TestAttachedIfFailsHalfway(t *testing.T) {
 		}
 	}
 }
+
+// TestAttachedOfCutList checks that a list whose second page fails is not taken for the whole list, nor for none: the
+// payloads of the first page are returned with an error that says that there may be more.
+func TestAttachedOfCutList(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{http.StatusServiceUnavailable, http.StatusNotFound} {
+		behind := newPaged(t, nil)
+		armed := atomic.Bool{}
+		repo := open(t, startProxy(t, behind, func(w http.ResponseWriter, r *http.Request) bool {
+			if !armed.Load() || r.URL.Query().Get("from") == "" {
+				return false
+			}
+			w.WriteHeader(status)
+			return true
+		}, nil)+"/many")
+		digest := crowd(t, repo)
+		every := func(b []byte) string { return string(b) }
+		whole, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+		if err != nil {
+			t.Fatal(err)
+		}
+		armed.Store(true)
+		part, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+		var failed *registry.UnreadError
+		if !errors.As(err, &failed) || !failed.IsCut() || len(failed.Unread()) > 0 || !fault.Is(err, fault.Transient) {
+			t.Errorf("status %d: AttachedIf = %d payloads, %v; want transient, with more than is listed", status, len(part), err)
+		}
+		if len(part) != 40 || len(whole) <= 40 {
+			t.Errorf("status %d: AttachedIf = %d payloads, %d without the error; want the 40 of the first page", status,
+				len(part), len(whole))
+		}
+		if list, err := repo.Referrers(t.Context(), digest, ""); err == nil || len(list) > 0 {
+			t.Errorf("status %d: Referrers = %d, %v; want only an error", status, len(list), err)
+		}
+	}
+}

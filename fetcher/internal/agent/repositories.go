@@ -51,29 +51,40 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 			owed = append(owed, owedBy(ref, err)...)
 			return err
 		}
+		refresh()
+		now := a.since(store, origin, answer, facts)
+		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)
+		if err != nil || len(owed) == 0 {
+			return err
+		}
 		more, err := readOwed(ctx, repo, owed)
 		if err != nil {
 			return err
 		}
 		more = slices.DeleteFunc(more, func(b []byte) bool { return counts(b) == "" })
 		p.Bundles = union(more, p.Bundles)
-		refresh()
-		now := a.since(store, origin, answer, facts)
 		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)
 		return err
 	})
 	return repo, p, content, verdict, err
 }
 
-// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact.
+// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. The digest
+// is "" for the rest of a list that ended in the middle.
 type owedStatement struct{ by, digest string }
 
 // owedBy returns the statements that a repository owes after an error. It trusts the labels: who attaches a refusal
 // labels it as a test result, and a repository that lies can as well leave the refusal out of its list.
 func owedBy(ref string, err error) (owed []owedStatement) {
-	var failed interface{ Unread() []v1.Descriptor }
+	var failed interface {
+		Unread() []v1.Descriptor
+		IsCut() bool
+	}
 	if !errors.As(err, &failed) {
 		return nil
+	}
+	if failed.IsCut() {
+		owed = append(owed, owedStatement{by: ref})
 	}
 	for _, d := range failed.Unread() {
 		if label, ok := d.Annotations[trust.LabelPredicate]; !ok || label == trust.PredicateTestResult {
@@ -94,10 +105,13 @@ func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundl
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
+		hint := "a statement may refuse the driver: check " + o.by + ", or remove it from --registry"
+		if o.digest == "" {
+			return nil, fault.New(fault.Transient, o.by+" has more statements than it lists", hint)
+		}
 		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxOwed {
 			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists and does not serve: %w",
-				short(o.digest), o.by, cmp.Or(err, errors.New("too many of them"))),
-				"the statement may refuse the driver: check "+o.by+", or remove it from --registry")
+				short(o.digest), o.by, cmp.Or(err, errors.New("too many of them"))), hint)
 		}
 		if b != nil {
 			bundles = append(bundles, b)

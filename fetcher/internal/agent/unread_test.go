@@ -23,6 +23,7 @@ type halfway struct {
 	agent.Repository
 	reads  int
 	unread []v1.Descriptor
+	isCut  bool
 }
 
 func (h halfway) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
@@ -31,16 +32,19 @@ func (h halfway) AttachedIf(ctx context.Context, digest, artifactType string, us
 	if err != nil {
 		return nil, err
 	}
-	return all[:min(h.reads, len(all))], unreadError{fault.New(fault.Transient, "connection reset", ""), h.unread}
+	return all[:min(h.reads, len(all))], unreadError{fault.New(fault.Transient, "connection reset", ""),
+		h.unread, h.isCut}
 }
 
 type unreadError struct {
 	error
-	list []v1.Descriptor
+	list  []v1.Descriptor
+	isCut bool
 }
 
 func (e unreadError) Unwrap() error           { return e.error }
 func (e unreadError) Unread() []v1.Descriptor { return e.list }
+func (e unreadError) IsCut() bool             { return e.isCut }
 
 // withoutTests is a repository that does not list the results of load tests.
 type withoutTests struct {
@@ -104,14 +108,18 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 		reads         int
 		predicate     string // of the statements that are listed and not read; "" means that there are none
 		unlabelled    bool
+		isCut         bool
 		want          string
 	}{
-		{"the refusal was served", true, false, 99, "", false, rejected},
-		{"the refusal was listed, and nobody has it", true, false, 0, trust.PredicateTestResult, false, "and does not serve"},
-		{"the same without labels", true, false, 0, trust.PredicateTestResult, true, "and does not serve"},
-		{"the refusal was listed, and the mirror has it", true, true, 0, trust.PredicateTestResult, false, rejected},
-		{"only the provenance was not served", false, false, 0, trust.PredicateProvenance, false, installed},
-		{"nothing was listed", false, false, 0, "", false, installed},
+		{"the refusal was served", true, false, 99, "", false, false, rejected},
+		{"the refusal was listed, and nobody has it", true, false, 0, trust.PredicateTestResult, false, false,
+			"and does not serve"},
+		{"the same without labels", true, false, 0, trust.PredicateTestResult, true, false, "and does not serve"},
+		{"the refusal was listed, and the mirror has it", true, true, 0, trust.PredicateTestResult, false, false, rejected},
+		{"the list ended in the middle", true, false, 0, "", false, true, "more statements than it lists"},
+		{"the list ended behind the refusal", true, false, 99, "", false, true, rejected},
+		{"only the provenance was not served", false, false, 0, trust.PredicateProvenance, false, false, installed},
+		{"nothing was listed", false, false, 0, "", false, false, installed},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -135,7 +143,7 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 				r, err := open(ref)
 				switch {
 				case err == nil && ref == named:
-					return halfway{r, row.reads, unread}, nil
+					return halfway{r, row.reads, unread, row.isCut}, nil
 				case err == nil: // the mirror's list is older than its blobs
 					return withoutTests{r, key.Verifier(t)}, nil
 				}
