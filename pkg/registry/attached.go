@@ -1,11 +1,11 @@
 package registry
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"slices"
+	"sort"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -263,7 +263,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 			}
 		}
 	}
-	slices.SortStableFunc(payloads, func(a, b v1.Descriptor) int { return cmp.Compare(a.Size, b.Size) })
+	// Not slices.SortStableFunc, which adds 7 KB to each program.
+	sort.SliceStable(payloads, func(i, j int) bool { return payloads[i].Size < payloads[j].Size })
 	return payloads, nil
 }
 
