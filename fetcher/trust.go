@@ -38,8 +38,8 @@ func newVerifier(
 	return v, rule.Refresh, err
 }
 
-// rereading is a verifier that reads the keys and the policy again at the beginning of each run: a revoked key must not
-// count until the program is started again.
+// rereading is a verifier that reads the keys and the policy again at the beginning of each run, and while a driver is
+// watched: a revoked key must not count until the program is started again.
 type rereading struct {
 	// read returns what [newVerifier] returns for the present files.
 	read func() (*trust.Verifier, func(context.Context) error, error)

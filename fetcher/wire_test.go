@@ -28,8 +28,18 @@ func findIn(ref string) resolve.Finder {
 // the next source is asked.
 func TestLoginPage(t *testing.T) {
 	t.Parallel()
+	for kind, want := range map[string]struct{ alone, chain fault.Kind }{
+		"text/html":  {fault.WebPage, fault.WebPage},
+		"text/plain": {fault.Transient, fault.Unverified}, // the kind transient makes a chain ask the next source
+	} {
+		t.Run(kind, func(t *testing.T) { testLoginPage(t, kind, want.alone, want.chain) })
+	}
+}
+
+func testLoginPage(t *testing.T, kind string, alone, whole fault.Kind) {
+	t.Helper()
 	portal := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/html")
+		w.Header().Set("Content-Type", kind)
 		fmt.Fprint(w, "<html>log in to this network</html>")
 	}))
 	t.Cleanup(portal.Close)
@@ -42,14 +52,14 @@ func TestLoginPage(t *testing.T) {
 		"by branch":  {Kernel: c.Kernel, Wish: "R535", Flavour: resolve.Auto},
 		"by digest":  {Kernel: c.Kernel, Pin: p.Digest},
 	} {
-		if a, err := page.Find(t.Context(), q); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
-			t.Errorf("%s: the page alone: %+v, %v; want transient with a hint", name, a, err)
+		if a, err := page.Find(t.Context(), q); !fault.Is(err, alone) || fault.Hint(err) == "" {
+			t.Errorf("%s: the page alone: %+v, %v; want %v with a hint", name, a, err, alone)
 		}
 		// The kind transient would excuse a run, and the node would never ask again.
 		away := findIn("127.0.0.1:1/x")
 		for _, chain := range []resolve.Chain{{page}, {away, page}} {
-			if a, err := chain.Find(t.Context(), q); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
-				t.Errorf("%s: a chain of %d: %+v, %v; want unverified with a hint", name, len(chain), a, err)
+			if a, err := chain.Find(t.Context(), q); !fault.Is(err, whole) || fault.Hint(err) == "" {
+				t.Errorf("%s: a chain of %d: %+v, %v; want %v with a hint", name, len(chain), a, err, whole)
 			}
 		}
 		a, err := resolve.Chain{page, findIn(mirror)}.Find(t.Context(), q)

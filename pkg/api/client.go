@@ -307,8 +307,14 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 		return nil, err
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(out); err != nil {
+		kind, hint := fault.Transient, ""
+		if strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
+			kind, err = fault.WebPage, errors.New("a web page answered")
+			hint = "open " + c.base + " in a browser on this network: if it is a login page, log in; if a proxy answers, add " +
+				"the host to NO_PROXY; else correct the server's address"
+		}
 		return nil, errors.Join(
-			fault.Wrap(fault.Transient, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), ""),
+			fault.Wrap(kind, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), hint),
 			resp.Body.Close(),
 		)
 	}

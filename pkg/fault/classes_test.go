@@ -21,6 +21,7 @@ func TestClassesOfBuilds(t *testing.T) {
 		{fault.Transient, "transient", 10, true, true},
 		{fault.Busy, "busy", 7, true, true},
 		{fault.TooMany, "too-many", 15, true, true},
+		{fault.WebPage, "web-page", 17, true, true},
 		{fault.Unverified, "unverified", 4, false, false},
 		{fault.InputMissing, "input-missing", 20, false, true},
 		{fault.Checksum, "checksum-mismatch", 21, false, false},

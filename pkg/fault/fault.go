@@ -35,6 +35,7 @@ const (
 	TooLarge                   // the request, or the thing that it asks for, exceeds a size limit
 	TooMany                    // the caller asks too often
 	Pending                    // the artifact is not published yet, but it is queued or being built
+	WebPage                    // a login page or a proxy's page answered in place of a service
 	InputMissing               // an input that the build needs does not exist
 	Checksum                   // a fetched input does not match its checksum
 	Unsupported                // this driver is not made for this kernel or flavour
@@ -77,6 +78,7 @@ var table = [kinds]row{
 	TooLarge:       {"too-large", 14, 413, false, "more was sent or asked for than is taken"},
 	TooMany:        {"too-many", 15, 429, true, "asked too often"},
 	Pending:        {"pending", 16, 404, true, "not published yet: it is queued, or being built"},
+	WebPage:        {"web-page", 17, 502, true, "the address answered with a web page, such as a login page"},
 	InputMissing:   {"input-missing", 20, 404, false, "a build input does not exist"},
 	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input is not what its checksum says"},
 	Unsupported:    {"unsupported", 22, 422, false, "this driver is not made for this kernel or flavour"},
@@ -114,7 +116,7 @@ func (k Kind) Retryable() bool { return k.row().retry }
 // missing input may have caused the failure. It includes kinds that are not worth a retry at once.
 func (k Kind) Passes() bool {
 	switch k {
-	case Transient, TimedOut, DiskFull, OutOfMemory, Busy, TooMany, InputMissing, Internal:
+	case Transient, TimedOut, DiskFull, OutOfMemory, Busy, TooMany, WebPage, InputMissing, Internal:
 		return true
 	}
 	return false

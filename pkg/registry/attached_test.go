@@ -2,7 +2,9 @@ package registry_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -245,5 +247,111 @@ func TestAttachedIf(t *testing.T) {
 	slices.Sort(said)
 	if !slices.Equal(said, []string{"good", "good too"}) || good(all[2]) != "" || len(all) > 12 {
 		t.Errorf("AttachedIf = %d payloads, the first %q; want the two good ones once, and a few others", len(all), all[:3])
+	}
+}
+
+// TestAttachedIfFailsHalfway checks that the payloads that were read before an error are returned, and that the error
+// names those that were listed and not read.
+func TestAttachedIfFailsHalfway(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	img, err := random.Image(64, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := open(t, "oci:"+dir)
+	subject, err := written.Push(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	label := map[string]string{"kind": "plan"}
+	texts := map[string]string{} // by the digest of the attachment
+	for i := range 6 {
+		text := fmt.Sprintf("plan %d", i)
+		d, err := written.Attach(t.Context(), subject, labelledType, []byte(text), label)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts[d.Digest.String()] = text
+	}
+	if _, err := written.Attach(t.Context(), subject, labelledType+".other", []byte("x"), label); err != nil {
+		t.Fatal(err)
+	}
+	sorted := slices.Sorted(maps.Keys(texts))
+	payload := func(attachment string) string {
+		raw, err := written.Manifest(t.Context(), attachment)
+		var m v1.Manifest
+		if err != nil || json.Unmarshal(raw, &m) != nil {
+			t.Fatalf("read %s: %v", attachment, err)
+		}
+		return m.Layers[0].Digest.Hex
+	}
+	for name, broken := range map[string]string{
+		"a payload": payload(sorted[2]), "a manifest in the list": strings.TrimPrefix(sorted[2], "sha256:"),
+	} {
+		files := http.FileServer(http.Dir(dir))
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if strings.HasSuffix(r.URL.Path, broken) {
+				w.WriteHeader(http.StatusInternalServerError)
+				return
+			}
+			files.ServeHTTP(w, r)
+		}))
+		t.Cleanup(srv.Close)
+		all, err := open(t, "oci:"+srv.URL).AttachedIf(t.Context(), subject.Digest.String(), labelledType,
+			func(b []byte) string { return string(b) }, label)
+		var got, left []string
+		for _, b := range all {
+			got = append(got, string(b))
+		}
+		var failed *registry.UnreadError
+		if !errors.As(err, &failed) || !fault.Is(err, fault.Transient) {
+			t.Fatalf("%s: AttachedIf = %q, %v; want transient with what was not read", name, got, err)
+		}
+		for _, d := range failed.Unread() {
+			left = append(left, d.Digest.String())
+		}
+		if want := []string{texts[sorted[0]], texts[sorted[1]]}; !slices.Equal(got, want) {
+			t.Errorf("%s: AttachedIf = %q; want what was read before the error, %q", name, got, want)
+		}
+		if !slices.Equal(left, sorted[2:]) {
+			t.Errorf("%s: Unread = %q; want %q", name, left, sorted[2:])
+		}
+	}
+}
+
+// TestAttachedOfCutList checks that a list whose second page fails is not taken for the whole list, nor for none: the
+// payloads of the first page are returned with an error that says that there may be more.
+func TestAttachedOfCutList(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{http.StatusServiceUnavailable, http.StatusNotFound} {
+		behind := newPaged(t, nil)
+		armed := atomic.Bool{}
+		repo := open(t, startProxy(t, behind, func(w http.ResponseWriter, r *http.Request) bool {
+			if !armed.Load() || r.URL.Query().Get("from") == "" {
+				return false
+			}
+			w.WriteHeader(status)
+			return true
+		}, nil)+"/many")
+		digest := crowd(t, repo)
+		every := func(b []byte) string { return string(b) }
+		whole, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+		if err != nil {
+			t.Fatal(err)
+		}
+		armed.Store(true)
+		part, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+		var failed *registry.UnreadError
+		if !errors.As(err, &failed) || !failed.IsCut() || len(failed.Unread()) > 0 || !fault.Is(err, fault.Transient) {
+			t.Errorf("status %d: AttachedIf = %d payloads, %v; want transient, with more than is listed", status, len(part), err)
+		}
+		if len(part) != 40 || len(whole) <= 40 {
+			t.Errorf("status %d: AttachedIf = %d payloads, %d without the error; want the 40 of the first page", status,
+				len(part), len(whole))
+		}
+		if list, err := repo.Referrers(t.Context(), digest, ""); err == nil || len(list) > 0 {
+			t.Errorf("status %d: Referrers = %d, %v; want only an error", status, len(list), err)
+		}
 	}
 }

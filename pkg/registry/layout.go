@@ -178,6 +178,8 @@ func (s *layoutStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return rc, err
 }
 
+// referrers implements [store]. On a web server, it reads each listed manifest. If that fails, it returns the rest of
+// the list unread, with the error.
 func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -198,7 +200,7 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 	}
 	looks := 0
 	var list []v1.Descriptor
-	for _, d := range candidates {
+	for i, d := range candidates {
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
@@ -208,6 +210,9 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
 		if errors.Is(err, fs.ErrNotExist) || fault.Is(err, fault.Unverified) {
 			continue // the manifest was not copied, or the blob is not a manifest
+		}
+		if err != nil && s.files.allAttached() && fromTag != nil {
+			return append(list, candidates[i:]...), err
 		}
 		if err != nil {
 			return nil, err

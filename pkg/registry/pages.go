@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -27,6 +28,16 @@ const (
 // maxPages is the maximum number of pages of one list of referrers.
 const maxPages = 256
 
+// pagesKey is a context key. Its value is a *pagesRead.
+type pagesKey struct{}
+
+// pagesRead tells how a list of referrers ended, and whether a part of it will do.
+type pagesRead struct {
+	part bool  // respond with the pages before an error
+	cut  bool  // a page after the first could not be read
+	err  error // why, if part is true
+}
+
 // pagesTransport joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"). The
 // client library reads only the first page.
 type pagesTransport struct{ next http.RoundTripper }
@@ -38,11 +49,22 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return resp, err
 	}
 	var whole v1.IndexManifest
+	read, ok := req.Context().Value(pagesKey{}).(*pagesRead)
+	if !ok {
+		read = &pagesRead{}
+	}
+	read.cut, read.err = false, nil // the library may have tried before
 	left := int64(maxList)
 	for page := 1; ; page++ {
 		part, n, err := readPage(resp.Body, left)
 		if err != nil {
-			return nil, fmt.Errorf("read page %d of the referrers: %w", page, err)
+			err = fmt.Errorf("read page %d of the referrers: %w", page, err)
+			read.cut = page > 1 && !fault.Is(err, fault.Unverified) && !errors.Is(err, errTooLong)
+			if !read.cut || !read.part {
+				return nil, err
+			}
+			read.err = err
+			break
 		}
 		left -= n
 		part.Manifests = append(whole.Manifests, part.Manifests...)
@@ -60,10 +82,17 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		again := req.Clone(req.Context())
 		again.URL = at
 		more, err := p.next.RoundTrip(again)
-		if err != nil || more.StatusCode != http.StatusOK {
+		if err == nil && more.StatusCode == http.StatusOK {
+			resp = more
+			continue
+		}
+		if read.cut = true; !read.part {
 			return more, err // the caller handles the error
 		}
-		resp = more
+		if read.err = err; err == nil {
+			read.err = errors.Join(transport.CheckError(more, http.StatusOK), more.Body.Close())
+		}
+		break
 	}
 	// Drop long annotations: anybody who may push can write them.
 	for i, d := range whole.Manifests {

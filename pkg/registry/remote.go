@@ -62,9 +62,8 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	}
 	s := &remoteStore{repo: repo, keys: keys, transport: tr, retryFor: max(o.RetryFor, minRetryFor),
 		options: []remote.Option{
-			remote.WithTransport(
-				retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{stallTransport{tr}}}}}},
-			),
+			remote.WithTransport(retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{
+				webPageTransport{stallTransport{tr}}}}}}}),
 			remote.WithAuthFromKeychain(keys),
 			// [retryAfterTransport] handles 429 and 503.
 			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
@@ -133,7 +132,30 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 // body.
 type bodyKey struct{}
 
+// referrers implements [store]. If the list ends in the middle, it returns the part before that with a cutError.
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+	read := &pagesRead{}
+	list, err := s.readReferrers(ctx, digest, read)
+	if !read.cut || ctx.Err() != nil {
+		return list, err
+	}
+	// Ask again for the part: what was read before is lost, and with some answers the library took the list for empty.
+	*read = pagesRead{part: true}
+	if list, err = s.readReferrers(ctx, digest, read); err == nil && read.err != nil {
+		err = cutError{fault.Wrap(fault.Transient, s.readError(ctx, read.err),
+			"try again later; "+s.repo.RegistryStr()+" listed only a part of what is attached")}
+	}
+	return list, err
+}
+
+// cutError is the error of a list that ended in the middle.
+type cutError struct{ error }
+
+// Unwrap returns the cause.
+func (c cutError) Unwrap() error { return c.error }
+
+func (s *remoteStore) readReferrers(ctx context.Context, digest string, read *pagesRead) ([]v1.Descriptor, error) {
+	ctx = context.WithValue(ctx, pagesKey{}, read)
 	idx, err := remote.Referrers(s.repo.Digest(digest),
 		append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
 	if err != nil {

@@ -71,7 +71,7 @@ func openSite(ref string, o Options) (store, error) {
 	}
 	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, retryFor: max(o.RetryFor, minRetryFor)}
 	s.client = &http.Client{
-		Transport: retryAfterTransport{rangeTransport{stallTransport{tr}}},
+		Transport: retryAfterTransport{rangeTransport{webPageTransport{stallTransport{tr}}}},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= 10 {
 				return errors.New("stopped after 10 redirects")

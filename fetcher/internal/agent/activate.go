@@ -362,7 +362,11 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	f.Since = xids
-	return gpucheck.Judge(f), nil
+	v := gpucheck.Judge(f)
+	if v.State == gpucheck.Ready {
+		v.Reason = a.xids.note
+	}
+	return v, nil
 }
 
 // notePersistence reports GPUs without persistence mode, if the owner wants this mode.
@@ -404,8 +408,9 @@ type record struct {
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
 	// Log is the position in the kernel log before the load of the driver, or before its first check. It is valid only in
-	// the boot with the id BootID.
-	Log kmod.Mark `json:"kernelLog,omitzero"`
+	// the boot with the id BootID. Xids are the fatal GPU errors that count at this position.
+	Log  kmod.Mark `json:"kernelLog,omitzero"`
+	Xids []string  `json:"xids,omitempty"`
 }
 
 // execFile has the id of the boot in which this program mounted the install folder with exec.
@@ -415,7 +420,7 @@ const recordFile = ".prebake/verdict.json"
 
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
-		Log: a.xids.load}
+		Log: a.xids.load, Xids: a.xids.before}
 	// A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
@@ -425,6 +430,10 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")
 		}
 	}
+	return writeRecord(store, rec)
+}
+
+func writeRecord(store *install.Store, rec record) error {
 	raw, err := json.MarshalIndent(rec, "", "  ")
 	if err != nil {
 		return err

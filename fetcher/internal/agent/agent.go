@@ -90,11 +90,7 @@ func (r *Report) did(format string, args ...any) {
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
-	if a.parts.Reread != nil {
-		if err := a.parts.Reread(); err != nil {
-			a.parts.Log.WarnContext(ctx, "could not read the trusted keys again, and keeps the last ones", "err", err)
-		}
-	}
+	a.reread(ctx)
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -344,10 +340,11 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 }
 
 // upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. If
-// silent is true, the farm offers none. A yanked driver or a failed verification is always an error.
+// silent is true, the farm offers none. A yanked driver, a failed verification or a web page is always an error.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
-	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
+	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
+		fault.Is(s.none, fault.WebPage):
 		return false
 	case resolve.Passing(s.none):
 		return true

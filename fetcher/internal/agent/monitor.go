@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/footprint"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
@@ -40,10 +42,13 @@ const (
 	notLoadedTime   = 2 * time.Minute
 )
 
+// trustChecks is the number of checks after which [Agent.Monitor] reads the keys and the policy again.
+const trustChecks = 10
+
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
-// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. The modules stay
-// loaded when it ends. If another process unloaded the modules and does not load them again, Monitor returns
-// [ErrNotLoaded].
+// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of GPU
+// errors. The modules stay loaded when it ends. If another process unloaded the modules and does not load them again,
+// Monitor returns [ErrNotLoaded].
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -52,11 +57,15 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		last = gpucheck.Staged
 	}
 	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
-	for {
+	distrust := ""                   // why the active driver would not be loaded now
+	for n := 1; ; n++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		}
+		if n%trustChecks == 0 {
+			distrust = a.checkTrust(ctx)
 		}
 		v, err := a.checkDriver(ctx)
 		if ctx.Err() != nil {
@@ -72,6 +81,9 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		}
 		last = v.State
 		a.describeGPUs(ctx, v)
+		if distrust != "" {
+			v.Reason = strings.TrimPrefix(v.Reason+"; "+distrust, "; ")
+		}
 		w.Report(v)
 		w.Alive() // after the report, because Alive compares the age of the last verdict
 		now := a.parts.Now()
@@ -117,6 +129,55 @@ func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step fu
 	checks.Wait() // the step that follows may unload the driver, so the check must be over
 }
 
+// checkTrust reads the keys and the policy again, and verifies the statements of the active driver by them. It returns
+// the reason why the driver would not be loaded now, or "". A node that has its driver makes no run, so this is how its
+// owner learns that a key no longer counts. The loaded driver stays.
+func (a *Agent) checkTrust(ctx context.Context) string {
+	if a.parts.Reread == nil {
+		return ""
+	}
+	defer footprint.Trim() // free what the statements needed
+	a.reread(ctx)
+	why, err := a.distrust()
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "could not verify the active driver's statements", "err", err)
+	}
+	if why == nil {
+		return ""
+	}
+	return "it will not be loaded again: " + why.Error()
+}
+
+// reread reads the keys and the policy again. If that fails, the last ones stay.
+func (a *Agent) reread(ctx context.Context) {
+	if a.parts.Reread == nil {
+		return
+	}
+	if err := a.parts.Reread(); err != nil {
+		a.parts.Log.WarnContext(ctx, "could not read the trusted keys again, and keeps the last ones", "err", err)
+	}
+}
+
+// distrust returns the reason why the statements of the active driver do not verify by the present keys and policy, or
+// nil. It reads no file of the driver.
+func (a *Agent) distrust() (why, err error) {
+	store, err := a.openInstalled()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	set, err := store.Current()
+	if err != nil || set == nil || set.Damaged {
+		return nil, err
+	}
+	facts, err := host.Observe(a.node)
+	if err != nil || fitsNode(set, facts) != nil {
+		return nil, err
+	}
+	_, why = a.attestations(store, set, facts)
+	return why, nil
+}
+
 // checkDriver returns a verdict on the driver that is active now.
 func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error) {
 	store, err := a.openInstalled()
@@ -131,7 +192,10 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 	if set == nil {
 		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
 	}
-	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
+	if v, err = a.validate(ctx, set, kmod.Mark{}, a.newXids()); err == nil {
+		a.clearXids(ctx, store, v.NVML)
+	}
+	return v, err
 }
 
 // Status is the state of a node, as its disk, /proc and NVML report it.

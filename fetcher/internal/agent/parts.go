@@ -106,8 +106,8 @@ type Parts struct {
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Reread reads the keys and the policy of Verifier again. A run begins with it; nil means that they never change. Its
-	// errors are only logged: the keys and the policy that Verifier has stay valid.
+	// Reread reads the keys and the policy of Verifier again. A run begins with it, and Monitor calls it now and then. nil
+	// means that they never change. Its errors are only logged: the keys and the policy that Verifier has stay valid.
 	Reread func() error
 	// Refresh fetches the signed list that Verifier reads; nil means no list. Its errors are only logged, because Verifier
 	// decides whether a missing list matters.

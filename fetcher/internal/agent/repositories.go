@@ -2,14 +2,21 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"slices"
 	"sync"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -28,24 +35,102 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 		}
 	})
 	// The statements of a repository that failed still count, because one of them may refuse the artifact. They come
-	// first, so that nothing from the next repository pushes them out.
+	// first, so that nothing from the next repository pushes them out. The next repository must also have the statements
+	// that an earlier one lists but does not serve.
 	var known [][]byte
+	var owed []owedStatement
 	counts := useful(v, answer.Digest)
 	err = a.tryEach(ctx, answer.Digest, a.repositories(answer.Repository, origin), func(ref string) (err error) {
 		if repo, err = a.parts.Open(ref); err != nil {
 			return err
 		}
-		if p, err = readEvidence(ctx, repo, v, answer.Digest, facts); err != nil {
-			return err
-		}
+		p, err = readEvidence(ctx, repo, v, answer.Digest, facts)
 		p.Bundles = union(known, p.Bundles)
 		known = slices.DeleteFunc(slices.Clone(p.Bundles), func(b []byte) bool { return counts(b) == "" })
+		if err != nil {
+			owed = append(owed, owedBy(ref, err)...)
+			return err
+		}
 		refresh()
 		now := a.since(store, origin, answer, facts)
+		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)
+		if err != nil || len(owed) == 0 {
+			return err
+		}
+		more, err := readOwed(ctx, repo, owed)
+		if err != nil {
+			return err
+		}
+		more = slices.DeleteFunc(more, func(b []byte) bool { return counts(b) == "" })
+		p.Bundles = union(more, p.Bundles)
 		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)
 		return err
 	})
 	return repo, p, content, verdict, err
+}
+
+// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. The digest
+// is "" for the rest of a list that ended in the middle.
+type owedStatement struct{ by, digest string }
+
+// owedBy returns the statements that a repository owes after an error. It trusts the labels: who attaches a refusal
+// labels it as a test result, and a repository that lies can as well leave the refusal out of its list.
+func owedBy(ref string, err error) (owed []owedStatement) {
+	var failed interface {
+		Unread() []v1.Descriptor
+		IsCut() bool
+	}
+	if !errors.As(err, &failed) {
+		return nil
+	}
+	if failed.IsCut() {
+		owed = append(owed, owedStatement{by: ref})
+	}
+	for _, d := range failed.Unread() {
+		if label, ok := d.Annotations[trust.LabelPredicate]; !ok || label == trust.PredicateTestResult {
+			owed = append(owed, owedStatement{ref, d.Digest.String()})
+		}
+	}
+	return owed
+}
+
+// maxOwed is the maximum number of statements that are read in place of another repository.
+const maxOwed = 256
+
+// readOwed reads the statements that earlier repositories owe. If this repository lacks one, the error is passing: the
+// statement may refuse the artifact.
+func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundles [][]byte, err error) {
+	for i, o := range owed {
+		var b []byte
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		hint := "a statement may refuse the driver: check " + o.by + ", or remove it from --registry"
+		if o.digest == "" {
+			return nil, fault.New(fault.Transient, o.by+" has more statements than it lists", hint)
+		}
+		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxOwed {
+			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists and does not serve: %w",
+				short(o.digest), o.by, cmp.Or(err, errors.New("too many of them"))), hint)
+		}
+		if b != nil {
+			bundles = append(bundles, b)
+		}
+	}
+	return bundles, nil
+}
+
+// readAttachment returns the payload of an attachment, or nil if the attachment cannot be a statement.
+func readAttachment(ctx context.Context, repo Repository, digest string) ([]byte, error) {
+	raw, err := repo.Manifest(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	var m v1.Manifest
+	if json.Unmarshal(raw, &m) != nil || m.ArtifactType != trust.ArtifactTypeBundle || len(m.Layers) != 1 {
+		return nil, nil
+	}
+	return repo.Small(ctx, m.Layers[0])
 }
 
 // union returns the bundles of both lists, each once.

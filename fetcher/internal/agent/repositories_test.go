@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
@@ -93,6 +94,24 @@ func TestNextRepository(t *testing.T) {
 				t.Errorf("left behind: %q", left)
 			}
 		})
+	}
+}
+
+// TestWebPageIsNoSuccess checks that a web page in place of the farm does not excuse a run: the node has to ask again.
+// The driver stays.
+func TestWebPageIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	n.cfg.Wish = "R535"
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	for kind, excused := range map[fault.Kind]bool{fault.Transient: true, fault.WebPage: false} {
+		n.parts.Finder = finder{err: fault.New(kind, "no answer", "log in")}
+		r, err := n.runAs(t)
+		if (err == nil) != excused || err != nil && !fault.Is(err, kind) || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("Run with %v = %s, %v; want ready, excused: %t", kind, r.Verdict.State, err, excused)
+		}
 	}
 }
 

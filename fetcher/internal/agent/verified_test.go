@@ -254,6 +254,29 @@ func TestAddedStays(t *testing.T) {
 	there()
 }
 
+// TestAddedBeforeDriver checks that a library that was in lib64 before the first driver stays there, and is no damage.
+func TestAddedBeforeDriver(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	const name = installDir + "/lib64/libnccl-net.so"
+	sample.Write(t, n.root, name, "plugin")
+	for _, when := range []string{"first run", "second run", "after a reboot"} {
+		if when == "after a reboot" {
+			n.reboot(t)
+			n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
+		} else {
+			n.answer(ref, p.Digest, c.Driver)
+		}
+		r, err := n.runAs(t)
+		if err != nil || r.Verdict.State != gpucheck.Ready || when != "first run" && r.FetchedBytes != 0 {
+			t.Errorf("%s: %+v, %v, %d bytes fetched; want ready", when, r.Verdict, err, r.FetchedBytes)
+		}
+		if raw, err := os.ReadFile(filepath.Join(n.root, name)); err != nil || string(raw) != "plugin" {
+			t.Errorf("%s: %s is %q, %v; want it unchanged", when, name, raw, err)
+		}
+	}
+}
+
 func errText(err error) string {
 	if err == nil {
 		return ""

@@ -1,15 +1,32 @@
 package agent
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 )
 
-// xidWatch has the fatal GPU errors in the kernel log since this program loaded the driver, or first checked it. Its
-// field load is the log's position at that time, and mark is the position up to which the log was read.
+// answersAgain is the number of checks in a row in which NVML must list a GPU as healthy, after it had not, until a
+// fatal error of that GPU no longer counts.
+const answersAgain = 5
+
+// xidWatch has the fatal GPU errors in the kernel log since this program loaded the driver, or first checked it.
 type xidWatch struct {
+	// load is the log's position at that time, and before has the errors that counted there. mark is the position up to
+	// which the log was read.
 	load, mark kmod.Mark
-	lines      []string
+	before     []string
+	lines      []string // the errors that count now, at most one of each GPU
+	// good has the number of healthy answers in a row, by the GPU of an error. A GPU is missing until NVML has listed it
+	// as broken since its last error.
+	good map[string]int
+	note string // says which errors no longer count
 }
 
 // newXids reads the new lines of the kernel log and returns the lines with fatal errors that still count. A new process
@@ -17,7 +34,7 @@ type xidWatch struct {
 func (a *Agent) newXids() []string {
 	if a.xids.mark == (kmod.Mark{}) {
 		if rec := a.readRecord(); rec != nil {
-			a.xids = xidWatch{load: rec.Log, mark: rec.Log}
+			a.xids = xidWatch{load: rec.Log, mark: rec.Log, before: rec.Xids, lines: slices.Clone(rec.Xids)}
 		}
 	}
 	lines, end := a.loader.Follow(a.xids.mark)
@@ -25,6 +42,67 @@ func (a *Agent) newXids() []string {
 	if a.xids.load == (kmod.Mark{}) {
 		a.xids.load = end
 	}
+	for _, line := range gpucheck.KeepXids(lines) { // a new error: whatever was seen before it proves nothing
+		delete(a.xids.good, gpucheck.XidGPU(line))
+		a.xids.note = ""
+	}
 	a.xids.lines = gpucheck.KeepXids(append(a.xids.lines, lines...))
 	return a.xids.lines
+}
+
+// clearXids clears the errors of GPUs that were reset, as NVML's answers show. Drivers without Xid 154 do not report a
+// reset. A GPU that never failed in NVML keeps its error, because many fatal errors leave NVML's answers as they are.
+func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpucheck.NVML) {
+	if nvml.Version == "" { // NVML as a whole does not answer, which says nothing about a GPU
+		return
+	}
+	var rest, cleared []string
+	for _, line := range a.xids.lines {
+		gpu := gpucheck.XidGPU(line)
+		n, failed := a.xids.good[gpu]
+		switch {
+		case !nvml.Answers(gpu):
+			if a.xids.good == nil {
+				a.xids.good = map[string]int{}
+			}
+			n, a.xids.good[gpu] = 0, 0
+		case failed:
+			n++
+			a.xids.good[gpu] = n
+		}
+		if failed && n >= answersAgain {
+			cleared = append(cleared, line)
+		} else {
+			rest = append(rest, line)
+		}
+	}
+	if len(cleared) == 0 {
+		return
+	}
+	if err := a.storeXids(store, rest); err != nil { // the next check tries again
+		a.parts.Log.WarnContext(ctx, "could not clear the error of a GPU that works again", "err", err)
+		return
+	}
+	for _, line := range cleared {
+		delete(a.xids.good, gpucheck.XidGPU(line))
+	}
+	a.xids.load, a.xids.before, a.xids.lines = a.xids.mark, rest, slices.Clone(rest)
+	a.xids.note = fmt.Sprintf("NVML lists the GPU as healthy again in %d checks, so this no longer counts: %s",
+		answersAgain, strings.Join(gpucheck.FatalXids(cleared), "; "))
+	a.parts.Log.InfoContext(ctx, "cleared the error of a GPU that works again", "reason", a.xids.note)
+}
+
+// storeXids stores the errors that still count at the present position in the log, for the next process.
+func (a *Agent) storeXids(store *install.Store, lines []string) (err error) {
+	unlock, err := store.Lock(googleLock) // a run of another process writes the same file
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	rec := a.readRecord()
+	if rec == nil { // the next process then starts at the end of the log
+		return nil
+	}
+	rec.Log, rec.Xids = a.xids.mark, lines
+	return writeRecord(store, *rec)
 }

@@ -33,7 +33,7 @@ const (
 // Verdict is the known state of the driver on this node.
 type Verdict struct {
 	State State `json:"verdict"`
-	// Reason says in one line why the state is not ready.
+	// Reason says in one line why the state is not ready. Of a ready driver, it says what its owner should know.
 	Reason string        `json:"reason,omitempty"`
 	Driver target.Driver `json:"driver"`
 	// Digest is the digest of the installed artifact.

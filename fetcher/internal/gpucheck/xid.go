@@ -73,3 +73,22 @@ func wantsReset(text string) bool {
 	m := recoveryAction.FindStringSubmatch(text)
 	return m != nil && m[1] != "0" && m[1] != "3"
 }
+
+// XidGPU returns the address of the GPU in a line of [KeepXids], as the driver writes it.
+func XidGPU(line string) string {
+	if m := xidLine.FindStringSubmatch(line); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
+// Answers reports whether NVML lists a GPU as healthy. The address is that of [XidGPU], which lacks the function.
+func (n NVML) Answers(gpu string) bool {
+	slot := func(address string) string {
+		slot, _, _ := strings.Cut(busAddress(address), ".")
+		return slot
+	}
+	return slices.ContainsFunc(n.Devices, func(d Device) bool {
+		return d.Error == "" && d.PCIBusID != "" && slot(d.PCIBusID) == slot(gpu)
+	})
+}

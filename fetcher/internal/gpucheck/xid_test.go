@@ -69,3 +69,21 @@ func TestJudgeXidAndFabric(t *testing.T) {
 		}
 	}
 }
+
+// TestAnswers compares addresses as the driver's log and NVML write them.
+func TestAnswers(t *testing.T) {
+	t.Parallel()
+	nvml := gpucheck.NVML{Devices: []gpucheck.Device{
+		{PCIBusID: "00000000:2B:00.0"}, {PCIBusID: "00000001:2C:00.0"}, {},
+		{PCIBusID: "00000000:2D:00.0", Error: "GPU is lost"},
+	}}
+	for line, want := range map[string]bool{
+		"NVRM: Xid (PCI:0000:2b:00): 79, x": true, "NVRM: Xid (0000:2B:00.0): 79, x": true,
+		"NVRM: Xid (PCI:0001:2c:00): 79, x": true, "NVRM: Xid (PCI:0000:2c:00): 79, x": false,
+		"NVRM: Xid (PCI:0000:2d:00): 79, x": false, "NVRM: Xid (PCI:0000:2e:00): 79, x": false, "no error": false,
+	} {
+		if got := nvml.Answers(gpucheck.XidGPU(line)); got != want {
+			t.Errorf("Answers of the GPU in %q = %t; want %t", line, got, want)
+		}
+	}
+}

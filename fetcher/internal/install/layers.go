@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -142,23 +143,70 @@ func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 		}
 	}
 	for digest, ours := range from {
+		hex, err := hexOf(digest)
+		if err != nil {
+			return err
+		}
 		for _, file := range s.addedFiles(digest, ours) {
-			if err := s.linkOrCopy(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) &&
-				!errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("keep added file %s: %w", file, err)
+			if err := s.linkOrCopy(path.Join(ownFolder, "layers", hex, file), file, dst); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-// linkOrCopy gives a file of a layer the same name in another folder. It copies links and hard-links regular files.
-func (s *Store) linkOrCopy(digest, file string, dst *os.Root) error {
-	name, err := hexOf(digest)
+// keepForeign links what other programs put into the folder lib64 into the active driver's user-space layer, before
+// lib64 is put aside: installers of NCCL plugins copy their files only once. A file that is part of a driver stays
+// behind, because the dynamic loader may prefer it to the active driver's file.
+func (s *Store) keepForeign() error {
+	set, err := s.Current()
+	if err != nil || set == nil {
+		return err
+	}
+	i := slices.IndexFunc(set.Layers, func(l Layer) bool { return l.Kind == bundle.LayerUserspace })
+	if info, err := s.root.Lstat("lib64"); i < 0 || err != nil || !info.IsDir() {
+		return nil
+	}
+	ours, err := s.LayerNames(set.Layers[i].Digest)
+	if err != nil || ours == nil { // in a layer of an older release, an added file would count as damage
+		return err
+	}
+	shipped := map[string]bool{}
+	for _, name := range ours {
+		shipped[stem(name)] = true
+	}
+	dst, err := s.LayerRoot(set.Layers[i].Digest)
 	if err != nil {
 		return err
 	}
-	from := path.Join(ownFolder, "layers", name, file)
+	defer dst.Close()
+	return fs.WalkDir(s.root.FS(), "lib64", func(file string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || shipped[stem(file)] || stem(file) == "libcuda" ||
+			strings.Contains(path.Base(file), "nvidia") {
+			return nil // ignore files that cannot be read, because they cannot be kept either
+		}
+		return s.linkOrCopy(file, file, dst)
+	})
+}
+
+// stem returns the name of a library without its version: libcuda for lib64/libcuda.so.535.261.03.
+func stem(file string) string {
+	stem, _, _ := strings.Cut(path.Base(file), ".so")
+	return stem
+}
+
+// linkOrCopy gives a file of the install folder a name in another folder, if that name is free. It copies links and
+// hard-links regular files.
+func (s *Store) linkOrCopy(from, file string, dst *os.Root) error {
+	err := s.linkOrCopyOnce(from, file, dst)
+	if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("keep added file %s: %w", file, err)
+	}
+	return nil
+}
+
+func (s *Store) linkOrCopyOnce(from, file string, dst *os.Root) error {
 	info, err := s.root.Lstat(from)
 	if err != nil {
 		return err

@@ -146,7 +146,12 @@ func (s *Store) expose() error {
 		case err != nil:
 			err = fmt.Errorf("look at %s: %w", name, err)
 		default:
-			err = s.adopt(name, to)
+			if name == "lib64" {
+				err = s.keepForeign()
+			}
+			if err == nil {
+				err = s.adopt(name, to)
+			}
 		}
 		if err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // TestConditionReason checks status and reason of the condition, because alerts select by them.
@@ -31,6 +32,21 @@ func TestConditionReason(t *testing.T) {
 	} {
 		if c := n.condition(row.state, nil); c.Status != row.status || c.Reason != row.reason {
 			t.Errorf("%s: condition = %s, %s; want %s, %s", row.name, c.Status, c.Reason, row.status, row.reason)
+		}
+	}
+}
+
+// TestConditionOfReadyDriver checks that the condition, whose message is that of the Event, shows what the owner of a
+// ready driver should know.
+func TestConditionOfReadyDriver(t *testing.T) {
+	t.Parallel()
+	n := &Node{now: time.Now}
+	for reason, want := range map[string]string{"": "driver 1.2-open, 2 of 2 GPUs usable",
+		"a GPU was reset": "driver 1.2-open, 2 of 2 GPUs usable; a GPU was reset"} {
+		v := gpucheck.Verdict{State: gpucheck.Ready, Reason: reason, PCIGPUs: 2, UsableGPUs: 2,
+			Driver: target.Driver{Version: "1.2", Flavour: target.Open}}
+		if c := n.condition(state{verdict: v}, nil); c.Status != "True" || c.Message != want {
+			t.Errorf("condition with reason %q = %s, %q; want True, %q", reason, c.Status, c.Message, want)
 		}
 	}
 }

@@ -333,7 +333,9 @@ func (n *Node) condition(s state, have []condition) condition {
 	c := condition{Type: Condition, Status: "False", Reason: reasons[v.State], Message: v.Reason,
 		LastHeartbeatTime: n.now().UTC()}
 	if v.State == gpucheck.Ready {
-		c.Status, c.Message = "True", fmt.Sprintf("driver %s, %d of %d GPUs usable", v.Driver, v.UsableGPUs, v.PCIGPUs)
+		c.Status = "True"
+		c.Message = fmt.Sprintf("driver %s, %d of %d GPUs usable; %s", v.Driver, v.UsableGPUs, v.PCIGPUs, v.Reason)
+		c.Message = strings.TrimSuffix(c.Message, "; ")
 	}
 	if !s.since.IsZero() {
 		c.Status, c.Reason, c.Message = "Unknown", "CheckFailed", "no check of the driver has finished since "+

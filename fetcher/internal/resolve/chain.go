@@ -16,12 +16,12 @@ type Chain []Finder
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
-// resolve the wish. If one of the
-// sources that did not respond sent wrong bytes, the error is of kind Unverified.
+// resolve the wish. If one of the sources that did not respond sent wrong bytes, the error is of kind Unverified. If a
+// web page answered in place of one, it is of kind WebPage.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
-	var away, other error
+	var away, page, other error
 	var farm Server // the server that gave the answer "first"
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
@@ -32,6 +32,9 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, nil
 		case Passing(err):
 			away = errors.Join(away, err)
+			if page == nil && fault.Is(err, fault.WebPage) {
+				page = err
+			}
 		case fault.Is(err, fault.Usage): // for example a registry that is asked for the default
 			other = errors.Join(other, err)
 		case err != nil: // the source answered, but wrongly
@@ -62,6 +65,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 		return *pending, nil
 	case first != nil && first.Pending():
 		return *first, nil
+	case page != nil:
+		return Answer{}, fault.Wrap(fault.WebPage, away, fault.Hint(page))
 	case away != nil:
 		return Answer{}, unpassing(away)
 	case first != nil:

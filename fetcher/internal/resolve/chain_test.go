@@ -27,6 +27,7 @@ func TestChain(t *testing.T) {
 	away, wrong, usage := fault.New(fault.Transient, "refused", ""), fault.New(fault.Mismatch, "another driver",
 		""), fault.New(fault.Usage, "no default", "")
 	often := fault.New(fault.TooMany, "asked too often", "")
+	page := fault.New(fault.WebPage, "a web page", "log in")
 	type link struct {
 		state api.State
 		err   error
@@ -41,6 +42,9 @@ func TestChain(t *testing.T) {
 			fault.Internal, 1},
 		"the server is away":            {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
 		"the server is asked too often": {[]link{{"", often}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"a web page, and a registry":    {[]link{{"", page}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"a web page, and nowhere else":  {[]link{{"", page}, {api.Unknown, nil}}, "", fault.WebPage, 2},
+		"away, and a web page":          {[]link{{"", away}, {"", page}}, "", fault.WebPage, 2},
 		"too often, and nowhere else":   {[]link{{"", often}, {api.Unknown, nil}}, "", fault.TooMany, 2},
 		"the server's database is fresh": {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published,
 			fault.Internal, 2},

@@ -12,9 +12,11 @@ import (
 // maxRetryAfter bounds how long a server may make a node wait.
 const maxRetryAfter = 5 * time.Minute
 
-// Passing reports whether the same question may get an answer later: a service did not respond, or it was asked too
-// often.
-func Passing(err error) bool { return fault.Is(err, fault.Transient) || fault.Is(err, fault.TooMany) }
+// Passing reports whether the same question may get an answer later: a service did not respond, a web page responded in
+// its place, or it was asked too often.
+func Passing(err error) bool {
+	return fault.Is(err, fault.Transient) || fault.Is(err, fault.TooMany) || fault.Is(err, fault.WebPage)
+}
 
 // Pauses returns the pauses between two questions. They grow from 3 to 30 seconds, and each is up to half shorter or
 // longer by chance. So the nodes of a farm do not all ask at the same time, for example after an outage.

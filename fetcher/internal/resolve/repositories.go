@@ -49,7 +49,7 @@ func TryEach(ctx context.Context, refs []string, use func(ref string) error, fai
 // repository that denies access, or whose certificate is not trusted.
 func ofRepository(err error) bool {
 	switch fault.Of(err) {
-	case fault.Transient, fault.TooMany, fault.Unverified, fault.NoArtifact, fault.Usage:
+	case fault.Transient, fault.TooMany, fault.WebPage, fault.Unverified, fault.NoArtifact, fault.Usage:
 		return true
 	}
 	return false

@@ -158,6 +158,8 @@ func TestPatience(t *testing.T) {
 		{"gives up", []any{building}, 10 * time.Second, 4, api.Building, fault.Internal, 10 * time.Second},
 		{"service stays away", []any{away}, 10 * time.Second, 4, "", fault.Transient, 10 * time.Second},
 		{"asked too often", []any{often, ready}, time.Hour, 2, api.Published, fault.Internal, 3 * time.Second},
+		{"a web page to the end", []any{fault.New(fault.WebPage, "page", "")}, 10 * time.Second, 4, "", fault.WebPage,
+			10 * time.Second},
 		{"too often to the end", []any{often}, 10 * time.Second, 4, "", fault.TooMany, 10 * time.Second},
 		{"other errors are final", []any{fault.New(fault.Mismatch, "x", "")}, time.Hour, 1, "", fault.Mismatch, 0},
 	}

@@ -1,0 +1,160 @@
+package agent_test
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// halfway is a repository that fails in the middle of the statements: it serves the first ones, and lists the others.
+type halfway struct {
+	agent.Repository
+	reads  int
+	unread []v1.Descriptor
+	isCut  bool
+}
+
+func (h halfway) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted ...map[string]string) ([][]byte, error) {
+	all, err := h.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
+	if err != nil {
+		return nil, err
+	}
+	return all[:min(h.reads, len(all))], unreadError{fault.New(fault.Transient, "connection reset", ""),
+		h.unread, h.isCut}
+}
+
+type unreadError struct {
+	error
+	list  []v1.Descriptor
+	isCut bool
+}
+
+func (e unreadError) Unwrap() error           { return e.error }
+func (e unreadError) Unread() []v1.Descriptor { return e.list }
+func (e unreadError) IsCut() bool             { return e.isCut }
+
+// withoutTests is a repository that does not list the results of load tests.
+type withoutTests struct {
+	agent.Repository
+	v *trust.Verifier
+}
+
+func (w withoutTests) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted ...map[string]string) ([][]byte, error) {
+	all, err := w.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
+	return slices.DeleteFunc(all, func(b []byte) bool {
+		st, err := w.v.Statement(b)
+		return err == nil && st.PredicateType == trust.PredicateTestResult
+	}), err
+}
+
+// attachmentsOf returns the attachments with statements of one type, as a registry lists them.
+func attachmentsOf(t *testing.T, ref, digest, predicate string, v *trust.Verifier, labels bool) (all []v1.Descriptor) {
+	t.Helper()
+	repo, err := registry.Open(ref, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := repo.Referrers(t.Context(), digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range list {
+		var m v1.Manifest
+		raw, err := repo.Manifest(t.Context(), d.Digest.String())
+		if err == nil {
+			err = json.Unmarshal(raw, &m)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if raw, err = repo.Small(t.Context(), m.Layers[0]); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := v.Statement(raw); err != nil || st.PredicateType != predicate {
+			continue
+		}
+		if d.Annotations = nil; labels {
+			d.Annotations = trust.OfType(predicate)
+		}
+		all = append(all, d)
+	}
+	return all
+}
+
+// TestNextRepositoryOfUnread lets the first repository fail in the middle of its statements. What it served before
+// counts. A statement that it lists and does not serve, and that may refuse the driver, is needed from the mirror.
+func TestNextRepositoryOfUnread(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	const rejected, installed = "rejected in the load test", ""
+	rows := []struct {
+		name          string
+		named, mirror bool // whether the repository has the refusal
+		reads         int
+		predicate     string // of the statements that are listed and not read; "" means that there are none
+		unlabelled    bool
+		isCut         bool
+		want          string
+	}{
+		{"the refusal was served", true, false, 99, "", false, false, rejected},
+		{"the refusal was listed, and nobody has it", true, false, 0, trust.PredicateTestResult, false, false,
+			"and does not serve"},
+		{"the same without labels", true, false, 0, trust.PredicateTestResult, true, false, "and does not serve"},
+		{"the refusal was listed, and the mirror has it", true, true, 0, trust.PredicateTestResult, false, false, rejected},
+		{"the list ended in the middle", true, false, 0, "", false, true, "more statements than it lists"},
+		{"the list ended behind the refusal", true, false, 99, "", false, true, rejected},
+		{"only the provenance was not served", false, false, 0, trust.PredicateProvenance, false, false, installed},
+		{"nothing was listed", false, false, 0, "", false, false, installed},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			named, mirror := layout(t), layout(t)
+			p := sample.Publish(t, named, key, c)
+			if row.named {
+				reject(t, named, p.Digest, key, c)
+			}
+			if !row.mirror {
+				sample.Publish(t, mirror, key, c)
+			} else if err := os.CopyFS(strings.TrimPrefix(mirror, "oci:"),
+				os.DirFS(strings.TrimPrefix(named, "oci:"))); err != nil {
+				t.Fatal(err)
+			}
+			unread := attachmentsOf(t, named, p.Digest, row.predicate, key.Verifier(t), !row.unlabelled)
+			n := newNode(t, c, 1, key)
+			n.parts.Registries = []string{mirror}
+			open := n.parts.Open
+			n.parts.Open = func(ref string) (agent.Repository, error) {
+				r, err := open(ref)
+				switch {
+				case err == nil && ref == named:
+					return halfway{r, row.reads, unread, row.isCut}, nil
+				case err == nil: // the mirror's list is older than its blobs
+					return withoutTests{r, key.Verifier(t)}, nil
+				}
+				return r, err
+			}
+			r, err := n.run(t, named, p.Digest, c.Driver)
+			if row.want == installed && (err != nil || r.Verdict.Digest != p.Digest) ||
+				row.want != installed && (err == nil || !strings.Contains(err.Error(), row.want)) ||
+				(len(n.kernel.calls) > 0) != (row.want == installed) {
+				t.Errorf("Run = %+v, %v, with the calls %v; want %q", r.Verdict, err, n.kernel.calls, row.want)
+			}
+		})
+	}
+}
