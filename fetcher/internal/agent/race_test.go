@@ -160,6 +160,20 @@ func TestRace(t *testing.T) {
 			false,
 		},
 		{
+			"the farm is away, and a registry sends wrong bytes",
+			answers{func() (resolve.Answer, error) {
+				wrong := resolve.OtherService(fault.New(fault.Unverified, "wrong bytes", ""), "check it")
+				absent := fault.New(fault.Transient, "nobody answers", "")
+				return resolve.Chain{finder{err: absent}, finder{err: wrong}}.Find(t.Context(), resolve.Question{})
+			}},
+			compiler{takes: time.Minute, answer: local},
+			10 * time.Minute,
+			resolve.SourceNode,
+			0,
+			"",
+			false,
+		},
+		{
 			"it comes back",
 			answers{away, away, has(published, p.Digest)},
 			compiler{takes: time.Hour, answer: local},

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -97,8 +98,8 @@ func TestNextRepository(t *testing.T) {
 	}
 }
 
-// TestWebPageIsNoSuccess checks that a web page in place of the farm does not excuse a run: the node has to ask again.
-// The driver stays.
+// TestWebPageIsNoSuccess checks that a web page or wrong bytes in place of the farm do not excuse a run: the node has to
+// ask again. The driver stays.
 func TestWebPageIsNoSuccess(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -106,11 +107,21 @@ func TestWebPageIsNoSuccess(t *testing.T) {
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
 	}
-	for kind, excused := range map[fault.Kind]bool{fault.Transient: true, fault.WebPage: false} {
-		n.parts.Finder = finder{err: fault.New(kind, "no answer", "log in")}
+	away := fault.New(fault.Transient, "no answer", "log in")
+	for _, row := range []struct {
+		none    error
+		kind    fault.Kind
+		excused bool
+	}{
+		{away, fault.Transient, true},
+		{fault.New(fault.WebPage, "no answer", "log in"), fault.WebPage, false},
+		{errors.Join(away, resolve.OtherService(fault.New(fault.Unverified, "wrong bytes", ""), "log in")),
+			fault.Transient, false},
+	} {
+		n.parts.Finder = finder{err: row.none}
 		r, err := n.runAs(t)
-		if (err == nil) != excused || err != nil && !fault.Is(err, kind) || r.Verdict.State != gpucheck.Ready {
-			t.Errorf("Run with %v = %s, %v; want ready, excused: %t", kind, r.Verdict.State, err, excused)
+		if (err == nil) != row.excused || err != nil && !fault.Is(err, row.kind) || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("Run with %v = %s, %v; want ready, excused: %t", row.none, r.Verdict.State, err, row.excused)
 		}
 	}
 }

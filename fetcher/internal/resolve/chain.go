@@ -16,13 +16,14 @@ type Chain []Finder
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
-// resolve the wish. If one of the sources that did not respond sent wrong bytes, the error is of kind Unverified. If a
-// web page answered in place of one, it is of kind WebPage.
+// resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error is
+// of kind Unverified. One such source beside others that are away must not end the wait for these.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
 	var away, page, other error
 	var farm Server // the server that gave the answer "first"
+	wrong := true   // whether all errors in away are of OtherService
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
 		switch {
@@ -32,6 +33,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, nil
 		case Passing(err):
 			away = errors.Join(away, err)
+			wrong = wrong && IsOtherService(err)
 			if page == nil && fault.Is(err, fault.WebPage) {
 				page = err
 			}
@@ -67,8 +69,10 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 		return *first, nil
 	case page != nil:
 		return Answer{}, fault.Wrap(fault.WebPage, away, fault.Hint(page))
+	case away != nil && wrong && first == nil:
+		return Answer{}, fault.Wrap(fault.Unverified, away, fault.Hint(away))
 	case away != nil:
-		return Answer{}, unpassing(away)
+		return Answer{}, away
 	case first != nil:
 		return *first, nil
 	}
@@ -81,17 +85,11 @@ type otherService struct{ error }
 // Unwrap returns the error without the mark.
 func (o otherService) Unwrap() error { return o.error }
 
-// OtherService makes an error of kind Unverified a passing one, so that a [Chain] asks its next source. If no source
-// has an answer, the chain returns an error of kind Unverified.
+// OtherService makes an error of kind Unverified a passing one, so that a [Chain] asks its next source. If all sources
+// fail so, the chain returns an error of kind Unverified.
 func OtherService(err error, hint string) error {
 	return otherService{fault.Wrap(fault.Transient, err, hint)}
 }
 
-// unpassing undoes [OtherService] for the errors of all sources.
-func unpassing(away error) error {
-	var o otherService
-	if !errors.As(away, &o) {
-		return away
-	}
-	return fault.Wrap(fault.Unverified, away, fault.Hint(o))
-}
+// IsOtherService reports whether one of the errors in err is of [OtherService].
+func IsOtherService(err error) bool { return errors.As(err, new(otherService)) }

@@ -3,6 +3,8 @@ package resolve_test
 import (
 	"context"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
@@ -28,6 +30,7 @@ func TestChain(t *testing.T) {
 		""), fault.New(fault.Usage, "no default", "")
 	often := fault.New(fault.TooMany, "asked too often", "")
 	page := fault.New(fault.WebPage, "a web page", "log in")
+	bytes := resolve.OtherService(fault.New(fault.Unverified, "wrong bytes", ""), "check it")
 	type link struct {
 		state api.State
 		err   error
@@ -45,6 +48,10 @@ func TestChain(t *testing.T) {
 		"a web page, and a registry":    {[]link{{"", page}, {api.Published, nil}}, api.Published, fault.Internal, 2},
 		"a web page, and nowhere else":  {[]link{{"", page}, {api.Unknown, nil}}, "", fault.WebPage, 2},
 		"away, and a web page":          {[]link{{"", away}, {"", page}}, "", fault.WebPage, 2},
+		"wrong bytes, and a registry":   {[]link{{"", bytes}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"wrong bytes everywhere":        {[]link{{"", bytes}, {"", bytes}}, "", fault.Unverified, 2},
+		"away, and wrong bytes":         {[]link{{"", away}, {"", bytes}}, "", fault.Transient, 2},
+		"wrong bytes, and nowhere else": {[]link{{api.Unknown, nil}, {"", bytes}}, "", fault.Transient, 2},
 		"too often, and nowhere else":   {[]link{{"", often}, {api.Unknown, nil}}, "", fault.TooMany, 2},
 		"the server's database is fresh": {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published,
 			fault.Internal, 2},
@@ -85,6 +92,22 @@ type asks struct{ got *resolve.Question }
 func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
 	*a.got = q
 	return resolve.Answer{State: api.Published}, nil
+}
+
+// TestWrongBytesEndNoWait checks that the wait for a server that is away goes on beside a registry that sends wrong
+// bytes.
+func TestWrongBytesEndNoWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		chain := resolve.Chain{says{"", fault.New(fault.Transient, "refused", ""), &asked},
+			says{"", resolve.OtherService(fault.New(fault.Unverified, "wrong bytes", ""), "check it"), &asked}}
+		start := time.Now()
+		_, err := resolve.WaitLimits{Wait: 10 * time.Minute}.Find(t.Context(), chain, resolve.Question{})
+		if !fault.Is(err, fault.Transient) || time.Since(start) != 10*time.Minute || asked < 4 {
+			t.Errorf("Find = %v after %v and %d questions; want transient after 10m", err, time.Since(start), asked)
+		}
+	})
 }
 
 // named is a server that has chosen the driver for a wish, and is building it.
