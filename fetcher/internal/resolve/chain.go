@@ -18,6 +18,9 @@ type Chain []Finder
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
 // resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error is
 // of kind Unverified. One such source beside others that are away must not end the wait for these.
+//
+// A passing error beside an artifact ends the questions: the source has chosen, and cannot tell yet whether the artifact
+// drives the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
@@ -31,6 +34,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, err
 		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
+		case Passing(err) && a.State == api.Published:
+			return Answer{}, err
 		case Passing(err):
 			away = errors.Join(away, err)
 			wrong = wrong && IsOtherService(err)
@@ -49,7 +54,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 				farm = s
 			}
 		}
-		if err == nil && a.Source == SourceServer && a.Driver.Version != "" {
+		if a.Source == SourceServer && a.Driver.Version != "" {
 			q.Wish = target.Wish(a.Driver.Version)
 			if a.Driver.Flavour != "" {
 				q.Flavour = string(a.Driver.Flavour)

@@ -9,6 +9,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -127,5 +128,41 @@ func TestChainKeepsToTheServersChoice(t *testing.T) {
 	}
 	if got.Wish != "535.261.03" || got.Flavour != "proprietary" {
 		t.Errorf("the registry is asked for %s, %s; want what the server named", got.Wish, got.Flavour)
+	}
+}
+
+// TestChainKeepsToAChoiceOfAServerThatFails checks that a registry does not override the choice of a server that fails
+// after its first answer.
+func TestChainKeepsToAChoiceOfAServerThatFails(t *testing.T) {
+	t.Parallel()
+	away := fault.New(fault.Transient, "away", "")
+	for _, row := range []struct {
+		name   string
+		server resolve.Server
+		gpu    string
+		asked  resolve.Question // the question to the registry
+	}{
+		{"the list of GPUs cannot be read", resolve.Server{Client: farm{"open"}, GPUs: lists(nil, away)}, turing,
+			resolve.Question{}},
+		{"the list of the other flavour cannot be read", resolve.Server{Client: farm{"open proprietary"},
+			GPUs: func(_ context.Context, _, _ string, d target.Driver) (*gpulist.List, error) {
+				if d.Flavour == target.Open {
+					return release, nil
+				}
+				return nil, away
+			}}, "0x27b8", resolve.Question{}},
+		{"the server does not say where the other flavour is", resolve.Server{
+			Client: &server{answers: []any{published(func(r *api.Resolution) { r.Driver.Version = "535.2.2" }), away}},
+			GPUs:   lists(release, nil)}, "0x27b8", resolve.Question{Wish: "535.2.2", Flavour: "proprietary"}},
+	} {
+		var got resolve.Question
+		q := question
+		q.GPUs = gpus(row.gpu)
+		a, err := resolve.Chain{row.server, asks{&got}}.Find(t.Context(), q)
+		if got.Wish != row.asked.Wish || got.Flavour != row.asked.Flavour ||
+			(row.asked.Wish == "") != fault.Is(err, fault.Transient) {
+			t.Errorf("%s: Find = %+v, %v; the registry is asked for %q, %q; want %q, %q", row.name, a, err, got.Wish,
+				got.Flavour, row.asked.Wish, row.asked.Flavour)
+		}
 	}
 }

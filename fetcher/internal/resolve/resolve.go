@@ -129,8 +129,12 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	if a.Driver.Flavour == target.Open {
 		q.Flavour, q.Wish = string(target.Proprietary), target.Wish(a.Driver.Version)
 		other, err := s.ask(ctx, q)
-		if err != nil || other.Pending() {
-			return other, err
+		if err != nil { // the driver tells a chain what to ask its other sources for
+			return Answer{Source: SourceServer, Driver: target.Driver{Version: a.Driver.Version,
+				Flavour: target.Proprietary}}, err
+		}
+		if other.Pending() {
+			return other, nil
 		}
 		if other.Missing != nil {
 			other.Reason = unfit.Error()
