@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
@@ -50,7 +51,8 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// writeOverlay writes an operator's overlay, overlays/gke with components, and returns its folder.
+// writeOverlay writes overlays/gke with further components at the end of its list, as an operator does, and returns the
+// folder.
 func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -62,15 +64,43 @@ func writeOverlay(t *testing.T, components ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to +
-		"/overlays/gke]\ncomponents:\n"
-	for _, c := range components {
-		text += "  - " + to + "/components/" + c + "\n"
+	const last = "  - ../../components/every-address\n"
+	before, after, found := strings.Cut(read(t, "deploy/kubernetes/overlays/gke/kustomization.yaml"), last)
+	if !found {
+		t.Fatalf("overlays/gke has no %q", last)
 	}
+	text := before + last
+	for _, c := range components {
+		text += "  - ../../components/" + c + "\n"
+	}
+	text = strings.ReplaceAll(text+after, " ../../", " "+to+"/")
 	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// addressesOf returns the ranges of addresses that may connect to the server. Without any, every address may.
+func addressesOf(t *testing.T, rendered string) (ranges []string) {
+	t.Helper()
+	for dec := yaml.NewDecoder(strings.NewReader(rendered)); ; {
+		var node yaml.Node
+		if err := dec.Decode(&node); err != nil {
+			t.Fatalf("find NetworkPolicy prebake-server: %v", err)
+		}
+		var head manifest // the kinds differ in the types of the other fields
+		if err := node.Decode(&head); err != nil || head.Kind != "NetworkPolicy" || head.Metadata.Name != "prebake-server" {
+			continue
+		}
+		var p policy
+		if err := node.Decode(&p); err != nil {
+			t.Fatal(err)
+		}
+		for _, from := range p.Spec.Ingress[1].From {
+			ranges = append(ranges, from.IPBlock.CIDR)
+		}
+		return ranges
+	}
 }
 
 // TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need foreign
@@ -91,6 +121,13 @@ func TestClusterTakesComponents(t *testing.T) {
 	rendered, err := c.Kubectl("", "kustomize", writeOverlay(t, "podmonitor", "keda", "monitoring", "cilium"))
 	if err != nil {
 		t.Fatal(err)
+	}
+	private := []string{"172.16.0.0/12", "10.0.0.0/8", "192.168.0.0/16", "fc00::/7"}
+	if diff := cmp.Diff(private, addressesOf(t, rendered)); diff != "" {
+		t.Errorf("addresses that may connect to the server with the component cilium (-want +got):\n%s", diff)
+	}
+	if _, err := c.Kubectl("", "kustomize", writeOverlay(t, "cilium", "every-address")); err == nil {
+		t.Error("every-address after cilium is rendered; want an error, because it undoes cilium")
 	}
 	var first map[string]map[string]any
 	for i := range 2 {
@@ -130,6 +167,9 @@ func TestClusterTakesComponents(t *testing.T) {
 	google, err := c.Kubectl("", "kustomize", writeOverlay(t, "managed-prometheus"))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if got := addressesOf(t, google); len(got) > 0 {
+		t.Errorf("without the component cilium, only %v may connect to the server; want every address", got)
 	}
 	if strings.Contains(google, "monitoring.coreos.com") || strings.Count(google, "\nkind: PodMonitoring\n") != 2 ||
 		!strings.Contains(google, "\nkind: ClusterRules\n") {
