@@ -20,6 +20,14 @@ head -c 16 /dev/urandom | base64 > "$2"
 cp "$2" "$2.pub"
 `
 
+// unread stands in for kubectl. It cannot read the server's secret.
+const unread = `#!/bin/sh
+case "$*" in
+*"get secret prebake-server"*) echo "the cluster is away" >&2; exit 1 ;;
+esac
+PATH=${PATH#*:} exec kubectl "$@"
+`
+
 // TestClusterKeepsKeys runs the commands of deploy/README.md against a real API server. Run again, also from a folder
 // without the key, they must not replace the signing key, the trusted keys or the token.
 func TestClusterKeepsKeys(t *testing.T) {
@@ -47,11 +55,14 @@ func TestClusterKeepsKeys(t *testing.T) {
 		}
 		return dir
 	}
+	command := func(dir string, options ...string) *exec.Cmd {
+		cmd := exec.CommandContext(t.Context(), "bash", append(options, "-c", script)...)
+		cmd.Dir, cmd.Env = dir, c.Environ()
+		return cmd
+	}
 	run := func(dir string) {
 		t.Helper()
-		cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
-		cmd.Dir, cmd.Env = dir, c.Environ()
-		if said, err := cmd.CombinedOutput(); err != nil {
+		if said, err := command(dir, "-euo", "pipefail").CombinedOutput(); err != nil {
 			t.Fatalf("the commands of deploy/README.md: %v\n%s", err, said)
 		}
 	}
@@ -90,5 +101,28 @@ func TestClusterKeepsKeys(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(elsewhere, "prebake.key")); err == nil {
 		t.Error("a run from another machine made a key; want none, because the cluster has one")
+	}
+	// A failed question for the token must not replace the token, whatever the options of the shell are.
+	fails := filepath.Join(t.TempDir(), "kubectl")
+	if err := os.WriteFile(fails, []byte(unread), 0o755); err != nil { //nolint:gosec // run below
+		t.Fatal(err)
+	}
+	for _, options := range [][]string{nil, {"-euo", "pipefail"}} {
+		cmd := command(elsewhere, options...)
+		for i, v := range cmd.Env {
+			if to, ok := strings.CutPrefix(v, "PATH="); ok {
+				cmd.Env[i] = "PATH=" + filepath.Dir(fails) + ":" + to
+			}
+		}
+		said, err := cmd.CombinedOutput()
+		if options != nil && err == nil {
+			t.Errorf("bash %v with a failed question for the token = nil; want an error:\n%s", options, said)
+		}
+		if !strings.Contains(string(said), "the cluster is away") {
+			t.Errorf("bash %v did not ask for the token:\n%s", options, said)
+		}
+		if diff := cmp.Diff(rotated, stored()); diff != "" {
+			t.Errorf("bash %v with a failed question for the token changed (-before +after):\n%s", options, diff)
+		}
 	}
 }
