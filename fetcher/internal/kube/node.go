@@ -63,6 +63,8 @@ type Node struct {
 	complain string
 	told     state // the state of the last Event
 	owes     bool  // an Event could not be written yet
+	// former is what the node object showed before the first report of this process; nil means that it was not read yet.
+	former *condition
 }
 
 // state is what the node object must show.
@@ -245,7 +247,13 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return err
 	}
 	now := n.condition(s, have.Status.Conditions)
-	shown := isShown(now, have.Status.Conditions)
+	if n.former == nil {
+		n.former = &condition{}
+		if i := slices.IndexFunc(have.Status.Conditions, func(o condition) bool { return o.Type == now.Type }); i >= 0 {
+			n.former = &have.Status.Conditions[i]
+		}
+	}
+	shown := isShown(now, have.Status.Conditions) || n.isKnown(now)
 	var labelled node // a new variable: the decoder would mix the taints of two answers
 	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()},
 		&labelled); err != nil {
@@ -260,7 +268,6 @@ func (n *Node) patch(ctx context.Context, s state) error {
 	if err = n.tolerate(ctx, err, s, "the service account may not write the node's condition"); err != nil {
 		return errors.Join(held, err)
 	}
-	// A process that was started again knows no Event of its predecessor, but the condition shows that there was one.
 	if n.owes = n.owes || !shown && !s.same(n.told); n.owes {
 		err = n.event(ctx, have.Metadata.UID, now, s)
 		if err = n.tolerate(ctx, err, s, "the service account may write no Events"); err == nil {
@@ -287,6 +294,16 @@ func isShown(c condition, have []condition) bool {
 	return slices.ContainsFunc(have, func(o condition) bool {
 		return o.Type == c.Type && o.Status == c.Status && o.Reason == c.Reason && o.Message == c.Message
 	})
+}
+
+// isKnown reports whether a predecessor of this process wrote an Event about a condition. A process knows no such Events,
+// but the condition that it found shows the last one. Its first report may lack the reason that its predecessor found
+// out later, so that report needs no Event if status and reason are the same. Otherwise a process that fails and starts
+// again and again would write Events each time.
+func (n *Node) isKnown(c condition) bool {
+	first := n.written.verdict.State == ""
+	return n.told.verdict.State == "" && c.Status == n.former.Status && c.Reason == n.former.Reason &&
+		(first || c.Message == n.former.Message)
 }
 
 // metadata returns the labels and annotations. A null value removes an entry.

@@ -94,8 +94,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestEventsOfRestarts checks that a process that was started again writes no Event about what the node shows already,
-// and that an Event that could not be written is written later.
+// TestEventsOfRestarts checks that a process that was started again writes no Event about what the node showed before,
+// even if it first reports less than its predecessor. An Event that could not be written is written later.
 func TestEventsOfRestarts(t *testing.T) {
 	t.Parallel()
 	o := &oneNode{refuse: map[string]int{"event": 500}}
@@ -110,13 +110,15 @@ func TestEventsOfRestarts(t *testing.T) {
 		t.Errorf("%d tries to write an Event; want 2, because the first failed", tries)
 	}
 	o.refuse = nil
+	second, third := o.fetcher(), o.fetcher()
 	for i, row := range []struct {
 		n      *Node
 		reason string
 		want   int
 	}{
-		{first, "no artifact", 1}, {first, "no artifact", 0}, {o.fetcher(), "no artifact", 0},
-		{o.fetcher(), "the registry is away", 1}, {o.fetcher(), "the registry is away", 0},
+		{first, "no artifact", 1}, {first, "no artifact", 0},
+		{second, "no driver", 0}, {second, "no artifact", 0}, {second, "the registry is away", 1},
+		{third, "no driver", 0}, {third, "the registry is away", 0}, {third, "no artifact", 1},
 	} {
 		if got := events(row.n, row.reason); got != row.want {
 			t.Errorf("report %d, %q: %d Events; want %d", i, row.reason, got, row.want)
