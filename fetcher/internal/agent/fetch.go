@@ -96,8 +96,8 @@ const (
 )
 
 // checkSpace returns an error of kind DiskFull if the layers may not fit on the disk. Without this check, each try
-// would fill a disk that other programs of the node use, too. If no active driver fits this COS build, checkSpace only
-// logs: the size is an estimate, and the node needs a driver.
+// would fill a disk that other programs of the node use, too. If no active driver fits this COS build, or none could be
+// loaded, checkSpace only logs: the size is an estimate, and the node needs a driver.
 func (a *Agent) checkSpace(ctx context.Context, store *install.Store, d target.Driver, missing []missingLayer,
 	facts *host.Facts) error {
 	free, err := a.parts.free(store)
@@ -112,12 +112,15 @@ func (a *Agent) checkSpace(ctx context.Context, store *install.Store, d target.D
 	if free >= need {
 		return nil
 	}
+	// The error has no number that changes: a node would write another Event at each try.
 	err = fault.New(fault.DiskFull,
-		fmt.Sprintf("fetch driver %s: it may need %s on the disk of %s; %s are free", d, size(need), a.cfg.InstallDir,
-			size(free)),
+		fmt.Sprintf("fetch driver %s: it may need %s on the disk of %s, and less is free", d, size(need), a.cfg.InstallDir),
 		"free space on that disk, or set --install-dir to a folder on another disk")
-	if current, cerr := store.Current(); cerr == nil && (current == nil || fitsNode(current, facts) != nil) {
-		a.parts.Log.WarnContext(ctx, "the disk may be too full, and the fetch is tried", "err", err)
+	current, cerr := store.Current()
+	unusable := !a.cfg.NoLoad && len(facts.Modules) == 0 // the run began with the load of an installed driver
+	try := cerr == nil && (current == nil || fitsNode(current, facts) != nil || unusable)
+	a.parts.Log.WarnContext(ctx, "the disk may be too full", "free", size(free), "need", size(need), "tried", try)
+	if try {
 		return nil
 	}
 	return err

@@ -36,7 +36,7 @@ func TestTooLittleSpace(t *testing.T) {
 			}
 			continue
 		}
-		if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "are free") || fault.Hint(err) == "" ||
+		if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "less is free") || fault.Hint(err) == "" ||
 			fetched > 0 || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
 			t.Errorf("%d bytes free: Run = %s, %v after %d layers; want disk full, nothing fetched, the active driver", free,
 				r.Verdict.Digest, err, fetched)
@@ -52,6 +52,41 @@ func TestLittleSpaceWithoutDriver(t *testing.T) {
 	n.parts.Free = func() (int64, error) { return 0, nil }
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want the driver", r.Verdict, err)
+	}
+}
+
+// TestLittleSpaceWithDamagedDriver checks that a node whose installed driver is damaged, so that none is loaded, tries the
+// fetch too. While the driver is loaded, the node keeps it and spares the disk.
+func TestLittleSpaceWithDamagedDriver(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.edit(t, "layers/*/drivers/nvidia.ko", flipped)
+	n.parts.Free = func() (int64, error) { return 0, nil }
+	if r, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.DiskFull) || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("loaded: Run = %s, %v; want ready, and disk full", r.Verdict.State, err)
+	}
+	n.reboot(t)
+	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("not loaded: Run = %s, %v; want the driver", r.Verdict.State, err)
+	}
+}
+
+// TestDiskFullText checks that the error of a full disk has no number that changes, because each other text is another
+// Event in the cluster.
+func TestDiskFullText(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	var texts []string
+	for free := range int64(2) {
+		n.parts.Free = func() (int64, error) { return free << 20, nil }
+		_, err := n.run(t, ref, pn.Digest, newer.Driver)
+		texts = append(texts, err.Error())
+	}
+	if texts[0] != texts[1] {
+		t.Errorf("the texts of two runs differ:\n%s\n%s", texts[0], texts[1])
 	}
 }
 
