@@ -340,8 +340,8 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 }
 
 // upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. If
-// silent is true, the farm offers none. A yanked driver, a failed verification, and a web page or wrong bytes in place of
-// a source are always errors.
+// silent is true, the farm offers none. A yanked driver, a failed verification, and a web page or wrong bytes in place
+// of a source are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||

@@ -98,8 +98,8 @@ func TestNextRepository(t *testing.T) {
 	}
 }
 
-// TestWebPageIsNoSuccess checks that a web page or wrong bytes in place of the farm do not excuse a run: the node has to
-// ask again. The driver stays.
+// TestWebPageIsNoSuccess checks that a web page or wrong bytes in place of the farm do not excuse a run: the node has
+// to ask again. The driver stays.
 func TestWebPageIsNoSuccess(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

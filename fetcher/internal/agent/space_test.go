@@ -55,8 +55,8 @@ func TestLittleSpaceWithoutDriver(t *testing.T) {
 	}
 }
 
-// TestLittleSpaceWithDamagedDriver checks that a node whose installed driver is damaged, so that none is loaded, tries the
-// fetch too. While the driver is loaded, the node keeps it and spares the disk.
+// TestLittleSpaceWithDamagedDriver checks that a node whose installed driver is damaged, so that none is loaded, tries
+// the fetch too. While the driver is loaded, the node keeps it and spares the disk.
 func TestLittleSpaceWithDamagedDriver(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
