@@ -292,7 +292,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		if s.wanted != nil {
 			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
-				if err := a.noteNext(store, s.wanted.Digest); err != nil {
+				if err := a.noteNext(store, s.wanted.Digest, ""); err != nil {
 					a.parts.Log.WarnContext(ctx, "could not record the waiting driver", "err", err)
 				}
 			}

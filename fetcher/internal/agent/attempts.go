@@ -213,19 +213,29 @@ func (all attempts) precious() bool {
 	return false
 }
 
-// noteNext sets Next in the record of this driver, and clears it in all other records.
-func (a *Agent) noteNext(store *install.Store, digest string) error {
+// noteNext sets Next in the record of this driver, and clears it in all other records. The same write notes that an
+// operator rolled the other given driver back; "" means none.
+func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error {
 	all, err := readAttempts(store)
 	if err != nil {
 		return err
 	}
-	if all[digest] == nil {
-		all[digest] = &attempt{}
+	now := a.parts.Now().UTC()
+	for _, d := range []string{digest, rolledBack} {
+		if d == "" {
+			continue
+		}
+		if all[d] == nil {
+			all[d] = &attempt{}
+		}
+		all[d].At = now
+	}
+	if rolledBack != "" {
+		all[rolledBack].ByHand = true
 	}
 	for other, at := range all {
 		at.Next = other == digest
 	}
-	all[digest].At = a.parts.Now().UTC()
 	return all.write(store)
 }
 

@@ -418,8 +418,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 // rollbackLater notes a rollback for the time when the loaded driver is no longer in use. It returns the given error
 // with a note on that.
 func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous *install.Set, busy error) error {
-	if err := errors.Join(a.noteNext(store, previous.Digest),
-		a.note(store, current.Digest, func(at *attempt) { at.ByHand = true })); err != nil {
+	if err := a.noteNext(store, previous.Digest, current.Digest); err != nil {
 		return errors.Join(busy, fmt.Errorf("note the rollback: %w", err))
 	}
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,

@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -122,6 +123,33 @@ func TestNotedRollbackIsPending(t *testing.T) {
 	n.inUse(t, "0")
 	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest {
 		t.Errorf("idle: Run = %+v, %v; want the previous driver", r.Verdict, err)
+	}
+}
+
+// TestRollbackIsNotedAtOnce checks that no kill can leave half of a noted rollback. The clock, which each note asks, is
+// where the test looks.
+func TestRollbackIsNotedAtOnce(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	look := func() (next, byHand bool) {
+		raw, _ := os.ReadFile(filepath.Join(n.root, attemptsFile)) // there may be none yet
+		return bytes.Contains(raw, []byte(`"next": true`)), bytes.Contains(raw, []byte(`"byHand": true`))
+	}
+	n.parts.Now = func() time.Time {
+		if next, byHand := look(); next != byHand {
+			t.Errorf("the records have a waiting driver: %t, a driver that was rolled back: %t; want both or none", next, byHand)
+		}
+		return time.Now()
+	}
+	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
+		t.Errorf("Rollback = %v; want busy", err)
+	}
+	if next, byHand := look(); !next || !byHand {
+		t.Errorf("the records have a waiting driver: %t, a driver that was rolled back: %t; want both", next, byHand)
 	}
 }
 
