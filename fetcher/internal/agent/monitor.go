@@ -399,6 +399,9 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	}
 	switch {
 	case d.set == nil && fault.Is(d.err, fault.Busy) && !a.cfg.DryRun:
+		if _, err := a.verifySet(ctx, store, previous, facts); err != nil { // it would wait for ever
+			return r, fmt.Errorf("roll back: %w", err)
+		}
 		return r, a.rollbackLater(r, store, current, previous, d.err)
 	case d.set == nil:
 		return r, d.err

@@ -153,6 +153,24 @@ func TestRollbackIsNotedAtOnce(t *testing.T) {
 	}
 }
 
+// TestRollbackToDamagedIsNotNoted checks that no rollback waits for a previous driver that does not verify: the node
+// would report it as pending for ever.
+func TestRollbackToDamagedIsNotNoted(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped)
+	if r, err := n.rollback(); !fault.Is(err, fault.Unverified) || r.Pending != "" {
+		t.Errorf("Rollback = %v, pending %q; want unverified, and nothing pending", err, r.Pending)
+	}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Pending != "" || r.Verdict.Digest != pn.Digest {
+		t.Errorf("then: Run = %+v, %v, pending %q; want the present driver, and nothing pending", r.Verdict, err, r.Pending)
+	}
+}
+
 // TestRollbackWaitsForProbe checks that a rollback waits some seconds for the check of another fetcher, but not for
 // other programs.
 func TestRollbackWaitsForProbe(t *testing.T) {
