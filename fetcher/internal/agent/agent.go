@@ -152,12 +152,13 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
-		plan := len(r.Plan)
+		plan, waiting := len(r.Plan), len(r.Waiting)
 		err := a.locked(store, func() error { return a.applyDecision(ctx, r, store, none) })
 		if !a.waitIdle(ctx, err, end) {
 			return err
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
+		r.Pending, r.Waiting = "", r.Waiting[:waiting]
 	}
 }
 

@@ -90,8 +90,9 @@ func TestWaitIdle(t *testing.T) {
 	n.answer(ref, pn.Digest, newer.Driver)
 	a, told := agent.New(n.cfg, n.parts), told{}
 	a.Watch(&ending{&told, func() { n.inUse(t, "0") }}) // the program ends when the agent has begun to wait
-	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
-		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
+	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready ||
+		r.Pending != "" {
+		t.Errorf("Run = %+v, %v, pending %q; want the new driver once the GPU is idle", r.Verdict, err, r.Pending)
 	}
 	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
 		t.Errorf("while the agent waits, it reports %+v; want the active driver", told)
