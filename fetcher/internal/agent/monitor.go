@@ -104,9 +104,9 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 const firstCheck = 10 * time.Second
 
 // whileWatching calls step, which may wait long for the network. Meanwhile it reports the state of the active driver
-// to the watcher.
+// to the watcher. If no driver is loaded, it only reports that the program is alive, because the step may compile one.
 func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step func()) {
-	if a.watcher == nil || current == nil || a.cfg.NoLoad {
+	if a.watcher == nil || a.cfg.NoLoad {
 		step()
 		return
 	}
@@ -119,8 +119,10 @@ func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step fu
 				return
 			case <-time.After(pause):
 			}
-			if mods, err := host.LoadedModules(a.node); err == nil && len(mods) > 0 {
+			if mods, err := host.LoadedModules(a.node); current != nil && err == nil && len(mods) > 0 {
 				a.reportWaiting(inner)
+			} else {
+				a.watcher.Alive()
 			}
 		}
 	})

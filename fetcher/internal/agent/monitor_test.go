@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -250,6 +251,41 @@ func TestReportsWhileItWaits(t *testing.T) {
 			if _, err := a.Run(ctx); err != nil || time.Since(start) > time.Minute {
 				t.Errorf("rebooted %t: Run = %v after %v; want a report of the driver in the first minute", rebooted, err,
 					time.Since(start))
+			}
+		})
+	}
+}
+
+// counted counts the signs of life of a run.
+type counted struct {
+	told
+	alive int
+}
+
+func (c *counted) Alive() { c.alive++ }
+
+// TestAliveWithoutDriver checks that a run without a loaded driver gives signs of life while it waits or compiles. Its
+// program may have had a driver before, so a liveness probe would kill it.
+func TestAliveWithoutDriver(t *testing.T) {
+	t.Parallel()
+	for _, installed := range []bool{false, true} {
+		n, ref, c, p := bare(t)
+		if installed {
+			if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+				t.Fatal(err)
+			}
+			n.reboot(t)
+			n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+		}
+		synctest.Test(t, func(t *testing.T) {
+			heard := make(chan struct{})
+			time.AfterFunc(20*time.Minute, func() { close(heard) })
+			n.parts.Finder = slowFinder{finder{err: fault.New(fault.Transient, "nobody answers", "")}, heard}
+			a, w := agent.New(n.cfg, n.parts), &counted{}
+			a.Watch(w)
+			if _, err := a.Run(t.Context()); err == nil || w.alive < 15 {
+				t.Errorf("installed %t: Run = %v with %d signs of life in 20 minutes; want an error, and one each minute",
+					installed, err, w.alive)
 			}
 		})
 	}
