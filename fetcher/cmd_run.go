@@ -243,9 +243,14 @@ func (k daemon) stay(ctx context.Context) error {
 			} else if err != nil {
 				// Another driver than a ready one may be active still. A run that unloaded the ready driver and could not load
 				// it again leaves none.
-				if v, ok := k.quickVerdict(ctx); ok && (!ready || v.NotLoaded()) {
+				v, ok := k.quickVerdict(ctx)
+				switch {
+				case ok && (!ready || v.NotLoaded()):
 					k.reportFailure(v, err)
 					ready = false
+				case !ok && !ready && v.State == gpucheck.Ready: // so an earlier process found, and this one could not check
+					v.State = gpucheck.Loaded
+					k.reportFailure(v, err)
 				}
 			}
 			k.outside.server.ReportRun(r.Phases, err)

@@ -285,6 +285,23 @@ func TestDriverThatDisappears(t *testing.T) {
 	}
 }
 
+// TestUncheckedDriver checks that a process that could not check a driver does not leave it shown as ready, although an
+// earlier process found it ready.
+func TestUncheckedDriver(t *testing.T) {
+	t.Parallel()
+	failed := fault.New(fault.TimedOut, "the probe did not answer", "")
+	out := report.New(time.Now)
+	out.Report(readyVerdict) // as the cluster still shows it
+	node := &scripted{run: func(context.Context, int) (*agent.Report, error) { return &agent.Report{}, failed }}
+	err := daemonOf(node, out, readyVerdict).stay(t.Context())
+	w := httptest.NewRecorder()
+	out.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/readyz", nil))
+	if !errors.Is(err, failed) || w.Code != http.StatusServiceUnavailable ||
+		!strings.Contains(w.Body.String(), "the probe did not answer") {
+		t.Errorf("stay = %v, /readyz = %d %s; want not ready, with the reason", err, w.Code, w.Body)
+	}
+}
+
 // countingContext counts the contexts that are derived from it and not released yet. Package context registers a
 // derived context by AfterFunc, because it does not know this type.
 type countingContext struct {
