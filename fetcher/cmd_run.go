@@ -272,8 +272,12 @@ func (k daemon) stay(ctx context.Context) error {
 		k.outside.Watch(3*k.every + checkTimeout)
 		held := k.node.Monitor(watch, k.every, k.outside)
 		stop()
-		if errors.Is(held, agent.ErrNotLoaded) && ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+		case errors.Is(held, agent.ErrNotLoaded):
 			ready = false
+			continue
+		case errors.Is(held, agent.ErrRollback):
 			continue
 		}
 		if held != nil || ctx.Err() != nil || pending == nil {

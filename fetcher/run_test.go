@@ -285,6 +285,28 @@ func TestDriverThatDisappears(t *testing.T) {
 	}
 }
 
+// TestNotedRollbackIsDone checks that the daemon runs again when a noted rollback becomes possible, and stays ready.
+func TestNotedRollbackIsDone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		out := report.New(time.Now)
+		node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
+			if n == 2 && status(out, "/readyz") != http.StatusOK {
+				t.Error("before the second run, the node is not ready; want ready")
+			}
+			return &agent.Report{Verdict: readyVerdict}, nil
+		}, watch: func(_ context.Context, n int) error {
+			if n == 1 {
+				return agent.ErrRollback
+			}
+			return nil
+		}}
+		if err := daemonOf(node, out, unloadedState).stay(t.Context()); err != nil || node.runs != 2 {
+			t.Errorf("stay = %v after %d runs; want nil after 2", err, node.runs)
+		}
+	})
+}
+
 // TestUncheckedDriver checks that a process that could not check a driver does not leave it shown as ready, although an
 // earlier process found it ready.
 func TestUncheckedDriver(t *testing.T) {

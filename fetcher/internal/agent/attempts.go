@@ -239,6 +239,23 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 	return all.write(store)
 }
 
+// rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
+// can replace it now.
+func (a *Agent) rollbackDue(ctx context.Context) bool {
+	store, err := a.openInstalled()
+	if err != nil {
+		return false
+	}
+	defer func() { _ = store.Close() }() // nothing was written
+	current, err := store.Current()
+	all, aerr := readAttempts(store)
+	if err != nil || aerr != nil || current == nil || all[current.Digest] == nil || !all[current.Digest].ByHand {
+		return false
+	}
+	s, err := a.readState(ctx, store)
+	return err == nil && s.waitsForRollback() && s.refused(s.current) != nil && s.closed == "" && !s.facts.Open()
+}
+
 func (a *Agent) note(store *install.Store, digest string, change func(*attempt)) error {
 	all, err := readAttempts(store)
 	if err != nil {

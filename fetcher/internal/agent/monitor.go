@@ -35,6 +35,9 @@ func (a *Agent) Watch(w Watcher) { a.watcher = w }
 // ErrNotLoaded is the error of [Agent.Monitor] when the active driver is no longer loaded.
 var ErrNotLoaded = errors.New("the active driver is no longer loaded")
 
+// ErrRollback is the error of [Agent.Monitor] when a noted rollback has become possible.
+var ErrRollback = errors.New("a rollback that waited for an idle GPU is possible")
+
 // The active driver counts as no longer loaded after this number of checks in a row and this time. Until then, another
 // process may be replacing it.
 const (
@@ -48,7 +51,8 @@ const trustChecks = 10
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
 // last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of GPU
 // errors. The modules stay loaded when it ends. If another process unloaded the modules and does not load them again,
-// Monitor returns [ErrNotLoaded].
+// Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer in use,
+// Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at each check.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -58,6 +62,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	}
 	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
 	distrust := ""                   // why the active driver would not be loaded now
+	due := a.rollbackDue(ctx)        // the last run could not do the rollback
 	for n := 1; ; n++ {
 		select {
 		case <-ctx.Done():
@@ -86,6 +91,10 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		}
 		w.Report(v)
 		w.Alive() // after the report, because Alive compares the age of the last verdict
+		was := due
+		if due = a.rollbackDue(ctx); due && !was {
+			return ErrRollback
+		}
 		now := a.parts.Now()
 		if !v.NotLoaded() {
 			missing = 0
@@ -429,8 +438,9 @@ func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
 		short(previous.Digest))
 	return fault.Wrap(fault.Busy, fmt.Errorf("%w; the rollback to driver %s is noted", busy, previous.Driver),
-		"reboot the node, or stop the programs that use the GPU (fetcher status lists their processes): the next run of "+
-			"fetcher then loads the previous driver; to keep the present driver instead, run fetcher install --retry")
+		"reboot the node, or stop the programs that use the GPU (fetcher status lists their processes): fetcher run, if it "+
+			"watches this node, or the next fetcher install then loads the previous driver; to keep the present driver "+
+			"instead, run fetcher install --retry")
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.

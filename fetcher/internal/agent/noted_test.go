@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
@@ -123,6 +125,43 @@ func TestNotedRollbackIsPending(t *testing.T) {
 	n.inUse(t, "0")
 	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest {
 		t.Errorf("idle: Run = %+v, %v; want the previous driver", r.Verdict, err)
+	}
+}
+
+// TestMonitorEndsForNotedRollback checks that a daemon that watches the driver does a noted rollback as soon as the GPU
+// is idle. If a run could not do it, Monitor must not end again and again.
+func TestMonitorEndsForNotedRollback(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name   string
+		refs   []string // how many programs have the driver open, at each check
+		closed bool     // whether the owner's hours forbid a replacement
+		ends   int      // the check after which Monitor ends; 0 means with the context
+	}{
+		{"in use, then idle", []string{"1", "1", "0", "0"}, false, 3},
+		{"in use, then idle, outside the owner's hours", []string{"1", "1", "0", "0"}, true, 0},
+		{"idle, so the last run failed to do it", []string{"0", "0", "0", "0"}, false, 0},
+		{"idle, used again, idle", []string{"0", "1", "0", "0"}, false, 3},
+	} {
+		n, ref, newer, _, pn := noted(t)
+		_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the error says that the driver is in use
+		n.cfg.Maintenance.Never = row.closed
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			n.inUse(t, row.refs[0])
+			checks := 0
+			err := agent.New(n.cfg, n.parts).Monitor(ctx, time.Minute, watcher(func(gpucheck.Verdict) {
+				n.inUse(t, row.refs[checks])
+				if checks++; checks == len(row.refs) {
+					cancel()
+				}
+			}))
+			if got := errors.Is(err, agent.ErrRollback); got != (row.ends > 0) || got && checks != row.ends {
+				t.Errorf("%s: Monitor = %v after %d checks; want its end for the rollback after %d", row.name, err, checks,
+					row.ends)
+			}
+		})
 	}
 }
 
