@@ -51,8 +51,9 @@ const trustChecks = 10
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
 // last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of GPU
 // errors. The modules stay loaded when it ends. If another process unloaded the modules and does not load them again,
-// Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer in use,
-// Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at each check.
+// Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer in
+// use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at each
+// check.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()

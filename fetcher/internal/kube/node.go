@@ -296,10 +296,10 @@ func isShown(c condition, have []condition) bool {
 	})
 }
 
-// isKnown reports whether a predecessor of this process wrote an Event about a condition. A process knows no such Events,
-// but the condition that it found shows the last one. Its first report may lack the reason that its predecessor found
-// out later, so that report needs no Event if status and reason are the same. Otherwise a process that fails and starts
-// again and again would write Events each time.
+// isKnown reports whether a predecessor of this process wrote an Event about a condition. A process knows no such
+// Events, but the condition that it found shows the last one. Its first report may lack the reason that its predecessor
+// found out later, so that report needs no Event if status and reason are the same. Otherwise a process that fails and
+// starts again and again would write Events each time.
 func (n *Node) isKnown(c condition) bool {
 	first := n.written.verdict.State == ""
 	return n.told.verdict.State == "" && c.Status == n.former.Status && c.Reason == n.former.Reason &&

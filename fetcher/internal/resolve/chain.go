@@ -16,11 +16,11 @@ type Chain []Finder
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
-// resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error is
-// of kind Unverified. One such source beside others that are away must not end the wait for these.
+// resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error
+// is of kind Unverified. One such source beside others that are away must not end the wait for these.
 //
-// A passing error beside an artifact ends the questions: the source has chosen, and cannot tell yet whether the artifact
-// drives the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
+// A passing error beside an artifact ends the questions: the source has chosen, and cannot tell yet whether the
+// artifact drives the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
