@@ -2,7 +2,6 @@ package pipeline
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"os"
@@ -121,15 +120,7 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 
 // moduleSignerOf returns who signed the modules, according to a provenance statement.
 func moduleSignerOf(st *trust.Statement) (moduleSigner, error) {
-	var p struct {
-		BuildDefinition struct {
-			InternalParameters map[string]string `json:"internalParameters"`
-		} `json:"buildDefinition"`
-	}
-	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return moduleSigner{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
-	}
-	facts := p.BuildDefinition.InternalParameters
+	facts, err := factsOf(st)
 	return moduleSigner{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures],
-		modules: facts[trust.FactGoogleModules]}, nil
+		modules: facts[trust.FactGoogleModules]}, err
 }
