@@ -83,11 +83,12 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes a signed copy of each module with the callback. The given list has everything that decides the
-// signatures, for the cache key.
+// signEach makes a signed copy of each module with the callback. The given list has everything besides the modules that
+// decides the signatures, for the cache key.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
-	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
+	key := in.stampedKey(slices.Concat(by, m.sumList())...)
+	dir, cached, err := r.products.Tree(ctx, "signed", key, func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(m.files)) {
 			switch sum, err := hostfile.Sum(m.files[name]); {
