@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"slices"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -29,8 +30,8 @@ const (
 // there are no sets.
 //
 // Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
-// Then come attachments that lack an annotation but contradict none, because a registry may list attachments without
-// annotations.
+// Each set begins with the newest ones (see annotationCreated). Then come attachments that lack an annotation but
+// contradict none, because a registry may list attachments without annotations.
 //
 // Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
 // payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
@@ -67,8 +68,18 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 	return slices.Concat(all, more, s.others), nil
 }
 
-// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns.
-// The second has the attachments that lack an annotation but do not contradict the set.
+// annotationCreated is the annotation with an attachment's time in RFC 3339 (OCI image-spec, annotations.md). It gives
+// attachments an order, and takes no part in their selection.
+const annotationCreated = "org.opencontainers.image.created"
+
+// created returns the time of an attachment, or zero.
+func created(d v1.Descriptor) time.Time {
+	at, _ := time.Parse(time.RFC3339, d.Annotations[annotationCreated]) // zero after an error
+	return at
+}
+
+// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns,
+// the newest of each set first. The second has the attachments that lack an annotation but do not contradict the set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomplete []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -83,6 +94,9 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomp
 		case possible:
 			incomplete = append(incomplete, d)
 		}
+	}
+	for _, q := range queues {
+		slices.SortStableFunc(q, func(a, b v1.Descriptor) int { return created(b).Compare(created(a)) })
 	}
 	for n := range longest {
 		for _, q := range queues {
@@ -100,6 +114,9 @@ func matchSet(annotations map[string]string, wanted []map[string]string) (first 
 	for i, set := range wanted {
 		all, contradicts := true, false
 		for key, value := range set {
+			if key == annotationCreated {
+				continue
+			}
 			have, ok := annotations[key]
 			all = all && have == value
 			contradicts = contradicts || ok && have != value
