@@ -13,8 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -47,6 +50,47 @@ func TestRenew(t *testing.T) {
 		!slices.Equal(phases(res), whole) {
 		t.Errorf("an old artifact: reused %v, digest %s, %d provenances; want %s made again, and two", res.Reused, res.Digest,
 			provenances(), first.Digest)
+	}
+}
+
+// A provenance by a wrong clock, with a time in the future, does not make an old artifact young for ever.
+func TestRenewWrongClock(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request("17800.0.9"))
+	signer, err := sign.LoadSigner(t.Context(), f.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement, err := sign.Provenance(first.Digest, sign.BuildFacts{Kernel: first.Kernel, Fingerprint: first.Fingerprint,
+		Driver: first.Driver, BuilderID: cfg.BuilderID, Started: time.Now(), Finished: time.Now().AddDate(50, 0, 0),
+		Facts: pipeline.Recipes()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sign.Bundle(t.Context(), signer, statement)
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := repo.Resolve(t.Context(), first.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, raw,
+		trust.OfType(trust.PredicateProvenance)); err != nil {
+		t.Fatal(err)
+	}
+	cfg.RebuildAfter = time.Nanosecond
+	res, log, err := build(t, cfg, request("17800.0.9"))
+	if err != nil || !slices.ContainsFunc(res.Phases, func(p timeline.Phase) bool {
+		return p.Name == "look up" && strings.Contains(p.Note, "because of its age")
+	}) {
+		t.Errorf("Run = %v, phases %+v; want it built again because of its age\n%s", err, res.Phases, log)
 	}
 }
 
