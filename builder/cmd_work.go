@@ -79,7 +79,19 @@ func secretFlags() map[string]string {
 // checkWork returns an error for each setting of work that is missing, wrong, or excluded by another setting.
 func checkWork(cmd *ucli.Command) error {
 	_, err := serverURL(cmd)
-	return errors.Join(oneOf(cmd, "wish", "queue"), requireFlags(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)
+	return errors.Join(oneOf(cmd, "wish", "queue"), requireFlags(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err,
+		checkMaxAge(cmd))
+}
+
+// checkMaxAge returns an error if --max-age is given together with --queue. The server queues no published cell, so the
+// builder would see almost no old artifact.
+func checkMaxAge(cmd *ucli.Command) error {
+	if cmd.String("queue") == "" || cmd.Int("max-age") == 0 {
+		return nil
+	}
+	return cli.About(fault.New(fault.Usage,
+		"--max-age renews almost nothing with --queue, because the server queues no published cell",
+		fmt.Sprintf("leave it out, and run by a timer: builder build --wish FILE --max-age %d", cmd.Int("max-age"))), "max-age")
 }
 
 // serverURL returns the URL of the server from which work takes builds.

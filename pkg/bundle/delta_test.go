@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -257,6 +258,37 @@ func TestUnpackDeltaStops(t *testing.T) {
 	err := UnpackDelta(ctx, bytes.NewReader(delta), sum(delta), int64(len(delta)), archive, to.DiffID, dst)
 	if cerr := archive.Close(); cerr != nil || err == nil || !strings.Contains(err.Error(), io.ErrClosedPipe.Error()) {
 		t.Errorf("UnpackDelta = %v, Close = %v; want the cause", err, cerr)
+	}
+}
+
+// readRecorder records whether it was read.
+type readRecorder struct{ read bool }
+
+func (r *readRecorder) Read([]byte) (int, error) {
+	r.read = true
+	return 0, io.ErrUnexpectedEOF
+}
+
+// If a file cannot be written, the rest of the delta is not fetched, and the error is not about the delta.
+func TestUnpackDeltaCannotWrite(t *testing.T) {
+	t.Parallel()
+	former, from, to := layerPair(t)
+	delta := makeDelta(t, plainOf(t, from), plainOf(t, to))
+	dst, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dst.Close(); err != nil {
+		t.Fatal(err)
+	}
+	archive := TreeArchive(t.Context(), former, LayerModules, nil)
+	defer archive.Close()
+	rest := &readRecorder{}
+	first := delta[:4+binary.LittleEndian.Uint32(delta)]
+	err = UnpackDelta(t.Context(), io.MultiReader(bytes.NewReader(first), rest), sum(delta), int64(len(delta)), archive,
+		to.DiffID, dst)
+	if !errors.Is(err, os.ErrClosed) || fault.Is(err, fault.Unverified) || rest.read {
+		t.Errorf("UnpackDelta = %v, rest of the delta read %t; want the folder's error, and no more read", err, rest.read)
 	}
 }
 

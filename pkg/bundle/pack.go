@@ -28,12 +28,25 @@ const (
 	maxBytes   = 4 << 30 // uncompressed, tar headers included
 	maxName    = 512
 	windowSize = 8 << 20 // zstd's largest window for unpacking; it bounds the memory of unpacking
-	packWindow = 4 << 20 // zstd's window for packing: 8 MiB would save 1.5 % of a user-space layer
 )
 
-// PackRecipe is the version of the code that packs layers, and a part of the keys of cached layers. Change it if equal
-// input gives other bytes.
+// PackRecipe is the recipe for new layers: the version of the code that packs them. If equal input gives other bytes,
+// add a recipe and keep the earlier ones, because the tags of published artifacts admit no other bytes.
 const PackRecipe = "tar-zstd-2"
+
+// packWindow returns zstd's window in bytes for a recipe. ok is false if this program does not know the recipe.
+func packWindow(recipe string) (size int, ok bool) {
+	switch recipe {
+	case PackRecipe:
+		return 4 << 20, true // 8 MiB would save 1.5 % of a user-space layer
+	case "tar-zstd-1":
+		return 8 << 20, true
+	}
+	return 0, false
+}
+
+// PackRecipes returns all recipes of [PackLayerAs], the newest first.
+func PackRecipes() []string { return []string{PackRecipe, "tar-zstd-1"} }
 
 // Layer is one packed layer on disk.
 type Layer struct {
@@ -57,12 +70,21 @@ type entry struct {
 // PackLayer writes srcDir as a compressed layer to dstFile. Equal trees give equal bytes on any machine: names are
 // sorted, times are zero, owners are root, modes are 0644 or 0755, and one thread compresses. PackLayer refuses
 // everything that [Unpack] would refuse.
-func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
+func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile string) (Layer, error) {
+	return PackLayerAs(ctx, PackRecipe, srcDir, kind, dstFile)
+}
+
+// PackLayerAs is [PackLayer] with the recipe of a published artifact, for the same bytes again.
+func PackLayerAs(ctx context.Context, recipe, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("pack %s layer: %w", kind, diskFull(err))
 		}
 	}()
+	window, ok := packWindow(recipe)
+	if !ok {
+		return Layer{}, fault.New(fault.Unsupported, fmt.Sprintf("unknown recipe %q", recipe), "upgrade this program")
+	}
 	src, err := os.OpenRoot(srcDir)
 	if err != nil {
 		return Layer{}, err
@@ -89,7 +111,7 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	buffered := bufio.NewWriterSize(packed, 1<<20)
 	// One thread, because the output must not depend on the number of processors.
 	zw, err := zstd.NewWriter(buffered, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
-		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(packWindow), zstd.WithEncoderCRC(true))
+		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(window), zstd.WithEncoderCRC(true))
 	if err != nil {
 		return Layer{}, err
 	}

@@ -80,14 +80,33 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads the facts of a module file of size bytes. Errors are of kind fault.CheckFailed.
+// Read reads the facts of a module file of size bytes. Errors about its content are of kind fault.CheckFailed. An error
+// of the reader, such as of a broken disk, gets no kind, because it says nothing about the module.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
-	m, err := read(r, size)
+	watched := &watchedReader{r: r}
+	m, err := read(watched, size)
+	if err != nil && watched.err != nil {
+		return nil, fmt.Errorf("read module: %w", watched.err)
+	}
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read module: %w", err),
 			"compile the module again: this file is damaged, or is not a module of a 64-bit Linux kernel")
 	}
 	return m, nil
+}
+
+// watchedReader keeps the first error of a reader, except io.EOF: a file that ends too early is damaged.
+type watchedReader struct {
+	r   io.ReaderAt
+	err error
+}
+
+func (w *watchedReader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := w.r.ReadAt(p, off)
+	if err != nil && w.err == nil && !errors.Is(err, io.EOF) {
+		w.err = err
+	}
+	return n, err
 }
 
 func read(r io.ReaderAt, size int64) (*Module, error) {

@@ -3,8 +3,12 @@ package modinfo_test
 import (
 	"bytes"
 	"debug/elf"
+	"errors"
+	"io"
+	"io/fs"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -126,6 +130,37 @@ func TestReadRefuses(t *testing.T) {
 		if !fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
 			t.Errorf("%s: Read = %v, %v; want check-failed with %q and a hint", row.name, m, err, row.want)
 		}
+	}
+}
+
+// brokenReader fails when the byte at one offset is read, as a disk with a broken sector does.
+type brokenReader struct {
+	r  io.ReaderAt
+	at int64
+}
+
+func (b brokenReader) ReadAt(p []byte, off int64) (int, error) {
+	if off <= b.at && b.at < off+int64(len(p)) {
+		return 0, &fs.PathError{Op: "read", Path: "nvidia.ko", Err: syscall.EIO}
+	}
+	return b.r.ReadAt(p, off)
+}
+
+// An error of the disk says nothing about the module, so it must not count as a failed check.
+func TestReadBrokenDisk(t *testing.T) {
+	t.Parallel()
+	plain := goodModule().bytes()
+	size := int64(len(plain))
+	for _, at := range []int64{0, int64(bytes.Index(plain, []byte("vermagic="))), size - 1} {
+		m, err := modinfo.Read(brokenReader{bytes.NewReader(plain), at}, size)
+		if !errors.Is(err, syscall.EIO) || !fault.Is(err, fault.Internal) {
+			t.Errorf("a disk that is broken at byte %d: Read = %v, %v (%v); want its error, of no kind", at, m, err,
+				fault.Of(err))
+		}
+	}
+	// io.EOF is an error of the content: the file is shorter than its size.
+	if _, err := modinfo.Read(bytes.NewReader(plain[:size/2]), size); !fault.Is(err, fault.CheckFailed) {
+		t.Errorf("a file that was cut: Read = %v; want check-failed", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"sort"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -30,8 +31,8 @@ const (
 // there are no sets.
 //
 // Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
-// Then come attachments that lack an annotation but contradict none, because a registry may list attachments without
-// annotations.
+// Each set begins with the newest ones (see annotationCreated). Then come attachments that lack an annotation but
+// contradict none, because a registry may list attachments without annotations.
 //
 // Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
 // payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
@@ -97,8 +98,18 @@ func (e *UnreadError) Unread() []v1.Descriptor { return e.list }
 // IsCut reports whether the list ended in the middle, so that there may be more.
 func (e *UnreadError) IsCut() bool { return e.isCut }
 
-// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns.
-// The second has the attachments that lack an annotation but do not contradict the set.
+// annotationCreated is the annotation with an attachment's time in RFC 3339 (OCI image-spec, annotations.md). It gives
+// attachments an order, and takes no part in their selection.
+const annotationCreated = "org.opencontainers.image.created"
+
+// created returns the time of an attachment, or zero.
+func created(d v1.Descriptor) time.Time {
+	at, _ := time.Parse(time.RFC3339, d.Annotations[annotationCreated]) // zero after an error
+	return at
+}
+
+// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns,
+// the newest of each set first. The second has the attachments that lack an annotation but do not contradict the set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomplete []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -113,6 +124,9 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomp
 		case possible:
 			incomplete = append(incomplete, d)
 		}
+	}
+	for _, q := range queues {
+		sort.SliceStable(q, func(i, j int) bool { return created(q[i]).After(created(q[j])) })
 	}
 	for n := range longest {
 		for _, q := range queues {
@@ -130,6 +144,9 @@ func matchSet(annotations map[string]string, wanted []map[string]string) (first 
 	for i, set := range wanted {
 		all, contradicts := true, false
 		for key, value := range set {
+			if key == annotationCreated {
+				continue
+			}
 			have, ok := annotations[key]
 			all = all && have == value
 			contradicts = contradicts || ok && have != value

@@ -1,6 +1,10 @@
 package trust
 
-import "github.com/prebake/prebake/pkg/target"
+import (
+	"time"
+
+	"github.com/prebake/prebake/pkg/target"
+)
 
 // Names of labels. A label is an annotation on an attached statement, by which readers select statements. Labels are
 // not signed, so they prove nothing. The first two are from the Sigstore bundle specification, and cosign reads them.
@@ -11,6 +15,9 @@ const (
 	LabelKernel = "dev.prebake.kernel.build"
 	// LabelVerdict has the load test's verdict in a test result.
 	LabelVerdict = "dev.prebake.load-test"
+	// LabelCreated has the end of the build in a provenance (OCI image-spec, annotations.md). Package registry reads the
+	// newest attachments first.
+	LabelCreated = "org.opencontainers.image.created"
 )
 
 // Labels returns the labels of a statement.
@@ -21,6 +28,9 @@ func Labels(st *Statement) map[string]string {
 	}
 	if r, err := ParseTestResult(st); err == nil {
 		l[LabelKernel], l[LabelVerdict] = r.LoadTest.Kernel.String(), r.LoadTest.Verdict
+	}
+	if at := FinishedOn(st); !at.IsZero() {
+		l[LabelCreated] = at.UTC().Format(time.RFC3339)
 	}
 	return l
 }

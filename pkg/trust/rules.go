@@ -313,8 +313,13 @@ func (p Policy) tooOld(have, least string) error {
 // clockSkew is how far the clock of a builder may be ahead of the node's clock.
 const clockSkew = 24 * time.Hour
 
-// renewHint says how an artifact gets a new provenance.
-const renewHint = "build the driver again, which signs a new provenance: builder build --max-age 30"
+// renewHint says how an artifact gets a new provenance. A builder with half of the policy's age makes it again before
+// nodes refuse it, and in any case after that.
+func (p Policy) renewHint() string {
+	days := int(p.MaxAge / (24 * time.Hour))
+	return fmt.Sprintf("build the driver again, which signs a new provenance: builder build --max-age %d",
+		min(max(1, days/2), 30))
+}
 
 // age checks that the artifact's build, whose time is in the provenance, is not older than MaxAge.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
@@ -334,13 +339,13 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	if v.BuiltOn.IsZero() {
 		return "", fault.New(fault.Unverified,
 			"the provenance does not say when the artifact was built, and the policy has a maximum age",
-			renewHint)
+			p.renewHint())
 	}
 	if age := now.Sub(v.BuiltOn); age > p.MaxAge {
 		return "", fault.Wrap(fault.Unverified,
 			fmt.Errorf("%w: built on %s, %d days ago; the policy allows %d days", ErrTooOld,
 				v.BuiltOn.UTC().Format(time.DateOnly), int(age.Hours()/24), int(p.MaxAge.Hours()/24)),
-			renewHint)
+			p.renewHint())
 	}
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }

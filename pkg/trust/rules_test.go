@@ -77,6 +77,7 @@ func TestRules(t *testing.T) {
 		now     time.Time
 		is      error // nil if accepted
 		text    string
+		hint    string // the end of the hint
 	}{
 		{name: "one farm key", bundles: [][]byte{prov, fits}},
 		{name: "the other farm key", bundles: [][]byte{prov2, fits2}},
@@ -149,8 +150,15 @@ func TestRules(t *testing.T) {
 			bundles: [][]byte{prov, fits, prov2, fits2}, now: now},
 		{name: "young", change: age(30), bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), fits}, now: now},
 		{name: "old", change: age(30), bundles: [][]byte{finished("2026-04-20T00:00:00Z", ""), fits}, now: now,
-			is: trust.ErrTooOld, text: "42 days ago"},
-		{name: "without a build time", change: age(30), bundles: [][]byte{prov, fits}, now: now, text: "does not say when"},
+			is: trust.ErrTooOld, text: "42 days ago", hint: "--max-age 15"},
+		{name: "too old for 14 days", change: age(14), bundles: [][]byte{finished("2026-05-12T00:00:00Z", ""), fits},
+			now: now, is: trust.ErrTooOld, text: "20 days ago", hint: "--max-age 7"},
+		{name: "too old for a day", change: age(1), bundles: [][]byte{finished("2026-05-30T00:00:00Z", ""), fits},
+			now: now, is: trust.ErrTooOld, hint: "--max-age 1"},
+		{name: "too old for a year", change: age(365), bundles: [][]byte{finished("2025-01-01T00:00:00Z", ""), fits},
+			now: now, is: trust.ErrTooOld, hint: "--max-age 30"},
+		{name: "without a build time", change: age(30), bundles: [][]byte{prov, fits}, now: now, text: "does not say when",
+			hint: "--max-age 15"},
 		{name: "old, and accepted before", change: age(30), bundles: [][]byte{finished("2026-04-20T00:00:00Z", ""), fits}},
 		{name: "inputs of COS's bucket", change: sources,
 			bundles: [][]byte{finished("", "gs://cos-tools/1/lakitu/kernel-headers.tgz"), fits}},
@@ -184,6 +192,9 @@ func TestRules(t *testing.T) {
 			}
 			if err != nil && fault.Of(err) == fault.Internal {
 				t.Errorf("Verify = %v of no kind", err)
+			}
+			if !strings.HasSuffix(fault.Hint(err), row.hint) {
+				t.Errorf("hint %q; want %q", fault.Hint(err), row.hint)
 			}
 			_, findings, xerr := v.Explain(row.bundles, e)
 			if (xerr == nil) != (err == nil) || err != nil && xerr.Error() != err.Error() {

@@ -75,6 +75,8 @@ func TestCacheHiddenHeader(t *testing.T) {
 			"6 tests, 6 remembered; 3 files, 2 reused"},
 		{"beside the source", `#include "common.h"`, map[string]string{"nvidia/common.h": "#define COMMON 2\n"},
 			"6 tests, 6 remembered; 3 files, 1 reused"},
+		{"in a folder named as one of the kernel's headers", `#include "common.h"`,
+			map[string]string{"nvidia/linux/other.h": ""}, "6 tests, 6 remembered; 3 files"},
 		{"asked for", "#if __has_include(\"more.h\")\n#define COMMON 2\n#else\n#include \"common.h\"\n#endif",
 			map[string]string{"nvidia/more.h": ""}, "6 tests, 6 remembered; 3 files, 1 reused"},
 	}

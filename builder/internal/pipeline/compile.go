@@ -46,7 +46,16 @@ type modules struct {
 
 // key returns the cache key of a product made from the signed modules and the given texts.
 func (m *modules) key(in *inputs, more ...string) string {
-	return in.stampedKey(slices.Concat(more, m.signedBy)...)
+	return in.stampedKey(slices.Concat(more, m.signedBy, m.sumList())...)
+}
+
+// sumList returns the checksums of the modules for cache keys. So a run that compiled again takes no product of other
+// modules.
+func (m *modules) sumList() (list []string) {
+	for _, name := range slices.Sorted(maps.Keys(m.sums)) {
+		list = append(list, name+" "+m.sums[name])
+	}
+	return list
 }
 
 // compile compiles the modules, or takes them from the cache.
@@ -65,9 +74,9 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	key, why := r.modulesKey(in), ""
 	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols,
 		in.pahole != "")
-	tree := key
-	if r.again {
-		tree = key.With("made again", r.started.String())
+	tree, objects := key, r.products
+	if r.again { // the new provenance must be about files that this run compiled
+		tree, objects = key.With("made again", r.started.String()), nil
 	}
 	dir, cached, err := r.products.Tree(ctx, "modules", tree.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
@@ -103,7 +112,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Release: in.kernel.Kernel.Release, Driver: in.driver, Arch: in.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
 			Debug: r.cfg.DebugSymbols, BTF: in.kernel.BTF,
-			Cache: r.products, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest,
+			Cache: objects, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest,
 			SourceDigest: in.release.SourceDigest, HostDigest: in.host,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})

@@ -32,6 +32,7 @@ func TestKeyOfVerdict(t *testing.T) {
 		"flavour":                func(in *inputs, _ *modules, _ *boot) { in.driver.Flavour = target.Proprietary },
 		"host tools":             func(in *inputs, _ *modules, _ *boot) { in.host = "x" },
 		"BTF":                    func(in *inputs, _ *modules, _ *boot) { in.pahole = "x" },
+		"modules":                func(_ *inputs, m *modules, _ *boot) { m.sums = map[string]string{"nvidia": "x"} },
 		"signatures":             func(_ *inputs, m *modules, _ *boot) { m.signedBy = []string{"x"} },
 	} {
 		k := key(change)

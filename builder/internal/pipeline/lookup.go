@@ -35,6 +35,8 @@ type publication struct {
 type destination struct {
 	name string
 	repo *registry.Repository
+	// published is the digest to which the artifact's tag refers, or "".
+	published string
 }
 
 // close closes the buckets. The publication may be nil.
@@ -64,6 +66,9 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 	}
 	if note, err = r.findPublished(ctx, in, to); err != nil || to.found != nil {
 		return to, note, err
+	}
+	if err := r.chooseRecipe(ctx, in, to); err != nil {
+		return to, "", err
 	}
 	for _, p := range to.destinations {
 		if err := p.repo.CheckPush(ctx); err != nil {
@@ -126,7 +131,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 		if err != nil {
 			return err
 		}
-		to.destinations = append(to.destinations, destination{dest, repo})
+		to.destinations = append(to.destinations, destination{name: dest, repo: repo})
 	}
 	return nil
 }
@@ -135,21 +140,21 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 // findPublished sets to.found.
 func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
-	digest := ""
-	for _, p := range to.destinations {
-		have, ok, err := publish.Existing(ctx, p.repo, r.res.Tag)
-		if err != nil {
-			return "", err
-		}
-		if !ok || digest != "" && have != digest {
-			return "not published yet", nil
-		}
-		digest = have
-	}
-	if digest == "" {
+	if len(to.destinations) == 0 {
 		return "no destination to check", nil
 	}
-	found, reason, err := r.reuse(ctx, in, to, digest)
+	everywhere := true
+	for i := range to.destinations {
+		p := &to.destinations[i]
+		if p.published, _, err = publish.Existing(ctx, p.repo, r.res.Tag); err != nil {
+			return "", err
+		}
+		everywhere = everywhere && p.published != "" && p.published == to.destinations[0].published
+	}
+	if !everywhere {
+		return "not published yet", nil
+	}
+	found, reason, err := r.reuse(ctx, in, to, to.destinations[0].published)
 	switch {
 	case fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact):
 		fmt.Fprintf(r.log, "tag %s exists, but this build cannot reuse its artifact: %v\n", r.res.Tag, err)

@@ -1,6 +1,7 @@
 package pipeline
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -39,7 +40,8 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	error) {
 	cfg = cfg.withDefaults(req)
 	defer cfg.Cache.Begin()()
-	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
+	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products,
+		recipe: cmp.Or(req.PackRecipe, bundle.PackRecipe)}
 	in, err := phase(r, "source", func() (*inputs, string, error) { return r.source(ctx) })
 	if err != nil {
 		return nil, err
@@ -63,8 +65,9 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 }
 
 // Recipes returns the recipe of each step that decides the bytes of an artifact, by the step's name. A recipe is the
-// version of the step's code. A builder with the same recipes can make the same artifact again.
+// version of the step's code. A builder with the same recipes can make the same artifact again. It can also pack with
+// the earlier recipes in [bundle.PackRecipes].
 func Recipes() map[string]string {
-	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
-		"image": bundle.ImageRecipe, "stamp": modcheck.Recipe}
+	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, FactPack: bundle.PackRecipe,
+		factImage: bundle.ImageRecipe, "stamp": modcheck.Recipe}
 }

@@ -2,7 +2,6 @@ package pipeline
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"os"
@@ -84,11 +83,12 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes a signed copy of each module with the callback. The given list has everything that decides the
-// signatures, for the cache key.
+// signEach makes a signed copy of each module with the callback. The given list has everything besides the modules that
+// decides the signatures, for the cache key.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
-	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
+	key := in.stampedKey(slices.Concat(by, m.sumList())...)
+	dir, cached, err := r.products.Tree(ctx, "signed", key, func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(m.files)) {
 			switch sum, err := hostfile.Sum(m.files[name]); {
@@ -121,15 +121,7 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 
 // moduleSignerOf returns who signed the modules, according to a provenance statement.
 func moduleSignerOf(st *trust.Statement) (moduleSigner, error) {
-	var p struct {
-		BuildDefinition struct {
-			InternalParameters map[string]string `json:"internalParameters"`
-		} `json:"buildDefinition"`
-	}
-	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return moduleSigner{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
-	}
-	facts := p.BuildDefinition.InternalParameters
+	facts, err := factsOf(st)
 	return moduleSigner{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures],
-		modules: facts[trust.FactGoogleModules]}, nil
+		modules: facts[trust.FactGoogleModules]}, err
 }

@@ -33,11 +33,12 @@ func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKin
 	return dir, err
 }
 
-// packLayer packs the content of a folder into a layer. The cache keeps the compressed layer.
-func (r *run) packLayer(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
-	err error) {
+// packLayer packs the content of a folder into a layer. The cache keeps the compressed layer. The recipe must be a part
+// of the key.
+func (r *run) packLayer(ctx context.Context, recipe string, kind bundle.LayerKind, src, key string) (layer bundle.Layer,
+	cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
-		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
+		layer, err := bundle.PackLayerAs(ctx, recipe, src, kind, filepath.Join(dir, "layer.tar.zst"))
 		if err != nil {
 			return err
 		}
@@ -72,24 +73,24 @@ type layer struct {
 }
 
 // driverLayer packs user space or firmware, which depend on the release only.
-func (r *run) driverLayer(ctx context.Context, in *inputs, kind bundle.LayerKind) (l layer) {
+func (r *run) driverLayer(ctx context.Context, in *inputs, recipe string, kind bundle.LayerKind) (l layer) {
 	src, err := r.stagedFolder(ctx, in, kind)
 	if err != nil {
 		return layer{err: err}
 	}
-	key := bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + in.release.Digest[len("sha256:"):]
-	l.Layer, l.cached, l.err = r.packLayer(ctx, kind, src, key)
+	key := recipe + "-" + nvsrc.StageRecipe + "-" + in.release.Digest[len("sha256:"):]
+	l.Layer, l.cached, l.err = r.packLayer(ctx, recipe, kind, src, key)
 	return l
 }
 
 // moduleLayer packs the modules.
-func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer) {
+func (r *run) moduleLayer(ctx context.Context, in *inputs, recipe string, m *modules) (l layer) {
 	src, cleanup, err := r.modulesFolder(m)
 	if err != nil {
 		return layer{err: err}
 	}
 	defer func() { _ = cleanup() }() // a failure is ignored: the next Open of the cache removes the folder
-	l.Layer, l.cached, l.err = r.packLayer(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
+	l.Layer, l.cached, l.err = r.packLayer(ctx, recipe, bundle.LayerModules, src, m.key(in, recipe))
 	return l
 }
 
@@ -103,10 +104,11 @@ type earlyLayers struct {
 func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 	a := &earlyLayers{layers: map[bundle.LayerKind]layer{}}
 	ctx, a.stop = context.WithCancel(ctx)
+	recipe := r.recipe
 	a.group.Go(func() {
 		for _, kind := range bundle.LayerKinds() {
 			if kind != bundle.LayerModules {
-				a.layers[kind] = r.driverLayer(ctx, in, kind)
+				a.layers[kind] = r.driverLayer(ctx, in, recipe, kind)
 			}
 		}
 	})
@@ -132,18 +134,50 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack returns the three layers of the artifact. It packs the modules, and the layers that were not packed early.
-func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
+// pack returns the three layers of the artifact. If r.wanted is set, it tries all recipes until the artifact has this
+// digest. If none gives the digest, it packs by the newest.
+func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (layers []bundle.Layer, note string,
 	err error) {
+	recipes := []string{r.recipe}
+	if r.wanted != "" {
+		recipes = append(bundle.PackRecipes(), bundle.PackRecipe)
+	}
+	for _, r.recipe = range recipes {
+		if layers, note, err = r.packAll(ctx, in, r.recipe, m, early); err != nil {
+			return nil, "", err
+		}
+		early = nil // they are by the first recipe
+		img, err := bundle.Image(m.identity, layers)
+		if err != nil {
+			return nil, "", err
+		}
+		digest, err := img.Digest()
+		if err != nil {
+			return nil, "", err
+		}
+		if digest.String() == r.wanted {
+			break
+		}
+	}
+	if r.recipe != bundle.PackRecipe {
+		note += ", packed as published: " + r.recipe
+	}
+	r.res.Layers = layers
+	return layers, note, nil
+}
+
+// packAll packs the modules, and the layers that were not packed early.
+func (r *run) packAll(ctx context.Context, in *inputs, recipe string, m *modules,
+	early *earlyLayers) (layers []bundle.Layer, note string, err error) {
 	reused := 0
 	for _, kind := range bundle.LayerKinds() {
 		var l layer
 		if kind == bundle.LayerModules {
-			l = r.moduleLayer(ctx, in, m)
+			l = r.moduleLayer(ctx, in, recipe, m)
 		} else if known, ok := early.take(kind); ok {
 			l = known
 		} else {
-			l = r.driverLayer(ctx, in, kind)
+			l = r.driverLayer(ctx, in, recipe, kind)
 		}
 		if l.err != nil {
 			return nil, "", fmt.Errorf("%s layer: %w", kind, l.err)
@@ -151,18 +185,18 @@ func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLaye
 		if l.cached {
 			reused++
 		}
-		fmt.Fprintf(r.log, "%s layer %s, %d bytes\n", kind, l.Digest, l.Size)
-		r.res.Layers = append(r.res.Layers, l.Layer)
+		fmt.Fprintf(r.log, "%s layer %s, %d bytes, recipe %s\n", kind, l.Digest, l.Size, recipe)
+		layers = append(layers, l.Layer)
 	}
 	var size int64
-	for _, l := range r.res.Layers {
+	for _, l := range layers {
 		size += l.Size
 	}
 	note = fmt.Sprintf("3 layers, %.1f MB", float64(size)/1e6)
 	if reused > 0 {
 		note += fmt.Sprintf(", %d cached", reused)
 	}
-	return r.res.Layers, note, nil
+	return layers, note, nil
 }
 
 // modulesFolder copies the modules into a new folder, with their paths in the layer.

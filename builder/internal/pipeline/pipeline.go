@@ -121,6 +121,9 @@ type Request struct {
 	// BTF is a version of pahole; "" means no request for BTF. The modules get BTF as with Config.BTF. The build fails if
 	// this machine has another version of pahole.
 	BTF string
+	// PackRecipe is the recipe for the layers, see [bundle.PackLayerAs]. "" means the recipe of the published artifact; a
+	// new artifact gets [bundle.PackRecipe].
+	PackRecipe string
 }
 
 // Result is the outcome of a build.

@@ -6,13 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -45,6 +50,97 @@ func TestRenew(t *testing.T) {
 		!slices.Equal(phases(res), whole) {
 		t.Errorf("an old artifact: reused %v, digest %s, %d provenances; want %s made again, and two", res.Reused, res.Digest,
 			provenances(), first.Digest)
+	}
+}
+
+// A provenance by a wrong clock, with a time in the future, does not make an old artifact young for ever.
+func TestRenewWrongClock(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request("17800.0.9"))
+	signer, err := sign.LoadSigner(t.Context(), f.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement, err := sign.Provenance(first.Digest, sign.BuildFacts{Kernel: first.Kernel, Fingerprint: first.Fingerprint,
+		Driver: first.Driver, BuilderID: cfg.BuilderID, Started: time.Now(), Finished: time.Now().AddDate(50, 0, 0),
+		Facts: pipeline.Recipes()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sign.Bundle(t.Context(), signer, statement)
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := repo.Resolve(t.Context(), first.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, raw,
+		trust.OfType(trust.PredicateProvenance)); err != nil {
+		t.Fatal(err)
+	}
+	cfg.RebuildAfter = time.Nanosecond
+	res, log, err := build(t, cfg, request("17800.0.9"))
+	if err != nil || !slices.ContainsFunc(res.Phases, func(p timeline.Phase) bool {
+		return p.Name == "look up" && strings.Contains(p.Note, "because of its age")
+	}) {
+		t.Errorf("Run = %v, phases %+v; want it built again because of its age\n%s", err, res.Phases, log)
+	}
+}
+
+// A run that builds again publishes only bytes that it made itself: no product of other modules comes from the cache.
+func TestRenewOtherBytes(t *testing.T) {
+	t.Parallel()
+	for _, signed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("signed modules %t", signed), func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			files := driverFiles()
+			files["kernel-open/Makefile"] = "modules:\n" + // each compile gives other bytes
+				"\t" + `@echo "const char salt[] = \"$$(date +%N)\";" >>nv.c` + "\n" +
+				"\t@$(CC) -c nv.c -o nvidia.ko\n"
+			f.driver(t, files)
+			cfg := f.config(t, emptyCache(t))
+			if signed {
+				tree := headerFiles()
+				tree[headers+".config"] += "CONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n"
+				f.kernel(t, "17800.0.9", tree)
+				cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
+			}
+			first := must(t, cfg, request("17800.0.9"))
+			cfg.RebuildAfter = time.Nanosecond
+			res, log, err := build(t, cfg, request("17800.0.9"))
+			if !fault.Is(err, fault.PublishRefused) || res.Digest == first.Digest {
+				t.Errorf("Run = %v, digest %s; want another digest than %s refused\n%s", err, res.Digest, first.Digest, log)
+			}
+		})
+	}
+}
+
+// A run that builds again does not take compiled objects from the cache.
+func TestRenewWithoutObjects(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	usesObjects := func(after time.Duration) bool {
+		t.Helper()
+		cfg := f.config(t, emptyCache(t))
+		cfg.RebuildAfter = after
+		must(t, cfg, request("17800.0.9"))
+		// Package compile keeps a fact about the headers wherever it may keep objects.
+		kept, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "facts", "header-view-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(kept) > 0
+	}
+	if first, again := usesObjects(0), usesObjects(time.Nanosecond); !first || again {
+		t.Errorf("the first build uses objects: %t, and a build because of age: %t; want true, false", first, again)
 	}
 }
 

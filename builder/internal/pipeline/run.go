@@ -1,6 +1,7 @@
 package pipeline
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -27,6 +28,9 @@ type run struct {
 	products *cas.Cache
 	// again is true if the published artifact is older than Config.RebuildAfter. Then cached modules are not enough.
 	again bool
+	// recipe is the recipe for the layers. If the recipe of the published artifact is not certain, wanted is the
+	// artifact's digest. Then pack tries all recipes.
+	recipe, wanted string
 }
 
 // Run makes one cell. The log gets the whole output of all tools. After an error, the Result has everything up to the
@@ -36,7 +40,8 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
-	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache}
+	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache,
+		recipe: cmp.Or(req.PackRecipe, bundle.PackRecipe)}
 	defer cfg.Cache.Begin()() // the cache keeps everything that this build uses until the build ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {

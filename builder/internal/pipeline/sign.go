@@ -77,7 +77,7 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 func (r *run) statements(in *inputs, to *publication, m *modules, tested testOutcome, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()
-	facts["builder"], facts["vermagic"] = r.cfg.Version, m.identity.Vermagic
+	facts[FactPack], facts[factBuilder], facts["vermagic"] = r.recipe, r.cfg.Version, m.identity.Vermagic
 	if name, value, ok := m.signer.fact(); ok {
 		facts[name] = value
 	}

@@ -59,7 +59,8 @@ func (r *run) publishSymbols(ctx context.Context, to *publication, m *modules, a
 	defer func() { err = errors.Join(err, cleanup()) }()
 	for _, p := range to.destinations {
 		d, existed, err := symbols.Publish(ctx, p.repo, a.digest, symbols.Set{
-			Identity: a.identity, Debug: debug, Published: m.files, Signer: to.signer, Verifier: to.verifier, Scratch: scratch,
+			Identity: a.identity, Debug: debug, Published: m.files, Recipe: r.recipe, Signer: to.signer, Verifier: to.verifier,
+			Scratch: scratch,
 		})
 		if err != nil {
 			return err

@@ -117,6 +117,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google,
 		GoogleModules: p.recipes[trust.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
+		PackRecipe: p.recipes[pipeline.FactPack],
 	})
 	if err != nil {
 		return nil, fmt.Errorf("build the artifact again: %w", err)
@@ -237,10 +238,10 @@ func (c Config) verify(ctx context.Context, digest string, content bundle.Conten
 	})
 }
 
-// checkRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
-// Then a difference proves nothing.
+// checkRecipes returns an error if the published build had other recipes than this builder has (see [recipes]). Then a
+// difference proves nothing.
 func checkRecipes(theirs map[string]string) error {
-	ours := pipeline.Recipes()
+	ours := recipes(theirs)
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
@@ -249,6 +250,16 @@ func checkRecipes(theirs map[string]string) error {
 		}
 	}
 	return nil
+}
+
+// recipes returns the recipes by which this builder makes an artifact again whose provenance has the given recipes. It
+// packs the layers by theirs if it knows it.
+func recipes(theirs map[string]string) map[string]string {
+	ours := pipeline.Recipes()
+	if slices.Contains(bundle.PackRecipes(), theirs[pipeline.FactPack]) {
+		ours[pipeline.FactPack] = theirs[pipeline.FactPack]
+	}
+	return ours
 }
 
 // checkInputs returns an error if this build was made from other inputs than those in the provenance.
@@ -274,7 +285,7 @@ func checkInputs(want []trust.Material, made *pipeline.Made) error {
 
 func (c Config) attest(ctx context.Context, digest string, p *provenance) (string, error) {
 	statement, err := sign.Reproduced(digest, p.Built,
-		sign.ReproducedFacts{By: c.By, Builder: p.BuilderID, Recipes: pipeline.Recipes()})
+		sign.ReproducedFacts{By: c.By, Builder: p.BuilderID, Recipes: recipes(p.recipes)})
 	if err != nil {
 		return "", err
 	}

@@ -100,13 +100,13 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 }
 
 // rebuild returns a function for Config.Make that returns the given image. It checks that the request is for the
-// sample's cell.
+// sample's cell, packed by the newest recipe.
 func rebuild(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
 		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board,
-			Driver: target.Wish(driver.Version), Flavour: driver.Flavour, GoogleSignatures: pipeline.GoogleOff},
-			req); diff != "" {
+			Driver: target.Wish(driver.Version), Flavour: driver.Flavour, GoogleSignatures: pipeline.GoogleOff,
+			PackRecipe: bundle.PackRecipe}, req); diff != "" {
 			return nil, fault.Errorf(fault.Internal, "asked for another cell (-want +got):\n%s", diff)
 		}
 		return &pipeline.Made{Kernel: want.Kernel, Driver: driver, Identity: want.Identity, Layers: layers, Image: image,
@@ -230,6 +230,46 @@ func TestGoogle(t *testing.T) {
 		if diff := cmp.Diff(want, asked); diff != "" {
 			t.Errorf("%s: asked for (-want +got):\n%s", fact, diff)
 		}
+	}
+}
+
+// An artifact of an earlier builder is packed by that builder's recipe. A recipe that this builder does not know is
+// refused.
+func TestPackRecipe(t *testing.T) {
+	t.Parallel()
+	s, old := sample(t, ""), bundle.PackRecipes()[1]
+	with := facts()
+	with[pipeline.FactPack] = old
+	f := newFarm(t, s, with)
+	asked := ""
+	f.cfg.Attest = f.second
+	f.cfg.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
+		asked, req.PackRecipe = req.PackRecipe, bundle.PackRecipe
+		return rebuild(s, s.Image, s.Layers, materials)(ctx, req)
+	}
+	report, err := reproduce.Run(t.Context(), f.cfg)
+	if err != nil || !report.Identical || asked != old {
+		t.Fatalf("Run = %+v, %v; asked for recipe %q; want identical, by %s", report, err, asked, old)
+	}
+	attached, err := f.cfg.Repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifier, err := f.second.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := verifier.Statements(attached, s.Digest, trust.PredicateReproduced)
+	if len(said) != 1 || !strings.Contains(string(said[0].Predicate), `"`+old+`"`) {
+		t.Errorf("%d statements of the second party; want one with recipe %s", len(said), old)
+	}
+
+	with[pipeline.FactPack] = "tar-zstd-9"
+	f = newFarm(t, s, with)
+	f.cfg.Make = rebuild(s, s.Image, s.Layers, materials)
+	if _, err := reproduce.Run(t.Context(), f.cfg); !fault.Is(err, fault.Unsupported) ||
+		!strings.Contains(err.Error(), "tar-zstd-9") {
+		t.Errorf("Run with an unknown recipe = %v; want unsupported", err)
 	}
 }
 

@@ -5,6 +5,7 @@
 package symbols
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -54,6 +55,8 @@ type Set struct {
 	// Debug and Published map module names to files. Debug has files with debug information, and Published has the
 	// artifact's modules. Both files of a module must have the same build id.
 	Debug, Published map[string]string
+	// Recipe is the recipe for the layer, see [bundle.PackLayerAs]. "" means [bundle.PackRecipe].
+	Recipe string
 	// Signer signs the statement about the symbols.
 	Signer *sign.Signer
 	// Verifier verifies attached statements. If nil, only Signer's key is trusted.
@@ -201,7 +204,8 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 			return bundle.Layer{}, nil, fault.TempDisk(err)
 		}
 	}
-	layer, err := bundle.PackLayer(ctx, tree, bundle.LayerUserspace, filepath.Join(dir, "layer.tar.zst"))
+	layer, err := bundle.PackLayerAs(ctx, cmp.Or(s.Recipe, bundle.PackRecipe), tree, bundle.LayerUserspace,
+		filepath.Join(dir, "layer.tar.zst"))
 	return layer, ids, err
 }
 

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,11 +17,13 @@ import (
 )
 
 // reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
-// the log, the outcome is still sent.
+// the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of an ended build for its
+// next start.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
+	path, full := w.logPath(build), false
 	err := retryUntilDone(ctx, func() error {
-		err := w.sendLog(ctx, build)
-		if fault.Is(err, fault.DiskFull) { // the outcome needs no space, and must not wait for a person
+		err := w.sendLog(ctx, build, path)
+		if full = fault.Is(err, fault.DiskFull); full { // the outcome needs no space, and must not wait for a person
 			log.WarnContext(ctx, "log not stored", "err", err)
 			return nil
 		}
@@ -39,11 +42,19 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	if err != nil {
 		return fmt.Errorf("report the end of build %d: %w", build, err)
 	}
-	if err := w.dropLog(build); err != nil {
+	if full && update.State != api.Queued { // a queued build gets the log of its next attempt
+		err = os.Rename(path, path+keptSuffix)
+	} else {
+		err = dropLog(path)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.WarnContext(ctx, "log not removed", "err", err)
 	}
 	return nil
 }
+
+// keptSuffix ends the name of a log whose build has ended, but which the server has not stored yet.
+const keptSuffix = ".kept"
 
 // mayPass reports whether a later request may succeed. An internal error of the server counts, because the build did
 // not cause it.
@@ -69,8 +80,8 @@ func retryUntilDone(ctx context.Context, call func() error) error {
 }
 
 // sendLog sends a build's log, or only its last [api.MaxBuildLog] bytes.
-func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
-	f, err := os.Open(w.logPath(build))
+func (w *worker) sendLog(ctx context.Context, build int64, path string) (err error) {
+	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // the disk was full before the log was created
 	}
@@ -91,34 +102,35 @@ func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 	return nil
 }
 
-func (w *worker) dropLog(build int64) error {
-	if err := os.Remove(w.logPath(build)); err != nil && !errors.Is(err, os.ErrNotExist) {
+func dropLog(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove the log: %w", err)
 	}
 	return nil
 }
 
-// sendPendingLogs sends the logs of builds that were running when this worker was killed. If a build killed its worker,
-// the end of its log shows why.
+// sendPendingLogs sends the logs of builds that were running when this worker was killed, and those that were kept. If
+// a build killed its worker, the end of its log shows why.
 func (w *worker) sendPendingLogs(ctx context.Context) {
-	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
+	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log*"))
 	if err != nil {
 		w.Log.WarnContext(ctx, "old logs not found", "err", err)
 	}
 	for _, name := range left {
+		path, kept := strings.CutSuffix(name, keptSuffix)
 		var build int64
-		if _, err := fmt.Sscanf(filepath.Base(name), "build-%d.log", &build); err != nil {
+		if _, err := fmt.Sscanf(filepath.Base(path), "build-%d.log", &build); err != nil || path != w.logPath(build) {
 			continue // the file is not a log of this package
 		}
 		b, err := w.Server.Build(ctx, build)
 		// If another worker has had the build since then, the server must keep that worker's log.
-		if err == nil && b.State == api.Building && b.Worker == w.ID {
-			err = w.sendLog(ctx, build)
+		if err == nil && b.Worker == w.ID && (b.State == api.Building || kept) {
+			err = w.sendLog(ctx, build, name)
 		}
 		// With another token, the server may accept the log at the next start.
 		keep := err != nil && (mayPass(err) || fault.Is(err, fault.Unauthorized) || fault.Is(err, fault.Forbidden))
 		if !keep {
-			err = errors.Join(err, w.dropLog(build))
+			err = errors.Join(err, dropLog(name))
 		}
 		if err != nil {
 			w.Log.WarnContext(ctx, "old log not sent", "build", build, "err", err)

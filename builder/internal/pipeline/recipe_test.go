@@ -1,0 +1,221 @@
+package pipeline_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/symbols"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// newOldFarm returns a farm whose registry and bucket have the artifact of an earlier builder, with the first recipe
+// for layers. A second COS build has the same fingerprint and a boot image.
+func newOldFarm(t *testing.T) (f *farm, cfg pipeline.Config, folder string, first *pipeline.Result) {
+	t.Helper()
+	f = newFarm(t)
+	tree := headerFiles()
+	tree[headers+"Module.symvers"] += "0x00000000\tdrm_open\tdrivers/gpu/drm/drm\tEXPORT_SYMBOL\t\n"
+	f.kernel(t, "17800.0.9", tree)
+	f.kernel(t, "17800.1.9", tree)
+	var boot bytes.Buffer
+	tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
+	f.putChecked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
+	files := driverFiles()
+	// The load test ends before it boots, because the bucket lacks the module drm.
+	files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "depends=", "depends=drm", 1)
+	files["nvidia-smi*"] = strings.Repeat("ELF\n", 1<<16) // zstd writes the window into archives of more than 128 KiB
+	f.driver(t, files)
+	cfg = f.config(t, emptyCache(t))
+	cfg.GuestInit, cfg.NVMLProbe = "none", "none"
+	folder = "file://" + filepath.Join(t.TempDir(), "bucket")
+	cfg.Destinations = append(cfg.Destinations, folder)
+	old := request("17800.0.9")
+	old.PackRecipe = "tar-zstd-1"
+	first = must(t, cfg, old)
+	cfg.Destinations = cfg.Destinations[:1]
+
+	elsewhere := cfg
+	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "elsewhere")}
+	if newest := must(t, elsewhere, request("17800.0.9")); newest.Digest == first.Digest {
+		t.Fatalf("both recipes give %s, so this test proves nothing", newest.Digest)
+	}
+	return f, cfg, folder, first
+}
+
+// An artifact that an earlier builder packed gets the same bytes when it is made again. Its tag admits no others.
+func TestPackedAsPublished(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name   string
+		build  string
+		change func(t *testing.T, f *farm, cfg *pipeline.Config, folder string)
+	}{
+		{"a sibling with a boot image", "17800.1.9", func(*testing.T, *farm, *pipeline.Config, string) {}},
+		{"because of its age", "17800.0.9", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ string) {
+			cfg.RebuildAfter = time.Nanosecond
+		}},
+		{"with an empty cache", "17800.1.9", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ string) {
+			cfg.Cache = emptyCache(t)
+		}},
+		{"with another key", "17800.0.9", func(t *testing.T, f *farm, cfg *pipeline.Config, _ string) {
+			f.newKey(t)
+			cfg.Key = f.key
+		}},
+		{"also to a new destination", "17800.0.9", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ string) {
+			layout := "oci:" + filepath.Join(t.TempDir(), "layout")
+			cfg.Destinations = append([]string{layout}, cfg.Destinations...)
+		}},
+		{"in a bucket only", "17800.0.9", func(_ *testing.T, _ *farm, cfg *pipeline.Config, folder string) {
+			cfg.Destinations = []string{folder}
+		}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			f, cfg, folder, first := newOldFarm(t)
+			row.change(t, f, &cfg, folder)
+			res := must(t, cfg, request(row.build))
+			if res.Reused || res.Digest != first.Digest {
+				t.Errorf("made again: reused %v, %s; want %s", res.Reused, res.Digest, first.Digest)
+			}
+		})
+	}
+}
+
+// An artifact that is made again gets no second set of debug symbols.
+func TestSymbolsPackedAsPublished(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	files := driverFiles()
+	for i := range 4000 { // as in newOldFarm, the archive must have more than 128 KiB
+		files["kernel-open/nv.c"] += fmt.Sprintf("int symbol_%060d = 1;\n", i)
+	}
+	files["kernel-open/Makefile"] = "modules:\n" +
+		"\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -nostdlib -r -Wl,--build-id=sha1 nv.c -o nvidia.ko\n"
+	f.driver(t, files)
+	cfg := f.config(t, emptyCache(t))
+	cfg.DebugSymbols = true
+	old := request("17800.0.9")
+	old.PackRecipe = "tar-zstd-1"
+	first := must(t, cfg, old)
+	layer := func(destination, manifest string) string {
+		t.Helper()
+		repo, err := registry.Open(destination, registry.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := repo.Manifest(t.Context(), manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := symbols.ParseManifest(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.Digest.String()
+	}
+	elsewhere := cfg
+	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "elsewhere")}
+	newest := must(t, elsewhere, request("17800.0.9"))
+	if l := layer(f.repo, first.Symbols); l == layer(elsewhere.Destinations[0], newest.Symbols) {
+		t.Errorf("the symbols have the layer %s with both recipes; want them packed by the artifact's", l)
+	}
+	cfg.RebuildAfter = time.Nanosecond
+	res := must(t, cfg, request("17800.0.9"))
+	if res.Reused || res.Symbols == "" || res.Symbols != first.Symbols {
+		t.Errorf("made again: reused %v, symbols %q; want %s", res.Reused, res.Symbols, first.Symbols)
+	}
+}
+
+// Each provenance says which recipe gives its artifact, so that a second party can reproduce it.
+func TestPackedAsPublishedSaysSo(t *testing.T) {
+	t.Parallel()
+	f, cfg, _, first := newOldFarm(t)
+	cfg.RebuildAfter = time.Nanosecond
+	must(t, cfg, request("17800.0.9"))
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	attached, err := repo.Attached(t.Context(), first.Digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	statements := f.verifier(t).Statements(attached, first.Digest, trust.PredicateProvenance)
+	for _, st := range statements {
+		if !strings.Contains(string(st.Predicate), `"tar-zstd-1"`) {
+			t.Errorf("a provenance is %s; want it to say tar-zstd-1", st.Predicate)
+		}
+	}
+	if len(statements) != 2 {
+		t.Errorf("%d provenances; want two", len(statements))
+	}
+}
+
+// If this builder cannot make the published artifact again, the build ends before the compile.
+func TestUnknownRecipe(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	made, err := pipeline.Make(t.Context(), cfg, request("17800.0.9"), emptyCache(t), io.Discard, &timeline.Run{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := made.Image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := sign.LoadSigner(t.Context(), f.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for step, recipe := range map[string]string{"pack": "tar-zstd-9", "image": "image-9"} {
+		facts := pipeline.Recipes()
+		facts[step], facts["builder"] = recipe, "v7.7"
+		statement, err := sign.Provenance(digest.String(), sign.BuildFacts{Kernel: made.Kernel,
+			Fingerprint: made.Fingerprint, Driver: made.Driver, Materials: made.Materials, BuilderID: "https://example.com/b",
+			Started: time.Now(), Finished: time.Now(), Facts: facts})
+		if err != nil {
+			t.Fatal(err)
+		}
+		provenance, err := sign.Bundle(t.Context(), signer, statement)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Destinations = []string{testkit.Registry(t, true) + "/prebake/" + step}
+		repo, err := registry.Open(cfg.Destinations[0], registry.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := publish.Publish(t.Context(), repo, publish.Artifact{Image: made.Image, Identity: made.Identity,
+			Kernel: made.Kernel, Bundles: [][]byte{provenance}}); err != nil {
+			t.Fatal(err)
+		}
+		if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+			t.Errorf("%s: %+v; want the artifact reused, as nothing is packed", recipe, res)
+		}
+		again := cfg
+		again.RebuildAfter = time.Nanosecond
+		res, _, err := build(t, again, request("17800.0.9"))
+		if diff := cmp.Diff(whole[:2], phases(res)); diff != "" || !fault.Is(err, fault.PublishRefused) ||
+			!strings.Contains(err.Error(), recipe) || !strings.Contains(fault.Hint(err), "v7.7") {
+			t.Errorf("%s: %v (hint %q); want it refused, with the builder's version; phases (-want +got):\n%s", recipe, err,
+				fault.Hint(err), diff)
+		}
+	}
+}
