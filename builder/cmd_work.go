@@ -91,7 +91,8 @@ func checkMaxAge(cmd *ucli.Command) error {
 	}
 	return cli.About(fault.New(fault.Usage,
 		"--max-age renews almost nothing with --queue, because the server queues no published cell",
-		fmt.Sprintf("leave it out, and run by a timer: builder build --wish FILE --max-age %d", cmd.Int("max-age"))), "max-age")
+		fmt.Sprintf("leave it out, and run by a timer: builder build --wish FILE --max-age %d", cmd.Int("max-age"))),
+		"max-age")
 }
 
 // serverURL returns the URL of the server from which work takes builds.
