@@ -248,7 +248,8 @@ func (k daemon) stay(ctx context.Context) error {
 				case ok && (!ready || v.NotLoaded()):
 					k.reportFailure(v, err)
 					ready = false
-				case !ok && !ready && v.State == gpucheck.Ready: // so an earlier process found, and this one could not check
+				// An earlier process found the driver ready, and this one could not check it.
+				case !ok && !ready && v.State == gpucheck.Ready && !fault.Is(err, fault.Busy):
 					v.State = gpucheck.Loaded
 					k.reportFailure(v, err)
 				}

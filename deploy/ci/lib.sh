@@ -12,7 +12,7 @@
 # docs/reference/exit-codes.md lists.
 
 # The exit statuses to which the scripts react.
-usage=2 no_artifact=3 transient=10 pending=16
+usage=2 no_artifact=3 transient=10 pending=16 web_page=17
 
 # refuse TEXT HINT prints an error with its hint, and ends the script with the status usage.
 refuse() {
@@ -31,15 +31,15 @@ prebake() {
   fi
 }
 
-# with_retries runs prebake. While the exit status is transient, which means that the failure
-# may pass, it runs prebake again, up to five times in all. It returns the status of the last
-# run.
+# with_retries runs prebake. While the exit status is transient or web_page, which means that
+# the failure may pass, it runs prebake again, up to five times in all. It returns the status
+# of the last run.
 with_retries() {
   local status try
   for try in 1 2 3 4 5; do
     status=0
     prebake "$@" || status=$?
-    ((status == transient && try < 5)) || return "$status"
+    (((status == transient || status == web_page) && try < 5)) || return "$status"
     sleep "${PREBAKE_PAUSE:-15}"
   done
 }

@@ -74,7 +74,8 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 type owedStatement struct{ by, digest string }
 
 // owedBy returns the statements that a repository owes after an error. It trusts the labels: who attaches a refusal
-// labels it as a test result, and a repository that lies can as well leave the refusal out of its list.
+// labels it so, and a repository that lies can as well leave the refusal out of its list. A passed load test refuses
+// nothing.
 func owedBy(ref string, err error) (owed []owedStatement) {
 	var failed interface {
 		Unread() []v1.Descriptor
@@ -87,7 +88,9 @@ func owedBy(ref string, err error) (owed []owedStatement) {
 		owed = append(owed, owedStatement{by: ref})
 	}
 	for _, d := range failed.Unread() {
-		if label, ok := d.Annotations[trust.LabelPredicate]; !ok || label == trust.PredicateTestResult {
+		predicate, ok := d.Annotations[trust.LabelPredicate]
+		verdict, tested := d.Annotations[trust.LabelVerdict]
+		if !ok || predicate == trust.PredicateTestResult && (!tested || verdict == trust.VerdictRejected) {
 			owed = append(owed, owedStatement{ref, d.Digest.String()})
 		}
 	}

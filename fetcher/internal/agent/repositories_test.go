@@ -169,6 +169,12 @@ func (w withoutProvenance) AttachedIf(ctx context.Context, digest, artifactType 
 // reject attaches the statement that the driver failed its load test.
 func reject(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell) {
 	t.Helper()
+	attachTest(t, ref, digest, key, c, false)
+}
+
+// attachTest attaches the result of a load test, which passed or rejects the driver.
+func attachTest(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell, passed bool) {
+	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -177,13 +183,13 @@ func reject(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rejected := key.Statement(t, digest, trust.PredicateTestResult, trust.TestResult{
-		Result: "FAILED",
-		LoadTest: trust.LoadTest{
-			Verdict: trust.VerdictRejected, Reason: "unknown symbol", Kernel: c.Kernel, Fingerprint: c.Fingerprint,
-		},
-	})
-	if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, rejected, nil); err != nil {
+	r := trust.TestResult{Result: "FAILED", LoadTest: trust.LoadTest{
+		Verdict: trust.VerdictRejected, Reason: "unknown symbol", Kernel: c.Kernel, Fingerprint: c.Fingerprint}}
+	if passed {
+		r.Result, r.LoadTest.Verdict, r.LoadTest.Reason = "PASSED", trust.VerdictLoaded, ""
+	}
+	statement := key.Statement(t, digest, trust.PredicateTestResult, r)
+	if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, statement, nil); err != nil {
 		t.Fatal(err)
 	}
 }

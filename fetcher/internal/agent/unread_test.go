@@ -84,11 +84,12 @@ func attachmentsOf(t *testing.T, ref, digest, predicate string, v *trust.Verifie
 		if raw, err = repo.Small(t.Context(), m.Layers[0]); err != nil {
 			t.Fatal(err)
 		}
-		if st, err := v.Statement(raw); err != nil || st.PredicateType != predicate {
+		st, err := v.Statement(raw)
+		if err != nil || st.PredicateType != predicate {
 			continue
 		}
 		if d.Annotations = nil; labels {
-			d.Annotations = trust.OfType(predicate)
+			d.Annotations = trust.Labels(st)
 		}
 		all = append(all, d)
 	}
@@ -104,22 +105,27 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 	const rejected, installed = "rejected in the load test", ""
 	rows := []struct {
 		name          string
-		named, mirror bool // whether the repository has the refusal
+		named, mirror bool // whether the repository has the result of a load test
 		reads         int
 		predicate     string // of the statements that are listed and not read; "" means that there are none
 		unlabelled    bool
 		isCut         bool
 		want          string
+		passed        bool // the result of the load test refuses nothing
 	}{
-		{"the refusal was served", true, false, 99, "", false, false, rejected},
+		{"the refusal was served", true, false, 99, "", false, false, rejected, false},
 		{"the refusal was listed, and nobody has it", true, false, 0, trust.PredicateTestResult, false, false,
-			"and does not serve"},
-		{"the same without labels", true, false, 0, trust.PredicateTestResult, true, false, "and does not serve"},
-		{"the refusal was listed, and the mirror has it", true, true, 0, trust.PredicateTestResult, false, false, rejected},
-		{"the list ended in the middle", true, false, 0, "", false, true, "more statements than it lists"},
-		{"the list ended behind the refusal", true, false, 99, "", false, true, rejected},
-		{"only the provenance was not served", false, false, 0, trust.PredicateProvenance, false, false, installed},
-		{"nothing was listed", false, false, 0, "", false, false, installed},
+			"and does not serve", false},
+		{"the same without labels", true, false, 0, trust.PredicateTestResult, true, false, "and does not serve", false},
+		{"the refusal was listed, and the mirror has it", true, true, 0, trust.PredicateTestResult, false, false,
+			rejected, false},
+		{"the list ended in the middle", true, false, 0, "", false, true, "more statements than it lists", false},
+		{"the list ended behind the refusal", true, false, 99, "", false, true, rejected, false},
+		{"only the provenance was not served", false, false, 0, trust.PredicateProvenance, false, false,
+			installed, false},
+		{"only a passed load test was not served", true, false, 0, trust.PredicateTestResult, false, false,
+			installed, true},
+		{"nothing was listed", false, false, 0, "", false, false, installed, false},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -127,7 +133,7 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 			named, mirror := layout(t), layout(t)
 			p := sample.Publish(t, named, key, c)
 			if row.named {
-				reject(t, named, p.Digest, key, c)
+				attachTest(t, named, p.Digest, key, c, row.passed)
 			}
 			if !row.mirror {
 				sample.Publish(t, mirror, key, c)

@@ -53,7 +53,7 @@ func (a *Agent) newXids() []string {
 // clearXids clears the errors of GPUs that were reset, as NVML's answers show. Drivers without Xid 154 do not report a
 // reset. A GPU that never failed in NVML keeps its error, because many fatal errors leave NVML's answers as they are.
 func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpucheck.NVML) {
-	if nvml.Version == "" { // NVML as a whole does not answer, which says nothing about a GPU
+	if nvml.Version == "" || nvml.Error != "" { // NVML as a whole does not answer, which says nothing about a GPU
 		return
 	}
 	var rest, cleared []string

@@ -63,6 +63,7 @@ func TestXidOutlivesProgram(t *testing.T) {
 type repairable struct {
 	probe
 	broken *atomic.Bool
+	silent *atomic.Bool // NVML counts no GPUs
 }
 
 func (p repairable) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -71,6 +72,9 @@ func (p repairable) Probe(ctx context.Context, library string, persist bool) (gp
 		nvml.Devices[0].PCIBusID = "00000000:00:04.0"
 		if p.broken.Load() {
 			nvml.Devices[0].Error = "open GPU 0: GPU is lost"
+		}
+		if p.silent.Load() {
+			nvml.Devices, nvml.Error = nil, "count GPUs: Unknown Error"
 		}
 	}
 	return nvml, err
@@ -82,7 +86,7 @@ func (p repairable) Probe(ctx context.Context, library string, persist bool) (gp
 func TestXidOfResetGPU(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
-	gpu := repairable{probe{n.root, 1}, &atomic.Bool{}}
+	gpu := repairable{probe{n.root, 1}, &atomic.Bool{}, &atomic.Bool{}}
 	n.parts.Probe = gpu
 	n.kernel.log = []string{"<6>[    1.000000] the kernel boots"}
 	n.answer(ref, p.Digest, c.Driver)
@@ -96,7 +100,7 @@ func TestXidOfResetGPU(t *testing.T) {
 		n.kernel.log = append(n.kernel.log, line)
 	}
 	// The steps are numbers of checks. The GPU breaks twice, because an error during the count begins it anew.
-	const fatal, breaks, reset, again, breaksAgain, resetAgain, end = 2, 12, 14, 17, 20, 22, 40
+	const fatal, silent, counts, breaks, reset, again, breaksAgain, resetAgain, end = 2, 4, 5, 12, 14, 17, 20, 22, 40
 	var seen []string
 	back := 0 // the first check after the last reset that found the driver ready
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -109,6 +113,8 @@ func TestXidOfResetGPU(t *testing.T) {
 		switch looks++; looks {
 		case fatal:
 			says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus.")
+		case silent, counts: // NVML as a whole fails, which says nothing about the GPU
+			gpu.silent.Store(looks == silent)
 		case breaks, breaksAgain:
 			gpu.broken.Store(true)
 		case reset, resetAgain:
@@ -127,7 +133,8 @@ func TestXidOfResetGPU(t *testing.T) {
 	}
 	marked := "unusable the driver reports Xid 79 of GPU 0000:00:04: GPU has fallen off the bus."
 	lost := "unusable 0 of 1 GPUs usable: 0000:00:04.0: open GPU 0: GPU is lost"
-	want := []string{"ready ", marked, lost, marked, lost, marked,
+	unlisted := "unusable 0 of 1 GPUs usable: 0000:00:04.0 is not listed"
+	want := []string{"ready ", marked, unlisted, marked, lost, marked, lost, marked,
 		"ready NVML lists the GPU as healthy again in 5 checks, so this no longer counts: Xid 79 of GPU 0000:00:04: GPU " +
 			"has fallen off the bus."}
 	if diff := cmp.Diff(want, seen); diff != "" {

@@ -26,13 +26,22 @@ type Attachments interface {
 
 // Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
 // do not verify, because anybody who may write to the registry may attach one. If the artifact's repository fails, the
-// Lister reads the statements from the others.
+// Lister reads the statements from the others. Another repository without a list is believed only if it has a kernel
+// match, which the builder attaches after the list.
 func Signed(v statements, open func(repository string) (Attachments, error), others ...string) Lister {
 	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
 		var lists []*gpulist.List
+		hasMatch := false // whether the present repository has a kernel match
 		useful := func(raw []byte) string {
 			st, err := v.Statement(raw)
-			if err != nil || st.PredicateType != gpulist.PredicateType || !st.About(digest) {
+			if err != nil || !st.About(digest) {
+				return ""
+			}
+			if st.PredicateType == trust.PredicateKernelMatch {
+				hasMatch = true
+				return st.PredicateType
+			}
+			if st.PredicateType != gpulist.PredicateType {
 				return ""
 			}
 			l, err := gpulist.ParsePredicate(st.Predicate)
@@ -44,11 +53,13 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 		}
 		unread := false // whether a repository failed that may have a list
 		read := func(ref string) error {
+			hasMatch = false
 			repo, err := open(ref)
 			if err == nil {
-				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
+				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType),
+					trust.OfType(trust.PredicateKernelMatch))
 			}
-			if err == nil && unread && len(lists) == 0 {
+			if err == nil && unread && len(lists) == 0 && !hasMatch {
 				return fault.New(fault.NoArtifact, "no list of supported GPUs", "")
 			}
 			return err

@@ -231,6 +231,18 @@ func TestSignedElsewhere(t *testing.T) {
 	if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "reg/x is away") {
 		t.Errorf("list = %v, %v; want transient, because only a mirror without the list responded", list, err)
 	}
+	// The builder attaches a kernel match after the list, so a mirror with a match and no list has all there is.
+	match := key.Statement(t, digest, trust.PredicateKernelMatch, map[string]string{"build": "1"})
+	whole := func(ref string) (resolve.Attachments, error) {
+		if ref == "reg/x" {
+			return open(ref)
+		}
+		return attached([][]byte{match}), nil
+	}
+	list, err = resolve.Signed(key.Verifier(t), whole, "mirror/x")(t.Context(), "reg/x", digest, d)
+	if err != nil || list != nil {
+		t.Errorf("list = %v, %v; want none, because the mirror has a kernel match", list, err)
+	}
 	lacks := func(ref string) (resolve.Attachments, error) {
 		if ref == "reg/x" {
 			return nil, fault.New(fault.NoArtifact, "no such artifact", "")
