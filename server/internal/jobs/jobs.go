@@ -145,7 +145,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 }
 
 // stalled reports whether the server or its database was stalled since the last sweep: this sweep came later than its
-// pause explains. If all sweeps are late, only every other one counts as stalled, because dead builders must be found.
+// pause explains. If all sweeps are late, only the first counts as stalled, because dead builders must be found.
 func (s *Sweeper) stalled(now time.Time) bool {
 	late := !s.read.IsZero() && now.Sub(s.read)-s.pause > deadAfter
 	stalled := late && !s.late

@@ -97,15 +97,16 @@ var anyDigest = regexp.MustCompile(`[0-9a-f]{128}|[0-9a-f]{64}`)
 // damaged manifests.
 func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damaged []string, err error) {
 	all = map[string]bool{}
+	read := map[string]bool{} // a manifest may be in several repositories
 	err = fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())
 		}
 		is := digest.NewDigestFromEncoded(algorithm(d.Name()), d.Name())
-		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || all[d.Name()] || is.Validate() != nil {
+		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || read[d.Name()] || is.Validate() != nil {
 			return nil
 		}
-		all[d.Name()] = true
+		all[d.Name()], read[d.Name()] = true, true
 		content, err := s.root.ReadFile(blobPath(d.Name()))
 		gone := errors.Is(err, fs.ErrNotExist)
 		if gone {

@@ -167,8 +167,8 @@ func (s *Store) dropUploads(now time.Time, age time.Duration) (n int, err error)
 			switch err = s.CancelUpload(u.Name()); {
 			case err == nil:
 				n++
-			case errors.Is(err, ociregistry.ErrBlobUploadInvalid):
-				err = nil // a request continues this upload
+			case errors.Is(err, ociregistry.ErrBlobUploadInvalid), errors.Is(err, ociregistry.ErrBlobUploadUnknown):
+				err = nil // a request continues this upload, or has ended it
 			}
 		}
 		errs = append(errs, err)
@@ -182,11 +182,11 @@ func (s *Store) needRoom() error {
 	if full == nil {
 		return nil
 	}
-	n, err := s.dropUploads(s.now(), uploadIdle)
-	if n == 0 {
+	_, err := s.dropUploads(s.now(), uploadIdle)
+	if full = s.checkFree(); full != nil { // another request may have made room
 		return errors.Join(full, err)
 	}
-	return s.checkFree()
+	return nil
 }
 
 // Close closes the folder.

@@ -3,11 +3,13 @@
 -- before: since the last published build.
 
 ALTER TABLE builds ADD COLUMN tries BIGINT NOT NULL DEFAULT 1;
-UPDATE builds SET tries = (
-    SELECT COUNT(*) FROM builds f WHERE f.build_id = builds.build_id AND f.board = builds.board
-    AND f.driver = builds.driver AND f.flavour = builds.flavour AND f.state = 'failed' AND f.id <= builds.id
-    AND NOT EXISTS (
-        SELECT 1 FROM builds s WHERE s.build_id = f.build_id AND s.board = f.board AND s.driver = f.driver
-        AND s.flavour = f.flavour AND s.state = 'published' AND s.id > f.id AND s.id < builds.id
-    )
-) WHERE state = 'failed';
+WITH numbered AS (
+    SELECT id, state, build_id, board, driver, flavour,
+        SUM(CASE WHEN state = 'published' THEN 1 ELSE 0 END)
+            OVER (PARTITION BY build_id, board, driver, flavour ORDER BY id) AS successes FROM builds
+), failures AS (
+    SELECT id, ROW_NUMBER()
+        OVER (PARTITION BY build_id, board, driver, flavour, successes ORDER BY id) AS tries
+    FROM numbered WHERE state = 'failed'
+)
+UPDATE builds SET tries = failures.tries FROM failures WHERE failures.id = builds.id;
