@@ -2,21 +2,15 @@ package ocistore_test
 
 import (
 	"errors"
-	"log/slog"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-
-	"github.com/prebake/prebake/server/internal/auth"
-	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
 // TestCollectBesideDamage checks that a damaged manifest does not end a collection. The blobs that it names are kept.
@@ -25,9 +19,7 @@ func TestCollectBesideDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(server.Close)
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	damaged, gone := image(t), image(t)
 	for name, img := range map[string]v1.Image{"a/x:1": damaged, "a/x:2": gone} {
 		if err := remote.Write(reference(t, host, name), img, options(t)...); err != nil {

@@ -2,18 +2,14 @@ package ocistore_test
 
 import (
 	"errors"
-	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
-	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -21,21 +17,11 @@ import (
 func TestForgetFails(t *testing.T) {
 	t.Parallel()
 	calls, trouble := 0, errors.New("the database is away")
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Forget: func(string, ociregistry.Digest) error {
+	s := openWith(t, t.TempDir(), ocistore.Options{Forget: func(string, ociregistry.Digest) error {
 		calls++
 		return trouble
 	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		server.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	img := image(t)
 	if err := remote.Write(reference(t, host, "a/x:1"), img, options(t)...); err != nil {
 		t.Fatal(err)
@@ -65,21 +51,11 @@ func TestForgetFails(t *testing.T) {
 func TestRefusedDeletionForgetsNothing(t *testing.T) {
 	t.Parallel()
 	dir, forgotten := t.TempDir(), 0
-	s, err := ocistore.Open(dir, ocistore.Options{Forget: func(string, ociregistry.Digest) error {
+	s := openWith(t, dir, ocistore.Options{Forget: func(string, ociregistry.Digest) error {
 		forgotten++
 		return nil
 	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		server.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	img := image(t)
 	if err := remote.Write(reference(t, host, "a/x:good"), img, options(t)...); err != nil {
 		t.Fatal(err)

@@ -3,9 +3,7 @@ package ocistore_test
 import (
 	"errors"
 	"io"
-	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -13,7 +11,6 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
-	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -35,18 +32,8 @@ func TestPublicRegistry(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: row.public, Redistribute: row.says})
-			if err != nil {
-				t.Fatal(err)
-			}
-			srv := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-			t.Cleanup(func() {
-				srv.Close()
-				if err := s.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			host := strings.TrimPrefix(srv.URL, "http://")
+			s := openWith(t, t.TempDir(), ocistore.Options{Public: row.public, Redistribute: row.says})
+			host := listen(t, s)
 			repo, err := registry.Open(host+"/prebake/driver", registry.Options{Username: "any", Password: token})
 			if err != nil {
 				t.Fatal(err)
@@ -55,7 +42,7 @@ func TestPublicRegistry(t *testing.T) {
 				!seen.Reads || seen.Host != host {
 				t.Errorf("AnonymousAccess() = %+v, %v; want host %s that says %s", seen, err, host, row.audience)
 			}
-			resp, err := http.Get(srv.URL + "/v2/")
+			resp, err := http.Get("http://" + host + "/v2/")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -86,19 +73,9 @@ func TestPublicRegistry(t *testing.T) {
 // unknown fields and of any length.
 func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	t.Parallel()
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		srv.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	repo, err := registry.Open(strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver",
-		registry.Options{Username: "any", Password: token})
+	s := openWith(t, t.TempDir(), ocistore.Options{Public: true})
+	host := listen(t, s)
+	repo, err := registry.Open(host+"/prebake/driver", registry.Options{Username: "any", Password: token})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +104,8 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, srv.URL+"/v2/prebake/driver/manifests/changed",
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut,
+				"http://"+host+"/v2/prebake/driver/manifests/changed",
 				strings.NewReader(row.change(string(raw))))
 			if err != nil {
 				t.Fatal(err)

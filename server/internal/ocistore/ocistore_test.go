@@ -36,7 +36,12 @@ func createOnly(repo, _ string) bool { return strings.HasPrefix(repo, "prebake/"
 
 func open(t *testing.T, dir string) *ocistore.Store {
 	t.Helper()
-	s, err := ocistore.Open(dir, ocistore.Options{CreateOnly: createOnly})
+	return openWith(t, dir, ocistore.Options{CreateOnly: createOnly})
+}
+
+func openWith(t *testing.T, dir string, options ocistore.Options) *ocistore.Store {
+	t.Helper()
+	s, err := ocistore.Open(dir, options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,10 +56,15 @@ func open(t *testing.T, dir string) *ocistore.Store {
 // serve starts a registry in the folder dir and returns its host and port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
-	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}),
-		slog.New(slog.DiscardHandler)))
-	t.Cleanup(s.Close)
-	return strings.TrimPrefix(s.URL, "http://")
+	return listen(t, open(t, dir))
+}
+
+// listen starts a registry with a store and returns its host and port.
+func listen(t *testing.T, s *ocistore.Store) string {
+	t.Helper()
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(server.Close)
+	return strings.TrimPrefix(server.URL, "http://")
 }
 
 func reference(t *testing.T, host, rest string) name.Reference {

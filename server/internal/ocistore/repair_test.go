@@ -3,20 +3,14 @@ package ocistore_test
 import (
 	"errors"
 	"io"
-	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-
-	"github.com/prebake/prebake/server/internal/auth"
-	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
 // TestRepair damages a manifest in several ways, and pushes the same image again. That must repair it. So must a build
@@ -46,10 +40,7 @@ func TestRepair(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			s := open(t, dir)
-			server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}),
-				slog.New(slog.DiscardHandler)))
-			t.Cleanup(server.Close)
-			host := strings.TrimPrefix(server.URL, "http://")
+			host := listen(t, s)
 			ref, img := reference(t, host, "prebake/driver:one"), image(t)
 			if err := remote.Write(ref, img, options(t)...); err != nil {
 				t.Fatal(err)

@@ -4,19 +4,15 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -271,18 +267,8 @@ func TestUploadsWithoutFiles(t *testing.T) {
 func TestFullDuringUpload(t *testing.T) {
 	t.Parallel()
 	var full error
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		server.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	host := strings.TrimPrefix(server.URL, "http://")
+	s := openWith(t, t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
+	host := listen(t, s)
 	for method, query := range map[string]string{"PATCH": "", "PUT": "?digest=" + sum("x")} {
 		full = nil
 		r := call(t, host, "POST", "/v2/a/b/blobs/uploads/", "")

@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,7 +23,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -73,22 +70,12 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	var deleted []string
-	s, err := ocistore.Open(dir,
+	s := openWith(t, dir,
 		ocistore.Options{CreateOnly: createOnly, Forget: func(repo string, d ociregistry.Digest) error {
 			deleted = append(deleted, repo+"@"+string(d))
 			return nil
 		}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		server.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	ref, first, second := reference(t, host, "prebake/driver:one"), image(t), image(t)
 	if err := remote.Write(ref, first, options(t)...); err != nil {
 		t.Fatal(err)
@@ -158,9 +145,7 @@ func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(server.Close)
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	kept, gone := image(t), image(t)
 	for name, img := range map[string]string{"a/kept:1": "", "a/gone:1": "x"} {
 		which := kept
@@ -234,9 +219,7 @@ func TestCollectBesidePushes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(server.Close)
-	host := strings.TrimPrefix(server.URL, "http://")
+	host := listen(t, s)
 	ctx, stop := context.WithCancel(t.Context())
 	var wait sync.WaitGroup
 	wait.Go(func() {
@@ -307,18 +290,8 @@ func blobs(t *testing.T, img v1.Image) []string {
 func TestManners(t *testing.T) {
 	t.Parallel()
 	var full error
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
-	t.Cleanup(func() {
-		server.Close()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	host := strings.TrimPrefix(server.URL, "http://")
+	s := openWith(t, t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
+	host := listen(t, s)
 	img := image(t)
 	if err := remote.Write(reference(t, host, "a/b:1"), img, options(t)...); err != nil {
 		t.Fatal(err)
