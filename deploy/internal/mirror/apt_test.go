@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // aptGet replaces apt-get download. It writes the requested packages, until one of them is "gone".
@@ -55,5 +56,21 @@ func TestDownloadGoesOn(t *testing.T) {
 	}
 	if text, err := os.ReadFile(asked); err != nil || string(text) != "replaced=1\ni=1\n" {
 		t.Errorf("the second download asked for %q, %v; want what was missing", text, err)
+	}
+}
+
+// TestClangCachedNeedsNoCompiler checks that a machine without the tools for compiling a kernel gets as far as asking
+// apt, if a kernel of an earlier run is wanted. Without ClangCached, the missing tools are named before anything else.
+func TestClangCachedNeedsNoCompiler(t *testing.T) {
+	bin := t.TempDir()
+	for _, tool := range tools {
+		program.Write(t, filepath.Join(bin, tool.name), []byte("#!/bin/sh\necho no archive is reachable >&2\nexit 100\n"))
+	}
+	t.Setenv("PATH", bin)
+	for cached, want := range map[bool]string{true: "no archive is reachable", false: "flex, bison"} {
+		c := Config{OnlyClang: true, ClangCached: cached, Out: t.TempDir(), Cache: t.TempDir()}
+		if _, err := Make(t.Context(), c); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("a mirror with ClangCached %t: %v; want %q in it", cached, err, want)
+		}
 	}
 }

@@ -70,13 +70,13 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *to
 		Params: []string{"config " + sum([]byte(configText())), "certificate " + sum(b.pair.cert)},
 	}
 	return m.object(ctx, "clang-built kernel "+b.release, r, func(ctx context.Context, w io.Writer) error {
-		tools, err := toolchain.dir(ctx, m.Cache)
-		if err != nil {
-			return err
-		}
 		if m.ClangCached {
 			return fault.Wrap(fault.InputMissing, fmt.Errorf("find kernel %s: %w", b.release, errNotCompiled),
 				"compile the kernel, which takes a quarter of an hour or more: make clang")
+		}
+		tools, err := toolchain.dir(ctx, m.Cache)
+		if err != nil {
+			return err
 		}
 		return m.inWorkDir(func(dir string) error {
 			m.Progress("compiling " + b.release + " with clang: this takes minutes, once")

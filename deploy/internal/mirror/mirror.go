@@ -216,7 +216,7 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 	if err := errors.Join(c.Validate(), checkTools()); err != nil {
 		return Result{}, err
 	}
-	if c.Clang {
+	if c.Clang && !c.ClangCached { // only a compile needs the tools
 		if err := checkClangTools(); err != nil {
 			return Result{}, err
 		}
