@@ -9,7 +9,10 @@ set -euo pipefail
 bin=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -n 1)
 [[ -x $bin/initdb ]] || { echo "postgres: PostgreSQL is not installed; run: make setup" >&2; exit 1; }
 
-dir=$(mktemp -d "${TMPDIR:-/tmp}/prebake-postgres-XXXXXX")
+# The tests read the URL, so Go's cache has their results for this URL only. Therefore the
+# folder has the same name each time, unless another run uses it. The database is always new.
+dir=${TMPDIR:-/tmp}/prebake-postgres-$EUID-$(basename "$(dirname "$bin")")
+mkdir -m 700 "$dir" 2>/dev/null || dir=$(mktemp -d "${TMPDIR:-/tmp}/prebake-postgres-XXXXXX")
 # PostgreSQL refuses to run as root. Therefore root runs it as the user postgres, which
 # Debian's package has made.
 as=()

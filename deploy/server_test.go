@@ -2,12 +2,13 @@ package deploy_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -22,19 +23,16 @@ import (
 	"github.com/prebake/prebake/deploy/internal/testserver"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // programs is the folder with the server's program, built once for all tests of this package.
 var programs string
 
-// program builds the server once.
-var program = sync.OnceValues(func() (string, error) {
+// serverProgram builds the server once.
+var serverProgram = sync.OnceValues(func() (string, error) {
 	built := filepath.Join(programs, "server")
-	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", built,
-		root+"/server").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build server: %w: %s", err, out)
-	}
-	return built, nil
+	return built, program.Compile(context.Background(), built, "server", runtime.GOARCH, false)
 })
 
 func TestMain(m *testing.M) {
@@ -62,7 +60,7 @@ type runningServer struct {
 // startServer runs the real server until the test ends.
 func startServer(t *testing.T) runningServer {
 	t.Helper()
-	built, err := program()
+	built, err := serverProgram()
 	if err != nil {
 		t.Fatal(err)
 	}

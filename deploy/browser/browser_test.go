@@ -5,7 +5,6 @@ package browser
 
 import (
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -20,22 +19,6 @@ const root = "../.."
 
 // maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const maxWeight = 100_000
-
-// statFiles reads the metadata of files and folders, so that Go's cache of test results depends on them.
-func statFiles(t *testing.T, names ...string) {
-	t.Helper()
-	for _, name := range names {
-		err := filepath.WalkDir(name, func(name string, d fs.DirEntry, err error) error {
-			if err == nil && !d.IsDir() {
-				_, err = os.Stat(name)
-			}
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-}
 
 var variable = regexp.MustCompile(`\{([a-z]+)\}`)
 

@@ -8,9 +8,10 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
 // question is one line of input for drive.mjs.
@@ -56,8 +57,8 @@ func startDriver(t *testing.T) *driver {
 		t.Fatalf("find Chromium: %v; run: make setup", err)
 	}
 	// Go's cache of test results does not notice the files that a node program reads.
-	for _, name := range []string{"drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json"} {
-		statFiles(t, name)
+	if err := inputs.Files("drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json", "modules.sh"); err != nil {
+		t.Fatal(err)
 	}
 	modules, err := exec.Command("./modules.sh").Output()
 	if err != nil {
@@ -117,16 +118,4 @@ func stderr(err error) string {
 		return string(exit.Stderr)
 	}
 	return fmt.Sprint(err)
-}
-
-// build builds one of the repository's programs.
-func build(t *testing.T, dir, pkg string) string {
-	t.Helper()
-	statFiles(t, filepath.Join(root, "server"), filepath.Join(root, "pkg"))
-	built := filepath.Join(dir, strings.ReplaceAll(pkg, "/", "-"))
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", built, "./"+filepath.Join(root, pkg))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build %s: %v: %s", pkg, err, out)
-	}
-	return built
 }

@@ -13,7 +13,6 @@ import (
 
 // TestChecksFindFaults checks that the checks find exactly the faults of some test pages.
 func TestChecksFindFaults(t *testing.T) {
-	statFiles(t, "testdata")
 	served := http.FileServer(http.Dir("testdata"))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {

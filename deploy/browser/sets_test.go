@@ -15,6 +15,7 @@ import (
 
 	"github.com/prebake/prebake/deploy/internal/testserver"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 const secret = testserver.Token
@@ -38,7 +39,7 @@ func startSets(t *testing.T, names ...string) []*set {
 		names = []string{"empty", "small", "large"}
 	}
 	dir := t.TempDir()
-	server := build(t, dir, "server")
+	server := program.Build(t, "server", "")
 	var sets []*set
 	for _, name := range names {
 		data := filepath.Join(dir, name)
@@ -53,7 +54,7 @@ func startSets(t *testing.T, names ...string) []*set {
 			fillSmall(t, s)
 		case "large":
 			database := "sqlite://" + data + ".db"
-			fill := exec.CommandContext(t.Context(), build(t, dir, "server/bench"),
+			fill := exec.CommandContext(t.Context(), program.Build(t, "server/bench", ""),
 				"-fill-only", "-database", database, "-builds", "5000", "-queue", "500")
 			if out, err := fill.CombinedOutput(); err != nil {
 				t.Fatalf("fill the large catalogue: %v: %s", err, out)

@@ -13,17 +13,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-)
 
-// demoProgram compiles deploy/demo. With `go run`, signals would not reach the program.
-func demoProgram(t *testing.T) string {
-	t.Helper()
-	program := filepath.Join(t.TempDir(), "demo")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../demo").CombinedOutput(); err != nil {
-		t.Fatalf("go build ../demo: %v: %s", err, out)
-	}
-	return program
-}
+	"github.com/prebake/prebake/pkg/testkit/program"
+)
 
 // TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running until Ctrl-C. All
 // commands that it suggests must work. The node's disk is empty, as in a first demo.
@@ -34,7 +26,8 @@ func TestDemo(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	cmd := exec.CommandContext(ctx, demoProgram(t), "--bin", shared.Bin, "--stay")
+	// With `go run`, signals would not reach the program.
+	cmd := exec.CommandContext(ctx, program.Build(t, "deploy/demo", ""), "--bin", shared.Bin, "--stay")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	var progress bytes.Buffer
 	cmd.Stderr = &progress
@@ -104,7 +97,7 @@ func TestDemo(t *testing.T) {
 // TestDemoFails checks that a failed demo prints FAIL, the step and the reason, and does not exit with 0.
 func TestDemoFails(t *testing.T) {
 	t.Parallel()
-	program := demoProgram(t)
+	demo := program.Build(t, "deploy/demo", "")
 	// All programs are real, except builder: its command keygen fails as with a full disk.
 	bin := t.TempDir()
 	for _, name := range []string{"server", "fetcher", "mirror", "guestinit", "nvmlprobe"} {
@@ -126,7 +119,7 @@ func TestDemoFails(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			out, err := exec.CommandContext(t.Context(), program, "--bin", row.bin).Output()
+			out, err := exec.CommandContext(t.Context(), demo, "--bin", row.bin).Output()
 			if err == nil {
 				t.Errorf("demo --bin %s = status 0; want another", row.bin)
 			}

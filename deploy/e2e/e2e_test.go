@@ -16,6 +16,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
 // stage has the parts that all tests share: one mirror, one server, one worker, one key.
@@ -40,7 +41,13 @@ func run(m *testing.M) (code int) {
 			return 0
 		}
 	}
-	dir, err := os.MkdirTemp("", "prebake-e2e-")
+	// The tests run the programs in bin, scripts, and the tests of other packages.
+	err := inputs.Files("../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
+		"../../go.mod", "../../go.sum")
+	var dir string
+	if err == nil {
+		dir, err = os.MkdirTemp("", "prebake-e2e-")
+	}
 	if err == nil {
 		defer os.RemoveAll(dir)
 		shared, err = setUp(context.Background(), dir)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/sandbox"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -32,12 +32,7 @@ func TestInVirtualMachine(t *testing.T) {
 	if boot == "" {
 		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules/")
 	}
-	init := filepath.Join(t.TempDir(), "guestinit")
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, text)
-	}
+	init := program.Build(t, "pkg/vm/guestinit", "")
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -17,6 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // size is the configuration of a run.
@@ -48,10 +47,7 @@ func TestChaos(t *testing.T) {
 		}
 		run = size{jobs: jobs, workers: 3, phase: 2500 * time.Millisecond, pause: 6 * time.Second, long: true}
 	}
-	server := filepath.Join(t.TempDir(), "server")
-	if out, err := exec.Command("go", "build", "-trimpath", "-o", server, "../../../server").CombinedOutput(); err != nil {
-		t.Fatalf("build the server: %v\n%s", err, out)
-	}
+	server := program.Build(t, "server", "")
 	for _, database := range []string{"sqlite", "postgres"} {
 		t.Run(database, func(t *testing.T) {
 			if !run.long {

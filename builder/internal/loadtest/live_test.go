@@ -3,7 +3,6 @@ package loadtest
 import (
 	"bytes"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // liveConfig returns a Config with a real kernel and a driver for it, or skips the test. PREBAKE_BOOT is a boot folder.
@@ -48,18 +48,9 @@ func liveConfig(t *testing.T) Config {
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", Helper(out, arch), "github.com/prebake/prebake/"+pkg)
-	cgo := "0"
-	if strings.HasSuffix(pkg, "nvmlprobe") {
-		cgo = "1"
-	}
-	cmd.Env = append(os.Environ(), "GOARCH="+string(arch), "CGO_ENABLED="+cgo,
-		"CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
-	if arch == target.ARM64 {
-		cmd.Env = append(cmd.Env, "CC=aarch64-linux-gnu-gcc-12")
-	}
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
+	cgo := strings.HasSuffix(pkg, "nvmlprobe")
+	if err := program.Compile(t.Context(), Helper(out, arch), pkg, string(arch), cgo); err != nil {
+		t.Fatal(err)
 	}
 	return out
 }

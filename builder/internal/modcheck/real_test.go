@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // kernels returns the oldest and the newest kernel of a mirror.
@@ -175,7 +175,8 @@ func TestRealGate(t *testing.T) {
 		})
 	}
 
-	init, probe := program(t, "pkg/vm/guestinit"), program(t, "builder/internal/modcheck/testdata/probe")
+	init, probe := program.Build(t, "pkg/vm/guestinit", string(target.AMD64)),
+		program.Build(t, "builder/internal/modcheck/testdata/probe", string(target.AMD64))
 	for _, row := range []struct {
 		name, file string
 		want       []string
@@ -220,16 +221,4 @@ func TestRealGate(t *testing.T) {
 			}
 		})
 	}
-}
-
-// program compiles a static program of this repository.
-func program(t *testing.T, pkg string) string {
-	t.Helper()
-	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+string(target.AMD64))
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
-	}
-	return out
 }

@@ -12,6 +12,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/pkg/bzimage"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -63,7 +65,8 @@ func TestRealTypes(t *testing.T) {
 	}
 
 	const list = "/sys/kernel/btf"
-	res, err := vm.Run(t.Context(), vm.Config{Boot: own.Boot, Init: program(t, "pkg/vm/guestinit"),
+	res, err := vm.Run(t.Context(), vm.Config{
+		Boot: own.Boot, Init: program.Build(t, "pkg/vm/guestinit", string(target.AMD64)),
 		Files: []vm.File{{Name: "/good.ko", Path: good}, {Name: "/foreign.ko", Path: foreign}},
 		Steps: []vm.Step{
 			{Argv: []string{"@insmod", "/good.ko"}}, {Name: "good", Argv: []string{"@ls", list}},

@@ -3,7 +3,6 @@ package modsign_test
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/modsign"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -24,12 +24,7 @@ func TestLive(t *testing.T) {
 	if boot == "" {
 		t.Skip("PREBAKE_BOOT is not set: want the path of a boot folder, with vmlinuz and modules")
 	}
-	init := filepath.Join(t.TempDir(), "guestinit")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	init := program.Build(t, "pkg/vm/guestinit", "")
 	// bare has the kernel without modules, because the steps load them.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -133,7 +135,7 @@ func newStage(t *testing.T) *stage {
 		t.Fatalf("boot archives in %s: %v, %v", mirror, found, err)
 	}
 	kernel := filepath.Dir(found[0])
-	s := &stage{init: goProgram(t, "pkg/vm/guestinit", "0"), probe: goProgram(t, "fetcher/nvmlprobe", "1")}
+	s := &stage{init: goProgram(t, "pkg/vm/guestinit", false), probe: goProgram(t, "fetcher/nvmlprobe", true)}
 
 	// The boot archive contains only the kernel, because the virtual machine then boots faster.
 	boot := unpacked(t, filepath.Join(kernel, "prebake-boot.tgz"))
@@ -240,12 +242,12 @@ int nvmlDeviceGetCount_v2(unsigned *out) { *out = 0; return 0; }
 	return lib
 }
 
-func goProgram(t *testing.T, pkg, cgo string) string {
+func goProgram(t *testing.T, pkg string, cgo bool) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
-	run(t, cmd)
+	if err := program.Compile(t.Context(), out, pkg, runtime.GOARCH, cgo); err != nil {
+		t.Fatal(err)
+	}
 	return out
 }
 

@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -25,6 +24,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -203,13 +203,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 // TestPlugin signs through a small program that uses Sigstore's KMS plugin protocol, like a plugin for a PKCS #11
 // token.
 func TestPlugin(t *testing.T) {
-	dir := t.TempDir()
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "sigstore-kms-filekey"),
-		"./testdata/sigstore-kms-filekey")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	plugin := program.Build(t, "builder/internal/sign/testdata/sigstore-kms-filekey", "")
+	t.Setenv("PATH", filepath.Dir(plugin)+":"+os.Getenv("PATH"))
 	for name, key := range keys(t) {
 		path := filepath.Join(t.TempDir(), "key")
 		if err := os.WriteFile(path, keyPEM(t, key), 0o600); err != nil {

@@ -15,11 +15,9 @@ import (
 
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/timeline"
 )
-
-// crossCompiler compiles the NVML probe for arm64, because a part of the probe is C.
-const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
 // TestARM64 lets the builder on this machine cross-compile, check, load and publish a driver for an Arm kernel. The
 // tests of package vm run on this kernel too. At last the builder uses a bucket with vmlinux and no boot archive.
@@ -167,22 +165,22 @@ func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Rea
 // that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output.
 func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
-	bin, suffix, cc := t.TempDir(), "", "gcc"
+	bin, suffix := t.TempDir(), ""
 	if arch != target.AMD64 {
-		suffix, cc = "-"+string(arch), crossCompiler
+		suffix = "-" + string(arch)
 	}
-	for _, p := range []struct{ pkg, name, arch, cgo string }{
-		{"builder", "builder", string(target.AMD64), "0"},
-		{"deploy/mirror", "mirror", string(target.AMD64), "0"},
-		{"pkg/vm/guestinit", "guestinit" + suffix, string(arch), "0"},
-		{"fetcher/nvmlprobe", "nvmlprobe" + suffix, string(arch), "1"},
+	for _, p := range []struct {
+		pkg, name string
+		arch      target.Arch
+		cgo       bool
+	}{
+		{"builder", "builder", target.AMD64, false},
+		{"deploy/mirror", "mirror", target.AMD64, false},
+		{"pkg/vm/guestinit", "guestinit" + suffix, arch, false},
+		{"fetcher/nvmlprobe", "nvmlprobe" + suffix, arch, true},
 	} {
-		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(bin, p.name),
-			"github.com/prebake/prebake/"+p.pkg)
-		cmd.Env = append(os.Environ(), "GOARCH="+p.arch, "CC="+cc, "CGO_ENABLED="+p.cgo,
-			"CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
-		if text, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("go build %s: %v\n%s", p.name, err, text)
+		if err := program.Compile(t.Context(), filepath.Join(bin, p.name), p.pkg, string(p.arch), p.cgo); err != nil {
+			t.Fatal(err)
 		}
 	}
 	return func(out any, args ...string) {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -116,6 +117,7 @@ func TestClangCell(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		args = append(args, "--clang-cached")
 	}
 	builder(&made, args...)
 	kernel := made.Builds[0]
@@ -218,12 +220,7 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 // LoadPin allows modules from only one file system.
 func checkSignatures(t *testing.T, build, unpacked, release string) {
 	t.Helper()
-	init := filepath.Join(t.TempDir(), "guestinit")
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build guestinit: %v\n%s", err, text)
-	}
+	init := program.Build(t, "pkg/vm/guestinit", "")
 	var pair signingPair
 	var err error
 	if pair.key, err = os.ReadFile(filepath.Join(build, signingKeyName)); err != nil {
