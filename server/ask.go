@@ -174,16 +174,20 @@ Example:
 }
 
 // errUnlessPublished returns an error if the caller waited for a build that was not published. A build without a class
-// was cancelled.
+// was cancelled. A class that this program does not know counts as internal, and is in the text.
 func errUnlessPublished(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil
 	}
 	kind, err := fault.Parse(b.Class)
-	if err != nil {
+	text := b.Error
+	switch {
+	case b.Class == "":
 		kind = fault.Cancelled
+	case err != nil:
+		text = b.Class + ": " + text
 	}
-	return fault.New(kind, fmt.Sprintf("build %d %s: %s", b.ID, b.State, b.Error), b.Hint)
+	return fault.New(kind, fmt.Sprintf("build %d %s: %s", b.ID, b.State, text), b.Hint)
 }
 
 func cancelCommand() *ucli.Command {

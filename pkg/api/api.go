@@ -133,7 +133,7 @@ type Build struct {
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
 	// Class is the kind of the failure if State is failed. If State is queued, it is the kind of the previous attempt's
-	// failure, or "".
+	// failure, or "". A newer builder may report a kind that package fault of this program lacks.
 	Class string `json:"class,omitempty"`
 	// Error is the first error line.
 	Error  string           `json:"error,omitempty"`
