@@ -280,10 +280,18 @@ func printBuild(w io.Writer, b api.Build) error {
 	lines := [][2]string{
 		{"build", strconv.FormatInt(b.ID, 10)}, {"kernel", b.Kernel.String()}, {"driver", b.Driver.String()},
 		{"state", string(b.State)}, {"phase", b.Phase}, {"worker", b.Worker}, {"class", b.Class}, {"error", b.Error},
-		{"hint", b.Hint}, {"digest", b.Digest},
+		{"hint", b.Hint}, {"digest", b.Digest}, {"log", logState(b)},
 	}
 	if err := printFields(w, lines); err != nil || len(b.Phases) == 0 {
 		return err
 	}
 	return timeline.Print(w, "timeline", b.Phases)
+}
+
+// logState says when the server removed the build's log. It returns "" if the server has not.
+func logState(b api.Build) string {
+	if b.LogRemovedAt == nil {
+		return ""
+	}
+	return "removed on " + b.LogRemovedAt.UTC().Format(time.DateOnly) + " to save space (server serve --keep-logs)"
 }

@@ -150,6 +150,8 @@ type Build struct {
 	FinishedAt *time.Time `json:"finishedAt,omitempty"`
 	// HeartbeatAt is the time of the builder's last report that it works on the build.
 	HeartbeatAt *time.Time `json:"beatAt,omitempty"`
+	// LogRemovedAt is the time at which the server last removed a log of the build to save space.
+	LogRemovedAt *time.Time `json:"logRemovedAt,omitempty"`
 }
 
 // BuildUpdate is a builder's report about a build. A zero field changes nothing.

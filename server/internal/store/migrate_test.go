@@ -88,7 +88,7 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 	}
 	// Migrations run in order, so those after this one must be undone, too.
 	for _, statement := range []string{
-		`ALTER TABLE builds DROP COLUMN tries`,
+		`ALTER TABLE builds DROP COLUMN log_removed_at`, `ALTER TABLE builds DROP COLUMN tries`,
 		`DELETE FROM goose_db_version WHERE version_id >= 11`,
 	} {
 		if _, err := db.ExecContext(t.Context(), statement); err != nil {
