@@ -174,16 +174,20 @@ Example:
 }
 
 // errUnlessPublished returns an error if the caller waited for a build that was not published. A build without a class
-// was cancelled.
+// was cancelled. A class that this program does not know counts as internal, and is in the text.
 func errUnlessPublished(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil
 	}
 	kind, err := fault.Parse(b.Class)
-	if err != nil {
+	text := b.Error
+	switch {
+	case b.Class == "":
 		kind = fault.Cancelled
+	case err != nil:
+		text = b.Class + ": " + text
 	}
-	return fault.New(kind, fmt.Sprintf("build %d %s: %s", b.ID, b.State, b.Error), b.Hint)
+	return fault.New(kind, fmt.Sprintf("build %d %s: %s", b.ID, b.State, text), b.Hint)
 }
 
 func cancelCommand() *ucli.Command {
@@ -276,10 +280,18 @@ func printBuild(w io.Writer, b api.Build) error {
 	lines := [][2]string{
 		{"build", strconv.FormatInt(b.ID, 10)}, {"kernel", b.Kernel.String()}, {"driver", b.Driver.String()},
 		{"state", string(b.State)}, {"phase", b.Phase}, {"worker", b.Worker}, {"class", b.Class}, {"error", b.Error},
-		{"hint", b.Hint}, {"digest", b.Digest},
+		{"hint", b.Hint}, {"digest", b.Digest}, {"log", logState(b)},
 	}
 	if err := printFields(w, lines); err != nil || len(b.Phases) == 0 {
 		return err
 	}
 	return timeline.Print(w, "timeline", b.Phases)
+}
+
+// logState says when the server removed the build's log. It returns "" if the server has not.
+func logState(b api.Build) string {
+	if b.LogRemovedAt == nil {
+		return ""
+	}
+	return "removed on " + b.LogRemovedAt.UTC().Format(time.DateOnly) + " to save space (server serve --keep-logs)"
 }

@@ -32,7 +32,8 @@ func backupCommand() *ucli.Command {
 this user can read FOLDER, because it has hashed tokens and the first token.
 
 Copy the registry afterwards: first DATA/registry/repos, then
-DATA/registry/blobs. DATA is the folder of --data. Build logs are in DATA/logs.
+DATA/registry/blobs, then DATA/registry/damaged. DATA is the folder of --data.
+Build logs are in DATA/logs.
 To restore, stop the server, put an empty folder in place of DATA, copy all
 files back, start the server, and run server reindex.
 
@@ -127,7 +128,7 @@ func backup(ctx context.Context, s settings, folder string) (done backupResult, 
 	if err := os.Rename(part, folder); err != nil {
 		return done, err
 	}
-	for _, name := range []string{"registry/repos", "registry/blobs", "logs"} {
+	for _, name := range []string{"registry/repos", "registry/blobs", "registry/damaged", "logs"} {
 		done.Left = append(done.Left, filepath.Join(s.Data, name))
 	}
 	return done, syncFolder(filepath.Dir(folder))

@@ -32,8 +32,12 @@ func TestBackup(t *testing.T) {
 		backup: func(t *testing.T, dir, folder string) {
 			t.Helper()
 			code, out, errs := run(t, "backup", "--data", dir, folder)
-			if code != 0 || !strings.Contains(out, "queue.db, catalogue.db, token") {
-				t.Fatalf("backup = %d\n%s%s\nwant 0, and what was copied", code, out, errs)
+			left, registry := "", filepath.Join(dir, "registry")
+			for _, name := range []string{"repos", "blobs", "damaged"} {
+				left += "  " + filepath.Join(registry, name) + "\n"
+			}
+			if code != 0 || !strings.Contains(out, "queue.db, catalogue.db, token") || !strings.Contains(out, left) {
+				t.Fatalf("backup = %d\n%s%s\nwant 0, what was copied, and what is left", code, out, errs)
 			}
 			for _, name := range []string{"queue.db", "catalogue.db", "token"} {
 				if info, err := os.Stat(filepath.Join(folder, name)); err != nil || info.Mode().Perm() != 0o600 {

@@ -319,6 +319,27 @@ func TestWait(t *testing.T) {
 	}
 }
 
+// TestWaitedClass checks the kind of the error after a wait, also for a class that this program does not know.
+func TestWaitedClass(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		build api.Build
+		want  fault.Kind
+	}{
+		{api.Build{State: api.Cancelled}, fault.Cancelled},
+		{api.Build{State: api.Failed, Class: "web-page", Error: "odd page"}, fault.WebPage},
+		{api.Build{State: api.Failed, Class: "new-trouble", Error: "odd page"}, fault.Internal},
+	} {
+		err := errUnlessPublished(true, row.build)
+		if !fault.Is(err, row.want) {
+			t.Errorf("errUnlessPublished(%q) = %v of kind %v; want %v", row.build.Class, err, fault.Of(err), row.want)
+		}
+		if row.want == fault.Internal && !strings.Contains(err.Error(), "new-trouble: odd page") {
+			t.Errorf("errUnlessPublished(%q) = %v; want the class in the text", row.build.Class, err)
+		}
+	}
+}
+
 func TestServeRefuses(t *testing.T) {
 	t.Parallel()
 	short := filepath.Join(t.TempDir(), "short")

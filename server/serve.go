@@ -42,7 +42,7 @@ type settings struct {
 	Public                                                                              bool
 	Redistribute                                                                        bundle.Redistribution
 	CreateOnly                                                                          []string
-	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine, KeepBuilds                    int
+	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine, KeepBuilds, KeepLogs          int
 	DiscoverEvery, Grace                                                                time.Duration
 }
 
@@ -287,7 +287,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return nil
 	})
 	group.Go(func() error {
-		return trim(running, db, logs, time.Duration(s.KeepBuilds)*day, log)
+		keep := retention{builds: time.Duration(s.KeepBuilds) * day, logs: time.Duration(s.KeepLogs) * day}
+		return trim(running, db, logs, keep, log)
 	})
 	log.Info("server ready", "url", scheme+"://"+address, "data", s.Data, "version", version)
 	return group.Wait()

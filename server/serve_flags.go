@@ -64,7 +64,10 @@ func serveCommand() *ucli.Command {
 				cli.Range("reserve", 1024, 0, 1<<30,
 					"refuse uploads while the disk of --data has less than `MIB` mebibytes free"),
 				cli.Range("keep-builds", 365, 0, 36_500,
-					"remove builds and their logs `DAYS` days after their end, except the newest 50 of each cell; 0 keeps all"),
+					"remove builds and logs `DAYS` days after their end, except the newest 50 of each cell; 0 keeps all"),
+				cli.Range("keep-logs", 14, 0, 36_500,
+					"remove logs `DAYS` days after the end of their builds, except that of the last failure of each cell "+
+						"without an artifact; 0 keeps all"),
 				cli.Range("ask-rate", 120, 1, 1_000_000, "let a node's token request at most `COUNT` builds per hour"),
 				cli.Range("client-rate", 30_000, 0, 1_000_000_000,
 					"accept at most `COUNT` requests per minute from one IP address; 0 means no limit"),
@@ -102,7 +105,7 @@ func serveSettings(cmd *ucli.Command) settings {
 		TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
 		Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 		CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
-		KeepBuilds:    cmd.Int("keep-builds"),
+		KeepBuilds: cmd.Int("keep-builds"), KeepLogs: cmd.Int("keep-logs"),
 		DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 		BuildsPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 	}

@@ -4,9 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"time"
-
-	"github.com/prebake/prebake/pkg/api"
-	"github.com/prebake/prebake/pkg/fault"
 )
 
 const day = 24 * time.Hour
@@ -14,21 +11,24 @@ const day = 24 * time.Hour
 // auditRetention is how long the audit log is kept.
 const auditRetention = 400 * day
 
+// retention is how long builds and their logs are kept after the builds' ends. 0 keeps all.
+type retention struct{ builds, logs time.Duration }
+
 // trimmed is a catalogue from which old records are removed.
 type trimmed interface {
 	TrimAudit(ctx context.Context, before time.Time) error
 	TrimBuilds(ctx context.Context, before time.Time) (int, error)
-	Build(ctx context.Context, id int64) (api.Build, error)
+	MarkOldLogs(ctx context.Context, builds []int64, before, now time.Time) ([]int64, error)
+	AbsentBuilds(ctx context.Context, builds []int64) ([]int64, error)
 }
 
 // trimmedLogs are the logs of builds.
 type trimmedLogs interface {
-	Trim(before time.Time, gone func(build int64) (bool, error)) (int, error)
+	Trim(before time.Time, choose func(builds []int64) ([]int64, error)) (int, error)
 }
 
-// trim removes old records once a day, until ctx is done: entries of the audit log, and builds that ended more than the
-// given time ago, with their logs. 0 keeps all builds.
-func trim(ctx context.Context, db trimmed, logs trimmedLogs, keep time.Duration, log *slog.Logger) error {
+// trim removes old records once a day, until ctx is done: entries of the audit log, logs of builds, and builds.
+func trim(ctx context.Context, db trimmed, logs trimmedLogs, keep retention, log *slog.Logger) error {
 	tick := time.NewTicker(day)
 	defer tick.Stop()
 	for {
@@ -36,8 +36,11 @@ func trim(ctx context.Context, db trimmed, logs trimmedLogs, keep time.Duration,
 		if err := db.TrimAudit(ctx, now.Add(-auditRetention)); err != nil && ctx.Err() == nil {
 			log.WarnContext(ctx, "audit log not trimmed", "err", err)
 		}
-		if keep > 0 {
-			trimBuilds(ctx, db, logs, now.Add(-keep), log)
+		if keep.logs > 0 {
+			trimLogs(ctx, db, logs, now, keep.logs, log)
+		}
+		if keep.builds > 0 {
+			trimBuilds(ctx, db, logs, now.Add(-keep.builds), log)
 		}
 		select {
 		case <-ctx.Done():
@@ -47,19 +50,32 @@ func trim(ctx context.Context, db trimmed, logs trimmedLogs, keep time.Duration,
 	}
 }
 
+// trimLogs removes the logs of old builds. It asks the catalogue only about the logs that this server has, so the work
+// does not grow with the catalogue. The catalogue records the removal first: after a crash between the two, the log can
+// still be read, and the next trim removes it.
+func trimLogs(
+	ctx context.Context, db trimmed, logs trimmedLogs, now time.Time, keep time.Duration, log *slog.Logger,
+) {
+	before := now.Add(-keep)
+	removed, err := logs.Trim(before, func(builds []int64) ([]int64, error) {
+		return db.MarkOldLogs(ctx, builds, before, now)
+	})
+	if err != nil && ctx.Err() == nil {
+		log.WarnContext(ctx, "old logs not removed", "err", err)
+	}
+	if removed > 0 {
+		log.InfoContext(ctx, "old logs removed", "logs", removed)
+	}
+}
+
 // trimBuilds removes builds that ended before the given time, and then the logs of builds that are gone. So a crash
-// between the two leaves no log for ever, and each server of one database removes its own logs.
+// between the two leaves no log for ever, and each server of one database removes its own logs. A younger log may
+// belong to a build that a restored database does not have yet.
 func trimBuilds(ctx context.Context, db trimmed, logs trimmedLogs, before time.Time, log *slog.Logger) {
 	builds, err := db.TrimBuilds(ctx, before)
 	removed := 0
 	if err == nil {
-		removed, err = logs.Trim(before, func(build int64) (bool, error) {
-			_, err := db.Build(ctx, build)
-			if fault.Is(err, fault.NotFound) {
-				return true, nil
-			}
-			return false, err
-		})
+		removed, err = logs.Trim(before, func(builds []int64) ([]int64, error) { return db.AbsentBuilds(ctx, builds) })
 	}
 	if err != nil && ctx.Err() == nil {
 		log.WarnContext(ctx, "old builds not removed", "err", err)

@@ -3,7 +3,13 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,14 +18,18 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
-// trims is a catalogue and its logs. It notes how old the records are that it has to remove.
+// trims is a catalogue and its logs. It notes how old the records are that it has to remove. Build 1 is absent, and
+// build 2 has an old log.
 type trims struct {
-	audit, builds, logs []time.Duration
-	// gone has the answers for builds 1 to 3: present, gone, and away.
-	gone []bool
-	last error
+	audit, builds, logs, marked []time.Duration
+	// removed has the builds whose logs were removed.
+	removed []int64
+	away    error // the error of the database
+	last    error // the last error of a removal of logs
 }
 
 func (c *trims) TrimAudit(_ context.Context, before time.Time) error {
@@ -32,46 +42,174 @@ func (c *trims) TrimBuilds(_ context.Context, before time.Time) (int, error) {
 	return 1, nil
 }
 
-func (c *trims) Build(_ context.Context, id int64) (api.Build, error) {
-	return api.Build{}, map[int64]error{
-		2: fault.New(fault.NotFound, "build 2 does not exist", ""), 3: errors.New("the database is away"),
-	}[id]
-}
-
-func (c *trims) Trim(before time.Time, gone func(build int64) (bool, error)) (int, error) {
-	c.logs, c.gone = append(c.logs, time.Since(before)), nil
-	for build := range int64(3) {
-		var yes bool
-		yes, c.last = gone(build + 1)
-		c.gone = append(c.gone, yes)
+func (c *trims) MarkOldLogs(_ context.Context, builds []int64, before, now time.Time) ([]int64, error) {
+	c.marked = append(c.marked, time.Since(before))
+	if c.away != nil || !now.Equal(time.Now()) {
+		return nil, c.away
 	}
-	return 0, c.last
+	return builds[1:2], nil
 }
 
-// TestTrim checks that old records are removed at the start and once a day. Builds stay if that is wanted, and no log
-// goes while the database is away.
+func (c *trims) AbsentBuilds(_ context.Context, builds []int64) ([]int64, error) {
+	if c.away != nil {
+		return nil, c.away
+	}
+	return builds[:1], nil
+}
+
+func (c *trims) Trim(before time.Time, choose func(builds []int64) ([]int64, error)) (int, error) {
+	c.logs = append(c.logs, time.Since(before))
+	chosen, err := choose([]int64{1, 2, 3})
+	c.removed, c.last = append(c.removed, chosen...), err
+	return len(chosen), err
+}
+
+// TestTrim checks that old records are removed at the start and once a day. Builds or logs stay if that is wanted, and
+// no log goes while the database is away.
 func TestTrim(t *testing.T) {
 	t.Parallel()
+	away := errors.New("the database is away")
+	twice := func(ages ...time.Duration) []time.Duration { return append(ages, ages...) }
 	for _, row := range []struct {
-		keep time.Duration
-		want []time.Duration
-	}{{0, nil}, {7 * day, []time.Duration{7 * day, 7 * day}}} {
+		keep         retention
+		away         error
+		builds, logs []time.Duration
+		removed      []int64
+	}{
+		{retention{}, nil, nil, nil, nil},
+		{retention{builds: 7 * day}, nil, twice(7 * day), twice(7 * day), []int64{1, 1}},
+		{retention{logs: 2 * day}, nil, nil, twice(2 * day), []int64{2, 2}},
+		{retention{7 * day, 2 * day}, nil, twice(7 * day), twice(2*day, 7*day), []int64{2, 1, 2, 1}},
+		{retention{7 * day, 2 * day}, away, twice(7 * day), twice(2*day, 7*day), nil},
+	} {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, stop := context.WithTimeout(t.Context(), day+time.Hour)
 			defer stop()
-			var c trims
+			c := trims{away: row.away}
 			if err := trim(ctx, &c, &c, row.keep, slog.New(slog.DiscardHandler)); err != nil {
 				t.Fatal(err)
 			}
 			if d := cmp.Diff([]time.Duration{auditRetention, auditRetention}, c.audit); d != "" {
-				t.Errorf("keep %s: ages of the audit log (-want +got):\n%s", row.keep, d)
+				t.Errorf("keep %v: ages of the audit log (-want +got):\n%s", row.keep, d)
 			}
-			if d := cmp.Diff([][]time.Duration{row.want, row.want}, [][]time.Duration{c.builds, c.logs}); d != "" {
-				t.Errorf("keep %s: ages of builds and logs (-want +got):\n%s", row.keep, d)
+			if d := cmp.Diff([][]time.Duration{row.builds, row.logs}, [][]time.Duration{c.builds, c.logs}); d != "" {
+				t.Errorf("keep %v: ages of builds and logs (-want +got):\n%s", row.keep, d)
 			}
-			if d := cmp.Diff([]bool{false, true, false}, c.gone); row.keep > 0 && (d != "" || c.last == nil) {
-				t.Errorf("which builds are gone (-want +got), and the last error %v:\n%s", c.last, d)
+			if d := cmp.Diff(row.removed, c.removed); d != "" || !errors.Is(c.last, row.away) {
+				t.Errorf("keep %v: builds whose logs were removed (-want +got), and the last error %v:\n%s", row.keep, c.last,
+					d)
 			}
 		})
+	}
+}
+
+// TestOldLogIsRemoved starts a server with old logs. It must remove them at the start, except that of the last failure
+// of a cell without an artifact. API, page and command must then say that a log was removed, and why.
+func TestOldLogIsRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	logs := filepath.Join(dir, "logs")
+	if err := os.Mkdir(logs, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	logName := func(build int64) string { return filepath.Join(logs, fmt.Sprintf("%d.log", build)) }
+	addOldBuilds(t, dir, func(b api.Build) {
+		if err := os.WriteFile(logName(b.ID), []byte("what went wrong\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(logName(b.ID), *b.FinishedAt, *b.FinishedAt); err != nil {
+			t.Fatal(err)
+		}
+	})
+	url, _, _ := start(t, dir, "--keep-logs", "14")
+	deadline, end := context.WithTimeout(t.Context(), time.Minute)
+	defer end()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for _, build := range []int64{1, 3} {
+		for {
+			if _, err := os.Stat(logName(build)); errors.Is(err, os.ErrNotExist) {
+				break
+			}
+			select {
+			case <-tick.C:
+			case <-deadline.Done():
+				t.Fatalf("the log of build %d was not removed", build)
+			}
+		}
+	}
+	if code, out, errs := run(t, "build", "2", "--log", "--server", url); code != 0 || out != "what went wrong\n" {
+		t.Errorf("build 2 --log = %d\n%s%s\nwant the log of the last failure", code, out, errs)
+	}
+	today := time.Now().UTC().Format(time.DateOnly)
+	for build, hint := range map[string]string{
+		"1": "server builds --state failed --build-id 17800.0.47 --board lakitu --driver 535.261.03 --flavour open",
+		"3": "server artifact sha256:" + strings.Repeat("c", 64),
+	} {
+		for _, flag := range []string{"--log", "--follow"} {
+			code, out, errs := run(t, "build", build, flag, "--server", url)
+			if code != fault.NotFound.ExitCode() || out != "" || !strings.Contains(errs, "the log of build "+build+
+				" was removed on "+today+" to save space, 40 days after the build's end") || !strings.Contains(errs, hint) {
+				t.Errorf("build %s %s = %d\n%s%s\nwant not-found, why, and %q", build, flag, code, out, errs, hint)
+			}
+		}
+		code, out, errs := run(t, "build", build, "--server", url)
+		if code != 0 || !strings.Contains(out, "removed on "+today+" to save space") {
+			t.Errorf("build %s = %d\n%s%s\nwant that the log was removed", build, code, out, errs)
+		}
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url+"/builds/"+build, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		page, err := io.ReadAll(answer.Body)
+		if err := errors.Join(err, answer.Body.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if text := string(page); answer.StatusCode != http.StatusOK || strings.Contains(text, "Whole log") ||
+			!strings.Contains(text, "removed the log of this build to save space") ||
+			strings.Contains(text, "attached to the artifact") != (build == "3") {
+			t.Errorf("GET /builds/%s = %s\n%s\nwant that the log was removed", build, answer.Status, text)
+		}
+	}
+}
+
+// addOldBuilds adds a cell with two failures, and a published cell, to the catalogue in a data folder. The builds ended
+// 40 days ago. Each is passed to the callback.
+func addOldBuilds(t *testing.T, dir string, with func(api.Build)) {
+	t.Helper()
+	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := time.Now().Add(-40*day - time.Hour)
+	for _, row := range []struct {
+		flavour target.Flavour
+		state   api.State
+	}{{target.Open, api.Failed}, {target.Open, api.Failed}, {target.Proprietary, api.Published}} {
+		b := api.Build{Kernel: target.Kernel{BuildID: "17800.0.47", Board: "lakitu"}, State: api.Queued, CreatedAt: ended,
+			Driver: target.Driver{Version: "535.261.03", Flavour: row.flavour}}
+		err := db.Write(t.Context(), func(tx *store.Tx) (err error) {
+			if b, _, err = tx.AddBuild(t.Context(), b); err != nil {
+				return err
+			}
+			b.State, b.FinishedAt = row.state, &ended
+			if row.state == api.Failed {
+				b.Class, b.Error = "api-break", "nv.c:1: error"
+			} else {
+				b.Digest = "sha256:" + strings.Repeat("c", 64)
+			}
+			return tx.SetBuild(t.Context(), b)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		with(b)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -133,7 +133,7 @@ type Build struct {
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
 	// Class is the kind of the failure if State is failed. If State is queued, it is the kind of the previous attempt's
-	// failure, or "".
+	// failure, or "". A newer builder may report a kind that package fault of this program lacks.
 	Class string `json:"class,omitempty"`
 	// Error is the first error line.
 	Error  string           `json:"error,omitempty"`
@@ -150,6 +150,8 @@ type Build struct {
 	FinishedAt *time.Time `json:"finishedAt,omitempty"`
 	// HeartbeatAt is the time of the builder's last report that it works on the build.
 	HeartbeatAt *time.Time `json:"beatAt,omitempty"`
+	// LogRemovedAt is the time at which the server last removed a log of the build to save space.
+	LogRemovedAt *time.Time `json:"logRemovedAt,omitempty"`
 }
 
 // BuildUpdate is a builder's report about a build. A zero field changes nothing.

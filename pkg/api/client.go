@@ -392,29 +392,40 @@ func (c *Client) send(
 }
 
 // problem returns an error with a fault kind for an error answer. If the answer is not the server's own, but for
-// example a proxy's, the status decides the kind.
+// example a proxy's, the status decides the kind. So it does for the kind of a newer server that this program lacks.
 func problem(resp *http.Response, fail func(error) error) error {
-	var p Problem
+	var p struct {
+		Problem
+		Kind string `json:"kind"` // hides that of Problem, which refuses unknown kinds
+	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
 	isOurs := err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") &&
 		json.Unmarshal(raw, &p) == nil && p.Status == resp.StatusCode
-	if isOurs {
-		text := p.Detail
-		if text == "" {
-			text = p.Title
-		}
-		return withRetryAfter(fault.New(p.Kind, text, p.Hint), resp)
+	kind, hint := kindOf(resp.StatusCode)
+	if !isOurs {
+		return withRetryAfter(fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint), resp)
 	}
-	kind, hint := fault.Internal, ""
+	if known, err := fault.Parse(p.Kind); err == nil {
+		kind = known
+	}
+	text := p.Detail
+	if text == "" {
+		text = p.Title
+	}
+	return withRetryAfter(fault.New(kind, text, p.Hint), resp)
+}
+
+// kindOf returns the kind and the hint of an error answer of which only the status is known.
+func kindOf(status int) (kind fault.Kind, hint string) {
 	switch {
-	case resp.StatusCode == http.StatusUnauthorized:
-		kind, hint = fault.Unauthorized, "give a file with a token of the server: --token-file FILE"
-	case resp.StatusCode == http.StatusForbidden:
-		kind, hint = fault.Forbidden, "give a file with a token that allows this call: --token-file FILE"
-	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500:
-		kind = fault.Transient
-	case resp.StatusCode >= 400:
-		kind = fault.Usage
+	case status == http.StatusUnauthorized:
+		return fault.Unauthorized, "give a file with a token of the server: --token-file FILE"
+	case status == http.StatusForbidden:
+		return fault.Forbidden, "give a file with a token that allows this call: --token-file FILE"
+	case status == http.StatusTooManyRequests || status >= 500:
+		return fault.Transient, ""
+	case status >= 400:
+		return fault.Usage, ""
 	}
-	return withRetryAfter(fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint), resp)
+	return fault.Internal, ""
 }

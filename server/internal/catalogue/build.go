@@ -376,8 +376,8 @@ func checkUpdate(u api.BuildUpdate) error {
 		return fmt.Errorf("a published build needs a digest")
 	}
 	if u.Class != "" || u.State == api.Failed {
-		if _, err := fault.Parse(u.Class); err != nil || u.Class == "" {
-			return fmt.Errorf("a failed build needs a class: %.80q is not the name of a class", u.Class)
+		if err := checkClass(u.Class); err != nil {
+			return fmt.Errorf("a failed build needs a class: %w", err)
 		}
 	}
 	return nil

@@ -40,6 +40,21 @@ func checkLine(what, text string) error {
 	return nil
 }
 
+// maxClass is the maximum length of the name of a class of failures, in bytes.
+const maxClass = 40
+
+// classPattern matches the names of classes of failures.
+var classPattern = regexp.MustCompile(`^[a-z]+(-[a-z]+)*$`)
+
+// checkClass returns an error unless a text may be the name of a class of failures. Builders and nodes may be newer
+// than this server, so the class need not be one of package fault.
+func checkClass(class string) error {
+	if len(class) > maxClass || !classPattern.MatchString(class) {
+		return fmt.Errorf("class %.80q: want 1 to %d lower-case letters and hyphens", class, maxClass)
+	}
+	return nil
+}
+
 // pathPattern matches a repository's name, as the OCI distribution specification defines it ("Pulling manifests").
 var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 

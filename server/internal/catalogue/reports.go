@@ -120,7 +120,7 @@ func checkReport(r *api.NodeReport) error {
 	default:
 		return fmt.Errorf("outcome %.80q: want loaded, failed or fell-back", r.Outcome)
 	}
-	if _, err := fault.Parse(r.Class); err != nil {
+	if err := checkClass(r.Class); err != nil {
 		return err
 	}
 	r.Message = firstLine(r.Message)
@@ -134,8 +134,9 @@ func checkReport(r *api.NodeReport) error {
 // full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Internal, fault.TimedOut}
 
-// mayBlame reports whether a failure may be the artifact's fault. A GPU that the driver cannot use is usually broken.
-// After a fallback it is not: a node falls back for that reason only if its former driver could use the GPU.
+// mayBlame reports whether a failure may be the artifact's fault. A class that this server does not know may not. A GPU
+// that the driver cannot use is usually broken. After a fallback it is not: a node falls back for that reason only if
+// its former driver could use the GPU.
 func mayBlame(s store.OutcomeCount) bool {
 	kind, err := fault.Parse(s.Class)
 	return err == nil && (slices.Contains(artifactFaults, kind) || kind == fault.Unusable && s.Outcome == api.FellBack)

@@ -206,7 +206,8 @@ func TestReportIsChecked(t *testing.T) {
 	}{
 		"no node":          {func(r *api.NodeReport) { r.Node = "gke-pool-1-node-7" }, fault.Usage},
 		"no outcome":       {func(r *api.NodeReport) { r.Outcome = "fine" }, fault.Usage},
-		"no class":         {func(r *api.NodeReport) { r.Class = "bad" }, fault.Usage},
+		"no class":         {func(r *api.NodeReport) { r.Class = "" }, fault.Usage},
+		"odd class":        {func(r *api.NodeReport) { r.Class = "New trouble" }, fault.Usage},
 		"no digest":        {func(r *api.NodeReport) { r.Digest = "latest" }, fault.Usage},
 		"no kernel":        {func(r *api.NodeReport) { r.BuildID = "x" }, fault.Usage},
 		"no driver":        {func(r *api.NodeReport) { r.Driver.Version = "new" }, fault.Usage},
@@ -230,6 +231,25 @@ func TestReportIsChecked(t *testing.T) {
 	}
 	if _, err := c.Reports(t.Context(), "", "", ""); !fault.Is(err, fault.Usage) {
 		t.Errorf("Reports(of nothing) = %v; want usage", err)
+	}
+}
+
+// TestUnknownClassOfNodes reports failures of a class that this server does not know, as newer nodes do. They must
+// count as failures, and put no artifact into quarantine: nobody knows whether the artifact may be the cause.
+func TestUnknownClassOfNodes(t *testing.T) {
+	t.Parallel()
+	c, _ := withArtifact(t, 2)
+	for node := range 6 {
+		r := reportOf(node, api.NotLoad, fault.Rejected)
+		r.Class = "new-trouble"
+		report(t, c, fmt.Sprint("network ", node), r)
+	}
+	all, err := c.Reports(t.Context(), digest("1"), "", "")
+	if err != nil || len(all) != 1 || all[0].Failed != 6 {
+		t.Errorf("Reports() = %+v, %v; want 6 failures", all, err)
+	}
+	if a, err := c.Artifact(t.Context(), digest("1")); err != nil || a.State != api.Published {
+		t.Errorf("Artifact() = %s, %v; want published", a.State, err)
 	}
 }
 

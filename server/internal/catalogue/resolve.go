@@ -214,7 +214,7 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 	case newest != nil && newest.State == api.Failed:
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
 			orText(newest.Hint, fmt.Sprintf("read the log of the build: server build %d --log", newest.ID))
-		addLastTry(&r, k)
+		addNoTry(&r, k)
 	case newest != nil && newest.State == api.Cancelled:
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), requestHint(k, d)
 	case sibling != nil:

@@ -35,7 +35,8 @@ func retryTime(key store.CellKey, tries int, ended time.Time) time.Time {
 	return at
 }
 
-// passes reports whether the cause of a build's failure may pass.
+// passes reports whether the cause of a build's failure may pass. Of a class that this server does not know, it may
+// not: the server must not build again and again what fails each time.
 func passes(b *api.Build) bool {
 	class, err := fault.Parse(b.Class)
 	return err == nil && class.Passes()
@@ -49,10 +50,16 @@ func mayRetry(key store.CellKey, b *api.Build, now time.Time) bool {
 	return !now.Before(retryTime(key, b.Tries, *b.FinishedAt))
 }
 
-// addLastTry says in the reason and hint of a failed cell that the server does not queue it again, although the cause
-// may pass.
-func addLastTry(r *api.Resolution, k api.Kernel) {
-	if b := r.Build; passes(b) && b.Tries >= maxTries {
+// addNoTry says in the reason and hint of a failed cell that the server does not queue it again, although the cause may
+// pass.
+func addNoTry(r *api.Resolution, k api.Kernel) {
+	b := r.Build
+	_, err := fault.Parse(b.Class)
+	switch {
+	case err != nil:
+		r.Reason += "; this server does not know the class, and makes no automatic tries"
+		r.Hint += "; then upgrade the server, or " + requestHint(k, r.Driver)
+	case passes(b) && b.Tries >= maxTries:
 		r.Reason += fmt.Sprintf("; no more automatic tries after %d builds", b.Tries)
 		r.Hint += "; when the cause is gone, " + requestHint(k, r.Driver)
 	}

@@ -8,6 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
@@ -138,5 +139,41 @@ func TestTriesEnd(t *testing.T) {
 	r.fail()
 	if n := r.plan(time.Hour); n != 1 {
 		t.Errorf("Plan() an hour after a requested build failed queued %d builds; want 1", n)
+	}
+}
+
+// TestUnknownClass fails a wanted cell with a class that this server does not know, as a newer builder does. The class
+// must be kept as it is, and the cell must not be queued again. Before, the report was refused.
+func TestUnknownClass(t *testing.T) {
+	t.Parallel()
+	r := newRetries(t)
+	if n := r.plan(0); n != 1 {
+		t.Fatalf("Plan() queued %d builds; want 1", n)
+	}
+	id := r.q.jobs[len(r.q.jobs)-1].Build
+	classes := []string{"new-trouble"}
+	for _, k := range fault.Kinds() {
+		classes = append(classes, k.String())
+	}
+	for _, class := range classes {
+		if b := update(t, r.Catalogue, id, api.BuildUpdate{State: api.Queued, Class: class}); b.Class != class {
+			t.Errorf("a build that was put back has class %q; want %q", b.Class, class)
+		}
+	}
+	update(t, r.Catalogue, id, api.BuildUpdate{State: api.Failed, Class: "new-trouble", Error: "odd page", Hint: "log in"})
+	got, err := r.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+	if err != nil || got.State != api.Failed || got.Build.Class != "new-trouble" ||
+		got.Reason != "new-trouble: odd page; this server does not know the class, and makes no automatic tries" ||
+		!strings.HasPrefix(got.Hint, "log in; then upgrade the server, or request a build: server request --build-id ") {
+		t.Errorf("Resolve() = %s %+v, %q, %q, %v; want failed with the class, and why there are no tries", got.State,
+			got.Build, got.Reason, got.Hint, err)
+	}
+	for range 3 {
+		if n := r.plan(30 * time.Hour); n != 0 {
+			t.Errorf("Plan() after a failure of an unknown class queued %d builds; want none", n)
+		}
+	}
+	if b := request(t, r.Catalogue, first, v261, "open"); b.ID == id || b.State != api.Queued {
+		t.Errorf("Request() = %+v; want another build", b)
 	}
 }

@@ -94,7 +94,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 		// If a builder was killed, the build is still in state building when the next attempt begins.
 		if moved || u.Attempt > b.Attempt {
 			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
-			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
+			b.Class, b.Error, b.Hint, b.Phases, b.LogRemovedAt = "", "", "", nil, nil
 		}
 		b.HeartbeatAt = &at
 	case progress:

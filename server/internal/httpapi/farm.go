@@ -36,7 +36,8 @@ var (
 	failedDesc = prometheus.NewDesc(
 		"prebake_builds_failed",
 		"Failed builds, by class, without early warnings and repeated failures: of each cell, the first failure of a class "+
-			"since its last success counts. The number goes down when such a build starts again.",
+			"since its last success counts. The class other stands for all that this server does not know. The number goes "+
+			"down when such a build starts again.",
 		[]string{"class"},
 		nil,
 	)
@@ -84,7 +85,13 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 		// Each class starts with 0, so that alerts see the first failure as a change.
 		for _, kind := range fault.Kinds() {
 			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
+			delete(failed, kind.String())
 		}
+		other := 0 // one label, because newer builders could report any number of classes
+		for _, n := range failed {
+			other += n
+		}
+		gauge(failedDesc, float64(other), "other")
 	}
 	f.collectReady(ctx, out, gauge)
 	// The queue comes last, because it may use up the time while its database is away.

@@ -57,7 +57,7 @@ func TestFarmMetrics(t *testing.T) {
 		}
 	}
 	want("with nothing to do", map[string]float64{"prebake_queue_open_jobs": 0, "prebake_queue_oldest_seconds": 0,
-		"prebake_builds_failed api-break": 0})
+		"prebake_builds_failed api-break": 0, "prebake_builds_failed other": 0})
 
 	ask := func(driver string) int64 {
 		t.Helper()
@@ -87,6 +87,10 @@ func TestFarmMetrics(t *testing.T) {
 	update(second, api.BuildUpdate{State: api.Published, Digest: digest,
 		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
 	want("one failed", map[string]float64{"prebake_builds_failed api-break": 1, "prebake_builds_failed transient": 0})
+	for _, driver := range []string{"550.54.15", "550.90.07"} { // as newer builders report
+		update(ask(driver), api.BuildUpdate{State: api.Failed, Class: "new-" + strings.Repeat("x", len(driver)), Error: "x"})
+	}
+	want("two failed with unknown classes", map[string]float64{"prebake_builds_failed other": 2})
 }
 
 // TestReadyMetrics checks the metrics of the time from a release to its artifacts.

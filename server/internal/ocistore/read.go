@@ -1,6 +1,7 @@
 package ocistore
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,7 +9,6 @@ import (
 	"io/fs"
 	"iter"
 	"math"
-	"os"
 	"path"
 	"slices"
 	"strings"
@@ -20,10 +20,10 @@ import (
 // mediaTypeBlob is the media type of all blobs, because the protocol does not tell a registry their real media types.
 const mediaTypeBlob = "application/octet-stream"
 
-// file is a part of a file, as an [ociregistry.BlobReader].
+// file is a part of a file, or a manifest in memory, as an [ociregistry.BlobReader].
 type file struct {
 	io.Reader
-	f    *os.File
+	f    io.Closer
 	desc ociregistry.Descriptor
 }
 
@@ -38,49 +38,44 @@ func replaceNotExist(err, unknown error) error {
 	return err
 }
 
-// open opens stored content from byte offset0 to before offset1; -1 means the end.
-func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader,
-	error) {
-	sum, err := hexOf(desc.Digest)
-	if err != nil {
-		return nil, err
-	}
-	f, err := s.root.Open(blobPath(sum))
-	if err != nil {
-		return nil, replaceNotExist(err, unknown)
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	desc.Size = info.Size()
-	if offset1 < 0 || offset1 > desc.Size {
-		offset1 = desc.Size
-	}
-	if offset0 < 0 || offset0 > offset1 {
-		return nil, errors.Join(
-			fmt.Errorf("%w: the request is for bytes %d to %d, but the blob has %d bytes", ociregistry.ErrRangeInvalid,
-				offset0, offset1, desc.Size),
-			f.Close(),
-		)
-	}
-	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
-}
-
 // GetBlob implements [ociregistry.Reader]. All repositories share their blobs: everybody may read every repository.
 func (s *Store) GetBlob(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
 	return s.GetBlobRange(ctx, repo, d, 0, -1)
 }
 
-// GetBlobRange implements [ociregistry.Reader].
+// GetBlobRange implements [ociregistry.Reader]. It reads the blob from byte offset0 to before offset1; -1 means the
+// end. It does not verify the blob, which may have some hundred MB: the client does.
 func (s *Store) GetBlobRange(
 	_ context.Context,
 	_ string,
 	d ociregistry.Digest,
 	offset0, offset1 int64,
 ) (ociregistry.BlobReader, error) {
-	return s.open(ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d}, offset0, offset1,
-		ociregistry.ErrBlobUnknown)
+	sum, err := hexOf(d)
+	if err != nil {
+		return nil, err
+	}
+	f, err := s.root.Open(blobPath(sum))
+	if err != nil {
+		return nil, replaceNotExist(err, ociregistry.ErrBlobUnknown)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	size := info.Size()
+	if offset1 < 0 || offset1 > size {
+		offset1 = size
+	}
+	if offset0 < 0 || offset0 > offset1 {
+		return nil, errors.Join(
+			fmt.Errorf("%w: the request is for bytes %d to %d, but the blob has %d bytes", ociregistry.ErrRangeInvalid,
+				offset0, offset1, size),
+			f.Close(),
+		)
+	}
+	desc := ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}
+	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
 }
 
 // ResolveBlob implements [ociregistry.Reader].
@@ -92,9 +87,33 @@ func (s *Store) ResolveBlob(_ context.Context, _ string, d ociregistry.Digest) (
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, nil
 }
 
-// ResolveManifest implements [ociregistry.Reader]. A manifest whose content is missing or has another size is unknown,
-// so that clients push it again.
+// ResolveManifest implements [ociregistry.Reader]. A manifest whose content is missing or damaged is unknown, so that
+// clients push it again.
 func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
+	desc, _, err := s.readManifest(repo, d)
+	return desc, err
+}
+
+// readManifest returns a manifest and its descriptor. It verifies the content, which is small. For a manifest whose
+// content is missing or damaged, the error is ErrManifestUnknown.
+func (s *Store) readManifest(repo string, d ociregistry.Digest) (ociregistry.Descriptor, []byte, error) {
+	desc, err := s.statManifest(repo, d)
+	if err != nil {
+		return desc, nil, err
+	}
+	content, err := s.root.ReadFile(blobPath(d.Encoded()))
+	if err != nil {
+		return desc, nil, replaceNotExist(err, ociregistry.ErrManifestUnknown)
+	}
+	if desc.Digest != d || d.Algorithm().FromBytes(content) != d {
+		return desc, nil, ociregistry.ErrManifestUnknown
+	}
+	return desc, content, nil
+}
+
+// statManifest returns the descriptor of a manifest. If its content is missing or has another size, the error is
+// ErrManifestUnknown.
+func (s *Store) statManifest(repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	desc, err := s.manifestOf(repo, d)
 	if err != nil {
 		return desc, err
@@ -103,7 +122,7 @@ func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Di
 	if err != nil {
 		return desc, replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
-	if info.Size() != desc.Size {
+	if info.Size() != desc.Size || desc.Size > MaxManifest {
 		return desc, ociregistry.ErrManifestUnknown
 	}
 	return desc, nil
@@ -140,33 +159,40 @@ func basicDescriptor(d ociregistry.Descriptor) ociregistry.Descriptor {
 
 // ResolveTag implements [ociregistry.Reader].
 func (s *Store) ResolveTag(ctx context.Context, repo, tag string) (ociregistry.Descriptor, error) {
-	name, err := tagPath(repo, tag)
+	d, err := s.digestOfTag(repo, tag)
 	if err != nil {
 		return ociregistry.Descriptor{}, err
 	}
-	desc, err := s.readDescriptor(name)
+	return s.ResolveManifest(ctx, repo, d)
+}
+
+// digestOfTag returns the digest of a tag's manifest, which may be missing.
+func (s *Store) digestOfTag(repo, tag string) (ociregistry.Digest, error) {
+	name, err := tagPath(repo, tag)
 	if err != nil {
-		return ociregistry.Descriptor{}, replaceNotExist(err, ociregistry.ErrManifestUnknown)
+		return "", err
 	}
-	return s.ResolveManifest(ctx, repo, desc.Digest)
+	desc, err := s.readDescriptor(name)
+	return desc.Digest, replaceNotExist(err, ociregistry.ErrManifestUnknown)
 }
 
 // GetManifest implements [ociregistry.Reader].
-func (s *Store) GetManifest(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
-	desc, err := s.ResolveManifest(ctx, repo, d)
+func (s *Store) GetManifest(_ context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
+	desc, content, err := s.readManifest(repo, d)
 	if err != nil {
 		return nil, err
 	}
-	return s.open(desc, 0, -1, ociregistry.ErrManifestUnknown)
+	r := bytes.NewReader(content)
+	return &file{r, io.NopCloser(r), desc}, nil
 }
 
 // GetTag implements [ociregistry.Reader].
 func (s *Store) GetTag(ctx context.Context, repo, tag string) (ociregistry.BlobReader, error) {
-	desc, err := s.ResolveTag(ctx, repo, tag)
+	d, err := s.digestOfTag(repo, tag)
 	if err != nil {
 		return nil, err
 	}
-	return s.open(desc, 0, -1, ociregistry.ErrManifestUnknown)
+	return s.GetManifest(ctx, repo, d)
 }
 
 // Repositories implements [ociregistry.Lister].
@@ -290,8 +316,9 @@ func (s *Store) referrers(
 		if artifactType != "" && desc.ArtifactType != artifactType {
 			continue
 		}
-		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it.
-		if _, err := s.ResolveManifest(ctx, repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
+		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it. A
+		// list of hundreds of manifests does not read them: who asks for a damaged one is told that it is unknown.
+		if _, err := s.statManifest(repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {
 			return nil, err

@@ -7,9 +7,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
@@ -29,6 +33,7 @@ func TestRepair(t *testing.T) {
 		{"truncated", truncated, false, false},
 		{"truncated, collected", truncated, true, false},
 		{"truncated, deleted", truncated, false, true},
+		{"flipped", flipped, false, false},
 		{"flipped, collected", flipped, true, false},
 		{"flipped, deleted", flipped, false, true},
 		{"flipped, collected, deleted", flipped, true, true},
@@ -72,9 +77,15 @@ func TestRepair(t *testing.T) {
 				collect(d.String())
 				collect(d.String()) // the content is aside now, and its blobs must still be kept
 			}
-			if has, err := s.HasManifest(t.Context(), "prebake/driver", d.String()); err != nil ||
-				has != (row.name == "flipped, deleted") {
-				t.Errorf("HasManifest() = %t, %v; want false, except for a right size", has, err)
+			if has, err := s.HasManifest(t.Context(), "prebake/driver", d.String()); err != nil || has {
+				t.Errorf("HasManifest() = %t, %v; want false", has, err)
+			}
+			for _, at := range []string{manifest, "/v2/prebake/driver/manifests/one"} {
+				for _, method := range []string{"GET", "HEAD"} {
+					if r := call(t, host, method, at, ""); r.StatusCode != http.StatusNotFound {
+						t.Errorf("%s %s before the push = %s; want 404", method, at, r.Status)
+					}
+				}
 			}
 			if row.remove {
 				if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted {
@@ -137,5 +148,98 @@ func TestRepairBeforeCollection(t *testing.T) {
 	r = call(t, host, "GET", "/v2/a/x/manifests/"+d.String(), "")
 	if got, err := io.ReadAll(r.Body); err != nil || string(got) != string(good) {
 		t.Errorf("GET after PUT = %s %s, %v; want the right content", r.Status, got, err)
+	}
+}
+
+// TestDamagedBlob changes a byte of a layer. Only clients notice it, because the server does not verify large content
+// at each read. To repair it, an operator removes the file and the manifest, and pushes again:
+// docs/how-to/back-up.md.
+func TestDamagedBlob(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	host := serve(t, dir)
+	ref, img := reference(t, host, "prebake/driver:one"), image(t)
+	if err := remote.Write(ref, img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	name := blobs(t, img)[1]
+	blob, file := "/v2/prebake/driver/blobs/sha256:"+name, filepath.Join(dir, "blobs/sha256", name[:2], name)
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := slices.Clone(good)
+	bad[0] ^= 1
+	if err := errors.Join(os.Remove(file), os.WriteFile(file, bad, 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	check := func(when string, want []byte) {
+		t.Helper()
+		r := call(t, host, "GET", blob, "")
+		if got, err := io.ReadAll(r.Body); err != nil || !slices.Equal(got, want) {
+			t.Errorf("GET %s = %s, %d bytes, %v; want %d other bytes", when, r.Status, len(got), err, len(want))
+		}
+	}
+	push := func() {
+		t.Helper()
+		if err := remote.Write(ref, img, options(t)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("of the damaged blob", bad)
+	push()
+	check("after a push, which leaves out the blob,", bad)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	manifest := "/v2/prebake/driver/manifests/" + digestOf(t, img).String()
+	if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted {
+		t.Errorf("DELETE = %s; want 202", r.Status)
+	}
+	push()
+	check("after the removal and a push", good)
+}
+
+// TestDamagedReferrer changes a byte of an attached manifest. A list still has it, because lists do not read manifests.
+// Whoever asks for it gets a 404, and a push repairs it.
+func TestDamagedReferrer(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	host := serve(t, dir)
+	subject := image(t)
+	desc, err := partial.Descriptor(subject)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attached := mutate.Subject(image(t), *desc).(v1.Image)
+	d := digestOf(t, attached)
+	at := reference(t, host, "a/x@"+d.String())
+	if err := remote.Write(at, attached, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "blobs/sha256", d.Hex[:2], d.Hex)
+	raw, err := attached.RawManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := slices.Clone(raw)
+	bad[0] ^= 1
+	if err := errors.Join(os.Remove(file), os.WriteFile(file, bad, 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	r := call(t, host, "GET", "/v2/a/x/referrers/"+desc.Digest.String(), "")
+	if list, err := io.ReadAll(r.Body); err != nil || !strings.Contains(string(list), d.String()) {
+		t.Errorf("GET of the referrers = %s %s, %v; want the damaged one among them", r.Status, list, err)
+	}
+	manifest := "/v2/a/x/manifests/" + d.String()
+	if r := call(t, host, "GET", manifest, ""); r.StatusCode != http.StatusNotFound {
+		t.Errorf("GET of the damaged referrer = %s; want 404", r.Status)
+	}
+	if err := remote.Write(at, attached, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	r = call(t, host, "GET", manifest, "")
+	if got, err := io.ReadAll(r.Body); err != nil || string(got) != string(raw) {
+		t.Errorf("GET after the push = %s %s, %v; want the right content", r.Status, got, err)
 	}
 }

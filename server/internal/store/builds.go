@@ -16,20 +16,20 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at, priority, tries`
+const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at, priority, tries, log_removed_at`
 
 func scanBuild(row func(...any) error) (api.Build, error) {
 	var b api.Build
 	var kernel, phases string
-	var created, started, finished, beat int64
+	var created, started, finished, beat, logRemoved int64
 	err := row(&b.ID, &kernel, &b.Driver.Version, &b.Driver.Flavour, &b.State, &b.Phase, &b.Worker, &b.Attempt,
 		&b.Class, &b.Error, &b.Hint, &b.Digest, &phases, &created, &started, &finished, &beat, &b.Priority,
-		&b.Tries)
+		&b.Tries, &logRemoved)
 	if err != nil {
 		return b, err
 	}
-	b.CreatedAt, b.StartedAt, b.FinishedAt, b.HeartbeatAt =
-		timeOf(created), timePtr(started), timePtr(finished), timePtr(beat)
+	b.CreatedAt, b.StartedAt, b.FinishedAt, b.HeartbeatAt, b.LogRemovedAt =
+		timeOf(created), timePtr(started), timePtr(finished), timePtr(beat), timePtr(logRemoved)
 	if phases != "[]" {
 		err = json.Unmarshal([]byte(phases), &b.Phases)
 	}
@@ -224,10 +224,11 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	tx.touch(b.Kernel.String())
 	_, err = tx.ExecContext(ctx, `
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
-    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15, tries = $16 WHERE id = $1`,
+    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15, tries = $16,
+    log_removed_at = $17 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
 		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority,
-		max(b.Tries, 1))
+		max(b.Tries, 1), ptrMicros(b.LogRemovedAt))
 	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
 }
 

@@ -146,9 +146,10 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 // logsPerRead is the number of names that Trim reads from the folder at a time.
 const logsPerRead = 1000
 
-// Trim removes logs that were last written before the given time and whose builds are gone, and returns their number. A
-// younger log may belong to a build that a restored database does not have yet.
-func (l *Logs) Trim(before time.Time, gone func(build int64) (bool, error)) (removed int, err error) {
+// Trim finds logs that were last written before the given time, and passes their builds to the callback, at most
+// logsPerRead at a time. It removes the logs of the builds that the callback returns, and returns the number of removed
+// files.
+func (l *Logs) Trim(before time.Time, choose func(builds []int64) ([]int64, error)) (removed int, err error) {
 	dir, err := l.root.Open(".")
 	if err != nil {
 		return 0, fmt.Errorf("find old logs: %w", err)
@@ -162,30 +163,55 @@ func (l *Logs) Trim(before time.Time, gone func(build int64) (bool, error)) (rem
 		if err != nil {
 			return removed, fmt.Errorf("find old logs: %w", err)
 		}
-		for _, e := range entries {
-			build, ok := buildOf(e.Name())
-			if !ok {
-				continue
-			}
-			info, err := e.Info()
-			if errors.Is(err, fs.ErrNotExist) || err == nil && !info.ModTime().Before(before) {
-				continue
-			}
-			if err != nil {
-				return removed, fmt.Errorf("find old logs: %w", err)
-			}
-			switch yes, err := gone(build); {
-			case err != nil:
-				return removed, err
-			case !yes:
-				continue
-			}
-			if err := ignoreGone(l.root.Remove(e.Name())); err != nil {
-				return removed, fmt.Errorf("remove the log of build %d: %w", build, err)
-			}
-			removed++
+		n, err := l.trimSome(entries, before, choose)
+		removed += n
+		if err != nil {
+			return removed, err
 		}
 	}
+}
+
+// trimSome is [Logs.Trim] for some entries of the folder.
+func (l *Logs) trimSome(
+	entries []fs.DirEntry, before time.Time, choose func(builds []int64) ([]int64, error),
+) (removed int, err error) {
+	var names []string
+	var builds []int64
+	for _, e := range entries {
+		build, ok := buildOf(e.Name())
+		if !ok {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !info.ModTime().Before(before) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("find old logs: %w", err)
+		}
+		names, builds = append(names, e.Name()), append(builds, build)
+	}
+	if len(builds) == 0 {
+		return 0, nil
+	}
+	chosen, err := choose(builds)
+	if err != nil {
+		return 0, err
+	}
+	remove := map[int64]bool{}
+	for _, build := range chosen {
+		remove[build] = true
+	}
+	for i, build := range builds {
+		if !remove[build] {
+			continue
+		}
+		if err := ignoreGone(l.root.Remove(names[i])); err != nil {
+			return removed, fmt.Errorf("remove the log of build %d: %w", build, err)
+		}
+		removed++
+	}
+	return removed, nil
 }
 
 // buildOf returns the number of the build whose log has this name.

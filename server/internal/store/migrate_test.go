@@ -2,7 +2,10 @@ package store_test
 
 import (
 	"database/sql"
+	"net/url"
+	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -12,44 +15,101 @@ import (
 )
 
 // TestTriesOfOldBuilds opens a catalogue that was written before builds had tries. Each failed build must get its
-// number since the last published one.
+// number since the last published one. The cells are numbered apart.
 func TestTriesOfOldBuilds(t *testing.T) {
 	t.Parallel()
-	file := filepath.Join(t.TempDir(), "catalogue.db")
-	s, err := store.Open(t.Context(), "sqlite://"+file)
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		file := filepath.Join(t.TempDir(), "catalogue.db")
+		migrateTries(t, "sqlite", file, "sqlite://"+file)
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		url := newPostgres(t, "tries")
+		migrateTries(t, "pgx", url, url)
+	})
+}
+
+// newPostgres makes a database of PostgreSQL for this test only, and returns its URL.
+func newPostgres(t *testing.T, name string) string {
+	t.Helper()
+	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
+	if raw == "" {
+		t.Skip("PREBAKE_TEST_POSTGRES names no database")
+	}
+	u, err := url.Parse(raw)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, state := range []api.State{api.Failed, api.Failed, api.Published, api.Failed, api.Cancelled, api.Failed} {
-		b := add(t, s, "1.2.3")
-		if _, err := changeBuild(t.Context(), s, b.ID, func(b *api.Build) error { b.State = state; return nil }); err != nil {
-			t.Fatal(err)
+	admin, err := sql.Open("pgx", raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := admin.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	name = "prebake_" + name + "_" + strconv.Itoa(os.Getpid())
+	if _, err := admin.ExecContext(t.Context(), "CREATE DATABASE "+name); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := admin.Exec("DROP DATABASE " + name + " WITH (FORCE)"); err != nil {
+			t.Error(err)
+		}
+	})
+	u.Path = "/" + name
+	return u.String()
+}
+
+func migrateTries(t *testing.T, driver, dsn, url string) {
+	t.Helper()
+	s, err := store.Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	states := []api.State{api.Failed, api.Failed, api.Published, api.Failed, api.Cancelled, api.Failed}
+	for _, state := range states {
+		for _, id := range []string{"1.2.3", "1.2.4"} {
+			b := add(t, s, id)
+			_, err := changeBuild(t.Context(), s, b.ID, func(b *api.Build) error { b.State = state; return nil })
+			if err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	db, err := sql.Open("sqlite", file)
+	db, err := sql.Open(driver, dsn)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = db.ExecContext(t.Context(),
-		`ALTER TABLE builds DROP COLUMN tries; DELETE FROM goose_db_version WHERE version_id = 11`)
-	if err != nil {
-		t.Fatal(err)
+	// Migrations run in order, so those after this one must be undone, too.
+	for _, statement := range []string{
+		`ALTER TABLE builds DROP COLUMN log_removed_at`, `ALTER TABLE builds DROP COLUMN tries`,
+		`DELETE FROM goose_db_version WHERE version_id >= 11`,
+	} {
+		if _, err := db.ExecContext(t.Context(), statement); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := db.Close(); err != nil {
 		t.Fatal(err)
 	}
-	all, _, err := open(t, "sqlite://"+file).Builds(t.Context(), store.BuildFilter{}, page)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []int
-	for _, b := range all {
-		got = append(got, b.Tries)
-	}
-	if d := cmp.Diff([]int{2, 1, 1, 1, 2, 1}, got); d != "" { // the newest comes first
-		t.Errorf("tries (-want +got):\n%s", d)
+	s = open(t, url)
+	for _, id := range []string{"1.2.3", "1.2.4"} {
+		all, _, err := s.Builds(t.Context(), store.BuildFilter{BuildID: id}, page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []int
+		for _, b := range all {
+			got = append(got, b.Tries)
+		}
+		if d := cmp.Diff([]int{2, 1, 1, 1, 2, 1}, got); d != "" { // the newest comes first
+			t.Errorf("tries of COS build %s (-want +got):\n%s", id, d)
+		}
 	}
 }

@@ -258,6 +258,7 @@ func (p *packer) build(b *api.Build) {
 	packOptional(p, &b.StartedAt, p.time)
 	packOptional(p, &b.FinishedAt, p.time)
 	packOptional(p, &b.HeartbeatAt, p.time)
+	packOptional(p, &b.LogRemovedAt, p.time)
 }
 
 func (p *packer) kernel(k *target.Kernel) {

@@ -80,3 +80,38 @@ func TestCellsAreLookedUp(t *testing.T) {
 		}
 	}
 }
+
+// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and newer builds by their
+// cells, so that the removal of logs does not read the whole table.
+func TestOldLogsAreLookedUp(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	var plan []string
+	err = query(t.Context(), s.db, func(row func(...any) error) error {
+		var id, parent, unused int
+		var step string
+		err := row(&id, &parent, &unused, &step)
+		plan = append(plan, step)
+		return err
+	}, "EXPLAIN QUERY PLAN "+markOldLogs(2), 1, 2, 3, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(plan, "\n")
+	for _, want := range []string{
+		"SEARCH b USING INTEGER PRIMARY KEY (rowid=?)",
+		"SEARCH n USING INDEX builds_by_cell (build_id=? AND board=? AND driver=? AND flavour=? AND id>?)",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the plan lacks %q:\n%s", want, text)
+		}
+	}
+}

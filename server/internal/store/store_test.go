@@ -33,7 +33,7 @@ func TestConformance(t *testing.T) {
 		"remembered": testCache,
 		"tokens":     testTokens, "audit": testAudit,
 		"measured": testWantedCells, "reported": testReports, "filtered": testFilters, "warned": testWarnings,
-		"sources": testGPUsAndGKE, "trimmed": testTrim, "guarded": testWishListGuard,
+		"sources": testGPUsAndGKE, "trimmed": testTrim, "old logs": testOldLogs, "guarded": testWishListGuard,
 		"beside": testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {

@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -109,4 +111,69 @@ func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed in
 		old = old[n:]
 	}
 	return removed, nil
+}
+
+// MarkOldLogs records that the logs of old builds among the given ones are removed at the time now, and returns these
+// builds. The caller then removes their logs. A build is old if it ended before the given time. The newest failure of a
+// cell is not old until a newer build of the cell was published: its log says why the cell has no artifact.
+func (s *Store) MarkOldLogs(ctx context.Context, builds []int64, before, now time.Time) (old []int64, err error) {
+	err = s.Write(ctx, func(tx *Tx) error {
+		old = nil
+		return query(ctx, tx, func(row func(...any) error) error {
+			var id int64
+			var buildID, board string
+			err := row(&id, &buildID, &board)
+			old = append(old, id)
+			tx.touch(buildID + "/" + board)
+			return err
+		}, markOldLogs(len(builds)), append([]any{micros(now), micros(before)}, anys(builds)...)...)
+	})
+	if err != nil {
+		return nil, classify("find old logs", err)
+	}
+	return old, nil
+}
+
+// markOldLogs returns the statement of [Store.MarkOldLogs] for n builds.
+func markOldLogs(n int) string {
+	return `
+UPDATE builds AS b SET log_removed_at = $1
+WHERE b.id IN (` + parameters(3, n) + `) AND b.state IN ('published', 'failed', 'cancelled') AND b.finished_at < $2
+AND (b.state <> 'failed' OR EXISTS (
+    SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
+    AND n.flavour = b.flavour AND n.id > b.id AND n.state IN ('failed', 'published')
+)) RETURNING id, build_id, board`
+}
+
+// AbsentBuilds returns those of the given builds that the catalogue lacks.
+func (s *Store) AbsentBuilds(ctx context.Context, builds []int64) (absent []int64, err error) {
+	present := map[int64]bool{}
+	// Not s.readers, which keeps each statement for ever: here, each number of builds makes another one.
+	err = query(ctx, s.db, func(row func(...any) error) error {
+		var id int64
+		err := row(&id)
+		present[id] = true
+		return err
+	}, `SELECT id FROM builds WHERE id IN (`+parameters(1, len(builds))+`)`, anys(builds)...)
+	if err != nil {
+		return nil, classify("find builds", err)
+	}
+	return slices.DeleteFunc(slices.Clone(builds), func(id int64) bool { return present[id] }), nil
+}
+
+// parameters returns a list of n numbered parameters, such as "$3, $4". The first has the given number.
+func parameters(first, n int) string {
+	all := make([]string, n)
+	for i := range all {
+		all[i] = fmt.Sprintf("$%d", first+i)
+	}
+	return strings.Join(all, ", ")
+}
+
+func anys(numbers []int64) []any {
+	all := make([]any, len(numbers))
+	for i, n := range numbers {
+		all[i] = n
+	}
+	return all
 }

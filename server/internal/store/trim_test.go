@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -66,6 +67,79 @@ func testTrim(t *testing.T, s *store.Store, id string) {
 	}
 }
 
+// testOldLogs marks the builds of several cells whose logs are old. Of each cell, the last failure after the last
+// success must stay.
+func testOldLogs(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	old, now := noon.Add(time.Hour), noon.Add(2*time.Hour)
+	if err := s.Write(ctx, func(tx *store.Tx) error {
+		return tx.PutKernel(ctx, api.Kernel{Kernel: kernelOf(id + "1"), SeenAt: noon})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var ids, want []int64
+	for i, cell := range []string{"F* F", "F* P*", "P* F", "F C*", "P*", "C*", "F* y", "F Q", "Y F", "F* C* F C*"} {
+		buildID := fmt.Sprintf("%s%d", id, i)
+		for _, letter := range strings.ReplaceAll(cell, " ", "") {
+			if letter == '*' { // the build before is old
+				want = append(want, ids[len(ids)-1])
+				continue
+			}
+			state := map[rune]api.State{'F': api.Failed, 'y': api.Failed, 'P': api.Published, 'Y': api.Published,
+				'C': api.Cancelled, 'Q': api.Queued}[letter]
+			ended := noon
+			if letter == 'y' || letter == 'Y' { // young
+				ended = now
+			}
+			b := add(t, s, buildID)
+			_, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error {
+				b.State, b.FinishedAt = state, &ended
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ids = append(ids, b.ID)
+		}
+	}
+	const absent = 1 << 40
+	newest := func() *time.Time {
+		t.Helper()
+		cells, err := s.KernelCells(ctx, id+"1", "lakitu")
+		if err != nil || cells == nil {
+			t.Fatalf("KernelCells() = %v, %v", cells, err)
+		}
+		return cells.Facts(driver).Newest.LogRemovedAt
+	}
+	if at := newest(); at != nil {
+		t.Errorf("before, the log was removed at %v", at)
+	}
+	got, err := s.MarkOldLogs(ctx, append(slices.Clone(ids), absent), old, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(got)
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("MarkOldLogs() (-want +got):\n%s", d)
+	}
+	for _, id := range ids {
+		b, err := s.Build(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if marked := b.LogRemovedAt != nil && b.LogRemovedAt.Equal(now); marked != slices.Contains(want, id) {
+			t.Errorf("the log of build %d was removed at %v; want %s: %t", id, b.LogRemovedAt, now, !marked)
+		}
+	}
+	if at := newest(); at == nil || !at.Equal(now) {
+		t.Errorf("the remembered build's log was removed at %v; want %s", at, now)
+	}
+	got, err = s.AbsentBuilds(ctx, append(slices.Clone(ids), absent))
+	if err != nil || len(got) != 1 || got[0] != absent {
+		t.Errorf("AbsentBuilds() = %v, %v; want %d", got, err, int64(absent))
+	}
+}
+
 func TestTrimLogs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -85,7 +159,12 @@ func TestTrimLogs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n, err := logs.Trim(noon, func(build int64) (bool, error) { return build != 2, nil })
+	n, err := logs.Trim(noon, func(builds []int64) ([]int64, error) {
+		if d := cmp.Diff([]int64{1, 2, 4}, slices.Sorted(slices.Values(builds))); d != "" {
+			t.Errorf("builds with old logs (-want +got):\n%s", d)
+		}
+		return []int64{1, 4}, nil
+	})
 	if err != nil || n != 2 {
 		t.Errorf("Trim() = %d, %v; want 2", n, err)
 	}
