@@ -67,6 +67,9 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 	if note, err = r.findPublished(ctx, in, to); err != nil || to.found != nil {
 		return to, note, err
 	}
+	if err := r.checkKernelTags(ctx, in, to); err != nil {
+		return to, "", err
+	}
 	if err := r.chooseRecipe(ctx, in, to); err != nil {
 		return to, "", err
 	}
