@@ -176,7 +176,12 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 // COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
-	if r.again, err = r.isOld(ctx, to, digest); err != nil || r.again {
+	old, err := r.isOld(ctx, to, digest)
+	if err != nil {
+		return nil, "", err
+	}
+	if old {
+		r.endFresh, err = r.startFresh()
 		return nil, "to be built again because of its age", err
 	}
 	if r.cfg.LoadTest == LoadTestRequire {
