@@ -315,6 +315,30 @@ func TestOpenFreshAfterKill(t *testing.T) {
 	}
 }
 
+// After a change of the key, the age of an artifact is unknown. The build says so, takes nothing from the cache, and
+// signs by the new key. After that the artifact is young.
+func TestRenewAfterKeyChange(t *testing.T) {
+	t.Parallel()
+	f, builds := newSiblings(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request(builds[0]))
+	f.newKey(t)
+	cfg.Key, cfg.RebuildAfter = f.key, time.Hour
+	res := must(t, cfg, request(builds[0]))
+	if res.Reused || res.Digest != first.Digest || !slices.ContainsFunc(res.Phases, func(p timeline.Phase) bool {
+		return p.Name == "look up" && strings.Contains(p.Note, "says its age")
+	}) {
+		t.Errorf("with a new key: reused %v, %s, phases %+v; want %s made again, as nobody says its age", res.Reused,
+			res.Digest, res.Phases, first.Digest)
+	}
+	if diff := cmp.Diff([]string{"6 tests", "3 files", "package"}, notes(res)); diff != "" {
+		t.Errorf("with a new key (-want +got):\n%s", diff)
+	}
+	if res := must(t, cfg, request(builds[0])); !res.Reused {
+		t.Errorf("after that: %+v; want it reused", res)
+	}
+}
+
 // cutter fails the n-th upload of a manifest and all later requests.
 type cutter struct {
 	n    atomic.Int64
