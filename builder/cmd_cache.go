@@ -12,6 +12,7 @@ import (
 	"github.com/dustin/go-humanize"
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
@@ -62,6 +63,18 @@ func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.T
 		return &cas.Trimmed{}, err
 	}
 	return cache.Trim(ctx, cas.Limit{Bytes: size})
+}
+
+// trimCaches is [trimCache] for the caches of a pass over a wish list. The cache of builds because of age is within the
+// other one and counts for its size. It may take half of --cache-size, so that fetched inputs and what other builds
+// make have the rest.
+func trimCaches(ctx context.Context, cmd *ucli.Command, cfg pipeline.Config) error {
+	size, err := parseSize(cmd.String("cache-size"))
+	if cfg.Fresh != nil && size > 0 {
+		_, err = cfg.Fresh.Trim(ctx, cas.Limit{Bytes: size / 2})
+	}
+	_, terr := trimCache(ctx, cmd, cfg.Cache)
+	return errors.Join(err, terr)
 }
 
 func cacheCommand() *ucli.Command {

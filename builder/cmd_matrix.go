@@ -202,8 +202,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
 		}, log, line)
 		end(err)
-		// An error of trimCache does not change the result of the build.
-		if _, terr := trimCache(ctx, cmd, m.cfg.Cache); terr != nil {
+		// An error of trimCaches does not change the result of the build.
+		if terr := trimCaches(ctx, cmd, m.cfg); terr != nil {
 			fmt.Fprintf(log, "cache not trimmed: %v\n", terr)
 		}
 		return res, err
@@ -300,6 +300,23 @@ func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, erro
 	return m, p, nil
 }
 
+// runPass builds the cells of a plan that are not published now. The builds because of age share a cache that lives
+// only for this pass, see [pipeline.OpenFresh]. If that cache cannot be removed, runPass returns the report and an
+// error.
+func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Report, err error) {
+	if m.cfg.RebuildAfter > 0 {
+		var remove func() error
+		if m.cfg.Fresh, remove, err = pipeline.OpenFresh(m.cfg.Cache); err != nil {
+			return nil, err
+		}
+		defer func() {
+			m.cfg.Fresh = nil
+			err = errors.Join(err, remove())
+		}()
+	}
+	return batch.Run(ctx, m.batch, p), nil
+}
+
 // runPlan prints what a build would do, and builds nothing.
 func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	m, p, err := openPlan(ctx, cmd)
@@ -349,15 +366,19 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	screen := newScreen(stderr)
 	m.cfg.Cache.Notify, m.batch.Watch = screen.progress, screen.watch
-	report := batch.Run(ctx, m.batch, p)
+	report, err := m.runPass(ctx, p)
 	screen.close()
+	if report == nil {
+		return err
+	}
 	if err := show(cmd, report, time.Since(begin)); err != nil {
 		return err
 	}
 	if n := report.Early(); n > 0 {
 		fmt.Fprintf(stderr, "note:  early warning: %s failed; early warnings do not change the exit code\n", cellsOf(n))
 	}
-	return errors.Join(report.Err(), m.setLabels(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
+	return errors.Join(report.Err(),
+		m.setLabels(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }), err)
 }
 
 func show(cmd *ucli.Command, r *batch.Report, took time.Duration) error {

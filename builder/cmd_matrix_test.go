@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -20,6 +23,8 @@ import (
 	"github.com/vbauerster/mpb/v8"
 
 	"github.com/prebake/prebake/builder/internal/batch"
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
@@ -185,4 +190,47 @@ func (b *safeBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.text.String()
+}
+
+// Each pass over a wish list has a new cache for builds because of age, which is gone after the pass.
+func TestPassHasOwnCache(t *testing.T) {
+	t.Parallel()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cache.Close() }()
+	kernel, err := target.ParseKernel("17800.0.9", "lakitu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &plan.Plan{Cells: []plan.Cell{{Kernel: kernel, Driver: target.Driver{Version: "535.1", Flavour: target.Open}}}}
+	m := &matrix{cfg: pipeline.Config{Cache: cache, RebuildAfter: time.Hour}}
+	m.batch.Logs = t.TempDir()
+	m.batch.Kernel = func(context.Context, target.Kernel, func(string)) (target.Fingerprint, error) { return "f", nil }
+	m.batch.Driver = func(context.Context, string, target.Arch, func(string)) ([]target.Flavour, error) {
+		return []target.Flavour{target.Open}, nil
+	}
+	var used []string
+	m.batch.Make = func(ctx context.Context, _ plan.Cell, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		used = append(used, m.cfg.Fresh.Dir())
+		_, cached, err := m.cfg.Fresh.Tree(ctx, "object", "key", func(context.Context, string) error { return nil })
+		if cached {
+			t.Error("a pass has an object of an earlier pass")
+		}
+		return &pipeline.Result{}, err
+	}
+	for range 2 {
+		if report, err := m.runPass(t.Context(), p); err != nil || report.States[batch.Published] != 1 {
+			t.Fatalf("runPass = %+v, %v; want one cell published", report, err)
+		}
+	}
+	if len(used) != 2 || used[0] == used[1] {
+		t.Fatalf("two passes have the caches %v; want two", used)
+	}
+	for _, dir := range used {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a pass left its cache: %v", err)
+		}
+	}
 }

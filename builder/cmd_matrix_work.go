@@ -75,7 +75,10 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 	for _, note := range p.Notes {
 		log.WarnContext(ctx, "wish list has a rule without effect", "note", note)
 	}
-	report := batch.Run(ctx, m.batch, p)
+	report, err := m.runPass(ctx, p)
+	if report == nil {
+		return err
+	}
 	args := []any{"cells", len(report.Jobs), "took", time.Since(begin).Round(time.Millisecond)}
 	for _, s := range batch.States() {
 		if n := report.States[s]; n > 0 {
@@ -83,7 +86,8 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		}
 	}
 	log.InfoContext(ctx, "wish list checked", args...)
-	return m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
+	return errors.Join(
+		m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) }), err)
 }
 
 // logEvent logs the events of a batch. Cells published before, and failures that an earlier round logged, get debug

@@ -149,16 +149,11 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 // compiled.
 func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
 	all []reproduce.Config) (_ []*reproduce.Report, err error) {
-	dir, cleanup, err := cache.TempDir("products-")
+	products, remove, err := pipeline.OpenFresh(cache)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, cleanup()) }()
-	products, err := cas.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, products.Close()) }()
+	defer func() { err = errors.Join(err, remove()) }()
 	log, logPath, err := openLog(cache, "reproduce")
 	if err != nil {
 		return nil, err

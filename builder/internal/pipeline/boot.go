@@ -104,7 +104,7 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 		parts.Add("load test", string(LoadTestRequire))
 	}
 	key := parts.String()
-	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
+	dir, _, err := r.cfg.Cache.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
 		if err := writeImage(vmlinux, filepath.Join(dir, vm.BootKernel), in.kernel.Kernel.Arch); err != nil {
 			return err
 		}
@@ -160,7 +160,7 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 // addGPU compiles the emulated GPU and copies it into a boot folder. The GPU's source may not know the interfaces of
 // this kernel. That is an error only if the load test is required. Otherwise the folder gets no emulated GPU.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
-	work, cleanup, err := r.products.TempDir("emugpu-")
+	work, cleanup, err := r.cfg.Cache.TempDir("emugpu-")
 	if err != nil {
 		return err
 	}

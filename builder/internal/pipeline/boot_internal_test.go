@@ -73,7 +73,7 @@ func TestBootFolderWithoutGPU(t *testing.T) {
 		Headers: filepath.Join(dir, "headers"), Toolchain: filepath.Join(dir, "toolchain"),
 	}}
 	makeBoot := func(mode LoadTest) (boot, error) {
-		r := &run{cfg: Config{LoadTest: mode, Jobs: 1}, log: io.Discard, line: &timeline.Run{}, products: cache}
+		r := &run{cfg: Config{LoadTest: mode, Jobs: 1, Cache: cache}, log: io.Discard, line: &timeline.Run{}}
 		return r.makeBoot(t.Context(), in, filepath.Join(dir, "vmlinux"), sign.Material{Digest: "sha256:v"},
 			bootimage.Facts{Banners: []string{"Linux version 6.1.0-9-test"}})
 	}

@@ -74,9 +74,9 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	key, why := r.modulesKey(in), ""
 	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols,
 		in.pahole != "")
-	tree, objects := key, r.products
+	tree := key
 	if r.again { // the new provenance must be about files that this run compiled
-		tree, objects = key.With("made again", r.started.String()), nil
+		tree = key.With("made again", r.started.String())
 	}
 	dir, cached, err := r.products.Tree(ctx, "modules", tree.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
@@ -112,7 +112,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Release: in.kernel.Kernel.Release, Driver: in.driver, Arch: in.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
 			Debug: r.cfg.DebugSymbols, BTF: in.kernel.BTF,
-			Cache: objects, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest,
+			Cache: r.products, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest,
 			SourceDigest: in.release.SourceDigest, HostDigest: in.host,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
@@ -223,9 +223,15 @@ func (r *run) checkIntact(ctx context.Context, m *modules, folders ...string) er
 			return changedError(name, r.products.Dir())
 		}
 	}
+	caches := []*cas.Cache{r.cfg.Cache}
+	if r.products != r.cfg.Cache {
+		caches = append(caches, r.products)
+	}
 	for _, dir := range folders {
-		if err := r.products.Recheck(ctx, dir); err != nil {
-			return err
+		for _, cache := range caches { // only the folder's own cache checks it
+			if err := cache.Recheck(ctx, dir); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

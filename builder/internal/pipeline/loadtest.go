@@ -79,13 +79,13 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 	if err != nil {
 		return t, "", err
 	}
-	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
+	return t, verdict.State, r.cfg.Cache.PutFact("loadtest", key, raw)
 }
 
 // cachedVerdict returns the stored verdict about these modules, or nil. It also returns nil if the verdict lacks NVML's
 // answer and this machine now has the NVML probe.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
-	raw, ok := r.products.Fact("loadtest", key)
+	raw, ok := r.cfg.Cache.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}
 	if !ok || json.Unmarshal(raw, verdict) != nil {
 		return nil

@@ -52,7 +52,7 @@ func TestVerdictWithoutNVML(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = cache.Close() })
 	probe := filepath.Join(t.TempDir(), "nvmlprobe")
-	r := &run{products: cache, cfg: Config{NVMLProbe: probe}}
+	r := &run{cfg: Config{NVMLProbe: probe, Cache: cache}}
 	in := &inputs{kernel: &cossrc.Inputs{Kernel: target.Kernel{Arch: target.ARM64}}}
 	for key, v := range map[string]loadtest.Verdict{"not asked": {State: "loaded",
 		NotAsked: "this builder has no nvmlprobe-arm64"}, "asked": {State: "loaded", NVMLVersion: "1"}} {

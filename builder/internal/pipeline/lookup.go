@@ -67,6 +67,9 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 	if note, err = r.findPublished(ctx, in, to); err != nil || to.found != nil {
 		return to, note, err
 	}
+	if err := r.checkKernelTags(ctx, in, to); err != nil {
+		return to, "", err
+	}
 	if err := r.chooseRecipe(ctx, in, to); err != nil {
 		return to, "", err
 	}
@@ -173,8 +176,11 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 // COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
-	if r.again, err = r.isOld(ctx, to, digest); err != nil || r.again {
-		return nil, "to be built again because of its age", err
+	if reason, err = r.isOld(ctx, to, digest); err != nil || reason != "" {
+		if err == nil {
+			r.endFresh, err = r.startFresh()
+		}
+		return nil, reason, err
 	}
 	if r.cfg.LoadTest == LoadTestRequire {
 		return nil, "load test required", nil
@@ -214,15 +220,19 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", err
 }
 
-// isOld reports whether the newest provenance in a repository is older than Config.RebuildAfter.
-func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, error) {
+// isOld returns why the artifact must be built again: in a repository, the newest provenance is older than
+// Config.RebuildAfter, or no provenance by our key says the age. It returns "" if the artifact is young enough.
+//
+// After a change of the key, no artifact has a provenance by the new key. The times in those by the former key count
+// for nothing, as do all its statements: this run does not know whether anybody still trusts that key.
+func (r *run) isOld(ctx context.Context, to *publication, digest string) (reason string, err error) {
 	if r.cfg.RebuildAfter <= 0 {
-		return false, nil
+		return "", nil
 	}
 	for _, p := range to.destinations {
 		attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 		if err != nil {
-			return false, err
+			return "", err
 		}
 		var built time.Time
 		for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
@@ -230,11 +240,14 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (bool, 
 				built = at
 			}
 		}
-		if r.started.Sub(built) >= r.cfg.RebuildAfter {
-			return true, nil
+		switch {
+		case built.IsZero():
+			return fmt.Sprintf("to be built again, because no provenance by %s says its age", to.signer), nil
+		case r.started.Sub(built) >= r.cfg.RebuildAfter:
+			return "to be built again because of its age", nil
 		}
 	}
-	return false, nil
+	return "", nil
 }
 
 // verifyPublished verifies the artifact with this digest in one repository, as if it had a kernel match for this COS

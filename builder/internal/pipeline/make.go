@@ -68,6 +68,6 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 // version of the step's code. A builder with the same recipes can make the same artifact again. It can also pack with
 // the earlier recipes in [bundle.PackRecipes].
 func Recipes() map[string]string {
-	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, FactPack: bundle.PackRecipe,
+	return map[string]string{"compile": compile.Recipe, factStage: nvsrc.StageRecipe, FactPack: bundle.PackRecipe,
 		factImage: bundle.ImageRecipe, "stamp": modcheck.Recipe}
 }

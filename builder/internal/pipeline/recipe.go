@@ -7,22 +7,27 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Names of facts in the provenance. FactPack and factImage are in [Recipes]. factBuilder is the builder's version.
+// Names of facts in the provenance. FactPack, factImage and factStage are in [Recipes]. factBuilder is the builder's
+// version.
 const (
 	FactPack    = "pack"
 	factImage   = "image"
+	factStage   = "stage"
 	factBuilder = "builder"
 )
 
 // chooseRecipe chooses the recipe of the published artifact for the layers that this run packs. Other bytes would be
-// refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder does
-// not know the recipe, the build ends here.
+// refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder makes
+// other bytes by its recipes or its pahole, the build ends here. What a compile or stamp by another recipe gives is
+// known only after the compile.
 //
 // Our provenance says which recipe it is. If there is none, as after a change of the key or in a bucket, chooseRecipe
 // sets r.wanted.
@@ -42,7 +47,11 @@ func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) err
 			r.wanted = p.published
 			continue
 		}
-		if err := checkRecipes(facts); err != nil {
+		err = checkRecipes(facts, in.pahole)
+		if err == nil {
+			err = r.checkStage(ctx, in, p, facts)
+		}
+		if err != nil {
 			return fmt.Errorf("make artifact %s in %s again: %w", p.published, p.name, err)
 		}
 		r.recipe, r.wanted = facts[FactPack], ""
@@ -91,8 +100,9 @@ func factsOf(st *trust.Statement) (map[string]string, error) {
 	return p.BuildDefinition.InternalParameters, nil
 }
 
-// checkRecipes returns an error if this builder cannot make the image of a build with these facts.
-func checkRecipes(facts map[string]string) error {
+// checkRecipes returns an error if this builder cannot make the image, or the BTF, of a build with these facts. The
+// given version of pahole is this machine's, or "" if this build makes no BTF.
+func checkRecipes(facts map[string]string, pahole string) error {
 	for _, step := range []struct {
 		name  string
 		known []string
@@ -101,9 +111,94 @@ func checkRecipes(facts map[string]string) error {
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("its recipe %s is %q; this builder knows %s, and others give other bytes", step.name, have,
 					strings.Join(step.known, ", ")),
-				fmt.Sprintf("make this artifact again with version %s of builder, which made it; or upgrade this builder",
-					facts[factBuilder]))
+				hintRecipe(facts))
 		}
+	}
+	if have := facts[FactBTF]; have != "" && pahole != "" && have != pahole {
+		return fault.New(fault.PublishRefused,
+			fmt.Sprintf("its modules have BTF by pahole %s; this machine has pahole %s, which may give other bytes", have,
+				pahole),
+			hintPahole(have))
+	}
+	return nil
+}
+
+// hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make.
+func hintRecipe(facts map[string]string) string {
+	return fmt.Sprintf("make this artifact again with version %s of builder, which made it; or upgrade this builder",
+		facts[factBuilder])
+}
+
+// checkStage returns an error if this builder lays out user space or firmware in another way than the published build.
+// A new recipe changes the layout of some releases only. So checkStage makes these two layers and compares them with
+// the published ones, which takes less time than a compile.
+func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts map[string]string) error {
+	have := facts[factStage]
+	if have == nvsrc.StageRecipe {
+		return nil
+	}
+	content, ok, err := p.content(ctx, p.published)
+	if err != nil || !ok {
+		return err
+	}
+	r.progress("look up")(fmt.Sprintf("recipe %s of the published artifact is %q: compares its user space and firmware",
+		factStage, have))
+	for _, published := range content.Layers {
+		if published.Kind == bundle.LayerModules {
+			continue
+		}
+		l := r.driverLayer(ctx, in, facts[FactPack], published.Kind)
+		if l.err != nil {
+			return fmt.Errorf("%s layer: %w", published.Kind, l.err)
+		}
+		if l.Digest != published.Digest {
+			return fault.New(fault.PublishRefused,
+				fmt.Sprintf("its recipe %s is %q; this builder has %s, which gives the %s layer other bytes", factStage, have,
+					nvsrc.StageRecipe, published.Kind),
+				hintRecipe(facts))
+		}
+	}
+	return nil
+}
+
+// content returns what the manifest of an artifact says. ok is false if the repository has lost or damaged the
+// manifest, which a push may mend.
+func (p destination) content(ctx context.Context, digest string) (c bundle.Content, ok bool, err error) {
+	c, err = publish.Content(ctx, p.repo, digest)
+	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact) {
+		return c, false, nil
+	}
+	return c, err == nil, err
+}
+
+// checkKernelTags returns an error if the tag of this COS build and driver refers to an artifact that this build cannot
+// make again, because it is for another fingerprint. With and without BTF, a kernel has two fingerprints.
+func (r *run) checkKernelTags(ctx context.Context, in *inputs, to *publication) error {
+	tag := bundle.KernelTag(in.kernel.Kernel, in.driver)
+	for _, p := range to.destinations {
+		digest, ok, err := publish.Existing(ctx, p.repo, tag)
+		if err != nil {
+			return err
+		}
+		if !ok || digest == p.published {
+			continue
+		}
+		content, ok, err := p.content(ctx, digest)
+		if err != nil {
+			return err
+		}
+		if !ok || content.Identity.Fingerprint == in.kernel.Fingerprint {
+			continue
+		}
+		flag := "give --btf"
+		if r.cfg.BTF {
+			flag = "leave out --btf"
+		}
+		return fault.New(fault.PublishRefused,
+			fmt.Sprintf("publish to %s: tag %s refers to %s already, for ABI fingerprint %s; this build is for %s", p.name, tag,
+				digest, content.Identity.Fingerprint, in.kernel.Fingerprint),
+			"if the two differ in BTF, "+flag+"; otherwise the kernel's files in the bucket changed since: publish to another "+
+				"repository, or remove the tag by hand if the published artifact is wrong")
 	}
 	return nil
 }

@@ -167,11 +167,10 @@ func TestPackedAsPublishedSaysSo(t *testing.T) {
 	}
 }
 
-// If this builder cannot make the published artifact again, the build ends before the compile.
-func TestUnknownRecipe(t *testing.T) {
-	t.Parallel()
-	f := newFarm(t)
-	cfg := f.config(t, emptyCache(t))
+// publishWith makes an artifact, and publishes it in a new repository with a provenance that has the given facts. It
+// returns the Config for that repository.
+func (f *farm) publishWith(t *testing.T, cfg pipeline.Config, facts map[string]string) pipeline.Config {
+	t.Helper()
 	made, err := pipeline.Make(t.Context(), cfg, request("17800.0.9"), emptyCache(t), io.Discard, &timeline.Run{})
 	if err != nil {
 		t.Fatal(err)
@@ -184,38 +183,99 @@ func TestUnknownRecipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for step, recipe := range map[string]string{"pack": "tar-zstd-9", "image": "image-9"} {
-		facts := pipeline.Recipes()
-		facts[step], facts["builder"] = recipe, "v7.7"
-		statement, err := sign.Provenance(digest.String(), sign.BuildFacts{Kernel: made.Kernel,
-			Fingerprint: made.Fingerprint, Driver: made.Driver, Materials: made.Materials, BuilderID: "https://example.com/b",
-			Started: time.Now(), Finished: time.Now(), Facts: facts})
-		if err != nil {
-			t.Fatal(err)
-		}
-		provenance, err := sign.Bundle(t.Context(), signer, statement)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg.Destinations = []string{testkit.Registry(t, true) + "/prebake/" + step}
-		repo, err := registry.Open(cfg.Destinations[0], registry.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, _, err := publish.Publish(t.Context(), repo, publish.Artifact{Image: made.Image, Identity: made.Identity,
-			Kernel: made.Kernel, Bundles: [][]byte{provenance}}); err != nil {
-			t.Fatal(err)
-		}
-		if res := must(t, cfg, request("17800.0.9")); !res.Reused {
-			t.Errorf("%s: %+v; want the artifact reused, as nothing is packed", recipe, res)
-		}
-		again := cfg
-		again.RebuildAfter = time.Nanosecond
-		res, _, err := build(t, again, request("17800.0.9"))
-		if diff := cmp.Diff(whole[:2], phases(res)); diff != "" || !fault.Is(err, fault.PublishRefused) ||
-			!strings.Contains(err.Error(), recipe) || !strings.Contains(fault.Hint(err), "v7.7") {
-			t.Errorf("%s: %v (hint %q); want it refused, with the builder's version; phases (-want +got):\n%s", recipe, err,
-				fault.Hint(err), diff)
-		}
+	statement, err := sign.Provenance(digest.String(), sign.BuildFacts{Kernel: made.Kernel,
+		Fingerprint: made.Fingerprint, Driver: made.Driver, Materials: made.Materials, BuilderID: "https://example.com/b",
+		Started: time.Now(), Finished: time.Now(), Facts: facts})
+	if err != nil {
+		t.Fatal(err)
 	}
+	provenance, err := sign.Bundle(t.Context(), signer, statement)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Destinations = []string{testkit.Registry(t, true) + "/prebake/driver"}
+	repo, err := registry.Open(cfg.Destinations[0], registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := publish.Publish(t.Context(), repo, publish.Artifact{Image: made.Image, Identity: made.Identity,
+		Kernel: made.Kernel, Bundles: [][]byte{provenance}}); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// checkRefusedEarly checks that a build ended before the compile, because it could not publish. The error must contain
+// the cause, and the hint must contain the next step.
+func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) {
+	t.Helper()
+	res, _, err := build(t, cfg, request("17800.0.9"))
+	if diff := cmp.Diff(whole[:2], phases(res)); diff != "" || !fault.Is(err, fault.PublishRefused) ||
+		!strings.Contains(err.Error(), cause) || !strings.Contains(fault.Hint(err), next) {
+		t.Errorf("Run = %v (hint %q); want it refused because of %s, with %s; phases (-want +got):\n%s", err,
+			fault.Hint(err), cause, next, diff)
+	}
+}
+
+// If this builder cannot make the published artifact again, the build ends before the compile.
+func TestUnknownRecipe(t *testing.T) {
+	t.Parallel()
+	for step, recipe := range map[string]string{"pack": "tar-zstd-9", "image": "image-9"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			facts := pipeline.Recipes()
+			facts[step], facts["builder"] = recipe, "v7.7"
+			cfg := f.publishWith(t, f.config(t, emptyCache(t)), facts)
+			if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+				t.Errorf("%+v; want the artifact reused, as nothing is packed", res)
+			}
+			cfg.RebuildAfter = time.Nanosecond
+			checkRefusedEarly(t, cfg, recipe, "v7.7")
+		})
+	}
+}
+
+// Another recipe of the layout ends the build before the compile, but only if it gives this release other bytes.
+func TestOtherStage(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	facts := pipeline.Recipes()
+	facts["stage"], facts["builder"] = "stage-0", "v7.7"
+	cfg := f.publishWith(t, f.config(t, emptyCache(t)), facts)
+	cfg.RebuildAfter = time.Nanosecond
+	if res := must(t, cfg, request("17800.0.9")); res.Reused {
+		t.Errorf("%+v; want it made again, because both recipes give the same layout", res)
+	}
+
+	other := newFarm(t) // the same driver without one of the programs
+	files := driverFiles()
+	delete(files, "nvidia-smi*")
+	files["nvidia-debugdump*"] = "ELF"
+	other.key = f.key
+	other.driver(t, files)
+	old := other.publishWith(t, other.config(t, emptyCache(t)), facts)
+	cfg = f.config(t, emptyCache(t))
+	cfg.Destinations, cfg.RebuildAfter = old.Destinations, time.Nanosecond
+	checkRefusedEarly(t, cfg, "stage-0", "v7.7")
+}
+
+// Another version of pahole ends the build before the compile, and so does a build without BTF where the COS build is
+// published with it.
+func TestOtherBTF(t *testing.T) {
+	t.Parallel()
+	f := newTypedFarm(t)
+	facts := pipeline.Recipes()
+	facts["btf"] = "v0.99"
+	cfg := f.config(t, emptyCache(t))
+	cfg.LoadTest, cfg.BTF = pipeline.LoadTestOff, true
+	cfg = f.publishWith(t, cfg, facts)
+	if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+		t.Errorf("%+v; want the artifact reused, as nothing is compiled", res)
+	}
+	again := cfg
+	again.RebuildAfter = time.Nanosecond
+	checkRefusedEarly(t, again, "pahole v0.99", "install pahole v0.99")
+	cfg.BTF = false
+	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
 }

@@ -3,9 +3,11 @@ package pipeline_test
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,8 +15,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/testdriver"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -141,6 +147,195 @@ func TestRenewWithoutObjects(t *testing.T) {
 	}
 	if first, again := usesObjects(0), usesObjects(time.Nanosecond); !first || again {
 		t.Errorf("the first build uses objects: %t, and a build because of age: %t; want true, false", first, again)
+	}
+}
+
+// newSiblings returns a farm with a driver whose objects can be shared, and two COS builds whose kernels differ only in
+// the checksum of a symbol.
+func newSiblings(t *testing.T) (f *farm, builds []string) {
+	t.Helper()
+	f = newFarm(t)
+	files := map[string]string{"kernel-open/nvidia/info.c": driverFiles()["kernel-open/nv.c"], "nvidia-smi*": "ELF",
+		"firmware/gsp_tu10x.bin": "gsp"}
+	for name, text := range testdriver.Sources() {
+		files["kernel-open/"+name] = text
+	}
+	files["kernel-open/nvidia/info.c"] = strings.Replace(files["kernel-open/nvidia/info.c"], "SMP mod_unload",
+		"modversions", 1)
+	f.driver(t, files)
+	for build, crc := range map[string]string{"17800.0.9": "0x11111111", "17800.1.9": "0x22222222"} {
+		tree := map[string]string{headers + "include/config/kernel.release": "6.1.0-9-test\n"}
+		for name, text := range testdriver.Headers("6.1.0-9-test", crc) {
+			tree[headers+name] = text
+		}
+		tree[headers+".config"] = "CONFIG_64BIT=y\nCONFIG_MODVERSIONS=y\n" // without a salt, which the module would lack
+		f.kernel(t, build, tree)
+	}
+	return f, []string{"17800.0.9", "17800.1.9"}
+}
+
+// notes returns the notes of the compile's parts, and of the phase package without sizes.
+func notes(res *pipeline.Result) (all []string) {
+	for _, p := range res.Phases {
+		switch {
+		case p.Of == "compile" && (p.Name == "conftest" || p.Name == "compile"):
+			all = append(all, p.Note)
+		case p.Name == "package":
+			_, cached, _ := strings.Cut(p.Note, " MB")
+			all = append(all, "package"+cached)
+		}
+	}
+	return all
+}
+
+// The cells that one pass builds again share objects and layers. They take nothing from an earlier pass or from the
+// cache, and nothing of the pass is left.
+func TestRenewShares(t *testing.T) {
+	t.Parallel()
+	f, builds := newSiblings(t)
+	cfg := f.config(t, emptyCache(t))
+	alone := []string{"6 tests", "3 files", "package"}
+	shared := []string{"6 tests, 6 remembered", "3 files, 1 reused", "package, 2 cached"}
+	var first []*pipeline.Result
+	for i, build := range builds {
+		first = append(first, must(t, cfg, request(build)))
+		if diff := cmp.Diff([][]string{alone, shared}[i], notes(first[i])); diff != "" {
+			t.Fatalf("first build of %s (-want +got):\n%s", build, diff)
+		}
+	}
+	if first[0].Digest == first[1].Digest {
+		t.Fatalf("both kernels have artifact %s, so this test proves nothing", first[0].Digest)
+	}
+	cfg.RebuildAfter = time.Nanosecond
+	for pass := range 2 {
+		fresh, remove, err := pipeline.OpenFresh(cfg.Cache)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Fresh = fresh
+		for i, build := range builds {
+			res := must(t, cfg, request(build))
+			if diff := cmp.Diff([][]string{alone, shared}[i], notes(res)); diff != "" || res.Digest != first[i].Digest {
+				t.Errorf("pass %d, build of %s: %s; want %s made again (-want +got):\n%s", pass, build, res.Digest,
+					first[i].Digest, diff)
+			}
+		}
+		if err := remove(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(fresh.Dir()); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the pass left its cache: %v", err)
+		}
+	}
+	// Without a cache of the pass, each build has its own.
+	cfg.Fresh = nil
+	for i, build := range builds {
+		if diff := cmp.Diff(alone, notes(must(t, cfg, request(build)))); diff != "" {
+			t.Errorf("alone, build of %s (-want +got):\n%s", builds[i], diff)
+		}
+	}
+	if left, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "work", "*", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left in the cache: %v, %v", left, err)
+	}
+}
+
+// A second attempt in the same pass, after a failure to publish, compiles again and so renews the artifact too.
+func TestRenewSecondAttempt(t *testing.T) {
+	t.Parallel()
+	f, builds := newSiblings(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request(builds[0]))
+	cfg.RebuildAfter = time.Nanosecond
+	fresh, remove, err := pipeline.OpenFresh(cfg.Cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = remove() }()
+	cfg.Fresh = fresh
+	cut := &cutter{}
+	cut.n.Store(1)
+	cfg.Registry = func(string) registry.Options { return registry.Options{Transport: cut} }
+	if _, log, err := build(t, cfg, request(builds[0])); err == nil {
+		t.Fatalf("Run without a network succeeded\n%s", log)
+	}
+	cfg.Registry = nil
+	must(t, cfg, request(builds[0]))
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	attached, err := repo.Attached(t.Context(), first.Digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(f.verifier(t).Statements(attached, first.Digest, trust.PredicateProvenance)); n != 2 {
+		t.Errorf("%d provenances; want two", n)
+	}
+}
+
+// A killed run leaves its cache of the pass. The next Open of the cache removes it before anybody reads it.
+func TestOpenFreshAfterKill(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cache, err := cas.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh, remove, err := pipeline.OpenFresh(cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill := func(_ context.Context, dir string) error {
+		return os.WriteFile(filepath.Join(dir, "object"), nil, 0o644)
+	}
+	if _, _, err := fresh.Tree(t.Context(), "object", "key", fill); err != nil {
+		t.Fatal(err)
+	}
+	inside, err := filepath.Rel(dir, fresh.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := t.TempDir() // a copy has no locks, as after a kill
+	if err := os.CopyFS(dead, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(remove(), cache.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dead, inside, "trees", "object", "key", "object")); err != nil {
+		t.Fatalf("the copy lacks the object, so this test proves nothing: %v", err)
+	}
+	next, err := cas.Open(dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = next.Close() }()
+	if _, err := os.Stat(filepath.Join(dead, inside)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the cache of the killed run is still there: %v", err)
+	}
+}
+
+// After a change of the key, the age of an artifact is unknown. The build says so, takes nothing from the cache, and
+// signs by the new key. After that the artifact is young.
+func TestRenewAfterKeyChange(t *testing.T) {
+	t.Parallel()
+	f, builds := newSiblings(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request(builds[0]))
+	f.newKey(t)
+	cfg.Key, cfg.RebuildAfter = f.key, time.Hour
+	res := must(t, cfg, request(builds[0]))
+	if res.Reused || res.Digest != first.Digest || !slices.ContainsFunc(res.Phases, func(p timeline.Phase) bool {
+		return p.Name == "look up" && strings.Contains(p.Note, "says its age")
+	}) {
+		t.Errorf("with a new key: reused %v, %s, phases %+v; want %s made again, as nobody says its age", res.Reused,
+			res.Digest, res.Phases, first.Digest)
+	}
+	if diff := cmp.Diff([]string{"6 tests", "3 files", "package"}, notes(res)); diff != "" {
+		t.Errorf("with a new key (-want +got):\n%s", diff)
+	}
+	if res := must(t, cfg, request(builds[0])); !res.Reused {
+		t.Errorf("after that: %+v; want it reused", res)
 	}
 }
 

@@ -24,10 +24,13 @@ type run struct {
 	started time.Time
 	res     Result
 
-	// products is the cache for everything that the build makes. It is Config.Cache, except in Make.
+	// products is the cache for everything that the build publishes. It is Config.Cache, except in Make and after
+	// startFresh. Config.Cache always has what is not published: fetched inputs, boot folders and verdicts.
 	products *cas.Cache
 	// again is true if the published artifact is older than Config.RebuildAfter. Then cached modules are not enough.
 	again bool
+	// endFresh is the function that startFresh returned, or nil.
+	endFresh func()
 	// recipe is the recipe for the layers. If the recipe of the published artifact is not certain, wanted is the
 	// artifact's digest. Then pack tries all recipes.
 	recipe, wanted string
@@ -49,6 +52,15 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	}
 	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file
 	r.kept, r.log = kept, io.MultiWriter(log, kept)
+	defer func() {
+		if r.endFresh == nil {
+			return
+		}
+		r.endFresh()
+		for i := range r.res.Layers {
+			r.res.Layers[i].Path = "" // the file does not outlive the pass
+		}
+	}()
 	if err = r.runPhases(ctx); err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
 	}

@@ -33,7 +33,10 @@ func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version st
 	if want := r.req.BTF; want != "" && want != version {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("the published modules have BTF by pahole %s, but this machine has pahole %s", want, version),
-			"install pahole "+want+" (package dwarves)")
+			hintPahole(want))
 	}
 	return version, nil
 }
+
+// hintPahole returns the hint for a build that needs another version of pahole.
+func hintPahole(want string) string { return "install pahole " + want + " (package dwarves)" }

@@ -45,10 +45,9 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 }
 
-// A build with BTF makes another artifact than a build without. COS builds with the same kernel share the artifact with
-// BTF. The provenance names the version of pahole, with which Make makes the same artifact again.
-func TestBTF(t *testing.T) {
-	t.Parallel()
+// newTypedFarm returns a farm whose kernel accepts BTF in modules, and whose driver has types.
+func newTypedFarm(t *testing.T) *farm {
+	t.Helper()
 	for _, tool := range []string{"pahole", "objcopy"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skip(tool + " is missing: apt-get install dwarves binutils")
@@ -56,12 +55,20 @@ func TestBTF(t *testing.T) {
 	}
 	f := newFarm(t)
 	f.typedKernel(t, "17800.0.9", "first build")
-	f.typedKernel(t, "17800.1.9", "second build")
 	files := driverFiles()
 	files["kernel-open/Makefile"] =
 		"modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -c nv.c -o nvidia.ko\n"
 	files["kernel-open/nv.c"] += "struct nv_state { int minor; };\nint nv(struct nv_state *s) { return s->minor; }\n"
 	f.driver(t, files)
+	return f
+}
+
+// A build with BTF makes another artifact than a build without. COS builds with the same kernel share the artifact with
+// BTF. The provenance names the version of pahole, with which Make makes the same artifact again.
+func TestBTF(t *testing.T) {
+	t.Parallel()
+	f := newTypedFarm(t)
+	f.typedKernel(t, "17800.1.9", "second build")
 	cfg := f.config(t, emptyCache(t))
 	cfg.LoadTest = pipeline.LoadTestOff // with a vmlinux in the bucket, each build would run a load test
 	elsewhere := cfg

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -17,8 +16,8 @@ import (
 )
 
 // reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
-// the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of an ended build for its
-// next start.
+// the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of an ended build, and
+// sends it later (see sendKeptLogs).
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	path, full := w.logPath(build), false
 	err := retryUntilDone(ctx, func() error {
@@ -43,7 +42,7 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 		return fmt.Errorf("report the end of build %d: %w", build, err)
 	}
 	if full && update.State != api.Queued { // a queued build gets the log of its next attempt
-		err = os.Rename(path, path+keptSuffix)
+		err = w.keepLog(ctx, build, update.Attempt)
 	} else {
 		err = dropLog(path)
 	}
@@ -52,9 +51,6 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	}
 	return nil
 }
-
-// keptSuffix ends the name of a log whose build has ended, but which the server has not stored yet.
-const keptSuffix = ".kept"
 
 // mayPass reports whether a later request may succeed. An internal error of the server counts, because the build did
 // not cause it.
@@ -109,28 +105,27 @@ func dropLog(path string) error {
 	return nil
 }
 
-// sendPendingLogs sends the logs of builds that were running when this worker was killed, and those that were kept. If
-// a build killed its worker, the end of its log shows why.
+// sendPendingLogs sends the logs of builds that were running when this worker was killed. If a build killed its worker,
+// the end of its log shows why.
 func (w *worker) sendPendingLogs(ctx context.Context) {
-	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log*"))
+	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
 	if err != nil {
 		w.Log.WarnContext(ctx, "old logs not found", "err", err)
 	}
-	for _, name := range left {
-		path, kept := strings.CutSuffix(name, keptSuffix)
+	for _, path := range left {
 		var build int64
 		if _, err := fmt.Sscanf(filepath.Base(path), "build-%d.log", &build); err != nil || path != w.logPath(build) {
 			continue // the file is not a log of this package
 		}
 		b, err := w.Server.Build(ctx, build)
 		// If another worker has had the build since then, the server must keep that worker's log.
-		if err == nil && b.Worker == w.ID && (b.State == api.Building || kept) {
-			err = w.sendLog(ctx, build, name)
+		if err == nil && b.Worker == w.ID && b.State == api.Building {
+			err = w.sendLog(ctx, build, path)
 		}
 		// With another token, the server may accept the log at the next start.
 		keep := err != nil && (mayPass(err) || fault.Is(err, fault.Unauthorized) || fault.Is(err, fault.Forbidden))
 		if !keep {
-			err = errors.Join(err, dropLog(name))
+			err = errors.Join(err, dropLog(path))
 		}
 		if err != nil {
 			w.Log.WarnContext(ctx, "old log not sent", "build", build, "err", err)

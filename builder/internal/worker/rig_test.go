@@ -30,7 +30,7 @@ type server struct {
 	*httptest.Server
 	// refuse returns the error for an update, or nil to accept it. Tests also use it to react to an update.
 	refuse func(u api.BuildUpdate) *api.Problem
-	// noRead is the kind of error of each GET of the build, unless it is 0. noLog is that of each PUT of its log.
+	// noRead is the kind of error of each GET of a build, unless it is 0. noLog is that of each PUT of a log.
 	noRead, noLog fault.Kind
 
 	mu     sync.Mutex
@@ -38,14 +38,14 @@ type server struct {
 	phases []string
 	log    string
 	live   []byte    // the parts of the log that came while the build was running
-	build  api.Build // the answer to each GET and each accepted update of the build
+	build  api.Build // the answer to each GET and each accepted update of a build
 }
 
 func newServer(t *testing.T) *server {
 	t.Helper()
 	s := &server{}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/builds/7", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /v1/builds/{id}", func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.noRead != 0 {
@@ -74,16 +74,16 @@ func newServer(t *testing.T) *server {
 		}
 		answer(w, http.StatusOK, s.build)
 	})
-	mux.HandleFunc("PUT /v1/builds/7/log", func(w http.ResponseWriter, r *http.Request) {
-		raw, err := io.ReadAll(r.Body)
-		if err != nil {
-			t.Error(err)
-		}
+	mux.HandleFunc("PUT /v1/builds/{id}/log", func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.noLog != 0 {
 			refuse(w, api.Problem{Kind: s.noLog})
 			return
+		}
+		raw, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
 		}
 		s.log = string(raw)
 		w.WriteHeader(http.StatusNoContent)

@@ -54,6 +54,8 @@ type Config struct {
 	Heartbeat time.Duration
 	// LogEvery is the time between two parts of a growing log. 0 means two seconds.
 	LogEvery time.Duration
+	// KeptEvery is the time between two attempts to send the logs for which the server had no space. 0 means one minute.
+	KeptEvery time.Duration
 	// Telemetry receives the phases and results of builds, and the length of the queue. It may be nil.
 	Telemetry *telemetry.Telemetry
 }
@@ -117,6 +119,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer cancel(nil)
 	defer w.stop(nil)
 	w.sendPendingLogs(ctx)
+	end.Go(w.sendKeptLogs)
 	cfg.Log.InfoContext(ctx, "worker started", "worker", cfg.ID)
 	name, err := cfg.queueName()
 	if err != nil {

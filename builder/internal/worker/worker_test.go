@@ -307,38 +307,6 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestOutcomeOnFullDisk checks that the server hears of the outcome although its disk has no room for the log. The
-// worker sends the log at a later start.
-func TestOutcomeOnFullDisk(t *testing.T) {
-	t.Parallel()
-	r := newRig(t, fails(fault.New(fault.Unsupported, "no such driver", "")))
-	r.server.noLog = fault.DiskFull
-	if err := r.run(t, 2); err != nil {
-		t.Fatal(err)
-	}
-	if last := r.server.states[len(r.server.states)-1]; last.State != api.Failed || r.tries != 1 {
-		t.Errorf("after %d tries the server heard %+v; want it failed", r.tries, last)
-	}
-	r.checkNoLogs(t)
-	r.server.build = api.Build{ID: 7, State: api.Failed, Worker: "w1"}
-	for _, noLog := range []fault.Kind{fault.DiskFull, 0} {
-		r.server.noLog = noLog
-		ctx, stop := context.WithTimeout(t.Context(), time.Minute)
-		next := r.cfg
-		next.Log = slog.New(onStart{slog.DiscardHandler, stop})
-		if err := worker.Run(ctx, next); err != nil && ctx.Err() == nil {
-			t.Fatal(err)
-		}
-		stop()
-	}
-	if r.server.log != "log of a failure\n" {
-		t.Errorf("the server has the log %q; want that of the failure", r.server.log)
-	}
-	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "build-*")); err != nil || len(left) > 0 {
-		t.Errorf("files left in the state folder: %v, %v", left, err)
-	}
-}
-
 // TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
 // if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
