@@ -43,9 +43,13 @@ help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: ## install the Debian packages that are missing (with sudo where needed)
+setup: ## install the Debian packages that are missing, for all tests (with sudo where needed)
 	@deploy/setup.sh
 	@! command -v npm >/dev/null || deploy/browser/modules.sh >/dev/null
+
+.PHONY: setup-run
+setup-run: ## install the Debian packages that are missing, only for building and for the demo
+	@deploy/setup.sh build run
 
 .PHONY: build
 build: ## build all programs into bin/
@@ -54,7 +58,7 @@ build: ## build all programs into bin/
 	CGO_ENABLED=1 $(GOBUILD) $(CGO)
 
 .PHONY: demo
-demo: setup build ## run the main job end to end: real kernel, real driver, virtual node
+demo: setup-run build ## run the main job end to end: real kernel, real driver, virtual node
 	$(GO) run ./deploy/demo $(ARGS)
 
 .PHONY: test
@@ -97,7 +101,7 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	  done; \
 	done
 
-# The kernel is compiled once. It is kept in the folder of Debian packages that demo and tests use too.
+# The kernel is compiled once and kept beside the Debian packages that demo and tests use.
 .PHONY: clang
 clang: setup build ## compile a kernel with clang as COS does, then compile and load a driver for it
 	@deploy/setup.sh clang

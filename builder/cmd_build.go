@@ -77,7 +77,7 @@ func pipelineFlags() []ucli.Flag {
 			cli.Range("deltas", 3, 0, 1000, "attach up to `COUNT` deltas of earlier builds"),
 		),
 		cli.Group(groupTrust,
-			cli.String("key", "", "sign with `KEY`: file, KMS URI, keyless:SIGSTORE_FILE"),
+			cli.String("key", "", "sign with `KEY`: file, KMS URI, keyless:SIGNING_CONFIG"),
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
 			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or a KMS URI"),
@@ -91,7 +91,7 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; with 0, cells share CPUs"),
+			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; 0: all CPUs, shared"),
 			cli.Duration("compile-timeout", 45*time.Minute, "stop a compile after `TIME`"),
 		),
 	)

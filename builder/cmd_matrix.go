@@ -95,14 +95,14 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts the settings of build that a plan uses. A plan neither publishes nor signs, so some of them have
-// texts of their own.
+// planCommand accepts the settings of build that a plan uses. A plan neither publishes nor signs, so some of these
+// flags have another help text.
 func planCommand() *ucli.Command {
 	own := slices.Concat(
 		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
 		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
 		cli.Group(groupTrust,
-			cli.String("key", "", "count only what `KEY` signed: file, KMS URI, keyless:SIGSTORE_FILE"),
+			cli.String("key", "", "count only what `KEY` signed: file, KMS URI, keyless:SIGNING_CONFIG"),
 			cli.Choice("load-test", pipeline.LoadTestAuto,
 				"with require, count only artifacts that passed the load test: `MODE` is auto, require or off",
 				pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)),

@@ -48,9 +48,7 @@ Example:
 				"`FILE` with the certificate of Google's key, for artifacts of --google-modules if the bucket has no certificate")),
 			cli.Group(groupTrust,
 				cli.Bool("attest", "if all files are the same, sign an attestation with --key and attach it to the artifact"),
-				cli.String("key", "",
-					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE, where FILE is a Sigstore "+
-						"signing configuration"),
+				cli.String("key", "", "`KEY` for --attest: file, KMS URI, keyless:SIGNING_CONFIG"),
 				identityTokenFlag(),
 				cli.String("builder-id", builderID, "`URI` that names this builder in the attestation"),
 			),

@@ -124,7 +124,7 @@ func installFlags() []ucli.Flag {
 // trustFlags are the flags for the trusted signers.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
-		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
+		"which artifacts to accept: `MODE` is tested (only those that passed a load test) or any"), "load-test")
 	loadTest.Validator = func(s string) error {
 		_, err := trust.ParseLoadTestPolicy(s)
 		return err

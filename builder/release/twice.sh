@@ -15,8 +15,8 @@ warm=
 work=$(mktemp -d)
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 
-# one CLONE [COMMAND…] makes a release in a new clone. COMMAND runs the release program.
-one() {
+# release_in CLONE [COMMAND…] makes a release in a new clone. COMMAND runs the release program.
+release_in() {
   local clone=$1 start=$SECONDS
   shift
   git clone -q . "$clone"
@@ -31,8 +31,8 @@ one() {
 commit=$(git rev-parse HEAD)
 GOTOOLCHAIN=$(sed -n 's/^go /go/p' go.mod) # this Go also runs the release program
 export GOTOOLCHAIN
-one "$work/first"
-one "$work/a/second/clone" faketime -f +40d
+release_in "$work/first"
+release_in "$work/a/second/clone" faketime -f +40d
 
 # Each release is signed with its own key, which was deleted after the signing.
 for dir in "$work/first/release" "$work/a/second/clone/release"; do

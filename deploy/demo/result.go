@@ -68,8 +68,8 @@ func (d *demo) pass() error {
 		d.version, d.flavour, d.kernel.Release))
 	row(d.out, "artifact", d.srv.Repository()+"\n@"+d.build.Digest)
 	if d.hasSibling() {
-		row(d.out, "farm", "the same driver is published for the kernel "+d.sibling.Release+
-			",\nout of what the first build left: at most a tenth of it was compiled again")
+		row(d.out, "farm", "the driver is also published for the kernel "+d.sibling.Release+
+			";\nthe builder reused the first build's results and recompiled at most a tenth")
 	}
 	row(d.out, "node", "a node that runs this kernel found the driver by its BUILD_ID, verified its\n"+
 		"signatures, installed it, and loaded "+strings.Join(d.gpu.live, ", "))

@@ -1,5 +1,6 @@
 // Package bundle defines the artifact's format. It makes an OCI image from an identity and three layers, and it unpacks
-// a layer into files. It does not download or sign, and it does not write outside the given folder.
+// a layer into files. It does not download or sign, and it does not write outside the given folder. The offline file
+// that the commands and the glossary call a bundle is another thing: package offline of the builder makes it.
 package bundle
 
 // MediaTypeLayer is the media type of every layer (OCI image-spec 1.1, layer.md).

@@ -92,10 +92,10 @@ func SignedDriverName(k target.Kernel, version string) string {
 // Prebake's own mirrors have it.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
-// MD5Name returns the name of the object with another object's md5 in hex.
+// MD5Name returns the name of the object that holds the md5 of the object name, in hex.
 func MD5Name(name string) string { return name + ".md5" }
 
-// SHA256Name returns the name of the object with another object's sha256 in hex. Not every bucket has it.
+// SHA256Name returns the name of the object that holds the sha256 of the object name, in hex. Not every bucket has it.
 func SHA256Name(name string) string { return name + ".sha256" }
 
 // RunfileName returns the name of the runfile of a driver version in a driver bucket.

@@ -156,7 +156,7 @@ func (f Facts) Check(headers string) error {
 		}
 	}
 	if said["UTS_RELEASE"] == "" {
-		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers lack the kernel's release",
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers have no UTS_RELEASE",
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
@@ -193,7 +193,7 @@ func (f Facts) checkConfig(headers string) error {
 		return err
 	}
 	if line := firstDifference(inside, outside); line != "" {
-		return mismatch(errors.New("its configuration differs from the .config of the headers in " + line))
+		return mismatch(errors.New("its configuration and the headers' .config differ at " + line))
 	}
 	return nil
 }

@@ -173,7 +173,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: it has %d signers; want 1 to %d, all of them readable", ErrMalformed, n, maxSigners)
+		return nil, fmt.Errorf("%w: %d of its %d signers are readable; want 1 to %d, all readable", ErrMalformed, n,
+			len(outline.Content.Signers), maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
 		return nil, fmt.Errorf("%w: it has %d certificates; at most %d are read", ErrMalformed, n, maxSent)

@@ -186,8 +186,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 	return false
 }
 
-// weight estimates how much the compiler reads for a text, by the number of kernel headers. Each kernel header, with
-// its own includes, has about the same size.
+// weight estimates how much the compiler reads for a text, by the number of kernel headers. It assumes that all kernel
+// headers, with their includes, have about the same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {

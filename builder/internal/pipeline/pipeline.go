@@ -3,8 +3,8 @@
 // package, sign, publish. If every destination already has an artifact of the cell, signed with our key, the pipeline
 // compiles nothing. It then only attests that the artifact fits the COS build.
 //
-// run.go calls the phases in their order. The file of a phase has the phase's name. google.go deals with modules that
-// Google signed.
+// run.go calls the phases in their order. The file of a phase has the phase's name, except that modsign.go has sign
+// modules, and google.go has take modules.
 //
 // The package never publishes anything that failed a phase. It does not know how a phase does its work: that is in
 // other packages.

@@ -204,7 +204,8 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	}
 	n, err := io.Copy(out, &ctxReader{ctx, in})
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: it now has %d bytes; it had %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it had %d bytes before, and has %d bytes now",
+			u.name, u.size, n)
 	}
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }

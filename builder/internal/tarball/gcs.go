@@ -131,7 +131,8 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
 	n, err := io.Copy(w, in)
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: it now has %d bytes; it had %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it had %d bytes before, and has %d bytes now",
+			u.name, u.size, n)
 	}
 	if err != nil {
 		cancel()

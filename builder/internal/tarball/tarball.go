@@ -202,7 +202,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	h := sha256.New()
 	n, err := io.Copy(io.MultiWriter(tw, h), &ctxReader{ctx, in})
 	if err == nil && n != hdr.Size {
-		err = fmt.Errorf("the file changed while it was read: it now has %d bytes; it had %d", n, hdr.Size)
+		err = fmt.Errorf("the file changed while it was read: it had %d bytes before, and has %d bytes now", hdr.Size, n)
 	}
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }

@@ -261,7 +261,7 @@ func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entr
 
 const text = "text/plain; charset=utf-8"
 
-// runfile returns the objects of the runfile's copy, if one is wanted, and the runfile's entry in the index.
+// runfile returns the runfile's index entry and, if a copy of the runfile is wanted, the objects to write.
 func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error) {
 	name := cosbucket.RunfileName(p.Driver.Version, p.Kernel.Arch)
 	e := &RunfileEntry{Name: name, SHA256: p.Runfile.SHA256, URI: p.Runfile.URI}

@@ -1,5 +1,6 @@
 // Package testgpu compiles the emulated GPU (pkg/vm/emugpu) for one kernel, in the driver's sandbox and with its
-// toolchain. It never runs the emulated GPU; the load test does.
+// toolchain. It never runs the emulated GPU; the load test does. Despite its name, this is production code: the
+// builder's load test puts the emulated GPU into each virtual machine.
 package testgpu
 
 import (

@@ -164,7 +164,7 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	out := &oidc.StaticKeySet{}
 	for _, k := range set.Keys {
 		if !k.IsPublic() {
-			return nil, fmt.Errorf("%s has a key that is not public", file)
+			return nil, fmt.Errorf("%s has a private or secret key; want only public keys", file)
 		}
 		out.PublicKeys = append(out.PublicKeys, crypto.PublicKey(k.Key))
 	}

@@ -69,8 +69,8 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version returns the driver version that the request asks for. A wish is resolved with the kernel's driver lists. If
-// there is no version, version returns a reason and a hint.
+// version returns the driver version that the request asks for. A wish such as default, latest or R535 is looked up in
+// the kernel's driver lists. If there is no version, version returns a reason and a hint.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""

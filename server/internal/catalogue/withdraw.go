@@ -122,7 +122,7 @@ func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
 			_, err = tx.DropArtifact(ctx, a.Repository, digest)
 			return err
 		}
-		return fault.New(fault.Mismatch, why, "to keep the artifact from nodes, run: server yank "+digest+" --reason WHY")
+		return fault.New(fault.Mismatch, why, "so that no node gets the artifact, run: server yank "+digest+" --reason WHY")
 	})
 	if err != nil {
 		return fmt.Errorf("forget the artifact %s: %w", digest, err)

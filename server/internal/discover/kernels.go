@@ -35,7 +35,7 @@ type Kernels struct {
 	// URL is the address of the bucket.
 	URL string
 	// PerMilestone is the maximum number of COS builds of each milestone, newest first; 0 means 40. Google's bucket
-	// keeps thousands. An LTS milestone has releases for two years, beside newer milestones.
+	// keeps thousands. An LTS milestone gets new builds for two years, also after newer milestones exist.
 	PerMilestone int
 }
 

@@ -175,7 +175,8 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 // touchEvery is the minimum pause between two changes of a blob's time. It saves writes.
 const touchEvery = time.Hour
 
-// touch makes a blob new again, because a client will probably push a manifest that refers to it.
+// touch sets a blob's time to now, so that collection keeps it: a client will probably push a manifest that refers to
+// it.
 func (s *Store) touch(name string, info fs.FileInfo) error {
 	if time.Since(info.ModTime()) < touchEvery {
 		return nil

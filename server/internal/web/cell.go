@@ -146,8 +146,8 @@ func (p *pages) commandsFor(r *http.Request, f catalogue.FlavourView) []command 
 // kernel.
 const maxReferrers = 200
 
-// describeAttachments describes the statements about an artifact on this server by their labels. Labels are not
-// verified: nodes verify the statements.
+// describeAttachments describes the statements about an artifact on this server by their labels. The labels are
+// not verified here. Nodes verify the statements themselves.
 func (p *pages) describeAttachments(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
 	repository, local := strings.CutPrefix(a.Repository, "/")
 	if !local || p.Registry == nil {
