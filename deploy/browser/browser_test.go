@@ -14,9 +14,6 @@ import (
 	"testing"
 )
 
-// root is the repository's top folder as seen from this package.
-const root = "../.."
-
 // maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const maxWeight = 100_000
 
