@@ -98,11 +98,13 @@ func checkRecipes(facts map[string]string) error {
 		known []string
 	}{{FactPack, bundle.PackRecipes()}, {factImage, []string{bundle.ImageRecipe}}} {
 		if have := facts[step.name]; !slices.Contains(step.known, have) {
+			hint := fmt.Sprintf("make this artifact again with version %s of builder, which made it", facts[factBuilder])
+			if step.name == FactPack { // a builder knows all earlier recipes for layers, but only one for images
+				hint += "; or upgrade this builder"
+			}
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("its recipe %s is %q; this builder knows %s, and others give other bytes", step.name, have,
-					strings.Join(step.known, ", ")),
-				fmt.Sprintf("make this artifact again with version %s of builder, which made it; or upgrade this builder",
-					facts[factBuilder]))
+					strings.Join(step.known, ", ")), hint)
 		}
 	}
 	return nil
