@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"regexp"
 	"slices"
@@ -183,7 +181,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 		ctx,
 		digest,
 		trust.ArtifactTypeBundle,
-		r.statementKey(digest),
+		trust.Useful(r.verifier, digest),
 		trust.OfType(trust.PredicateKernelMatch),
 	)
 	if err != nil {
@@ -220,7 +218,7 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 		ctx,
 		a.digest,
 		trust.ArtifactTypeBundle,
-		r.statementKey(a.digest),
+		trust.Useful(r.verifier, a.digest),
 		r.verifier.Wanted(k)...,
 	)
 	if err != nil {
@@ -237,17 +235,4 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 		return trust.KernelMatch{}, fault.Wrap(fault.Unverified, fmt.Errorf("kernel match: %w", err), "")
 	}
 	return verdict.Match, nil
-}
-
-// statementKey returns a callback for [registry.Repository.AttachedIf], which keeps one bundle for each key. The key
-// consists of the signer, type and content of a statement. It is empty for an invalid signature or another artifact.
-func (r *reader) statementKey(digest string) func([]byte) string {
-	return func(raw []byte) string {
-		st, err := r.verifier.Statement(raw)
-		if err != nil || !st.About(digest) {
-			return ""
-		}
-		sum := sha256.Sum256(st.Predicate)
-		return st.Signer() + " " + st.PredicateType + " " + hex.EncodeToString(sum[:])
-	}
 }

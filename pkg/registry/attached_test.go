@@ -320,38 +320,122 @@ func TestAttachedIfFailsHalfway(t *testing.T) {
 	}
 }
 
-// TestAttachedOfCutList checks that a list whose second page fails is not taken for the whole list, nor for none: the
+// TestAttachedOfCutList checks that a list that ends in the middle is not taken for the whole list, nor for none: the
 // payloads of the first page are returned with an error that says that there may be more.
 func TestAttachedOfCutList(t *testing.T) {
 	t.Parallel()
-	for _, status := range []int{http.StatusServiceUnavailable, http.StatusNotFound} {
-		behind := newPaged(t, nil)
-		armed := atomic.Bool{}
-		repo := open(t, startProxy(t, behind, func(w http.ResponseWriter, r *http.Request) bool {
-			if !armed.Load() || r.URL.Query().Get("from") == "" {
+	status := func(code int) func(http.ResponseWriter, *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Query().Get("from") == "" {
+				return false
+			}
+			w.WriteHeader(code)
+			return true
+		}
+	}
+	link := func(to string) func(*v1.IndexManifest, http.Header) {
+		return func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", "<"+to+`>; rel="next"`) }
+	}
+	for name, row := range map[string]struct {
+		answer func(http.ResponseWriter, *http.Request) bool
+		change func(*v1.IndexManifest, http.Header)
+		kind   fault.Kind
+	}{
+		"unavailable": {status(http.StatusServiceUnavailable), nil, fault.Transient},
+		"not found":   {status(http.StatusNotFound), nil, fault.Transient},
+		"denied":      {status(http.StatusForbidden), nil, fault.Transient},
+		"damaged": {func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Query().Get("from") == "" {
+				return false
+			}
+			w.Header().Set("Content-Type", "application/vnd.oci.image.index.v1+json")
+			_, _ = w.Write([]byte(`{"schemaVersion":2,"manifests":[{`))
+			return true
+		}, nil, fault.Unverified},
+		"on another host":     {nil, link("https://registry.example/v2/many/referrers/x"), fault.Unverified},
+		"of another protocol": {nil, link("ftp://127.0.0.1/v2/many/referrers/x"), fault.Unverified},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			armed := atomic.Bool{}
+			behind := newPaged(t, func(page *v1.IndexManifest, h http.Header) {
+				if armed.Load() && row.change != nil {
+					row.change(page, h)
+				}
+			})
+			repo := open(t, startProxy(t, behind, func(w http.ResponseWriter, r *http.Request) bool {
+				return armed.Load() && row.answer != nil && row.answer(w, r)
+			}, nil)+"/many")
+			digest := crowd(t, repo)
+			every := func(b []byte) string { return string(b) }
+			whole, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+			if err != nil {
+				t.Fatal(err)
+			}
+			armed.Store(true)
+			part, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+			var failed *registry.UnreadError
+			if !errors.As(err, &failed) || !failed.IsCut() || len(failed.Unread()) > 0 || !fault.Is(err, row.kind) {
+				t.Errorf("AttachedIf = %d payloads, %v; want %v, with more than is listed", len(part), err, row.kind)
+			}
+			if len(part) != 40 || len(whole) <= 40 {
+				t.Errorf("AttachedIf = %d payloads, %d without the error; want the 40 of the first page", len(part), len(whole))
+			}
+			if list, err := repo.Referrers(t.Context(), digest, ""); err == nil || len(list) > 0 {
+				t.Errorf("Referrers = %d, %v; want only an error", len(list), err)
+			}
+		})
+	}
+}
+
+// TestAttachedOfLostRegistry lets a registry go away behind the first page of a list. What that page listed is unread,
+// and there may be more.
+func TestAttachedOfLostRegistry(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusForbidden} {
+		armed, lost := atomic.Bool{}, atomic.Bool{}
+		repo := open(t, startProxy(t, newPaged(t, nil), func(w http.ResponseWriter, r *http.Request) bool {
+			if !armed.Load() || !strings.Contains(r.URL.Path, "/referrers/") && !lost.Load() || !lost.Swap(true) {
 				return false
 			}
 			w.WriteHeader(status)
 			return true
 		}, nil)+"/many")
 		digest := crowd(t, repo)
-		every := func(b []byte) string { return string(b) }
-		whole, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
-		if err != nil {
-			t.Fatal(err)
-		}
 		armed.Store(true)
-		part, err := repo.AttachedIf(t.Context(), digest, labelledType, every)
+		all, err := repo.AttachedIf(t.Context(), digest, labelledType, func(b []byte) string { return string(b) })
 		var failed *registry.UnreadError
-		if !errors.As(err, &failed) || !failed.IsCut() || len(failed.Unread()) > 0 || !fault.Is(err, fault.Transient) {
-			t.Errorf("status %d: AttachedIf = %d payloads, %v; want transient, with more than is listed", status, len(part), err)
+		if !errors.As(err, &failed) || !failed.IsCut() || !fault.Is(err, fault.Transient) || len(all) > 0 {
+			t.Fatalf("status %d: AttachedIf = %d payloads, %v; want transient, with more than is listed", status, len(all), err)
 		}
-		if len(part) != 40 || len(whole) <= 40 {
-			t.Errorf("status %d: AttachedIf = %d payloads, %d without the error; want the 40 of the first page", status,
-				len(part), len(whole))
+		if n := len(failed.Unread()); n != 40 && status != http.StatusForbidden { // a denied attachment is skipped
+			t.Errorf("status %d: %d attachments unread; want the 40 of the first page", status, n)
 		}
-		if list, err := repo.Referrers(t.Context(), digest, ""); err == nil || len(list) > 0 {
-			t.Errorf("status %d: Referrers = %d, %v; want only an error", status, len(list), err)
+	}
+}
+
+// TestAttachedOfLongList checks that a list that is too long blocks nobody: who may push can make it so.
+func TestAttachedOfLongList(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*v1.IndexManifest, http.Header){
+		"pages": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<?from=0>; rel="next"`) },
+		"bytes": func(page *v1.IndexManifest, h http.Header) {
+			page.Annotations = map[string]string{"padding": strings.Repeat("x", registry.MaxManifest)}
+			h.Set("Link", `<?from=0>; rel="next"`)
+		},
+	} {
+		armed := atomic.Bool{}
+		repo := open(t, newPaged(t, func(page *v1.IndexManifest, h http.Header) {
+			if armed.Load() {
+				change(page, h)
+			}
+		})+"/many")
+		digest := crowd(t, repo)
+		armed.Store(true)
+		all, err := repo.AttachedIf(t.Context(), digest, labelledType, func(b []byte) string { return string(b) })
+		if !fault.Is(err, fault.Unverified) || errors.As(err, new(*registry.UnreadError)) || len(all) > 0 {
+			t.Errorf("%s: AttachedIf = %d payloads, %v; want unverified, as of a repository that lists nothing", name,
+				len(all), err)
 		}
 	}
 }

@@ -31,11 +31,11 @@ const maxPages = 256
 // pagesKey is a context key. Its value is a *pagesRead.
 type pagesKey struct{}
 
-// pagesRead tells how a list of referrers ended, and whether a part of it will do.
+// pagesRead tells that a list of referrers ended in the middle. The library may then try again. If that fails at the
+// first page, what was read before still counts.
 type pagesRead struct {
-	part bool  // respond with the pages before an error
-	cut  bool  // a page after the first could not be read
-	err  error // why, if part is true
+	cut  error           // why, or nil
+	list []v1.Descriptor // what the pages before listed
 }
 
 // pagesTransport joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"). The
@@ -53,56 +53,47 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !ok {
 		read = &pagesRead{}
 	}
-	read.cut, read.err = false, nil // the library may have tried before
 	left := int64(maxList)
 	for page := 1; ; page++ {
 		part, n, err := readPage(resp.Body, left)
 		if err != nil {
 			err = fmt.Errorf("read page %d of the referrers: %w", page, err)
-			read.cut = page > 1 && !fault.Is(err, fault.Unverified) && !errors.Is(err, errTooLong)
-			if !read.cut || !read.part {
-				return nil, err
+			switch {
+			case errors.Is(err, errTooLong): // who may push can make a list so, and must not block the nodes
+				*read = pagesRead{}
+			case page > 1:
+				*read = pagesRead{err, whole.Manifests}
 			}
-			read.err = err
-			break
+			return nil, err
 		}
 		left -= n
-		part.Manifests = append(whole.Manifests, part.Manifests...)
+		part.Manifests = append(whole.Manifests, dropLong(part.Manifests)...)
 		whole = part
 		at, err := nextPage(req.URL, resp.Header)
-		if err == nil && at != nil && page == maxPages {
-			err = damaged(fmt.Errorf("the list has more than %d pages", maxPages))
-		}
 		if err != nil {
-			return nil, fmt.Errorf("read the referrers: %w", err)
+			err = fmt.Errorf("read the referrers: %w", err)
+			*read = pagesRead{err, whole.Manifests}
+			return nil, err
 		}
 		if at == nil {
 			break
 		}
+		if page == maxPages {
+			*read = pagesRead{}
+			return nil, damaged(fmt.Errorf("read the referrers: the list has more than %d pages", maxPages))
+		}
 		again := req.Clone(req.Context())
 		again.URL = at
 		more, err := p.next.RoundTrip(again)
-		if err == nil && more.StatusCode == http.StatusOK {
-			resp = more
-			continue
-		}
-		if read.cut = true; !read.part {
-			return more, err // the caller handles the error
-		}
-		if read.err = err; err == nil {
-			read.err = errors.Join(transport.CheckError(more, http.StatusOK), more.Body.Close())
-		}
-		break
-	}
-	// Drop long annotations: anybody who may push can write them.
-	for i, d := range whole.Manifests {
-		for key, value := range d.Annotations {
-			if len(key)+len(value) > maxAnnotation {
-				delete(d.Annotations, key)
+		if err != nil || more.StatusCode != http.StatusOK {
+			if *read = (pagesRead{err, whole.Manifests}); err == nil {
+				read.cut = &transport.Error{Request: again, StatusCode: more.StatusCode}
 			}
+			return more, err
 		}
-		whole.Manifests[i] = d
+		resp = more
 	}
+	*read = pagesRead{}
 	raw, err := json.Marshal(whole)
 	if err != nil {
 		return nil, err
@@ -110,6 +101,18 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp.Header.Del("Link")
 	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(raw)), int64(len(raw))
 	return resp, nil
+}
+
+// dropLong removes long annotations, because anybody who may push can write them.
+func dropLong(list []v1.Descriptor) []v1.Descriptor {
+	for _, d := range list {
+		for key, value := range d.Annotations {
+			if len(key)+len(value) > maxAnnotation {
+				delete(d.Annotations, key)
+			}
+		}
+	}
+	return list
 }
 
 // readPage reads one page of at most limit bytes, and closes the body.

@@ -136,16 +136,17 @@ type bodyKey struct{}
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	read := &pagesRead{}
 	list, err := s.readReferrers(ctx, digest, read)
-	if !read.cut || ctx.Err() != nil {
+	if read.cut == nil || ctx.Err() != nil {
 		return list, err
 	}
-	// Ask again for the part: what was read before is lost, and with some answers the library took the list for empty.
-	*read = pagesRead{part: true}
-	if list, err = s.readReferrers(ctx, digest, read); err == nil && read.err != nil {
-		err = cutError{fault.Wrap(fault.Transient, s.readError(ctx, read.err),
-			"try again later; "+s.repo.RegistryStr()+" listed only a part of what is attached")}
+	if err == nil { // after some answers for a page, the library takes the list for empty
+		err = s.readError(ctx, read.cut)
 	}
-	return list, err
+	if !fault.Is(err, fault.Unverified) {
+		err = fault.Wrap(fault.Transient, err,
+			"try again later; "+s.repo.RegistryStr()+" listed only a part of what is attached")
+	}
+	return read.list, cutError{err}
 }
 
 // cutError is the error of a list that ended in the middle.

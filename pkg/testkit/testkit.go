@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/http/httptest"
 	"os"
@@ -287,6 +288,24 @@ func (s Sample) Publish(t testing.TB, repo *registry.Repository) {
 	}
 	for _, tag := range []string{bundle.Tag(s.Identity), bundle.KernelTag(s.Kernel, s.Identity.Driver)} {
 		if err := repo.Tag(t.Context(), d, tag); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// AttachJunk attaches as many useless statements to an artifact as a client reads of one kind. Their labels say that
+// they are of this type and newer than all others.
+func AttachJunk(t testing.TB, repo *registry.Repository, digest, predicateType string) {
+	t.Helper()
+	subject, err := repo.Resolve(t.Context(), digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	labels := trust.Labels(&trust.Statement{PredicateType: predicateType})
+	labels[trust.LabelCreated] = "2099-01-01T00:00:00Z"
+	for i := range registry.MaxAttachments {
+		if _, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, fmt.Appendf(nil, "junk %d", i),
+			labels); err != nil {
 			t.Fatal(err)
 		}
 	}

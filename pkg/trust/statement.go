@@ -1,6 +1,8 @@
 package trust
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -161,6 +163,22 @@ func (v *Verifier) Statement(data []byte) (*Statement, error) {
 		return nil, fault.Wrap(fault.Unverified, err, hintFor(err))
 	}
 	return st, nil
+}
+
+// Useful returns a callback for AttachedIf of package registry. The callback returns "" for a bundle that v does not
+// verify or that is about another artifact. It names any other bundle by signer, type and content, so copies have the
+// same name.
+func Useful(v interface {
+	Statement(bundle []byte) (*Statement, error)
+}, digest string) func(bundle []byte) (name string) {
+	return func(bundle []byte) string {
+		st, err := v.Statement(bundle)
+		if err != nil || !st.About(digest) {
+			return ""
+		}
+		sum := sha256.Sum256(st.Predicate)
+		return st.Signer() + " " + st.PredicateType + " " + hex.EncodeToString(sum[:])
+	}
 }
 
 func hintFor(err error) string {

@@ -82,7 +82,8 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 		return err
 	}
 	kernel := target.Kernel{BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Arch: c.Kernel.Arch}
-	attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(kernel)...)
+	attached, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(p.Verifier, digest),
+		trust.Wanted(kernel)...)
 	if err != nil {
 		return err
 	}

@@ -124,6 +124,22 @@ func TestPublishedTooOld(t *testing.T) {
 	}
 }
 
+// Useless statements, which anybody who may push can attach, do not make a cell count as not published.
+func TestPublishedBesideJunk(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	repo := repository(t, testkit.Registry(t, true)+"/prebake/driver")
+	put(t, repo, key, s)
+	testkit.AttachJunk(t, repo, s.Digest, trust.PredicateProvenance)
+	cell := plan.Cell{Kernel: target.Kernel{BuildID: s.Kernel.BuildID, Board: s.Kernel.Board, Arch: s.Kernel.Arch},
+		Driver: driver}
+	d := &batch.Destinations{Repositories: []*registry.Repository{repo}, Verifier: key.Verifier(t)}
+	if got, err := d.Published(t.Context(), cell); err != nil || got != s.Digest {
+		t.Errorf("Published = %q, %v; want %q", got, err, s.Digest)
+	}
+}
+
 // If the registry lost a layer of an artifact, the cell does not count as published.
 func TestPublishedLostLayer(t *testing.T) {
 	t.Parallel()

@@ -294,7 +294,8 @@ func (p *packer) addDriver(ctx context.Context, c Config, one cell) error {
 
 // verify returns an error if a node with this kernel would refuse the artifact.
 func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k target.Kernel) error {
-	statements, err := c.From.Attached(ctx, digest, trust.ArtifactTypeBundle, c.Verifier.Wanted(k)...)
+	statements, err := c.From.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(c.Verifier, digest),
+		c.Verifier.Wanted(k)...)
 	if err != nil {
 		return err
 	}

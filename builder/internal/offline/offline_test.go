@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/builder/internal/offline"
+	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/symbols"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -293,6 +294,23 @@ func TestWriteRefuses(t *testing.T) {
 				t.Errorf("Write = %+v, %v; want kind %s and %q", r, err, row.kind, row.says)
 			}
 		})
+	}
+}
+
+// TestWriteBesideJunk checks that useless statements, which anybody who may push can attach, do not keep an artifact
+// out of a bundle.
+func TestWriteBesideJunk(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	repo := open(t, testkit.Registry(t, true)+"/prebake/driver")
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), older, "")
+	if _, _, err := publish.Publish(t.Context(), repo, publish.Artifact{Image: s.Image, Identity: s.Identity,
+		Kernel: s.Kernel, Bundles: s.Bundles, Verifier: key.Verifier(t)}); err != nil {
+		t.Fatal(err)
+	}
+	testkit.AttachJunk(t, repo, s.Digest, trust.PredicateProvenance)
+	if _, r := write(t, offline.Config{From: repo, Verifier: key.Verifier(t)}); len(r.Artifacts) != 1 {
+		t.Errorf("Write packed %d artifacts; want one", len(r.Artifacts))
 	}
 }
 

@@ -230,7 +230,8 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (reason
 		return "", nil
 	}
 	for _, p := range to.destinations {
-		attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
+		attached, err := p.repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(to.verifier, digest),
+			trust.OfType(trust.PredicateProvenance))
 		if err != nil {
 			return "", err
 		}
@@ -258,7 +259,8 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 	if err != nil {
 		return content, false, err
 	}
-	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(in.kernel.Kernel)...)
+	attached, err := p.repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(to.verifier, digest),
+		trust.Wanted(in.kernel.Kernel)...)
 	if err != nil {
 		return content, false, err
 	}

@@ -111,7 +111,7 @@ func checkRecipes(facts map[string]string, pahole string) error {
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("its recipe %s is %q; this builder knows %s, and others give other bytes", step.name, have,
 					strings.Join(step.known, ", ")),
-				hintRecipe(facts))
+				hintRecipe(facts, step.name == FactPack))
 		}
 	}
 	if have := facts[FactBTF]; have != "" && pahole != "" && have != pahole {
@@ -123,10 +123,14 @@ func checkRecipes(facts map[string]string, pahole string) error {
 	return nil
 }
 
-// hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make.
-func hintRecipe(facts map[string]string) string {
-	return fmt.Sprintf("make this artifact again with version %s of builder, which made it; or upgrade this builder",
-		facts[factBuilder])
+// hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make. A newer
+// builder may help only for the recipes of layers, of which a builder knows all earlier ones.
+func hintRecipe(facts map[string]string, layers bool) string {
+	hint := fmt.Sprintf("make this artifact again with version %s of builder, which made it", facts[factBuilder])
+	if layers {
+		hint += "; or upgrade this builder"
+	}
+	return hint
 }
 
 // checkStage returns an error if this builder lays out user space or firmware in another way than the published build.
@@ -155,7 +159,7 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("its recipe %s is %q; this builder has %s, which gives the %s layer other bytes", factStage, have,
 					nvsrc.StageRecipe, published.Kind),
-				hintRecipe(facts))
+				hintRecipe(facts, false))
 		}
 	}
 	return nil

@@ -206,8 +206,8 @@ func (f *farm) publishWith(t *testing.T, cfg pipeline.Config, facts map[string]s
 }
 
 // checkRefusedEarly checks that a build ended before the compile, because it could not publish. The error must contain
-// the cause, and the hint must contain the next step.
-func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) {
+// the cause, and the hint must contain the next step. It returns the hint.
+func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) string {
 	t.Helper()
 	res, _, err := build(t, cfg, request("17800.0.9"))
 	if diff := cmp.Diff(whole[:2], phases(res)); diff != "" || !fault.Is(err, fault.PublishRefused) ||
@@ -215,6 +215,7 @@ func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) {
 		t.Errorf("Run = %v (hint %q); want it refused because of %s, with %s; phases (-want +got):\n%s", err,
 			fault.Hint(err), cause, next, diff)
 	}
+	return fault.Hint(err)
 }
 
 // If this builder cannot make the published artifact again, the build ends before the compile.
@@ -231,7 +232,11 @@ func TestUnknownRecipe(t *testing.T) {
 				t.Errorf("%+v; want the artifact reused, as nothing is packed", res)
 			}
 			cfg.RebuildAfter = time.Nanosecond
-			checkRefusedEarly(t, cfg, recipe, "v7.7")
+			hint := checkRefusedEarly(t, cfg, recipe, "v7.7")
+			// A newer builder knows the recipe of older layers, but not that of an older image.
+			if got := strings.Contains(hint, "upgrade"); got != (step == "pack") {
+				t.Errorf("hint %q; want an upgrade in it: %t", hint, step == "pack")
+			}
 		})
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -97,6 +98,25 @@ func TestRenewWrongClock(t *testing.T) {
 		return p.Name == "look up" && strings.Contains(p.Note, "because of its age")
 	}) {
 		t.Errorf("Run = %v, phases %+v; want it built again because of its age\n%s", err, res.Phases, log)
+	}
+}
+
+// Useless statements, which anybody who may push can attach, do not make a young artifact old.
+func TestRenewBesideJunk(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	first := must(t, cfg, request("17800.0.9"))
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	testkit.AttachJunk(t, repo, first.Digest, trust.PredicateProvenance)
+	for _, after := range []time.Duration{0, time.Hour} {
+		cfg.RebuildAfter = after
+		if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+			t.Errorf("with RebuildAfter %v: phases %+v; want the artifact reused", after, res.Phases)
+		}
 	}
 }
 

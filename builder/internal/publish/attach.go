@@ -67,7 +67,13 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		for _, raw := range a.Bundles {
 			wanted = append(wanted, labels(raw))
 		}
-		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, wanted...)
+		name := trust.Useful(a.Verifier, digest)
+		useful := func(raw []byte) string { // unlike attached, this gets all copies of a statement
+			mine = mine || slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) }) &&
+				labels(raw)[trust.LabelPredicate] == trust.PredicateProvenance
+			return name(raw)
+		}
+		attached, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, wanted...)
 		if err != nil {
 			return added, err
 		}
@@ -75,8 +81,6 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proofKey(st)] = true
-				mine = mine || st.PredicateType == trust.PredicateProvenance &&
-					slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) })
 				if at := trust.FinishedOn(st); at.After(built) && !at.After(finished.Add(24*time.Hour)) {
 					built = at
 				}

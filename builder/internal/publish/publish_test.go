@@ -160,6 +160,33 @@ func TestRenew(t *testing.T) {
 	}
 }
 
+// TestPublishBesideJunk checks that useless statements, which anybody who may push can attach, do not make a publisher
+// attach its own ones again.
+func TestPublishBesideJunk(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	repo := open(t, testkit.Registry(t, true)+"/prebake/driver", nil)
+	count := func() int {
+		list, err := repo.Referrers(t.Context(), s.Digest, trust.ArtifactTypeBundle)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, s)); err != nil {
+		t.Fatal(err)
+	}
+	testkit.AttachJunk(t, repo, s.Digest, trust.PredicateProvenance)
+	before := count()
+	if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, signAgain(t, key, s))); err != nil {
+		t.Fatal(err)
+	}
+	if after := count(); after != before {
+		t.Errorf("the second run attached %d statements; want none", after-before)
+	}
+}
+
 func TestPublishRefusesForeignStatements(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

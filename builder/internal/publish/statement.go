@@ -18,7 +18,8 @@ func Statement(ctx context.Context, repo *registry.Repository, digest string, si
 		if err != nil {
 			return "", err
 		}
-		there, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(s.PredicateType))
+		there, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(verifier, digest),
+			trust.OfType(s.PredicateType))
 		if err != nil {
 			return "", err
 		}

@@ -182,7 +182,8 @@ type candidate struct {
 
 // trusted returns all provenances of the artifact with a trusted signature, newest first.
 func (c Config) trusted(ctx context.Context, digest string) ([]candidate, error) {
-	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
+	attached, err := c.Repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(c.Verifier, digest),
+		trust.OfType(trust.PredicateProvenance))
 	if err != nil {
 		return nil, err
 	}
@@ -221,7 +222,8 @@ func (c Config) trusted(ctx context.Context, digest string) ([]candidate, error)
 // verify verifies the artifact with one provenance. Without a provenance, it uses all that are attached.
 func (c Config) verify(ctx context.Context, digest string, content bundle.Content, p candidate) (*trust.Verdict,
 	error) {
-	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(p.kernel)...)
+	attached, err := c.Repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(c.Verifier, digest),
+		trust.Wanted(p.kernel)...)
 	if err != nil {
 		return nil, err
 	}

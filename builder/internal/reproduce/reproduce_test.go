@@ -156,7 +156,9 @@ func TestIdentical(t *testing.T) {
 	if said != 1 {
 		t.Errorf("%d statements of the second party; want one", said)
 	}
-	// The artifact has the statement already, so a second run must not attach another one.
+	// The artifact has the statement already, so a second run must not attach another one. Useless statements, which
+	// anybody who may push can attach, change nothing.
+	testkit.AttachJunk(t, f.cfg.Repo, s.Digest, trust.PredicateReproduced)
 	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
 		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
 	}
@@ -175,11 +177,13 @@ func TestNewestProvenance(t *testing.T) {
 		ended          int64 // when the added build ended
 		kind           fault.Kind
 		builtOn        int64
+		junk           bool // that is listed before the added one
 	}{
-		{"the added one is older", facts(), old, s, 1, -1, 2},
-		{"the added one is newer", old, facts(), s, 3, -1, 3},
-		{"the newest has other recipes", old, facts(), s, 1, fault.Unsupported, 0},
-		{"the newest is for another driver", facts(), old, other, 3, -1, 2},
+		{"the added one is older", facts(), old, s, 1, -1, 2, false},
+		{"the added one is newer", old, facts(), s, 3, -1, 3, false},
+		{"the added one is newer, behind junk", old, facts(), s, 3, -1, 3, true},
+		{"the newest has other recipes", old, facts(), s, 1, fault.Unsupported, 0, false},
+		{"the newest is for another driver", facts(), old, other, 3, -1, 2, false},
 	} {
 		f := newFarm(t, s, row.present)
 		d, err := f.cfg.Repo.Resolve(t.Context(), s.Digest)
@@ -191,6 +195,9 @@ func TestNewestProvenance(t *testing.T) {
 		if _, err := f.cfg.Repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, raw,
 			trust.OfType(trust.PredicateProvenance)); err != nil {
 			t.Fatal(err)
+		}
+		if row.junk {
+			testkit.AttachJunk(t, f.cfg.Repo, s.Digest, trust.PredicateProvenance)
 		}
 		f.cfg.Make = rebuild(s, s.Image, s.Layers, materials)
 		report, err := reproduce.Run(t.Context(), f.cfg)

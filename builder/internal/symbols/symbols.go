@@ -161,17 +161,10 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 
 // isSigned reports whether the symbols with this manifest have a statement with a trusted signature.
 func (s Set) isSigned(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
-	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle, trust.OfType(PredicateType))
-	if err != nil {
-		return false, err
-	}
-	for _, raw := range attached {
-		if st, err := s.Verifier.Statement(raw); err == nil && st.PredicateType == PredicateType &&
-			st.About(d.Digest.String()) {
-			return true, nil
-		}
-	}
-	return false, nil
+	digest := d.Digest.String()
+	attached, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(s.Verifier, digest),
+		trust.OfType(PredicateType))
+	return len(s.Verifier.Statements(attached, digest, PredicateType)) > 0, err
 }
 
 // pack copies or links the files into a tree by build id and packs the tree as a layer.

@@ -117,6 +117,13 @@ func TestPublish(t *testing.T) {
 				t.Errorf("Publish again = %v, %v, %v; want %s, existed", again, existed, err, d.Digest)
 			}
 			check(t, repo, sample.Digest, d, set)
+			if name == "registry" { // anybody who may push can attach useless statements
+				testkit.AttachJunk(t, repo, d.Digest.String(), symbols.PredicateType)
+				if _, existed, err := symbols.Publish(ctx, repo, sample.Digest, set); err != nil || !existed {
+					t.Errorf("Publish beside junk: existed %v, %v; want that nothing is signed again", existed, err)
+				}
+				return
+			}
 			if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, signer, 2)); !fault.Is(err,
 				fault.PublishRefused) || fault.Hint(err) == "" {
 				t.Errorf("Publish(others) = %v; want publish refused with a hint", err)

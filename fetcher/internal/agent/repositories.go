@@ -39,7 +39,7 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	// that an earlier one lists but does not serve.
 	var known [][]byte
 	var owed []owedStatement
-	counts := useful(v, answer.Digest)
+	counts := trust.Useful(v, answer.Digest)
 	err = a.tryEach(ctx, answer.Digest, a.repositories(answer.Repository, origin), func(ref string) (err error) {
 		if repo, err = a.parts.Open(ref); err != nil {
 			return err

@@ -125,22 +125,6 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 // kilobytes.
 const maxBundles = 16 << 20
 
-// useful returns the callback for [registry.Repository.AttachedIf]. It returns "" for a bundle with an invalid
-// signature or about another artifact. Other bundles are named by signer and content, so copies have the same name.
-func useful(v statements, digest string) func([]byte) string {
-	return func(bundle []byte) string {
-		st, err := v.Statement(bundle)
-		if err != nil || !st.About(digest) {
-			return ""
-		}
-		return st.Signer() + " " + st.PredicateType + " " + digestOf(st.Predicate)
-	}
-}
-
-type statements interface {
-	Statement(bundle []byte) (*trust.Statement, error)
-}
-
 // readEvidence reads the manifest, the config and the signed statements, but no layer.
 func readEvidence(ctx context.Context, repo Repository, v Verifier, digest string, facts *host.Facts) (p evidence,
 	err error) {
@@ -158,7 +142,8 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 	if p.Config, err = repo.Small(ctx, d); err != nil {
 		return p, err
 	}
-	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
+	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(v, digest),
+		v.Wanted(facts.Kernel)...)
 	p.Bundles = bounded(p.Bundles)
 	return p, err
 }

@@ -19,11 +19,12 @@ type Chain []Finder
 // resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error
 // is of kind Unverified. One such source beside others that are away must not end the wait for these.
 //
-// A passing error beside an artifact ends the questions: the source has chosen, and cannot tell yet whether the
-// artifact drives the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
+// An error beside an artifact ends the questions: the source has chosen, and cannot tell whether the artifact drives
+// the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
-	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
+	// After a source has chosen the driver, ask the others for that driver only: their newest driver may be yanked, or
+	// they may lack the list of GPUs.
 	var away, page, other error
 	var farm Server // the server that gave the answer "first"
 	wrong := true   // whether all errors in away are of OtherService
@@ -34,7 +35,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, err
 		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
-		case Passing(err) && a.State == api.Published:
+		case (Passing(err) || fault.Is(err, fault.Usage)) && a.State == api.Published:
 			return Answer{}, err
 		case Passing(err):
 			away = errors.Join(away, err)
@@ -54,7 +55,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 				farm = s
 			}
 		}
-		if a.Source == SourceServer && a.Driver.Version != "" {
+		if (a.Source == SourceServer || err != nil) && a.Driver.Version != "" {
 			q.Wish = target.Wish(a.Driver.Version)
 			if a.Driver.Flavour != "" {
 				q.Flavour = string(a.Driver.Flavour)

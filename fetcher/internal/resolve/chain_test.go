@@ -8,9 +8,12 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
 )
 
 // says is a finder that always gives the same answer, and counts the questions.
@@ -71,6 +74,10 @@ func TestChain(t *testing.T) {
 		"failed, and a registry has no answer": {[]link{{api.Failed, nil}, {"", usage}}, api.Failed, fault.Internal, 2},
 		"a wrong answer is not passed over":    {[]link{{"", wrong}, {api.Published, nil}}, "", fault.Mismatch, 1},
 		"registries alone, asked for default":  {[]link{{"", usage}, {"", usage}}, "", fault.Usage, 2},
+		"an artifact, and its list of GPUs is away": {[]link{{api.Published, away}, {api.Published, nil}}, "",
+			fault.Transient, 1},
+		"an artifact, and its list of GPUs is denied": {[]link{{api.Published, usage}, {api.Published, nil}}, "",
+			fault.Usage, 1},
 		"a folder, then a registry": {[]link{{api.Unknown, nil}, {"", away}, {api.Published, nil}}, api.Published,
 			fault.Internal, 3},
 	} {
@@ -145,7 +152,7 @@ func TestChainKeepsToAChoiceOfAServerThatFails(t *testing.T) {
 		{"the list of GPUs cannot be read", resolve.Server{Client: farm{"open"}, GPUs: lists(nil, away)}, turing,
 			resolve.Question{}},
 		{"the list of the other flavour cannot be read", resolve.Server{Client: farm{"open proprietary"},
-			GPUs: func(_ context.Context, _, _ string, d target.Driver) (*gpulist.List, error) {
+			GPUs: func(_ context.Context, _, _ string, d target.Driver, _ target.Kernel) (*gpulist.List, error) {
 				if d.Flavour == target.Open {
 					return release, nil
 				}
@@ -164,5 +171,61 @@ func TestChainKeepsToAChoiceOfAServerThatFails(t *testing.T) {
 			t.Errorf("%s: Find = %+v, %v; the registry is asked for %q, %q; want %q, %q", row.name, a, err, got.Wish,
 				got.Flavour, row.asked.Wish, row.asked.Flavour)
 		}
+	}
+}
+
+// TestChainKeepsToAChoiceOfARegistryThatFails checks that a mirror without the list of GPUs does not choose a flavour
+// for a registry that has the artifact and cannot serve the rest of the answer.
+func TestChainKeepsToAChoiceOfARegistryThatFails(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	open := newOpenSample(t, key)
+	open.Bundles = append(open.Bundles, key.Statement(t, open.Digest, gpulist.PredicateType, release))
+	bare := open // as a mirror has it before the statements
+	bare.Bundles = nil
+	d := target.Driver{Version: "535.2.2", Flavour: target.Proprietary}
+	proprietary := testkit.NewSample(t, key, open.Kernel, d, "")
+	for name, row := range map[string]struct {
+		fails  string
+		mirror []testkit.Sample
+		want   string // digest, or "" for an error
+	}{
+		"the list of GPUs cannot be read": {"/referrers/", []testkit.Sample{bare}, ""},
+		"the tag of the flavour that fits is not served": {"/manifests/" + bundle.KernelTag(open.Kernel, d),
+			[]testkit.Sample{bare}, ""},
+		"the mirror has the flavour that fits": {"/manifests/" + bundle.KernelTag(open.Kernel, d),
+			[]testkit.Sample{bare, proprietary}, proprietary.Digest},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			first, mirror := testkit.Registry(t, true)+"/x", testkit.Registry(t, true)+"/x"
+			open.Publish(t, openRepository(t, first, nil))
+			for _, s := range row.mirror {
+				s.Publish(t, openRepository(t, mirror, nil))
+			}
+			by := &requests{fails: row.fails}
+			repository := func(ref string) *registry.Repository {
+				if ref == first {
+					return openRepository(t, ref, by)
+				}
+				return openRepository(t, ref, nil)
+			}
+			gpuList := resolve.Signed(key.Verifier(t), func(ref string) (resolve.Attachments, error) {
+				return repository(ref), nil
+			}, first, mirror)
+			var chain resolve.Chain
+			for _, ref := range []string{first, mirror} {
+				chain = append(chain, resolve.Registry{Ref: ref, GPUs: gpuList,
+					Resolve: func(ctx context.Context, tag string) (string, error) {
+						d, err := repository(ref).Resolve(ctx, tag)
+						return d.Digest.String(), err
+					}})
+			}
+			q := resolve.Question{Kernel: open.Kernel, Wish: "535.2.2", Flavour: resolve.Auto, GPUs: gpus("0x27b8")}
+			a, err := chain.Find(t.Context(), q)
+			if row.want == "" && !fault.Is(err, fault.Transient) || row.want != "" && (err != nil || a.Digest != row.want) {
+				t.Errorf("Find = %+v, %v; want %q, or transient, because the open flavour does not do", a, err, row.want)
+			}
+		})
 	}
 }

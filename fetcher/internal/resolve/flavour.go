@@ -11,8 +11,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Lister returns the signed list of GPUs that a published artifact supports, or nil if it has none.
-type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
+// Lister returns the signed list of GPUs that a published artifact supports, or nil if it has none. The kernel is the
+// node's.
+type Lister func(ctx context.Context, repository, digest string, d target.Driver, k target.Kernel) (*gpulist.List,
+	error)
 
 type statements interface {
 	Statement(bundle []byte) (*trust.Statement, error)
@@ -26,22 +28,17 @@ type Attachments interface {
 
 // Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
 // do not verify, because anybody who may write to the registry may attach one. If the artifact's repository fails, the
-// Lister reads the statements from the others. Another repository without a list is believed only if it has a kernel
-// match, which the builder attaches after the list.
+// Lister reads the statements from the others.
+//
+// Another repository without a list is believed only if it has a kernel match for the node, which the builder attaches
+// after the list. Other programs copy in an order of their own, so a copy that they did not finish may have the match
+// and lack the list. Then flavour auto chooses as for an artifact without a list.
 func Signed(v statements, open func(repository string) (Attachments, error), others ...string) Lister {
-	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
+	return func(ctx context.Context, repository, digest string, d target.Driver, k target.Kernel) (*gpulist.List, error) {
 		var lists []*gpulist.List
-		hasMatch := false // whether the present repository has a kernel match
 		useful := func(raw []byte) string {
 			st, err := v.Statement(raw)
-			if err != nil || !st.About(digest) {
-				return ""
-			}
-			if st.PredicateType == trust.PredicateKernelMatch {
-				hasMatch = true
-				return st.PredicateType
-			}
-			if st.PredicateType != gpulist.PredicateType {
+			if err != nil || st.PredicateType != gpulist.PredicateType || !st.About(digest) {
 				return ""
 			}
 			l, err := gpulist.ParsePredicate(st.Predicate)
@@ -53,14 +50,19 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 		}
 		unread := false // whether a repository failed that may have a list
 		read := func(ref string) error {
-			hasMatch = false
 			repo, err := open(ref)
 			if err == nil {
-				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType),
-					trust.OfType(trust.PredicateKernelMatch))
+				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
 			}
-			if err == nil && unread && len(lists) == 0 && !hasMatch {
-				return fault.New(fault.NoArtifact, "no list of supported GPUs", "")
+			switch {
+			case len(lists) > 0: // also before an error
+				return nil
+			case err != nil || !unread:
+				return err
+			}
+			found, err := hasMatch(ctx, v, repo, digest, k)
+			if err == nil && !found {
+				err = fault.New(fault.NoArtifact, "no list of supported GPUs", "")
 			}
 			return err
 		}
@@ -75,11 +77,34 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 	}
 }
 
-func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
+// hasMatch reports whether a repository has a kernel match for the node. It reads none for other kernels: an artifact
+// may have hundreds.
+func hasMatch(ctx context.Context, v statements, repo Attachments, digest string, k target.Kernel) (found bool,
+	err error) {
+	useful := func(raw []byte) string {
+		st, err := v.Statement(raw)
+		if err != nil || !st.About(digest) {
+			return ""
+		}
+		if m, err := trust.ParseKernelMatch(st); err != nil || m.Kernel.String() != k.String() {
+			return ""
+		}
+		found = true
+		return st.PredicateType
+	}
+	_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful,
+		map[string]string{trust.LabelPredicate: trust.PredicateKernelMatch, trust.LabelKernel: k.String()})
+	if found {
+		err = nil
+	}
+	return found, err
+}
+
+func (l Lister) list(ctx context.Context, a Answer, k target.Kernel) (*gpulist.List, error) {
 	if l == nil {
 		return nil, nil
 	}
-	return l(ctx, a.Repository, a.Digest, a.Driver)
+	return l(ctx, a.Repository, a.Digest, a.Driver, k)
 }
 
 // narrowFlavour replaces flavour auto by proprietary if the node has a GPU older than Turing. Open modules drive no

@@ -2,14 +2,18 @@ package resolve_test
 
 import (
 	"context"
+	"fmt"
+	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/trust"
@@ -36,7 +40,9 @@ func gpus(ids ...string) (all []gpulist.GPU) {
 
 // lists returns a Lister that returns the same list for every digest, or the error err.
 func lists(list *gpulist.List, err error) resolve.Lister {
-	return func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return list, err }
+	return func(context.Context, string, string, target.Driver, target.Kernel) (*gpulist.List, error) {
+		return list, err
+	}
 }
 
 type autoRow struct {
@@ -153,49 +159,176 @@ func TestAutoByServer(t *testing.T) {
 	}
 }
 
-type attached [][]byte
+// requests counts requests to a registry. It fails those whose path has the text fails.
+type requests struct {
+	fails string
+	n     atomic.Int64
+}
 
-func (a attached) AttachedIf(_ context.Context, _, _ string, useful func([]byte) string,
-	_ ...map[string]string) ([][]byte, error) {
-	for _, b := range a {
-		useful(b)
+func (c *requests) RoundTrip(r *http.Request) (*http.Response, error) {
+	c.n.Add(1)
+	if c.fails != "" && strings.Contains(r.URL.Path, c.fails) {
+		return &http.Response{StatusCode: http.StatusServiceUnavailable, Header: http.Header{}, Body: http.NoBody,
+			Request: r}, nil
 	}
-	return a, nil
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+func openRepository(t *testing.T, ref string, by http.RoundTripper) *registry.Repository {
+	t.Helper()
+	repo, err := registry.Open(ref, registry.Options{Transport: by})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return repo
+}
+
+// newRepository pushes the sample's image to a layout, and attaches bundles with these labels. Nil means the labels of
+// each statement.
+func newRepository(t *testing.T, key *testkit.Key, s testkit.Sample, labels map[string]string,
+	bundles ...[]byte) (ref string) {
+	t.Helper()
+	ref = "oci:" + t.TempDir()
+	repo := openRepository(t, ref, nil)
+	if _, err := repo.Push(t.Context(), s.Image); err != nil {
+		t.Fatal(err)
+	}
+	attach(t, repo, key, s, labels, bundles...)
+	return ref
+}
+
+func attach(t *testing.T, repo *registry.Repository, key *testkit.Key, s testkit.Sample, labels map[string]string,
+	bundles ...[]byte) {
+	t.Helper()
+	subject, err := repo.Resolve(t.Context(), s.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, raw := range bundles {
+		have := labels
+		if have == nil {
+			st, err := key.Verifier(t).Statement(raw)
+			if err != nil {
+				t.Fatal(err)
+			}
+			have = trust.Labels(st)
+		}
+		if _, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, raw, have); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func newOpenSample(t *testing.T, key *testkit.Key) testkit.Sample {
+	t.Helper()
+	d := target.Driver{Version: "535.2.2", Flavour: target.Open}
+	return testkit.NewSample(t, key, testkit.SampleKernel("47"), d, "")
 }
 
 func TestSigned(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
-	d := target.Driver{Version: "535.2.2", Flavour: target.Open}
-	good := key.Statement(t, digest, gpulist.PredicateType, release)
+	s := newOpenSample(t, key)
+	good := key.Statement(t, s.Digest, gpulist.PredicateType, release)
 	other := key.Statement(t, "sha256:"+strings.Repeat("cd", 32), gpulist.PredicateType, release)
-	older := key.Statement(t, digest, gpulist.PredicateType, gpulist.List{Version: "535.1.1", Chips: release.Chips})
-	empty := key.Statement(t, digest, gpulist.PredicateType, map[string]string{"version": "535.2.2"})
-	kind := key.Statement(t, digest, trust.PredicateKernelMatch, release)
-	foreign := stranger.Statement(t, digest, gpulist.PredicateType, release)
+	older := key.Statement(t, s.Digest, gpulist.PredicateType, gpulist.List{Version: "535.1.1", Chips: release.Chips})
+	empty := key.Statement(t, s.Digest, gpulist.PredicateType, map[string]string{"version": "535.2.2"})
+	kind := key.Statement(t, s.Digest, trust.PredicateKernelMatch, release)
+	foreign := stranger.Statement(t, s.Digest, gpulist.PredicateType, release)
+	label, none := trust.OfType(gpulist.PredicateType), map[string]string{}
 	for name, row := range map[string]struct {
+		labels  map[string]string
 		bundles [][]byte
 		found   bool
 	}{
-		"good":                 {[][]byte{good}, true},
-		"good among junk":      {[][]byte{nil, []byte("junk"), other, older, empty, kind, foreign, good}, true},
-		"nothing":              {nil, false},
-		"another artifact's":   {[][]byte{other}, false},
-		"another version's":    {[][]byte{older}, false},
-		"without products":     {[][]byte{empty}, false},
-		"another kind's":       {[][]byte{kind}, false},
-		"signed by a stranger": {[][]byte{foreign}, false},
+		"good":                 {label, [][]byte{good}, true},
+		"good without labels":  {none, [][]byte{good}, true},
+		"good among junk":      {label, [][]byte{[]byte("junk"), other, older, empty, kind, foreign, good}, true},
+		"nothing":              {label, nil, false},
+		"another artifact's":   {label, [][]byte{other}, false},
+		"another version's":    {label, [][]byte{older}, false},
+		"without products":     {label, [][]byte{empty}, false},
+		"another kind's":       {label, [][]byte{kind}, false},
+		"signed by a stranger": {label, [][]byte{foreign}, false},
 	} {
-		find := resolve.Signed(key.Verifier(t), func(ref string) (resolve.Attachments, error) {
-			if ref != "reg/x" {
-				t.Errorf("%s: opened %s", name, ref)
+		ref := newRepository(t, key, s, row.labels, row.bundles...)
+		find := resolve.Signed(key.Verifier(t), func(opened string) (resolve.Attachments, error) {
+			if opened != ref {
+				t.Errorf("%s: opened %s", name, opened)
 			}
-			return attached(row.bundles), nil
+			return openRepository(t, opened, nil), nil
 		})
-		list, err := find(t.Context(), "reg/x", digest, d)
+		list, err := find(t.Context(), ref, s.Digest, s.Identity.Driver, s.Kernel)
 		if err != nil || (list != nil) != row.found {
 			t.Errorf("%s: list = %v, %v; want found %v", name, list, err, row.found)
 		}
+	}
+}
+
+// TestSignedOfMany counts the requests for the list of an artifact that serves hundreds of COS builds. Each of them has
+// a kernel match, and no node needs more than its own.
+func TestSignedOfMany(t *testing.T) {
+	t.Parallel()
+	const matches, most = 300, 20
+	key := testkit.NewKey(t)
+	s := newOpenSample(t, key)
+	ref := testkit.Registry(t, true) + "/x"
+	repo := openRepository(t, ref, nil)
+	if _, err := repo.Push(t.Context(), s.Image); err != nil {
+		t.Fatal(err)
+	}
+	attach(t, repo, key, s, nil, s.Bundles...)
+	for i := range matches {
+		k := s.Kernel
+		k.BuildID = fmt.Sprintf("17800.%d.0", i+1)
+		attach(t, repo, key, s, nil,
+			key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint}))
+	}
+	const away = "away.example/x"
+	by := &requests{}
+	open := func(opened string) (resolve.Attachments, error) {
+		if opened == away {
+			return nil, fault.New(fault.Transient, opened+" is away", "")
+		}
+		return openRepository(t, opened, by), nil
+	}
+	find := func(first, second string, found bool) {
+		t.Helper()
+		by.n.Store(0)
+		list, err := resolve.Signed(key.Verifier(t), open, second)(t.Context(), first, s.Digest, s.Identity.Driver, s.Kernel)
+		if n := by.n.Load(); err != nil || (list != nil) != found || n > most {
+			t.Errorf("list = %v, %v after %d requests; want found %v after at most %d", list, err, n, found, most)
+		}
+	}
+	find(ref, away, false)
+	find(away, ref, false) // reads the node's kernel match
+	attach(t, repo, key, s, nil, key.Statement(t, s.Digest, gpulist.PredicateType, release))
+	find(ref, away, true)
+	find(away, ref, true)
+}
+
+// TestSignedBeforeAnError checks that a list that was read counts, although the repository fails at another attachment.
+func TestSignedBeforeAnError(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := newOpenSample(t, key)
+	ref := testkit.Registry(t, true) + "/x"
+	repo := openRepository(t, ref, nil)
+	subject, err := repo.Push(t.Context(), s.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach(t, repo, key, s, nil, key.Statement(t, s.Digest, gpulist.PredicateType, release))
+	old, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, []byte("without labels"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	by := &requests{fails: old.Digest.String()}
+	find := resolve.Signed(key.Verifier(t), func(ref string) (resolve.Attachments, error) {
+		return openRepository(t, ref, by), nil
+	})
+	if list, err := find(t.Context(), ref, s.Digest, s.Identity.Driver, s.Kernel); err != nil || list == nil {
+		t.Errorf("list = %v, %v; want the one that was read", list, err)
 	}
 }
 
@@ -203,54 +336,57 @@ func TestSigned(t *testing.T) {
 func TestSignedElsewhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
-	d := target.Driver{Version: "535.2.2", Flavour: target.Open}
-	good := key.Statement(t, digest, gpulist.PredicateType, release)
-	open := func(ref string) (resolve.Attachments, error) {
-		if ref == "mirror/x" {
-			return attached([][]byte{good}), nil
-		}
-		return nil, fault.New(fault.Transient, ref+" is away", "")
+	s := newOpenSample(t, key)
+	match := func(patch string) []byte {
+		return key.KernelMatch(t, s.Digest,
+			trust.KernelMatch{Kernel: testkit.SampleKernel(patch), Fingerprint: s.Identity.Fingerprint})
 	}
-	list, err := resolve.Signed(key.Verifier(t), open, "other/x", "mirror/x")(t.Context(), "reg/x", digest, d)
-	if err != nil || list == nil {
+	good := key.Statement(t, s.Digest, gpulist.PredicateType, release)
+	mirrors := map[string]string{
+		"good":                        newRepository(t, key, s, nil, good),
+		"empty":                       newRepository(t, key, s, nil),
+		"a match":                     newRepository(t, key, s, nil, match("47")),
+		"a match without labels":      newRepository(t, key, s, map[string]string{}, match("47")),
+		"a match for another build":   newRepository(t, key, s, nil, match("50")),
+		"a match labelled as another": newRepository(t, key, s, map[string]string{trust.LabelPredicate: "x"}, match("47")),
+	}
+	find := func(first error, others ...string) (*gpulist.List, error) {
+		open := func(ref string) (resolve.Attachments, error) {
+			switch ref {
+			case "reg/x":
+				return nil, first
+			case "other/x":
+				return nil, fault.New(fault.Transient, ref+" is away", "")
+			}
+			return openRepository(t, ref, nil), nil
+		}
+		return resolve.Signed(key.Verifier(t), open, others...)(t.Context(), "reg/x", s.Digest, s.Identity.Driver, s.Kernel)
+	}
+	away := fault.New(fault.Transient, "reg/x is away", "")
+	if list, err := find(away, "other/x", mirrors["good"]); err != nil || list == nil {
 		t.Errorf("list = %v, %v; want that of the mirror", list, err)
 	}
-	_, err = resolve.Signed(key.Verifier(t), open, "reg/x", "other/x")(t.Context(), "reg/x", digest, d)
+	_, err := find(away, "reg/x", "other/x")
 	if !fault.Is(err, fault.Transient) || strings.Count(err.Error(), "reg/x is away") != 1 ||
 		!strings.Contains(err.Error(), "other/x is away") {
 		t.Errorf("list of repositories that are away: %v; want transient, and each named once", err)
 	}
-	// A mirror without the list says nothing about a repository that failed.
-	some := func(ref string) (resolve.Attachments, error) {
-		if ref == "reg/x" {
-			return open(ref)
+	// A mirror without the list says nothing about a repository that failed. The builder attaches a kernel match after the
+	// list, so a mirror with the match for this node and no list has all there is.
+	for name, ref := range mirrors {
+		list, err := find(away, ref)
+		switch {
+		case name == "good":
+		case name == "a match" || name == "a match without labels":
+			if err != nil || list != nil {
+				t.Errorf("%s: list = %v, %v; want none, because the mirror has a kernel match", name, list, err)
+			}
+		case !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "reg/x is away"):
+			t.Errorf("%s: list = %v, %v; want transient, because only a mirror without the list responded", name, list, err)
 		}
-		return attached(nil), nil
 	}
-	list, err = resolve.Signed(key.Verifier(t), some, "mirror/x")(t.Context(), "reg/x", digest, d)
-	if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "reg/x is away") {
-		t.Errorf("list = %v, %v; want transient, because only a mirror without the list responded", list, err)
-	}
-	// The builder attaches a kernel match after the list, so a mirror with a match and no list has all there is.
-	match := key.Statement(t, digest, trust.PredicateKernelMatch, map[string]string{"build": "1"})
-	whole := func(ref string) (resolve.Attachments, error) {
-		if ref == "reg/x" {
-			return open(ref)
-		}
-		return attached([][]byte{match}), nil
-	}
-	list, err = resolve.Signed(key.Verifier(t), whole, "mirror/x")(t.Context(), "reg/x", digest, d)
-	if err != nil || list != nil {
-		t.Errorf("list = %v, %v; want none, because the mirror has a kernel match", list, err)
-	}
-	lacks := func(ref string) (resolve.Attachments, error) {
-		if ref == "reg/x" {
-			return nil, fault.New(fault.NoArtifact, "no such artifact", "")
-		}
-		return attached(nil), nil
-	}
-	list, err = resolve.Signed(key.Verifier(t), lacks, "mirror/x")(t.Context(), "reg/x", digest, d)
-	if err != nil || list != nil {
+	lacks := fault.New(fault.NoArtifact, "no such artifact", "")
+	if list, err := find(lacks, mirrors["empty"]); err != nil || list != nil {
 		t.Errorf("list = %v, %v; want none, because the first repository lacks the artifact", list, err)
 	}
 }

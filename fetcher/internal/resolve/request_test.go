@@ -87,7 +87,9 @@ func TestServerRequestFlavour(t *testing.T) {
 		Version: driver.Version,
 		Chips:   []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x27b8", Features: []string{"kernelopen"}}},
 	}
-	lists := func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return &l, nil }
+	lists := func(context.Context, string, string, target.Driver, target.Kernel) (*gpulist.List, error) {
+		return &l, nil
+	}
 	unknown := api.Resolution{State: api.Unknown}
 	for name, tc := range map[string]struct {
 		gpu     gpulist.GPU

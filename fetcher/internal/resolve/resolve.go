@@ -151,7 +151,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 
 // unsupported returns the reason why an artifact does not drive the node's GPUs, or nil.
 func (s Server) unsupported(ctx context.Context, q Question, a Answer) (unfit, err error) {
-	list, err := s.GPUs.list(ctx, a)
+	list, err := s.GPUs.list(ctx, a, q.Kernel)
 	if err != nil {
 		return nil, err
 	}
@@ -338,7 +338,8 @@ func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error)
 }
 
 // findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS does, if it drives
-// the node's GPUs.
+// the node's GPUs. With an error it returns the artifact whose list it could not read, or the driver whose tag it could
+// not read although only this driver may fit.
 func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
@@ -363,13 +364,17 @@ func (r Registry) findVersion(ctx context.Context, q Question, version string) (
 			continue
 		}
 		if err != nil {
-			return Answer{}, fmt.Errorf("ask registry: %w", err)
+			var a Answer
+			if unfit != nil {
+				a.Driver = d
+			}
+			return a, fmt.Errorf("ask registry: %w", err)
 		}
 		a := Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}
 		o := gpulist.Offer{Flavour: f}
 		if len(gpus) > 0 {
-			if o.List, err = r.GPUs.list(ctx, a); err != nil {
-				return Answer{}, err
+			if o.List, err = r.GPUs.list(ctx, a, q.Kernel); err != nil {
+				return a, err
 			}
 		}
 		answers, offers = append(answers, a), append(offers, o)

@@ -101,6 +101,30 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
+// TestCreateOnlyNoLonger checks the error for the tag of a deleted manifest whose repository is no longer create-only.
+func TestCreateOnlyNoLonger(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	host, first := listen(t, s), image(t)
+	if err := remote.Write(reference(t, host, "prebake/driver:one"), first, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	d := digestOf(t, first).String()
+	if r := call(t, host, "DELETE", "/v2/prebake/driver/manifests/"+d, ""); r.StatusCode != http.StatusAccepted {
+		t.Fatalf("DELETE of the manifest = %s; want 202", r.Status)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	host = listen(t, openWith(t, dir, ocistore.Options{}))
+	err := remote.Write(reference(t, host, "prebake/driver:one"), image(t), options(t)...)
+	if statusOf(err) != http.StatusForbidden || !strings.Contains(err.Error(), "was create-only") ||
+		strings.Contains(err.Error(), "is create-only") || !strings.Contains(err.Error(), "server free-tags "+d) {
+		t.Errorf("other content under the tag = %v; want 403, because the tag was create-only", err)
+	}
+}
+
 // TestDeleteBesideBadTags checks that an unreadable tag prevents the deletion of a manifest. A tag with damaged content
 // does not prevent it, and stays.
 func TestDeleteBesideBadTags(t *testing.T) {
