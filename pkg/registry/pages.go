@@ -67,7 +67,8 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		left -= n
-		part.Manifests = append(whole.Manifests, dropLong(part.Manifests)...)
+		whole.Manifests = append(whole.Manifests, dropLong(part.Manifests)...)
+		part.Manifests = whole.Manifests
 		whole = part
 		at, err := nextPage(req.URL, resp.Header)
 		if err != nil {
