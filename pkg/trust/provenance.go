@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"maps"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -162,7 +163,9 @@ func (b *buildTimes) decide(rules []Rule) (at time.Time) {
 		if rule.Statement != PredicateProvenance {
 			continue
 		}
-		times := slices.SortedFunc(maps.Values(b.newest[rule.Role]), func(a, b time.Time) int { return b.Compare(a) })
+		times := slices.Collect(maps.Values(b.newest[rule.Role]))
+		// Not slices.SortFunc, which adds 13 KB to each program.
+		sort.Slice(times, func(i, j int) bool { return times[i].After(times[j]) })
 		if len(times) < rule.Count {
 			return b.future
 		}
