@@ -4,6 +4,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -45,8 +46,12 @@ type Device struct {
 	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. With
 	// it, the driver keeps an unused GPU initialised.
 	Persistence string `json:"persistence,omitempty"`
-	// Error is the reason why NVML cannot use or describe this GPU.
+	// Error is the reason why NVML cannot use or describe this GPU. Code is NVML's return value for it, or 0.
 	Error string `json:"error,omitempty"`
+	Code  int    `json:"code,omitempty"`
+	// Recovery is what the driver wants done with the GPU: 0 nothing, 1 a reset, and so on
+	// (nvmlDeviceGpuRecoveryAction_t). It is null if the driver does not report it.
+	Recovery *uint32 `json:"recovery,omitempty"`
 }
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
@@ -131,11 +136,11 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 	for i := range count {
 		d, ret := lib.DeviceGetHandleByIndex(i)
 		if ret != nvml.SUCCESS {
-			a.Devices = append(a.Devices, Device{Error: fmt.Sprintf("open GPU %d: %s", i, words(ret))})
+			a.Devices = append(a.Devices, Device{Error: fmt.Sprintf("open GPU %d: %s", i, words(ret)), Code: int(ret)})
 			continue
 		}
 		device := describe(d)
-		device.Persistence = persistence(d, persist)
+		device.Persistence, device.Recovery = persistence(d, persist), recovery(d)
 		// Drivers before R525 lack this function. A call of a missing function ends the program.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
 			device.Fabric = fabric(d)
@@ -157,7 +162,7 @@ type facts interface {
 func describe(d facts) (out Device) {
 	note := func(what string, ret nvml.Return) bool {
 		if ret != nvml.SUCCESS && out.Error == "" {
-			out.Error = "read " + what + ": " + words(ret)
+			out.Error, out.Code = "read "+what+": "+words(ret), int(ret)
 		}
 		return ret == nvml.SUCCESS
 	}
@@ -213,6 +218,19 @@ func fabric(d interface {
 		return "completed"
 	}
 	return ""
+}
+
+// recovery returns the recovery action of a GPU, or nil if the driver does not report one.
+func recovery(d interface {
+	GetFieldValues(values []nvml.FieldValue) nvml.Return
+}) *uint32 {
+	values := []nvml.FieldValue{{FieldId: nvml.FI_DEV_GET_GPU_RECOVERY_ACTION}}
+	if ret := d.GetFieldValues(values); ret != nvml.SUCCESS || nvml.Return(values[0].NvmlReturn) != nvml.SUCCESS ||
+		nvml.ValueType(values[0].ValueType) != nvml.VALUE_TYPE_UNSIGNED_INT {
+		return nil
+	}
+	action := binary.NativeEndian.Uint32(values[0].Value[:])
+	return &action
 }
 
 func words(ret nvml.Return) string { return nvml.ErrorString(ret) }

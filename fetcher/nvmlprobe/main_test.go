@@ -41,6 +41,43 @@ type gpu struct {
 	memory nvml.Return
 	mode   *nvml.EnableState
 	refuse nvml.Return
+	fields func(*nvml.FieldValue) nvml.Return // nil means a library that has no such field
+}
+
+func (g gpu) GetFieldValues(values []nvml.FieldValue) nvml.Return {
+	if g.fields == nil {
+		values[0].NvmlReturn = uint32(nvml.ERROR_NOT_SUPPORTED)
+		return nvml.SUCCESS
+	}
+	return g.fields(&values[0])
+}
+
+func TestRecovery(t *testing.T) {
+	t.Parallel()
+	value := func(kind nvml.ValueType, bytes ...byte) func(*nvml.FieldValue) nvml.Return {
+		return func(v *nvml.FieldValue) nvml.Return {
+			if v.FieldId != nvml.FI_DEV_GET_GPU_RECOVERY_ACTION {
+				return nvml.ERROR_INVALID_ARGUMENT
+			}
+			v.ValueType = uint32(kind)
+			copy(v.Value[:], bytes)
+			return nvml.SUCCESS
+		}
+	}
+	for name, row := range map[string]struct {
+		fields func(*nvml.FieldValue) nvml.Return
+		want   *uint32
+	}{
+		"a reset":                {value(nvml.VALUE_TYPE_UNSIGNED_INT, 1, 0, 0, 0, 9), new(uint32(1))},
+		"nothing":                {value(nvml.VALUE_TYPE_UNSIGNED_INT), new(uint32(0))},
+		"another type of number": {value(nvml.VALUE_TYPE_DOUBLE, 1), nil},
+		"a library without it":   {nil, nil},
+		"a lost GPU":             {func(*nvml.FieldValue) nvml.Return { return nvml.ERROR_GPU_IS_LOST }, nil},
+	} {
+		if diff := cmp.Diff(row.want, recovery(gpu{fields: row.fields})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
 }
 
 func (g gpu) GetPersistenceMode() (nvml.EnableState, nvml.Return) {
@@ -116,7 +153,7 @@ func TestAsk(t *testing.T) {
 		{"no GPU", library{}, nil, Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{}}},
 		{"one good GPU, one lost", library{devices: []nvml.Return{nvml.SUCCESS, nvml.ERROR_GPU_IS_LOST}}, nil,
 			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{good,
-				{Error: "open GPU 1: " + words(nvml.ERROR_GPU_IS_LOST)}}}},
+				{Error: "open GPU 1: " + words(nvml.ERROR_GPU_IS_LOST), Code: int(nvml.ERROR_GPU_IS_LOST)}}}},
 		{"a library that knows no fabric", library{old: true, devices: []nvml.Return{nvml.SUCCESS}}, nil,
 			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{silent}}},
 		{"library missing", library{init: nvml.ERROR_LIBRARY_NOT_FOUND}, errors.New("no such file"),
@@ -145,7 +182,7 @@ func TestDescribeKeepsWhatItCouldRead(t *testing.T) {
 	t.Parallel()
 	got := describe(gpu{memory: nvml.ERROR_NOT_SUPPORTED})
 	want := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0",
-		Error: "read memory size: " + words(nvml.ERROR_NOT_SUPPORTED)}
+		Error: "read memory size: " + words(nvml.ERROR_NOT_SUPPORTED), Code: int(nvml.ERROR_NOT_SUPPORTED)}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("describe() (-want +got):\n%s", diff)
 	}

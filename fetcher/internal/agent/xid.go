@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 )
 
-// answersAgain is the number of checks in a row in which NVML must list a GPU as healthy, after it had not, until a
-// fatal error of that GPU no longer counts.
+// answersAgain is the number of checks in a row in which NVML must list a GPU as healthy, after it said that the GPU
+// needs a reset, until a fatal error of that GPU no longer counts.
 const answersAgain = 5
 
 // xidWatch has the fatal GPU errors in the kernel log since this program loaded the driver, or first checked it.
@@ -23,8 +23,8 @@ type xidWatch struct {
 	load, mark kmod.Mark
 	before     []string
 	lines      []string // the errors that count now, at most one of each GPU
-	// good has the number of healthy answers in a row, by the GPU of an error. A GPU is missing until NVML has listed it
-	// as broken since its last error.
+	// good has the number of healthy answers in a row, by the GPU of an error. A GPU is missing until NVML has said, since
+	// its last error, that it needs a reset.
 	good map[string]int
 	note string // says which errors no longer count
 }
@@ -50,8 +50,10 @@ func (a *Agent) newXids() []string {
 	return a.xids.lines
 }
 
-// clearXids clears the errors of GPUs that were reset, as NVML's answers show. Drivers without Xid 154 do not report a
-// reset. A GPU that never failed in NVML keeps its error, because many fatal errors leave NVML's answers as they are.
+// clearXids clears the errors of GPUs that were reset, as NVML's answers show. The driver does not log each reset. A
+// GPU that never needed a reset by NVML's answers keeps its error. Healthy answers alone prove nothing: many fatal
+// errors leave them as they are. Nor do healthy answers after failed ones: the GPU's firmware may be too slow for one
+// call and answer the next (Xid 119), and NVIDIA demands a reset then, too.
 func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpucheck.NVML) {
 	if nvml.Version == "" || nvml.Error != "" { // NVML as a whole does not answer, which says nothing about a GPU
 		return
@@ -59,18 +61,20 @@ func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpuche
 	var rest, cleared []string
 	for _, line := range a.xids.lines {
 		gpu := gpucheck.XidGPU(line)
-		n, failed := a.xids.good[gpu]
+		n, broken := a.xids.good[gpu]
 		switch {
-		case !nvml.Answers(gpu):
+		case nvml.NeedsReset(gpu):
 			if a.xids.good == nil {
 				a.xids.good = map[string]int{}
 			}
 			n, a.xids.good[gpu] = 0, 0
-		case failed:
+		case broken && nvml.Answers(gpu):
 			n++
 			a.xids.good[gpu] = n
+		case broken:
+			n, a.xids.good[gpu] = 0, 0
 		}
-		if failed && n >= answersAgain {
+		if broken && n >= answersAgain {
 			cleared = append(cleared, line)
 		} else {
 			rest = append(rest, line)
@@ -87,7 +91,8 @@ func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpuche
 		delete(a.xids.good, gpucheck.XidGPU(line))
 	}
 	a.xids.load, a.xids.before, a.xids.lines = a.xids.mark, rest, slices.Clone(rest)
-	a.xids.note = fmt.Sprintf("NVML lists the GPU as healthy again in %d checks, so this no longer counts: %s",
+	a.xids.note = fmt.Sprintf("NVML said that the GPU needs a reset, and then listed it as healthy in %d checks, so "+
+		"this no longer counts: %s",
 		answersAgain, strings.Join(gpucheck.FatalXids(cleared), "; "))
 	a.parts.Log.InfoContext(ctx, "cleared the error of a GPU that works again", "reason", a.xids.note)
 }

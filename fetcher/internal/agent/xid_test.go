@@ -62,92 +62,178 @@ func TestXidOutlivesProgram(t *testing.T) {
 // repairable is NVML on a node with one GPU, which can break and be reset.
 type repairable struct {
 	probe
-	broken *atomic.Bool
-	silent *atomic.Bool // NVML counts no GPUs
+	state *atomic.Int32
 }
+
+// These are the states of a repairable GPU.
+const (
+	healthy  = iota
+	lost     // NVML says that the GPU is lost
+	slow     // the GPU's firmware does not answer in time
+	marked   // the GPU answers, and the driver wants it reset
+	unmarked // the GPU answers, and the driver wants nothing
+	unasked  // NVML counts no GPUs
+)
 
 func (p repairable) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
 	nvml, err := p.probe.Probe(ctx, library, persist)
-	if err == nil {
-		nvml.Devices[0].PCIBusID = "00000000:00:04.0"
-		if p.broken.Load() {
-			nvml.Devices[0].Error = "open GPU 0: GPU is lost"
-		}
-		if p.silent.Load() {
-			nvml.Devices, nvml.Error = nil, "count GPUs: Unknown Error"
-		}
+	if err != nil {
+		return nvml, err
 	}
-	return nvml, err
+	gpu := &nvml.Devices[0]
+	gpu.PCIBusID = "00000000:00:04.0"
+	switch p.state.Load() {
+	case lost:
+		gpu.Error, gpu.Code = "read name: GPU is lost", 15
+	case slow:
+		gpu.Error, gpu.Code = "read name: Timeout", 10
+	case marked:
+		gpu.Recovery = new(int64(1))
+	case unmarked:
+		gpu.Recovery = new(int64(0))
+	case unasked:
+		nvml.Devices, nvml.Error = nil, "count GPUs: Unknown Error"
+	}
+	return nvml, nil
 }
+
+// watchGPU runs the agent on a node with one GPU, and then watches the driver. After each of the checks in the map it
+// calls the function. It returns the verdicts that differ from the one before, and the check that found the last one.
+func watchGPU(t *testing.T, n *node, steps map[int]func(), checks int) (seen []string, last int) {
+	t.Helper()
+	a := agent.New(n.cfg, n.parts)
+	if _, err := a.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	check := 0
+	err := a.Monitor(ctx, time.Millisecond, watcher(func(v gpucheck.Verdict) {
+		check++
+		if word := string(v.State) + " " + v.Reason; len(seen) == 0 || seen[len(seen)-1] != word {
+			seen, last = append(seen, word), check
+		}
+		if do := steps[check]; do != nil {
+			do()
+		}
+		if check == checks {
+			cancel()
+		}
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return seen, last
+}
+
+// says adds a line to the kernel log.
+func (n *node) says(line string) {
+	n.kernel.mu.Lock()
+	defer n.kernel.mu.Unlock()
+	n.kernel.log = append(n.kernel.log, line)
+}
+
+// resettable makes a node with a repairable GPU.
+func resettable(t *testing.T) (n *node, state *atomic.Int32, run func() *agent.Report) {
+	t.Helper()
+	n, ref, c, p := bare(t)
+	state = &atomic.Int32{}
+	n.parts.Probe = repairable{probe{n.root, 1}, state}
+	n.kernel.log = []string{"<6>[    1.000000] the kernel boots"}
+	n.answer(ref, p.Digest, c.Driver)
+	return n, state, func() *agent.Report {
+		r, _ := n.run(t, ref, p.Digest, c.Driver) // the verdict has the error
+		return r
+	}
+}
+
+const noLonger = "ready NVML said that the GPU needs a reset, and then listed it as healthy in 5 checks, so this no " +
+	"longer counts: "
 
 // TestXidOfResetGPU checks that the fatal error of a GPU that was reset by hand no longer counts, although the driver
 // does not report the reset. While NVML lists a GPU as healthy throughout, its error counts. A new process knows what
 // was cleared.
 func TestXidOfResetGPU(t *testing.T) {
 	t.Parallel()
-	n, ref, c, p := bare(t)
-	gpu := repairable{probe{n.root, 1}, &atomic.Bool{}, &atomic.Bool{}}
-	n.parts.Probe = gpu
-	n.kernel.log = []string{"<6>[    1.000000] the kernel boots"}
-	n.answer(ref, p.Digest, c.Driver)
-	a := agent.New(n.cfg, n.parts)
-	if _, err := a.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	says := func(line string) {
-		n.kernel.mu.Lock()
-		defer n.kernel.mu.Unlock()
-		n.kernel.log = append(n.kernel.log, line)
-	}
-	// The steps are numbers of checks. The GPU breaks twice, because an error during the count begins it anew.
-	const fatal, silent, counts, breaks, reset, again, breaksAgain, resetAgain, end = 2, 4, 5, 12, 14, 17, 20, 22, 40
-	var seen []string
-	back := 0 // the first check after the last reset that found the driver ready
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	looks := 0
-	err := a.Monitor(ctx, time.Millisecond, watcher(func(v gpucheck.Verdict) {
-		if word := string(v.State) + " " + v.Reason; len(seen) == 0 || seen[len(seen)-1] != word {
-			seen = append(seen, word)
-		}
-		switch looks++; looks {
-		case fatal:
-			says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus.")
-		case silent, counts: // NVML as a whole fails, which says nothing about the GPU
-			gpu.silent.Store(looks == silent)
-		case breaks, breaksAgain:
-			gpu.broken.Store(true)
-		case reset, resetAgain:
-			gpu.broken.Store(false)
-		case again:
-			says("<3>[   31.000000] NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus.")
-		case end:
-			cancel()
-		}
-		if looks > resetAgain && back == 0 && v.State == gpucheck.Ready {
-			back = looks
-		}
-	}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	marked := "unusable the driver reports Xid 79 of GPU 0000:00:04: GPU has fallen off the bus."
-	lost := "unusable 0 of 1 GPUs usable: 0000:00:04.0: open GPU 0: GPU is lost"
+	n, state, run := resettable(t)
+	const offTheBus = "NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus."
+	set := func(to int32) func() { return func() { state.Store(to) } }
+	// The GPU breaks twice, because an error during the count begins it anew.
+	seen, last := watchGPU(t, n, map[int]func(){
+		2: func() { n.says("<3>[   21.000000] " + offTheBus) },
+		4: set(unasked), 5: set(healthy), // NVML as a whole fails, which says nothing about the GPU
+		12: set(lost), 14: set(healthy),
+		17: func() { n.says("<3>[   31.000000] " + offTheBus) },
+		20: set(lost), 22: set(healthy),
+	}, 40)
+	counts := "unusable the driver reports Xid 79 of GPU 0000:00:04: GPU has fallen off the bus."
+	gone := "unusable 0 of 1 GPUs usable: 0000:00:04.0: read name: GPU is lost"
 	unlisted := "unusable 0 of 1 GPUs usable: 0000:00:04.0 is not listed"
-	want := []string{"ready ", marked, unlisted, marked, lost, marked, lost, marked,
-		"ready NVML lists the GPU as healthy again in 5 checks, so this no longer counts: Xid 79 of GPU 0000:00:04: GPU " +
-			"has fallen off the bus."}
+	want := []string{"ready ", counts, unlisted, counts, gone, counts, gone, counts,
+		noLonger + "Xid 79 of GPU 0000:00:04: GPU has fallen off the bus."}
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
-	if back != resetAgain+6 {
-		t.Errorf("ready at check %d; want %d, after 5 healthy answers", back, resetAgain+6)
+	if last != 22+6 {
+		t.Errorf("ready at check %d; want %d, after 5 healthy answers", last, 22+6)
 	}
-	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
-		t.Errorf("Run of a new process = %s %s, %v; want ready", r.Verdict.State, r.Verdict.Reason, err)
+	if r := run(); r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run of a new process = %s %s; want ready", r.Verdict.State, r.Verdict.Reason)
 	}
-	says("<3>[   41.000000] NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus.")
-	if r, _ := n.run(t, ref, p.Digest, c.Driver); r.Verdict.State != gpucheck.Unusable {
+	n.says("<3>[   41.000000] " + offTheBus)
+	if r := run(); r.Verdict.State != gpucheck.Unusable {
 		t.Errorf("Run after another error = %s; want unusable", r.Verdict.State)
+	}
+}
+
+// TestXidOutlivesHealthyAnswers checks that failed and then healthy answers of NVML clear no error: NVIDIA's Xid
+// catalogue demands a reset, and firmware that was too slow once answers the next call without one. The error counts
+// until the driver wants no reset any more, the driver is loaded again, or the node reboots.
+func TestXidOutlivesHealthyAnswers(t *testing.T) {
+	t.Parallel()
+	for _, xid := range []string{
+		"119, pid=1, name=x, Timeout after 45s of waiting for RPC response from GPU0 GSP!",
+		"120, GSP kernel exception",
+		"48, pid=1, An uncorrectable double bit error (DBE)",
+	} {
+		n, state, run := resettable(t)
+		set := func(to int32) func() { return func() { state.Store(to) } }
+		seen, _ := watchGPU(t, n, map[int]func(){
+			2: func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid) },
+			4: set(slow), 6: set(unmarked), // for 24 checks
+		}, 30)
+		counts := "unusable the driver reports Xid " + strings.Replace(xid, ",", " of GPU 0000:00:04:", 1)
+		want := []string{"ready ", counts, "unusable 0 of 1 GPUs usable: 0000:00:04.0: read name: Timeout", counts}
+		if diff := cmp.Diff(want, seen); diff != "" {
+			t.Errorf("%s: verdicts (-want +got):\n%s", xid, diff)
+		}
+		if r := run(); r.Verdict.State != gpucheck.Unusable {
+			t.Errorf("%s: Run of a new process = %s; want unusable", xid, r.Verdict.State)
+		}
+		n.reboot(t)
+		n.kernel.log = []string{"<6>[    1.000000] the kernel boots"}
+		if r := run(); r.Verdict.State != gpucheck.Ready {
+			t.Errorf("%s: Run after a reboot = %s %s; want ready", xid, r.Verdict.State, r.Verdict.Reason)
+		}
+	}
+}
+
+// TestXidOfMarkedGPU checks that NVML's recovery action tells of a reset, although the GPU answers all the time.
+func TestXidOfMarkedGPU(t *testing.T) {
+	t.Parallel()
+	n, state, _ := resettable(t)
+	set := func(to int32) func() { return func() { state.Store(to) } }
+	const xid = "119, pid=1, Timeout"
+	seen, last := watchGPU(t, n, map[int]func(){
+		2:  func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid); state.Store(marked) },
+		12: set(unmarked),
+	}, 30)
+	want := []string{"ready ", "unusable the driver reports Xid 119 of GPU 0000:00:04: pid=1, Timeout",
+		noLonger + "Xid 119 of GPU 0000:00:04: pid=1, Timeout"}
+	if diff := cmp.Diff(want, seen); diff != "" {
+		t.Errorf("verdicts (-want +got):\n%s", diff)
+	}
+	if last != 12+6 {
+		t.Errorf("ready at check %d; want %d, after 5 healthy answers", last, 12+6)
 	}
 }

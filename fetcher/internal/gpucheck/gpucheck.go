@@ -69,8 +69,13 @@ type Device struct {
 	Fabric string `json:"fabric,omitempty"`
 	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it.
 	Persistence string `json:"persistence,omitempty"`
-	// Error is the reason why NVML cannot use the GPU. A healthy GPU has "".
+	// Error is the reason why NVML cannot use the GPU. A healthy GPU has "". Code is NVML's return value for Error
+	// (nvmlReturn_t), or 0.
 	Error string `json:"error,omitempty"`
+	Code  int    `json:"code,omitempty"`
+	// Recovery is what the driver wants done with the GPU (nvmlDeviceGpuRecoveryAction_t). nil means that the driver does
+	// not report it.
+	Recovery *int64 `json:"recovery,omitempty"`
 }
 
 // Facts are the input of a verdict.
@@ -224,7 +229,8 @@ func (v Verdict) Err() error {
 			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
 		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
-			"read the kernel log: dmesg | grep -e NVRM -e Xid")
+			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, reset the GPU (nvidia-smi --gpu-reset) or "+
+				"reboot the node")
 	case Starting:
 		return fault.New(fault.Unusable, text,
 			"start nvidia-fabricmanager in the version of this driver, then run fetcher status")

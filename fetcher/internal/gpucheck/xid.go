@@ -8,9 +8,17 @@ import (
 	"strings"
 )
 
-// fatalXids are the errors after which a GPU needs a reset, or the node a reboot. NVIDIA's health checks call them
-// critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
-var fatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
+// fatalXids are the errors after which a GPU needs a reset, or the machine a restart. The source is NVIDIA's Xid
+// catalogue (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html), as of 2025-10-29: the immediate actions
+// RESET_GPU, RESTART_BM (79), RESTART_VM (151), and WORKFLOW_XID_48, which begins with a reset. Other errors are not
+// fatal:
+//
+//   - RESTART_APP: a program has to be started again, such as after 13, 31, 68, or 94, a contained memory error.
+//   - IGNORE: among them 43, and 63, a memory row that the next reset will remap. Until then the GPU works, and takes
+//     new programs (docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt, "Row-remapping pending flag").
+//   - Workflows: 45 follows another error. After an NVLink error (74, 144 to 150), the driver itself asks for a reset
+//     if it needs one (see recoveryXid).
+var fatalXids = []int{46, 48, 62, 64, 79, 95, 109, 110, 119, 120, 136, 140, 143, 151, 155, 156, 158}
 
 // recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154
@@ -18,9 +26,12 @@ const recoveryXid = 154
 // xidLine matches lines such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
 var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
 
-// recoveryAction matches the number of the recovery action in a line (nvmlDeviceGpuRecoveryAction_t). 0 means none; 3
-// means to stop peer-to-peer traffic.
-var recoveryAction = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
+// recoveryAction matches the numbers of the former and the new recovery action in a line.
+var recoveryAction = regexp.MustCompile(`from 0x([0-9a-fA-F]+).* to 0x([0-9a-fA-F]+)`)
+
+// noReset are the recovery actions that include no reset and no reboot (nvmlDeviceGpuRecoveryAction_t in nvml.h): none,
+// to stop peer-to-peer traffic, and to recover the IMEX domain. An action that is not known here counts as a reset.
+var noReset = []int64{0, 3, 5}
 
 // loadLine is part of the line that the driver writes when it is loaded.
 const loadLine = "NVRM: loading NVIDIA UNIX"
@@ -35,9 +46,9 @@ func FatalXids(lines []string) (fatal []string) {
 	return fatal
 }
 
-// KeepXids returns the line with the first fatal error of each GPU. A line that demands no recovery action clears the
-// error. A load of the driver clears all errors. Keep the result in place of all lines, because programs may cause any
-// number of them.
+// KeepXids returns the line with the first fatal error of each GPU. A line by which the driver no longer demands a
+// reset clears the error. A load of the driver clears all errors. Keep the result in place of all lines, because
+// programs may cause any number of them.
 func KeepXids(lines []string) (kept []string) {
 	var gpus []string // the GPU of each kept line
 	for _, line := range lines {
@@ -53,7 +64,7 @@ func KeepXids(lines []string) (kept []string) {
 		at := slices.Index(gpus, m[1])
 		switch {
 		case err != nil:
-		case id == recoveryXid && wantsNothing(m[3]):
+		case id == recoveryXid && noLongerWantsReset(m[3]):
 			if at >= 0 {
 				kept, gpus = slices.Delete(kept, at, at+1), slices.Delete(gpus, at, at+1)
 			}
@@ -64,14 +75,26 @@ func KeepXids(lines []string) (kept []string) {
 	return kept
 }
 
-func wantsNothing(text string) bool {
-	m := recoveryAction.FindStringSubmatch(text)
-	return m != nil && m[1] == "0"
+// noLongerWantsReset reports whether a change of the recovery action ends the need of a reset. The end of another
+// action, such as to stop peer-to-peer traffic, says nothing about an error for which the driver asked no reset.
+func noLongerWantsReset(text string) bool {
+	from, to, ok := actions(text)
+	return ok && !slices.Contains(noReset, from) && slices.Contains(noReset, to)
 }
 
 func wantsReset(text string) bool {
+	_, to, ok := actions(text)
+	return ok && !slices.Contains(noReset, to)
+}
+
+func actions(text string) (from, to int64, ok bool) {
 	m := recoveryAction.FindStringSubmatch(text)
-	return m != nil && m[1] != "0" && m[1] != "3"
+	if m == nil {
+		return 0, 0, false
+	}
+	from, err := strconv.ParseInt(m[1], 16, 32)
+	to, terr := strconv.ParseInt(m[2], 16, 32)
+	return from, to, err == nil && terr == nil
 }
 
 // XidGPU returns the address of the GPU in a line of [KeepXids], as the driver writes it.
@@ -84,11 +107,38 @@ func XidGPU(line string) string {
 
 // Answers reports whether NVML lists a GPU as healthy. The address is that of [XidGPU], which lacks the function.
 func (n NVML) Answers(gpu string) bool {
-	slot := func(address string) string {
-		slot, _, _ := strings.Cut(busAddress(address), ".")
-		return slot
-	}
 	return slices.ContainsFunc(n.Devices, func(d Device) bool {
 		return d.Error == "" && d.PCIBusID != "" && slot(d.PCIBusID) == slot(gpu)
 	})
+}
+
+// gpuIsLost is NVML's return value for a GPU that left the bus: NVML_ERROR_GPU_IS_LOST in nvml.h. A GPU that is back on
+// the bus was reset. Other failures, such as a timeout, may end by themselves. So may NVML_ERROR_RESET_REQUIRED: the
+// driver forgets it when the last program closes the GPU (bFatalError in NVIDIA's kernel_gsp.c).
+const gpuIsLost = 15
+
+// NeedsReset reports whether a GPU is lost, or whether the driver's recovery action for it includes a reset. The driver
+// keeps such an action in a register of the GPU until the reset (gpuMarkDeviceForReset in NVIDIA's gpu.c). The address
+// is that of [XidGPU]. A GPU that NVML could not open is listed without an address. If there are several, and not all
+// are lost, NeedsReset is false.
+func (n NVML) NeedsReset(gpu string) bool {
+	nameless, lost := 0, 0
+	for _, d := range n.Devices {
+		isLost := d.Error != "" && d.Code == gpuIsLost
+		switch {
+		case d.PCIBusID == "":
+			if nameless++; isLost {
+				lost++
+			}
+		case slot(d.PCIBusID) == slot(gpu):
+			return isLost || d.Recovery != nil && !slices.Contains(noReset, *d.Recovery)
+		}
+	}
+	return nameless > 0 && lost == nameless
+}
+
+// slot returns a PCI address without the function.
+func slot(address string) string {
+	slot, _, _ := strings.Cut(busAddress(address), ".")
+	return slot
 }

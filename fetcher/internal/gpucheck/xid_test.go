@@ -1,6 +1,8 @@
 package gpucheck_test
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -30,14 +32,77 @@ func TestFatalXids(t *testing.T) {
 		"NVRM: Xid (PCI:0000:07:00): 48, pid=1, DBE",
 		"NVRM: Xid (PCI:0000:07:00): 154, GPU recovery action changed from 0x1 (GPU Reset Required) to 0x0 (None)",
 		"somebody writes NVRM: Xid 79",
+		"NVRM: Xid (PCI:0000:08:00): 119, pid=1, Timeout",
+		"NVRM: Xid (PCI:0000:08:00): 154, GPU recovery action changed from 0x0 (None) to 0x3 (Drain P2P)",
+		"NVRM: Xid (PCI:0000:08:00): 154, GPU recovery action changed from 0x3 (Drain P2P) to 0x0 (None)",
+		"NVRM: Xid (PCI:0000:09:00): 154, GPU recovery action changed from 0x0 (None) to 0x5 (Recover IMEX Domain)",
+		"NVRM: Xid (PCI:0000:0a:00): 154, GPU recovery action changed from 0x0 (None) to 0x6 (Bus Reset)",
 	})
 	want := []string{
 		"Xid 79 of GPU 0000:2b:00: GPU has fallen off the bus.",
 		"Xid 119 of GPU 0000:01:00: pid=15041, name=zed-editor, Timeout after 45s of waiting for RPC response fro...",
 		"Xid 154 of GPU 0000:05:00: GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)",
+		"Xid 119 of GPU 0000:08:00: pid=1, Timeout",
+		"Xid 154 of GPU 0000:0a:00: GPU recovery action changed from 0x0 (None) to 0x6 (Bus Reset)",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("FatalXids (-want +got):\n%s", diff)
+	}
+}
+
+// TestCatalogue compares the fatal errors with the immediate actions of NVIDIA's Xid catalogue, as of 2025-10-29, for
+// GPUs since Ampere (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html). Xid 154 has its own rows above.
+func TestCatalogue(t *testing.T) {
+	t.Parallel()
+	actions := map[string][]int{
+		"RESET_GPU":  {46, 62, 64, 95, 109, 110, 119, 120, 136, 140, 143, 155, 156, 158},
+		"RESTART_BM": {79}, "RESTART_VM": {151}, "WORKFLOW_XID_48": {48},
+		"RESTART_APP": {8, 11, 13, 25, 31, 32, 39, 40, 41, 60, 68, 69, 70, 71, 72, 75, 76, 77, 80, 82, 83, 84, 85, 86, 88,
+			89, 94, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 126, 127, 128, 129, 130, 131, 132, 133, 134, 135, 139},
+		"IGNORE":            {14, 37, 38, 43, 44, 63, 66, 67, 92, 93, 106, 107, 108, 121, 137, 141, 152, 153, 157, 160, 161},
+		"CHECK_MECHANICALS": {54}, "UPDATE_SWFW": {78}, "CHECK_UVM": {159}, "CONTACT_SUPPORT": {142},
+		"WORKFLOW_XID_45": {45}, "WORKFLOW_NVLINK_ERR": {74}, "WORKFLOW_NVLINK5_ERR": {144, 145, 146, 147, 148, 149, 150},
+	}
+	demand := []string{"RESET_GPU", "RESTART_BM", "RESTART_VM", "WORKFLOW_XID_48"}
+	for action, xids := range actions {
+		for _, xid := range xids {
+			fatal := gpucheck.FatalXids([]string{fmt.Sprintf("NVRM: Xid (PCI:0000:2b:00): %d, pid=1, text", xid)})
+			if got, want := len(fatal) == 1, slices.Contains(demand, action); got != want {
+				t.Errorf("Xid %d, for which NVIDIA says %s, is fatal: %t; want %t", xid, action, got, want)
+			}
+		}
+	}
+}
+
+// TestNeedsReset checks which answers of NVML say that only a reset makes a GPU usable again.
+func TestNeedsReset(t *testing.T) {
+	t.Parallel()
+	const lost, timeout, resetRequired = 15, 10, 16
+	for _, row := range []struct {
+		name    string
+		devices []gpucheck.Device
+		want    bool
+	}{
+		{"healthy", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0"}}, false},
+		{"lost", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Error: "x", Code: lost}}, true},
+		{"too slow", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Error: "x", Code: timeout}}, false},
+		{"the driver forgets this", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Error: "x", Code: resetRequired}},
+			false},
+		{"the driver wants nothing", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(0))}}, false},
+		{"the driver wants a reset", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(1))}}, true},
+		{"the driver wants a reboot", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(2))}}, true},
+		{"the driver wants less", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(3))}}, false},
+		{"an action of a newer driver", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(9))}}, true},
+		{"another GPU is lost", []gpucheck.Device{{PCIBusID: "00000000:2B:00.0"}, {Error: "x", Code: lost}}, false},
+		{"not opened, because it is lost", []gpucheck.Device{{PCIBusID: "00000000:2C:00.0"}, {Error: "x", Code: lost}},
+			true},
+		{"one of two was not opened for another reason", []gpucheck.Device{{Error: "x", Code: lost},
+			{Error: "x", Code: timeout}}, false},
+		{"not listed", []gpucheck.Device{{PCIBusID: "00000000:2C:00.0"}}, false},
+	} {
+		if got := (gpucheck.NVML{Devices: row.devices}).NeedsReset("0000:2b:00"); got != row.want {
+			t.Errorf("%s: NeedsReset = %t; want %t", row.name, got, row.want)
+		}
 	}
 }
 
