@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -99,16 +98,54 @@ func groupMemory(dir string) int64 {
 }
 
 // MemoryLimit returns the lowest memory limit, in bytes, of this process's control group and its ancestors. It returns
-// 0 if there is no limit, or if this process cannot see its control group of version 2.
+// 0 if there is no limit, or if this process cannot see its control group.
 func MemoryLimit() int64 {
-	own, err := ownGroup()
-	if err != nil {
+	least := int64(math.MaxInt64)
+	if own, err := ownGroup(); err == nil {
+		least = groupMemory(own)
+	} else if n := groupCount(memoryGroup1(), "memory.stat", "hierarchical_memory_limit"); n > 0 {
+		least = n
+	}
+	if least >= noLimit1 {
 		return 0
 	}
-	if n := groupMemory(own); n != math.MaxInt64 {
-		return n
+	return least
+}
+
+// noLimit1 is less than what a control group of version 1 without a limit reports: the largest multiple of the page
+// size.
+const noLimit1 = 1 << 62
+
+// MemoryKills returns how many processes of this process's control group the kernel has killed for lack of memory. It
+// returns 0 if this process cannot see its control group.
+func MemoryKills() int64 {
+	if own, err := ownGroup(); err == nil {
+		return groupCount(own, "memory.events", "oom_kill")
 	}
-	return 0
+	return groupCount(memoryGroup1(), "memory.oom_control", "oom_kill")
+}
+
+// memoryGroup1 returns the folder of this process's memory control group of version 1, or "" if it is not visible. In a
+// container, the top of the hierarchy is the container's own group, while /proc has the path on the machine.
+func memoryGroup1() string {
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(text)) { // such as 4:memory:/path
+		_, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
+		controllers, path, _ := strings.Cut(rest, ":/")
+		if !slices.Contains(strings.Split(controllers, ","), "memory") {
+			continue
+		}
+		top := filepath.Join(groupRoot, "memory")
+		for _, dir := range []string{path, ""} {
+			if _, err := os.Stat(filepath.Join(top, dir, "memory.stat")); err == nil && (dir == "" || filepath.IsLocal(dir)) {
+				return filepath.Join(top, dir)
+			}
+		}
+	}
+	return ""
 }
 
 // parent returns the control group for the groups of the runs, and enables the controllers that they need. A group with
@@ -261,19 +298,22 @@ func (g *group) brokenLimit(l Limits) error {
 	return nil
 }
 
-// count returns the number with this key in a file in which each line has a key and a number.
-func (g *group) count(file, key string) int64 {
-	text, err := os.ReadFile(filepath.Join(g.path, file))
-	if err != nil {
+func (g *group) count(file, key string) int64 { return groupCount(g.path, file, key) }
+
+// groupCount returns the number with this key in a file of a control group in which each line has a key and a number.
+// It returns 0 without such a file, and for the folder "".
+func groupCount(dir, file, key string) int64 {
+	text, err := os.ReadFile(filepath.Join(dir, file))
+	if dir == "" || err != nil {
 		return 0
 	}
-	return parseCount(text, key)
+	return parseCount(string(text), key)
 }
 
-func parseCount(text []byte, key string) int64 {
-	for line := range bytes.Lines(text) {
-		if f := bytes.Fields(line); len(f) == 2 && string(f[0]) == key {
-			n, _ := strconv.ParseInt(string(f[1]), 10, 64) // the kernel writes only numbers here
+func parseCount(text, key string) int64 {
+	for line := range strings.Lines(text) {
+		if f := strings.Fields(line); len(f) == 2 && f[0] == key {
+			n, _ := strconv.ParseInt(f[1], 10, 64) // the kernel writes only numbers here
 			return n
 		}
 	}

@@ -59,7 +59,7 @@ func TestInVirtualMachine(t *testing.T) {
 	for _, where := range []string{"root", "unit", "user"} {
 		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
 			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run",
-				"^Test(Inside|Exit|Memory|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
+				"^Test(Inside|Exit|Memory|MemoryLimit|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
 	}
 	c.Watch = func(p vm.Progress) {
 		if p.State == "output" {

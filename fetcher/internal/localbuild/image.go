@@ -26,22 +26,38 @@ type Image struct {
 	Digest string
 }
 
-// imageFolder is the folder of the unpacked image below the state folder. imageLock is held while the folder is in use.
+// imageFolder is the folder of the unpacked image below the state folder. compileLock is held during a compile, with
+// and without an image.
 const (
 	imageFolder = "builder-image"
-	imageLock   = "builder-image.lock"
+	compileLock = "builder-image.lock"
 )
+
+// lockCompiles takes the lock that excludes the compiles of other fetchers: a compile begins with the removal of what
+// an earlier one made. It does not wait: a held lock is an error of kind Busy.
+func lockCompiles(stateDir string) (unlock func() error, err error) {
+	lock := flock.New(filepath.Join(stateDir, compileLock))
+	if held, err := lock.TryLock(); err != nil {
+		return nil, fmt.Errorf("lock the folder %s: %w", stateDir, err)
+	} else if !held {
+		return nil, fault.New(fault.Busy, "another fetcher compiles on this node",
+			"wait until the other fetcher is done, then run fetcher again")
+	}
+	return lock.Unlock, nil
+}
 
 // Sweep removes an image that a killed run left in the state folder.
 func Sweep(stateDir string) error {
 	if _, err := os.Stat(filepath.Join(stateDir, imageFolder)); err != nil {
 		return nil //nolint:nilerr // there is none
 	}
-	lock := flock.New(filepath.Join(stateDir, imageLock))
-	if held, err := lock.TryLock(); err != nil || !held {
-		return err // another process compiles
+	unlock, err := lockCompiles(stateDir)
+	if fault.Is(err, fault.Busy) {
+		return nil
+	} else if err != nil {
+		return err
 	}
-	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
+	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), unlock())
 }
 
 // mayEnter returns an error if this process cannot start an image. Call it before the image is pulled.
@@ -59,20 +75,13 @@ func mayEnter() error {
 }
 
 // unpack pulls and unpacks the image. It returns the root folder, the entry point, and a function that removes the
-// image.
+// image. The caller holds the lock of [lockCompiles].
 func (i Image) unpack(ctx context.Context, stateDir string) (root, program string, remove func() error, err error) {
 	if err := mayEnter(); err != nil {
 		return "", "", nil, err
 	}
-	lock := flock.New(filepath.Join(stateDir, imageLock))
-	if held, err := lock.TryLock(); err != nil {
-		return "", "", nil, fmt.Errorf("lock the folder %s: %w", stateDir, err)
-	} else if !held {
-		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node",
-			"wait until the other fetcher is done, then run fetcher again")
-	}
 	dir := filepath.Join(stateDir, imageFolder)
-	remove = func() error { return errors.Join(os.RemoveAll(dir), lock.Unlock()) }
+	remove = func() error { return os.RemoveAll(dir) }
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("unpack the builder's image: %w", errors.Join(err, remove()))

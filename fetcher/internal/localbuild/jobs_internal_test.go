@@ -1,6 +1,14 @@
 package localbuild
 
-import "testing"
+import (
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
 
 func TestJobs(t *testing.T) {
 	t.Parallel()
@@ -16,5 +24,41 @@ func TestJobs(t *testing.T) {
 		if got := jobs(row.processors, row.limit); got != row.want {
 			t.Errorf("jobs(%d, %d) = %d; want %d", row.processors, row.limit, got, row.want)
 		}
+	}
+}
+
+// TestDaemonSet compares the limits of the DaemonSet with those of a compile on the node: its memory must be enough for
+// one compiler, and its time to end for a builder that is told to stop.
+func TestDaemonSet(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../../deploy/kubernetes/base/fetcher.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set struct {
+		Spec struct {
+			Template struct {
+				Spec struct {
+					TerminationGracePeriodSeconds int `yaml:"terminationGracePeriodSeconds"`
+					Containers                    []struct {
+						Resources struct{ Limits map[string]string }
+					}
+				}
+			}
+		}
+	}
+	if err := yaml.Unmarshal(text, &set); err != nil {
+		t.Fatal(err)
+	}
+	pod := set.Spec.Template.Spec
+	memory := pod.Containers[0].Resources.Limits["memory"]
+	gib, err := strconv.ParseInt(strings.TrimSuffix(memory, "Gi"), 10, 64)
+	const measured = 301 << 20 // docs/reference/limits.md: a compile by one compiler
+	if err != nil || gib<<30 < baseMemory+measured || jobs(64, gib<<30) > 1 && gib<<30 < baseMemory+2*jobMemory {
+		t.Errorf("memory limit %s, for %d compilers; want enough for the fetcher and each compiler", memory,
+			jobs(64, gib<<30))
+	}
+	if ends := time.Duration(pod.TerminationGracePeriodSeconds) * time.Second; ends < grace+20*time.Second {
+		t.Errorf("the pod has %s to end; want %s for the builder, and more for the rest", ends, grace)
 	}
 }

@@ -122,6 +122,19 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := failed.lastError(q); err != nil && !b.Retry {
 		return resolve.Answer{}, err
 	}
+	unlock, err := lockCompiles(b.StateDir)
+	if err != nil {
+		return resolve.Answer{}, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	if err := failed.begin(q, b.Retry); err != nil {
+		return resolve.Answer{}, err
+	}
+	defer func() {
+		if eerr := failed.end(); err != nil { // this error must not cost the node a compiled driver
+			err = errors.Join(err, eerr)
+		}
+	}()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
@@ -181,8 +194,8 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 		Digest: res.Digest}, nil
 }
 
-// The memory limit of a pod counts for the fetcher and the builder together, and the kernel kills both. baseMemory is
-// the memory of all but the compilers, and jobMemory that of one compiler, in bytes.
+// The memory limit of a pod counts for the fetcher and the builder together, and the kernel may kill both. baseMemory
+// is the memory of all but the compilers, and jobMemory that of one compiler, in bytes.
 const (
 	baseMemory = 512 << 20
 	jobMemory  = 1 << 30
@@ -219,6 +232,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("run %s: %w", b.Program, err)
 	}
+	kills := sandbox.MemoryKills()
 	if err := cmd.Start(); err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("%w: %w", errNotStarted, err),
 			"set --builder to the path of the builder program, or turn compiling off: --builder never")
@@ -233,17 +247,37 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() < 0 {
+		if sandbox.MemoryKills() > kills {
+			return nil, outOfMemory("the kernel killed the builder for lack of memory", sandbox.MemoryLimit())
+		}
 		return nil, fault.Wrap(fault.Transient, fmt.Errorf("run the builder: %w", err),
 			"if the node had too little memory, free memory or raise the memory limit of the pod, then run fetcher install; "+
 				"read the kernel log: dmesg | tail")
 	}
 	if exit != nil {
-		return nil, said.fault(exit.ExitCode())
+		err := said.fault(exit.ExitCode())
+		if fault.Is(err, fault.OutOfMemory) { // the builder's hint is for its own flags
+			err = outOfMemory(err.Error(), sandbox.MemoryLimit())
+		}
+		return nil, err
 	}
 	if err != nil {
 		return nil, fmt.Errorf("run the builder: %w", err)
 	}
 	return stdout.buffer.Bytes(), nil
+}
+
+// outOfMemory returns an error of kind OutOfMemory. The limit is in bytes; 0 means that there is none, or that it is
+// not known.
+func outOfMemory(text string, limit int64) error {
+	hint := "stop programs on this node to get memory"
+	if limit > 0 {
+		text = fmt.Sprintf("%s; the memory limit of this process and its pod is %d MiB", text, limit>>20)
+		hint = fmt.Sprintf("raise the memory limit of the fetcher's pod (resources.limits.memory: %d MiB, and %d MiB for "+
+			"each compiler)", baseMemory>>20, jobMemory>>20)
+	}
+	return fault.New(fault.OutOfMemory, text,
+		hint+", or publish the driver with builder build, or turn compiling off: --builder never")
 }
 
 // output is a buffer of at most maxOutput. After a refusal, the pipe to the builder is closed.

@@ -2,10 +2,12 @@ package localbuild_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -76,6 +78,8 @@ func TestBuildFails(t *testing.T) {
 	}{
 		{"kind and words of the builder", `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`,
 			fault.APIBreak, "too few arguments", "take another"},
+		{"a killed compiler", `echo "error: cc1 was killed" >&2; echo "hint:  fewer --jobs" >&2; exit 26`, fault.OutOfMemory,
+			"cc1 was killed", "--builder never"},
 		{"no words", `exit 27`, fault.DiskFull, "status 27", ""},
 		{"unknown status", `exit 99`, fault.Internal, "status 99", ""},
 		{"no JSON", `echo done`, fault.Internal, "has no digest", "same release"},
@@ -148,5 +152,38 @@ func TestHalfAKey(t *testing.T) {
 				t.Errorf("what an earlier run published is still there: %v", err)
 			}
 		})
+	}
+}
+
+// TestOneCompileAtATime checks that a second compile on the same node changes nothing: it would remove the artifact
+// that the first one is about to publish.
+func TestOneCompileAtATime(t *testing.T) {
+	t.Parallel()
+	b := script(t, `while [ ! -e "${0%/*}/end" ]; do echo compiling >&2; sleep 0.05; done
+echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
+	made := filepath.Join(b.StateDir, "local", "made")
+	var once sync.Once
+	b.Progress = func(string) {
+		once.Do(func() {
+			second := b
+			second.Progress = nil
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			if err := errors.Join(os.MkdirAll(filepath.Dir(made), 0o700), os.WriteFile(made, nil, 0o600)); err != nil {
+				t.Error(err)
+			}
+			if _, err := second.Build(ctx, question); !fault.Is(err, fault.Busy) {
+				t.Errorf("a second compile = %v; want busy", err)
+			}
+			if err := os.WriteFile(filepath.Join(filepath.Dir(b.Program), "end"), nil, 0o600); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if _, err := b.Build(t.Context(), question); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(made); err != nil {
+		t.Errorf("what the first compile made: %v", err)
 	}
 }
