@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,7 +22,8 @@ const attemptsFile = ".prebake/attempts.json"
 // maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
-// maxAttempts is the maximum number of records in the file. The oldest records are dropped.
+// maxAttempts is the maximum number of records in the file. Records that are less needed are dropped first, and of
+// those the oldest (see attempt.need).
 const maxAttempts = 32
 
 // attempt is the record of the activations of one driver. Write it before anything is switched, unloaded or loaded:
@@ -97,7 +99,9 @@ func (all attempts) write(store *install.Store) error {
 	for digest := range all {
 		digests = append(digests, digest)
 	}
-	slices.SortFunc(digests, func(x, y string) int { return all[y].At.Compare(all[x].At) })
+	slices.SortFunc(digests, func(x, y string) int {
+		return cmp.Or(cmp.Compare(all[y].need(), all[x].need()), all[y].At.Compare(all[x].At))
+	})
 	for _, digest := range digests[min(len(digests), maxAttempts):] {
 		delete(all, digest)
 	}
@@ -106,6 +110,18 @@ func (all attempts) write(store *install.Store) error {
 		return err
 	}
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
+}
+
+// need says how much the node needs this record: 2 for what is under way, 1 for what must not be tried again, else 0.
+// The age alone must not decide: after the clock was ahead, the newest record looks like the oldest.
+func (a *attempt) need() int {
+	switch {
+	case a.Open, a.Next:
+		return 2
+	case a.ByHand, a.Crashes > 0, len(a.Foreign) > 0:
+		return 1
+	}
+	return 0
 }
 
 // lacksForeign reports whether a run in this boot unloaded a foreign driver, and no driver is loaded now. It is false
@@ -236,7 +252,10 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 	for other, at := range all {
 		at.Next = other == digest
 	}
-	return all.write(store)
+	if err := all.write(store); err != nil || rolledBack == "" {
+		return err
+	}
+	return store.Sync() // the operator is told that the rollback is noted, and may cut the power next
 }
 
 // rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
@@ -268,6 +287,18 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	}
 	change(at)
 	at.At = a.parts.Now().UTC()
+	return all.write(store)
+}
+
+// setAttempt replaces the record of a driver; nil removes it.
+func (a *Agent) setAttempt(store *install.Store, digest string, at *attempt) error {
+	all, err := readAttempts(store)
+	if err != nil {
+		return err
+	}
+	if delete(all, digest); at != nil {
+		all[digest] = at
+	}
 	return all.write(store)
 }
 
@@ -313,11 +344,16 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			at.Reason = "fetcher ended during the load of the driver"
 		}
 		at.Open = false
-		if at.Before.Current != "" || set == nil || at.Crashes >= maxTries {
+		switch {
+		case set == nil || at.Crashes >= maxTries || canReplace(store, at.Before.Current, facts):
 			if err := restorePointers(store, at.Before); err != nil {
 				return err
 			}
 			r.did("rolled back %s, which an earlier run did not finish", short(digest))
+		case at.Before.Current != "" && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
+			if err := store.Switch(digest); err != nil { // the run may have been killed before it did this
+				return err
+			}
 		}
 	}
 	if len(open) > 0 {
@@ -326,6 +362,16 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	return nil
+}
+
+// canReplace reports whether the former driver, at this path of [install.Pointers], can be loaded on this node. After
+// an update of COS it cannot. Then the new driver stays active, because it may be the only one that the node has.
+func canReplace(store *install.Store, former string, facts *host.Facts) bool {
+	if former == "" {
+		return false
+	}
+	set, err := store.SetAt(former)
+	return err == nil && set != nil && fitsNode(set, facts) == nil
 }
 
 // restorePointers makes the former driver active again. If that driver is no longer on the disk, the present driver

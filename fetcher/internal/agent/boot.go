@@ -51,7 +51,8 @@ type bootMaker interface {
 
 // editBoot changes the kernel command line and asks for a reboot, if the owner allows it and the given error is a
 // [host.PolicyError]. It returns the given error with a note on what was done.
-func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
+func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
+	why error) (err error) {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
 	var policy *host.PolicyError
@@ -59,6 +60,13 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		!errors.As(why, &policy) {
 		return why
 	}
+	// Another run may load a driver just now. It also changes the boot configuration, and writes small files under the
+	// same temporary name.
+	unlock, err := store.Lock(googleLock)
+	if err != nil {
+		return fmt.Errorf("%w; the kernel command line is not changed: %w", why, err)
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	// A node that has any driver by now must not be rebooted.
 	if mods, err := host.LoadedModules(a.node); err != nil || len(mods) > 0 {
 		return errors.Join(why, err)
@@ -140,11 +148,19 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 	if store == nil || a.cfg.DryRun || signatures || place {
 		return
 	}
-	if e, err := readEdits(store); err == nil && e.Edits > 0 {
-		e.Edits = 0 // Applied stays, because the uninstall needs it
-		if err := writeEdits(store, e); err != nil {
-			a.parts.Log.WarnContext(ctx, "could not reset the count of boot configuration changes", "err", err)
+	if e, err := readEdits(store); err != nil || e.Edits == 0 {
+		return
+	}
+	err := a.locked(store, func() error {
+		e, err := readEdits(store)
+		if err != nil {
+			return err
 		}
+		e.Edits = 0 // Applied stays, because the uninstall needs it
+		return writeEdits(store, e)
+	})
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "could not reset the count of boot configuration changes", "err", err)
 	}
 }
 
@@ -202,6 +218,13 @@ func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	}
 	if !undo {
 		return r, nil
+	}
+	if store != nil { // a run of another process may change the boot configuration
+		unlock, lockErr := store.Lock(googleLock)
+		if lockErr != nil {
+			return r, lockErr
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
 	}
 	if err := a.parts.Boot.Undo(); err != nil {
 		return r, err

@@ -58,9 +58,12 @@ type order struct {
 	Boot bool
 	// Rebooted means that the node was rebooted since the last order.
 	Rebooted bool
-	// Fault happens when the given phase begins; "" means no fault.
+	// Fault happens when the given phase begins; "" means no fault. The phase rollbackNoted is no phase of a run: it
+	// begins when a rollback of a driver in use was noted.
 	Fault, Phase string
 }
+
+const rollbackNoted = "rollback noted"
 
 // outcome is the result that the child process prints.
 type outcome struct {
@@ -95,6 +98,9 @@ func TestFaultProcess(t *testing.T) {
 		n := o.node(t)
 		n.boots = 100
 		n.reboot(t)
+	}
+	if o.SetUp && o.Phase == rollbackNoted {
+		o.noteRollback(t)
 	}
 	got := o.run(t)
 	if o.SetUp {
@@ -131,6 +137,23 @@ func (o order) setUp(t testing.TB) {
 	}
 	if o.Boot {
 		n.reboot(t)
+	}
+}
+
+// noteRollback activates the newer driver, rolls it back while it is in use, and lets the fault happen.
+func (o order) noteRollback(t *testing.T) {
+	n := o.node(t)
+	_, newer := cells(t)
+	if r, err := n.runOf(t, o, o.Newer, newer); err != nil || r.Verdict.Digest != o.Newer {
+		t.Fatalf("set up the node: Run = %+v, %v", r.Verdict, err)
+	}
+	unix.Sync() // the driver was installed long ago
+	n.inUse(t, "1")
+	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Rollback = %v; want busy", err)
+	}
+	if err := o.strike(t, nil); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -302,11 +325,13 @@ func (n *node) problem() string {
 	return ""
 }
 
-// rows has the phases of a run that changes the driver, and the phases of a run after a reboot.
-var rows = []struct {
+type phaseRow struct {
 	phase string
 	boot  bool
-}{
+}
+
+// rows has the phases of a run that changes the driver, and the phases of a run after a reboot.
+var rows = []phaseRow{
 	{"observe", false}, {"resolve", false}, {"verify", false}, {"fetch", false}, {"stage", false}, {"install", false},
 	{"load", false}, {"validate", false},
 	{"install", true}, {"load", true}, {"validate", true},

@@ -421,13 +421,17 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		a.plan(r, s, d)
 		return r, nil
 	}
-	err = a.activate(ctx, r, store, s, d)
-	// The agent must not activate the former driver again until an operator asks for it.
-	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
-		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
-		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
+	// The agent must not activate the former driver again until an operator asks for it. Note that first: if this run is
+	// killed, the next one completes the rollback.
+	if err := a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }); err != nil {
+		return r, fmt.Errorf("note the rollback: %w", err)
 	}
-	return r, err
+	err = a.activate(ctx, r, store, s, d)
+	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
+		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
+		return r, err
+	}
+	return r, errors.Join(err, a.setAttempt(store, current.Digest, s.attempts[current.Digest]))
 }
 
 // rollbackLater notes a rollback for the time when the loaded driver is no longer in use. It returns the given error

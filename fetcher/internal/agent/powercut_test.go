@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/testkit/faulttable"
 	"github.com/prebake/prebake/pkg/testkit/program"
@@ -25,8 +27,8 @@ import (
 // faultPower cuts the power of the virtual machine that executes the run.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase; unflushed data is lost. The next run
-// must end with a verified, active driver.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase, and after a rollback was noted;
+// unflushed data is lost. The next run must end with a verified, active driver.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -69,6 +71,7 @@ func TestPowerCut(t *testing.T) {
 	}
 	seen := map[string]string{}
 	var names []string
+	rows := append(slices.Clone(rows), phaseRow{rollbackNoted, false})
 	of := func(i int) order {
 		o := common
 		o.Phase, o.Boot, o.Root = rows[i].phase, rows[i].boot, fmt.Sprintf("/data/%d", i)
@@ -128,8 +131,12 @@ func (o order) judge(t *testing.T, res *vm.Result) string {
 		t.Errorf("%s: the next run: no outcome in %s%s", o.name(), step.Stdout, step.Stderr)
 		return "none"
 	}
-	if got.State != gpucheck.Ready || got.Problem != "" || got.Digest != o.Newer || got.Class != "" {
-		t.Errorf("%s: the next run: %+v; want the wanted driver ready", o.name(), got)
+	want, class := o.Newer, ""
+	if o.Phase == rollbackNoted { // the error says that the newer driver was rolled back
+		want, class = o.Older, fault.Rejected.String()
+	}
+	if got.State != gpucheck.Ready || got.Problem != "" || got.Digest != want || got.Class != class {
+		t.Errorf("%s: the next run: %+v; want driver %s ready, and class %q", o.name(), got, want, class)
 	}
 	return o.word(got) + ", " + map[bool]string{true: "from the disk", false: "fetched"}[got.Fetched == 0]
 }

@@ -1,0 +1,251 @@
+package agent_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// updated makes a node with a driver, and then updates COS. The newer driver is for the new COS build.
+func updated(t *testing.T) (n *node, ref string, newer sample.Cell, pn sample.Published) {
+	t.Helper()
+	key := testkit.NewKey(t)
+	ref = layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildB, newVersion)
+	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n = newNode(t, older, 1, key)
+	n.reboot(t)
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	sample.RootAt(t, n.root, newer, 1)
+	n.reboot(t)
+	return n, ref, newer, pn
+}
+
+// killedIn runs the agent once, and kills the run when a phase begins.
+func (n *node) killedIn(t *testing.T, phase string) {
+	t.Helper()
+	n.kernel.calls = nil
+	n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+		if e.Phase == phase && e.Done == nil && e.Text == "" {
+			panic("killed")
+		}
+	}}
+	defer func() {
+		if recover() == nil {
+			t.Fatalf("the run ended before phase %s", phase)
+		}
+	}()
+	_, _ = agent.New(n.cfg, n.parts).Run(t.Context())
+}
+
+// TestKilledAfterUpdate kills the first load of a driver after an update of COS. The former driver is for another COS
+// build, so the next run must load the new one from the disk, although the farm is away. A driver that takes the node
+// down twice must not be loaded again.
+func TestKilledAfterUpdate(t *testing.T) {
+	t.Parallel()
+	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	for _, reboots := range []bool{false, true} {
+		for _, phase := range []string{"install", "load"} { // before the switch, and at the load of the first module
+			n, ref, newer, pn := updated(t)
+			if phase == "load" {
+				n.killed(t, ref, pn.Digest, newer, "nvidia")
+			} else {
+				n.answer(ref, pn.Digest, newer.Driver)
+				n.killedIn(t, phase)
+			}
+			if reboots {
+				n.reboot(t)
+			}
+			n.parts.Finder = away
+			r, err := n.runAs(t)
+			if diff := cmp.Diff(loads(newVersion), n.kernel.calls); diff != "" || err != nil ||
+				r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
+				t.Errorf("killed in %s, reboots %t: Run = %s %s, %v; system calls (-want +got):\n%s", phase, reboots,
+					r.Verdict.State, r.Verdict.Reason, err, diff)
+			}
+		}
+	}
+	n, ref, newer, pn := updated(t)
+	for range 2 {
+		n.killed(t, ref, pn.Digest, newer, "nvidia")
+		n.reboot(t)
+	}
+	n.parts.Finder = away
+	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) > 0 {
+		t.Errorf("after two crashes: Run = %v, calls %v; want an error, and nothing loaded", err, n.kernel.calls)
+	}
+}
+
+// TestRollbackKilled kills a rollback by hand. The next run must complete it: the farm still offers the newer driver,
+// which the operator did not want.
+func TestRollbackKilled(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"nvidia", "nvidia_uvm", "probe"} {
+		for _, reboots := range []bool{false, true} {
+			n, ref, _, newer, po, pn := publishTwo(t, 1)
+			if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+				t.Fatal(err)
+			}
+			func() {
+				defer func() {
+					if recover() == nil {
+						t.Fatalf("the rollback was not killed at %s", at)
+					}
+				}()
+				works := n.parts.Probe
+				defer func() { n.kernel.die, n.parts.Probe = "", works }()
+				if n.kernel.die = at + " " + oldVersion; at == "probe" {
+					n.parts.Probe = dying{}
+				}
+				_, _ = n.rollback()
+			}()
+			if reboots {
+				n.reboot(t)
+			}
+			for i := range 2 {
+				r, err := n.run(t, ref, pn.Digest, newer.Driver)
+				if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+					t.Errorf("killed at %s, reboots %t, run %d: Run = %s %s, %v; want the older driver, and the newer one refused",
+						at, reboots, i, r.Verdict.State, r.Verdict.Driver, err)
+				}
+			}
+		}
+	}
+}
+
+// TestFailedRollbackIsNotNoted checks that a rollback that failed leaves no trace: the driver that works is not refused
+// later.
+func TestFailedRollbackIsNotNoted(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.kernel.refuse["nvidia "+oldVersion] = syscall.ENODEV
+	if _, err := n.rollback(); !fault.Is(err, fault.Unusable) {
+		t.Errorf("Rollback = %v; want unusable", err)
+	}
+	n.reboot(t)
+	clear(n.kernel.refuse)
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Pending != "" || r.Verdict.Digest != pn.Digest {
+		t.Errorf("then: Run = %+v, %v, pending %q; want the present driver", r.Verdict, err, r.Pending)
+	}
+}
+
+// TestNotedRollbackOutlivesRecords notes a rollback on a node with many records from a time when its clock was ahead.
+// The new records look like the oldest, but must not be dropped. The records are as this release writes them, so the
+// test also fails if a later release does not read them any more.
+func TestNotedRollbackOutlivesRecords(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	many := map[string]json.RawMessage{}
+	for i := range 40 {
+		many[fmt.Sprintf("sha256:%064x", i)] = json.RawMessage(
+			`{"before":{"current":"sets/x"},"at":"2100-01-01T00:00:00Z","failures":2,"why":"x"}`)
+	}
+	raw, err := json.Marshal(many)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, n.root, attemptsFile, string(raw))
+	n.inUse(t, "1")
+	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Rollback = %v; want busy", err)
+	}
+	all := map[string]json.RawMessage{}
+	if raw, err = os.ReadFile(filepath.Join(n.root, attemptsFile)); err != nil || json.Unmarshal(raw, &all) != nil ||
+		len(all) != 32 {
+		t.Errorf("%d records, %v; want 32", len(all), err)
+	}
+	n.inUse(t, "0")
+	if r, _ := n.run(t, ref, pn.Digest, newer.Driver); r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("idle: Run = %s %s; want the previous driver", r.Verdict.State, r.Verdict.Driver)
+	}
+}
+
+// TestNotedRollbackOfARelease checks that the records of a rollback that waits keep their form: a node may be updated
+// to another release of the fetcher while the rollback waits.
+func TestNotedRollbackOfARelease(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, n.root, attemptsFile, fmt.Sprintf(`{
+  %q: {"before": {}, "at": "2026-11-30T10:00:00Z", "byHand": true, "unknown": "to this release"},
+  %q: {"before": {}, "at": "2026-11-30T10:00:00Z", "next": true}
+}
+`, pn.Digest, po.Digest))
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest ||
+		r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %s %s, %v; want the previous driver, and the newer one refused", r.Verdict.State, r.Verdict.Driver,
+			err)
+	}
+}
+
+// TestEditBootBesideAnother checks that a run leaves the boot configuration and its record alone while another fetcher
+// works. Small files are written under one temporary name, so a write without the lock could give the content of one
+// record to another.
+func TestEditBootBesideAnother(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	maker := &bootMaker{entries: 5}
+	n.parts.Boot, n.cfg.EditBoot = maker, true
+	loadPin := func(on, cmdline string) {
+		sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", on+"\n")
+		sample.Write(t, n.root, "proc/cmdline", cmdline+"\n")
+	}
+	loadPin("1", "ro")
+	other, err := install.Open(n.parts.Node, n.cfg.InstallDir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := other.Lock("tmp/none")
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := filepath.Join(n.root, installDir, ".prebake/boot.json")
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) ||
+		!strings.Contains(err.Error(), "another installer works") || len(maker.wants)+maker.reboots > 0 {
+		t.Errorf("Run = %v, %d edits, %d reboots; want none beside another fetcher", err, len(maker.wants), maker.reboots)
+	}
+	if _, err := os.Stat(record); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the record of changes: %v; want none", err)
+	}
+	if _, err := agent.New(n.cfg, n.parts).Boot(true); !fault.Is(err, fault.Busy) || maker.undone {
+		t.Errorf("Boot, undone = %v; want busy", err)
+	}
+	// Nor does a run reset the count of changes then.
+	const edits = `{"edits":1,"at":"2026-11-30T10:00:00Z","bootId":"x","applied":true}`
+	sample.Write(t, filepath.Dir(record), "boot.json", edits)
+	loadPin("0", "ro")
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Busy) {
+		t.Errorf("Run = %v; want busy", err)
+	}
+	if raw, err := os.ReadFile(record); err != nil || string(raw) != edits {
+		t.Errorf("the record of changes = %s, %v; want it as before", raw, err)
+	}
+	if err := errors.Join(unlock(), other.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
