@@ -6,6 +6,7 @@ import (
 	"io"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -74,6 +75,7 @@ type container struct {
 	Name, Image     string
 	Args            []string
 	Env             []variable
+	Resources       struct{ Limits map[string]string }
 	SecurityContext struct {
 		Privileged   bool
 		Escalation   *bool  `yaml:"allowPrivilegeEscalation"`
@@ -182,6 +184,14 @@ func TestBuilderManifest(t *testing.T) {
 	}
 	if host, _, _ := strings.Cut(value("to"), "/"); "http://"+host != value("server") {
 		t.Errorf("builder publishes to %s and reports to %s; want one host", value("to"), value("server"))
+	}
+	// By default, the builder starts a compiler for each CPU of the node, however little memory its pod may use.
+	// docs/reference/limits.md has what a compiler was measured to need.
+	jobs, err := strconv.Atoi(value("jobs"))
+	memory, merr := strconv.Atoi(strings.TrimSuffix(c.Resources.Limits["memory"], "Gi"))
+	if err != nil || merr != nil || jobs < 1 || jobs > 2*memory {
+		t.Errorf("builder runs %q compilers within %q of memory; want 512 MiB for each", value("jobs"),
+			c.Resources.Limits["memory"])
 	}
 }
 
