@@ -65,13 +65,21 @@ func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.T
 	return cache.Trim(ctx, cas.Limit{Bytes: size})
 }
 
+// freshMinFree is the free space in bytes below which the cache of builds because of age shrinks, if there is no
+// --cache-size. A build needs up to 4 GiB at its peak, and two of them may run.
+const freshMinFree = 8 << 30
+
 // trimCaches is [trimCache] for the caches of a pass over a wish list. The cache of builds because of age is within the
 // other one and counts for its size. It may take half of --cache-size, so that fetched inputs and what other builds
-// make have the rest.
+// make have the rest. Without --cache-size, it shrinks when the disk has less than freshMinFree.
 func trimCaches(ctx context.Context, cmd *ucli.Command, cfg pipeline.Config) error {
 	size, err := parseSize(cmd.String("cache-size"))
-	if cfg.Fresh != nil && size > 0 {
-		_, err = cfg.Fresh.Trim(ctx, cas.Limit{Bytes: size / 2})
+	if cfg.Fresh != nil && err == nil {
+		limit := cas.Limit{Bytes: size / 2}
+		if size == 0 { // nobody else removes what a pass over many cells makes
+			limit.MinFree = freshMinFree
+		}
+		_, err = cfg.Fresh.Trim(ctx, limit)
 	}
 	_, terr := trimCache(ctx, cmd, cfg.Cache)
 	return errors.Join(err, terr)

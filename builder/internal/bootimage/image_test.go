@@ -18,6 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
 // TestEntry checks that the embedded code is the assembled entry.S.
@@ -27,6 +28,9 @@ func TestEntry(t *testing.T) {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skip(tool + " is missing: apt-get install binutils")
 		}
+	}
+	if err := inputs.Files("entry.S"); err != nil { // only the assembler reads it
+		t.Fatal(err)
 	}
 	object, flat := filepath.Join(t.TempDir(), "entry.o"), filepath.Join(t.TempDir(), "entry.bin")
 	for _, argv := range [][]string{

@@ -26,7 +26,7 @@ const (
 
 // chooseRecipe chooses the recipe of the published artifact for the layers that this run packs. Other bytes would be
 // refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder makes
-// other bytes by its recipes or its pahole, the build ends here. What a compile or stamp by another recipe gives is
+// other bytes by its recipes, the build ends here. What a compile or stamp by another recipe or another pahole gives is
 // known only after the compile.
 //
 // Our provenance says which recipe it is. If there is none, as after a change of the key or in a bucket, chooseRecipe
@@ -47,7 +47,12 @@ func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) err
 			r.wanted = p.published
 			continue
 		}
-		err = checkRecipes(facts, in.pahole)
+		if have := facts[FactBTF]; have != "" && in.pahole != "" && have != in.pahole {
+			r.progress("look up")(fmt.Sprintf("the published modules have BTF by pahole %s, and this machine has pahole %s; if "+
+				"that gives other bytes, they are refused after the compile, and the next step is: %s", have, in.pahole,
+				hintPahole(have)))
+		}
+		err = checkRecipes(facts)
 		if err == nil {
 			err = r.checkStage(ctx, in, p, facts)
 		}
@@ -100,9 +105,8 @@ func factsOf(st *trust.Statement) (map[string]string, error) {
 	return p.BuildDefinition.InternalParameters, nil
 }
 
-// checkRecipes returns an error if this builder cannot make the image, or the BTF, of a build with these facts. The
-// given version of pahole is this machine's, or "" if this build makes no BTF.
-func checkRecipes(facts map[string]string, pahole string) error {
+// checkRecipes returns an error if this builder cannot make the layers or the image of a build with these facts.
+func checkRecipes(facts map[string]string) error {
 	for _, step := range []struct {
 		name  string
 		known []string
@@ -113,12 +117,6 @@ func checkRecipes(facts map[string]string, pahole string) error {
 					strings.Join(step.known, ", ")),
 				hintRecipe(facts, step.name == FactPack))
 		}
-	}
-	if have := facts[FactBTF]; have != "" && pahole != "" && have != pahole {
-		return fault.New(fault.PublishRefused,
-			fmt.Sprintf("its modules have BTF by pahole %s; this machine has pahole %s, which may give other bytes", have,
-				pahole),
-			hintPahole(have))
 	}
 	return nil
 }

@@ -87,17 +87,18 @@ func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 	slices.SortFunc(kept, func(a, b keptLog) int { return cmp.Or(b.at.Compare(a.at), cmp.Compare(b.build, a.build)) })
 	var errs []error
 	var size int64
-	fits := 0
+	var fit []keptLog
 	for i, l := range kept {
-		if size += l.size; i < maxKept && size <= maxKeptBytes {
-			fits++
+		if i < maxKept && size+l.size <= maxKeptBytes {
+			size += l.size
+			fit = append(fit, l)
 			continue
 		}
 		w.Log.WarnContext(ctx, "kept log removed", "build", l.build,
 			"err", "the server has no space for logs, and this builder keeps no more of them")
 		errs = append(errs, dropLog(l.path))
 	}
-	return kept[:fits], errors.Join(errs...)
+	return fit, errors.Join(errs...)
 }
 
 // sendKeptLogs sends the kept logs, at once and then at each interval, until the worker takes no more builds.

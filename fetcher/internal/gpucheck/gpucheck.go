@@ -229,8 +229,8 @@ func (v Verdict) Err() error {
 			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
 		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
-			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, reset the GPU (nvidia-smi --gpu-reset) or "+
-				"reboot the node")
+			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, reset the GPU (nvidia-smi --gpu-reset); "+
+				"if this verdict stays, reboot the node")
 	case Starting:
 		return fault.New(fault.Unusable, text,
 			"start nvidia-fabricmanager in the version of this driver, then run fetcher status")

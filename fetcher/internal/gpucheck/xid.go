@@ -18,7 +18,9 @@ import (
 //     new programs (docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt, "Row-remapping pending flag").
 //   - Workflows: 45 follows another error. After an NVLink error (74, 144 to 150), the driver itself asks for a reset
 //     if it needs one (see recoveryXid).
-var fatalXids = []int{46, 48, 62, 64, 79, 95, 109, 110, 119, 120, 136, 140, 143, 151, 155, 156, 158}
+//   - 155, an NVLink that is down. Its action is RESET_GPU, but it is logged for a link that was put to sleep, too. The
+//     driver asks for a reset here as well, if it needs one.
+var fatalXids = []int{46, 48, 62, 64, 79, 95, 109, 110, 119, 120, 136, 140, 143, 151, 156, 158}
 
 // recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154

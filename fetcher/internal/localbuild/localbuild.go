@@ -127,14 +127,6 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		return resolve.Answer{}, err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	if err := failed.begin(q, b.Retry); err != nil {
-		return resolve.Answer{}, err
-	}
-	defer func() {
-		if eerr := failed.end(); err != nil { // this error must not cost the node a compiled driver
-			err = errors.Join(err, eerr)
-		}
-	}()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
@@ -154,6 +146,16 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
 		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
 	}
+	// Only a compile needs much memory. If this program is killed before, such as during a slow pull, that is no sign of
+	// too little.
+	if err := failed.begin(q, b.Retry); err != nil {
+		return resolve.Answer{}, err
+	}
+	defer func() {
+		if eerr := failed.end(); err != nil { // this error must not cost the node a compiled driver
+			err = errors.Join(err, eerr)
+		}
+	}()
 	answer, err := b.compile(ctx, q, key)
 	if ctx.Err() == nil {
 		err = errors.Join(err, failed.store(q, err))

@@ -57,8 +57,10 @@ func Sources(ctx context.Context, env []string, patterns ...string) error {
 		if name = strings.TrimSuffix(name, "\n"); name == "" {
 			continue
 		}
-		if _, err := os.Stat(name); err != nil {
-			return fmt.Errorf("name the inputs of a test: %w", err)
+		for _, n := range []string{name, filepath.Dir(name)} { // a folder's time tells of new files to embed
+			if _, err := os.Stat(n); err != nil {
+				return fmt.Errorf("name the inputs of a test: %w", err)
+			}
 		}
 	}
 	return nil
