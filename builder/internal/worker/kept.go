@@ -42,8 +42,8 @@ func idSum(id string) string {
 	return fmt.Sprintf("%x", sum[:8])
 }
 
-// The kept logs are at most maxKept files with maxKeptBytes in all. The oldest ones are removed first. A log that is
-// longer than all of them may be is not kept.
+// The kept logs are at most maxKept files with maxKeptBytes in all. The oldest ones are removed first. A log of more
+// than maxKeptBytes is not kept.
 const (
 	maxKept      = 50
 	maxKeptBytes = 256 << 20

@@ -35,10 +35,9 @@ func Files(names ...string) error {
 	return nil
 }
 
-// sources is a template for go list. It prints the folder and the source files of each package in this module, and
-// go.mod.
+// sources is a template for go list. It prints go.mod, and the source files and embedded files of each package in this
+// module.
 const sources = `{{if .Module}}{{if .Module.Main}}{{$dir := .Dir}}{{.Module.GoMod}}
-{{$dir}}
 {{range .GoFiles}}{{$dir}}/{{.}}
 {{end}}{{range .CgoFiles}}{{$dir}}/{{.}}
 {{end}}{{range .EmbedFiles}}{{$dir}}/{{.}}
@@ -57,10 +56,12 @@ func Sources(ctx context.Context, env []string, patterns ...string) error {
 		if name = strings.TrimSuffix(name, "\n"); name == "" {
 			continue
 		}
-		for _, n := range []string{name, filepath.Dir(name)} { // a folder's time tells of new files to embed
-			if _, err := os.Stat(n); err != nil {
-				return fmt.Errorf("name the inputs of a test: %w", err)
-			}
+		_, err := os.Stat(name)
+		if err == nil && filepath.Base(name) != "go.mod" {
+			_, err = os.Stat(filepath.Dir(name)) // its time changes with a new source or embedded file
+		}
+		if err != nil {
+			return fmt.Errorf("name the inputs of a test: %w", err)
 		}
 	}
 	return nil

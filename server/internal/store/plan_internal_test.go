@@ -20,10 +20,9 @@ func (r *recorder) QueryContext(ctx context.Context, text string, args ...any) (
 	return r.reader.QueryContext(ctx, text, args...)
 }
 
-// TestCellsAreLookedUp checks that SQLite answers the frequent queries with an index, without a scan of a table. The
-// database has no statistics, as in production.
-func TestCellsAreLookedUp(t *testing.T) {
-	t.Parallel()
+// openSQLite opens an empty database in a file until the test ends.
+func openSQLite(t *testing.T) *Store {
+	t.Helper()
 	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
 	if err != nil {
 		t.Fatal(err)
@@ -33,6 +32,14 @@ func TestCellsAreLookedUp(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	return s
+}
+
+// TestCellsAreLookedUp checks that SQLite answers the frequent queries with an index, without a scan of a table. The
+// database has no statistics, as in production.
+func TestCellsAreLookedUp(t *testing.T) {
+	t.Parallel()
+	s := openSQLite(t)
 	r := &recorder{reader: s.readers}
 	s.readers = r
 	one := KernelFilter{BuildID: "17800.66.78", Board: "lakitu"}
@@ -85,17 +92,9 @@ func TestCellsAreLookedUp(t *testing.T) {
 // cells, so that the removal of logs does not read the whole table.
 func TestOldLogsAreLookedUp(t *testing.T) {
 	t.Parallel()
-	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	s := openSQLite(t)
 	var plan []string
-	err = query(t.Context(), s.db, func(row func(...any) error) error {
+	err := query(t.Context(), s.db, func(row func(...any) error) error {
 		var id, parent, unused int
 		var step string
 		err := row(&id, &parent, &unused, &step)
