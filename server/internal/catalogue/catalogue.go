@@ -105,8 +105,8 @@ type Config struct {
 	// there only if Redistribute allows it.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. If a URL is "", builders use their
-	// own setting.
+	// KernelMirror and DriverMirror are the URLs of the buckets from which builders read. If a URL is "", builders use
+	// their own setting.
 	KernelMirror, DriverMirror string
 	// Quarantine is the number of failed nodes within a day that puts an artifact into quarantine. 0 means that there
 	// is no quarantine.
