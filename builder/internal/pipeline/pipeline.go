@@ -61,8 +61,8 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Licence decides which destination may get which flavour.
 	Licence licence.Rule
-	// Key says where the signing key is: the path of a private key file, a KMS URI, or keyless: with the path of a file.
-	// [sign.LoadSigner] reads it with KeyOptions.
+	// Key says where the signing key is: the path of a private key file, a KMS URI, or [sign.PrefixKeyless] and the path
+	// of a file. [sign.LoadSigner] reads it with KeyOptions.
 	Key        string
 	KeyOptions []sign.Option
 	// ModuleKey signs the modules for the kernel. It is the path of an RSA key file or a KMS URI; "" means no key of our

@@ -314,8 +314,8 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records a published artifact. If the catalogue has it already, AddArtifact adds only its new kernels, and
-// changes its repository to [Config.Repository] if that is the given one.
+// AddArtifact records a published artifact. If the catalogue has the artifact already, AddArtifact only adds the new
+// kernels. It also changes the stored repository, if the given repository is [Config.Repository].
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}

@@ -135,9 +135,9 @@ func checkReport(r *api.NodeReport) error {
 // full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Internal, fault.TimedOut}
 
-// mayBlame reports whether a failure may be the artifact's fault. A class that this server does not know may not. A GPU
-// that the driver cannot use is usually broken. After a fallback it is not: a node falls back for that reason only if
-// its former driver could use the GPU.
+// mayBlame reports whether a failure may be the artifact's fault. If this server does not know the class, mayBlame
+// returns false. A GPU that the driver cannot use is usually broken. After a fallback it is not: a node falls back for
+// that reason only if its former driver could use the GPU.
 func mayBlame(s store.OutcomeCount) bool {
 	kind, err := fault.Parse(s.Class)
 	return err == nil && (slices.Contains(artifactFaults, kind) || kind == fault.Unusable && s.Outcome == api.FellBack)

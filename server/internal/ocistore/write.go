@@ -151,7 +151,7 @@ func (s *Store) CancelUpload(id string) error {
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
-// upload is an upload that one request has opened. No other can write to it.
+// upload is an upload that one request has opened. No other request can write to it.
 type upload struct {
 	s      *Store
 	id     string
