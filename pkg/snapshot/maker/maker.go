@@ -358,7 +358,7 @@ type publishedList struct {
 }
 
 // nextStamp returns the version of the next timestamp: the clock in seconds, or one more than the former version if
-// that is higher. Even after the folder was lost, nodes have therefore seen only lower versions.
+// that is higher. So even after the loss of the folder, nodes have seen only lower versions.
 func (r *Repository) nextStamp(former publishedList) int64 {
 	return max(former.stamp+1, r.now().Unix())
 }

@@ -14,8 +14,8 @@ import (
 	"strings"
 )
 
-// Files reads the metadata of files, and of folders with all that is in them, except folders named .git. It has to read
-// nothing else: of a file that a test opens, the cache too compares only size, mode and time.
+// Files reads the metadata of files, and of folders with all that is in them, except folders named .git. That is
+// enough: of a file that a test opens, Go's cache compares only size, mode and time.
 func Files(names ...string) error {
 	for _, name := range names {
 		err := filepath.WalkDir(name, func(name string, d fs.DirEntry, err error) error {
