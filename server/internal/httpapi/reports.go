@@ -26,7 +26,7 @@ func (t table) coverage() {
 // From is the network of the client.
 type From struct{ network string }
 
-// Resolve is called by the router for input that is not a parameter.
+// Resolve reads the network from the request. The router calls it, because the network is not a parameter.
 func (f *From) Resolve(ctx huma.Context) []error {
 	at, _ := netip.ParseAddrPort(ctx.RemoteAddr()) // on an error, the network is unknown
 	f.network = catalogue.Network(at.Addr())
