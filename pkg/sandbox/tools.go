@@ -34,6 +34,10 @@ func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 func digestTools(dir string, names []string) (string, error) {
 	h := sha256.New()
 	libraries := map[string]bool{}
+	folders, err := libraryFolders()
+	if err != nil {
+		return "", fmt.Errorf("read host tools: %w", err)
+	}
 	for _, name := range names {
 		file, err := filepath.EvalSymlinks(filepath.Join(dir, name))
 		if errors.Is(err, fs.ErrNotExist) {
@@ -47,7 +51,7 @@ func digestTools(dir string, names []string) (string, error) {
 			return "", fmt.Errorf("read host tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", name, sum)
-		needed, err := neededFiles(file)
+		needed, err := neededFiles(file, folders)
 		if err != nil {
 			return "", fmt.Errorf("read host tools: %s: %w", name, err)
 		}
@@ -70,10 +74,33 @@ func digestTools(dir string, names []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// neededFiles returns the files of a program's loader and libraries, or none for a script. It searches where the loader
-// of Debian and similar distributions does. It leaves out the libraries' own dependencies: they are the C library, or
-// come in the same package.
-func neededFiles(file string) (found []string, err error) {
+// libraryFolders returns the folders where the loader of Debian and similar distributions searches, in groups: if one
+// group has a library, the next is not searched.
+func libraryFolders() (groups [][]string, err error) {
+	for _, pattern := range []string{"/lib/*-linux-gnu", "/usr/lib/*-linux-gnu"} {
+		folders, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, err
+		}
+		groups = append(groups, folders)
+	}
+	return append(groups, []string{"/lib64"}, []string{"/usr/lib64"}, []string{"/lib"}, []string{"/usr/lib"}), nil
+}
+
+// present returns the paths of a name in those folders that have it.
+func present(folders []string, name string) (paths []string) {
+	for _, folder := range folders {
+		path := filepath.Join(folder, name)
+		if _, err := os.Lstat(path); err == nil {
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// neededFiles returns the files of a program's loader and libraries, or none for a script. It searches the folders for
+// libraries. It leaves out the libraries' own dependencies: they are the C library, or come in the same package.
+func neededFiles(file string, folders [][]string) (found []string, err error) {
 	f, err := elf.Open(file)
 	var format *elf.FormatError
 	if errors.As(err, &format) || errors.Is(err, io.EOF) {
@@ -96,12 +123,8 @@ func neededFiles(file string) (found []string, err error) {
 		}
 	}
 	for _, name := range names {
-		for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/",
-			"/usr/lib/"} {
-			paths, err := filepath.Glob(pattern + filepath.Base(name))
-			if err != nil {
-				return nil, err
-			}
+		for _, group := range folders {
+			paths := present(group, filepath.Base(name))
 			if len(paths) > 0 {
 				found = append(found, paths...)
 				break

@@ -50,11 +50,15 @@ func TestHostTools(t *testing.T) {
 		t.Errorf("HostTools = %q, %v", d, err)
 	}
 	t.Logf("in %v", time.Since(start))
-	needed, err := neededFiles("/proc/self/exe")
+	folders, err := libraryFolders()
+	if err != nil {
+		t.Fatal(err)
+	}
+	needed, err := neededFiles("/proc/self/exe", folders)
 	if err != nil || len(needed) > 3 {
 		t.Errorf("neededFiles(this program) = %v, %v", needed, err)
 	}
-	libraries, err := neededFiles("/usr/bin/env")
+	libraries, err := neededFiles("/usr/bin/env", folders)
 	if err != nil || len(libraries) < 2 {
 		t.Errorf("neededFiles(env) = %v, %v; want the loader and the C library", libraries, err)
 	}
