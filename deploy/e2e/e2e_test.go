@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
@@ -27,6 +28,7 @@ type stage struct {
 	key    string
 	srv    *testbed.Server
 	worker *testbed.Process
+	passes *passes
 }
 
 var shared *stage // set by TestMain before any test runs, and not changed afterwards
@@ -59,6 +61,12 @@ func run(m *testing.M) (code int) {
 		defer os.RemoveAll(dir)
 		shared, err = setUp(context.Background(), dir)
 	}
+	if err == nil {
+		var repo string
+		if repo, err = filepath.Abs("../.."); err == nil {
+			shared.passes, err = newPasses(repo, shared.mirror.Dir, filepath.Join(shared.State, "passed"), before)
+		}
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e: set up:", err)
 		return 1
@@ -75,11 +83,18 @@ func run(m *testing.M) (code int) {
 			}
 		}
 	}()
-	if code = m.Run(); code == 0 {
-		if err := before.Unchanged(); err != nil {
-			fmt.Fprintln(os.Stderr, "e2e:", err)
-			return 1
-		}
+	code = m.Run()
+	err = before.Unchanged()
+	if err == nil {
+		err = shared.passes.save()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
+	if kept := shared.passes.kept; len(kept) > 0 {
+		fmt.Printf("e2e: not run again, since they passed in the last %s with the same content (%s=1 runs them):\n%s\n",
+			keepPassed, againEnv, strings.Join(kept, "\n"))
 	}
 	return code
 }

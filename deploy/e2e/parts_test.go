@@ -36,6 +36,15 @@ var oneProcessor = map[string]bool{
 	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
 }
 
+// dependOn has the folders that the longest parts depend on, besides those of all tests. Other parts always run.
+var dependOn = map[string][]string{
+	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {"deploy/mirror"},
+	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
+	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
+	"a cluster's API server": {"server", "fetcher", "deploy"},
+}
+
 // TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Here all
 // inputs exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
@@ -107,6 +116,9 @@ func TestPartsOnRealInputs(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			if oneProcessor[row.name] {
 				t.Parallel()
+			}
+			if folders, ok := dependOn[row.name]; ok && shared.passes.remembered(t, folders...) {
+				return
 			}
 			cmd := exec.CommandContext(t.Context(), "go",
 				append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
