@@ -436,6 +436,33 @@ func TestDevicePluginStays(t *testing.T) {
 	}
 }
 
+// TestUpgradeOrder checks that the commands of the page about upgrades, which keep the order of the components, select
+// the Deployments that they name.
+func TestUpgradeOrder(t *testing.T) {
+	t.Parallel()
+	text, found := read(t, "docs/how-to/upgrade.md"), 0
+	for _, component := range []string{"builder", "server"} {
+		command := "kubectl apply -k deploy/kubernetes/overlays/gke -l app.kubernetes.io/component=" + component + "\n"
+		_, after, ok := strings.Cut(text, command)
+		if next, _, _ := strings.Cut(after, "\n"); !ok || !strings.Contains(next, " deployment/prebake-"+component+" ") {
+			t.Errorf("docs/how-to/upgrade.md waits for the %s by %q; want that after %q", component, next, command)
+		}
+		for name, m := range manifests(t) {
+			if m.Metadata.Labels["app.kubernetes.io/component"] != component {
+				continue
+			}
+			if name == "Deployment/prebake-"+component {
+				found++
+			} else if m.Kind != "Service" {
+				t.Errorf("-l app.kubernetes.io/component=%s also selects %s", component, name)
+			}
+		}
+	}
+	if found != 2 {
+		t.Errorf("the labels select %d Deployments; want 2", found)
+	}
+}
+
 // TestRemovePageNamesObjects checks that the page about removal deletes each object of the manifests. It must delete
 // keys and volume last, with the namespaces.
 func TestRemovePageNamesObjects(t *testing.T) {
