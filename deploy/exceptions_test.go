@@ -106,8 +106,8 @@ func TestContainersHaveResources(t *testing.T) {
 				checked++
 				r := c.Resources
 				if r.Requests["cpu"] == "" || r.Requests["memory"] == "" || r.Limits["memory"] == "" {
-					t.Errorf("%s: container %s of %s requests %v with the limits %v; want CPU and memory, and a limit of memory", name,
-						c.Name, o.Metadata.Name, r.Requests, r.Limits)
+					t.Errorf("%s: container %s of %s requests %v with the limits %v; want CPU and memory, and a limit of memory",
+						name, c.Name, o.Metadata.Name, r.Requests, r.Limits)
 				}
 			}
 		}
@@ -184,7 +184,7 @@ func TestMigrationKeepsInstallersApart(t *testing.T) {
 	lines := strings.Split(read(t, name), "\n")
 	first := slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, "first-node-pool.md") })
 	if at == 0 || first < at {
-		t.Errorf("%s: line %d leads to the manifests, and line %d keeps the fetcher off the former nodes; want the other order",
-			name, first+1, at)
+		t.Errorf("%s: line %d leads to the manifests, and line %d keeps the fetcher off the former nodes; want the other "+
+			"order", name, first+1, at)
 	}
 }
