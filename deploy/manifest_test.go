@@ -3,6 +3,7 @@ package deploy_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
@@ -61,6 +62,9 @@ type pod struct {
 	Volumes    []struct {
 		Name     string
 		HostPath struct{ Path string } `yaml:"hostPath"`
+		EmptyDir struct {
+			SizeLimit string `yaml:"sizeLimit"`
+		} `yaml:"emptyDir"`
 	}
 }
 
@@ -75,7 +79,7 @@ type container struct {
 	Name, Image     string
 	Args            []string
 	Env             []variable
-	Resources       struct{ Limits map[string]string }
+	Resources       struct{ Requests, Limits map[string]string }
 	SecurityContext struct {
 		Privileged   bool
 		Escalation   *bool  `yaml:"allowPrivilegeEscalation"`
@@ -192,6 +196,65 @@ func TestBuilderManifest(t *testing.T) {
 	if err != nil || merr != nil || jobs < 1 || jobs > 2*memory {
 		t.Errorf("builder runs %q compilers within %q of memory; want 512 MiB for each", value("jobs"),
 			c.Resources.Limits["memory"])
+	}
+}
+
+// TestBuilderDisk compares what the manifests and pages say about the builder's disk. A pod that uses more than it
+// requests is among the first that a node with a full disk evicts. A pod whose volume outgrows its sizeLimit is evicted
+// at once.
+func TestBuilderDisk(t *testing.T) {
+	t.Parallel()
+	const (
+		build   = 4  // GiB that a build takes at its peak: buildNeeds of builder/cmd_cache.go
+		runaway = 16 // GiB after which a sandbox ends a build: maxDisk of pkg/sandbox/limits.go
+	)
+	gib := func(size, unit string) int {
+		t.Helper()
+		text, found := strings.CutSuffix(size, unit)
+		n, err := strconv.Atoi(text)
+		if !found || err != nil {
+			t.Fatalf("size %q: want a number of %s", size, unit)
+		}
+		return n
+	}
+	m, c := object(t, "Deployment/prebake-builder")
+	var cache, volume int
+	for _, arg := range c.Args {
+		if size, ok := strings.CutPrefix(arg, "--cache-size="); ok {
+			cache = gib(size, "GiB")
+		}
+	}
+	for _, v := range m.Spec.Template.Spec.Volumes {
+		if v.Name == "cache" {
+			volume = gib(v.EmptyDir.SizeLimit, "Gi")
+		}
+	}
+	request := gib(c.Resources.Requests["ephemeral-storage"], "Gi")
+	if cache == 0 || request < cache+build {
+		t.Errorf("builder requests %d GiB of disk, with a cache of %d GiB; want room for a build of %d GiB, too", request,
+			cache, build)
+	}
+	if volume < request || volume < cache+runaway {
+		t.Errorf("builder's volume may have %d GiB, with a cache of %d GiB; want room for what it requests, and for a build "+
+			"that its sandbox ends at %d GiB", volume, cache, runaway)
+	}
+	// The base alone has these settings, so they are the same in all overlays.
+	for name, text := range map[string]string{"--cache-size=": "", "ephemeral-storage:": "", "sizeLimit:": ""} {
+		for _, file := range files(t, ".yaml") {
+			if strings.HasPrefix(file, "deploy/kubernetes/") && strings.Contains(read(t, file), name) {
+				text += file + " "
+			}
+		}
+		if text != "deploy/kubernetes/base/builder.yaml " {
+			t.Errorf("%s is in %s; want it in base/builder.yaml alone", name, text)
+		}
+	}
+	for _, name := range []string{
+		"docs/tutorials/first-node-pool.md", "deploy/kubernetes/components/keda/scaledobject.yaml",
+	} {
+		if want := fmt.Sprintf("%d GiB of disk", request); !strings.Contains(read(t, name), want) {
+			t.Errorf("%s does not say that a builder requests %q", name, want)
+		}
 	}
 }
 
@@ -370,6 +433,33 @@ func TestDevicePluginStays(t *testing.T) {
 	}
 	if len(p.NodeSelector) > 0 {
 		t.Errorf("the device plugin's node selector = %v; want none", p.NodeSelector)
+	}
+}
+
+// TestUpgradeOrder checks that the commands of the page about upgrades, which keep the order of the components, select
+// the Deployments that they name.
+func TestUpgradeOrder(t *testing.T) {
+	t.Parallel()
+	text, found := read(t, "docs/how-to/upgrade.md"), 0
+	for _, component := range []string{"builder", "server"} {
+		command := "kubectl apply -k deploy/kubernetes/overlays/gke -l app.kubernetes.io/component=" + component + "\n"
+		_, after, ok := strings.Cut(text, command)
+		if next, _, _ := strings.Cut(after, "\n"); !ok || !strings.Contains(next, " deployment/prebake-"+component+" ") {
+			t.Errorf("docs/how-to/upgrade.md waits for the %s by %q; want that after %q", component, next, command)
+		}
+		for name, m := range manifests(t) {
+			if m.Metadata.Labels["app.kubernetes.io/component"] != component {
+				continue
+			}
+			if name == "Deployment/prebake-"+component {
+				found++
+			} else if m.Kind != "Service" {
+				t.Errorf("-l app.kubernetes.io/component=%s also selects %s", component, name)
+			}
+		}
+	}
+	if found != 2 {
+		t.Errorf("the labels select %d Deployments; want 2", found)
 	}
 }
 
