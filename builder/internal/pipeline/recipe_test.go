@@ -310,3 +310,25 @@ func TestOtherBTFRefused(t *testing.T) {
 		checkRefusedEarly(t, cfg, "pahole v0.99", "install pahole v0.99")
 	}
 }
+
+// If one repository has other bytes than this build made, no repository gets them.
+func TestOtherBytesPublishedNowhere(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.driver(t, salted(driverFiles()))
+	first := must(t, f.config(t, emptyCache(t)), request("17800.0.9"))
+	cfg := f.config(t, emptyCache(t))
+	fresh := "oci:" + filepath.Join(t.TempDir(), "layout")
+	cfg.Destinations = append([]string{fresh}, cfg.Destinations...)
+	res, log, err := build(t, cfg, request("17800.0.9"))
+	if !fault.Is(err, fault.PublishRefused) || res.Digest == first.Digest {
+		t.Fatalf("Run = %v, digest %s; want another digest than %s refused\n%s", err, res.Digest, first.Digest, log)
+	}
+	repo, err := registry.Open(fresh, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
+		t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+	}
+}
