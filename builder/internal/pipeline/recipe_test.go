@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -285,4 +286,49 @@ func TestOtherBTF(t *testing.T) {
 	}
 	cfg.BTF = false
 	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
+}
+
+// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile. A
+// builder of another version tries again.
+func TestOtherBTFRefused(t *testing.T) {
+	t.Parallel()
+	f := newTypedFarm(t)
+	f.driver(t, salted(typedDriver()))
+	facts := pipeline.Recipes()
+	facts["btf"] = "v0.99"
+	cfg := f.config(t, emptyCache(t))
+	cfg.LoadTest, cfg.BTF = pipeline.LoadTestOff, true
+	cfg = f.publishWith(t, cfg, facts)
+	cfg.RebuildAfter = time.Nanosecond
+	for _, version := range []string{cfg.Version, "v9.9"} {
+		cfg.Version = version
+		res, log, err := build(t, cfg, request("17800.0.9"))
+		if !fault.Is(err, fault.PublishRefused) || !slices.Contains(phases(res), "publish") {
+			t.Fatalf("the first build by version %q = %v, phases %v; want it compiled and refused\n%s", version, err,
+				phases(res), log)
+		}
+		checkRefusedEarly(t, cfg, "pahole v0.99", "install pahole v0.99")
+	}
+}
+
+// If one repository has other bytes than this build made, no repository gets them.
+func TestOtherBytesPublishedNowhere(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.driver(t, salted(driverFiles()))
+	first := must(t, f.config(t, emptyCache(t)), request("17800.0.9"))
+	cfg := f.config(t, emptyCache(t))
+	fresh := "oci:" + filepath.Join(t.TempDir(), "layout")
+	cfg.Destinations = append([]string{fresh}, cfg.Destinations...)
+	res, log, err := build(t, cfg, request("17800.0.9"))
+	if !fault.Is(err, fault.PublishRefused) || res.Digest == first.Digest {
+		t.Fatalf("Run = %v, digest %s; want another digest than %s refused\n%s", err, res.Digest, first.Digest, log)
+	}
+	repo, err := registry.Open(fresh, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
+		t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+	}
 }

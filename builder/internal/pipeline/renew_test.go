@@ -127,11 +127,7 @@ func TestRenewOtherBytes(t *testing.T) {
 		t.Run(fmt.Sprintf("signed modules %t", signed), func(t *testing.T) {
 			t.Parallel()
 			f := newFarm(t)
-			files := driverFiles()
-			files["kernel-open/Makefile"] = "modules:\n" + // each compile gives other bytes
-				"\t" + `@echo "const char salt[] = \"$$(date +%N)\";" >>nv.c` + "\n" +
-				"\t@$(CC) -c nv.c -o nvidia.ko\n"
-			f.driver(t, files)
+			f.driver(t, salted(driverFiles()))
 			cfg := f.config(t, emptyCache(t))
 			if signed {
 				tree := headerFiles()

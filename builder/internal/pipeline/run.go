@@ -34,6 +34,8 @@ type run struct {
 	// recipe is the recipe for the layers. If the recipe of the published artifact is not certain, wanted is the
 	// artifact's digest. Then pack tries all recipes.
 	recipe, wanted string
+	// otherPahole is set if the published modules have BTF by another pahole.
+	otherPahole otherPahole
 }
 
 // Run makes one cell. The log gets the whole output of all tools. After an error, the Result has everything up to the
@@ -89,6 +91,7 @@ func (r *run) runPhases(ctx context.Context) error {
 		note, err = r.publish(ctx, in, to, m, a)
 		return struct{}{}, note, err
 	})
+	r.keepRefusal(a, err)
 	return err
 }
 

@@ -55,12 +55,24 @@ func newTypedFarm(t *testing.T) *farm {
 	}
 	f := newFarm(t)
 	f.typedKernel(t, "17800.0.9", "first build")
+	f.driver(t, typedDriver())
+	return f
+}
+
+// typedDriver returns the files of a driver that has types.
+func typedDriver() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Makefile"] =
 		"modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -c nv.c -o nvidia.ko\n"
 	files["kernel-open/nv.c"] += "struct nv_state { int minor; };\nint nv(struct nv_state *s) { return s->minor; }\n"
-	f.driver(t, files)
-	return f
+	return files
+}
+
+// salted changes the files of a driver so that each compile gives other bytes.
+func salted(files map[string]string) map[string]string {
+	files["kernel-open/Makefile"] = strings.Replace(files["kernel-open/Makefile"], "modules:\n",
+		"modules:\n\t"+`@echo "const char salt[] = \"$$(date +%N)\";" >>nv.c`+"\n", 1)
+	return files
 }
 
 // A build with BTF makes another artifact than a build without. COS builds with the same kernel share the artifact with

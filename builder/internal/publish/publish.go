@@ -132,6 +132,15 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
+// CheckTags returns a [fault.PublishRefused] error if [Publish] or [Attest] would refuse the artifact with this digest,
+// because a tag refers to another one.
+func CheckTags(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
+	if _, err := checkTags(ctx, repo, digest, a); err != nil {
+		return fmt.Errorf("publish driver %s for %s: %w", a.Identity.Driver, a.Kernel, err)
+	}
+	return nil
+}
+
 // checkTags checks both tags before anything is sent, and returns whether the artifact's own tag exists.
 func checkTags(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// keptLog is the log of a build that has ended, for which the server had no space. Its file name in Config.State has
+// keptLog is the log of an attempt that has ended, for which the server had no space. Its file name in Config.State has
 // the build, the attempt and the worker. So a worker with another ID in the same folder can tell whether the server
 // still lacks this very log.
 type keptLog struct {
@@ -42,8 +42,8 @@ func idSum(id string) string {
 	return fmt.Sprintf("%x", sum[:8])
 }
 
-// The kept logs are at most maxKept files with maxKeptBytes in all. The oldest ones are removed first. A log of more
-// than maxKeptBytes is not kept.
+// The kept logs are at most maxKept files with maxKeptBytes in all. The newest ones stay. A log that does not fit
+// beside newer ones is removed, but smaller and older ones may still fit.
 const (
 	maxKept      = 50
 	maxKeptBytes = 256 << 20
@@ -52,7 +52,7 @@ const (
 // keptEvery is the time between two rounds of sending kept logs.
 const keptEvery = time.Minute
 
-// keepLog keeps the log of a build that has ended.
+// keepLog keeps the log of an attempt that has ended.
 func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 	if err := os.Rename(w.logPath(build), w.keptPath(build, attempt)); err != nil {
 		return err
@@ -61,7 +61,7 @@ func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 	return err
 }
 
-// trimKept removes the oldest kept logs that are too many or too large, and returns the others, the newest first.
+// trimKept removes the kept logs that do not fit beside newer ones, and returns the others, the newest first.
 func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 	list, err := os.ReadDir(w.State)
 	if err != nil {

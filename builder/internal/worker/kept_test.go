@@ -53,6 +53,35 @@ func TestOutcomeOnFullDisk(t *testing.T) {
 	}
 }
 
+// TestKilledAfterOutcome checks that a worker on a full server that is killed right after an outcome loses no log. Its
+// next start sends the log.
+func TestKilledAfterOutcome(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, fails(fault.New(fault.Unsupported, "no such driver", "")))
+	r.server.noLog = fault.DiskFull
+	r.server.build = api.Build{ID: 7, State: api.Failed, Worker: "w1", Attempt: 1}
+	killed := t.TempDir()
+	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+		if u.State == api.Failed {
+			if err := os.CopyFS(killed, os.DirFS(r.cfg.State)); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	}
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	r.cfg.State, r.server.noLog = killed, 0
+	if len(r.buildFiles(t)) == 0 {
+		t.Fatal("the killed worker left no log, so this test proves nothing")
+	}
+	r.runUntil(t, func() bool { return len(r.buildFiles(t)) == 0 })
+	if r.server.log != "log of a failure\n" {
+		t.Errorf("the server has the log %q; want that of the failure", r.server.log)
+	}
+}
+
 // buildFiles returns the names of the logs in the state folder.
 func (r *rig) buildFiles(t *testing.T) []string {
 	t.Helper()
@@ -133,16 +162,20 @@ func TestKeptLog(t *testing.T) {
 	}
 }
 
-// TestKeptLogsAreBounded checks that a worker keeps only the newest logs while the server's disk is full.
+// TestKeptLogsAreBounded checks that a worker keeps only the newest logs while the server's disk is full. A log that is
+// too large takes no older ones with it.
 func TestKeptLogsAreBounded(t *testing.T) {
 	t.Parallel()
+	const full = worker.MaxKeptBytes / api.MaxBuildLog
 	for _, row := range []struct {
-		name       string
-		size       int64
-		logs, want int
+		name  string
+		sizes []int64 // of the logs, the newest first
+		kept  func(i int) bool
 	}{
-		{"many", 1, worker.MaxKept + 5, worker.MaxKept},
-		{"large", api.MaxBuildLog, 7, worker.MaxKeptBytes / api.MaxBuildLog},
+		{"many", slices.Repeat([]int64{1}, worker.MaxKept+5), func(i int) bool { return i < worker.MaxKept }},
+		{"large", slices.Repeat([]int64{api.MaxBuildLog}, full+3), func(i int) bool { return i < full }},
+		{"one too large", []int64{1, worker.MaxKeptBytes + 1, 1, 1}, func(i int) bool { return i != 1 }},
+		{"one too large beside a newer one", []int64{worker.MaxKeptBytes - 1, 2, 1, 1}, func(i int) bool { return i%2 == 0 }},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -150,18 +183,20 @@ func TestKeptLogsAreBounded(t *testing.T) {
 			if err := os.Remove(first); err != nil {
 				t.Fatal(err)
 			}
-			var paths []string
-			for i := range row.logs { // each is older than the one before
+			var want []string
+			for i, size := range row.sizes {
 				path := strings.Replace(first, "build-7", fmt.Sprintf("build-%d", 100+i), 1)
 				at := time.Now().Add(-time.Duration(i) * time.Minute)
-				if err := errors.Join(os.WriteFile(path, nil, 0o644), os.Truncate(path, row.size),
+				if err := errors.Join(os.WriteFile(path, nil, 0o644), os.Truncate(path, size),
 					os.Chtimes(path, at, at)); err != nil {
 					t.Fatal(err)
 				}
-				paths = append(paths, path)
+				if row.kept(i) {
+					want = append(want, path)
+				}
 			}
-			r.runUntil(t, func() bool { return len(r.buildFiles(t)) == row.want })
-			if diff := cmp.Diff(slices.Sorted(slices.Values(paths[:row.want])), r.buildFiles(t)); diff != "" {
+			r.runUntil(t, func() bool { return len(r.buildFiles(t)) <= len(want) })
+			if diff := cmp.Diff(want, r.buildFiles(t)); diff != "" {
 				t.Errorf("kept logs (-want +got):\n%s", diff)
 			}
 		})

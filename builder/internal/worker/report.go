@@ -17,7 +17,8 @@ import (
 
 // reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
 // the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of an ended build, and
-// sends it later (see sendKeptLogs).
+// sends it later (see sendKeptLogs). It keeps the log before it sends the outcome: if it is killed after the outcome,
+// its next start takes the other logs of ended builds for sent ones.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	path, full := w.logPath(build), false
 	err := retryUntilDone(ctx, func() error {
@@ -34,6 +35,12 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	case err != nil:
 		log.WarnContext(ctx, "log refused by the server", "err", err)
 	}
+	keep := full && update.State != api.Queued // a queued build gets the log of its next attempt
+	if keep {
+		if err := w.keepLog(ctx, build, update.Attempt); err != nil && !errors.Is(err, os.ErrNotExist) {
+			log.WarnContext(ctx, "log not kept", "err", err)
+		}
+	}
 	err = retryUntilDone(ctx, func() error {
 		_, err := w.Server.UpdateBuild(ctx, build, update)
 		return err
@@ -41,12 +48,10 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	if err != nil {
 		return fmt.Errorf("report the end of build %d: %w", build, err)
 	}
-	if full && update.State != api.Queued { // a queued build gets the log of its next attempt
-		err = w.keepLog(ctx, build, update.Attempt)
-	} else {
-		err = dropLog(path)
+	if keep {
+		return nil
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := dropLog(path); err != nil {
 		log.WarnContext(ctx, "log not removed", "err", err)
 	}
 	return nil
