@@ -22,7 +22,7 @@ func doctorCommand() *ucli.Command {
 mirrors, destinations and the key if you name them, and changes nothing. The
 exit status is the one of the first check that fails.`,
 		Flags: slices.Concat(
-			cli.Group(groupWhat, cli.Bool("btf", "also check the tools that build --btf needs")),
+			cli.Group(groupWhat, cli.Bool("btf", "also check the tools for the flag --btf of build")),
 			cli.Group(groupFrom,
 				cli.String("kernel-mirror", "", "check that the COS release bucket at `URL` can be read"),
 				cli.String("driver-mirror", "", "check that the bucket with NVIDIA's runfiles at `URL` can be read"),

@@ -68,7 +68,7 @@ func wishCommand() *ucli.Command {
 				Name: "check", Usage: "check a wish list, and print every mistake", ArgsUsage: "FILE",
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {
-						return fault.New(fault.Usage, "wish check takes one file name", "run: builder wish check wish.yaml")
+						return fault.New(fault.Usage, "builder wish check takes one file name", "run: builder wish check wish.yaml")
 					}
 					w, err := readWish(cmd.Args().First())
 					if err != nil {

@@ -80,7 +80,7 @@ func splitReference(ref string) (repository, name string, err error) {
 func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	refs := cmd.Args().Slice()
 	if len(refs) == 0 {
-		return fault.New(fault.Usage, "reproduce needs the reference of at least one artifact",
+		return fault.New(fault.Usage, "builder reproduce needs the reference of at least one artifact",
 			"run: builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := newVerifier(cmd)
@@ -137,7 +137,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	if len(differ) > 0 {
 		return fault.New(fault.Mismatch,
-			fmt.Sprintf("reproduce: %d of %d artifacts differ: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+			fmt.Sprintf("reproduce: %d of %d artifacts differ from their rebuilds: %s", len(differ), len(reports),
+				strings.Join(differ, ", ")),
 			"do not use these artifacts until their publisher has explained the difference")
 	}
 	return nil
