@@ -414,7 +414,8 @@ func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (str
 		_, err = bundle.DriverOf(raw)
 	}
 	if err != nil {
-		return "", notRegistry(fmt.Errorf("tag %s in %s has media type %.80q: %w", tag, repo.Name(), d.MediaType, err))
+		return "", notRegistry(fmt.Errorf("tag %s in %s, of media type %.80q, is not an artifact: %w", tag, repo.Name(),
+			d.MediaType, err))
 	}
 	return d.Digest.String(), nil
 }

@@ -260,7 +260,7 @@ func TestRace(t *testing.T) {
 			10 * time.Minute,
 			"",
 			fault.APIBreak,
-			"the farm gave no driver: resolve driver: failed",
+			"the farm also gave no driver: resolve driver: failed",
 			false,
 		},
 		{
@@ -270,7 +270,7 @@ func TestRace(t *testing.T) {
 			time.Minute,
 			"",
 			fault.APIBreak,
-			"the farm gave no driver: resolve driver: building",
+			"the farm also gave no driver: resolve driver: building",
 			false,
 		},
 	}

@@ -128,7 +128,7 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	}
 	var p evidence
 	if raw == nil {
-		return bundle.Content{}, fault.New(fault.Unverified, "its attestations are not on this node",
+		return bundle.Content{}, fault.New(fault.Unverified, "the driver's attestations are not on this node",
 			"to store the attestations, run this while the registry can be reached: fetcher install")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {

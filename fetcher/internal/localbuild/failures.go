@@ -135,7 +135,8 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 		err = os.WriteFile(f.running, raw, 0o600)
 	}
 	if err != nil {
-		return fault.Disk(fmt.Errorf("record the compile: %w", err), "make space on the disk of "+filepath.Dir(f.running))
+		return fault.Disk(fmt.Errorf("record that a compile began: %w", err),
+			"make space on the disk of "+filepath.Dir(f.running))
 	}
 	return nil
 }
@@ -143,7 +144,7 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 // end records that the compile ended, in any way.
 func (f failures) end() error {
 	if err := os.Remove(f.running); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("record the end of the compile: %w", err)
+		return fmt.Errorf("record that the compile ended: %w", err)
 	}
 	return nil
 }

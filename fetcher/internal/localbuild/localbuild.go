@@ -56,7 +56,7 @@ func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "lo
 func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read this node's signing key: %w", err),
 			"without the key of this node, no driver that it compiled can be verified: publish the driver, or compile it "+
 				"again with fetcher install")
 	}
@@ -88,16 +88,16 @@ func (b Builder) key(ctx context.Context) (string, error) {
 	}
 	fresh, folder := filepath.Join(b.StateDir, "tmp-key"), filepath.Join(b.StateDir, keyFolder)
 	if err := errors.Join(os.RemoveAll(fresh), os.RemoveAll(folder)); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if err := os.Mkdir(fresh, 0o700); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if _, err := b.run(ctx, "keygen", filepath.Join(fresh, keyFile)); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if err := os.Rename(fresh, folder); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	return filepath.Join(folder, keyFile), nil
 }
@@ -144,7 +144,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	}
 	// Artifacts of earlier runs are already in the install folder, or useless.
 	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
-		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
+		return resolve.Answer{}, fmt.Errorf("empty the node's own image layout: %w", err)
 	}
 	// Only a compile needs much memory. If this program is killed before, such as during a slow pull, that is no sign of
 	// too little.
@@ -292,7 +292,7 @@ type output struct {
 func (o *output) Write(p []byte) (int, error) {
 	if o.buffer.Len()+len(p) > maxOutput {
 		o.tooLong = true
-		return 0, errors.New("too much output")
+		return 0, errors.New("the builder printed too much output")
 	}
 	return o.buffer.Write(p)
 }

@@ -83,8 +83,8 @@ func TestExample(t *testing.T) {
 		t.Errorf("notAfter = %v", until)
 	}
 	said := strings.Join(policy.Summary(p), "\n")
-	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "needs reproduction by 1 of role rebuilder",
-		"needs a passed load test", "535.261.03, 550.163.01"} {
+	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "signed by 1 of role rebuilder",
+		"needs an artifact that passed the load test", "535.261.03, 550.163.01"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("Summary lacks %q:\n%s", want, said)
 		}
@@ -105,10 +105,10 @@ func TestRefuses(t *testing.T) {
 		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
 		"two documents":         {head + tail + "---\n" + head, "more than one document"},
 		"no roles":              {"version: 1\n" + tail, "no role"},
-		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want keys, identities or both"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want the field keys"},
 		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
 		"file and pem": {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail,
-			"want either file or pem"},
+			"want one of the fields file and pem"},
 		"no key": {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
 		"a day that is none": {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail,
 			"notAfter"},
