@@ -74,7 +74,7 @@ func openSite(ref string, o Options) (store, error) {
 		Transport: retryAfterTransport{rangeTransport{webPageTransport{stallTransport{tr}}}},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= 10 {
-				return errors.New("stopped after 10 redirects")
+				return errors.New("the server redirected the request more than 10 times")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
 				// In some cases, net/http sends Authorization even to another server after a redirect.

@@ -14,11 +14,11 @@ import (
 
 // The reasons why a client refuses a list. A caller finds the reason with errors.Is.
 var (
-	ErrExpired   = errors.New("it has expired")
-	ErrRollback  = errors.New("it is older than a snapshot that was seen before")
+	ErrExpired   = errors.New("the snapshot has expired")
+	ErrRollback  = errors.New("the snapshot is older than one that was seen before")
 	ErrAltered   = errors.New("a file differs from the signed file, or belongs to another snapshot")
-	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
-	ErrMalformed = errors.New("it is malformed")
+	ErrSignature = errors.New("the snapshot is not signed by enough of the trusted keys")
+	ErrMalformed = errors.New("the snapshot is malformed")
 	// ErrEndless is a special case of ErrAltered: a file is longer than its signed length.
 	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
@@ -116,7 +116,7 @@ func verify(f Files) (*Snapshot, error) {
 	}
 	info := targets.Signed.Targets[Name]
 	if info == nil {
-		return nil, refusal(fmt.Errorf("%w: it has no %s", ErrMalformed, Name))
+		return nil, refusal(fmt.Errorf("%w: the list of targets has no %s", ErrMalformed, Name))
 	}
 	if err := info.VerifyLengthHashes(f.Catalogue); err != nil {
 		return nil, explain(err)
