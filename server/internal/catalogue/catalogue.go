@@ -371,7 +371,7 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 		if ok && known.Fingerprint != "" && known.Fingerprint != a.Fingerprint {
 			return fault.New(
 				fault.Mismatch,
-				fmt.Sprintf("kernel %s has fingerprint %s, but the artifact has %s", k, known.Fingerprint.Short(),
+				fmt.Sprintf("kernel %s has fingerprint %s, but the artifact has fingerprint %s", k, known.Fingerprint.Short(),
 					a.Fingerprint.Short()),
 				"",
 			)

@@ -167,7 +167,7 @@ func TestResolve(t *testing.T) {
 		{"never asked for", first, "550.2", "open", "", api.Unknown, "550.2", "not requested"},
 		{"a branch that no label names, by the default's", bare, "R535", "auto", "", api.Unknown, "535.104.05",
 			"not requested"},
-		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "has no driver for"},
+		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "have no driver for"},
 		{"unknown kernel, default", "1.2.3", "default", "auto", "", api.Unknown, "", "does not know COS build"},
 		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "not requested"},
 		{"node runs another kernel", first, v261, "proprietary", "6.6.6", api.Unsupported, "",
