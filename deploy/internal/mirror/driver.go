@@ -63,7 +63,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	for _, must := range []string{"conftest-verbose", "NV_CFLAGS_FROM_KBUILD"} {
 		if bytes.Contains(t["kernel/Kbuild"].data, []byte(must)) {
-			return nil, fault.New(fault.Internal, "Kbuild still has "+must+" after Debian's edits were undone", "")
+			return nil, fault.New(fault.Internal, "undo Debian's edits: Kbuild still has "+must, "")
 		}
 	}
 	return s.edits, nil
@@ -114,7 +114,8 @@ func finish(t tree, p platform, r release) error {
 	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary",
 		"nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
 		if _, ok := t[must]; !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must),
+			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: Debian's packages have no file %s", r.version,
+				must),
 				"")
 		}
 	}
