@@ -156,7 +156,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 			return trust.Policy{}, fault.New(
 				fault.Unverified,
 				"this node does not compile drivers (--builder never), and does not trust drivers that it compiled before",
-				"publish the driver with builder build --to REF, or allow this node to compile with --builder PROGRAM",
+				"publish the driver with \"builder build --to REF\", or allow this node to compile with --builder PROGRAM",
 			)
 		}
 		return trust.Policy{}, nil
@@ -166,7 +166,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 		err = fault.New(
 			fault.Unverified,
 			"the policy refuses drivers that the node itself compiled",
-			"publish the driver with builder build --to REF, or set nodeBuilds: true in the policy file",
+			"publish the driver with \"builder build --to REF\", or set nodeBuilds: true in the policy file",
 		)
 	}
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err

@@ -135,7 +135,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		}
 		seconds := time.Since(start).Seconds()
 		if err := json.Unmarshal(out, &r); err != nil {
-			return fmt.Errorf("read the result of fetcher install: %w", err)
+			return fmt.Errorf("read the result of \"fetcher install\": %w", err)
 		}
 		switch i {
 		case 0:

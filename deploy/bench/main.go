@@ -33,14 +33,14 @@ func clangMeasurements() []string { return []string{"cold", "neighbour", "next"}
 func main() {
 	cli.Main(&ucli.Command{
 		Name:  "bench",
-		Usage: "measure Prebake against plain make and dkms, and print the ratios",
+		Usage: "measure Prebake, plain \"make\" and dkms, and print the ratios of the times",
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "`COUNT` of runs of each measurement; their median is printed"},
 			&ucli.StringFlag{Name: "only",
 				Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
 			&ucli.BoolFlag{Name: "plain-once",
-				Usage: "run plain make only for the first cell, and dkms only for one kernel; compare all cells with these runs"},
+				Usage: "run plain \"make\" only for the first cell, and dkms only for one kernel; compare all cells with these"},
 			&ucli.BoolFlag{Name: "clang",
 				Usage: "measure cold, neighbour and next on one kernel that clang compiled, as at COS; to compile it: make clang"},
 			&ucli.IntSliceFlag{Name: "kernel-abi",

@@ -172,7 +172,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
-			"use a file that builder bundle create made, or any tar of an OCI image layout",
+			"use a file that \"builder bundle create\" made, or any tar of an OCI image layout",
 		)
 	case err != nil:
 		return p, err

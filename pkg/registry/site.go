@@ -193,7 +193,7 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 		return nil, fault.New(
 			fault.NoArtifact,
 			"there is no OCI image layout at "+s.base.String(),
-			"copy a folder that builder wrote as oci:FOLDER to this address, index.json last",
+			"copy a folder that builder wrote as oci:FOLDER to this address, and index.json as the last file",
 		)
 	}
 	if name == indexFile && err == nil {

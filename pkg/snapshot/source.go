@@ -32,7 +32,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("snapshot from %.200q: %s", from, why),
-			"give the http:// or https:// URL of the folder that builder snapshot wrote, or the absolute path of that folder",
+			"give the http:// or https:// URL of the folder that \"builder snapshot make\" wrote, or the folder's absolute path",
 		)
 	}
 	if !strings.Contains(from, "://") {

@@ -23,8 +23,8 @@ var (
 	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
 
-const hintSource = "check that the source serves all files of one " +
-	"run of builder snapshot; if it does, something on the network path changes the files"
+const hintSource = "check that the source serves all files of one run of \"builder snapshot make\"; " +
+	"if it does, something on the network path changes the files"
 
 // refusal adds the kind Unverified and a hint to the reason why a list is refused.
 func refusal(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
@@ -145,7 +145,7 @@ func checkRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
 		return fmt.Errorf(
 			"read root of snapshot: %w",
-			fault.Wrap(fault.Usage, err, "give an N.root.json that builder snapshot root wrote"),
+			fault.Wrap(fault.Usage, err, "give a file N.root.json that \"builder snapshot root\" wrote"),
 		)
 	}
 	return nil

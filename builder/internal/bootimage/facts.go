@@ -201,7 +201,7 @@ func (f Facts) checkConfig(headers string) error {
 
 func mismatch(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; to publish "+
+		"put into the bucket the vmlinux and the kernel-headers.tgz that one run of the command make produced; to publish "+
 			"without a load test, add --load-test off")
 }
 

@@ -354,7 +354,7 @@ func (e *examination) checkConfigured(ctx context.Context) {
 		try("mirror", name, "answers", "check the URL of the mirror, the network and the proxy settings", e.m.Mirror)
 	}
 	for _, name := range e.Destinations {
-		next := "check the destination in --to; log in with docker login, or with --username and --password"
+		next := "check the destination in --to; log in with \"docker login\", or give --username and --password"
 		if tarball.Is(name) {
 			next = "check the name of the bucket or folder in --to"
 		}

@@ -375,7 +375,7 @@ func (p *packer) addKeys(files []string) (int, error) {
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return 0, fault.Wrap(fault.Usage, err, "give --public-key the file FILE.pub that builder keygen wrote")
+			return 0, fault.Wrap(fault.Usage, err, "give --public-key the file FILE.pub that \"builder keygen\" wrote")
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {

@@ -444,9 +444,9 @@ func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous
 		short(previous.Digest))
 	return fault.Wrap(fault.Busy, fmt.Errorf("%w; fetcher recorded that driver %s is wanted instead", busy,
 		previous.Driver),
-		"reboot the node, or stop the programs that use the GPU (fetcher status lists their processes): fetcher run, if it "+
-			"watches this node, or the next fetcher install then loads the previous driver; to keep the present driver "+
-			"instead, run fetcher install --retry")
+		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
+			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+
+			"\"fetcher install\"; to keep the present driver: fetcher install --retry")
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.

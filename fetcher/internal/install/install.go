@@ -319,7 +319,7 @@ func (s *Store) LinksHold(set Set) error {
 		if err != nil || to != links[name] {
 			return fault.New(fault.Unverified,
 				fmt.Sprintf("check installed driver: link %s leads to %q; want %q", name, to, links[name]),
-				"run fetcher install to repair the links")
+				"repair the links: fetcher install")
 		}
 	}
 	return nil

@@ -208,7 +208,7 @@ var refusals = []struct {
 	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)",
 		"boot the node with module.sig_enforce=0 on the kernel command line"},
 	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)",
-		"run fetcher install to fetch the driver again"},
+		"fetch the driver again: fetcher install"},
 	{unix.EPERM, fault.Rejected, "the kernel does not permit the operation (EPERM)",
 		"run as root with CAP_SYS_MODULE (privileged: true), and check loadpin and lockdown on the kernel command line"},
 	{unix.EACCES, fault.Rejected, "a security module denied the operation (EACCES)",

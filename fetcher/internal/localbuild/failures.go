@@ -65,7 +65,7 @@ func (f failures) lastError(q resolve.Question) error {
 	return fault.New(
 		last.Kind,
 		fmt.Sprintf(
-			"%s (failed at %s; this node compiles again after a day, or with fetcher install --retry)",
+			"%s (failed at %s; this node compiles again after a day, or with \"fetcher install --retry\")",
 			last.Text,
 			last.At.Format(time.RFC3339),
 		),
@@ -125,7 +125,7 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 		if now.Tries = last.Tries; now.Tries >= maxKilled {
 			return outOfMemory(fmt.Sprintf("compile on this node: the last %d compiles of this driver were killed together "+
 				"with the fetcher, the last one after %s; the likely reason is that they needed too much memory (this node "+
-				"compiles again after a day, or with fetcher install --retry)", now.Tries, last.At.Format(time.RFC3339)),
+				"compiles again after a day, or with \"fetcher install --retry\")", now.Tries, last.At.Format(time.RFC3339)),
 				now.Limit)
 		}
 	}

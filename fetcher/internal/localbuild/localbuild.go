@@ -58,7 +58,7 @@ func PublicKey(stateDir string) ([]byte, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read this node's signing key: %w", err),
 			"without the key of this node, no driver that it compiled can be verified: publish the driver, or compile it "+
-				"again with fetcher install")
+				"again: fetcher install")
 	}
 	return pem, nil
 }
@@ -253,8 +253,8 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 			return nil, outOfMemory("the kernel killed the builder for lack of memory", sandbox.MemoryLimit())
 		}
 		return nil, fault.Wrap(fault.Transient, fmt.Errorf("run the builder: %w", err),
-			"if the node had too little memory, free memory or raise the memory limit of the pod, then run fetcher install; "+
-				"read the kernel log: dmesg | tail")
+			"if the node had too little memory, free memory or raise the memory limit of the pod, then run \"fetcher "+
+				"install\"; read the kernel log: dmesg | tail")
 	}
 	if exit != nil {
 		err := said.fault(exit.ExitCode())
@@ -279,7 +279,7 @@ func outOfMemory(text string, limit int64) error {
 			"each compiler)", baseMemory>>20, jobMemory>>20)
 	}
 	return fault.New(fault.OutOfMemory, text,
-		hint+", or publish the driver with builder build, or turn compiling off: --builder never")
+		hint+", or publish the driver with \"builder build\", or turn compiling off: --builder never")
 }
 
 // output is a buffer of at most maxOutput. After a refusal, the pipe to the builder is closed.
