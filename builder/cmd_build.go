@@ -77,7 +77,7 @@ func pipelineFlags() []ucli.Flag {
 			cli.Range("deltas", 3, 0, 1000, "attach deltas from up to `COUNT` earlier COS builds"),
 		),
 		cli.Group(groupTrust,
-			cli.String("key", "", "sign with `KEY`: file, KMS URI, keyless:SIGNING_CONFIG"),
+			cli.String("key", "", "sign with `KEY`: file, KMS URI or keyless:SIGNING_CONFIG"),
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
 			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or a KMS URI"),

@@ -35,7 +35,7 @@ import (
 // wishFlags returns the settings of build and work that apply with --wish only.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
-		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
+		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs before")),
 		cli.Group(groupResources,
 			cli.Range("parallel", 0, 0, 1000, "with --wish: build `COUNT` cells at once; 0 means as many as memory allows"),
 			cli.Range("attempts", 3, 1, 100, "with --wish: try a cell up to `COUNT` times if its failure is temporary"),
@@ -102,7 +102,7 @@ func planCommand() *ucli.Command {
 		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
 		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
 		cli.Group(groupTrust,
-			cli.String("key", "", "count only what `KEY` signed: file, KMS URI, keyless:SIGNING_CONFIG"),
+			cli.String("key", "", "count only what `KEY` signed: file, KMS URI or keyless:SIGNING_CONFIG"),
 			cli.Choice("load-test", pipeline.LoadTestAuto,
 				"with require, count only artifacts that passed the load test: `MODE` is auto, require or off",
 				pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)),

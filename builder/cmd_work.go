@@ -51,7 +51,7 @@ func workCommand() *ucli.Command {
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupResources,
-				cli.Range("concurrency", 1, 1, 1000, "with --queue: `COUNT` of builds at once"),
+				cli.Range("concurrency", 1, 1, 1000, "with --queue: run `COUNT` builds at once"),
 				homeDefault(cli.WasCalled(cli.String("state-dir", filepath.Join(filepath.Dir(defaultCache()), "worker"),
 					"`FOLDER` for a lock file and the logs of running builds"), "state")),
 				grace,

@@ -15,7 +15,7 @@ import (
 
 func serveCommand() *ucli.Command {
 	listen := cli.String("listen", "127.0.0.1:8440",
-		"`ADDRESS` to listen on; for port 0 the server takes a free port and writes its URL to the file address in --data")
+		"`ADDRESS` to listen on; with port 0, the server takes a free port; its URL is in the file address in --data")
 	listen.Validator = func(s string) error {
 		if _, _, err := net.SplitHostPort(s); err != nil {
 			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)
