@@ -202,13 +202,13 @@ var (
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
-		return nil, fault.New(fault.Internal, "read the header of makeself: its last line is not at the expected place",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the last line is not at the expected place",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
 	if m == nil {
-		return nil, fault.New(fault.Internal, "read the header of makeself: it has no uncompressed size",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the header has no uncompressed size",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	var total int64
@@ -220,7 +220,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	// NVIDIA's header has the option -x, with which callers unpack the runfile. It has the line skip=NUMBER without quotes
 	// around the number. makeself has no -x, and writes the quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
-		return nil, fault.New(fault.Internal, "read the header of makeself: it has no option --noexec, or no line skip=",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the header has no option --noexec, or no line "+
+			"skip=",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))
