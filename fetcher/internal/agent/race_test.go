@@ -332,7 +332,7 @@ func TestRaceEndsByTheAgentsClock(t *testing.T) {
 			building, offer("127.0.0.1:1/x", time.Hour), offer(ref, 0),
 		}}
 		n.parts.Local = &compiler{err: fault.New(fault.APIBreak, "it does not compile", "take another")}
-		if r, err := n.runAs(t); !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "farm gave no driver") {
+		if r, err := n.runAs(t); !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "also gave no driver") {
 			t.Errorf("Run = %+v, %v; want the end of the wait", r.Answer, err)
 		}
 	})
