@@ -145,9 +145,10 @@ func TestRunner(t *testing.T) {
 		{"too long", []wire.Step{{Argv: []string{"/bin/sh", "-c", "sleep 60 & wait"}, TimeoutMS: 50}},
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "killed after 50ms"}}},
 		{"built-in too long", []wire.Step{{Argv: []string{"@wait", "/nothing"}, TimeoutMS: 50}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "@wait did not end within 50ms"}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "the command @wait did not end within 50ms"}}},
 		{"stop nothing", []wire.Step{{Argv: []string{"@stop", "x"}}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: int(unix.ESRCH), Error: `stop "x": no such background step`}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: int(unix.ESRCH),
+				Error: `stop "x": there is no such background step`}}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
