@@ -46,8 +46,8 @@ const (
 func mirrorFlags() []ucli.Flag {
 	return cli.Group(groupFrom,
 		cli.String("kernel-mirror", kernelBucket,
-			"`URL` of COS's release bucket: gs://, https:// or file://; several with commas between"),
-		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; several with commas between"),
+			"`URL` of COS's release bucket: gs://, https:// or file://; separate several by commas"),
+		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; separate several by commas"),
 	)
 }
 
@@ -70,14 +70,14 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupTo,
 			cli.Strings("to",
 				"publish to `REF`: host/repository, oci:FOLDER, or a bucket"),
-			cli.String("username", "", "user `NAME` for the first registry (default: Docker's)"),
+			cli.String("username", "", "user `NAME` for the first registry (default: from Docker)"),
 			cli.String("password", "", "`PASSWORD` or token for the first registry in --to"),
 			privateFlag(), redistributeFlag(),
 			cli.Bool("with-runfile", "also copy NVIDIA's runfile to each bucket in --to"),
-			cli.Range("deltas", 3, 0, 1000, "attach up to `COUNT` deltas of earlier builds"),
+			cli.Range("deltas", 3, 0, 1000, "attach deltas from `COUNT` earlier COS builds"),
 		),
 		cli.Group(groupTrust,
-			cli.String("key", "", "sign with `KEY`: file, KMS URI, keyless:SIGNING_CONFIG"),
+			cli.String("key", "", "signing `KEY`: file, KMS URI or keyless:SIGNING_CONFIG"),
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
 			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or a KMS URI"),
@@ -91,7 +91,7 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; 0: all CPUs, shared"),
+			cli.Range("jobs", 0, 0, 10_000, "run `COUNT` compilers per cell; 0: cells share all CPUs"),
 			cli.Duration("compile-timeout", 45*time.Minute, "stop a compile after `TIME`"),
 		),
 	)
@@ -231,7 +231,7 @@ With --wish, the wish list replaces --board, --driver, --flavour and --label.
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupTo, cli.Strings("label",
-				"in buckets, set `LABEL` (DEFAULT, LATEST or the branch) on the driver with open kernel modules")),
+				"in buckets, set `LABEL` (DEFAULT, LATEST or the branch) on this driver; needs --flavour open")),
 			cli.Group(groupOutput,
 				cli.WasCalled(cli.String("log-file", "", "`FILE` for the full log (default: in the cache folder)"), "log"),
 				cli.Bool("dry-run", "with --wish: print what would be built; build nothing"),
@@ -301,7 +301,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		if kerr := keepFailure(ctx, cfg, res, err); kerr != nil {
-			fmt.Fprintf(stderr, "failure not recorded: %v\n", kerr)
+			fmt.Fprintf(stderr, "the failure is not recorded: %v\n", kerr)
 		}
 		return err
 	}
@@ -358,7 +358,7 @@ func keygenCommand() *ucli.Command {
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			path := cmd.Args().First()
 			if path == "" || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "keygen takes one file name", "run: builder keygen prebake.key")
+				return fault.New(fault.Usage, "builder keygen takes one file name", "run: builder keygen prebake.key")
 			}
 			if err := sign.GenerateKey(path); err != nil {
 				return err

@@ -330,7 +330,8 @@ Example:
 				return err
 			}
 			if cmd.String("snapshot")+cmd.String("keys") == "" {
-				return fault.New(fault.Usage, "nothing to extract", "give --snapshot FOLDER, --keys FOLDER or both")
+				return fault.New(fault.Usage, "extract: neither --snapshot nor --keys is given",
+					"give --snapshot FOLDER, --keys FOLDER or both")
 			}
 			for _, what := range []struct{ tag, kind, dir string }{
 				{offline.TagSnapshot, offline.TypeSnapshot, cmd.String("snapshot")},

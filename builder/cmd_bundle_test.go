@@ -117,7 +117,7 @@ func TestBundle(t *testing.T) {
 		{fault.Usage, "oci-archive:EARLIER.tar+" + at("two.tar"), []string{"show", at("two.tar")}},
 		{fault.Usage, "is a complete bundle", []string{"push", at("one.tar") + "+" + at("one.tar"), "--to", site}},
 		{fault.Unverified, "no tar", []string{"show", at("farm.pub")}},
-		{fault.Usage, "nothing to extract", []string{"extract", at("one.tar")}},
+		{fault.Usage, "neither --snapshot nor --keys is given", []string{"extract", at("one.tar")}},
 		{fault.NoArtifact, "snapshot", []string{"extract", both, "--snapshot", at("elsewhere")}},
 	} {
 		if _, errs := does(row.code.ExitCode(), row.args...); !strings.Contains(errs, row.says) {

@@ -23,7 +23,7 @@ func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
 		Usage: "check whether drivers can be built for one COS build, and list what is wrong",
-		Description: `inspect fetches those files of the COS build that compiling needs, and compiles
+		Description: `inspect fetches the files of the COS build that a compile reads, and compiles
 nothing. Attach the output when you report that a COS build does not work. The
 exit status is the one of the first check that fails.`,
 		Flags: slices.Concat(

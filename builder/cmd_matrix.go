@@ -68,7 +68,7 @@ func wishCommand() *ucli.Command {
 				Name: "check", Usage: "check a wish list, and print every mistake", ArgsUsage: "FILE",
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {
-						return fault.New(fault.Usage, "wish check takes one file name", "run: builder wish check wish.yaml")
+						return fault.New(fault.Usage, "builder wish check takes one file name", "run: builder wish check wish.yaml")
 					}
 					w, err := readWish(cmd.Args().First())
 					if err != nil {
@@ -102,7 +102,7 @@ func planCommand() *ucli.Command {
 		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
 		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
 		cli.Group(groupTrust,
-			cli.String("key", "", "count only what `KEY` signed: file, KMS URI, keyless:SIGNING_CONFIG"),
+			cli.String("key", "", "count only what `KEY` signed: file, KMS URI or keyless:SIGNING_CONFIG"),
 			cli.Choice("load-test", pipeline.LoadTestAuto,
 				"with require, count only artifacts that passed the load test: `MODE` is auto, require or off",
 				pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)),

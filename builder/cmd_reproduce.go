@@ -48,13 +48,13 @@ Example:
 				"`FILE` with the certificate of Google's key, for artifacts of --google-modules if the bucket has no certificate")),
 			cli.Group(groupTrust,
 				cli.Bool("attest", "if all files are the same, sign an attestation with --key and attach it to the artifact"),
-				cli.String("key", "", "`KEY` for --attest: file, KMS URI, keyless:SIGNING_CONFIG"),
+				cli.String("key", "", "`KEY` for --attest: file, KMS URI or keyless:SIGNING_CONFIG"),
 				identityTokenFlag(),
 				cli.String("builder-id", builderID, "`URI` that names this builder in the attestation"),
 			),
 			cli.Group(groupResources,
 				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only fetched inputs in it are used")),
-				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 means one for each processor"),
+				cli.Int("jobs", 0, "run `COUNT` compilers at once; 0 means one for each processor"),
 				cli.Duration("compile-timeout", 45*time.Minute, "stop the compile after `TIME`"),
 			),
 			cli.Group(groupOutput, cli.OutputFlag()),
@@ -80,7 +80,7 @@ func splitReference(ref string) (repository, name string, err error) {
 func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	refs := cmd.Args().Slice()
 	if len(refs) == 0 {
-		return fault.New(fault.Usage, "reproduce needs the reference of at least one artifact",
+		return fault.New(fault.Usage, "builder reproduce needs the reference of at least one artifact",
 			"run: builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := newVerifier(cmd)
@@ -137,7 +137,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	if len(differ) > 0 {
 		return fault.New(fault.Mismatch,
-			fmt.Sprintf("reproduce: %d of %d artifacts differ: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+			fmt.Sprintf("reproduce: %d of %d artifacts differ from their rebuilds: %s", len(differ), len(reports),
+				strings.Join(differ, ", ")),
 			"do not use these artifacts until their publisher has explained the difference")
 	}
 	return nil

@@ -48,7 +48,7 @@ func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot"
 // keyFlags returns the flag --keys, and for each given role the flag for the key of this role.
 func keyFlags(roles ...string) []ucli.Flag {
 	flags := []ucli.Flag{
-		cli.String("keys", "", "`FOLDER` that builder snapshot keys made; it has the keys that no other flag names"),
+		cli.String("keys", "", "`FOLDER` of the keys that no other flag names, as \"builder snapshot keys\" made it"),
 	}
 	for _, role := range roles {
 		flags = append(flags, cli.String(role+"-key", "", "`KEY` for the \""+role+"\" role: a file or a KMS URI"))
@@ -112,7 +112,7 @@ root keys as --threshold says; for the remaining root keys, the public key is
 enough. A later root must also be signed by keys of the previous root, by as
 many as the threshold of the previous root says.`,
 		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
-			cli.Strings("root-key", "`KEY` of the new root: a file, a KMS URI, or a public key file, which signs nothing now"),
+			cli.Strings("root-key", "`KEY` of the new root: a file, a KMS URI, or a public key file, which does not sign"),
 			cli.Strings("former-key",
 				"`KEY` that the previous root lists and the new root does not; this key also signs the new root"),
 			cli.Int("threshold", 2, "`COUNT` of root keys that must sign a root"),
@@ -221,7 +221,7 @@ func lifetimeFlag(name string, value time.Duration, usage string) ucli.Flag {
 	f := cli.Duration(name, value, usage)
 	f.Validator = func(d time.Duration) error {
 		if d < time.Minute {
-			return fmt.Errorf("%s %v: want a minute or more", name, d)
+			return fmt.Errorf("--%s %v: want a duration of a minute or more", name, d)
 		}
 		return nil
 	}

@@ -51,7 +51,7 @@ func workCommand() *ucli.Command {
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupResources,
-				cli.Range("concurrency", 1, 1, 1000, "with --queue: `COUNT` of builds at once"),
+				cli.Range("concurrency", 1, 1, 1000, "with --queue: run `COUNT` builds at once"),
 				homeDefault(cli.WasCalled(cli.String("state-dir", filepath.Join(filepath.Dir(defaultCache()), "worker"),
 					"`FOLDER` for a lock file and the logs of running builds"), "state")),
 				grace,
@@ -90,8 +90,9 @@ func checkMaxAge(cmd *ucli.Command) error {
 		return nil
 	}
 	return cli.About(fault.New(fault.Usage,
-		"--max-age renews almost nothing with --queue, because the server queues no published cell",
-		fmt.Sprintf("leave it out, and run by a timer: builder build --wish FILE --max-age %d", cmd.Int("max-age"))),
+		"--max-age has almost no effect with --queue, because the server does not queue published cells",
+		fmt.Sprintf("leave out --max-age; to rebuild old artifacts, start this command from a timer: builder build --wish "+
+			"FILE --max-age %d", cmd.Int("max-age"))),
 		"max-age")
 }
 

@@ -56,7 +56,7 @@ func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err),
-				"give the FILE.pub that builder keygen wrote")
+				"give the file FILE.pub that \"builder keygen\" wrote")
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {

@@ -68,7 +68,8 @@ func TestOperator(t *testing.T) {
 		{"no queue", work(), 2, "queue"},
 		{"queue that is none", work("--queue", "mysql://x"), 2, "hint:  use sqlite:///abs/path/queue.db"},
 		{"age with a queue", work("--queue", "sqlite:///x/queue.db", "--max-age", "40"), 2,
-			"hint:  leave it out, and run by a timer: builder build --wish FILE --max-age 40"},
+			"hint:  leave out --max-age; to rebuild old artifacts, start this command from a timer: builder build --wish " +
+				"FILE --max-age 40"},
 		{"unknown command", []string{"frobnicate"}, 2, "no command"},
 	}
 	for _, row := range rows {

@@ -23,7 +23,7 @@ func installCommand() *ucli.Command {
 		Description: `Example:
   fetcher install --server https://prebake.example --driver R535`,
 		Flags: append(installFlags(), cli.Group(groupTo,
-			cli.Bool("retry", "try again an artifact that failed twice, crashed the node, or was rolled back"))...),
+			cli.Bool("retry", "retry even an artifact that failed twice, crashed the node, or was rolled back"))...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, false)
 			if err != nil {

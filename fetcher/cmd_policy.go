@@ -23,7 +23,8 @@ func policyCommand() *ucli.Command {
 				Flags: []ucli.Flag{cli.OutputFlag()},
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {
-						return fault.New(fault.Usage, "want one policy file", "name the file: fetcher policy check FILE")
+						return fault.New(fault.Usage, "policy check takes the name of one policy file",
+							"name the file: fetcher policy check FILE")
 					}
 					p, err := policy.Read(cmd.Args().First())
 					if err != nil {

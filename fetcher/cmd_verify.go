@@ -33,7 +33,8 @@ fetches no layer. It verifies for this node's COS build, or for --build-id.`,
 			append(cli.Group(groupResources, stateFlag()), cli.Group(groupOutput, cli.OutputFlag())...)...)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			if cmd.Args().Len() > 1 {
-				return fault.New(fault.Usage, "want one artifact", "name the artifact: fetcher verify HOST/NAME@DIGEST")
+				return fault.New(fault.Usage, "fetcher verify takes at most one artifact",
+					"name one artifact: fetcher verify HOST/NAME@DIGEST")
 			}
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -52,7 +53,7 @@ fetches no layer. It verifies for this node's COS build, or for --build-id.`,
 func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Explanation, error) {
 	if cmd.Args().Len() == 0 {
 		if cmd.IsSet("build-id") {
-			return nil, fault.New(fault.Usage, "--build-id has no effect on an installed driver",
+			return nil, fault.New(fault.Usage, "--build-id has no effect when fetcher verifies the installed driver",
 				"give the artifact to verify as an argument, or remove --build-id")
 		}
 		return a.ExplainInstalled(ctx)

@@ -40,7 +40,6 @@ func TestConfigCheck(t *testing.T) {
 		{"policy and keys", "policy: /x.yaml\n", "",
 			"9:1: public-key: --policy and --public-key exclude each other; put the setting into the policy file"},
 		{"half of an identity", "trusted-root: /x.json\n", "",
-			"LAST:1: trusted-root: --trusted-root needs a certificate identity, and a certificate identity needs " +
-				"--trusted-root"},
+			"LAST:1: trusted-root: want both --trusted-root and a certificate identity, or neither"},
 	})
 }

@@ -53,7 +53,7 @@ func wishFlags() []ucli.Flag {
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
 			cli.Strings("registry", "repository `REF` to try after the server: host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
-			cli.Bool("allow-downgrade", "accept an older driver if --driver names no version"),
+			cli.Bool("allow-downgrade", "accept a driver that is older than the installed driver"),
 			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or an unreachable service"), "wait"),
 		),
 	)
@@ -83,7 +83,7 @@ func changeFlags() []ucli.Flag {
 			maintenance,
 			cli.Duration("wait-idle", 0, "wait at most `TIME` for idle GPUs before a driver change"),
 			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
-			cli.Bool("edit-boot", "edit a kernel command line that forbids modules; reboot"),
+			cli.Bool("edit-boot", "if necessary, edit the kernel command line and reboot"),
 			cli.Bool("no-load", "install the driver, but load no module"),
 			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
@@ -143,7 +143,7 @@ func trustFlags() []ucli.Flag {
 
 func stateFlag() ucli.Flag {
 	state := cli.String("state-dir", "/var/lib/prebake",
-		"`FOLDER` (a path on the node) for drivers compiled there and the key that signs them")
+		"`FOLDER` on the node for the drivers that the node compiled and their signing key")
 	state.Validator = absolute
 	return state
 }

@@ -88,7 +88,7 @@ func root() *ucli.Command {
 // exitCodes returns the help text about exit statuses. Package fault has the list.
 func exitCodes() string {
 	var b strings.Builder
-	b.WriteString("Exit status:\n   0  done; the driver is ready, or staged by request\n")
+	b.WriteString("Exit status:\n   0  done; the driver is ready, or staged as requested\n")
 	for _, k := range fault.Kinds() {
 		fmt.Fprintf(&b, "  %2d  %s\n", k.ExitCode(), k.What())
 	}

@@ -131,7 +131,7 @@ func checkTrust(cmd *ucli.Command) error {
 		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {
 			return cli.About(fault.New(
 				fault.Usage,
-				"--trusted-root needs a certificate identity, and a certificate identity needs --trusted-root",
+				"want both --trusted-root and a certificate identity, or neither",
 				"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
 			), "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer")
 		}
@@ -143,7 +143,7 @@ func checkTrust(cmd *ucli.Command) error {
 			return cli.About(fault.New(
 				fault.Usage,
 				"--policy and --"+name+" exclude each other",
-				"put the setting into the policy file; fetcher policy schema prints the format of the file",
+				"put the setting into the policy file; to print the format of the file: fetcher policy schema",
 			), name, "policy")
 		}
 	}

@@ -156,7 +156,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 			return trust.Policy{}, fault.New(
 				fault.Unverified,
 				"this node does not compile drivers (--builder never), and does not trust drivers that it compiled before",
-				"publish the driver with builder build --to REF, or allow this node to compile with --builder PROGRAM",
+				"publish the driver with \"builder build --to REF\", or allow this node to compile with --builder PROGRAM",
 			)
 		}
 		return trust.Policy{}, nil
@@ -166,7 +166,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 		err = fault.New(
 			fault.Unverified,
 			"the policy refuses drivers that the node itself compiled",
-			"publish the driver with builder build --to REF, or set nodeBuilds: true in the policy file",
+			"publish the driver with \"builder build --to REF\", or set nodeBuilds: true in the policy file",
 		)
 	}
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
@@ -415,7 +415,8 @@ func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (str
 		_, err = bundle.DriverOf(raw)
 	}
 	if err != nil {
-		return "", notRegistry(fmt.Errorf("tag %s in %s has media type %.80q: %w", tag, repo.Name(), d.MediaType, err))
+		return "", notRegistry(fmt.Errorf("tag %s in %s, of media type %.80q, is not an artifact: %w", tag, repo.Name(),
+			d.MediaType, err))
 	}
 	return d.Digest.String(), nil
 }

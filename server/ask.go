@@ -256,7 +256,7 @@ func freeTagsCommand() *ucli.Command {
 	c.Description = `In repositories of --create-only, the tags of an artifact that was deleted from
 the server's registry accept only the same artifact. Run this when another one
 must replace it, for example after the mirror's kernel headers were corrected.
-Nodes verify signatures, not tags, but who pulls by tag then gets other content.`
+Nodes verify signatures, not tags. But whoever pulls by tag gets other content.`
 	return c
 }
 

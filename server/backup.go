@@ -42,7 +42,7 @@ Back up PostgreSQL with its own tools: pg_dump --format=custom, pg_restore.
 Example:
   server backup --data /var/lib/prebake /backup/$(date +%F)`,
 		Flags: append(cli.Group(cli.From,
-			defaultsTo(cli.String("data", "", "`FOLDER` with all data of the server"), "the default of server serve"),
+			defaultsTo(cli.String("data", "", "`FOLDER` with all data of the server"), "as for server serve"),
 			defaultsTo(cli.String("database", "", "`URL` of the catalogue's database"), "catalogue.db in --data"),
 			defaultsTo(cli.String("queue", "", "`URL` of the build queue's database"), "queue.db in --data"),
 			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "token in --data"),

@@ -28,7 +28,7 @@ func gpusCommand() *ucli.Command {
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
 			f := filter(cmd)
 			if f.BuildID == "" && f.Milestone == 0 && f.GKE == "" && cmd.String("gpu") == "" {
-				return nil, fault.New(fault.Usage, "list the types of GPU: no flag says for which COS builds",
+				return nil, fault.New(fault.Usage, "list the drivers for types of GPU: no flag says for which COS builds",
 					"add at least one of the flags --build-id, --milestone, --gke and --gpu")
 			}
 			all := []gpu{}

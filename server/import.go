@@ -146,7 +146,7 @@ func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) 
 	if !strings.HasPrefix(name, "/") {
 		return nil, fault.New(fault.Usage,
 			fmt.Sprintf("repository %q: want a repository of this server, such as /prebake/driver", name),
-			"to use another registry, copy the bundle there with builder bundle push, and then run: server reindex --apply")
+			"to use another registry, copy the bundle there with \"builder bundle push\", and then run: server reindex --apply")
 	}
 	token := cmd.String("token")
 	if file := cmd.String("token-file"); token == "" && file != "" {

@@ -199,7 +199,7 @@ requested.`,
 
 func quarantineCommand() *ucli.Command {
 	return pagedList[api.Quarantine]{
-		name: "quarantine", usage: "list artifacts in quarantine, which failed on several nodes",
+		name: "quarantine", usage: "list quarantined artifacts, which failed on several nodes",
 		what: "artifacts", most: 100,
 		get: (*api.Client).EachQuarantine, table: printQuarantine,
 	}.command()

@@ -61,5 +61,5 @@ func printReports(w io.Writer, all []api.ReportCounts) error {
 		)
 	}
 	return printTable(w, []string{"BUILD_ID", "BOARD", "LOADED", "FAILED", "FELL BACK", "DIGEST"}, rows,
-		"no node reported within thirty days; start nodes with fetcher run --report")
+		"no node reported within thirty days; start nodes with \"fetcher run --report\"")
 }

@@ -127,7 +127,7 @@ Example:
 			}
 			found, err := compare(ctx, c, &reader{repo: repo, verifier: verifier, now: time.Now()}, name)
 			if err != nil {
-				return fmt.Errorf("compare with %s: %w", name, err)
+				return fmt.Errorf("compare the catalogue with %s: %w", name, err)
 			}
 			if url := cmd.String("bucket"); url != "" {
 				if err := found.addBucket(ctx, url, verifier); err != nil {
@@ -383,7 +383,8 @@ func (c *comparison) remainingError() error {
 		if count[lost] == rest {
 			hint = "for each artifact that only the bucket has, request a build: server request"
 		}
-		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
+		return fault.New(fault.Mismatch, fmt.Sprintf("repository %s and the catalogue differ in %d artifacts", c.Repository,
+			rest), hint)
 	}
 	return nil
 }

@@ -168,7 +168,7 @@ func showWishListCommand() *ucli.Command {
 
 func putWishListCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "put", Usage: "store a wish list: the file that builder build --wish takes", ArgsUsage: "NAME FILE",
+		Name: "put", Usage: "store a wish list, as \"builder build --wish FILE\" takes it", ArgsUsage: "NAME FILE",
 		Flags: writeFlags(
 			&ucli.Int64Flag{Name: "if-version", Aliases: []string{"version"},
 				Usage: "replace the stored wish list only if it has version `NUMBER`; 0 means any version"},

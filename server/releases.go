@@ -56,7 +56,7 @@ were ready.`,
 func between(least, most int) func(int) error {
 	return func(n int) error {
 		if n < least || n > most {
-			return fmt.Errorf("%d: want %d to %d", n, least, most)
+			return fmt.Errorf("number %d: want %d to %d", n, least, most)
 		}
 		return nil
 	}

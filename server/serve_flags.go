@@ -15,7 +15,7 @@ import (
 
 func serveCommand() *ucli.Command {
 	listen := cli.String("listen", "127.0.0.1:8440",
-		"`ADDRESS` to listen on; for port 0 the server takes a free port and writes its URL to the file address in --data")
+		"`ADDRESS` to listen on; with port 0, the server takes a free port; its URL is in the file address in --data")
 	listen.Validator = func(s string) error {
 		if _, _, err := net.SplitHostPort(s); err != nil {
 			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)
@@ -45,7 +45,8 @@ func serveCommand() *ucli.Command {
 					"`FOLDER` for all data of the server"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
 				defaultsTo(databaseFlag("database",
 					"`URL` of the catalogue's database: sqlite:///PATH or postgres://…"), "catalogue.db in --data"),
-				cli.String("snapshot", "", "serve the snapshot in `FOLDER`, which builder snapshot made, under /snapshot/"),
+				cli.String("snapshot", "", "serve the snapshot in `FOLDER`, as \"builder snapshot make\" wrote it, under "+
+					"/snapshot/"),
 				defaultsTo(databaseFlag("queue", "`URL` of the build queue's database"),
 					"queue.db in --data, or --database if that is PostgreSQL"),
 				publicFlag(), redistributeFlag(),
@@ -66,7 +67,7 @@ func serveCommand() *ucli.Command {
 				cli.Range("keep-builds", 365, 0, 36_500,
 					"remove builds and logs `DAYS` days after their end, except the newest 50 of each cell; 0 keeps all"),
 				cli.Range("keep-logs", 14, 0, 36_500,
-					"remove logs `DAYS` days after the end of their builds, except that of the last failure of each cell "+
+					"remove logs `DAYS` days after the end of their builds, except the log of the last failure of each cell "+
 						"without an artifact; 0 keeps all"),
 				cli.Range("ask-rate", 120, 1, 1_000_000, "let a node's token request at most `COUNT` builds per hour"),
 				cli.Range("client-rate", 30_000, 0, 1_000_000_000,

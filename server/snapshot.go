@@ -23,7 +23,7 @@ func snapshotFiles(dir string) (http.Handler, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open the snapshot: %w", err),
-			"give --snapshot the folder that the command builder snapshot wrote",
+			"give --snapshot the folder that the command \"builder snapshot make\" wrote",
 		)
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

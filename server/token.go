@@ -58,8 +58,8 @@ func checkToken(token, where string) error {
 	if len(token) < 16 || strings.ContainsAny(token, " \t\r\n") {
 		return fault.New(
 			fault.Usage,
-			"token in "+where+" is not one word of at least 16 characters",
-			"make a token with this command: openssl rand -hex 16",
+			"the token in "+where+" is not one word of at least 16 characters",
+			"make a token: openssl rand -hex 16",
 		)
 	}
 	return nil

@@ -98,7 +98,7 @@ func checkRemovable(out string) error {
 			info, err = os.Lstat(filepath.Join(out, name))
 		}
 		if err == nil && info.IsDir() != (name == signatureDir) {
-			err = fmt.Errorf("%s has another type (file or folder) than in a release", name)
+			err = fmt.Errorf("%s is a file and should be a folder, or is a folder and should be a file", name)
 		}
 	}
 	if err != nil {

@@ -65,7 +65,7 @@ func readLock(file string) ([]debPackage, error) {
 		}
 		if len(f) != 4 || err != nil || p.size <= 0 || p.size > maxPackageSize || !sumPattern.MatchString(p.sum) ||
 			!poolPattern.MatchString(p.path) || !filepath.IsLocal(p.path) || len(all) == maxPackages {
-			text := fmt.Sprintf("read %s: line %d is not architecture, SHA-256, size and path", file, n)
+			text := fmt.Sprintf("read %s: line %d: want architecture, SHA-256, size and path of a package", file, n)
 			return nil, fault.New(fault.Usage, text, "write packages.lock again: make release-packages")
 		}
 		all = append(all, p)
@@ -88,7 +88,7 @@ func aptArchives(ctx context.Context) ([]string, error) {
 	all := strings.Fields(string(out))
 	slices.Sort(all)
 	if all = slices.Compact(all); len(all) == 0 {
-		return nil, fault.New(fault.InputMissing, "find Debian packages: apt has no index of Debian",
+		return nil, fault.New(fault.InputMissing, "find Debian packages: apt has no package index of Debian",
 			"give an archive with -archive URL, or run: apt-get update")
 	}
 	return all, nil
@@ -230,7 +230,8 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 		return errors.New("the control file lacks the field Package or Version")
 	}
 	if arch != p.arch {
-		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; packages.lock says %q", arch, p.arch),
+		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for architecture %.40q; packages.lock says %q", arch,
+			p.arch),
 			"write packages.lock again: make release-packages")
 	}
 	return nil
@@ -374,7 +375,7 @@ func (r *rootFS) copyAll(tr *tar.Reader) error {
 			return err
 		}
 		if err := r.copy(h, tr); err != nil {
-			return fmt.Errorf("%.200q: %w", h.Name, err)
+			return fmt.Errorf("copy the file %.200q: %w", h.Name, err)
 		}
 	}
 }
@@ -386,7 +387,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case name == "" || isOmitted(name) || h.Typeflag == tar.TypeDir && folder:
 		return nil
 	case there:
-		return errors.New("another package has this file")
+		return errors.New("another package has a file with this name")
 	}
 	// The new header has no capabilities, no setuid and no setgid bit, so no file makes its user root.
 	h = &tar.Header{
@@ -399,11 +400,11 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case tar.TypeLink:
 		h.Linkname = rootPath(h.Linkname)
 		if _, ok := r.seen[h.Linkname]; !ok {
-			return fmt.Errorf("hard link to %.200q, which does not exist yet", h.Linkname)
+			return fmt.Errorf("the hard link leads to %.200q, which no earlier entry has", h.Linkname)
 		}
 	case tar.TypeReg, tar.TypeSymlink:
 	default:
-		return fmt.Errorf("entry of type %q; want a file, a folder or a link", h.Typeflag)
+		return fmt.Errorf("the entry has type %q; want a file, a folder or a link", h.Typeflag)
 	}
 	r.seen[name] = h.Typeflag == tar.TypeDir
 	if err := r.tw.WriteHeader(h); err != nil {

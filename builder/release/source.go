@@ -46,7 +46,8 @@ func (c *config) head(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if changes != "" {
-		return "", fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
+		return "", fault.New(fault.Usage, "make the release: these changes are not committed: "+changes[:min(len(changes),
+			200)],
 			"commit the changes, or undo them")
 	}
 	return c.git(ctx, "rev-parse", "HEAD")
@@ -56,7 +57,8 @@ func (c *config) head(ctx context.Context) (string, error) {
 func (c *config) checkUnchanged(ctx context.Context) error {
 	commit, err := c.head(ctx)
 	if err == nil && commit != c.commit {
-		err = fault.New(fault.Usage, fmt.Sprintf("release: the source was commit %s, and is commit %s now", c.commit, commit),
+		err = fault.New(fault.Usage, fmt.Sprintf("make the release: the source was at commit %s, and is at commit %s now",
+			c.commit, commit),
 			"make the release again, and do not change the source meanwhile")
 	}
 	return err
@@ -114,8 +116,9 @@ func (c *config) goVersion(ctx context.Context) (string, error) {
 func (c *config) checkGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
-		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is built with %s; go.mod has %s", running, want),
-			"run GOTOOLCHAIN="+want+" make release, without GOEXPERIMENT")
+		err = fault.New(fault.Usage, fmt.Sprintf("make the release: this program was compiled with %s; go.mod wants %s",
+			running, want),
+			"unset GOEXPERIMENT, and run: GOTOOLCHAIN="+want+" make release")
 	}
 	return err
 }
@@ -198,5 +201,6 @@ func releaseNotes(changelog []byte, version string) ([]byte, error) {
 			return []byte("# Prebake " + version + "\n\n" + text + "\n"), nil
 		}
 	}
-	return nil, fault.New(fault.Usage, "release: CHANGELOG.md has no section for "+version, "add a section ## "+version)
+	return nil, fault.New(fault.Usage, "make the release: CHANGELOG.md has no section for "+version,
+		"add a section ## "+version)
 }

@@ -49,7 +49,7 @@ func verifyAll(dir string, keys []byte) (string, error) {
 		return "", err
 	}
 	if !statement.About(digestOf(text)) {
-		return "", fmt.Errorf("%s does not have the digest in the signed statement", sumsFile)
+		return "", fmt.Errorf("the file %s does not have the digest in the signed statement", sumsFile)
 	}
 	if err := samePayload(raw, filepath.Join(dir, provenanceFile)); err != nil {
 		return "", err
@@ -58,7 +58,7 @@ func verifyAll(dir string, keys []byte) (string, error) {
 	for line := range strings.Lines(string(text)) {
 		sum, name, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "  ")
 		if !ok || !sumPattern.MatchString(sum) || !filepath.IsLocal(name) {
-			return "", fmt.Errorf("%s: line %.200q; want a SHA-256, two spaces and a path in the release", sumsFile, line)
+			return "", fmt.Errorf("%s: line %.200q: want a SHA-256, two spaces and a path in the release", sumsFile, line)
 		}
 		listed[name] = sum
 	}
@@ -72,7 +72,7 @@ func verifyAll(dir string, keys []byte) (string, error) {
 		}
 		sum, ok := listed[name]
 		if !ok {
-			return "", fmt.Errorf("%s is not in %s", name, sumsFile)
+			return "", fmt.Errorf("the file %s is not listed in %s", name, sumsFile)
 		}
 		if err := checkFileSum(filepath.Join(dir, name), sum); err != nil {
 			return "", err
@@ -98,7 +98,7 @@ func samePayload(signature []byte, file string) error {
 	}
 	text, err := os.ReadFile(file)
 	if err == nil && !bytes.Equal(text, bundle.Envelope.Payload) {
-		err = fmt.Errorf("%s differs from the signed statement", filepath.Base(file))
+		err = fmt.Errorf("the file %s differs from the signed statement", filepath.Base(file))
 	}
 	return err
 }

@@ -192,12 +192,12 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 		return 0, nil, fault.New(fault.APIBreak, c.String(), "")
 	}
 	if res.Code != 0 {
-		return 0, nil, fmt.Errorf("build the cell %s: builder ended with exit status %d", c, res.Code)
+		return 0, nil, fmt.Errorf("build the cell %s: the command builder ended with exit status %d", c, res.Code)
 	}
 	seconds := time.Since(start).Seconds()
 	var r result
 	if err := json.Unmarshal(res.Stdout, &r); err != nil {
-		return 0, nil, fmt.Errorf("read the result of builder build: %w", err)
+		return 0, nil, fmt.Errorf("read the result of the command builder: %w", err)
 	}
 	for _, p := range r.Phases {
 		fmt.Fprintf(b.Out, "  %-10s %6.1f s  %s\n", p.Name, p.Seconds, p.Note)
@@ -263,7 +263,7 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(b.toolchain, "bin")+":"+os.Getenv("PATH"))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out[max(0, len(out)-500):])
+		return fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, out[max(0, len(out)-500):])
 	}
 	return nil
 }

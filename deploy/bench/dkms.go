@@ -53,7 +53,7 @@ func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err e
 	built, err := filepath.Glob(filepath.Join(dir, "tree", "nvidia", c.driver, c.kernel.Release, "x86_64", "module",
 		"*.ko*"))
 	if err == nil && len(built) != len(dkmsModules()) {
-		err = fmt.Errorf("build %s with dkms: it made %d modules; want %d", c, len(built), len(dkmsModules()))
+		err = fmt.Errorf("build %s with dkms: dkms made %d modules; want %d modules", c, len(built), len(dkmsModules()))
 	}
 	return seconds, err
 }

@@ -135,7 +135,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		}
 		seconds := time.Since(start).Seconds()
 		if err := json.Unmarshal(out, &r); err != nil {
-			return fmt.Errorf("install the driver: %w", err)
+			return fmt.Errorf("read the result of \"fetcher install\": %w", err)
 		}
 		switch i {
 		case 0:
@@ -242,7 +242,7 @@ func (b *bench) printFetch(out io.Writer) {
 	if len(f.peak) > 0 {
 		fmt.Fprintf(
 			out,
-			"        %.1f MiB peak memory of that install, the program's own pages included\n",
+			"        %.1f MiB peak resident memory of the install, with the program's own pages\n",
 			median(f.peak),
 		)
 	}

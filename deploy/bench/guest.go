@@ -62,7 +62,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		loaded, err := untilLoaded(r.Phases)
 		if err != nil {
-			return fmt.Errorf("install in the guest: %w: %s", err, step.Stderr)
+			return fmt.Errorf("install the driver in the guest: %w: %s", err, step.Stderr)
 		}
 		live, err := testbed.StepNamed(res, "modules")
 		if err != nil {
@@ -83,7 +83,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		alone := 0.0
 		for _, s := range res.Steps {
 			if s.ExitCode != 0 {
-				return fmt.Errorf("%s in the guest: %s", s.Name, s.Error)
+				return fmt.Errorf("run the step %q in the guest: %s", s.Name, s.Error)
 			}
 			alone += s.Seconds
 		}
@@ -100,7 +100,7 @@ func untilLoaded(phases []timeline.Phase) (float64, error) {
 			return p.Start.Sub(phases[0].Start).Seconds() + p.Seconds, nil
 		}
 	}
-	return 0, errors.New("the node loaded nothing")
+	return 0, errors.New("the run on the node has no phase load")
 }
 
 // unpackLayer unpacks a layer from the builder's cache.

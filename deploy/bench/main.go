@@ -33,16 +33,16 @@ func clangMeasurements() []string { return []string{"cold", "neighbour", "next"}
 func main() {
 	cli.Main(&ucli.Command{
 		Name:  "bench",
-		Usage: "measure Prebake against plain make and dkms, and print the ratios",
+		Usage: "measure Prebake, plain \"make\" and dkms, and print the ratios of the times",
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "`COUNT` of runs of each measurement; their median is printed"},
 			&ucli.StringFlag{Name: "only",
 				Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
 			&ucli.BoolFlag{Name: "plain-once",
-				Usage: "run plain make for the first cell only, and dkms for one kernel only; compare all cells with these"},
+				Usage: "run plain \"make\" only for the first cell, and dkms only for one kernel; compare all cells with these"},
 			&ucli.BoolFlag{Name: "clang",
-				Usage: "measure cold, neighbour and next on one kernel compiled with clang as COS does; make clang compiles it"},
+				Usage: "measure cold, neighbour and next on one kernel that clang compiled, as at COS; to compile it: make clang"},
 			&ucli.IntSliceFlag{Name: "kernel-abi",
 				Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
@@ -58,12 +58,12 @@ func main() {
 			}
 			for _, name := range list {
 				if !slices.Contains(measurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measure %q: there is no such measurement", name),
+					return fault.New(fault.Usage, fmt.Sprintf("there is no measurement %q", name),
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
 					return fault.New(fault.Usage,
-						fmt.Sprintf("measure %s: it needs several kernels, but --clang gives only one", name),
+						fmt.Sprintf("measure %s: the measurement needs several kernels, but --clang gives only one", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true
@@ -183,7 +183,8 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
 	}
 	if len(m.Builds) < kernels || len(m.Drivers) < 3 {
-		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds),
+		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d kernels and 3 drivers",
+			len(m.Builds),
 			len(m.Drivers), kernels)
 	}
 	// In order of version, the drivers are: one release, its neighbour, and a later release of the same branch.

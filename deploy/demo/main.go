@@ -201,7 +201,7 @@ func (d *demo) request(ctx context.Context, k target.Kernel) (api.Build, error) 
 		return b, err
 	}
 	if b.State != api.Published {
-		return b, fmt.Errorf("build %d is %s (%s): %s", b.ID, b.State, b.Class, b.Error)
+		return b, fmt.Errorf("build %d ended as %s (class %s): %s", b.ID, b.State, b.Class, b.Error)
 	}
 	return b, nil
 }

@@ -71,7 +71,8 @@ func (d *disk) format(ctx context.Context) error {
 		mke2fs = "/usr/sbin/mke2fs" // Debian's users do not have this folder in PATH
 	}
 	if out, err := exec.CommandContext(ctx, mke2fs, "-q", "-F", "-t", "ext4", d.path).CombinedOutput(); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("make the node's file system: %w: %s", err, out), "run make setup")
+		return fault.Wrap(fault.Usage, fmt.Errorf("make the node's file system: %w: %s", err, out),
+			"install the missing programs: make setup")
 	}
 	return nil
 }
@@ -116,7 +117,7 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	}
 	for _, name := range []string{"mount the disk", "put the GPU in"} {
 		if step, _ := res.Step(name); step.ExitCode != 0 {
-			return fmt.Errorf("%s: %s", name, step.Error)
+			return fmt.Errorf("run the step %q on the node: %s", name, step.Error)
 		}
 	}
 	fmt.Fprintln(d.out, "before the emulated GPU is put in, the fetcher sees:")
@@ -168,10 +169,11 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 	v := r.report.Verdict
 	if v.NVML.Version != version {
 		problems = append(problems,
-			fmt.Errorf("NVML answers version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
+			fmt.Errorf("NVML answers with version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
 	}
 	if v.Digest != digest {
-		problems = append(problems, fmt.Errorf("the node has installed %q; want %s, which was built", v.Digest, digest))
+		problems = append(problems, fmt.Errorf("the node has installed artifact %q; want %s, which was built", v.Digest,
+			digest))
 	}
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
@@ -190,7 +192,7 @@ func (r *nodeRun) wantNoDevice() error {
 
 func (r *nodeRun) wantExit(kind fault.Kind) error {
 	if r.code != kind.ExitCode() {
-		return fmt.Errorf("the fetcher ended with exit status %d (%s); want %d (%s)",
+		return fmt.Errorf("the fetcher ended with exit status %d (%s); want exit status %d (%s)",
 			r.code, r.report.Verdict.State, kind.ExitCode(), kind.What())
 	}
 	return nil
@@ -223,7 +225,7 @@ func wantRemembered(phases []timeline.Phase) error {
 		}
 		if kept*10 < all*9 || kept == 0 {
 			problems = append(problems,
-				fmt.Errorf("phase %s of the build for the sibling kernel: %q; want nine tenths remembered or reused", name,
+				fmt.Errorf("phase %s of the build for the sibling kernel says %q; want nine tenths remembered or reused", name,
 					phases[i].Note))
 		}
 	}

@@ -26,7 +26,7 @@ func TestWantGPU(t *testing.T) {
 	}{
 		"all is well":          {func(*nodeRun) {}, ""},
 		"a module is missing":  {func(r *nodeRun) { r.live = r.live[:2] }, "the module nvidia-uvm is not in"},
-		"NVML does not answer": {func(r *nodeRun) { r.report.Verdict.NVML.Version = "" }, `NVML answers version ""`},
+		"NVML does not answer": {func(r *nodeRun) { r.report.Verdict.NVML.Version = "" }, `NVML answers with version ""`},
 		"another artifact":     {func(r *nodeRun) { r.report.Verdict.Digest = "sha256:b" }, "want sha256:a, which was built"},
 		"the GPU computes":     {func(r *nodeRun) { r.code = 0 }, "exit status 0"},
 		"the kernel said no":   {func(r *nodeRun) { r.code = fault.Rejected.ExitCode() }, "want 9"},

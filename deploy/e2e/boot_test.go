@@ -117,8 +117,8 @@ func TestNodeBootConfiguration(t *testing.T) {
 	}
 	// The virtual node has no systemd, so nothing reboots it.
 	res = run(install("edit", "--edit-boot"), install("again", "--edit-boot"))
-	step(res, "edit", rejected, "the kernel command line is changed")
-	step(res, "again", rejected, "was changed since the last boot")
+	step(res, "edit", rejected, "fetcher changed the kernel command line")
+	step(res, "again", rejected, "changed the kernel command line since the last boot")
 	if want := strings.ReplaceAll(before, "module.sig_enforce=1", "module.sig_enforce=0"); config() != want {
 		t.Errorf("the boot configuration is\n%s\nwant\n%s", config(), want)
 	}

@@ -62,7 +62,7 @@ installs nothing, and does not change the machine's apt sources.`,
 				&ucli.BoolFlag{Name: "neighbour",
 					Usage: "add from Debian 13 a second, similar release of the first branch, in the proprietary flavour only"},
 				&ucli.BoolFlag{Name: "only-kernels", Usage: "make no driver bucket"},
-				&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, which builder build --btf needs (50 MB for each COS build)"},
+				&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, for builds with --btf (50 MB for each COS build)"},
 				&ucli.BoolFlag{Name: "no-boot-archive",
 					Usage: "leave out prebake-boot.tgz, which COS's bucket does not have; with --vmlinux, load tests boot vmlinux"},
 				&ucli.BoolFlag{Name: "clang",
@@ -105,7 +105,8 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if gpu.builder == "" {
 		self, err := os.Executable()
 		if err != nil {
-			return fault.Wrap(fault.Usage, fmt.Errorf("find the program builder: %w", err), "pass --builder PROGRAM")
+			return fault.Wrap(fault.Usage, fmt.Errorf("find the folder of this program, where builder should be: %w", err),
+				"pass --builder PROGRAM")
 		}
 		gpu.builder = filepath.Join(filepath.Dir(self), "builder")
 	}
@@ -173,8 +174,9 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	out, err := cmd.Output()
 	if err != nil {
 		return "", fault.Wrap(fault.Usage,
-			fmt.Errorf("run builder to compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
-			"run make build; if the program builder is elsewhere, pass --builder PROGRAM; if you need no boot archives, pass "+
+			fmt.Errorf("compile the emulated GPU with the command builder: %w: %.1000s", err,
+				strings.TrimSpace(stderr.String())),
+			"compile builder: make build; if builder is elsewhere, pass --builder PROGRAM; if you need no boot archives, pass "+
 				"--no-boot-archive")
 	}
 	return strings.TrimSpace(string(out)), nil

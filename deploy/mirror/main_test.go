@@ -21,7 +21,7 @@ func TestRefusals(t *testing.T) {
 		"an argument": {[]string{"--out", dir, "x"}, "unexpected argument"},
 		"no builder":  {[]string{"--out", dir, "--builder", none}, "compile the emulated GPU"},
 		"an unknown board": {[]string{"--out", dir, "--builder", none, "--no-boot-archive", "--board", "lakitu-arm64"},
-			"want one for amd64"},
+			"want a board for amd64"},
 		"an odd series": {[]string{"--out", dir, "--no-boot-archive", "--kernel-series", "5.4"}, "want 6.1 or 6.12"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -67,7 +67,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "nvmlprobe: argument %q: want none; give the library with --lib\n", flags.Arg(0))
+		fmt.Fprintf(stderr, "nvmlprobe: unexpected argument %q; give the NVML library with --lib\n", flags.Arg(0))
 		return exitUsage
 	}
 	library := nvml.New(nvml.WithLibraryPath(*lib))

@@ -26,7 +26,7 @@ type NewToken struct {
 	Name   string   `json:"name" doc:"name of the token's holder, such as node-pool-a"`
 	Scopes []string `json:"scopes" doc:"ask, announce, build, push, operate or admin"`
 	// LifeSeconds is the time until the token expires, in seconds; 0 means 90 days.
-	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 is 90 days"`
+	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 means 90 days"`
 }
 
 // AuditEntry is the record of one call that changed something, or that the server refused as forbidden.

@@ -74,7 +74,7 @@ func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, 
 	}
 	stats, err := unpack(ctx, src, root, o, format)
 	if cerr := src.Close(); err == nil && cerr != nil {
-		err = fmt.Errorf("close %s stream: %w", format, cerr)
+		err = fmt.Errorf("end the %s decoder: %w", format, cerr)
 	}
 	return stats, err
 }
@@ -141,7 +141,8 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 // countEntry counts an entry, or a folder without an entry of its own. Both take space on the disk.
 func (u *unpacker) countEntry() error {
 	if u.count++; u.count > u.o.Entries {
-		return refuse("read tar: more than %d entries, including folders that have no entry of their own", u.o.Entries)
+		return refuse("read tar: the archive has more than %d entries, including folders without an entry of their own",
+			u.o.Entries)
 	}
 	return nil
 }
@@ -186,7 +187,7 @@ func cleanName(name string, limit int) (string, error) {
 		return "", refuse("unpack %.60q…: the name is longer than %d bytes", name, limit)
 	}
 	if name == "" || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
-		return "", refuse("unpack %q: not a path below the folder", name)
+		return "", refuse("unpack %q: the name is not a path below the folder", name)
 	}
 	for part := range strings.SplitSeq(name, "/") {
 		if part == ".." {
@@ -251,7 +252,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	}
 	n, err := u.copy(ctx, f, body)
 	if err == nil && n != h.Size {
-		err = refuse("unpack %q: %d bytes; its header says %d", name, n, h.Size)
+		err = refuse("unpack %q: the entry has %d bytes; its header says %d bytes", name, n, h.Size)
 	}
 	u.stats.Bytes += n
 	if err == nil {
@@ -297,7 +298,7 @@ func (u *unpacker) symlink(name, target string) error {
 	}
 	if !linkStays(name, target, u.o.Name) {
 		if u.o.Outside == nil {
-			return refuse("unpack %q: link to %.200q leads out of the folder", name, target)
+			return refuse("unpack %q: the link to %.200q leads out of the folder", name, target)
 		}
 		u.o.Outside(name, target)
 		return nil
@@ -340,7 +341,7 @@ func (u *unpacker) hardlink(name, target string) error {
 		return err
 	}
 	if !u.files[old] {
-		return refuse("unpack %q: hard link to %q, which is not an earlier file of the archive", name, old)
+		return refuse("unpack %q: this is a hard link to %q, which is not an earlier file of the archive", name, old)
 	}
 	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err

@@ -90,7 +90,7 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 		}
 		return io.NopCloser(zr), format, nil
 	}
-	return nil, "", refuse("read archive: neither a tar nor a tar that is compressed with gzip, xz or zstd")
+	return nil, "", refuse("read archive: want a tar, or a tar that is compressed with gzip, xz or zstd")
 }
 
 // xzDict is the largest dictionary that an xz stream may ask for; xz -9 asks for 64 MiB. The decoder allocates the
@@ -120,7 +120,7 @@ func checkXZ(br *bufio.Reader) error {
 	n, _ := binary.ReadUvarint(rest)
 	props, err := rest.ReadByte()
 	if err != nil || id != 0x21 || n != 1 {
-		return refuse("read xz block header: first filter is not LZMA2")
+		return refuse("read xz block header: the first filter is not LZMA2")
 	}
 	// Section 5.3.1: bit 0 of props chooses 2 or 3, and props/2 + 11 is the number of bits by which it is shifted left.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
@@ -176,7 +176,7 @@ func (p *xzProcess) Read(b []byte) (int, error) {
 func (p *xzProcess) Close() error {
 	p.cancel()
 	if !p.done {
-		p.done, p.err = true, errors.New("read of a closed archive")
+		p.done, p.err = true, errors.New("the archive is closed already")
 		_ = p.cmd.Wait() // cancel has killed it
 	}
 	return nil

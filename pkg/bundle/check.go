@@ -46,7 +46,7 @@ func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID st
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
 		return nil, fault.Wrap(fault.Transient, fmt.Errorf("check unpacked %s layer: %w", kind, err), "run the command again")
 	case err == nil && got != wantDiffID:
-		err = fmt.Errorf("the layer has digest %s when packed again; the config says %s", got, wantDiffID)
+		err = fmt.Errorf("the layer has digest %s when packed again; the image config says %s", got, wantDiffID)
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("check unpacked %s layer: %w", kind, err), "")
@@ -82,7 +82,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 		}
 		info, err := f.Stat()
 		if err == nil && !info.Mode().IsRegular() {
-			err = fmt.Errorf("%s is not a regular file any more", e.name)
+			err = fmt.Errorf("%s was replaced: it is no longer a regular file", e.name)
 		}
 		if err == nil {
 			err = checkPlain(e.name, info)
@@ -139,11 +139,11 @@ func entriesByName(root *os.Root, names []string) ([]entry, error) {
 // diff ID does not show these differences.
 func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,
+		return fmt.Errorf("%s has mode %s; want a mode without special bits that lets only the owner write", name,
 			info.Mode())
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s belongs to user %d; want user %d", name, st.Uid, os.Geteuid())
+		return fmt.Errorf("%s belongs to the user with id %d; want id %d", name, st.Uid, os.Geteuid())
 	}
 	return nil
 }

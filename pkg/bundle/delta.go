@@ -130,15 +130,15 @@ func (d *deltaReader) chunk() error {
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if d.last || n == 0 || n > maxFrame {
-		return fault.Errorf(fault.Unverified, "delta has a frame of %d bytes; want 1 to %d bytes, and no frame after the "+
-			"last chunk", n, maxFrame)
+		return fault.Errorf(fault.Unverified,
+			"the delta has a frame of %d bytes; want frames of 1 to %d bytes, and none after the last chunk", n, maxFrame)
 	}
 	if d.buf == nil {
 		d.buf, d.out = make([]byte, 0, maxFrame), make([]byte, 0, deltaChunk)
 	}
 	d.buf = d.buf[:n]
 	if _, err := io.ReadFull(d.r, d.buf); err != nil {
-		return fmt.Errorf("read frame: %w", noEOF(err))
+		return fmt.Errorf("read a frame of the delta: %w", noEOF(err))
 	}
 	dict, err := d.win.next()
 	if err != nil {
@@ -147,7 +147,7 @@ func (d *deltaReader) chunk() error {
 	if d.made++; d.win.ended && d.made*deltaChunk > 2*d.win.size()+deltaSlack {
 		return fault.Errorf(
 			fault.Unverified,
-			"delta unpacks to more than twice the size of the former layer, which has %d bytes",
+			"the delta unpacks to more than twice the size of the former layer, which has %d bytes",
 			d.win.size(),
 		)
 	}
@@ -164,10 +164,10 @@ func (d *deltaReader) chunk() error {
 	}
 	defer dec.Close()
 	if d.out, err = dec.DecodeAll(d.buf, d.out[:0]); err != nil {
-		return fault.Errorf(fault.Unverified, "read frame: %w", err)
+		return fault.Errorf(fault.Unverified, "decompress a frame of the delta: %w", err)
 	}
 	if len(d.out) == 0 {
-		return fault.Errorf(fault.Unverified, "delta has an empty frame")
+		return fault.Errorf(fault.Unverified, "the delta has an empty frame")
 	}
 	d.left, d.last = d.out, len(d.out) < deltaChunk
 	return nil

@@ -64,10 +64,11 @@ func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:
 		return Identity{}, fault.New(fault.Unverified,
-			"read artifact identity: not a Prebake artifact: no annotation "+AnnotationFormat, "")
+			"read artifact identity: this is not a Prebake artifact, because it has no annotation "+AnnotationFormat, "")
 	case v != FormatVersion:
 		return Identity{}, fault.New(fault.Unverified,
-			fmt.Sprintf("read artifact identity: format %q: this program reads format %s only", v, FormatVersion),
+			fmt.Sprintf("read artifact identity: the artifact has format %q; this program reads only format %s", v,
+				FormatVersion),
 			"update this program")
 	}
 	id := Identity{

@@ -22,7 +22,7 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 		return nil, fmt.Errorf("make image: %w", err)
 	}
 	if len(layers) != len(LayerKinds()) {
-		return nil, fmt.Errorf("make image: %d layers; want %d", len(layers), len(LayerKinds()))
+		return nil, fmt.Errorf("make image: %d layers are given; want %d layers", len(layers), len(LayerKinds()))
 	}
 	img := &image{layers: slices.Clone(layers)}
 	config := v1.ConfigFile{
@@ -90,7 +90,7 @@ func (i *image) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 			return fileLayer{l}, nil
 		}
 	}
-	return nil, fmt.Errorf("no layer %s in this image", h)
+	return nil, fmt.Errorf("the image has no layer %s", h)
 }
 
 // fileLayer is a layer whose compressed bytes are in a file.

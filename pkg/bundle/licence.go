@@ -90,7 +90,7 @@ func (l Licence) annotations() map[string]string {
 func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	for key, want := range LicenceOf(f).annotations() {
 		if have, ok := m.Annotations[key]; ok && have != want {
-			return fmt.Errorf("annotation %s is %.80q; artifacts of %s modules have %q", key, have, f, want)
+			return fmt.Errorf("annotation %s is %.80q; want %[4]q, because the modules are of flavour %[3]s", key, have, f, want)
 		}
 	}
 	return nil

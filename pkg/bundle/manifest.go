@@ -93,18 +93,20 @@ func parseManifest(manifest, config []byte) (Content, error) {
 		return Content{}, err
 	}
 	if digest != m.Config.Digest || size != m.Config.Size {
-		return Content{}, fmt.Errorf("config has digest %s; the manifest says %s", digest, m.Config.Digest)
+		return Content{}, fmt.Errorf("the image config has digest %s; the manifest says %s", digest, m.Config.Digest)
 	}
 	var cf v1.ConfigFile
 	if err := decode(config, &cf); err != nil {
-		return Content{}, fmt.Errorf("config: %w", err)
+		return Content{}, fmt.Errorf("parse the image config: %w", err)
 	}
 	if cf.OS != "linux" || cf.Architecture != string(id.Arch) {
-		return Content{}, fmt.Errorf("config is for %.20q/%.20q; the annotations say linux/%s", cf.OS, cf.Architecture,
+		return Content{}, fmt.Errorf("the image config is for %.20q/%.20q; the annotations say linux/%s", cf.OS,
+			cf.Architecture,
 			id.Arch)
 	}
 	if cf.RootFS.Type != "layers" || len(cf.RootFS.DiffIDs) != len(m.Layers) {
-		return Content{}, fmt.Errorf("config has %d diff ids; want %d", len(cf.RootFS.DiffIDs), len(m.Layers))
+		return Content{}, fmt.Errorf("the image config has %d diff IDs; want %d, one for each layer",
+			len(cf.RootFS.DiffIDs), len(m.Layers))
 	}
 	content := Content{Identity: id, Config: digest.String()}
 	for i, l := range m.Layers {
@@ -126,15 +128,16 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 	}
 	switch {
 	case m.SchemaVersion != 2 || m.MediaType != types.OCIManifestSchema1:
-		return nil, fmt.Errorf("schema %d, media type %.80q: want an OCI image manifest", m.SchemaVersion, m.MediaType)
+		return nil, fmt.Errorf("the manifest has schema version %d and media type %.80q; want an OCI image manifest",
+			m.SchemaVersion, m.MediaType)
 	case m.Subject != nil || m.ArtifactType != "":
 		return nil, errors.New("the manifest has a subject or an artifact type; want neither of them")
 	case m.Config.MediaType != types.OCIConfigJSON:
-		return nil, fmt.Errorf("config has media type %.80q; want %s", m.Config.MediaType, types.OCIConfigJSON)
+		return nil, fmt.Errorf("the image config has media type %.80q; want %s", m.Config.MediaType, types.OCIConfigJSON)
 	case m.Config.Size <= 0 || m.Config.Size > MaxManifest:
-		return nil, fmt.Errorf("config has %d bytes; want 1 to %d", m.Config.Size, MaxManifest)
+		return nil, fmt.Errorf("the image config has %d bytes; want 1 to %d bytes", m.Config.Size, MaxManifest)
 	case len(m.Layers) != len(LayerKinds()):
-		return nil, fmt.Errorf("%d layers; want %d", len(m.Layers), len(LayerKinds()))
+		return nil, fmt.Errorf("the manifest has %d layers; want %d layers", len(m.Layers), len(LayerKinds()))
 	}
 	if err := checkHash(m.Config.Digest); err != nil {
 		return nil, err
@@ -147,9 +150,9 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 		case l.Annotations[AnnotationLayer] != string(kind):
 			return nil, fmt.Errorf("layer %d is of kind %.40q; want %q", i, l.Annotations[AnnotationLayer], kind)
 		case l.Size <= 0 || l.Size > maxBytes:
-			return nil, fmt.Errorf("%s layer has %d bytes; want 1 to %d", kind, l.Size, int64(maxBytes))
+			return nil, fmt.Errorf("the %s layer has %d bytes; want 1 to %d bytes", kind, l.Size, int64(maxBytes))
 		case len(l.URLs) > 0 || len(l.Data) > 0:
-			return nil, fmt.Errorf("%s layer has the field urls or data; want neither of them", kind)
+			return nil, fmt.Errorf("the %s layer has the field urls or data; want neither of them", kind)
 		}
 		if err := checkHash(l.Digest); err != nil {
 			return nil, err
@@ -160,7 +163,7 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 
 func checkHash(h v1.Hash) error {
 	if h.Algorithm != "sha256" || len(h.Hex) != 64 {
-		return fmt.Errorf("digest %.80q: want sha256", h)
+		return fmt.Errorf("digest %.80q: want sha256: and 64 hex digits", h)
 	}
 	return nil
 }
@@ -168,7 +171,7 @@ func checkHash(h v1.Hash) error {
 // decode parses data, which must be exactly one JSON value without unknown fields.
 func decode(data []byte, v any) error {
 	if len(data) > MaxManifest {
-		return fmt.Errorf("%d bytes; want at most %d", len(data), MaxManifest)
+		return fmt.Errorf("the document has %d bytes; want at most %d bytes", len(data), MaxManifest)
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
@@ -176,7 +179,7 @@ func decode(data []byte, v any) error {
 		return err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("data behind the end of the document")
+		return errors.New("there is data behind the end of the document")
 	}
 	return nil
 }

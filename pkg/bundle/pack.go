@@ -84,7 +84,8 @@ func PackLayerAs(ctx context.Context, recipe, srcDir string, kind LayerKind, dst
 	}()
 	window, ok := packWindow(recipe)
 	if !ok {
-		return Layer{}, fault.New(fault.Unsupported, fmt.Sprintf("unknown recipe %q", recipe), "upgrade this program")
+		return Layer{}, fault.New(fault.Unsupported, fmt.Sprintf("pack a layer: the recipe %q is unknown", recipe),
+			"upgrade this program")
 	}
 	src, err := os.OpenRoot(srcDir)
 	if err != nil {
@@ -165,7 +166,7 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 		}
 		entries = append(entries, e)
 		if len(entries) > maxEntries || total > maxBytes/2 {
-			return fmt.Errorf("the layer has more than %d entries or %d bytes", maxEntries, int64(maxBytes/2))
+			return fmt.Errorf("the layer has more than %d entries, or more than %d bytes", maxEntries, int64(maxBytes/2))
 		}
 		return nil
 	})

@@ -62,18 +62,18 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 func (m *meter) check(wantDigest string, size int64) error {
 	if m.err != nil {
 		// The source failed, so an error of the parsers is only a consequence.
-		return fmt.Errorf("read: %w", m.err)
+		return fmt.Errorf("read the stream: %w", m.err)
 	}
 	// Bytes that were changed in transit first cause a parse error. Compare the digest nevertheless: its error says the
 	// cause.
 	if _, err := io.Copy(io.Discard, m); err != nil && !m.over {
-		return fmt.Errorf("read: %w", err)
+		return fmt.Errorf("read the stream: %w", err)
 	}
 	switch got := m.digest(); {
 	case m.over:
 		return fault.Errorf(fault.Unverified, "the stream is longer than the %d bytes that the manifest says", size)
 	case m.n != size:
-		return fault.Errorf(fault.Unverified, "the stream has %d bytes; the manifest says %d", m.n, size)
+		return fault.Errorf(fault.Unverified, "the stream has %d bytes; the manifest says %d bytes", m.n, size)
 	case got != wantDigest:
 		return fault.Errorf(fault.Unverified, "the stream has digest %s; the manifest says %s", got, wantDigest)
 	}
@@ -107,13 +107,13 @@ func unpackPlain(archive io.Reader, wantDiffID string, dst *os.Root, limit int64
 		err = onlyZeros(plain)
 	}
 	if plain.over {
-		return fault.Errorf(fault.Unverified, "layer unpacks to more than %d bytes", limit)
+		return fault.Errorf(fault.Unverified, "the layer unpacks to more than %d bytes", limit)
 	}
 	if err != nil {
 		return err
 	}
 	if got := plain.digest(); got != wantDiffID {
-		return fault.Errorf(fault.Unverified, "unpacked layer has digest %s; the config says %s", got, wantDiffID)
+		return fault.Errorf(fault.Unverified, "the unpacked layer has digest %s; the image config says %s", got, wantDiffID)
 	}
 	return nil
 }
@@ -125,7 +125,7 @@ func onlyZeros(r io.Reader) error {
 		n, err := r.Read(buf)
 		for _, b := range buf[:n] {
 			if b != 0 {
-				return fault.New(fault.Unverified, "data behind the end of the archive", "")
+				return fault.New(fault.Unverified, "there is data behind the end of the archive", "")
 			}
 		}
 		if errors.Is(err, io.EOF) {
@@ -154,7 +154,7 @@ func (x *extractor) run(tr *tar.Reader) error {
 			return fault.Errorf(fault.Unverified, "read archive: %w", err)
 		}
 		if len(x.seen) >= maxEntries {
-			return fault.Errorf(fault.Unverified, "archive has more than %d entries", maxEntries)
+			return fault.Errorf(fault.Unverified, "the archive has more than %d entries", maxEntries)
 		}
 		name, err := x.check(hdr)
 		if err != nil {
@@ -178,7 +178,7 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 	}
 	for key := range hdr.PAXRecords {
 		if key != "path" && key != "linkpath" {
-			return "", fmt.Errorf("%s has an extended header %.40q", name, key)
+			return "", fmt.Errorf("%s has the extended header %.40q; want only path and linkpath", name, key)
 		}
 	}
 	switch hdr.Typeflag {
@@ -195,7 +195,7 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 	}
 	// The parent must be a folder that this code has created or checked. So no entry is written through a link.
 	if parent := path.Dir(name); parent != "." && x.seen[parent] != tar.TypeDir {
-		return "", fmt.Errorf("%s has no entry for its folder before it", name)
+		return "", fmt.Errorf("no earlier entry of the archive is the folder of %s", name)
 	}
 	return name, nil
 }
@@ -267,7 +267,7 @@ type meter struct {
 	err   error // error of the source, except io.EOF
 }
 
-var errTooLong = errors.New("stream is longer than it may be")
+var errTooLong = errors.New("the stream is longer than it may be")
 
 func (m *meter) Read(p []byte) (int, error) {
 	if m.over {

@@ -48,12 +48,13 @@ func Linked(image []byte) ([]byte, error) {
 	size := uint64(le.Uint32(image[atPayloadLength:]))
 	const trailer = 4 // number of bytes at the end of the payload that hold the size of the decompressed kernel
 	if size < trailer || from+size > uint64(len(image)) {
-		return nil, bad("the payload has %d bytes from offset %d on; the file has %d bytes", size, from, len(image))
+		return nil, bad("the compressed kernel has %d bytes from offset %d on, but the file has only %d bytes", size, from,
+			len(image))
 	}
 	payload := image[from : from+size-trailer]
 	want := le.Uint32(image[from+size-trailer:])
 	if want > maxLinked {
-		return nil, bad("the kernel has %d bytes; want at most %d", want, maxLinked)
+		return nil, bad("the kernel has %d bytes; want at most %d bytes", want, maxLinked)
 	}
 	var packed io.Reader
 	switch {
@@ -64,7 +65,7 @@ func Linked(image []byte) ([]byte, error) {
 		zr, err := zstd.NewReader(bytes.NewReader(payload), zstd.WithDecoderConcurrency(1),
 			zstd.WithDecoderMaxWindow(128<<20))
 		if err != nil {
-			return nil, bad("decompress: %v", err)
+			return nil, bad("decompress the kernel: %v", err)
 		}
 		defer zr.Close()
 		packed = zr
@@ -72,7 +73,7 @@ func Linked(image []byte) ([]byte, error) {
 		// The last four bytes of a gzip stream are this size, so a kernel build appends no other size.
 		zr, err := gzip.NewReader(bytes.NewReader(image[from : from+size]))
 		if err != nil {
-			return nil, bad("decompress: %v", err)
+			return nil, bad("decompress the kernel: %v", err)
 		}
 		zr.Multistream(false)
 		packed = zr
@@ -81,10 +82,10 @@ func Linked(image []byte) ([]byte, error) {
 	}
 	linked, err := io.ReadAll(io.LimitReader(packed, int64(want)+1))
 	if err != nil {
-		return nil, bad("decompress: %v", err)
+		return nil, bad("decompress the kernel: %v", err)
 	}
 	if uint64(len(linked)) != uint64(want) {
-		return nil, bad("the kernel has %d bytes; the image says %d", len(linked), want)
+		return nil, bad("the decompressed kernel has %d bytes; the image says %d bytes", len(linked), want)
 	}
 	return linked, nil
 }

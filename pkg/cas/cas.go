@@ -145,7 +145,8 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	}
 	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
-		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content has digest %s; want %s", digest, want), "")
+		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: the content has digest %s; want %s", digest, want),
+			"")
 	}
 	err = c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
 	if err == nil {
@@ -191,7 +192,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
-		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content has digest %s", digest, got),
+		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: the content has digest %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
 	}
@@ -208,7 +209,8 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
-		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
+		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q and key %q: want two file names", kind,
+			key), "")
 	}
 	defer func() {
 		if err == nil {

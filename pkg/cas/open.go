@@ -53,7 +53,7 @@ func openFolder(dir string) (*Cache, error) {
 	// locked its owner file yet.
 	gate := flock.New(filepath.Join(dir, "open.lock"))
 	if err := gate.Lock(); err != nil {
-		return nil, disk(fmt.Errorf("open cache %s: lock: %w", dir, err))
+		return nil, disk(fmt.Errorf("open cache %s: lock the folder: %w", dir, err))
 	}
 	c, err := open(dir)
 	return c, errors.Join(err, gate.Close())
@@ -82,13 +82,13 @@ func checkFolder(dir string) error {
 		return nil
 	}
 	return fault.New(fault.Usage,
-		fmt.Sprintf("open cache %s: the folder has other files, such as %s, and is no cache", dir, other),
+		fmt.Sprintf("open cache %s: the folder is not a cache, because it has other files, such as %s", dir, other),
 		"use a new or empty folder: --cache FOLDER")
 }
 
 func open(dir string) (*Cache, error) {
 	if err := sweep(dir); err != nil {
-		return nil, fmt.Errorf("open cache %s: clean up: %w", dir, err)
+		return nil, fmt.Errorf("open cache %s: remove what ended processes left: %w", dir, err)
 	}
 	f, err := os.CreateTemp(filepath.Join(dir, ownersDir), fmt.Sprintf("%d-*.lock", os.Getpid()))
 	if err != nil {

@@ -21,7 +21,7 @@ func (c *Cache) Reread(ctx context.Context, path string) error { return c.rechec
 func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 	rel, err := filepath.Rel(filepath.Join(c.dir, treesDir), path)
 	if err != nil {
-		return fmt.Errorf("check %s again: %w", path, err)
+		return fmt.Errorf("check the cached file %s again: %w", path, err)
 	}
 	parts := strings.SplitN(rel, string(filepath.Separator), 3)
 	if len(parts) < 2 || !filepath.IsLocal(rel) {
@@ -39,7 +39,7 @@ func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 	case ok || err != nil:
 		return err
 	case trouble == "":
-		trouble = "it is gone"
+		trouble = "the tree is gone"
 	default:
 		if err := c.discard(kind, key, tree, trouble); err != nil {
 			return err

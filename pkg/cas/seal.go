@@ -26,7 +26,7 @@ func (c *Cache) sealPath(kind, key string) string {
 func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 	digest, err := DigestTree(ctx, dir, nil)
 	if err != nil {
-		return fmt.Errorf("make tree %s/%s: %w", kind, key, err)
+		return fmt.Errorf("make the cached tree %s/%s: %w", kind, key, err)
 	}
 	return c.writeFile(c.sealPath(kind, key), []byte(digest))
 }
@@ -39,7 +39,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	}
 	want, err := os.ReadFile(c.sealPath(kind, key))
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, "it has no seal", nil
+		return false, "the tree has no seal", nil
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return false, "", foreign(kind, key, err)
@@ -56,7 +56,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	}
 	got, err := DigestTree(ctx, path, nil)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
-		return false, "", fmt.Errorf("check tree %s/%s: %w", kind, key, cause)
+		return false, "", fmt.Errorf("check the cached tree %s/%s: %w", kind, key, cause)
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return false, "", foreign(kind, key, err)
@@ -65,7 +65,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 		return false, err.Error(), nil
 	}
 	if got != string(want) {
-		return false, fmt.Sprintf("its content has digest %s; its seal says %.80s", got, want), nil
+		return false, fmt.Sprintf("the tree has digest %s; its seal says %.80s", got, want), nil
 	}
 	if again, _ := inodes(path); quiet && again == now { // no file changed during the check
 		c.mu.Lock()
@@ -113,13 +113,14 @@ func inodes(dir string) (state string, quiet bool) {
 const tick = time.Second
 
 func foreign(kind, key string, err error) error {
-	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err), hintOwner)
+	return fault.Wrap(fault.Usage, fmt.Errorf("check the cached tree %s/%s: %w", kind, key, err), hintOwner)
 }
 
 // discard reports a damaged tree and removes it.
 func (c *Cache) discard(kind, key, path, trouble string) error {
 	if c.Notify != nil {
-		c.Notify(fmt.Sprintf("cached tree %s/%s is damaged (%s) and is made again; check the disk of %s", kind, key, trouble,
+		c.Notify(fmt.Sprintf("the cached tree %s/%s is damaged (%s), and is made again; check the disk of %s", kind, key,
+			trouble,
 			c.dir))
 	}
 	grave, err := os.MkdirTemp(c.tmp(), "damaged-*")
@@ -127,7 +128,7 @@ func (c *Cache) discard(kind, key, path, trouble string) error {
 		err = os.Rename(path, filepath.Join(grave, "tree"))
 	}
 	if err != nil {
-		return fmt.Errorf("discard damaged tree %s/%s: %w", kind, key, err)
+		return fmt.Errorf("discard the damaged tree %s/%s of the cache: %w", kind, key, err)
 	}
 	return os.RemoveAll(grave)
 }

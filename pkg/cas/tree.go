@@ -60,7 +60,7 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 			}
 			e.kind, e.sum = 'l', sha256.Sum256([]byte(target))
 		default:
-			return fmt.Errorf("%s: neither folder, file nor link", path)
+			return fmt.Errorf("%s is neither a folder nor a file nor a link", path)
 		}
 		entries = append(entries, e)
 		return nil

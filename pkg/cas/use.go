@@ -77,7 +77,7 @@ func (c *Cache) markUsed(name string) error {
 	if p == nil {
 		f, err := lockUse(c.usePath(name), unix.LOCK_SH)
 		if err != nil {
-			return fmt.Errorf("mark %s as used: %w", name, err)
+			return fmt.Errorf("mark the cache entry %s as used: %w", name, err)
 		}
 		if c.pins == nil {
 			c.pins = map[string]*pin{}
@@ -101,7 +101,7 @@ func (c *Cache) unpin() {
 }
 
 // errInUse means that a process uses the entry, which therefore must not be removed now.
-var errInUse = errors.New("in use")
+var errInUse = errors.New("the entry is in use")
 
 // lockUse opens a stamp, or creates it, and locks it with these flags of flock. With unix.LOCK_NB, the error is
 // errInUse if another process has the lock. If the stamp was removed meanwhile, the lock protects nothing, and lockUse

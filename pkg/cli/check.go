@@ -27,15 +27,16 @@ func CheckHelp(program func() *ucli.Command) error {
 		name := strings.Join(path, " ")
 		var page, errs strings.Builder
 		if code := Run(context.Background(), program(), slices.Concat(path, []string{"--help"}), &page, &errs); code != 0 {
-			problems = append(problems, fmt.Errorf("%s --help: exit %d, %s", name, code, errs.String()))
+			problems = append(problems, fmt.Errorf("run %s --help: exit status %d: %s", name, code, errs.String()))
 		}
 		if n := strings.Count(page.String(), "\n"); n > helpLines {
-			problems = append(problems, fmt.Errorf("%s --help: %d lines; want at most %d", name, n, helpLines))
+			problems = append(problems, fmt.Errorf("%s --help prints %d lines; want at most %d lines", name, n, helpLines))
 		}
 		for line := range strings.Lines(page.String()) {
 			// A single long word, such as the path of a folder, cannot be broken.
 			if n := utf8.RuneCountInString(line) - 1; n > helpWidth && len(strings.Fields(line)) > 1 {
-				problems = append(problems, fmt.Errorf("%s --help: %d columns; want at most %d: %s", name, n, helpWidth, line))
+				problems = append(problems, fmt.Errorf("%s --help prints a line of %d columns; want at most %d columns: %s", name,
+					n, helpWidth, line))
 			}
 		}
 		problems = append(problems, checkGroups(name, cmd)...)
@@ -66,11 +67,11 @@ func checkGroups(name string, cmd *ucli.Command) (problems []error) {
 	}
 	for _, heading := range headings {
 		if !slices.Contains(order, heading) {
-			problems = append(problems, fmt.Errorf("%s: heading %q; want one of %q", name, heading, order))
+			problems = append(problems, fmt.Errorf("%s --help has the heading %q; want one of %q", name, heading, order))
 		}
 		for _, f := range groups[heading] {
 			if c, ok := f.(ucli.CategorizableFlag); ok && c.GetCategory() == "" {
-				problems = append(problems, fmt.Errorf("%s: --%s is in no group", name, f.Names()[0]))
+				problems = append(problems, fmt.Errorf("%s: the flag --%s is in no group", name, f.Names()[0]))
 			}
 		}
 	}
@@ -108,7 +109,7 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 	}
 	leaf := len(cmd.Commands) == 0 && cmd.Name != "version"
 	if leaf && !found {
-		problems = append(problems, fmt.Errorf("%s: no example in its description", name))
+		problems = append(problems, fmt.Errorf("%s: the description has no example", name))
 	}
 	return problems
 }
@@ -141,13 +142,13 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 				return err
 			}
 		default:
-			problems = append(problems, fmt.Errorf("%s differs from what the commands generate: run make generate", name))
+			problems = append(problems, fmt.Errorf("%s differs from what the commands generate; run: make generate", name))
 		}
 	}
 	pages, err := filepath.Glob(filepath.Join(folder, "man", root.Name+"*.1"))
 	for _, page := range pages {
 		if _, ok := files["man/"+filepath.Base(page)]; !ok {
-			problems = append(problems, fmt.Errorf("%s belongs to no command: remove it", page))
+			problems = append(problems, fmt.Errorf("the manual page %s belongs to no command: remove it", page))
 		}
 	}
 	return errors.Join(append(problems, err)...)

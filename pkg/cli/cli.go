@@ -105,7 +105,8 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	case "text":
 		return slog.New(slog.NewTextHandler(cmd.Root().ErrWriter, opts)), nil
 	}
-	return nil, fault.New(fault.Usage, fmt.Sprintf("read --log-format: unknown format %q", cmd.String("log-format")),
+	return nil, fault.New(fault.Usage, fmt.Sprintf("read --log-format: format %q: want text or json",
+		cmd.String("log-format")),
 		"use --log-format text or json")
 }
 

@@ -24,9 +24,9 @@ func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 			{
 				Name: "check", Usage: "print every mistake in a file, with its line and column",
 				ArgsUsage: "FILE [-- FLAGS]",
-				Description: fmt.Sprintf(`FILE is checked together with the environment variables of this command and the
-flags after --, as %[1]s checks FILE when it starts. A password in FILE is a
-mistake.
+				Description: fmt.Sprintf(`The command checks FILE in the same way as "%[1]s" does when it starts:
+together with the environment variables and the flags after --. A password in
+FILE is a mistake.
 
 Example:
   %[2]s config check FILE`, name, "PROGRAM"),

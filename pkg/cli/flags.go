@@ -100,7 +100,7 @@ func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], e
 
 // TrustedRootFlag returns --trusted-root, for commands that use certificates.
 func TrustedRootFlag() ucli.Flag {
-	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
+	return String("trusted-root", "", "Sigstore's `FILE` trusted_root.json (keyless signers)")
 }
 
 // TrustFlags returns --trusted-root and the flags for trusted keyless signers, named as in cosign.

@@ -192,7 +192,7 @@ func environment(flags []ucli.Flag) string {
 		case !ok || len(doc.GetEnvVars()) == 0:
 			without = append(without, "--"+name)
 		case doc.GetEnvVars()[0] != envName(name):
-			odd = append(odd, "--"+name+" is also the environment variable "+doc.GetEnvVars()[0]+".")
+			odd = append(odd, "--"+name+" can be set by the environment variable "+doc.GetEnvVars()[0]+".")
 		default:
 			with = append(with, "--"+name)
 			if example == "" || strings.Contains(name, "-") && (!dash || len(envName(name)) < len(example)) {
@@ -201,17 +201,17 @@ func environment(flags []ucli.Flag) string {
 		}
 	}
 	var text string
-	const are = " environment variables, too: PREBAKE_ and the flag's name, as in "
+	const are = " can be set by environment variables: PREBAKE_ and the flag's name, as in "
 	switch {
 	case len(with) == 0:
 	case len(without)+len(odd) == 0:
-		text = "All flags are" + are + example + ". "
+		text = "All flags" + are + example + ". "
 	case len(without)+len(odd) <= len(with):
-		text = "All flags but " + list(without) + " are" + are + example + ". "
+		text = "All flags but " + list(without) + are + example + ". "
 	case len(with) == 1:
-		text = with[0] + " is also the environment variable " + example + ". "
+		text = with[0] + " can be set by the environment variable " + example + ". "
 	default:
-		text = list(with) + " are" + are + example + ". "
+		text = list(with) + are + example + ". "
 	}
 	if text += strings.Join(odd, " "); text != "" {
 		text += " A flag beats its variable."

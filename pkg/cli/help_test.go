@@ -64,8 +64,8 @@ Where to:
   --output, -o FORMAT  FORMAT of the result: text, json or yaml (default: text)
   --help, -h           show help
 
-All flags but --url and --output are environment variables, too: PREBAKE_ and
-the flag's name, as in PREBAKE_LONGEST_TIME_FOR_ONE_THING. A flag beats its
+All flags but --url and --output can be set by environment variables: PREBAKE_
+and the flag's name, as in PREBAKE_LONGEST_TIME_FOR_ONE_THING. A flag beats its
 variable.
 `
 	for _, args := range [][]string{{"make", "--help"}, {"help", "make"}} {
@@ -93,13 +93,13 @@ func TestHelpEnvironment(t *testing.T) {
 	}{
 		{"none", []ucli.Flag{plain("a")}, ""},
 		{"all", []ucli.Flag{cli.Bool("c", ""), cli.Bool("a-b", ""), cli.Bool("d-e", "")},
-			"All flags are environment variables, too: PREBAKE_ and the flag's name, as in PREBAKE_A_B. A flag"},
+			"All flags can be set by environment variables: PREBAKE_ and the flag's name, as in PREBAKE_A_B. A flag"},
 		{"few", []ucli.Flag{cli.Bool("a", ""), cli.Bool("b", ""), plain("c"), plain("d"), plain("e")},
-			"--a and --b are environment variables, too: PREBAKE_ and the flag's name, as in PREBAKE_A. A flag"},
+			"--a and --b can be set by environment variables: PREBAKE_ and the flag's name, as in PREBAKE_A. A flag"},
 		{"one", []ucli.Flag{cli.Bool("a", ""), plain("c"), plain("d")},
-			"--a is also the environment variable PREBAKE_A. A flag"},
+			"--a can be set by the environment variable PREBAKE_A. A flag"},
 		{"another name", []ucli.Flag{odd, plain("c")},
-			"--cache is also the environment variable PREBAKE_MIRROR_CACHE. A flag"},
+			"--cache can be set by the environment variable PREBAKE_MIRROR_CACHE. A flag"},
 	} {
 		got := strings.Join(strings.Fields(helpOf(t, &ucli.Command{Name: "x", Flags: row.flags}, "x", "--help")), " ")
 		if !strings.Contains(got, row.want) || row.want == "" && strings.Contains(got, "variable") {

@@ -105,7 +105,8 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 		case "file":
 			b, err = openFolder(u)
 		default:
-			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one),
+			return nil, fault.New(fault.Usage, fmt.Sprintf(
+				"open bucket %q: want a URL that begins with gs://, https:// or file://", one),
 				"write the bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, and separate several mirrors of one bucket "+
 					"with commas")
 		}

@@ -39,7 +39,7 @@ func (f *folder) open(_ context.Context, name string, offset int64, _ string) (i
 		return nil, Attrs{}, fileError(err)
 	}
 	if !info.Mode().IsRegular() {
-		return nil, Attrs{}, missing(fmt.Errorf("%s is not a file", name))
+		return nil, Attrs{}, missing(fmt.Errorf("%s is not a regular file", name))
 	}
 	r, err := f.root.Open(name)
 	if err != nil {

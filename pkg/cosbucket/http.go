@@ -34,7 +34,7 @@ type web struct {
 
 func openHTTP(u *url.URL, wait time.Duration) (*web, error) {
 	if u.Host == "" {
-		return nil, fault.New(fault.Usage, "no host in the URL", "write https://HOST/PATH")
+		return nil, fault.New(fault.Usage, "the URL has no host", "write https://HOST/PATH")
 	}
 	transport := cleanhttp.DefaultPooledTransport()
 	transport.ResponseHeaderTimeout = 30 * time.Second
@@ -85,7 +85,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 }
 
 func statusError(code int) error {
-	err := fmt.Errorf("server answered %d %s", code, http.StatusText(code))
+	err := fmt.Errorf("the server answered with status %d %s", code, http.StatusText(code))
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone, code == http.StatusForbidden,
 		code == http.StatusUnauthorized:
@@ -126,7 +126,7 @@ func total(contentRange string, offset int64) (int64, error) {
 	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 ||
 		first != offset || last < first || last != size-1 {
 		return 0, fault.New(fault.Transient,
-			fmt.Sprintf("server answered with range %.60q; want the bytes from %d to the end", contentRange, offset),
+			fmt.Sprintf("the server answered with the range %.60q; want the bytes from %d to the end", contentRange, offset),
 			"try again; if it happens again, use another mirror")
 	}
 	return size, nil

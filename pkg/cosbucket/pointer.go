@@ -48,7 +48,7 @@ func badPointer(format string, args ...any) error {
 func ParsePointer(text []byte) (Pointer, error) {
 	var p Pointer
 	if len(text) > MaxPointer {
-		return p, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
+		return p, badPointer("the file has %d bytes; want at most %d bytes", len(text), MaxPointer)
 	}
 	for line := range strings.Lines(string(text)) {
 		key, value, ok := strings.Cut(strings.TrimSpace(line), ":")
@@ -57,10 +57,10 @@ func ParsePointer(text []byte) (Pointer, error) {
 		switch {
 		case key == "":
 		case !ok:
-			return Pointer{}, badPointer("%.80q is not NAME: VALUE", key)
+			return Pointer{}, badPointer("the line %.80q is not NAME: VALUE", key)
 		case to == nil:
 		case *to != "" && *to != value:
-			return Pointer{}, badPointer("%s is set twice", key)
+			return Pointer{}, badPointer("%s is set twice, to different values", key)
 		default:
 			*to = value
 		}
@@ -75,7 +75,7 @@ func ParsePointer(text []byte) (Pointer, error) {
 // gs://.
 func ParseToolchainURL(text []byte) (Pointer, error) {
 	if len(text) > MaxPointer {
-		return Pointer{}, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
+		return Pointer{}, badPointer("the file has %d bytes; want at most %d bytes", len(text), MaxPointer)
 	}
 	u, err := url.Parse(strings.TrimSpace(string(text)))
 	if err != nil || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.RawPath != "" {
@@ -100,7 +100,7 @@ func ParseToolchainURL(text []byte) (Pointer, error) {
 // Chromium OS's SDK bucket, which has the compiler of older COS builds.
 func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	if len(text) > MaxPointer {
-		return nil, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
+		return nil, badPointer("the file has %d bytes; want at most %d bytes", len(text), MaxPointer)
 	}
 	at := strings.TrimSpace(string(text))
 	all := []Pointer{{"cos-sdk", at}, {"chromiumos-sdk", at}}

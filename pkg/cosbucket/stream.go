@@ -66,7 +66,8 @@ func (s *stream) resume(cause error) error {
 		s.tries, s.moves = 0, 0
 	}
 	s.broke = s.offset
-	broken := fault.Wrap(fault.Transient, fmt.Errorf("download of %s broke after %d bytes: %w", s.name, s.offset, cause),
+	broken := fault.Wrap(fault.Transient, fmt.Errorf("download %s: the connection broke after %d bytes: %w", s.name,
+		s.offset, cause),
 		"try again; check the network on the way to the bucket")
 	if s.attrs.pin == "" {
 		return s.otherMirror(broken)
@@ -186,7 +187,8 @@ func (c check) write(p []byte) {
 
 func (c check) judge(size int64) error {
 	bad := func(what, want, got string) error {
-		return fault.New(fault.Checksum, fmt.Sprintf("download of %s has %s %s; the bucket says %s", c.attrs.URL, what, got,
+		return fault.New(fault.Checksum, fmt.Sprintf("download %s: the content has %s %s; the bucket says %s", c.attrs.URL,
+			what, got,
 			want),
 			"try again; if it happens again, put the object into the bucket again, or use another mirror")
 	}

@@ -65,31 +65,31 @@ var table = [kinds]row{
 	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
 	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},
 	NoArtifact:     {"no-artifact", 3, 404, true, "nothing is published for this kernel, driver and flavour"},
-	Unverified:     {"unverified", 4, 422, false, "digest, signature or provenance does not hold"},
-	Mismatch:       {"mismatch", 5, 409, false, "verified, but meant for another kernel, driver or flavour"},
+	Unverified:     {"unverified", 4, 422, false, "a digest, signature or provenance is not valid"},
+	Mismatch:       {"mismatch", 5, 409, false, "the artifact is verified, but is for another kernel, driver or flavour"},
 	Rejected:       {"rejected", 6, 422, false, "the kernel refused a module"},
-	Busy:           {"busy", 7, 409, true, "lock held, or modules in use"},
+	Busy:           {"busy", 7, 409, true, "a lock is held, or modules are in use"},
 	NoDevice:       {"no-device", 8, 404, false, "no GPU present"},
 	Unusable:       {"unusable", 9, 422, false, "GPU present but not usable"},
-	Transient:      {"transient", 10, 503, true, "network or service trouble that may pass"},
-	NotFound:       {"not-found", 11, 404, false, "what was asked for by name does not exist"},
-	Unauthorized:   {"unauthorized", 12, 401, false, "no token, or one that is not known any more"},
+	Transient:      {"transient", 10, 503, true, "an error of the network or a service, which may pass"},
+	NotFound:       {"not-found", 11, 404, false, "the requested object does not exist"},
+	Unauthorized:   {"unauthorized", 12, 401, false, "no token, or a token that is no longer valid"},
 	Forbidden:      {"forbidden", 13, 403, false, "the token does not allow this"},
-	TooLarge:       {"too-large", 14, 413, false, "more was sent or asked for than is taken"},
-	TooMany:        {"too-many", 15, 429, true, "asked too often"},
+	TooLarge:       {"too-large", 14, 413, false, "the request or its answer is larger than the limit"},
+	TooMany:        {"too-many", 15, 429, true, "too many requests"},
 	Pending:        {"pending", 16, 404, true, "not published yet: it is queued, or being built"},
 	WebPage:        {"web-page", 17, 502, true, "the address answered with a web page, such as a login page"},
 	InputMissing:   {"input-missing", 20, 404, false, "a build input does not exist"},
-	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input is not what its checksum says"},
+	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input does not match its checksum"},
 	Unsupported:    {"unsupported", 22, 422, false, "this driver is not made for this kernel or flavour"},
 	APIBreak:       {"api-break", 23, 422, false, "the driver does not compile against this kernel"},
 	CheckFailed:    {"check-failed", 24, 422, false, "a compiled module would not fit the kernel"},
 	LoadTestFailed: {"load-test-failed", 25, 422, false, "a module does not load in the test machine"},
 	OutOfMemory:    {"out-of-memory", 26, 507, true, "the build ran out of memory"},
 	DiskFull:       {"disk-full", 27, 507, true, "no space left on a disk"},
-	TimedOut:       {"timed-out", 28, 504, true, "ran past its time limit"},
-	PublishRefused: {"publish-refused", 29, 409, false, "the destination refused, or holds other bytes under this name"},
-	Cancelled:      {"cancelled", 30, 499, true, "told to stop"},
+	TimedOut:       {"timed-out", 28, 504, true, "the time limit was exceeded"},
+	PublishRefused: {"publish-refused", 29, 409, false, "the destination refused, or has other bytes under this name"},
+	Cancelled:      {"cancelled", 30, 499, true, "stopped on request"},
 	Several:        {"several", 31, 422, false, "several builds failed, not all in the same way"},
 }
 
@@ -141,7 +141,7 @@ func Parse(name string) (Kind, error) {
 			return k, nil
 		}
 	}
-	return Internal, fmt.Errorf("fault kind %q: not in the list", name)
+	return Internal, fmt.Errorf("there is no fault kind %q", name)
 }
 
 // MarshalText prints the stable name.

@@ -81,7 +81,7 @@ func ParseFile(version string, text []byte) (*List, error) {
 
 func parseFile(version string, text []byte) (*List, error) {
 	if len(text) > MaxFile {
-		return nil, fmt.Errorf("%d bytes; want at most %d", len(text), MaxFile)
+		return nil, fmt.Errorf("the file has %d bytes; want at most %d bytes", len(text), MaxFile)
 	}
 	var file struct {
 		Chips []json.RawMessage `json:"chips"`
@@ -90,7 +90,7 @@ func parseFile(version string, text []byte) (*List, error) {
 		return nil, err
 	}
 	if len(file.Chips) > maxChips {
-		return nil, fmt.Errorf("%d products; want at most %d", len(file.Chips), maxChips)
+		return nil, fmt.Errorf("the file has %d products; want at most %d products", len(file.Chips), maxChips)
 	}
 	l := &List{Version: version}
 	for i, raw := range file.Chips {
@@ -138,10 +138,10 @@ func ParsePredicate(text []byte) (*List, error) {
 // normalize checks every field and sorts the list, so that a list has one form only.
 func (l *List) normalize() error {
 	if !target.ValidVersion(l.Version) {
-		return fmt.Errorf("%.60q is not a driver version", l.Version)
+		return fmt.Errorf("the version %.60q is not a driver version", l.Version)
 	}
 	if len(l.Chips) == 0 || len(l.Chips) > maxChips {
-		return fmt.Errorf("%d products; want 1 to %d", len(l.Chips), maxChips)
+		return fmt.Errorf("the list has %d products; want 1 to %d products", len(l.Chips), maxChips)
 	}
 	for i := range l.Chips {
 		if err := l.Chips[i].normalize(); err != nil {
@@ -164,7 +164,8 @@ func (c *Chip) normalize() error {
 		*id = strings.ToLower(*id)
 	}
 	if len(c.Name) > maxText || len(c.Features) > maxFeatures {
-		return fmt.Errorf("a name of %d bytes and %d features; want at most %d bytes and %d features", len(c.Name),
+		return fmt.Errorf("the name has %d bytes, and there are %d features; want at most %d bytes and %d features",
+			len(c.Name),
 			len(c.Features), maxText, maxFeatures)
 	}
 	for _, f := range c.Features {

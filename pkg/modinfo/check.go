@@ -67,16 +67,16 @@ func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
 	if len(mods) == 0 {
-		errs = append(errs, &Problem{Module: "the set", Text: "has no module", Remedy: remedySet})
+		errs = append(errs, &Problem{Module: "modules", Text: "no module is given", Remedy: remedySet})
 	}
 	for _, m := range mods {
 		if c.set[m.Name] != nil {
-			errs = append(errs, &Problem{Module: m.Name, Text: "is in the set twice", Remedy: remedySet})
+			errs = append(errs, &Problem{Module: m.Name, Text: "is given twice", Remedy: remedySet})
 		}
 		c.set[m.Name] = m
 		for _, name := range m.Exports {
 			if other := c.exporter[name]; other != nil && other != m {
-				errs = append(errs, &Problem{m.Name, name, "is exported by " + other.Name + " too", remedySet})
+				errs = append(errs, &Problem{m.Name, name, "is also exported by module " + other.Name, remedySet})
 			}
 			c.exporter[name] = m
 		}
@@ -121,7 +121,7 @@ func (c *checker) module(m *Module) {
 	release, _, _ := strings.Cut(m.Vermagic, " ")
 	switch {
 	case c.rules.Release != "" && release != c.rules.Release:
-		c.add(m, "", remedyKernel, "made for release %s; this kernel has release %s", release, c.rules.Release)
+		c.add(m, "", remedyKernel, "made for kernel release %s; this kernel has release %s", release, c.rules.Release)
 	case c.rules.Vermagic != "" && m.Vermagic != strings.TrimSpace(c.rules.Vermagic):
 		c.add(m, "", remedyKernel, "vermagic %q; this kernel wants %q", m.Vermagic, strings.TrimSpace(c.rules.Vermagic))
 	}
@@ -131,7 +131,8 @@ func (c *checker) module(m *Module) {
 		name = Canonical(name)
 		needs[name] = true
 		if c.set[name] == nil && !c.own[name] {
-			c.add(m, "", remedyDepends, "needs module %s, which is neither in the set nor a module of the kernel", name)
+			c.add(m, "", remedyDepends, "needs module %s, which is neither one of these modules nor a module of the kernel",
+				name)
 		}
 	}
 	for _, s := range m.Imports {
@@ -184,22 +185,22 @@ func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
 			c.crc(m, s.Name, export.CRC, "this kernel's")
 		}
 		if from := export.provider(); from != "vmlinux" && !needs[from] {
-			c.add(m, s.Name, remedySet, "is exported by module %s, on which the module does not depend", from)
+			c.add(m, s.Name, remedySet, "is exported by the kernel's module %s, on which this module does not depend", from)
 		}
 		if export.GPL && !gplCompatible(m.License) {
 			c.add(m, s.Name, remedyLicense, "is for GPL modules only; the licence of this module is %q", m.License)
 		}
 		if ns := export.Namespace; ns != "" && !slices.Contains(m.Namespaces, ns) {
-			c.add(m, s.Name, remedyDriver, "is in namespace %s, which the module does not import", ns)
+			c.add(m, s.Name, remedyDriver, "is in namespace %s, which this module does not import", ns)
 		}
 		return
 	}
 	sibling := c.exporter[s.Name]
 	switch {
 	case sibling == m:
-		c.add(m, s.Name, remedySet, "is both exported and undefined")
+		c.add(m, s.Name, remedySet, "is exported by this module, and also undefined in it")
 	case sibling != nil && !needs[sibling.Name]:
-		c.add(m, s.Name, remedySet, "is exported by %s, on which the module does not depend", sibling.Name)
+		c.add(m, s.Name, remedySet, "is exported by module %s, on which this module does not depend", sibling.Name)
 	case sibling != nil && c.rules.ModVersions:
 		if crc, ok := sibling.ExportCRCs[s.Name]; ok {
 			c.crc(m, s.Name, crc, sibling.Name+"'s")
@@ -207,7 +208,7 @@ func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
 			c.add(m, s.Name, remedySet, "has no checksum in %s, and this kernel compares checksums", sibling.Name)
 		}
 	case sibling == nil && !s.Weak:
-		c.add(m, s.Name, remedyDriver, "is exported neither by this kernel nor by a module of the set")
+		c.add(m, s.Name, remedyDriver, "is exported neither by this kernel nor by one of these modules")
 	}
 }
 

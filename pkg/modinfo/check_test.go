@@ -26,7 +26,7 @@ func TestCheck(t *testing.T) {
 	}{
 		{"fits", func(a, b *sample, r *modinfo.Rules) {}, ""},
 		{"another release", func(a, b *sample, r *modinfo.Rules) { r.Release = "6.1.0-47-cloud-amd64" },
-			"nvidia: made for release 6.1.0-50-cloud-amd64; this kernel has release 6.1.0-47-cloud-amd64"},
+			"nvidia: made for kernel release 6.1.0-50-cloud-amd64; this kernel has release 6.1.0-47-cloud-amd64"},
 		{"same release, other options", func(a, b *sample, r *modinfo.Rules) { r.Vermagic = release + " SMP mod_unload" },
 			"this kernel wants \"6.1.0-50-cloud-amd64 SMP mod_unload\""},
 		{"checksum differs", func(a, b *sample, r *modinfo.Rules) { a.versions["vmalloc"] = 0x99 },
@@ -38,20 +38,20 @@ func TestCheck(t *testing.T) {
 		{"checksum missing", func(a, b *sample, r *modinfo.Rules) { delete(a.versions, "vmalloc") },
 			"nvidia: symbol vmalloc: has no checksum"},
 		{"symbol missing", func(a, b *sample, r *modinfo.Rules) { a.imports = append(a.imports, "gone") },
-			"nvidia: symbol gone: is exported neither by this kernel nor by a module of the set"},
+			"nvidia: symbol gone: is exported neither by this kernel nor by one of these modules"},
 		{"weak symbol missing", func(a, b *sample, r *modinfo.Rules) { a.weak = append(a.weak, "gone") }, ""},
 		{"name of the assembler",
 			func(a, b *sample, r *modinfo.Rules) { a.imports = append(a.imports, "_GLOBAL_OFFSET_TABLE_") }, ""},
 		{"sibling's checksum differs", func(a, b *sample, r *modinfo.Rules) { a.exports["nvidia_get_rm_ops"] = 0xdef },
 			"nvidia_uvm: symbol nvidia_get_rm_ops: checksum 0x00000abc differs from nvidia's 0x00000def"},
 		{"sibling not depended on", func(a, b *sample, r *modinfo.Rules) { b.info[1] = "depends=" },
-			"nvidia_uvm: symbol nvidia_get_rm_ops: is exported by nvidia, on which the module does not depend"},
+			"nvidia_uvm: symbol nvidia_get_rm_ops: is exported by module nvidia, on which this module does not depend"},
 		{"dependency missing", func(a, b *sample, r *modinfo.Rules) { b.info[1] = "depends=nvidia,video" },
 			"nvidia_uvm: needs module video"},
 		{"dependency of the kernel", func(a, b *sample, r *modinfo.Rules) { b.info[1] = "depends=nvidia,drm" }, ""},
 		{"kernel's module not depended on", func(a, b *sample, r *modinfo.Rules) {
 			b.imports, b.versions["drm_open"] = append(b.imports, "drm_open"), 5
-		}, "nvidia_uvm: symbol drm_open: is exported by module drm, on which"},
+		}, "nvidia_uvm: symbol drm_open: is exported by the kernel's module drm, on which"},
 		{"GPL symbol", func(a, b *sample, r *modinfo.Rules) {
 			a.imports, a.versions["mmu_gpl"] = append(a.imports, "mmu_gpl"), 4
 		}, "nvidia: symbol mmu_gpl: is for GPL modules only; the licence of this module is \"NVIDIA\""},
@@ -63,11 +63,11 @@ func TestCheck(t *testing.T) {
 			b.info = append(b.info, "import_ns=DMA_BUF")
 		}, ""},
 		{"same name twice", func(a, b *sample, r *modinfo.Rules) { b.info[2] = "name=nvidia" },
-			"nvidia: is in the set twice"},
+			"nvidia: is given twice"},
 		{"circle", func(a, b *sample, r *modinfo.Rules) { a.info[2] = "depends=nvidia_uvm" },
 			"nvidia: depends on itself through nvidia, nvidia_uvm"},
 		{"exported twice", func(a, b *sample, r *modinfo.Rules) { b.exports = maps.Clone(a.exports) },
-			"symbol nvidia_get_rm_ops: is exported by nvidia_uvm too"},
+			"symbol nvidia_get_rm_ops: is also exported by module nvidia_uvm"},
 		{"another processor", func(a, b *sample, r *modinfo.Rules) { r.Machine = elf.EM_AARCH64 },
 			"nvidia: made for processor EM_X86_64; this kernel is for processor EM_AARCH64"},
 		{"another salt", func(a, b *sample, r *modinfo.Rules) { salt := "6.1.0-50"; r.Salt = &salt },

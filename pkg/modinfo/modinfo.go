@@ -111,7 +111,7 @@ func (w *watchedReader) ReadAt(p []byte, off int64) (int, error) {
 
 func read(r io.ReaderAt, size int64) (*Module, error) {
 	if size <= 0 || size > maxFile {
-		return nil, fmt.Errorf("%d bytes: want 1 to %d", size, int64(maxFile))
+		return nil, fmt.Errorf("the file has %d bytes; want 1 to %d bytes", size, int64(maxFile))
 	}
 	m := &Module{Size: size}
 	signature, err := signatureSize(r, size)
@@ -126,7 +126,8 @@ func read(r io.ReaderAt, size int64) (*Module, error) {
 		return nil, err
 	}
 	if f.Class != elf.ELFCLASS64 || f.Data != elf.ELFDATA2LSB || f.Type != elf.ET_REL {
-		return nil, fmt.Errorf("%v %v %v: want a relocatable file of a 64-bit little-endian machine", f.Class, f.Data, f.Type)
+		return nil, fmt.Errorf("the file is %v, %v, %v; want a relocatable file for a 64-bit little-endian machine", f.Class,
+			f.Data, f.Type)
 	}
 	m.Machine = f.Machine
 	if err := m.readInfo(f); err != nil {
@@ -155,13 +156,13 @@ func section(f *elf.File, name string, limit uint64) ([]byte, error) {
 	}
 	switch {
 	case s.Flags&elf.SHF_COMPRESSED != 0:
-		return nil, fmt.Errorf("section %s: compressed", name)
+		return nil, fmt.Errorf("section %s is compressed", name)
 	case s.Size > limit:
-		return nil, fmt.Errorf("section %s: %d bytes are more than %d", name, s.Size, limit)
+		return nil, fmt.Errorf("section %s has %d bytes; want at most %d bytes", name, s.Size, limit)
 	}
 	data, err := s.Data()
 	if err != nil {
-		return nil, fmt.Errorf("section %s: %w", name, err)
+		return nil, fmt.Errorf("read section %s: %w", name, err)
 	}
 	return data, nil
 }
@@ -172,7 +173,7 @@ func (m *Module) readInfo(f *elf.File) error {
 		return err
 	}
 	if data == nil {
-		return errors.New("no .modinfo section")
+		return errors.New("the section .modinfo is missing")
 	}
 	info := parseInfo(data)
 	m.Name = Canonical(first(info["name"]))
@@ -194,9 +195,9 @@ func (m *Module) readInfo(f *elf.File) error {
 	}
 	switch {
 	case m.Name == "":
-		return errors.New("no name")
+		return errors.New("the section .modinfo has no name of the module")
 	case m.Vermagic == "":
-		return errors.New("no vermagic")
+		return errors.New("the section .modinfo has no vermagic")
 	}
 	// Callers use these texts in file names and labels, and print them to terminals.
 	for _, name := range append([]string{m.Name}, m.Depends...) {
@@ -206,7 +207,8 @@ func (m *Module) readInfo(f *elf.File) error {
 	}
 	for _, text := range []string{m.Version, m.SrcVersion, m.Vermagic, m.License} {
 		if !textPattern.MatchString(text) {
-			return fmt.Errorf("text %q: want printable ASCII, at most 256 characters", text[:min(len(text), 256)])
+			return fmt.Errorf("text %q in section .modinfo: want printable ASCII, at most 256 characters", text[:min(len(text),
+				256)])
 		}
 	}
 	return nil
@@ -258,12 +260,12 @@ func (m *Module) readVersions(f *elf.File) error {
 		return err
 	}
 	if len(data)%record != 0 {
-		return fmt.Errorf("section __versions: %d bytes are no multiple of %d", len(data), record)
+		return fmt.Errorf("section __versions has %d bytes; want a multiple of %d bytes", len(data), record)
 	}
 	for ; len(data) > 0; data = data[record:] {
 		name, _, ended := bytes.Cut(data[nameAt:record], []byte{0})
 		if !ended || len(name) == 0 {
-			return errors.New("section __versions: a name has no end, or is empty")
+			return errors.New("section __versions has a name that is empty or has no end")
 		}
 		m.CRCs[string(name)] = binary.LittleEndian.Uint32(data)
 	}
@@ -278,7 +280,7 @@ func (m *Module) readVersions(f *elf.File) error {
 	for ; len(crcs) >= 4; crcs = crcs[4:] {
 		name, rest, ended := bytes.Cut(names, []byte{0})
 		if !ended || len(name) == 0 {
-			return errors.New("section __version_ext_names: fewer names than checksums")
+			return errors.New("section __version_ext_names has fewer names than there are checksums")
 		}
 		m.CRCs[string(name)], names = binary.LittleEndian.Uint32(crcs), rest
 	}
@@ -289,25 +291,25 @@ func (m *Module) readSymbols(f *elf.File) error {
 	m.ExportCRCs = map[string]uint32{}
 	table := f.SectionByType(elf.SHT_SYMTAB)
 	if table == nil {
-		return errors.New("no symbol table")
+		return errors.New("the symbol table is missing")
 	}
 	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) ||
 		f.Sections[table.Link].Size > maxSection ||
 		(table.Flags|f.Sections[table.Link].Flags)&elf.SHF_COMPRESSED != 0 {
-		return errors.New("symbol table: too large, or its names are missing")
+		return errors.New("the symbol table is too large or compressed, or has no names")
 	}
 	symbols, err := f.Symbols()
 	if err != nil {
-		return fmt.Errorf("symbol table: %w", err)
+		return fmt.Errorf("read the symbol table: %w", err)
 	}
 	crcTables := map[elf.SectionIndex][]byte{}
 	for i, s := range f.Sections {
 		if s.Name == "__kcrctab" || s.Name == "__kcrctab_gpl" {
 			if s.Size > maxSection || s.Type == elf.SHT_NOBITS || s.Flags&elf.SHF_COMPRESSED != 0 {
-				return fmt.Errorf("section %s: too large, compressed, or without content", s.Name)
+				return fmt.Errorf("section %s is too large, compressed, or without content", s.Name)
 			}
 			if crcTables[elf.SectionIndex(i)], err = s.Data(); err != nil {
-				return fmt.Errorf("section %s: %w", s.Name, err)
+				return fmt.Errorf("read section %s: %w", s.Name, err)
 			}
 		}
 	}
@@ -355,14 +357,14 @@ func signatureSize(r io.ReaderAt, size int64) (int64, error) {
 		return 0, nil
 	}
 	if _, err := r.ReadAt(trailer, size-int64(len(trailer))); err != nil && !errors.Is(err, io.EOF) {
-		return 0, fmt.Errorf("signature trailer: %w", err)
+		return 0, fmt.Errorf("read the trailer of the signature: %w", err)
 	}
 	if string(trailer[info:]) != SignatureMagic {
 		return 0, nil
 	}
 	length := int64(binary.BigEndian.Uint32(trailer[info-4:])) + int64(len(trailer))
 	if trailer[2] != 2 || length >= size {
-		return 0, errors.New("signature trailer: not PKCS #7, or longer than the file")
+		return 0, errors.New("the trailer says that the signature is not PKCS #7, or is longer than the file")
 	}
 	return length, nil
 }

@@ -94,7 +94,7 @@ func (m *Module) readNotes(f *elf.File) error {
 	m.MadeFor = string(Note(stamp, StampOwner, StampType))
 	for _, text := range []string{m.Salt, m.MadeFor} {
 		if !textPattern.MatchString(text) {
-			return fmt.Errorf("note %q: want printable ASCII", text[:min(len(text), 256)])
+			return fmt.Errorf("the module's note %q: want printable ASCII", text[:min(len(text), 256)])
 		}
 	}
 	return nil

@@ -63,7 +63,7 @@ func ReadSymvers(r io.Reader) (Symvers, error) {
 	n := 0
 	for lines.Scan() {
 		if n++; n > maxSymversLines {
-			return nil, symversFault(n, errors.New("too many lines"))
+			return nil, symversFault(n, errors.New("the file has too many lines"))
 		}
 		if lines.Text() == "" {
 			continue
@@ -73,7 +73,8 @@ func ReadSymvers(r io.Reader) (Symvers, error) {
 			return nil, symversFault(n, err)
 		}
 		if old, ok := all[name]; ok && old != export {
-			return nil, symversFault(n, fmt.Errorf("symbol %s: exported twice, by %s and %s", name, old.Module, export.Module))
+			return nil, symversFault(n, fmt.Errorf("symbol %s is exported twice, by %s and by %s", name, old.Module,
+				export.Module))
 		}
 		all[name] = export
 	}
@@ -94,7 +95,7 @@ func symversFault(line int, err error) error {
 func parseExport(line string) (string, Export, error) {
 	fields := strings.Split(line, "\t")
 	if len(fields) < 4 || len(fields) > 5 {
-		return "", Export{}, fmt.Errorf("%d fields: want 4 or 5", len(fields))
+		return "", Export{}, fmt.Errorf("the line has %d fields; want 4 or 5 fields", len(fields))
 	}
 	digits, ok := strings.CutPrefix(fields[0], "0x")
 	crc, err := strconv.ParseUint(digits, 16, 32)
@@ -114,7 +115,7 @@ func parseExport(line string) (string, Export, error) {
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {
-		return "", Export{}, errors.New("no symbol or no module")
+		return "", Export{}, errors.New("the symbol or the module is empty")
 	}
 	return fields[1], e, nil
 }

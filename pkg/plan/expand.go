@@ -102,7 +102,8 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 			"remove a rule from exclude in the wish list")
 	}
 	if len(cells) > maxCells {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells; want at most %d", len(cells), maxCells),
+		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: the list has %d cells; want at most %d cells",
+			len(cells), maxCells),
 			"ask for fewer kernels or drivers in one file")
 	}
 	slices.SortStableFunc(cells, func(a, b Cell) int {

@@ -33,7 +33,8 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the format of " +
 		"https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
 	if len(data) > MaxImageMap {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: it has more than %d bytes", MaxImageMap), hint)
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: the list has more than %d bytes", MaxImageMap),
+			hint)
 	}
 	var list struct {
 		Entries []struct {
@@ -46,7 +47,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	}
 	if len(list.Entries) > maxImages {
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("read image map: %d entries; want at most %d", len(list.Entries), maxImages), hint)
+			fmt.Sprintf("read image map: the list has %d entries; want at most %d entries", len(list.Entries), maxImages), hint)
 	}
 	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}, gke: map[string][]string{}}
 	for _, e := range list.Entries {

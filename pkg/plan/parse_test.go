@@ -78,8 +78,8 @@ func TestMistakes(t *testing.T) {
 		{"empty", "", "w:1:1: found an empty file; want version, kernels and drivers"},
 		{"only a comment", "# nothing\n", "w:1:1: found an empty file; want version, kernels and drivers"},
 		{"no mapping", "- 1\n", "w:1:1: found a list; want a mapping with version, kernels and drivers"},
-		{"not YAML", "version: 1\nkernels: [\n", "w:2:1: not YAML: did not find expected node content"},
-		{"too much", strings.Repeat("# \n", 400_000), "w:1:1: more than 1048576 bytes"},
+		{"not YAML", "version: 1\nkernels: [\n", "w:2:1: the file is not YAML: did not find expected node content"},
+		{"too much", strings.Repeat("# \n", 400_000), "w:1:1: the file has more than 1048576 bytes"},
 		{"two documents", head + tail + "---\nversion: 1\n", "w:4:1: found a second document; want one in a file"},
 		{"nothing in it", "version: 1\n", "w:1:1: found no field kernels; want this field\n" +
 			"w:1:1: found no field drivers; want this field"},

@@ -99,7 +99,7 @@ func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
 	if !filepath.IsAbs(path) {
-		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path),
+		return fault.New(fault.Usage, fmt.Sprintf("the path %q of the SQLite file is not absolute", path),
 			"write sqlite:///abs/path/queue.db")
 	}
 	// Server and builder share the file, and SQLite allows one writer at a time. An immediate transaction waits for its

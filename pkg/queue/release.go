@@ -129,7 +129,7 @@ func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.Jo
 		text, err := json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt,
 			Error: "the worker ended during the build"})
 		if err != nil {
-			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
+			return fmt.Errorf("record the lost attempt of job %d: %w", row.ID, err)
 		}
 		var finalized *time.Time
 		if state == rivertype.JobStateDiscarded {

@@ -57,7 +57,7 @@ type extent struct{ at, size int64 }
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {
-		return nil, errors.New("no file")
+		return nil, errors.New("the reference names no file")
 	}
 	return &layoutStore{files: &archives{paths: paths}}, nil
 }
@@ -105,7 +105,7 @@ func missing(parts []part, name string) error {
 	return fault.New(
 		fault.Usage,
 		fmt.Sprintf(
-			"%s is a delta without %s, which is in the bundle with index %s",
+			"%s is a delta, and does not contain %s; the bundle with index %s contains it",
 			first.path,
 			path.Base(name),
 			first.base,
@@ -143,7 +143,7 @@ func notBasedOn(p, before part) error {
 	if p.base == "" {
 		return fault.New(
 			fault.Usage,
-			p.path+" is a complete bundle and no delta of "+before.path,
+			p.path+" is a complete bundle, not a delta of "+before.path,
 			"use the complete bundle alone: "+archivePrefix+p.path,
 		)
 	}
@@ -172,7 +172,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
-			"use a file that builder bundle create made, or any tar of an OCI image layout",
+			"use a file that \"builder bundle create\" made, or any tar of an OCI image layout",
 		)
 	case err != nil:
 		return p, err
@@ -188,7 +188,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return p, fault.New(
 			fault.Unverified,
-			"it lacks "+markerFile+" or "+indexFile,
+			"the archive lacks "+markerFile+" or "+indexFile,
 			"use an uncompressed tar of an OCI image layout",
 		)
 	}
@@ -205,7 +205,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 		return p, damaged(fmt.Errorf("read %s: %w", indexFile, err))
 	}
 	if p.base = idx.Annotations[AnnotationBase]; p.base != "" && checkDigest(p.base) != nil {
-		return p, damaged(fmt.Errorf("annotation %s %.100q is no digest", AnnotationBase, p.base))
+		return p, damaged(fmt.Errorf("annotation %s has the value %.100q; want a digest", AnnotationBase, p.base))
 	}
 	return p, nil
 }
@@ -221,7 +221,7 @@ func checkMarker(raw []byte) error {
 	if marker.Version != "1.0.0" {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("image layout version %.20q; want 1.0.0", marker.Version),
+			fmt.Sprintf("the image layout has version %.20q; want version 1.0.0", marker.Version),
 			"use a newer version of this program",
 		)
 	}
@@ -258,7 +258,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 			return files, nil
 		}
 		if err != nil {
-			return nil, refused(fmt.Sprintf("no tar: %v", err))
+			return nil, refused(fmt.Sprintf("the file is not a tar: %v", err))
 		}
 		name, err := entryName(h)
 		if err != nil {
@@ -330,7 +330,7 @@ func (p part) open(ctx context.Context, name string, size int64) (io.ReadCloser,
 		return nil, &fs.PathError{Op: "open", Path: p.path + ":" + name, Err: fs.ErrNotExist}
 	}
 	if e.size > size {
-		return nil, damaged(fmt.Errorf("%s has %d bytes; want at most %d", name, e.size, size))
+		return nil, damaged(fmt.Errorf("%s has %d bytes; want at most %d bytes", name, e.size, size))
 	}
 	f, err := os.Open(p.path)
 	if err != nil {

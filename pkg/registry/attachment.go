@@ -39,7 +39,7 @@ func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadC
 func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error),
 	annotations map[string]string) (*attachment, error) {
 	if artifactType == "" {
-		return nil, fault.New(fault.Usage, "no artifact type", "")
+		return nil, fault.New(fault.Usage, "the artifact type is missing", "")
 	}
 	a := &attachment{open: open, layer: layer, subject: subject.Digest}
 	var err error
@@ -80,7 +80,7 @@ func (i attachmentImage) MediaType() (types.MediaType, error) { return types.OCI
 
 func (i attachmentImage) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 	if h != i.a.layer.Digest {
-		return nil, fmt.Errorf("no layer %s in this attachment", h)
+		return nil, fmt.Errorf("the attachment has no layer %s", h)
 	}
 	return payloadLayer(i), nil
 }

@@ -106,7 +106,7 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 	if err := json.Unmarshal(raw, &m); err != nil || m.MediaType != "" && !m.MediaType.IsImage() {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"read manifest %s from %s: it is no image, but of type %.100q",
+			"read manifest %s from %s: this is not the manifest of an image, but has media type %.100q",
 			digest,
 			r.name,
 			m.MediaType,
@@ -116,7 +116,7 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 		if err := checkDigest(d.Digest.String()); err != nil || d.Size < 0 {
 			return nil, fault.Errorf(
 				fault.Unverified,
-				"read manifest %s from %s: it has a blob with digest %.100q and size %d",
+				"read manifest %s from %s: the manifest names a blob with the wrong digest %.100q or size %d",
 				digest,
 				r.name,
 				d.Digest,
@@ -156,7 +156,7 @@ func (i remoteImage) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 			return remoteLayer{i, d}, nil
 		}
 	}
-	return nil, fmt.Errorf("no layer %s in this image", h)
+	return nil, fmt.Errorf("the image has no layer %s", h)
 }
 
 type remoteLayer struct {

@@ -72,10 +72,11 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	}
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != artifactType {
-		return nil, fault.Errorf(fault.Unverified, "it is of type %.100q; want %s", m.ArtifactType, artifactType)
+		return nil, fault.Errorf(fault.Unverified, "the manifest has artifact type %.100q; want %s", m.ArtifactType,
+			artifactType)
 	}
 	if len(m.Layers) > MaxFiles {
-		return nil, fault.Errorf(fault.Unverified, "%d files; at most %d are read", len(m.Layers), MaxFiles)
+		return nil, fault.Errorf(fault.Unverified, "the artifact has %d files; at most %d are read", len(m.Layers), MaxFiles)
 	}
 	taken := make(map[string]bool, len(m.Layers))
 	for _, l := range m.Layers {
@@ -107,12 +108,12 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	defer func() { err = errors.Join(err, root.Close()) }()
 	for _, name := range names {
 		if err := mustBeAbsent(root, name); err != nil {
-			return nil, fmt.Errorf("file %q: %w", name, err)
+			return nil, fmt.Errorf("save file %q: %w", name, err)
 		}
 	}
 	for i, l := range m.Layers {
 		if err := saveFile(ctx, r, root, names[i], l); err != nil {
-			err = fmt.Errorf("file %q: %w", names[i], err)
+			err = fmt.Errorf("save file %q: %w", names[i], err)
 			for _, written := range names[:i] {
 				err = errors.Join(err, root.Remove(written))
 			}

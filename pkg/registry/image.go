@@ -41,7 +41,8 @@ func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v
 	}
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || !m.MediaType.IsImage() || len(m.Layers) == 0 {
-		return nil, fault.Errorf(fault.Unverified, "it is no image, but of type %.100q", m.MediaType)
+		return nil, fault.Errorf(fault.Unverified, "this is not the manifest of an image, but has media type %.100q",
+			m.MediaType)
 	}
 	p := pulled{manifest: raw, mediaType: m.MediaType, dir: dir, layers: m.Layers}
 	if p.config, err = r.Small(ctx, m.Config); err != nil {
@@ -51,7 +52,7 @@ func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v
 	saved := map[v1.Hash]bool{} // an image may have a layer twice
 	for _, l := range m.Layers {
 		if total += l.Size; l.Size < 0 || total > maxImage {
-			return nil, fault.Errorf(fault.Unverified, "it has more than %d bytes", int64(maxImage))
+			return nil, fault.Errorf(fault.Unverified, "the layers have more than %d bytes in all", int64(maxImage))
 		}
 		if saved[l.Digest] {
 			continue
@@ -117,7 +118,7 @@ func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("blob %s: got %d bytes with digest sha256:%s; want %d bytes", d.Digest, n, got, d.Size),
+			fmt.Sprintf("read blob %s: the content has %d bytes and digest sha256:%s; want %d bytes", d.Digest, n, got, d.Size),
 			"get the file again from its publisher",
 		)
 	}
@@ -142,7 +143,7 @@ func (p pulled) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 			return pulledLayer{l, p.path(h)}, nil
 		}
 	}
-	return nil, fmt.Errorf("no layer %s in this image", h)
+	return nil, fmt.Errorf("the image has no layer %s", h)
 }
 
 type pulledLayer struct {

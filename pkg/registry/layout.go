@@ -51,7 +51,7 @@ const (
 
 func openLayout(dir string) (*layoutStore, error) {
 	if dir == "" {
-		return nil, errors.New("no folder")
+		return nil, errors.New("the reference names no folder")
 	}
 	abs, err := filepath.Abs(dir)
 	if err != nil {
@@ -98,7 +98,7 @@ func (f folder) read(_ context.Context, name string, limit int64) ([]byte, error
 func readAll(r io.Reader, name string, limit int64) ([]byte, error) {
 	raw, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err == nil && int64(len(raw)) > limit {
-		err = fault.Errorf(fault.Unverified, "%s is longer than %d bytes", name, limit)
+		err = fault.Errorf(fault.Unverified, "the file %s has more than %d bytes", name, limit)
 	}
 	return raw, err
 }
@@ -110,7 +110,7 @@ func (f folder) open(_ context.Context, name string, size int64) (io.ReadCloser,
 	}
 	info, err := file.Stat()
 	if err == nil && info.Size() > size {
-		err = damaged(fmt.Errorf("%d bytes; want %d", info.Size(), size))
+		err = damaged(fmt.Errorf("the file has %d bytes; want %d bytes", info.Size(), size))
 	}
 	if err != nil {
 		return nil, errors.Join(err, file.Close())
@@ -128,13 +128,13 @@ func (s *layoutStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 			return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
 		}
 	}
-	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this image layout", "")
+	return v1.Descriptor{}, fault.New(fault.NoArtifact, "the image layout has no such manifest", "")
 }
 
 func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
 	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository.Manifest compares the bytes with the digest
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(fault.NoArtifact, "not in this image layout", "")
+		return nil, fault.New(fault.NoArtifact, "the image layout has no such manifest", "")
 	}
 	return raw, err
 }

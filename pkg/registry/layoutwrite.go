@@ -77,7 +77,8 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	raw, err := ReferrersList(all)
 	if err == nil && len(raw) > MaxManifest { // readers refuse a longer list
 		err = fault.New(fault.PublishRefused,
-			fmt.Sprintf("the list of referrers of %s would have %d bytes; the limit is %d", subject, len(raw), MaxManifest),
+			fmt.Sprintf("the list of referrers of %s would have %d bytes; want at most %d bytes", subject, len(raw),
+				MaxManifest),
 			"attach with shorter annotations, or publish to another folder")
 	}
 	return raw, err

@@ -123,7 +123,7 @@ func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, 
 		return part, 0, err
 	}
 	if n = int64(len(raw)); n > limit {
-		return part, n, fmt.Errorf("%w: more than %d bytes", errTooLong, maxList)
+		return part, n, fmt.Errorf("%w: the list has more than %d bytes", errTooLong, maxList)
 	}
 	if err := json.Unmarshal(raw, &part); err != nil {
 		return part, n, damaged(err)
@@ -143,11 +143,11 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 		}
 		to, err := from.Parse(m[1])
 		if err != nil {
-			return nil, damaged(fmt.Errorf("next page at %.100q: not a URL", m[1]))
+			return nil, damaged(fmt.Errorf("the link to the next page, %.100q, is not a URL", m[1]))
 		}
 		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
 			return nil, fault.New(fault.Unverified,
-				fmt.Sprintf("refuse next page at %.100q: its host or path is not that of the first page, so it must not get "+
+				fmt.Sprintf("refuse next page %.100q: its host or path differs from that of the first page, so it must not get "+
 					"this registry's credentials",
 					m[1]),
 				"configure the registry, or the proxy in front of it, so that each link to a next page begins with "+

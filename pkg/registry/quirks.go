@@ -75,7 +75,7 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 		return nil, err
 	}
 	if len(raw) > MaxManifest {
-		return nil, fmt.Errorf("%w: more than %d bytes", errTooLong, MaxManifest)
+		return nil, fmt.Errorf("%w: the response has more than %d bytes", errTooLong, MaxManifest)
 	}
 	fields := map[string]json.RawMessage{}
 	var kind struct {

@@ -118,7 +118,7 @@ func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descri
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
 		return v1.Descriptor{}, fault.Errorf(
 			fault.Usage,
-			"resolve %.100q in %s: neither a tag nor a digest",
+			"resolve %.100q in %s: want a tag or a digest",
 			tagOrDigest,
 			r.name,
 		)
@@ -214,7 +214,7 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	if d.Size < 0 || d.Size > MaxManifest {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"read blob %s from %s: %d bytes; at most %d are read",
+			"read blob %s from %s: the blob has %d bytes; at most %d bytes are read",
 			d.Digest,
 			r.name,
 			d.Size,
@@ -272,7 +272,7 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 // [fault.PublishRefused].
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
-		return fault.Errorf(fault.Usage, "set tag %.100q in %s: not a valid tag", tag, r.name)
+		return fault.Errorf(fault.Usage, "set tag %.100q in %s: this text is not a valid tag", tag, r.name)
 	}
 	if err := r.s.tag(ctx, d, tag); err != nil {
 		return fmt.Errorf("set tag %s in %s: %w", tag, r.name, err)
@@ -282,7 +282,7 @@ func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error
 
 // errTagTaken returns the error for a tag that another manifest has already.
 func errTagTaken(have v1.Hash, want v1.Hash) error {
-	return fault.New(fault.PublishRefused, fmt.Sprintf("another manifest has this tag already: %s; want %s", have, want),
+	return fault.New(fault.PublishRefused, fmt.Sprintf("manifest %s has this tag already; want manifest %s", have, want),
 		"if the tag is wrong, remove it by hand: builder never replaces a published artifact")
 }
 

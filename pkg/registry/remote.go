@@ -37,7 +37,7 @@ type remoteStore struct {
 
 func openRemote(ref string, o Options) (*remoteStore, error) {
 	if strings.Contains(ref, "://") {
-		return nil, errors.New("it is a URL, not a repository")
+		return nil, errors.New("the reference is a URL, not a repository")
 	}
 	// Without strict validation, a name without a host would silently mean Docker Hub.
 	parse := []name.Option{name.StrictValidation}
@@ -395,7 +395,7 @@ func responseError(repo name.Repository, api *transport.Error, err error, write 
 	return err
 }
 
-var errTooLong = errors.New("response is too long")
+var errTooLong = errors.New("the response is too long")
 
 // boundTransport stops reading a manifest or a list that is too long. The library's own bound of 100 MB is too high.
 type boundTransport struct{ next http.RoundTripper }

@@ -74,7 +74,7 @@ func openSite(ref string, o Options) (store, error) {
 		Transport: retryAfterTransport{rangeTransport{webPageTransport{stallTransport{tr}}}},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= 10 {
-				return errors.New("stopped after 10 redirects")
+				return errors.New("the server redirected the request more than 10 times")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
 				// In some cases, net/http sends Authorization even to another server after a redirect.
@@ -193,7 +193,7 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 		return nil, fault.New(
 			fault.NoArtifact,
 			"there is no OCI image layout at "+s.base.String(),
-			"copy a folder that builder wrote as oci:FOLDER to this address, index.json last",
+			"copy a folder that builder wrote as oci:FOLDER to this address, and index.json as the last file",
 		)
 	}
 	if name == indexFile && err == nil {

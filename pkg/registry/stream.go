@@ -73,7 +73,7 @@ func (b *stream) Read(p []byte) (int, error) {
 			return n, io.EOF
 		case errors.Is(err, io.EOF):
 			// A broken connection gives io.ErrUnexpectedEOF. So after io.EOF, the blob itself is too short.
-			return n, damaged(fmt.Errorf("blob has %d bytes; its descriptor says %d", b.done, b.size))
+			return n, damaged(fmt.Errorf("the blob has %d bytes; the manifest says %d bytes", b.done, b.size))
 		}
 		if err = b.readError(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
@@ -95,7 +95,7 @@ func (b *stream) reconnect(cause error) error {
 	for {
 		b.pause = min(max(2*b.pause, 500*time.Millisecond), 15*time.Second)
 		if time.Since(b.broken)+b.pause > b.retryFor {
-			return fmt.Errorf("after %d of %d bytes: %w", b.done, b.size, cause)
+			return fmt.Errorf("the connection broke after %d of %d bytes: %w", b.done, b.size, cause)
 		}
 		if err := sleep(b.ctx, b.pause); err != nil {
 			return err

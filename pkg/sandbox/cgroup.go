@@ -55,7 +55,7 @@ func SupportedLimits() LimitSupport {
 func ownGroup() (string, error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(groupRoot, &s); err != nil {
-		return "", fmt.Errorf("find control groups: %s: %w", groupRoot, err)
+		return "", fmt.Errorf("find the control groups in %s: %w", groupRoot, err)
 	}
 	if s.Type != unix.CGROUP2_SUPER_MAGIC {
 		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not a control group of version 2", groupRoot),
@@ -63,7 +63,7 @@ func ownGroup() (string, error) {
 	}
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
-		return "", fmt.Errorf("find own control group: %w", err)
+		return "", fmt.Errorf("find this process's control group: %w", err)
 	}
 	path, err := parseOwnGroup(string(text))
 	return filepath.Join(groupRoot, path), err
@@ -74,12 +74,12 @@ func parseOwnGroup(text string) (string, error) {
 	for line := range strings.Lines(text) {
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::/"); ok {
 			if path != "" && !filepath.IsLocal(path) { // such as /../x, a group outside of the namespace
-				return "", fmt.Errorf("find own control group: /%s is not visible here", path)
+				return "", fmt.Errorf("find this process's control group: the group /%s is not visible in this container", path)
 			}
 			return path, nil
 		}
 	}
-	return "", errors.New("find own control group: this process has no control group of version 2")
+	return "", errors.New("find this process's control group: the process has no control group of version 2")
 }
 
 // groupMemory returns the lowest memory limit, in bytes, of this group and its ancestors, or math.MaxInt64.
@@ -172,7 +172,7 @@ func delegate(dir string, self int) error {
 		return err
 	}
 	if ok, err := has("cgroup.controllers"); !ok || err != nil {
-		return errors.Join(fmt.Errorf("control group %s does not control memory and processes", dir), err)
+		return errors.Join(fmt.Errorf("control group %s does not have the controllers for memory and processes", dir), err)
 	}
 	enable := func() error { return writeGroup(dir, "cgroup.subtree_control", "+memory +pids") }
 	err := enable()

@@ -60,7 +60,7 @@ const (
 	hintMemory    = "give the builder more memory (1 GiB for each job), or run fewer jobs (--jobs)"
 	hintTogether  = "run fewer builds or jobs side by side (--parallel, --jobs), or give the builder more memory"
 	hintDisk      = "free space on the disk of the cache folder, or use another folder: --cache FOLDER"
-	hintProcesses = "run fewer jobs (--jobs); if one job alone starts that many, read the end of the build's log"
+	hintProcesses = "run fewer jobs (--jobs); if one job starts that many processes, read the end of the build's log"
 	hintTime      = "allow more time for a compile (--compile-timeout), or run more jobs (--jobs) on a machine with " +
 		"more processors"
 )
@@ -124,7 +124,7 @@ func (l Limits) command(perProcess bool) ([]string, error) {
 	for _, row := range rows {
 		var own unix.Rlimit
 		if err := unix.Getrlimit(row.resource, &own); err != nil {
-			return nil, fmt.Errorf("read own limits: %w", err)
+			return nil, fmt.Errorf("read the limits of this process: %w", err)
 		}
 		args = append(args, fmt.Sprintf("%s=%d", row.flag, min(row.most, own.Max)))
 	}

@@ -75,19 +75,19 @@ type Config struct {
 func (c Config) Validate() error {
 	var errs []error
 	if len(c.Argv) == 0 {
-		errs = append(errs, errors.New("no program"))
+		errs = append(errs, errors.New("the program is missing"))
 	}
 	if !strings.HasPrefix(c.Dir, "/") {
 		errs = append(errs, fmt.Errorf("working folder %q: want an absolute path", c.Dir))
 	}
 	for key, value := range c.Env {
 		if strings.Contains(key+value, "\x00") {
-			errs = append(errs, fmt.Errorf("variable %q: want no zero byte", key))
+			errs = append(errs, fmt.Errorf("environment variable %q: want a text without a zero byte", key))
 		}
 	}
 	for _, b := range c.Binds {
 		if strings.Contains(b.Host+b.Inside, "\x00") || !strings.HasPrefix(b.Host, "/") || !strings.HasPrefix(b.Inside, "/") {
-			errs = append(errs, fmt.Errorf("bind %q at %q: want absolute paths", b.Host, b.Inside))
+			errs = append(errs, fmt.Errorf("mount %q at %q: want absolute paths", b.Host, b.Inside))
 		}
 	}
 	return errors.Join(errs...)
@@ -109,7 +109,7 @@ const (
 	hintOutput  = "read the end of the build's log to see which output repeats"
 	hintFile    = "read the end of the build's log to see which program wrote the file"
 	hintUserns  = "in a container, run the container privileged or with a seccomp profile that permits unshare; " +
-		"on a host, allow user namespaces, with those of these settings that exist: sysctl -w " +
+		"on a host, allow user namespaces; leave out settings that do not exist: sysctl -w " +
 		"user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
 		"kernel.apparmor_restrict_unprivileged_userns=0"
 )
@@ -150,7 +150,7 @@ func Run(ctx context.Context, c Config) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	setup := &outputFilter{next: c.Output, left: c.MaxOutput, tooMuch: func() {
-		stop(fault.New(fault.Internal, fmt.Sprintf("it printed more than %d bytes", c.MaxOutput), hintOutput))
+		stop(fault.New(fault.Internal, fmt.Sprintf("the program printed more than %d bytes", c.MaxOutput), hintOutput))
 	}}
 	var watch sync.WaitGroup
 	watch.Go(func() { disk.run(ctx, stop) })

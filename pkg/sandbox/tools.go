@@ -44,16 +44,16 @@ func digestTools(dir string, names []string) (string, error) {
 			fmt.Fprintf(h, "%s missing\n", name)
 			continue
 		} else if err != nil {
-			return "", fmt.Errorf("read host tools: %w", err)
+			return "", fmt.Errorf("read the host's tools: %w", err)
 		}
 		sum, err := digestFile(file)
 		if err != nil {
-			return "", fmt.Errorf("read host tools: %w", err)
+			return "", fmt.Errorf("read the host's tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", name, sum)
 		needed, err := neededFiles(file, folders)
 		if err != nil {
-			return "", fmt.Errorf("read host tools: %s: %w", name, err)
+			return "", fmt.Errorf("read the host's tools: %s: %w", name, err)
 		}
 		for _, library := range needed {
 			libraries[library] = true
@@ -67,7 +67,7 @@ func digestTools(dir string, names []string) (string, error) {
 	for _, library := range all {
 		sum, err := digestFile(library)
 		if err != nil {
-			return "", fmt.Errorf("read host tools: %w", err)
+			return "", fmt.Errorf("read the host's tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", filepath.Base(library), sum)
 	}

@@ -111,7 +111,7 @@ func decode(file []byte) (*Catalogue, error) {
 // Check returns an error if clients would refuse the list because of its content.
 func (c Catalogue) Check() error {
 	if c.Schema != Schema {
-		return fmt.Errorf("schema version %d; this program reads only version %d", c.Schema, Schema)
+		return fmt.Errorf("the catalogue has schema version %d; this program reads only version %d", c.Schema, Schema)
 	}
 	if c.MadeAt.IsZero() {
 		return errors.New("the catalogue does not say when it was made")
@@ -121,12 +121,12 @@ func (c Catalogue) Check() error {
 			return fmt.Errorf("artifact %d: digest %.80q: want sha256: and 64 lower-case hex digits", i+1, a.Digest)
 		}
 		if i > 0 && c.Artifacts[i-1].Digest >= a.Digest {
-			return fmt.Errorf("artifact %s: listed twice, or not sorted", a.Digest)
+			return fmt.Errorf("artifact %s is listed twice, or at the wrong place of the sorted list", a.Digest)
 		}
 		switch a.State {
 		case Published, Yanked, Quarantined:
 		default:
-			return fmt.Errorf("artifact %s: state %.40q is not known", a.Digest, a.State)
+			return fmt.Errorf("artifact %s has the unknown state %.40q", a.Digest, a.State)
 		}
 	}
 	return nil

@@ -272,7 +272,7 @@ func (c *Client) saveState(st state) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = fault.Disk(fmt.Errorf("keep snapshot in %s: %w", c.cfg.State, err), hintDisk)
+			err = fault.Disk(fmt.Errorf("store the snapshot in %s: %w", c.cfg.State, err), hintDisk)
 		}
 	}()
 	raw, err := json.Marshal(st)

@@ -32,7 +32,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("snapshot from %.200q: %s", from, why),
-			"give the http:// or https:// URL of the folder that builder snapshot wrote, or the absolute path of that folder",
+			"give the http:// or https:// URL of the folder that \"builder snapshot make\" wrote, or the folder's absolute path",
 		)
 	}
 	if !strings.Contains(from, "://") {
@@ -120,7 +120,7 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	defer root.Close()
 	info, err := root.Stat(name) // checked before Open, because opening a pipe blocks until its other end is open
 	if err == nil && !info.Mode().IsRegular() {
-		err = refusal(fmt.Errorf("%w: %s is no regular file", ErrMalformed, filepath.Join(string(f), name)))
+		err = refusal(fmt.Errorf("%w: %s is not a regular file", ErrMalformed, filepath.Join(string(f), name)))
 	}
 	if err != nil {
 		return nil, err
@@ -144,7 +144,7 @@ func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {
 			return nil, &metadata.ErrDownloadLengthMismatch{
-				Msg: fmt.Sprintf("%s: its signed size is %d bytes; at most %d bytes are read", name, most, MaxFile),
+				Msg: fmt.Sprintf("the signed size of %s is %d bytes; at most %d bytes are read", name, most, MaxFile),
 			}
 		}
 		rc, err := from.open(ctx, name)

@@ -14,17 +14,17 @@ import (
 
 // The reasons why a client refuses a list. A caller finds the reason with errors.Is.
 var (
-	ErrExpired   = errors.New("it has expired")
-	ErrRollback  = errors.New("it is older than a snapshot that was seen before")
+	ErrExpired   = errors.New("the snapshot has expired")
+	ErrRollback  = errors.New("the snapshot is older than one that was seen before")
 	ErrAltered   = errors.New("a file differs from the signed file, or belongs to another snapshot")
-	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
-	ErrMalformed = errors.New("it is malformed")
+	ErrSignature = errors.New("the snapshot is not signed by enough of the trusted keys")
+	ErrMalformed = errors.New("the snapshot is malformed")
 	// ErrEndless is a special case of ErrAltered: a file is longer than its signed length.
 	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
 
-const hintSource = "check that the source serves all files of one " +
-	"run of builder snapshot; if it does, something on the network path changes the files"
+const hintSource = "check that the source serves all files of one run of \"builder snapshot make\"; " +
+	"if it does, something on the network path changes the files"
 
 // refusal adds the kind Unverified and a hint to the reason why a list is refused.
 func refusal(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
@@ -116,7 +116,7 @@ func verify(f Files) (*Snapshot, error) {
 	}
 	info := targets.Signed.Targets[Name]
 	if info == nil {
-		return nil, refusal(fmt.Errorf("%w: it has no %s", ErrMalformed, Name))
+		return nil, refusal(fmt.Errorf("%w: the list of targets has no %s", ErrMalformed, Name))
 	}
 	if err := info.VerifyLengthHashes(f.Catalogue); err != nil {
 		return nil, explain(err)
@@ -145,7 +145,7 @@ func checkRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
 		return fmt.Errorf(
 			"read root of snapshot: %w",
-			fault.Wrap(fault.Usage, err, "give an N.root.json that builder snapshot root wrote"),
+			fault.Wrap(fault.Usage, err, "give a file N.root.json that \"builder snapshot root\" wrote"),
 		)
 	}
 	return nil

@@ -23,7 +23,8 @@ func CheckLabel(label, version string) error {
 		return err
 	}
 	if branch, is := w.BranchName(); is && branch != Branch(version) {
-		return fmt.Errorf("label %s: version %.40q belongs to branch %.40s", label, version, Branch(version))
+		return fmt.Errorf("label %s is for another branch: version %.40q belongs to branch %.40s", label, version,
+			Branch(version))
 	}
 	return nil
 }

@@ -84,12 +84,12 @@ func (k Kernel) Check() error {
 	case k.Commit != "" && !ValidCommit(k.Commit):
 		return fmt.Errorf("commit %.50q of kernel %s: want 40 hex digits", k.Commit, k)
 	case k.Release != "" && !releasePattern.MatchString(k.Release):
-		return fmt.Errorf("release %.50q of kernel %s: want what uname -r prints", k.Release, k)
+		return fmt.Errorf("release %.50q of kernel %s: want a text as \"uname -r\" prints it", k.Release, k)
 	case k.Version != "" && !unamePattern.MatchString(k.Version):
-		return fmt.Errorf("version %.50q of kernel %s: want what uname -v prints", k.Version, k)
+		return fmt.Errorf("version %.50q of kernel %s: want a text as \"uname -v\" prints it", k.Version, k)
 	case k.Arch != "" && k.Arch != BoardArch(k.Board):
-		return fmt.Errorf("architecture %.20q of kernel %s: board %s has architecture %s", k.Arch, k, k.Board,
-			BoardArch(k.Board))
+		return fmt.Errorf("architecture %.20q of kernel %s: want %s, the architecture of board %s", k.Arch, k,
+			BoardArch(k.Board), k.Board)
 	}
 	return nil
 }

@@ -89,13 +89,13 @@ func tracesWanted(env func(string) string) (bool, error) {
 	default:
 		return false, fault.New(
 			fault.Usage,
-			fmt.Sprintf("OTEL_TRACES_EXPORTER is %q", exporter),
+			fmt.Sprintf("OTEL_TRACES_EXPORTER is %q; want otlp or none", exporter),
 			"set OTEL_TRACES_EXPORTER to otlp or none",
 		)
 	}
 	protocol := cmp.Or(env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), env("OTEL_EXPORTER_OTLP_PROTOCOL"))
 	if protocol != "" && protocol != "http/protobuf" {
-		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_EXPORTER_OTLP_PROTOCOL is %q", protocol),
+		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_EXPORTER_OTLP_PROTOCOL is %q; want http/protobuf", protocol),
 			"set OTEL_EXPORTER_OTLP_PROTOCOL to http/protobuf, and OTEL_EXPORTER_OTLP_ENDPOINT to the "+
 				"URL of the collector's HTTP port, which is usually 4318")
 	}

@@ -52,16 +52,17 @@ func ReadRoot(file string) (*Root, error) {
 
 func parseRoot(text []byte) (*Root, error) {
 	if len(text) > maxRootFile {
-		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), maxRootFile)
+		return nil, fmt.Errorf("the file has %d bytes; at most %d bytes are read", len(text), maxRootFile)
 	}
 	material, err := root.NewTrustedRootFromJSON(text)
 	switch {
 	case err != nil:
 		return nil, shortError{err}
 	case len(material.FulcioCertificateAuthorities()) == 0:
-		return nil, errors.New("no certificate authority")
+		return nil, errors.New("the file has no certificate authority")
 	case len(material.TimestampingAuthorities())+len(material.RekorLogs()) == 0:
-		return nil, errors.New("no timestamp authority and no log, so no proof of when something was signed")
+		return nil, errors.New(
+			"the file has neither a timestamp authority nor a log, so nothing can prove when something was signed")
 	}
 	return &Root{material}, nil
 }
@@ -78,7 +79,7 @@ func (r *Root) Certified(leaf *x509.Certificate) error {
 func chains(r root.TrustedMaterial, leaf *x509.Certificate) ([][]*x509.Certificate, error) {
 	all, err := verify.VerifyLeafCertificate(leaf.NotBefore, leaf, r)
 	if err != nil {
-		return nil, fmt.Errorf("%w: issued by %.200q", ErrOtherRoot, leaf.Issuer.String())
+		return nil, fmt.Errorf("%w: the certificate was issued by %.200q", ErrOtherRoot, leaf.Issuer.String())
 	}
 	return all, nil
 }
@@ -174,7 +175,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 		}
-		return fmt.Errorf("%w: %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
+		return fmt.Errorf("%w: the signer is %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
 	}
 	issued, err := chains(c.root, leaf)
 	if err != nil {
@@ -194,9 +195,9 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	for _, t := range times {
 		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
-			return fmt.Errorf("%w: the certificate was valid from %s to %s, and the signature is of %s", ErrNoTime,
+			return fmt.Errorf("%w: the certificate was valid from %s to %s, but the signature was made at %s", ErrNoTime,
 				leaf.NotBefore.UTC(), leaf.NotAfter.UTC(), at.UTC())
 		}
 	}
-	return fmt.Errorf("%w (certificate by %.200q)", ErrChanged, leaf.Issuer.String())
+	return fmt.Errorf("%w (signed with a certificate of %.200q)", ErrChanged, leaf.Issuer.String())
 }

@@ -56,16 +56,16 @@ func ParsePublicKeys(text []byte) ([]PublicKey, error) {
 
 func parsePublicKeys(text []byte) ([]PublicKey, error) {
 	if len(text) > maxKeyFile {
-		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), maxKeyFile)
+		return nil, fmt.Errorf("the file has %d bytes; at most %d bytes are read", len(text), maxKeyFile)
 	}
 	var keys []PublicKey
 	for rest := bytes.TrimSpace(text); len(rest) > 0; rest = bytes.TrimSpace(rest) {
 		if !bytes.HasPrefix(rest, []byte("-----BEGIN ")) {
-			return nil, errors.New("text outside of a PEM block")
+			return nil, errors.New("the file has text outside of PEM blocks")
 		}
 		var block *pem.Block
 		if block, rest = pem.Decode(rest); block == nil {
-			return nil, errors.New("broken PEM block")
+			return nil, errors.New("the file has a broken PEM block")
 		}
 		if block.Type != "PUBLIC KEY" {
 			return nil, fmt.Errorf("PEM block of type %.40q; want PUBLIC KEY", block.Type)
@@ -79,11 +79,11 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 			return nil, err
 		}
 		if keys = append(keys, key); len(keys) > maxKeys {
-			return nil, fmt.Errorf("there are more than %d keys", maxKeys)
+			return nil, fmt.Errorf("the file has more than %d keys", maxKeys)
 		}
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("no key")
+		return nil, errors.New("the file has no key")
 	}
 	return keys, nil
 }

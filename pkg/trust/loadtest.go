@@ -62,7 +62,7 @@ type TestResult struct {
 
 // Reasons to refuse an artifact because of its load test; compare with errors.Is.
 var (
-	ErrRejected  = errors.New("its modules were rejected in the load test")
+	ErrRejected  = errors.New("the artifact's modules were rejected in the load test")
 	ErrNotTested = errors.New("no load test attached")
 )
 
@@ -92,18 +92,19 @@ func ParseLoadTestPolicy(text string) (LoadTestPolicy, error) {
 func ParseTestResult(st *Statement) (TestResult, error) {
 	var r TestResult
 	if st.PredicateType != PredicateTestResult {
-		return r, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no test result", ErrMalformed,
+		return r, fault.Errorf(fault.Unverified, "%w: a statement of type %.80q is not a test result", ErrMalformed,
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &r); err != nil {
-		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, shortError{err})
+		return r, fault.Errorf(fault.Unverified, "%w: parse the test result: %w", ErrMalformed, shortError{err})
 	}
 	verdicts := map[string][]string{
 		VerdictLoaded: {"PASSED", "WARNED"}, VerdictNoDevice: {"WARNED"}, VerdictStatic: {"WARNED"},
 		VerdictRejected: {"FAILED"},
 	}
 	if !slices.Contains(verdicts[r.LoadTest.Verdict], r.Result) {
-		return r, fault.Errorf(fault.Unverified, "%w: test result %.40q with verdict %.40q", ErrMalformed, r.Result,
+		return r, fault.Errorf(fault.Unverified, "%w: the test result %.40q does not fit the verdict %.40q", ErrMalformed,
+			r.Result,
 			r.LoadTest.Verdict)
 	}
 	return r, nil
@@ -189,7 +190,7 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	if p == LoadTestTested {
 		err := ErrNotTested
 		if l.static {
-			err = fmt.Errorf("%w: the artifact had %s", ErrNotTested, VerdictStatic)
+			err = fmt.Errorf("%w: the builder ran %s", ErrNotTested, VerdictStatic)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
 			"accept artifacts without a load test (fetcher --load-test-policy any, or loadTest: any in the policy), "+

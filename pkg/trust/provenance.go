@@ -49,7 +49,7 @@ type provenance struct {
 func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, shortError{err})
+		return fault.Errorf(fault.Unverified, "%w: parse the provenance: %w", ErrMalformed, shortError{err})
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {
@@ -58,12 +58,13 @@ func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	}
 	switch {
 	case p.BuildDefinition.BuildType != BuildType:
-		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType,
+		return fault.Errorf(fault.Unverified, "the provenance has build type %.80q; want %s", p.BuildDefinition.BuildType,
 			BuildType)
 	case p.RunDetails.Builder.ID == "":
 		return fault.New(fault.Unverified, "the provenance has no builder ID", "")
 	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
-		return fault.Errorf(fault.Unverified, "built by builder %.120q; trusted builders are %s", p.RunDetails.Builder.ID,
+		return fault.Errorf(fault.Unverified, "the artifact was built by builder %.120q; trusted builders are %s",
+			p.RunDetails.Builder.ID,
 			strings.Join(v.policy.Builders, ", "))
 	case built.Driver != id.Driver:
 		return disagree("driver", built.Driver, id.Driver)
@@ -84,12 +85,13 @@ func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 		}
 		if placed++; !slices.ContainsFunc(v.policy.Sources,
 			func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
-			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted sources are %s", ErrOtherInput, d.Name,
+			return fault.Errorf(fault.Unverified, "%w: input %.60s is from %.120q; trusted sources are %s", ErrOtherInput,
+				d.Name,
 				d.URI, strings.Join(v.policy.Sources, ", "))
 		}
 	}
 	if placed == 0 {
-		return fault.Errorf(fault.Unverified, "%w: the provenance has no source for any input", ErrOtherInput)
+		return fault.Errorf(fault.Unverified, "%w: the provenance names no source of any input", ErrOtherInput)
 	}
 	return nil
 }

@@ -19,11 +19,11 @@ const PredicateReproduced = "https://prebake.dev/reproduced/v1"
 
 // Reasons by which a policy refuses an artifact; compare with errors.Is.
 var (
-	ErrRevoked    = errors.New("its digest is revoked")
-	ErrTooOld     = errors.New("it is too old")
+	ErrRevoked    = errors.New("the artifact's digest is revoked")
+	ErrTooOld     = errors.New("the artifact is too old")
 	ErrThreshold  = errors.New("too few signatures")
 	ErrOtherRole  = errors.New("signed by a signer that is not trusted for this statement")
-	ErrKeyPeriod  = errors.New("signed with a key outside of its validity period")
+	ErrKeyPeriod  = errors.New("signed outside of the key's validity period")
 	ErrOtherInput = errors.New("built from inputs of an untrusted source")
 )
 
@@ -85,7 +85,7 @@ func (p *Policy) settle() error {
 		}
 	} else {
 		if len(p.Keys)+len(p.Identities) > 0 {
-			return bad("some keys or identities are outside of roles; want all of them in roles, or no roles")
+			return bad("some keys or identities are in no role; want all of them in roles, or no roles")
 		}
 		for _, r := range p.Roles {
 			for _, k := range r.Keys {
@@ -181,7 +181,7 @@ func (r Role) signerIndex(st *Statement, now time.Time) (entry int, err error) {
 			return len(r.Keys) + i, nil
 		}
 	}
-	return 0, fault.Errorf(fault.Unverified, "%w: %s is not of role %s", ErrOtherRole, st.Signer(), r.Name)
+	return 0, fault.Errorf(fault.Unverified, "%w: signer %s is not in role %s", ErrOtherRole, st.Signer(), r.Name)
 }
 
 // matches reports whether the name in a certificate is one that this identity allows.
@@ -246,7 +246,7 @@ func (x *evaluation) checkRule(rule Rule) (string, error) {
 		detail += ": " + strings.Join(signers, ", ")
 	}
 	if len(entries) < rule.Count {
-		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, statementName(rule.Statement), detail)
+		err := fmt.Errorf("%w on the artifact's %s: %s", ErrThreshold, statementName(rule.Statement), detail)
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fault.Join(err, other)
 		}
@@ -263,10 +263,11 @@ func checkReproduction(st *Statement, e Expect) error {
 		Driver      target.Driver      `json:"driver"`
 	}
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, shortError{err})
+		return fault.Errorf(fault.Unverified, "%w: parse the reproduction: %w", ErrMalformed, shortError{err})
 	}
 	if p.Result != "identical" || p.Fingerprint != e.Identity.Fingerprint || p.Driver != e.Identity.Driver {
-		return fault.Errorf(fault.Mismatch, "%w: reproduction is of driver %s for ABI fingerprint %s, with result %.20q",
+		return fault.Errorf(fault.Mismatch,
+			"%w: the reproduction is of driver %s for ABI fingerprint %s, with the result %.20q",
 			ErrOtherIdentity, p.Driver, p.Fingerprint, p.Result)
 	}
 	return nil
@@ -284,7 +285,7 @@ func (p Policy) revoked(digest string) (string, error) {
 // older. Otherwise it must not be older than any version in the list: an older branch is not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
-		return "any version will do", nil
+		return "the policy allows any version", nil
 	}
 	have := d.Modules().Version
 	inList := false
@@ -325,7 +326,7 @@ func (p Policy) renewHint() string {
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
 	case p.MaxAge == 0:
-		return "any age will do", nil
+		return "the policy allows any age", nil
 	case now.IsZero():
 		return "not checked: this node accepted the artifact before", nil
 	case v.BuilderID == "":

@@ -83,7 +83,7 @@ func TestRules(t *testing.T) {
 		{name: "the other farm key", bundles: [][]byte{prov2, fits2}},
 		{name: "one key each", bundles: [][]byte{prov, fits2}},
 		{name: "a rebuilder is no farm", bundles: [][]byte{rebuilder.Provenance(t, s.Digest, params), fits},
-			is: trust.ErrOtherRole, text: "is not of role farm"},
+			is: trust.ErrOtherRole, text: "is not in role farm"},
 		{name: "nor for the kernel match", bundles: [][]byte{prov, rebuilder.KernelMatch(t, s.Digest, match)},
 			is: trust.ErrOtherRole},
 		{name: "a stranger", bundles: [][]byte{stranger.Provenance(t, s.Digest, params), fits}, is: trust.ErrUnknownKey},

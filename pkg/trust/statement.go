@@ -20,7 +20,7 @@ import (
 var (
 	ErrMalformed  = errors.New("malformed attestation")
 	ErrUnknownKey = errors.New("signed by an unknown key")
-	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
+	ErrChanged    = errors.New("the signature is not valid: payload or signature changed after signing")
 )
 
 // Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles.
@@ -198,18 +198,19 @@ func hintFor(err error) string {
 
 func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if len(data) > MaxBundleSize {
-		return nil, fmt.Errorf("%w: %d bytes; at most %d are read", ErrMalformed, len(data), MaxBundleSize)
+		return nil, fmt.Errorf("%w: the bundle has %d bytes; at most %d bytes are read", ErrMalformed, len(data),
+			MaxBundleSize)
 	}
 	var b bundle.Bundle
 	if err := b.UnmarshalJSON(data); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 	}
 	if b.MediaType != ArtifactTypeBundle {
-		return nil, fmt.Errorf("%w: media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
+		return nil, fmt.Errorf("%w: the bundle has media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
 	}
 	if env := b.GetDsseEnvelope(); env == nil || env.GetPayloadType() != bundle.IntotoMediaType ||
 		len(env.GetSignatures()) != 1 {
-		return nil, fmt.Errorf("%w: not an in-toto statement with one signature", ErrMalformed)
+		return nil, fmt.Errorf("%w: want an in-toto statement with one signature", ErrMalformed)
 	}
 	content, err := b.VerificationContent()
 	if err != nil {
@@ -218,14 +219,15 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	pub := content.PublicKey()
 	if pub == nil {
 		if v.certificates == nil {
-			return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey,
+			return nil, fmt.Errorf("%w: the statement is signed with a certificate; only keys are trusted (%s)", ErrUnknownKey,
 				ids(v.policy.Keys))
 		}
 		return v.certificates.statement(&b, content.Certificate())
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trustedSigners())
+		return nil, fmt.Errorf("%w: the signer is key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()),
+			v.trustedSigners())
 	}
 	// The library does not compare the subject here; [Verifier.Verify] does, for a better error.
 	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
@@ -251,10 +253,11 @@ func (v *Verifier) trustedSigners() string {
 func readStatement(st Statement, result *verify.VerificationResult) (*Statement, error) {
 	in := result.Statement
 	if in == nil || in.GetType() != statementType {
-		return nil, fmt.Errorf("%w: payload is not an in-toto statement v1", ErrMalformed)
+		return nil, fmt.Errorf("%w: the payload is not an in-toto statement v1", ErrMalformed)
 	}
 	if len(in.GetSubject()) > maxSubjects {
-		return nil, fmt.Errorf("%w: %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()), maxSubjects)
+		return nil, fmt.Errorf("%w: the statement has %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()),
+			maxSubjects)
 	}
 	st.PredicateType = in.GetPredicateType()
 	for _, s := range in.GetSubject() {
@@ -264,10 +267,10 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 	}
 	var err error
 	if in.GetPredicate() == nil || proto.Size(in.GetPredicate()) == 0 {
-		return nil, fmt.Errorf("%w: statement without a predicate", ErrMalformed)
+		return nil, fmt.Errorf("%w: the statement has no predicate", ErrMalformed)
 	}
 	if st.Predicate, err = in.GetPredicate().MarshalJSON(); err != nil {
-		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, shortError{err})
+		return nil, fmt.Errorf("%w: encode the predicate: %w", ErrMalformed, shortError{err})
 	}
 	return &st, nil
 }

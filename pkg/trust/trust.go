@@ -38,12 +38,12 @@ const (
 
 // Errors of an artifact whose bundles could be read. Compare with errors.Is.
 var (
-	ErrOtherDigest   = errors.New("statement is about another artifact")
+	ErrOtherDigest   = errors.New("the statement is about another artifact")
 	ErrNoProvenance  = errors.New("no provenance attached")
 	ErrNoKernelMatch = errors.New("no kernel match attached")
-	ErrOtherKernel   = errors.New("made for another kernel")
-	ErrOtherDriver   = errors.New("holds another driver")
-	ErrOtherIdentity = errors.New("statement and artifact disagree")
+	ErrOtherKernel   = errors.New("the artifact is for another kernel")
+	ErrOtherDriver   = errors.New("the artifact has another driver")
+	ErrOtherIdentity = errors.New("the statement and the artifact disagree")
 )
 
 // Expect describes the artifact that the caller expects.
@@ -259,7 +259,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		}},
 	}
 	for _, rule := range p.Rules {
-		checks = append(checks, check{"signatures under the " + statementName(rule.Statement),
+		checks = append(checks, check{"signatures on the " + statementName(rule.Statement),
 			func() (string, error) { return x.checkRule(rule) }})
 	}
 	checks = append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
@@ -312,7 +312,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	case PredicateSBOM, gpulist.PredicateType: // Verify does not need their content
 		err = x.countSignature(st, v.policy, e.Now)
 	default:
-		err = fault.Errorf(fault.Unverified, "statement of unknown type %.80q", st.PredicateType)
+		err = fault.Errorf(fault.Unverified, "the statement has the unknown type %.80q", st.PredicateType)
 	}
 	if err != nil {
 		x.useless.add(err)
@@ -330,7 +330,8 @@ func (e Expect) check() error {
 		return fault.Errorf(fault.Mismatch, "%w: the artifact has driver %s; the wanted driver is %s", ErrOtherDriver,
 			id.Driver, e.Driver)
 	case e.Kernel.Arch != "" && e.Kernel.Arch != id.Arch:
-		return fault.Errorf(fault.Mismatch, "%w: the artifact is for %s; this node is %s", ErrOtherKernel, id.Arch,
+		return fault.Errorf(fault.Mismatch, "%w: the artifact is for architecture %s; this node has %s", ErrOtherKernel,
+			id.Arch,
 			e.Kernel.Arch)
 	case e.Kernel.Release != "" && e.Kernel.Release != id.Release:
 		return fault.Errorf(fault.Mismatch, "%w: the artifact is for kernel release %s; this node runs %s", ErrOtherKernel,
@@ -343,14 +344,14 @@ func (e Expect) check() error {
 func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 	var m KernelMatch
 	if st.PredicateType != PredicateKernelMatch {
-		return m, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no kernel match", ErrMalformed,
+		return m, fault.Errorf(fault.Unverified, "%w: a statement of type %.80q is not a kernel match", ErrMalformed,
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &m); err != nil {
-		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, shortError{err})
+		return m, fault.Errorf(fault.Unverified, "%w: parse the kernel match: %w", ErrMalformed, shortError{err})
 	}
 	if _, err := target.ParseKernel(m.Kernel.BuildID, m.Kernel.Board); err != nil {
-		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, err)
+		return m, fault.Errorf(fault.Unverified, "%w: parse the kernel match: %w", ErrMalformed, err)
 	}
 	return m, nil
 }

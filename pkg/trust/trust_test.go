@@ -155,7 +155,7 @@ func TestVerifyRefuses(t *testing.T) {
 		{"another architecture", s.Bundles, expect(func(e *trust.Expect) { e.Kernel.Arch = target.ARM64 }), fault.Mismatch,
 			trust.ErrOtherKernel, "arm64"},
 		{"another architecture in the artifact", s.Bundles, expect(func(e *trust.Expect) { e.Identity.Arch = target.ARM64 }),
-			fault.Mismatch, trust.ErrOtherKernel, "the artifact is for arm64"},
+			fault.Mismatch, trust.ErrOtherKernel, "the artifact is for architecture arm64"},
 		{"match for another release", [][]byte{prov, matchFor(func(k *target.Kernel) { k.Release = "6.6.1" })}, same,
 			fault.Mismatch, trust.ErrOtherKernel, "has kernel release 6.6.1"},
 		{"match for another architecture", [][]byte{prov, matchFor(func(k *target.Kernel) { k.Arch = target.ARM64 })}, same,

@@ -44,7 +44,8 @@ func bootArgs(boot string) (args []string, err error) {
 		}
 		// The kernel passes everything after "--" to init, also the arguments that this package adds later.
 		if arg == "--" {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("read boot folder %s: %s contains --", boot, BootArgs),
+			return nil, fault.New(fault.Usage, fmt.Sprintf("read boot folder %s: the file %s contains the word --", boot,
+				BootArgs),
 				"remove -- from the file")
 		}
 		args = append(args, arg)

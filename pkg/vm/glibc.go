@@ -84,7 +84,7 @@ func GlibcFiles(paths ...string) ([]File, error) {
 
 func findLibrary(machine elf.Machine, name string) (string, error) {
 	if strings.ContainsRune(name, '/') {
-		return "", fmt.Errorf("library %q: want a name without a folder", name)
+		return "", fmt.Errorf("find library %q: want a name without a folder", name)
 	}
 	for _, dir := range libraryFolders[machine] {
 		p := path.Join(dir, name)
@@ -102,7 +102,8 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 		hint = "install Debian's package libc6-dev-arm64-cross"
 	}
 	return "", fault.New(fault.Usage,
-		fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
+		fmt.Sprintf("find library %s for %v: the library is not in %s", name, machine, strings.Join(libraryFolders[machine],
+			", ")), hint)
 }
 
 // maxInterpreter is the maximum length of a loader's path in bytes.
@@ -135,15 +136,15 @@ func readDynamic(r io.ReaderAt) (d dynamic, err error) {
 			continue
 		}
 		if p.Filesz > maxInterpreter {
-			return d, fmt.Errorf("the loader's path has %d bytes", p.Filesz)
+			return d, fmt.Errorf("the path of the loader is too long: %d bytes", p.Filesz)
 		}
 		text := make([]byte, p.Filesz)
 		if _, err := p.ReadAt(text, 0); err != nil {
-			return d, fmt.Errorf("read the loader's path: %w", err)
+			return d, fmt.Errorf("read the path of the loader: %w", err)
 		}
 		d.interpreter = strings.TrimRight(string(text), "\x00")
 		if !path.IsAbs(d.interpreter) || path.Clean(d.interpreter) != d.interpreter {
-			return d, fmt.Errorf("loader %q: want a clean absolute path", d.interpreter)
+			return d, fmt.Errorf("path of the loader %q: want a clean absolute path", d.interpreter)
 		}
 	}
 	d.needed, err = f.ImportedLibraries()

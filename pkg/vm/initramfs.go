@@ -43,7 +43,7 @@ func Tree(name, dir string) ([]File, error) {
 				return err
 			}
 		default:
-			return fmt.Errorf("%s: want a file, a link or a folder, not %v", p, kind)
+			return fmt.Errorf("%s has file type %v; want a file, a link or a folder", p, kind)
 		}
 		files = append(files, f)
 		return nil
@@ -87,7 +87,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 func guestFiles(c Config) ([]File, error) {
 	script, err := json.Marshal(c.script())
 	if err != nil {
-		return nil, fmt.Errorf("write script: %w", err)
+		return nil, fmt.Errorf("write the guest's script: %w", err)
 	}
 	files := []File{
 		{Name: "/init", Mode: 0o755, Path: c.Init},
@@ -125,7 +125,7 @@ func arrangeFiles(files []File) ([]File, error) {
 			continue
 		}
 		if old, ok := byName[f.Name]; ok && !(old.isFolder() && f.isFolder()) {
-			errs = append(errs, fmt.Errorf("guest file %q: given twice", f.Name))
+			errs = append(errs, fmt.Errorf("guest file %q is given twice", f.Name))
 			continue
 		}
 		byName[f.Name] = f
@@ -136,7 +136,7 @@ func arrangeFiles(files []File) ([]File, error) {
 			if !ok {
 				byName[dir] = File{Name: dir}
 			} else if !above.isFolder() && above.Link == "" {
-				errs = append(errs, fmt.Errorf("guest file %q: %s is no folder", f.Name, dir))
+				errs = append(errs, fmt.Errorf("guest file %q: %s is not a folder", f.Name, dir))
 			} else if above.Link != "" {
 				errs = append(errs, fmt.Errorf("guest file %q: %s is a link; give the path without the link", f.Name, dir))
 			}
@@ -190,7 +190,7 @@ func copyFile(out cpio.RecordWriter, f File, info cpio.Info) (err error) {
 		return err
 	}
 	if !st.Mode().IsRegular() {
-		return fmt.Errorf("%s: want a regular file, not %v", f.Path, st.Mode().Type())
+		return fmt.Errorf("%s has file type %v; want a regular file", f.Path, st.Mode().Type())
 	}
 	mode := fs.FileMode(0o644)
 	if st.Mode()&0o111 != 0 {

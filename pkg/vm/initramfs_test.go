@@ -121,7 +121,7 @@ func TestArrangeRefuses(t *testing.T) {
 		{"relative", []File{{Name: "etc/x", Data: data}}, "clean absolute path"},
 		{"up", []File{{Name: "/etc/../x", Data: data}}, "clean absolute path"},
 		{"twice", []File{{Name: "/x", Data: data}, {Name: "/x", Data: data}}, "given twice"},
-		{"below a file", []File{{Name: "/x", Data: data}, {Name: "/x/y", Data: data}}, "is no folder"},
+		{"below a file", []File{{Name: "/x", Data: data}, {Name: "/x/y", Data: data}}, "is not a folder"},
 		{"below a link", []File{{Name: "/x", Link: "/y"}, {Name: "/x/y", Data: data}}, "is a link"},
 	} {
 		t.Run(row.name, func(t *testing.T) {

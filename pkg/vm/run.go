@@ -67,7 +67,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 		ends{console: console.String(), exit: exit, protocol: protocol, stderr: m.stderr.String()})
 }
 
-var errOverran = errors.New("machine ran past its time limit")
+var errOverran = errors.New("the machine ran past its time limit")
 
 // ends is what is known about the end of a run.
 type ends struct {
@@ -88,7 +88,8 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	switch cause := context.Cause(ctx); {
 	case seen.ended:
 	case errors.Is(cause, errOverran):
-		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: it did not end within %v (%s)", c.Timeout, seen.place()),
+		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: the machine did not end within %v (%s)", c.Timeout,
+			seen.place()),
 			"read the end of the machine's kernel log to see what the machine waits for")
 	case e.protocol != nil:
 		return fmt.Errorf("run machine: %w", e.protocol)
@@ -99,7 +100,7 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	case seen.fatal != "":
 		return fmt.Errorf("start machine: %s", seen.fatal)
 	default:
-		return fmt.Errorf("run machine: power went off too early (%s); the console ends in %q", seen.place(),
+		return fmt.Errorf("run machine: the machine switched itself off too early (%s); the console ends in %q", seen.place(),
 			lastLine(e.console, ""))
 	}
 	return nil
@@ -139,7 +140,7 @@ func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	}
 	if limit := int64(c.MemoryMiB) << 20 / 3; w.n > limit {
 		return nil, 0, fault.New(fault.Usage,
-			fmt.Sprintf("write initramfs: %d MiB of files do not fit %d MiB of memory", w.n>>20, c.MemoryMiB),
+			fmt.Sprintf("write initramfs: %d MiB of files do not fit into %d MiB of memory", w.n>>20, c.MemoryMiB),
 			fmt.Sprintf("give the machine at least %d MiB of memory", 3*w.n>>20+1))
 	}
 	return f, w.n, nil
@@ -166,7 +167,7 @@ func (r *recorder) event(e wire.Event) error {
 		r.watch(Progress{State: "ready", Seconds: r.ready})
 	case wire.Begin:
 		if e.Step >= len(r.config.Steps) {
-			return fmt.Errorf("read event: step %d of %d", e.Step, len(r.config.Steps))
+			return fmt.Errorf("read event: there is no step with index %d; the script has %d steps", e.Step, len(r.config.Steps))
 		}
 		if r.index == nil {
 			r.index = map[int]int{}
@@ -179,7 +180,7 @@ func (r *recorder) event(e wire.Event) error {
 	case wire.Output, wire.End:
 		i, ok := r.index[e.Step]
 		if !ok {
-			return fmt.Errorf("read event: %s of step %d, which did not begin", e.Type, e.Step)
+			return fmt.Errorf("read event: an event of type %s is about step %d, which did not begin", e.Type, e.Step)
 		}
 		r.about(&r.steps[i], e)
 	case wire.Fatal:

@@ -197,7 +197,7 @@ func TestValidateReportsAllAtOnce(t *testing.T) {
 	if !fault.Is(err, fault.Usage) {
 		t.Fatalf("Validate() = %v; want usage", err)
 	}
-	for _, want := range []string{"vmlinuz", "emugpu.ko", "guest's init", "memory of 100 MiB", "no program named"} {
+	for _, want := range []string{"vmlinuz", "emugpu.ko", "guest's init", "memory of 100 MiB", "names no program"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("Validate() = %v; want %q in it", err, want)
 		}

@@ -245,22 +245,22 @@ func (c Config) Validate() error {
 	if c.GPU {
 		need = append(need, BootGPU)
 		if least := emugpu.Memory(c.Arch); c.MemoryMiB < least {
-			say("memory of %d MiB: the emulated GPU needs %d", c.MemoryMiB, least)
+			say("memory of %d MiB: the emulated GPU needs at least %d MiB", c.MemoryMiB, least)
 		}
 	}
 	for _, name := range need {
 		if _, err := os.Stat(filepath.Join(c.Boot, filepath.FromSlash(name))); err != nil {
-			say("boot folder %s: %w", c.Boot, err)
+			say("find a file in the boot folder %s: %w", c.Boot, err)
 		}
 	}
 	if _, err := os.Stat(c.Disk); c.Disk != "" && err != nil {
-		say("disk: %w", err)
+		say("find the disk: %w", err)
 	}
 	if _, err := os.Stat(c.Init); err != nil {
-		say("guest's init: %w", err)
+		say("find the guest's init: %w", err)
 	}
 	if c.MemoryMiB < 256 {
-		say("memory of %d MiB: want at least 256", c.MemoryMiB)
+		say("memory of %d MiB: want at least 256 MiB", c.MemoryMiB)
 	}
 	if c.CPUs < 1 || c.CPUs > 64 {
 		say("%d processors: want 1 to 64", c.CPUs)
@@ -268,7 +268,7 @@ func (c Config) Validate() error {
 	names := map[string]bool{}
 	for i, s := range c.Steps {
 		if len(s.Argv) == 0 || s.Argv[0] == "" {
-			say("step %d %q: no program named", i, s.Name)
+			say("step %d %q: the step names no program", i, s.Name)
 		}
 		if s.Background && names[s.Name] {
 			say("step %d %q: want a name that no earlier step has, because the step runs in the background", i, s.Name)

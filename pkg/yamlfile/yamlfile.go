@@ -109,7 +109,7 @@ var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
-		r.Say(top, "more than %d bytes", most)
+		r.Say(top, "the file has more than %d bytes", most)
 		return top, false
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
@@ -124,7 +124,7 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 			text = text[len(m[0]):]
 			top.Node.Line, _ = strconv.Atoi(m[1]) // the pattern allows at most nine digits
 		}
-		r.Say(top, "not YAML: %s", strings.TrimPrefix(text, "yaml: "))
+		r.Say(top, "the file is not YAML: %s", strings.TrimPrefix(text, "yaml: "))
 		return top, false
 	}
 	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {

@@ -27,7 +27,7 @@ func TestMistakes(t *testing.T) {
 		{"none", "count: 3\non: true\nwords: [a, 1.10]\n", ""},
 		{"empty", "", "f.yaml:1:1: found an empty file; want count"},
 		{"only a comment", "# nothing\n", "f.yaml:1:1: found an empty file; want count"},
-		{"no YAML", "count: 1\n\ton: 2\n", "f.yaml:2:1: not YAML: "},
+		{"no YAML", "count: 1\n\ton: 2\n", "f.yaml:2:1: the file is not YAML: "},
 		{"a list", "- 1\n", "f.yaml:1:1: found a list; want a mapping with count"},
 		{"two documents", "count: 1\n---\ncount: 2\n", "f.yaml:2:1: found a second document; want one in a file"},
 		{"unknown", "count: 1\nsize: 2\n", `f.yaml:2:1: found field "size"; want count, on or words`},
@@ -43,7 +43,7 @@ func TestMistakes(t *testing.T) {
 		{"old word for true", "on: yes\n", `f.yaml:1:5: on: found "yes"; want true or false`},
 		{"empty list", "words: []\n", "f.yaml:1:8: words: found a list; want a list of words"},
 		{"mapping in a list", "words:\n- {a: b}\n", "f.yaml:2:3: words[0]: found a mapping; want a word"},
-		{"too large", strings.Repeat("#", 1001), "f.yaml:1:1: more than 1000 bytes"},
+		{"too large", strings.Repeat("#", 1001), "f.yaml:1:1: the file has more than 1000 bytes"},
 		{"two mistakes, in order", "words: []\ncount: x\n", "2 mistakes\nf.yaml:1:8: words"},
 	} {
 		err := read(row.text)

@@ -55,7 +55,7 @@ func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string,
 	_ = group.Wait() // no error: the functions above return nil
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) > 0 {
-		return fmt.Errorf("set the labels of drivers: %d of %d kernels have an error; the first error: %w", len(errs),
+		return fmt.Errorf("set the labels of drivers: errors for %d of %d kernels; the first error: %w", len(errs),
 			len(kernels), errs[0])
 	}
 	return nil
@@ -76,7 +76,7 @@ func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[
 			return notes, err
 		}
 		for _, label := range got.Absent {
-			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k,
+			notes = append(notes, fmt.Sprintf("label %s of kernel %s is unchanged: %s is not published in %s", label, k,
 				cmp.Or(declared[label], "the version that has this label at COS"), got.URL))
 		}
 		for _, url := range got.Unsigned {

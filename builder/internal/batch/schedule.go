@@ -143,7 +143,7 @@ func (f *runner) endFetch(ctx context.Context, in *input, keep func(), err error
 	for _, j := range lacking {
 		lack := Failure{
 			Class: fault.Unsupported,
-			Error: fmt.Sprintf("driver %s: the release has no %s modules", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
+			Error: fmt.Sprintf("driver %s has no modules of flavour %s", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
 			Hint:  "choose another flavour of this driver, in the wish list or with --flavour", Lacking: true,
 		}
 		f.remember(ctx, j, lack)
@@ -318,7 +318,7 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 		return
 	}
 	if merr := f.cfg.Failures.Remember(ctx, j.Cell, known); merr != nil {
-		note := FailureOf(fmt.Errorf("store the failure of the cell: %w", merr))
+		note := FailureOf(fmt.Errorf("store in the cache that the cell failed: %w", merr))
 		f.emit(Event{Job: j.Job, Kind: Note, Failure: &note})
 	}
 }
@@ -364,9 +364,9 @@ func (f *runner) put(j *job, state State, known *Failure) bool {
 func (f *runner) skipRest(ctx context.Context) {
 	cause := context.Cause(ctx)
 	for _, j := range f.jobs {
-		text := "not started: the run was stopped"
+		text := "the cell was not started: the run was stopped"
 		if cause == nil && !f.stopping(ctx) {
-			text = "not started: no reason was given" // only a bug in pick leads here
+			text = "the cell was not started: no reason was given" // only a bug in pick leads here
 		}
 		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it does not build finished cells again"))
 	}

@@ -55,11 +55,11 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	}
 	s := file.Section(".rodata")
 	if s == nil || s.Type == elf.SHT_NOBITS || s.Size > maxSection {
-		return f, badVMLinux("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
+		return f, badVMLinux("the section .rodata is missing, or has more than %d MiB", maxSection>>20)
 	}
 	text, err := s.Data()
 	if err != nil {
-		return f, badVMLinux("section .rodata: %v", err)
+		return f, badVMLinux("read the section .rodata: %v", err)
 	}
 	for rest := text; ; {
 		i := bytes.Index(rest, bannerBegins)
@@ -76,12 +76,12 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 		rest = rest[end:]
 	}
 	if len(f.Banners) == 0 {
-		return f, badVMLinux("its section .rodata has no text that begins with %q", bannerBegins)
+		return f, badVMLinux("the section .rodata has no text that begins with %q", bannerBegins)
 	}
 	if _, packed, ok := bytes.Cut(text, configBegins); ok {
 		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
 			if f.Config, err = unpackConfig(packed); err != nil {
-				return f, badVMLinux("its configuration: %v", err)
+				return f, badVMLinux("unpack the kernel's configuration in it: %v", err)
 			}
 		}
 	}
@@ -96,7 +96,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	}
 	text, err := io.ReadAll(io.LimitReader(zr, kconfig.Max+1))
 	if err == nil && len(text) > kconfig.Max {
-		err = fmt.Errorf("it has more than %d MiB", kconfig.Max>>20)
+		err = fmt.Errorf("the unpacked text has more than %d MiB", kconfig.Max>>20)
 	}
 	return text, errors.Join(err, zr.Close())
 }
@@ -133,7 +133,7 @@ var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"
 
 // ErrOtherRun means that kernel and headers have the same release and configuration, but come from two runs of make.
 // Callers may accept this, because a bucket may have an image and headers from different runs.
-var ErrOtherRun = errors.New("it comes from another run of make than the headers")
+var ErrOtherRun = errors.New("vmlinux and the headers come from two runs of make")
 
 // Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. It compares:
 //
@@ -164,7 +164,8 @@ func (f Facts) Check(headers string) error {
 	if by, host := said["LINUX_COMPILE_BY"], said["LINUX_COMPILE_HOST"]; by != "" && host != "" {
 		begins += by + "@" + host + ")"
 	}
-	words := fmt.Errorf("vmlinux says %.160q; the headers say %q … %q", f.Banners[len(f.Banners)-1], begins,
+	words := fmt.Errorf("the version text in vmlinux is %.160q; the headers want %q … %q", f.Banners[len(f.Banners)-1],
+		begins,
 		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {
 		return mismatch(words)
@@ -193,14 +194,14 @@ func (f Facts) checkConfig(headers string) error {
 		return err
 	}
 	if line := firstDifference(inside, outside); line != "" {
-		return mismatch(errors.New("its configuration and the headers' .config differ at " + line))
+		return mismatch(errors.New("the configuration in vmlinux and the headers' .config differ at " + line))
 	}
 	return nil
 }
 
 func mismatch(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; to publish "+
+		"put into the bucket the vmlinux and the kernel-headers.tgz that one run of the command make produced; to publish "+
 			"without a load test, add --load-test off")
 }
 
@@ -213,7 +214,8 @@ func readBounded(file string) ([]byte, error) {
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxHeader+1))
 	if err == nil && len(text) > maxHeader {
-		err = fault.New(fault.Unsupported, fmt.Sprintf("read %s: it has more than %d MiB", file, maxHeader>>20), hintHeaders)
+		err = fault.New(fault.Unsupported, fmt.Sprintf("read %s: the file has more than %d MiB", file, maxHeader>>20),
+			hintHeaders)
 	}
 	return text, err
 }

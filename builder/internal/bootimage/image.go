@@ -61,7 +61,8 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	}
 	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
 	if f.Class != elf.ELFCLASS64 || f.Machine != want {
-		return badVMLinux("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
+		return badVMLinux("the file has class %v for machine %v; want class %v for machine %v", f.Class, f.Machine,
+			elf.ELFCLASS64, want)
 	}
 	var load []*elf.Prog
 	low, high := ^uint64(0), uint64(0)
@@ -76,15 +77,15 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
 	}
 	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
-		return badVMLinux("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes",
+		return badVMLinux("the %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes in all",
 			len(load), high-low, maxSegments, maxMemory)
 	}
 	if arch == target.ARM64 {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x "+
-			"with the entry inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
+		return badVMLinux("the segments are from %#x to %#x, and the entry point is at %#x; want segments inside %#x to "+
+			"%#x, and the entry point inside the segments", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
 }
@@ -111,10 +112,10 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	}
 	head := make([]byte, 64)
 	if _, err := out.ReadAt(head, 0); err != nil || string(head[atImageMagic:][:4]) != "ARM\x64" {
-		return badVMLinux("its first segment does not begin as an arm64 Image")
+		return badVMLinux("the first segment does not begin with the header of an arm64 Image")
 	}
 	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
-		return badVMLinux("its Image header says that the kernel takes %d bytes of memory; the segments take %d",
+		return badVMLinux("the Image header says that the kernel takes %d bytes of memory; the segments take %d bytes",
 			size, high-low)
 	}
 	return nil

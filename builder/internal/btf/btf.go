@@ -38,9 +38,9 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	case s == nil:
 		return nil, ErrNone
 	case s.Type != elf.SHT_PROGBITS || s.Flags&elf.SHF_COMPRESSED != 0:
-		return nil, fmt.Errorf("section %s: %v, flags %v; want plain content", Section, s.Type, s.Flags)
+		return nil, fmt.Errorf("section %s: type %v, flags %v; want SHT_PROGBITS, not compressed", Section, s.Type, s.Flags)
 	case s.FileSize > maxSize:
-		return nil, fmt.Errorf("section %s: %d bytes are more than %d", Section, s.FileSize, maxSize)
+		return nil, fmt.Errorf("section %s has %d bytes; want at most %d bytes", Section, s.FileSize, maxSize)
 	}
 	return s.Data()
 }
@@ -138,32 +138,32 @@ func formOf(kind uint32) (form, bool) {
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
-		return nil, errors.New("the section has no BTF of version 1 for a little-endian machine")
+		return nil, errors.New("the section does not have BTF of version 1 for a little-endian machine")
 	}
 	size := le.Uint32(data[4:])
 	if size < headerSize || uint64(size) > uint64(len(data)) {
-		return nil, fmt.Errorf("the header has %d bytes; the whole section has %d", size, len(data))
+		return nil, fmt.Errorf("the BTF header says that it has %d bytes; the whole section has %d bytes", size, len(data))
 	}
 	part := func(at int) ([]byte, error) {
 		off, n := uint64(le.Uint32(data[at:])), uint64(le.Uint32(data[at+4:]))
 		rest := data[size:]
 		if off+n > uint64(len(rest)) {
-			return nil, fmt.Errorf("%d bytes at offset %d are missing", n, off)
+			return nil, fmt.Errorf("the section ends before the end of the %d bytes at offset %d", n, off)
 		}
 		return rest[off : off+n], nil
 	}
 	types, err := part(8)
 	if err != nil {
-		return nil, fmt.Errorf("types: %w", err)
+		return nil, fmt.Errorf("read the table of types: %w", err)
 	}
 	own, err := part(16)
 	if err != nil {
-		return nil, fmt.Errorf("strings: %w", err)
+		return nil, fmt.Errorf("read the table of strings: %w", err)
 	}
 	switch n := len(own); {
 	case n == 0 && len(base.strings) > 0: // a module need not have names of its own
 	case n == 0 || own[n-1] != 0 || len(base.strings) == 0 && own[0] != 0:
-		return nil, errors.New("strings: no table of strings")
+		return nil, errors.New("the table of strings is missing, or does not begin and end with a zero byte")
 	}
 	t := &Types{count: base.count, strings: own}
 	starts, err := t.scan(types)
@@ -182,16 +182,16 @@ func parse(data []byte, base *Types) (*Types, error) {
 func (t *Types) scan(types []byte) (starts []int, err error) {
 	for at := 0; at < len(types); t.count++ {
 		if len(types)-at < typeSize {
-			return nil, fmt.Errorf("type %d: cut off", t.count+1)
+			return nil, fmt.Errorf("type %d is cut off by the end of the section", t.count+1)
 		}
 		starts = append(starts, at)
 		kind, parts := head(types[at:])
 		f, ok := formOf(kind)
 		if !ok {
-			return nil, fmt.Errorf("type %d: kind %d is not known", t.count+1, kind)
+			return nil, fmt.Errorf("type %d has the unknown kind %d", t.count+1, kind)
 		}
 		if at += typeSize + f.tail + parts*f.each; at > len(types) {
-			return nil, fmt.Errorf("type %d: cut off", t.count+1)
+			return nil, fmt.Errorf("type %d is cut off by the end of the section", t.count+1)
 		}
 	}
 	return starts, nil
@@ -223,12 +223,12 @@ func (t *Types) checkType(typ []byte, base *Types) error {
 		first := typeSize/4 + i*step
 		if f.name >= 0 {
 			if err := t.checkName(word(first+f.name), base); err != nil {
-				return fmt.Errorf("part %d: %w", i, err)
+				return fmt.Errorf("member %d: %w", i, err)
 			}
 		}
 		for _, at := range f.types {
 			if err := t.checkID(word(first + at)); err != nil {
-				return fmt.Errorf("part %d: %w", i, err)
+				return fmt.Errorf("member %d: %w", i, err)
 			}
 		}
 	}
@@ -237,7 +237,7 @@ func (t *Types) checkType(typ []byte, base *Types) error {
 
 func (t *Types) checkID(id uint32) error {
 	if id > t.count {
-		return fmt.Errorf("it refers to type %d; the highest type is %d", id, t.count)
+		return fmt.Errorf("reference to type %d, but the last type is %d", id, t.count)
 	}
 	return nil
 }
@@ -250,10 +250,10 @@ func (t *Types) checkName(offset uint32, base *Types) error {
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("check name at offset %d: it is after the end of the strings", offset)
+		return fmt.Errorf("the name at offset %d is after the end of the strings", offset)
 	case i > 0 && table[i-1] != 0:
 		within := stringAt(table, int(i)) //nolint:gosec // within table
-		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", offset, within)
+		return fmt.Errorf("the name at offset %d begins inside another name, %q", offset, within)
 	}
 	return nil
 }

@@ -37,7 +37,7 @@ const (
 
 // errUseMake means that this package cannot answer conftest's questions before `make` asks them. The build continues,
 // and `make` runs conftest itself, which takes longer.
-var errUseMake = errors.New("make has to run conftest itself")
+var errUseMake = errors.New("the command make has to run conftest.sh itself")
 
 // answerer answers conftest's questions before `make` asks them. It uses a stored answer if the question and the view
 // (see view.go) are equal. Otherwise it runs the test in a sandbox that shows only files that the answer's key covers.
@@ -167,7 +167,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: the plan has source folder %s and output folder %s of the kernel; want %s for both",
+		return nil, fmt.Errorf("%w: the plan has the kernel's source folder %s and output folder %s; want %s for both",
 			errUseMake, plan.Sources, plan.Output, insideKernel)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
@@ -184,7 +184,7 @@ func (a *answerer) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // [diagnose] reads this error together with the findings of the watch
 	}
-	return fmt.Errorf("%w: make wrote no plan; the last line of its output: %s", errUseMake, f.lastLine)
+	return fmt.Errorf("%w: make wrote no plan; the last line that make printed: %s", errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {
@@ -346,7 +346,8 @@ func (a *answerer) askOne(ctx context.Context, q question, dir string) (text str
 	}
 	var exit *sandbox.ExitError
 	if errors.As(err, &exit) && !exit.Killed() {
-		return "", fmt.Errorf("%w: run conftest.sh for %s: %w; its output: %.200q", errUseMake, q.name, err, said.String())
+		return "", fmt.Errorf("%w: run conftest.sh for %s: %w; the script printed %.200q", errUseMake, q.name, err,
+			said.String())
 	} else if err != nil {
 		return "", diagnose(err, findings{})
 	}
@@ -365,7 +366,7 @@ func (a *answerer) release(answer string) (string, error) {
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: utsrelease.h or the answer to uts_release does not contain exactly one string",
+		return "", fmt.Errorf("%w: want exactly one string in utsrelease.h, and one in the answer to uts_release",
 			errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil

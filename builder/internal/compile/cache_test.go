@@ -307,7 +307,7 @@ func TestOtherShapes(t *testing.T) {
 		if got, err := os.ReadFile(result.Modules["nvidia"]); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s: another module than make's: %v", name, err)
 		}
-		if !strings.Contains(log.String(), "make has to run conftest itself") {
+		if !strings.Contains(log.String(), "make has to run conftest.sh itself") {
 			t.Errorf("%s: the log does not say that make runs conftest\n%s", name, &log)
 		}
 	}

@@ -106,7 +106,7 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 		return args
 	})
 	if err != nil {
-		err = fmt.Errorf("compile %s for %s: %w", r.Driver, r.Release, err)
+		err = fmt.Errorf("compile %s for kernel release %s: %w", r.Driver, r.Release, err)
 	}
 	return result, err
 }
@@ -117,7 +117,7 @@ func External(ctx context.Context, r Request) (*Result, error) {
 		return []string{"make", "-C", insideKernel, "M=" + insideSource, "modules"}
 	})
 	if err != nil {
-		err = fmt.Errorf("compile %s for %s: %w", filepath.Base(r.Source), r.Release, err)
+		err = fmt.Errorf("compile %s for kernel release %s: %w", filepath.Base(r.Source), r.Release, err)
 	}
 	return result, err
 }
@@ -128,9 +128,9 @@ func (r Request) withDefaults() (Request, error) {
 	var errs []error
 	if r.BTF != "" {
 		if info, err := os.Stat(r.BTF); err != nil {
-			errs = append(errs, fmt.Errorf("BTF file: %w", err))
+			errs = append(errs, fmt.Errorf("find the BTF file: %w", err))
 		} else if !info.Mode().IsRegular() {
-			errs = append(errs, fmt.Errorf("BTF file %s: not a file", r.BTF))
+			errs = append(errs, fmt.Errorf("BTF file %s is not a regular file", r.BTF))
 		}
 	}
 	for _, dir := range []struct {
@@ -138,9 +138,9 @@ func (r Request) withDefaults() (Request, error) {
 		path *string
 	}{{"source", &r.Source}, {"headers", &r.Headers}, {"toolchain", &r.Toolchain}, {"work", &r.WorkDir}} {
 		if info, err := os.Stat(*dir.path); err != nil {
-			errs = append(errs, fmt.Errorf("%s folder: %w", dir.name, err))
+			errs = append(errs, fmt.Errorf("find the %s folder: %w", dir.name, err))
 		} else if !info.IsDir() {
-			errs = append(errs, fmt.Errorf("%s folder %s: not a folder", dir.name, *dir.path))
+			errs = append(errs, fmt.Errorf("%s folder %s is not a folder", dir.name, *dir.path))
 		}
 		abs, err := filepath.Abs(*dir.path)
 		if err != nil {
@@ -149,19 +149,19 @@ func (r Request) withDefaults() (Request, error) {
 		*dir.path = abs
 	}
 	if !releasePattern.MatchString(r.Release) {
-		errs = append(errs, fmt.Errorf("kernel release %q: want the text that uname -r prints", r.Release))
+		errs = append(errs, fmt.Errorf("kernel release %q: want a text as \"uname -r\" prints it", r.Release))
 	}
 	if _, ok := kernelArch[r.Arch]; !ok {
 		errs = append(errs, fmt.Errorf("architecture %q: want amd64 or arm64", r.Arch))
 	}
 	if r.Jobs < 0 {
-		errs = append(errs, fmt.Errorf("jobs %d: want 0 or more", r.Jobs))
+		errs = append(errs, fmt.Errorf("number of jobs %d: want 0 or more", r.Jobs))
 	}
 	if left, err := fs.ReadDir(hostFS(r.WorkDir), "."); err == nil && len(left) > 0 {
-		errs = append(errs, fmt.Errorf("work folder %s: not empty", r.WorkDir))
+		errs = append(errs, fmt.Errorf("work folder %s is not empty", r.WorkDir))
 	}
 	if r.Cache != nil && (r.HeaderDigest == "" || r.ToolchainDigest == "" || r.SourceDigest == "" || r.HostDigest == "") {
-		errs = append(errs, errors.New("cache without the digests of headers, toolchain, source and host tools"))
+		errs = append(errs, errors.New("the object cache needs the digests of headers, toolchain, source and host tools"))
 	}
 	if r.Jobs == 0 {
 		r.Jobs = runtime.NumCPU()
@@ -377,7 +377,8 @@ func (b *build) moduleFiles() ([]string, error) {
 		return nil, fault.Wrap(fault.Internal, fmt.Errorf("look for modules: %w", err), hintLog)
 	}
 	if len(files) == 0 {
-		return nil, fault.New(fault.Internal, "look for modules: make succeeded, but left no module", "read the build's log")
+		return nil, fault.New(fault.Internal, "look for modules: make ended without an error, but made no module",
+			"read the build's log")
 	}
 	return files, nil
 }

@@ -211,7 +211,7 @@ func TestFailures(t *testing.T) {
 			if err := os.Symlink("../../etc/passwd", filepath.Join(r.Source, "x")); err != nil {
 				t.Fatal(err)
 			}
-		}, fault.Usage, "x: link to ../../etc/passwd leaves the source folder"},
+		}, fault.Usage, "x is a link to ../../etc/passwd, which is outside the source folder"},
 		{"several things at once", func(t *testing.T, r *compile.Request) {
 			r.Release, r.Jobs, r.Arch = "6.1; x", -1, "mips"
 			write(t, r.WorkDir, map[string]string{"left": ""})

@@ -96,7 +96,7 @@ func relative(line string) string { return paths.Replace(line) }
 const (
 	hintDisk   = "free at least 1 GiB on the disk of the cache, or set --cache to a folder on another disk"
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs with --jobs"
-	hintTime   = "set a longer --compile-timeout; or build on a machine with more CPUs, with more --jobs"
+	hintTime   = "set a longer --compile-timeout; or build on a machine with more CPUs, and set a higher --jobs"
 	hintBreak  = "choose a newer driver of the same branch: this driver does not know the interfaces of this kernel"
 	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; to see the " +
 		"version of this machine's C library: ldd --version"
@@ -150,7 +150,7 @@ func diagnose(err error, f findings) error {
 	case f.memory != "":
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
-		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
+		return fault.New(fault.OutOfMemory, "the compile was killed, probably because memory ran out", hintMemory)
 	case f.library != "": // before compiler errors: a tool that cannot run gives conftest wrong answers
 		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
@@ -164,7 +164,7 @@ func diagnose(err error, f findings) error {
 			"publish a toolchain.tar.xz that contains the missing program; or install the program on this machine (for "+
 				"make, perl and the C library's tools: apt-get install build-essential)")
 	case f.make != "" && f.lastLine != "":
-		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before: %s", f.make, f.lastLine), hintLog)
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before it: %s", f.make, f.lastLine), hintLog)
 	case f.make != "":
 		return fault.New(fault.Internal, "make: "+f.make, hintLog)
 	case f.lastLine != "":

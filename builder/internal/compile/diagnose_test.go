@@ -96,7 +96,7 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 		},
 		{
 			"sandbox killed", "", fmt.Errorf("run make: %w", &sandbox.ExitError{Status: 137}), fault.OutOfMemory,
-			"the build was killed",
+			"the compile was killed, probably because memory ran out",
 		},
 		{
 			"disk full before an error that follows from it", `

@@ -55,13 +55,13 @@ var (
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
-		return fault.Wrap(fault.Internal, fmt.Errorf("read the faults of the compiler: %w", err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("read the compiler's faults that the guard recorded: %w", err), hintLog)
 	}
 	text = bytes.TrimSpace(text)
 	if len(text) == 0 {
 		return nil
 	}
-	said := fmt.Sprintf("the compiler failed for a reason outside its source file: %.300q", text)
+	said := fmt.Sprintf("the compiler failed, and the compiled source file is not the reason: %.300q", text)
 	switch {
 	case noDisk.Match(text):
 		return fault.New(fault.DiskFull, said, hintDisk)

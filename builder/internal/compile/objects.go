@@ -229,7 +229,7 @@ func (o *objects) variants(object string) []variant {
 	return all
 }
 
-var errNone = errors.New("the cache does not have the object")
+var errNone = errors.New("the object cache does not have this object file")
 
 // restore copies stored objects into the staged sources and returns their number.
 func (o *objects) restore(ctx context.Context) (int, error) {
@@ -326,7 +326,7 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 			continue // the cache has this object already
 		}
 		if err := k.recordOne(ctx, name, object); err != nil {
-			return fmt.Errorf("%s: %w", object, err)
+			return fmt.Errorf("record the inputs of %s: %w", object, err)
 		}
 	}
 	return nil

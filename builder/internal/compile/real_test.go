@@ -201,8 +201,8 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 		}
 	}
 	// No other check notices that `make` runs conftest itself: the modules are the same.
-	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest itself") {
-		t.Errorf("%s: make has to run conftest itself", what)
+	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest.sh itself") {
+		t.Errorf("%s: make has to run conftest.sh itself", what)
 	}
 	if strings.HasSuffix(what, onceMore) {
 		checkReuse(t, what, result)

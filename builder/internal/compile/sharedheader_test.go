@@ -66,7 +66,7 @@ func functionAnswers(t *testing.T, r compile.Request) string {
 	var log bytes.Buffer
 	r.Cache, r.WorkDir, r.Log = cache, t.TempDir(), &log
 	if _, err := compile.Modules(t.Context(), r); err != nil ||
-		strings.Contains(log.String(), "make has to run conftest itself") {
+		strings.Contains(log.String(), "make has to run conftest.sh itself") {
 		t.Fatalf("Modules = %v\n%s", err, &log)
 	}
 	text, err := os.ReadFile(filepath.Join(r.WorkDir, "src/conftest/functions.h"))

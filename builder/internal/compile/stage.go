@@ -36,11 +36,11 @@ func stage(ctx context.Context, src, dst string) error {
 				return err
 			}
 			if !filepath.IsLocal(filepath.Join(filepath.Dir(name), link)) || filepath.IsAbs(link) {
-				return fault.Errorf(fault.Usage, "%s: link to %s leaves the source folder", name, link)
+				return fault.Errorf(fault.Usage, "%s is a link to %s, which is outside the source folder", name, link)
 			}
 			return os.Symlink(link, to)
 		}
-		return fault.Errorf(fault.Usage, "%s: neither a file, a folder nor a link", name)
+		return fault.Errorf(fault.Usage, "%s is neither a file nor a folder nor a link", name)
 	})
 }
 

@@ -173,7 +173,7 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	// its own file name. Kbuild sets a flag, but the driver's conftest does not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
-			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
+			fmt.Sprintf("the name of compiler %s does not say that the compiler makes arm64 programs", cc),
 			"set CC="+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
 	}
 	return cc, prefix, suffix, nil

@@ -38,7 +38,8 @@ func Pahole(ctx context.Context) (string, error) {
 		return "", programFault(fmt.Errorf("find pahole: %w", err), fault.Usage, hintPahole)
 	}
 	if !paholeVersion.MatchString(said) {
-		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said),
+		return "", fault.New(fault.Usage, fmt.Sprintf(
+			"find pahole: pahole says that its version is %.40q; want a version such as v1.24", said),
 			hintPahole)
 	}
 	return strings.TrimSpace(said), nil
@@ -193,8 +194,8 @@ func wantsNoIDs(dir, name string) (err error) {
 		return err
 	}
 	if f.Section(".BTF_ids") != nil {
-		return fault.New(fault.Unsupported, "it has a section .BTF_ids, which only the kernel's resolve_btfids can fill in",
-			hintNoTypes)
+		return fault.New(fault.Unsupported,
+			"the module has a section .BTF_ids, which only the kernel's resolve_btfids can fill in", hintNoTypes)
 	}
 	return nil
 }

@@ -88,7 +88,7 @@ func TestTypes(t *testing.T) {
 		}
 	}
 	r := typedToy(t, takesBTF)
-	for bad, want := range map[string]string{r.BTF + ".old": "no such file", r.Headers: "not a file"} {
+	for bad, want := range map[string]string{r.BTF + ".old": "no such file", r.Headers: "not a regular file"} {
 		wrong := r
 		wrong.BTF = bad
 		if _, err := compile.Modules(t.Context(), wrong); err == nil || !strings.Contains(err.Error(), want) {

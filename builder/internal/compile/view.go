@@ -94,7 +94,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		} else if err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, fmt.Errorf("%w: %s is not a file", errUseMake, name)
+			return nil, fmt.Errorf("%w: %s is not a regular file", errUseMake, name)
 		}
 		text, err := readHost(path)
 		if err != nil {

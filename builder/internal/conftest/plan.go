@@ -86,7 +86,7 @@ func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if len(lines) != len(planVariables) {
-		return nil, fmt.Errorf("%w: the plan has %d lines; want %d", ErrShape, len(lines), len(planVariables))
+		return nil, fmt.Errorf("%w: the plan has %d lines; want %d lines", ErrShape, len(lines), len(planVariables))
 	}
 	for i, v := range planVariables {
 		name, value, _ := strings.Cut(lines[i], " ")
@@ -132,7 +132,7 @@ func ParsePlan(text string) (*Plan, error) {
 		}
 	}
 	if len(p.All()) == 0 { // releases before 515.76 list no headers
-		return nil, fmt.Errorf("%w: the plan has no tests", ErrShape)
+		return nil, fmt.Errorf("%w: the plan names no test", ErrShape)
 	}
 	return p, nil
 }

@@ -56,13 +56,13 @@ func ParseScript(text []byte) (*Script, error) {
 	head, body, _ := strings.Cut(all, beginTests)
 	body, tail, found := strings.Cut(body, endTests)
 	if !found {
-		return nil, fmt.Errorf("%w: the tests have no end", ErrShape)
+		return nil, fmt.Errorf("%w: the line that ends the tests is missing", ErrShape)
 	}
 	s.head, s.tail = head, tail
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
-		return nil, fmt.Errorf("%w: the script has both or neither of the modes test_kernel_header and "+
-			"test_kernel_headers; want one", ErrShape)
+		return nil, fmt.Errorf("%w: want exactly one of the modes test_kernel_header and test_kernel_headers in the script",
+			ErrShape)
 	default:
 		s.oneHeader = one
 	}

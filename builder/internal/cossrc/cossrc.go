@@ -212,13 +212,13 @@ func headersRoot(dir string) (string, error) {
 	}
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel-headers.tgz: it has %d folders usr/src/linux-headers-*; want one", len(found)),
+			fmt.Sprintf("read kernel-headers.tgz: the archive has %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	// Lstat does not follow a link. Refuse it, because the fingerprint would not cover its target.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
+			fmt.Sprintf("read kernel-headers.tgz: %s is not a folder", filepath.Base(found[0])),
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	for _, must := range []string{"Makefile", ".config", "Module.symvers"} {

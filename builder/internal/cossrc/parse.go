@@ -40,7 +40,7 @@ var (
 // ParseEnv parses toolchain_env: lines NAME=VALUE, with or without quotes. It skips blank lines.
 func ParseEnv(text []byte) (map[string]string, error) {
 	if len(text) > maxEnv {
-		return nil, badEnv("%d bytes; want at most %d", len(text), maxEnv)
+		return nil, badEnv("the file has %d bytes; want at most %d bytes", len(text), maxEnv)
 	}
 	env := map[string]string{}
 	for line := range strings.Lines(string(text)) {
@@ -59,7 +59,7 @@ func ParseEnv(text []byte) (map[string]string, error) {
 		env[name] = value
 	}
 	if env["CC"] == "" {
-		return nil, badEnv("it has no line CC=…")
+		return nil, badEnv("the file has no line CC=…")
 	}
 	return env, nil
 }
@@ -85,12 +85,12 @@ func ParseInfo(text []byte) (string, error) {
 			continue
 		}
 		if found != "" || !sourcePattern.MatchString(value) {
-			return "", badInfo("%.100q must have exactly one valid URL", text)
+			return "", badInfo("the content %.100q has an invalid URL, or two URLs; want one line URL=…", text)
 		}
 		found = value
 	}
 	if found == "" {
-		return "", badInfo("%.100q has no line URL=…", text)
+		return "", badInfo("the content %.100q has no line URL=…", text)
 	}
 	return found, nil
 }
@@ -163,7 +163,7 @@ func parseDefine(text []byte, macro string) (string, error) {
 		_, rest, _ := strings.Cut(lines.Text(), macro)
 		value, err := strconv.Unquote(strings.TrimSpace(rest))
 		if err != nil {
-			return "", fmt.Errorf("%s is not a string: %.80q", macro, rest)
+			return "", fmt.Errorf("the macro %s is %.80q; want a string in quotes", macro, rest)
 		}
 		return value, nil
 	}

@@ -26,8 +26,8 @@ type part struct {
 var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board; if they are right, give --kernel-mirror a bucket that has this " +
 		"COS build",
-	"toolchain.tar.xz": "put toolchain.tar.xz into the bucket; or put a toolchain.tar.xz.gcs into the bucket that says " +
-		"in which other bucket, and under which path, the toolchain is",
+	"toolchain.tar.xz": "put toolchain.tar.xz into the bucket; or put a file toolchain.tar.xz.gcs into the bucket, " +
+		"which names the other bucket and the path where the toolchain is",
 	"toolchain_env": "check BUILD_ID and board; if they are right, give --kernel-mirror a bucket that has this " +
 		"COS build; for a COS build of your own, put a toolchain_env with the lines CC=… and CXX=… into the bucket",
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
@@ -189,7 +189,7 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 // follow fetches the toolchain from the first place that has it. The given pointer lists the places.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
 	error) {
-	absent := fmt.Errorf("the toolchain is not at the place that is written in %s", pointer.URI)
+	absent := fmt.Errorf("the toolchain is not at the place that %s names", pointer.URI)
 	for _, at := range places {
 		f.Progressf("%s: the toolchain is expected at %s", pointer.Name, at)
 		p, err := f.fetchAt(ctx, at, o)
@@ -199,7 +199,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fault.Join(absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		fmt.Sprintf("put the toolchain at %s; or put it at the place that is written in %s, in a bucket beside "+
+		fmt.Sprintf("put the toolchain at %s; or put it at the place that %s names, in a bucket beside "+
 			"--kernel-mirror: on the same server, or in the same parent folder",
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)), pointer.Name))
 }

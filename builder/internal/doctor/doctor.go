@@ -295,8 +295,8 @@ func (e *examination) loadTest() {
 		{"nvmlprobe", e.NVMLProbe, "--probe"}} {
 		if err := e.m.Executable(p.path); err != nil {
 			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need this program: %v", err),
-				Next: fmt.Sprintf("put %s into the folder of the builder program (make build makes it), or give its path with "+
-					"%s; or build with --load-test off", filepath.Base(p.path), p.flag)})
+				Next: fmt.Sprintf("put %[1]s into the folder of the command builder (to compile %[1]s: make build), or give the "+
+					"path of %[1]s with %[2]s; or build with --load-test off", filepath.Base(p.path), p.flag)})
 			continue
 		}
 		e.ok(p.check, "%s", p.path)
@@ -316,8 +316,8 @@ func (e *examination) armHelpers(check string) bool {
 		path := loadtest.Helper(p.path, target.ARM64)
 		if err := e.m.Executable(path); err != nil {
 			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is installed, but %s: %v", p.without, err),
-				Next: fmt.Sprintf("compile %s with make arm64-programs and put it beside %s, or use the image builder-arm64; or "+
-					"build no drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
+				Next: fmt.Sprintf("put %[1]s beside %[2]s (to compile %[1]s: make arm64-programs), or use the image "+
+					"builder-arm64; or build no drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
 			return false
 		}
 	}
@@ -354,7 +354,7 @@ func (e *examination) checkConfigured(ctx context.Context) {
 		try("mirror", name, "answers", "check the URL of the mirror, the network and the proxy settings", e.m.Mirror)
 	}
 	for _, name := range e.Destinations {
-		next := "check the destination in --to; log in with docker login, or with --username and --password"
+		next := "check the destination in --to; log in with \"docker login\", or give --username and --password"
 		if tarball.Is(name) {
 			next = "check the name of the bucket or folder in --to"
 		}

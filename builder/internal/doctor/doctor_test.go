@@ -141,9 +141,9 @@ func TestFindings(t *testing.T) {
 			"qemu arm64", doctor.Warn, "arm64 cannot be load-tested", "qemu-system-arm; ", "apt-get install qemu-system-arm", 0},
 		{"no helper", lackingFile("/bin/nvmlprobe"), "nvmlprobe", doctor.Warn, "not exist", "--probe", "", 0},
 		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested",
-			"compile guestinit-arm64 with make arm64-programs and put it beside guestinit", "", 0},
+			"put guestinit-arm64 beside guestinit (to compile guestinit-arm64: make arm64-programs)", "", 0},
 		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML",
-			"compile nvmlprobe-arm64 with make arm64-programs and put it beside nvmlprobe", "", 0},
+			"put nvmlprobe-arm64 beside nvmlprobe (to compile nvmlprobe-arm64: make arm64-programs)", "", 0},
 		{"old clock", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Now = func() time.Time { return time.Unix(0, 0) }
 		}, "clock", doctor.Fail, "1970-01-01", "set the clock", "", fault.Usage},

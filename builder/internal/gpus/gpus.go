@@ -48,7 +48,8 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"make the list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+			"make the list of supported GPUs: the list has %d bytes; at most %d bytes fit into a statement", len(raw),
+			maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

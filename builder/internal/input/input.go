@@ -245,7 +245,7 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	again, _, err := f.Blob(ctx, name, sum)
 	if err == nil && again.Digest != m.Digest {
 		err = fault.New(fault.Checksum,
-			fmt.Sprintf("fetch %s: its digest is %s now, and was %s before", m.URI, again.Digest, m.Digest),
+			fmt.Sprintf("fetch %s again: the object has digest %s now, and had %s before", m.URI, again.Digest, m.Digest),
 			"run the command again")
 	}
 	return err
@@ -299,7 +299,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 
 func mismatch(name string, sum Sum, cause error) error {
 	return fault.Wrap(fault.Checksum,
-		fmt.Errorf("%s differs from its published %s %s: %w", path.Base(name), sum.Algorithm, sum.Hex, cause),
+		fmt.Errorf("%s does not have its published %s checksum %s: %w", path.Base(name), sum.Algorithm, sum.Hex, cause),
 		"replace the object or its checksum in the bucket: one of the two is damaged")
 }
 
@@ -318,7 +318,7 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 		h.Write(data)
 		if got := hex.EncodeToString(h.Sum(nil)); got != sum.Hex {
 			return nil, Material{}, fmt.Errorf("fetch %s: %w", attrs.URL, mismatch(name, sum,
-				fmt.Errorf("the content has %s", got)))
+				fmt.Errorf("the content has checksum %s", got)))
 		}
 	}
 	digest := sha256.Sum256(data)
@@ -355,18 +355,20 @@ func (s *stream) Read(b []byte) (int, error) {
 		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
 			"replace the object in the bucket by the right file: no file of COS or NVIDIA is so large")
 	case s.size > 0 && s.n > s.size:
-		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more bytes than the bucket reports: %d", s.name, s.size),
+		return n, fault.New(fault.Checksum, fmt.Sprintf("%s is longer than the %d bytes that the bucket reports", s.name,
+			s.size),
 			"run the command again; if the error stays, put the object into the bucket again, or name another mirror")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):
 		return n, streamError(s.name, err)
 	case s.size > 0 && s.n < s.size:
-		return n, streamError(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
+		return n, streamError(s.name, fmt.Errorf("the stream ended after %d of %d bytes: %w", s.n, s.size,
+			io.ErrUnexpectedEOF))
 	}
 	if s.hash != nil {
 		if got := hex.EncodeToString(s.hash.Sum(nil)); got != s.sum.Hex {
-			return n, mismatch(s.name, s.sum, fmt.Errorf("the content has %s", got))
+			return n, mismatch(s.name, s.sum, fmt.Errorf("the content has checksum %s", got))
 		}
 	}
 	return n, io.EOF

@@ -47,7 +47,7 @@ func Read(r io.Reader) (Config, error) {
 // option counts. A text larger than Max, or with a line of 64 KB or more, is an error.
 func Parse(text []byte) (Config, error) {
 	if len(text) > Max {
-		err := fmt.Errorf("read kernel configuration: it has more than %d MiB", Max>>20)
+		err := fmt.Errorf("read kernel configuration: the text has more than %d MiB", Max>>20)
 		return nil, fault.Wrap(fault.CheckFailed, err, hintBroken)
 	}
 	c := Config{}

@@ -47,9 +47,9 @@ func judge(p *plan, res *vm.Result) *Verdict {
 	switch {
 	case v.State == Rejected:
 	case res.Crash != "":
-		v.State, v.Reason = Rejected, "kernel crashed at the end: "+res.Crash
+		v.State, v.Reason = Rejected, "the kernel crashed after the last step: "+res.Crash
 	case len(v.Warnings) > 0:
-		v.State, v.Reason = Rejected, "the kernel complained: "+v.Warnings[0]
+		v.State, v.Reason = Rejected, "the kernel logged a warning: "+v.Warnings[0]
 	}
 	return v
 }
@@ -82,7 +82,8 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	release, taint, _ := strings.Cut(strings.TrimSpace(string(before.Stdout)), "\n")
 	if v.Release = release; release != p.release {
 		// A kernel with symbol versions ignores the release in the vermagic. It would load modules for another release.
-		return Rejected, fmt.Sprintf("the machine runs kernel %s; the modules were made for %s", release, p.release)
+		return Rejected, fmt.Sprintf("the machine runs kernel release %s; the modules were made for kernel release %s",
+			release, p.release)
 	}
 	for _, name := range p.modules {
 		s, ok := res.Step(stepLoad + name)
@@ -135,7 +136,11 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	if !ok || !after.Ended || after.ExitCode != 0 {
 		return Rejected, cutOff("read the kernel's taint", res)
 	}
-	if flags := newTaint(taint, string(after.Stdout)); flags != "" {
+	flags, err := newTaint(taint, string(after.Stdout))
+	if err != nil {
+		return Rejected, "read the kernel's taint: " + err.Error()
+	}
+	if flags != "" {
 		return Rejected, strings.Join(append([]string{"the modules tainted the kernel: " + flags},
 			v.Warnings[:min(1, len(v.Warnings))]...), ": ")
 	}
@@ -154,12 +159,13 @@ var taints = []struct {
 }
 
 // newTaint compares two contents of /proc/sys/kernel/tainted. It returns the names of the flags in taints that only the
-// second one has.
-func newTaint(before, after string) string {
+// second one has. If a content is not a number, it returns an error.
+func newTaint(before, after string) (string, error) {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
 	if err1 != nil || err2 != nil {
-		return fmt.Sprintf("unknown flags: %.20q before the load, %.20q after it", before, after)
+		return "", fmt.Errorf("want a number; the machine printed %.20q before the load of the modules, and %.20q after it",
+			before, after)
 	}
 	var flags []string
 	for _, t := range taints {
@@ -167,7 +173,7 @@ func newTaint(before, after string) string {
 			flags = append(flags, t.what)
 		}
 	}
-	return strings.Join(flags, ", ")
+	return strings.Join(flags, ", "), nil
 }
 
 // examineLive checks the output of the steps that ran while the modules were loaded.
@@ -191,12 +197,12 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 			}
 		case stepStamp:
 			if got := string(modinfo.Note(s.Stdout, modinfo.StampOwner, modinfo.StampType)); got != p.madeFor {
-				return Rejected, fmt.Sprintf("the loaded module says that it was made for kernel %q; its file says %s", got,
+				return Rejected, fmt.Sprintf("the loaded module nvidia has ABI fingerprint %q; the file nvidia.ko has %s", got,
 					p.madeFor)
 			}
 		case stepModules:
 			if missing := notLive(text, v.Loaded()); len(missing) > 0 {
-				return Rejected, "not in /proc/modules after loading: " + strings.Join(missing, ", ")
+				return Rejected, "not Live in /proc/modules after loading: " + strings.Join(missing, ", ")
 			}
 		}
 	}
@@ -217,7 +223,7 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	case a.Error != "":
 		return Rejected, "ask NVML: " + a.Error
 	case a.DriverVersion != p.version:
-		return Rejected, fmt.Sprintf("ask NVML: it reports driver %q; want %s", a.DriverVersion, p.version)
+		return Rejected, fmt.Sprintf("ask NVML: NVML reports driver %q; want %s", a.DriverVersion, p.version)
 	}
 	return Loaded, ""
 }
@@ -225,7 +231,7 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 // cutOff describes why a step did not finish: the kernel crashed or the machine stopped.
 func cutOff(what string, res *vm.Result) string {
 	if res.Crash != "" {
-		return what + ": kernel crashed: " + res.Crash
+		return what + ": the kernel crashed: " + res.Crash
 	}
 	return what + ": the machine did not finish this step"
 }

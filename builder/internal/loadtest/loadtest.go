@@ -87,13 +87,13 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 func (c Config) validate() error {
 	var errs []error
 	if c.Modules["nvidia"] == "" {
-		errs = append(errs, errors.New("no module nvidia"))
+		errs = append(errs, errors.New("the module nvidia is missing"))
 	}
 	if c.Version == "" {
-		errs = append(errs, errors.New("no driver version"))
+		errs = append(errs, errors.New("the driver version is missing"))
 	}
 	if c.Probe == "" {
-		errs = append(errs, errors.New("no nvmlprobe program"))
+		errs = append(errs, errors.New("the path of nvmlprobe is missing"))
 	}
 	if len(errs) > 0 {
 		return fault.Wrap(fault.Usage, fmt.Errorf("prepare the load test: %w", errors.Join(errs...)), "")

@@ -101,7 +101,8 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	case elf.EM_AARCH64:
 		return target.ARM64, nil
 	}
-	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v; want x86-64 or arm64", m),
+		"compile for amd64 or arm64")
 }
 
 // Helper returns the path of a load test's program for an architecture, from its path for amd64. All variants lie in
@@ -119,7 +120,7 @@ func (p *plan) addFiles(c Config) error {
 		return err
 	} else if !have {
 		return fault.New(fault.InputMissing,
-			fmt.Sprintf("driver %s lacks libnvidia-ml.so.1, which nodes need to check the driver", p.version),
+			fmt.Sprintf("driver %s has no libnvidia-ml.so.1, but nodes need this library to check the driver", p.version),
 			"check that the runfile is NVIDIA's full driver for this architecture; or publish without a load test: "+
 				"--load-test off")
 	}

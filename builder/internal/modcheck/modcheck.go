@@ -63,10 +63,10 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	for _, name := range slices.Sorted(maps.Keys(modules)) {
 		m, err := Read(modules[name])
 		if err != nil {
-			return "", fmt.Errorf("%s: %w", name, err)
+			return "", fmt.Errorf("module %s: %w", name, err)
 		}
 		if m.Name != modinfo.Canonical(name) {
-			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file has a module with another name: " + m.Name})
+			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file is of a module with another name: " + m.Name})
 		}
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
 			errs = append(

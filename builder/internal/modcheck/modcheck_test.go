@@ -227,7 +227,7 @@ func TestCheck(t *testing.T) {
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
 			`this kernel wants "` + magic + `"`},
 		{"other release", "6.6.111+ SMP mod_unload", ours, func(*testing.T, *Kernel) {},
-			"made for release 6.6.111+; this kernel has release 6.6.105+"},
+			"made for kernel release 6.6.111+; this kernel has release 6.6.105+"},
 		{"other processor", magic, ours, func(_ *testing.T, k *Kernel) { k.Arch = target.ARM64 }, "EM_X86_64"},
 		{"other driver", magic, ours, func(_ *testing.T, k *Kernel) { k.Version = "1.2.4" },
 			"has driver version 1.2.3; want 1.2.4"},

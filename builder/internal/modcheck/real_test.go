@@ -146,11 +146,11 @@ func TestRealGate(t *testing.T) {
 	}{
 		{"good", good, nil},
 		{"sibling kernel", foreign,
-			[]string{"made for release " + other.Kernel.Release + "; this kernel has release " + own.Kernel.Release}},
+			[]string{"made for kernel release " + other.Kernel.Release + "; this kernel has release " + own.Kernel.Release}},
 		{"sibling kernel of the same release", sibling,
 			[]string{"checksum", "made for a kernel with build salt", "made for ABI fingerprint " + string(other.Fingerprint)}},
 		{"unresolved symbol", replaceText(t, good, exported, unknown),
-			[]string{"symbol " + unknown + ": is exported neither by this kernel nor by a module of the set"}},
+			[]string{"symbol " + unknown + ": is exported neither by this kernel nor by one of these modules"}},
 		{"wrong vermagic", replaceText(t, good, " SMP preempt", " XMP preempt"),
 			[]string{"XMP preempt", "this kernel wants"}},
 	} {

@@ -53,7 +53,7 @@ func readModule(path string) ([]byte, error) {
 		return nil, err
 	}
 	if info.Size() > maxModule {
-		return nil, fault.Errorf(fault.CheckFailed, "the file %s has %d bytes, more than the limit of %d", path, info.Size(),
+		return nil, fault.Errorf(fault.CheckFailed, "the file %s has %d bytes; want at most %d bytes", path, info.Size(),
 			maxModule)
 	}
 	return os.ReadFile(path)
@@ -85,11 +85,11 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	// file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
-		return nil, errors.New("the section table has an unusual form")
+		return nil, errors.New("the ELF section table is outside the file, or its size is wrong")
 	}
 	at := int(le.Uint16(data[atShnum+2:])) // e_shstrndx
 	if at >= n {
-		return nil, errors.New("the section names are missing")
+		return nil, errors.New("the table of section names is missing")
 	}
 	names, err := file.Sections[at].Data()
 	if err != nil {

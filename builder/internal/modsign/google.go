@@ -43,11 +43,11 @@ func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
 	if err == nil && len(d.modules) == 0 {
-		err = errors.New("the archive has no signature of a module")
+		err = errors.New("the archive has no signature of any module")
 	}
 	if err == nil && root != nil {
 		if d.roots, err = ParseCertificates(root); err != nil {
-			err = fmt.Errorf("trusted_key.pem: %w", err)
+			err = fmt.Errorf("read trusted_key.pem: %w", err)
 		}
 	}
 	if err != nil {
@@ -69,18 +69,18 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	case err != nil:
 		return err
 	case len(raw) > maxSignature:
-		return fmt.Errorf("%.100q has more than %d bytes", h.Name, maxSignature)
+		return fmt.Errorf("the file %.100q has more than %d bytes", h.Name, maxSignature)
 	case certificate:
 		certs, err := ParseCertificates(raw)
 		if err != nil {
-			return fmt.Errorf("%.100q: %w", h.Name, err)
+			return fmt.Errorf("file %.100q: %w", h.Name, err)
 		}
 		if d.certificates = append(d.certificates, certs...); len(d.certificates) > maxSent {
 			return fmt.Errorf("the archive has more than %d certificates", maxSent)
 		}
 		return nil
 	case d.modules[module] != nil:
-		return fmt.Errorf("%.100q is in the archive twice", name)
+		return fmt.Errorf("the file %.100q is in the archive twice", name)
 	}
 	d.modules[module] = raw
 	return nil
@@ -137,14 +137,14 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 			return nil
 		}
 		if slices.Contains(names, name) {
-			return fmt.Errorf("%.100q is in the archive twice", name)
+			return fmt.Errorf("the file %.100q is in the archive twice", name)
 		}
 		module, err := readBounded(body)
 		if err != nil {
-			return fmt.Errorf("%.100q: %w", h.Name, err)
+			return fmt.Errorf("file %.100q: %w", h.Name, err)
 		}
 		if _, err := Verify(module, trusted); err != nil {
-			return fmt.Errorf("%.100q: %w", h.Name, err)
+			return fmt.Errorf("file %.100q: %w", h.Name, err)
 		}
 		names = append(names, name)
 		return writeNew(filepath.Join(dir, name+".ko"), module)
@@ -185,7 +185,7 @@ func eachFile(r io.Reader, limit int64, do func(h *tar.Header, body io.Reader) e
 		case h.Typeflag != tar.TypeReg: // links and folders are ignored
 			continue
 		case !filepath.IsLocal(h.Name):
-			return fmt.Errorf("%.100q leads out of the archive", h.Name)
+			return fmt.Errorf("the file name %.100q leads out of the archive", h.Name)
 		}
 		if err := do(h, in); err != nil {
 			return err

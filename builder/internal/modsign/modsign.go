@@ -62,7 +62,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 		return nil, err
 	}
 	if len(certs) != 1 {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s has %d certificates; want one", certPath, len(certs)),
+		return nil, fault.New(fault.Usage, fmt.Sprintf("the file %s has %d certificates; want one", certPath, len(certs)),
 			"give --module-cert a file that has only the certificate of the signing key")
 	}
 	key, err := sign.OpenKey(ctx, keyRef)
@@ -81,8 +81,9 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths, except 512, 1024 and 1536 bits outside of
 	// FIPS mode. Those are too short to be safe.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
-			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits; want 2048, 3072 or 4096 bits", keyRef,
+			pub.N.BitLen()),
+			"use an RSA key of 2048, 3072 or 4096 bits: the kernel can verify its signatures")
 	}
 	if !pub.Equal(cert.PublicKey) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s does not belong to key %s", certPath, keyRef),
@@ -117,7 +118,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 // ParseCertificates parses certificates in PEM, or certificates in DER with nothing between them.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
-		return nil, fmt.Errorf("it has more than %d bytes", maxCertFile)
+		return nil, fmt.Errorf("the file has more than %d bytes", maxCertFile)
 	}
 	block, rest := pem.Decode(text)
 	if block == nil {
@@ -126,7 +127,7 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	for ; block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("PEM block of type %.40q", block.Type)
+			return nil, fmt.Errorf("PEM block of type %.40q; want CERTIFICATE", block.Type)
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {

@@ -44,10 +44,10 @@ func Split(module []byte) (body, signature []byte, err error) {
 		return module, nil, nil
 	}
 	bad := func(what string) ([]byte, []byte, error) {
-		return nil, nil, fault.Errorf(fault.CheckFailed, "%w: trailer: %s", ErrMalformed, what)
+		return nil, nil, fault.Errorf(fault.CheckFailed, "%w: the trailer %s", ErrMalformed, what)
 	}
 	if len(rest) < trailerSize {
-		return bad("cut off")
+		return bad("is cut off")
 	}
 	info := rest[len(rest)-trailerSize:]
 	rest = rest[:len(rest)-trailerSize]
@@ -56,12 +56,12 @@ func Split(module []byte) (body, signature []byte, err error) {
 	want[kindAt] = kindPKCS7
 	switch {
 	case info[kindAt] != kindPKCS7:
-		return bad("not PKCS #7")
+		return bad("says that the signature is not PKCS #7")
 	case !bytes.Equal(info[:lengthAt], want):
-		return bad("a field that must be zero is not zero")
+		return bad("has a value in a field that must be zero")
 	case length == 0 || length > maxSignature || int64(length) >= int64(len(rest)):
-		return bad(fmt.Sprintf("the signature would have %d bytes; the file has %d, and the limit is %d", length, len(module),
-			maxSignature))
+		return bad(fmt.Sprintf("says that the signature has %d bytes; the file has %d bytes, and the limit is %d bytes",
+			length, len(module), maxSignature))
 	}
 	at := len(rest) - int(length)
 	return rest[:at], rest[at:], nil
@@ -140,7 +140,8 @@ const (
 // parse parses a signature that the kernel would accept as a module's signature.
 func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
-		return nil, fmt.Errorf("%w: it has %d bytes; at most %d are read", ErrMalformed, len(signature), maxSignature)
+		return nil, fmt.Errorf("%w: the signature has %d bytes; at most %d bytes are read", ErrMalformed, len(signature),
+			maxSignature)
 	}
 	// The library also accepts BER, and does not check every field. So first check that the signature is DER with the
 	// structure below, and that no data follows it.
@@ -163,30 +164,30 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	case len(rest) > 0:
-		return nil, fmt.Errorf("%w: there is data after its end", ErrMalformed)
+		return nil, fmt.Errorf("%w: there is data after the signature's end", ErrMalformed)
 	case !outline.Type.Equal(pkcs7.OIDSignedData) || !outline.Content.Inner.Type.Equal(pkcs7.OIDData):
-		return nil, fmt.Errorf("%w: it does not contain signed data", ErrMalformed)
+		return nil, fmt.Errorf("%w: the signature does not contain signed data", ErrMalformed)
 	case len(outline.Content.Inner.Content.FullBytes) > 0:
-		return nil, fmt.Errorf("%w: it has content of its own; want a detached signature", ErrMalformed)
+		return nil, fmt.Errorf("%w: the signature contains the signed content; want a detached signature", ErrMalformed)
 	}
 	if p7, err = pkcs7.Parse(signature); err != nil {
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: %d of its %d signers are readable; want 1 to %d, all readable", ErrMalformed, n,
+		return nil, fmt.Errorf("%w: %d of its %d signers can be parsed; want all, and 1 to %d signers", ErrMalformed, n,
 			len(outline.Content.Signers), maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
-		return nil, fmt.Errorf("%w: it has %d certificates; at most %d are read", ErrMalformed, n, maxSent)
+		return nil, fmt.Errorf("%w: the signature has %d certificates; at most %d are read", ErrMalformed, n, maxSent)
 	}
 	for _, s := range p7.Signers {
 		switch {
 		case len(s.AuthenticatedAttributes) > 0: // pkcs7_verify.c: "Invalid module sig (authattrs)"
-			return nil, fmt.Errorf("%w: it has signed attributes, which the kernel refuses in modules", ErrMalformed)
+			return nil, fmt.Errorf("%w: the signature has signed attributes, which the kernel refuses", ErrMalformed)
 		case s.IssuerAndSerialNumber.SerialNumber == nil:
 			return nil, fmt.Errorf("%w: a signer has no serial number", ErrMalformed)
 		case !strings.HasPrefix(s.DigestAlgorithm.Algorithm.String(), sha2):
-			return nil, fmt.Errorf("%w: its digest algorithm is %s; want one of the SHA-2 family", ErrMalformed,
+			return nil, fmt.Errorf("%w: the signature's digest algorithm is %s; want one of the SHA-2 family", ErrMalformed,
 				s.DigestAlgorithm.Algorithm)
 		}
 	}

@@ -164,7 +164,7 @@ func (f *fetcher) withHint(ctx context.Context, err error) error {
 			hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
 		}
 	}
-	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
+	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no runfile of this release: %w", err), hint)
 }
 
 // nearestVersions returns up to six versions of a listing, those of the same branch first.
@@ -231,12 +231,13 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		return nil, nil
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
-		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile has version %.60q", m.Version),
+		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile has version %.60q; want version %s", m.Version,
+			f.version),
 			"put the runfile of driver "+f.version+" at "+
 				f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {
-		f.Progressf("left out files of unknown types in .manifest: %s",
+		f.Progressf("left out the files of these types in .manifest, which are unknown: %s",
 			strings.Join(slices.Sorted(maps.Keys(m.Unknown)), ", "))
 	}
 	return m, nil
@@ -281,6 +282,6 @@ func (r *Release) Source(f target.Flavour) (dir string, err error) {
 	for i, have := range r.Flavours {
 		names[i] = string(have)
 	}
-	return "", fault.New(fault.Unsupported, fmt.Sprintf("driver %s: the release has no %s modules", r.Version, f),
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("driver %s has no modules of flavour %s", r.Version, f),
 		"use --flavour "+strings.Join(names, " or "))
 }

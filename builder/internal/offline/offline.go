@@ -108,7 +108,7 @@ func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
 	if c.Since != nil {
 		l, ok := c.Since.AsLayout()
 		if !ok {
-			return nil, fault.New(fault.Usage, c.Since.Name()+" is no bundle",
+			return nil, fault.New(fault.Usage, c.Since.Name()+" is not a bundle",
 				"name the file of an earlier bundle: --since FILE.tar")
 		}
 		_, index, err := l.Index(ctx)
@@ -375,7 +375,7 @@ func (p *packer) addKeys(files []string) (int, error) {
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return 0, fault.Wrap(fault.Usage, err, "give --public-key the file FILE.pub that builder keygen wrote")
+			return 0, fault.Wrap(fault.Usage, err, "give --public-key the file FILE.pub that \"builder keygen\" wrote")
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {

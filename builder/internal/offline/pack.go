@@ -43,7 +43,8 @@ type blob struct {
 
 func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser, error)) error {
 	if d.Digest.Algorithm != "sha256" || d.Size < 0 {
-		return fault.Errorf(fault.Unverified, "blob %.100q of %d bytes: want a SHA-256 and a size that is not negative",
+		return fault.Errorf(fault.Unverified,
+			"blob with digest %.100q and size %d: want a SHA-256 digest, and a size that is not negative",
 			d.Digest, d.Size)
 	}
 	if have, ok := p.blobs[d.Digest.Hex]; ok && have.Size != d.Size {
@@ -137,7 +138,7 @@ func (p *packer) addFolder(dir string) (int, error) {
 		case err != nil || e.IsDir():
 			return err
 		case !e.Type().IsRegular():
-			return fault.New(fault.Usage, path+" is no regular file", "give --snapshot a folder that has only regular files")
+			return fault.New(fault.Usage, path+" is not a regular file", "give --snapshot a folder that has only regular files")
 		case len(files) == registry.MaxFiles:
 			return fault.New(fault.Usage, fmt.Sprintf("the folder has more than %d files", registry.MaxFiles),
 				"give --snapshot a folder that has only the snapshot's files")

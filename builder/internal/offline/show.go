@@ -43,7 +43,7 @@ const maxDepth = 3
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
-		return nil, fmt.Errorf("list bundle %s: %w", repo.Name(), err)
+		return nil, fmt.Errorf("list the contents of bundle %s: %w", repo.Name(), err)
 	}
 	return l, nil
 }
@@ -113,7 +113,7 @@ func (w *walker) read(ctx context.Context, d v1.Descriptor, depth int) (size int
 	if int64(len(raw)) != d.Size {
 		return 0, "", fault.Errorf(
 			fault.Unverified,
-			"manifest %s has %d bytes; its entry says %d",
+			"manifest %s has %d bytes; the index says that it has %d bytes",
 			d.Digest,
 			len(raw),
 			d.Size,

@@ -281,7 +281,7 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 		}
 		if !to.signing.accepts(have, in, verdict.Materials) {
 			return content, false, fault.Errorf(fault.Mismatch,
-				"the modules of artifact %s are %s; this build wants other signatures, or none", digest, have)
+				"the modules of artifact %s are %s; this build makes modules with other signatures, or with none", digest, have)
 		}
 	}
 	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest

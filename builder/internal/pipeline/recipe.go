@@ -55,7 +55,7 @@ func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) err
 			err = r.checkStage(ctx, in, p, facts)
 		}
 		if err != nil {
-			return fmt.Errorf("make artifact %s in %s again: %w", p.published, p.name, err)
+			return fmt.Errorf("build the published artifact %s of %s again: %w", p.published, p.name, err)
 		}
 		r.recipe, r.wanted = facts[FactPack], ""
 		return nil
@@ -111,7 +111,8 @@ func checkRecipes(facts map[string]string) error {
 	}{{FactPack, bundle.PackRecipes()}, {factImage, []string{bundle.ImageRecipe}}} {
 		if have := facts[step.name]; !slices.Contains(step.known, have) {
 			return fault.New(fault.PublishRefused,
-				fmt.Sprintf("its recipe %s is %q; this builder knows %s, and others give other bytes", step.name, have,
+				fmt.Sprintf("recipe %s of the artifact is %q; this builder knows only %s, and would make other bytes", step.name,
+					have,
 					strings.Join(step.known, ", ")),
 				hintRecipe(facts, step.name == FactPack))
 		}
@@ -122,7 +123,8 @@ func checkRecipes(facts map[string]string) error {
 // hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make. A newer
 // builder may help only for a recipe of layers, because each builder knows all earlier recipes of layers.
 func hintRecipe(facts map[string]string, layers bool) string {
-	hint := fmt.Sprintf("make this artifact again with version %s of builder, which made it", facts[factBuilder])
+	hint := fmt.Sprintf("make this artifact again with the builder of version %s, which made the artifact",
+		facts[factBuilder])
 	if layers {
 		hint += "; or upgrade this builder"
 	}
@@ -181,7 +183,8 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 	if err != nil || !ok {
 		return err
 	}
-	r.progress("look up")(fmt.Sprintf("recipe %s of the published artifact is %q: compares its user space and firmware",
+	r.progress("look up")(fmt.Sprintf(
+		"recipe %s of the published artifact is %q: compares the artifact's user space and firmware",
 		factStage, have))
 	for _, published := range content.Layers {
 		if published.Kind == bundle.LayerModules {
@@ -193,7 +196,8 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 		}
 		if l.Digest != published.Digest {
 			return fault.New(fault.PublishRefused,
-				fmt.Sprintf("its recipe %s is %q; this builder has %s, which gives the %s layer other bytes", factStage, have,
+				fmt.Sprintf("recipe %s of the artifact is %q; this builder has %s, which gives other bytes in the %s layer",
+					factStage, have,
 					nvsrc.StageRecipe, published.Kind),
 				hintRecipe(facts, false))
 		}
@@ -235,9 +239,9 @@ func (r *run) checkKernelTags(ctx context.Context, in *inputs, to *publication) 
 			flag = "leave out --btf"
 		}
 		return fault.New(fault.PublishRefused,
-			fmt.Sprintf("publish to %s: tag %s refers to %s already, for ABI fingerprint %s; this build is for %s", p.name, tag,
+			fmt.Sprintf("publish to %s: tag %s refers to artifact %s for ABI fingerprint %s; this build is for %s", p.name, tag,
 				digest, content.Identity.Fingerprint, in.kernel.Fingerprint),
-			"if the two differ in BTF, "+flag+"; otherwise the kernel's files in the bucket changed since: publish to another "+
+			"if only one of the two has BTF, "+flag+"; otherwise the kernel's files in the bucket changed: publish to another "+
 				"repository, or remove the tag by hand if the published artifact is wrong")
 	}
 	return nil

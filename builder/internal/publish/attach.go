@@ -111,7 +111,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 				return added, fmt.Errorf("verify the new statement: %w", err)
 			}
 			if !st.About(digest) {
-				return added, fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
+				return added, fault.Errorf(fault.Internal, "verify the new statement of type %s: the statement is not about %s",
 					st.PredicateType, digest)
 			}
 			if present[proofKey(st)] {

@@ -232,7 +232,7 @@ type limitedBuffer struct {
 	limit int
 }
 
-var errLarge = errors.New("a delta of this size saves too little")
+var errLarge = errors.New("the delta is too large to save enough bytes")
 
 func (l *limitedBuffer) Write(p []byte) (int, error) {
 	if l.buf.Len()+len(p) > l.limit {

@@ -50,7 +50,7 @@ func UnpackLog(packed []byte) ([]byte, error) {
 		const most = maxLogHead + maxLogTail + 1<<10
 		text, err := io.ReadAll(io.LimitReader(d, most+1))
 		if err == nil && len(text) > most {
-			err = fmt.Errorf("it has more than %d bytes", most)
+			err = fmt.Errorf("the log has more than %d bytes", most)
 		}
 		return text, err
 	}()

@@ -87,7 +87,7 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
 	if err != nil {
-		return "", false, fmt.Errorf("publish driver %s for %s: %w", a.Identity.Driver, a.Kernel, err)
+		return "", false, fmt.Errorf("publish driver %s for kernel %s: %w", a.Identity.Driver, a.Kernel, err)
 	}
 	return digest, existed, nil
 }
@@ -123,7 +123,7 @@ func Attest(ctx context.Context, repo *registry.Repository, digest string, a Art
 		return finish(ctx, repo, subject, a)
 	}()
 	if err != nil {
-		return fmt.Errorf("attest driver %s for %s: %w", a.Identity.Driver, a.Kernel, err)
+		return fmt.Errorf("attach the attestations of driver %s for kernel %s: %w", a.Identity.Driver, a.Kernel, err)
 	}
 	return nil
 }
@@ -150,8 +150,8 @@ func checkTags(ctx context.Context, repo *registry.Repository, digest string, a 
 		}
 		if ok && have != digest {
 			return false, fault.New(fault.PublishRefused,
-				fmt.Sprintf("tag %s refers to %s already; this build made %s", tag, have, digest),
-				"equal inputs give equal digests; to see what differs, run builder reproduce on the published artifact; "+
+				fmt.Sprintf("tag %s refers to artifact %s already; this build made %s", tag, have, digest),
+				"equal inputs give equal digests; to see what differs, run \"builder reproduce\" on the published artifact; "+
 					"if the published artifact is wrong, remove the tag by hand")
 		}
 		if i == 0 {

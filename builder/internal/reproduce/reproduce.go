@@ -248,7 +248,7 @@ func checkRecipes(theirs map[string]string) error {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
 				fmt.Sprintf("the recipe %s of the artifact has version %q; this builder has %q", name, theirs[name], ours[name]),
-				fmt.Sprintf("use version %s of the program builder, which built the artifact", theirs["builder"]))
+				fmt.Sprintf("use the builder of version %s, which made the artifact", theirs["builder"]))
 		}
 	}
 	return nil
@@ -279,8 +279,8 @@ func checkInputs(want []trust.Material, made *pipeline.Made) error {
 		}
 	}
 	if len(made.Materials) != len(want) {
-		return fault.Errorf(fault.Mismatch, "the published artifact was made from %d inputs; this build has %d", len(want),
-			len(made.Materials))
+		return fault.Errorf(fault.Mismatch, "the published artifact was made from %d inputs; this build has %d inputs",
+			len(want), len(made.Materials))
 	}
 	return nil
 }

@@ -103,7 +103,7 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 	for n := 1; lines.Scan(); n++ {
 		text := lines.Text()
 		if read += len(text) + 1; read > maxManifest || len(m.Entries) >= maxEntries {
-			return nil, damaged("the manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
+			return nil, damaged("the manifest has more than %d bytes or more than %d entries", maxManifest, maxEntries)
 		}
 		switch {
 		case n == 1:
@@ -136,7 +136,7 @@ func (m *Manifest) line(text string) error {
 	}
 	f := entryLine.FindStringSubmatch(text)
 	if f == nil {
-		return fmt.Errorf("%.80q does not have name, mode and type", text)
+		return fmt.Errorf("the line %.80q does not have a name, a mode and a type", text)
 	}
 	e := Entry{Path: f[1], Type: f[3]}
 	s, ok := lineFormats[e.Type]
@@ -146,7 +146,7 @@ func (m *Manifest) line(text string) error {
 	}
 	mode, err := strconv.ParseUint(f[2], 8, 12)
 	if err != nil {
-		return fmt.Errorf("mode %.20q; want an octal number of at most 12 bits", f[2])
+		return fmt.Errorf("mode %.20q: want an octal number of at most 12 bits", f[2])
 	}
 	e.Mode = fs.FileMode(mode & 0o777)
 	if e.Path, err = cleanPath(e.Path); err != nil {
@@ -171,12 +171,12 @@ func (e *Entry) fill(s lineFormat, fields []string) error {
 		return f, nil
 	}
 	if s.class {
-		class, err := next("NATIVE or COMPAT32")
+		class, err := next("with NATIVE or COMPAT32")
 		if err != nil {
 			return err
 		}
 		if class != "NATIVE" && class != "COMPAT32" {
-			return fmt.Errorf("%.40q; want NATIVE or COMPAT32", class)
+			return fmt.Errorf("field %.40q: want NATIVE or COMPAT32", class)
 		}
 		e.Compat32 = class == "COMPAT32"
 	}
@@ -222,7 +222,7 @@ func (e *Entry) subdir(field string) (string, error) {
 	}
 	n, err := strconv.ParseUint(depth, 10, 6)
 	if err != nil {
-		return "", fmt.Errorf("subdir %.40q; want INHERIT_PATH_DEPTH: and a number below 64", field)
+		return "", fmt.Errorf("subdir %.40q: want INHERIT_PATH_DEPTH: and a number below 64", field)
 	}
 	parts := strings.Split(path.Dir(e.Path), "/")
 	if int(n) >= len(parts) || parts[0] == "." {

@@ -67,7 +67,7 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 			continue
 		}
 		if h.Skip, err = strconv.Atoi(string(m[2])); err != nil || h.Skip < line {
-			return nil, h, damaged("skip=%s on line %d refers to an earlier line", m[2], line)
+			return nil, h, damaged("skip=%s on line %d names a line before that line", m[2], line)
 		}
 	}
 	for range 2 {

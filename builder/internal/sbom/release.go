@@ -39,7 +39,7 @@ type Part struct {
 func Release(w Whole) ([]byte, error) {
 	sum, ok := strings.CutPrefix(w.Digest, "sha256:")
 	if !ok || len(sum) != 2*sha256.Size {
-		return nil, fmt.Errorf("list contents of %s: digest %.80q; want sha256: and 64 hex digits", w.Name, w.Digest)
+		return nil, fmt.Errorf("list contents of %s: the digest is %.80q; want sha256: and 64 hex digits", w.Name, w.Digest)
 	}
 	d := &document{Document: spdx.Document{
 		SPDXVersion: spdx.Version, DataLicense: spdx.DataLicense, SPDXIdentifier: "DOCUMENT",

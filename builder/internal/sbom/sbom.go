@@ -63,9 +63,9 @@ func build(f Facts) ([]byte, error) {
 	sum, ok := strings.CutPrefix(f.Digest, "sha256:")
 	switch {
 	case !ok || len(sum) != 2*sha256.Size:
-		return nil, errors.New("not the digest of a manifest")
+		return nil, errors.New("want the digest of a manifest: sha256: and 64 hex digits")
 	case len(f.Modules) == 0:
-		return nil, errors.New("no modules")
+		return nil, errors.New("the artifact has no modules")
 	}
 	created := f.Created
 	if created.IsZero() {
@@ -120,7 +120,7 @@ func (d *document) addMaterials() error {
 	for i, m := range d.facts.Materials {
 		sum, ok := strings.CutPrefix(m.Digest, "sha256:")
 		if !ok {
-			return fmt.Errorf("material %s: digest %.80q; want sha256: and a hash", m.Name, m.Digest)
+			return fmt.Errorf("input %s has the digest %.80q; want sha256: and a hash", m.Name, m.Digest)
 		}
 		p := &spdx.Package{
 			PackageName: m.Name, PackageSPDXIdentifier: elementID(fmt.Sprintf("Input-%d-%s", i+1, m.Name)),
@@ -156,7 +156,7 @@ func (d *document) addMaterials() error {
 		d.Packages = append(d.Packages, p)
 	}
 	if len(d.driver) == 0 || len(d.kernel) == 0 {
-		return errors.New("no runfile or no kernel headers among the inputs")
+		return errors.New("the runfile or the kernel headers are missing in the list of inputs")
 	}
 	return nil
 }
@@ -184,7 +184,7 @@ func (d *document) addLayers() error {
 		}
 	}
 	if len(d.Files) == 0 {
-		return errors.New("no layer with modules")
+		return errors.New("the artifact has no layer with modules")
 	}
 	return nil
 }

@@ -11,7 +11,7 @@ import (
 func About(name, digest, predicateType string, predicate any) (Statement, error) {
 	s, err := about(name, digest, predicateType, predicate)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make statement %s: %w", predicateType, err)
+		return Statement{}, fmt.Errorf("make the statement of type %s: %w", predicateType, err)
 	}
 	return s, nil
 }

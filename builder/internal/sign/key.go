@@ -110,7 +110,7 @@ func usableKey(path string, text []byte) string {
 	case block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "": // PKCS #8, and the older form
 		return "give the decrypted key, or a key in a KMS; to decrypt it: openssl pkey -in " + path + " -out DECRYPTED"
 	}
-	return "give a PEM file of type PRIVATE KEY, as builder keygen writes it"
+	return "give a PEM file of type PRIVATE KEY, as \"builder keygen\" writes it"
 }
 
 func fromFile(path string, l loading) (*Signer, error) {

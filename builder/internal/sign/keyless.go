@@ -65,7 +65,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	}
 	k := &keyless{token: l.token}
 	if err := k.services(text, time.Now()); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err),
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read the signing configuration: %w", err),
 			"give a Sigstore signing_config.json that has a certificate authority, and also a timestamp authority or log; "+
 				"write one with: cosign signing-config create")
 	}
@@ -98,7 +98,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	}
 	ca, err := root.SelectService(cfg.FulcioCertificateAuthorityURLs(), sgsign.FulcioAPIVersions, now)
 	if err != nil {
-		return fmt.Errorf("certificate authority: %w", err)
+		return fmt.Errorf("choose a certificate authority: %w", err)
 	}
 	k.ca = sgsign.NewFulcio(&sgsign.FulcioOptions{BaseURL: ca.URL, Retries: maxRetries})
 	stamps, err := selectServices("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(),
@@ -119,7 +119,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 			Version: s.MajorAPIVersion}))
 	}
 	if len(k.timestampers)+len(k.logs) == 0 {
-		return errors.New("no timestamp authority and no log")
+		return errors.New("want a timestamp authority or a log; the configuration has neither")
 	}
 	return nil
 }
@@ -133,7 +133,7 @@ func selectServices(kind string, want *prototrust.ServiceConfiguration, all []ro
 	some, err := root.SelectServices(all, root.ServiceConfiguration{Selector: want.GetSelector(), Count: want.GetCount()},
 		versions, now)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", kind, err)
+		return nil, fmt.Errorf("choose a %s: %w", kind, err)
 	}
 	return some, nil
 }

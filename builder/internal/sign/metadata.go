@@ -45,7 +45,7 @@ func metadata(ctx context.Context, ref string, opts []Option) (crypto.PublicKey,
 		}
 		if bytes.HasPrefix(bytes.TrimSpace(text), []byte("-----BEGIN PUBLIC KEY-----")) {
 			pub, err := cryptoutils.UnmarshalPEMToPublicKey(text)
-			return pub, nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PUBLIC KEY, as builder keygen writes it")
+			return pub, nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PUBLIC KEY, as \"builder keygen\" writes it")
 		}
 	}
 	s, err := LoadSigner(ctx, ref, opts...)

@@ -31,7 +31,7 @@ type ReleaseFacts struct {
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make provenance of release %s: %w", f.Version, err)
+		return Statement{}, fmt.Errorf("make the provenance of release %s: %w", f.Version, err)
 	}
 	return s, nil
 }

@@ -63,7 +63,7 @@ func (s Statement) JSON() []byte { return s.payload }
 func Provenance(digest string, f BuildFacts) (Statement, error) {
 	s, err := newProvenance(digest, f)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make provenance: %w", err)
+		return Statement{}, fmt.Errorf("make the statement of the provenance: %w", err)
 	}
 	return s, nil
 }
@@ -111,11 +111,11 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
 	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
 	if err != nil {
-		return Statement{}, fmt.Errorf("make kernel match: %w", err)
+		return Statement{}, fmt.Errorf("make the statement of the kernel match: %w", err)
 	}
 	s, err := newStatement(digest, d, trust.PredicateKernelMatch, predicate)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make kernel match: %w", err)
+		return Statement{}, fmt.Errorf("make the statement of the kernel match: %w", err)
 	}
 	return s, nil
 }

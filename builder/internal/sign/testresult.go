@@ -44,7 +44,7 @@ const fieldLoadTest = "prebake_loadTest"
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make test result: %w", err)
+		return Statement{}, fmt.Errorf("make the statement of the test result: %w", err)
 	}
 	return s, nil
 }
@@ -63,7 +63,7 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 		case "rejected":
 			p.FailedTests = append(p.FailedTests, name+": "+oneLine(m.Note))
 		default:
-			return Statement{}, fmt.Errorf("module %s: result %q: want loaded, skipped or rejected", m.Name, m.Result)
+			return Statement{}, fmt.Errorf("module %s has the result %q; want loaded, skipped or rejected", m.Name, m.Result)
 		}
 	}
 	for _, w := range shortLines(f.Warnings) {
@@ -88,12 +88,12 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 		return Statement{}, fmt.Errorf("verdict %q: a load test has no such verdict", t.Verdict)
 	}
 	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
-		return Statement{}, fmt.Errorf("verdict %q, although a test failed: %s", t.Verdict, p.FailedTests[0])
+		return Statement{}, fmt.Errorf("the verdict is %q, although a test failed: %s", t.Verdict, p.FailedTests[0])
 	}
 	// An entry needs a digest. A COS build has none, so the entry has the kernel's fingerprint.
 	k, err := resource("kernel", "", string(t.Fingerprint))
 	if err != nil {
-		return Statement{}, fmt.Errorf("fingerprint: %w", err)
+		return Statement{}, fmt.Errorf("ABI fingerprint: %w", err)
 	}
 	k.Name = "kernel " + t.Kernel.String()
 	p.Configuration = append(p.Configuration, k)
@@ -139,7 +139,7 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 		return newStatement(digest, d, trust.PredicateSBOM, body)
 	}()
 	if err != nil {
-		return Statement{}, fmt.Errorf("make list of contents: %w", err)
+		return Statement{}, fmt.Errorf("make the statement of the contents: %w", err)
 	}
 	return s, nil
 }

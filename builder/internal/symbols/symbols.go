@@ -80,7 +80,7 @@ func Publish(ctx context.Context, repo *registry.Repository, digest string, s Se
 func (s Set) publish(ctx context.Context, repo *registry.Repository, digest string) (d v1.Descriptor, existed bool,
 	err error) {
 	if s.Signer == nil {
-		return d, false, fault.New(fault.Usage, "no signing key", "name a key with --key")
+		return d, false, fault.New(fault.Usage, "the signing key is missing", "give a signing key with --key")
 	}
 	if s.Verifier == nil {
 		if s.Verifier, err = s.Signer.Verifier(); err != nil {
@@ -172,7 +172,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 	tree := filepath.Join(dir, "tree")
 	ids = map[string]string{}
 	if len(s.Debug) == 0 {
-		return bundle.Layer{}, nil, fault.New(fault.Usage, "no debug symbols", "build with --debug-symbols")
+		return bundle.Layer{}, nil, fault.New(fault.Usage, "the build has no debug symbols", "build with --debug-symbols")
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Debug)) {
 		published, ok := s.Published[name]
@@ -190,7 +190,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 		}
 		if got != want {
 			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed,
-				"symbols of %s have build id %s; the artifact's module has %s", name, got, want)
+				"the symbols of module %s have build id %s; the artifact's module has build id %s", name, got, want)
 		}
 		ids[name] = got
 		if err := linkOrCopy(filepath.Join(tree, filepath.FromSlash(File(got))), s.Debug[name]); err != nil {

@@ -149,7 +149,7 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 		}
 		if int64(len(want)) > limit {
 			return false, nil, fault.Errorf(fault.PublishRefused,
-				"update %s: the object would have %d bytes; readers accept at most %d", b.URL(name), len(want), limit)
+				"update %s: the object would have %d bytes; readers accept at most %d bytes", b.URL(name), len(want), limit)
 		}
 		if err := prepare(want); err != nil {
 			return false, nil, err

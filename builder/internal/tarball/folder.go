@@ -89,7 +89,7 @@ func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
 	case err != nil:
 		return attrs{}, false, onDisk(err)
 	case !info.Mode().IsRegular():
-		return attrs{}, false, fault.Errorf(fault.PublishRefused, "%s is not a file", name)
+		return attrs{}, false, fault.Errorf(fault.PublishRefused, "%s is not a regular file", name)
 	}
 	return attrs{size: info.Size()}, true, nil
 }
@@ -246,7 +246,7 @@ type ctxReader struct {
 
 func (c *ctxReader) Read(p []byte) (int, error) {
 	if c.ctx.Err() != nil {
-		return 0, fmt.Errorf("stopped: %w", context.Cause(c.ctx))
+		return 0, fmt.Errorf("the read was stopped: %w", context.Cause(c.ctx))
 	}
 	return c.r.Read(p)
 }

@@ -27,7 +27,7 @@ const maxAttempts = 6
 
 func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	if u.Host == "" {
-		return nil, fault.New(fault.Usage, "no bucket in the URL", "write gs://BUCKET/PREFIX")
+		return nil, fault.New(fault.Usage, "the URL names no bucket", "write gs://BUCKET/PREFIX")
 	}
 	prefix := strings.Trim(u.Path, "/")
 	if prefix != path.Clean(prefix) && prefix != "" || strings.HasPrefix(prefix, "..") {
@@ -108,7 +108,8 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
-		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q: want a number other than 0", token)
+		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q of the object: want a number other than 0",
+			token)
 	}
 	return storage.Conditions{GenerationMatch: generation}, nil
 }

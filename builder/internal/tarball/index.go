@@ -76,7 +76,7 @@ func ParseIndex(text []byte) (Index, error) {
 func parseIndex(text []byte) (Index, error) {
 	var x Index
 	if len(text) > maxIndex {
-		return x, fmt.Errorf("%d bytes; at most %d are read", len(text), maxIndex)
+		return x, fmt.Errorf("the index has %d bytes; at most %d bytes are read", len(text), maxIndex)
 	}
 	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.DisallowUnknownFields()
@@ -84,35 +84,35 @@ func parseIndex(text []byte) (Index, error) {
 		return x, err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return x, errors.New("data after the end of the document")
+		return x, errors.New("there is data after the end of the document")
 	}
 	if x.Format != indexFormat {
-		return x, fmt.Errorf("format %d: this program reads format %d only", x.Format, indexFormat)
+		return x, fmt.Errorf("the index has format %d; this program reads only format %d", x.Format, indexFormat)
 	}
 	k, err := target.ParseKernel(x.BuildID, x.Board)
 	if err != nil {
 		return x, err
 	}
 	if len(x.Drivers) > maxEntries {
-		return x, fmt.Errorf("%d drivers; at most %d are read", len(x.Drivers), maxEntries)
+		return x, fmt.Errorf("the index has %d drivers; at most %d are read", len(x.Drivers), maxEntries)
 	}
 	for i, e := range x.Drivers {
 		if err := e.check(k); err != nil {
-			return x, fmt.Errorf("driver %d: %w", i, err)
+			return x, fmt.Errorf("entry %d of the drivers: %w", i, err)
 		}
 		if i > 0 && x.Drivers[i-1].compare(e) >= 0 {
-			return x, fmt.Errorf("driver %d is out of order", i)
+			return x, fmt.Errorf("entry %d of the drivers is out of order", i)
 		}
 	}
 	if len(x.Labels) > maxLabels {
-		return x, fmt.Errorf("%d labels; at most %d are read", len(x.Labels), maxLabels)
+		return x, fmt.Errorf("the index has %d labels; at most %d are read", len(x.Labels), maxLabels)
 	}
 	for i, l := range x.Labels {
 		if err := l.check(x); err != nil {
-			return x, fmt.Errorf("label %d: %w", i, err)
+			return x, fmt.Errorf("entry %d of the labels: %w", i, err)
 		}
 		if i > 0 && x.Labels[i-1].compare(l) >= 0 {
-			return x, fmt.Errorf("label %d is out of order", i)
+			return x, fmt.Errorf("entry %d of the labels is out of order", i)
 		}
 	}
 	return x, nil
@@ -146,7 +146,8 @@ func (e Entry) check(k target.Kernel) error {
 		}
 	}
 	if e.Size <= 0 || len(e.Files) == 0 || len(e.Files) > maxFiles {
-		return fmt.Errorf("%d bytes in %d files; want a positive size and 1 to %d files", e.Size, len(e.Files), maxFiles)
+		return fmt.Errorf("the tarball has %d bytes and %d files; want a positive size, and 1 to %d files", e.Size,
+			len(e.Files), maxFiles)
 	}
 	return nil
 }
@@ -170,8 +171,8 @@ func (x Index) withEntry(e Entry) (Index, error) {
 		return x, fault.New(fault.PublishRefused,
 			fmt.Sprintf("the index already has driver %s: tarball %s from artifact %s; the new tarball is %s from artifact %s",
 				e.Driver, have.SHA256, have.Artifact, e.SHA256, e.Artifact),
-			"a published tarball is never replaced, and equal inputs give equal digests; to see what differs, run builder "+
-				"reproduce on the artifact of the published tarball")
+			"a published tarball is never replaced, and equal inputs give equal digests; to see what differs, run "+
+				"\"builder reproduce\" on the artifact of the published tarball")
 	}
 	// A copy of the runfile may be added later than the driver.
 	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&

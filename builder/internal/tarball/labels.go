@@ -40,10 +40,10 @@ func (l Label) check(x Index) error {
 		return err
 	}
 	if _, ok := x.installable(l.Version); !ok {
-		return fmt.Errorf("version %.40q is not published", l.Version)
+		return fmt.Errorf("driver version %.40q is not in the index", l.Version)
 	}
 	if l.Builder == "" {
-		return errors.New("the label has no builder")
+		return errors.New("the label does not name its builder")
 	}
 	return nil
 }
@@ -180,7 +180,7 @@ func (l Labelling) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if l.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "give a signing key with --key")
+		return fault.New(fault.Usage, "the signing key is missing", "give a signing key with --key")
 	}
 	if l.Builder == "" {
 		return fault.New(fault.Usage, "the builder has no ID", "give the builder an ID, which is a URI, with --builder-id")
@@ -211,7 +211,7 @@ func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label,
 		}
 		slices.SortFunc(x.Labels, Label.compare)
 		if len(x.Labels) > maxLabels {
-			return nil, fault.Errorf(fault.PublishRefused, "the index would have %d labels; readers accept at most %d",
+			return nil, fault.Errorf(fault.PublishRefused, "the index would have %d labels; readers accept at most %d labels",
 				len(x.Labels), maxLabels)
 		}
 		return x.marshal()
@@ -259,7 +259,7 @@ func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, er
 func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s gets no label: %s", p.bucket.URL(e.Object), why),
-			"find out who changes objects in the bucket; to publish a missing object again, run builder build")
+			"find out who changes objects in the bucket; to publish a missing object again, run: builder build")
 	}
 	a, ok, err := p.bucket.s.stat(ctx, e.Object)
 	switch {
@@ -268,7 +268,7 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	case !ok:
 		return refuse("the object does not exist")
 	case a.size != e.Size || a.md5 != "" && a.md5 != e.MD5:
-		return refuse(fmt.Sprintf("it has %d bytes and MD5 %q; the index says %d bytes and MD5 %q", a.size, a.md5,
+		return refuse(fmt.Sprintf("the object has %d bytes and MD5 %q; the index says %d bytes and MD5 %q", a.size, a.md5,
 			e.Size, e.MD5))
 	}
 	signature, _, err := p.bucket.readSmall(ctx, e.Signature, maxSignature)
@@ -276,7 +276,7 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 		return err
 	}
 	if signature == nil {
-		return refuse("it has no signature")
+		return refuse("the object has no signature")
 	}
 	facts := ObjectFacts{Object: e.Object, BuildID: p.Kernel.BuildID, Board: p.Kernel.Board, Driver: &e.Driver,
 		Artifact: e.Artifact, Fingerprint: e.Fingerprint}

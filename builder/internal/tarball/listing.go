@@ -110,7 +110,7 @@ func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]
 func (p *publisher) readIndex(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if isForeign(err) {
-		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err),
+		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("add an entry to the index: %w", err),
 			"publish with the --key that signed the index; or, if the index is wrong, remove the index from the bucket by hand")
 	}
 	return x, err
@@ -135,7 +135,7 @@ func (b *Bucket) verifyState(ctx context.Context, v *trust.Verifier, k target.Ke
 		return err
 	}
 	if signature == nil {
-		return fault.Errorf(fault.Unverified, "read %s: it has no signature", b.URL(name))
+		return fault.Errorf(fault.Unverified, "read %s: the object has no signature", b.URL(name))
 	}
 	if _, err := Verify(v, signature, digest, ObjectFacts{Object: name, BuildID: k.BuildID, Board: k.Board}); err != nil {
 		return fmt.Errorf("read %s: %w", b.URL(name), err)

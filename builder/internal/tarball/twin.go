@@ -156,7 +156,7 @@ type object struct {
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {
-		return Report{}, fmt.Errorf("publish driver %s for %s: %w", r.Driver, r.Kernel, err)
+		return Report{}, fmt.Errorf("publish driver %s for kernel %s: %w", r.Driver, r.Kernel, err)
 	}
 	return report, nil
 }
@@ -222,7 +222,7 @@ func (p *publisher) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if p.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "give a signing key with --key")
+		return fault.New(fault.Usage, "the signing key is missing", "give a signing key with --key")
 	}
 	return nil
 }
@@ -273,7 +273,8 @@ func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error
 		return nil, nil, fmt.Errorf("read runfile: %w", err)
 	}
 	if o.sha256 != p.Runfile.SHA256 {
-		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: it has digest %s; want %s", p.Runfile.Path, o.sha256,
+		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: the file has digest %s; want %s", p.Runfile.Path,
+			o.sha256,
 			p.Runfile.SHA256)
 	}
 	e.Object = path.Join(RunfileFolder, name)
@@ -366,11 +367,11 @@ func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 		return false, err
 	}
 	if a.size != o.size {
-		return false, refuse(fmt.Sprintf("it has %d bytes; the new object has %d", a.size, o.size))
+		return false, refuse(fmt.Sprintf("the published object has %d bytes; the new object has %d bytes", a.size, o.size))
 	}
 	if sum := hex.EncodeToString(o.md5[:]); a.md5 != "" {
 		if a.md5 != sum {
-			return false, refuse(fmt.Sprintf("it has MD5 %s; the new object has %s", a.md5, sum))
+			return false, refuse(fmt.Sprintf("the published object has MD5 %s; the new object has MD5 %s", a.md5, sum))
 		}
 		return true, nil
 	}
@@ -384,7 +385,7 @@ func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 		return false, fmt.Errorf("read %s: %w", p.bucket.URL(o.name), err)
 	}
 	if have := s.object().sha256; have != o.sha256 {
-		return false, refuse(fmt.Sprintf("it has digest %s; the new object has %s", have, o.sha256))
+		return false, refuse(fmt.Sprintf("the published object has digest %s; the new object has digest %s", have, o.sha256))
 	}
 	return true, nil
 }

@@ -30,14 +30,15 @@ func newMetrics(c Config) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "prebake_build_phase_seconds", Help: "Duration of a build's phases; of: the phase that contains this one.",
+			Name:    "prebake_build_phase_seconds",
+			Help:    "Duration of a build's phases; the label \"of\" names the enclosing phase.",
 			Buckets: []float64{.1, .5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 2700},
 		}, []string{"phase", "of"}),
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "prebake_builds_total", Help: "Builds that ended, by class: published, or the class of the failure.",
+			Name: "prebake_builds_total", Help: "Builds that ended; the label class is published, or the class of the failure.",
 		}, []string{"class", "flavour", "early_warning"}),
 		lookups: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "prebake_cache_lookups_total", Help: "Questions to the cache, by kind and result: hit or miss.",
+			Name: "prebake_cache_lookups_total", Help: "Lookups in the cache, by kind of entry and by result (hit or miss).",
 		}, []string{"kind", "result"}),
 		running: prometheus.NewGauge(prometheus.GaugeOpts{Name: "prebake_builds_running", Help: "Builds in progress."}),
 		queue:   &queueDepth{},

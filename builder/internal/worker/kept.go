@@ -65,7 +65,7 @@ func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 	list, err := os.ReadDir(w.State)
 	if err != nil {
-		return nil, fmt.Errorf("find kept logs: %w", err)
+		return nil, fmt.Errorf("find the kept logs of builds: %w", err)
 	}
 	for _, e := range list {
 		m := keptName.FindStringSubmatch(e.Name())
@@ -77,7 +77,7 @@ func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("find kept logs: %w", err)
+			return nil, fmt.Errorf("find the kept logs of builds: %w", err)
 		}
 		l := keptLog{path: filepath.Join(w.State, e.Name()), worker: m[3], size: info.Size(), at: info.ModTime()}
 		l.build, _ = strconv.ParseInt(m[1], 10, 64) // the pattern admits only numbers that fit
@@ -140,7 +140,7 @@ func (w *worker) sendKept(ctx context.Context) {
 			log.DebugContext(ctx, "kept log not sent yet", "err", err)
 			continue
 		default:
-			log.WarnContext(ctx, "kept log not needed", "err", err)
+			log.WarnContext(ctx, "kept log deleted unsent", "err", err)
 		}
 		if err := dropLog(l.path); err != nil {
 			log.WarnContext(ctx, "kept log not removed", "err", err)
@@ -156,7 +156,7 @@ func (w *worker) sendOne(ctx context.Context, l keptLog) error {
 		return err
 	}
 	if b.Attempt != l.attempt || idSum(b.Worker) != l.worker {
-		return fault.Errorf(fault.Mismatch, "the build's last attempt is %d, by builder %s; the log is of attempt %d",
+		return fault.Errorf(fault.Mismatch, "the build's last attempt is number %d, by builder %s; this log is of attempt %d",
 			b.Attempt, b.Worker, l.attempt)
 	}
 	return w.sendLog(ctx, l.build, l.path)

@@ -87,7 +87,7 @@ func (w *worker) sendLog(ctx context.Context, build int64, path string) (err err
 		return nil // the disk was full before the log was created
 	}
 	if err != nil {
-		return fmt.Errorf("send the log: %w", err)
+		return fmt.Errorf("send the build's log: %w", err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
@@ -98,14 +98,14 @@ func (w *worker) sendLog(ctx context.Context, build int64, path string) (err err
 		err = w.Server.PutBuildLog(ctx, build, f)
 	}
 	if err != nil {
-		return fmt.Errorf("send the log: %w", err)
+		return fmt.Errorf("send the build's log: %w", err)
 	}
 	return nil
 }
 
 func dropLog(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove the log: %w", err)
+		return fmt.Errorf("remove the build's log: %w", err)
 	}
 	return nil
 }

@@ -93,7 +93,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	lock := flock.New(filepath.Join(cfg.State, "worker.lock"))
 	switch locked, err := lock.TryLock(); {
 	case err != nil:
-		return fmt.Errorf("take the lock %s: %w", lock.Path(), err)
+		return fmt.Errorf("lock the file %s: %w", lock.Path(), err)
 	case !locked:
 		return fault.New(fault.Busy, "another worker uses "+cfg.State,
 			"give each worker a folder of its own with --state-dir")

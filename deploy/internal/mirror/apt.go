@@ -198,7 +198,7 @@ func (a *apt) file(p pkg) (string, bool) {
 func (a *apt) mustFile(p pkg) (string, error) {
 	file, ok := a.file(p)
 	if !ok {
-		return "", fault.New(fault.InputMissing, fmt.Sprintf("open package %s: its file is not in %s", p.Name, a.dir),
+		return "", fault.New(fault.InputMissing, fmt.Sprintf("open package %s: the file is not in %s", p.Name, a.dir),
 			"run the command again, which downloads the package again")
 	}
 	return file, nil

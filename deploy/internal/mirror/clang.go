@@ -72,7 +72,7 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	number := upstreamPattern.FindStringSubmatch(upstream)
 	if number == nil {
 		return b, fault.New(fault.Unsupported,
-			fmt.Sprintf("plan the clang-built kernel: version %q of package %s is not 6.1.n", b.source.Version, name), "")
+			fmt.Sprintf("plan the clang-built kernel: version %q of package %s: want 6.1.N", b.source.Version, name), "")
 	}
 	if b.patch, err = strconv.Atoi(number[1]); err != nil {
 		return b, err
@@ -103,7 +103,7 @@ func checkClangTools() error {
 		return nil
 	}
 	return fault.New(fault.Usage, "compile a kernel: these Debian packages are missing: "+strings.Join(missing, ", "),
-		"run apt-get install "+strings.Join(missing, " "))
+		"install them: apt-get install "+strings.Join(missing, " "))
 }
 
 // makeClang makes the COS build whose kernel clang compiles, and publishes it in the mirror.

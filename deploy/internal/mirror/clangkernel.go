@@ -139,7 +139,8 @@ func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, er
 	}
 	src := filepath.Join(dir, p.Name)
 	if _, err := os.Stat(filepath.Join(src, "Makefile")); err != nil || !found {
-		return "", fault.New(fault.InputMissing, fmt.Sprintf("unpack %s: no %s/Makefile in it", filepath.Base(deb), p.Name),
+		return "", fault.New(fault.InputMissing, fmt.Sprintf("unpack %s: the package has no file %s/Makefile",
+			filepath.Base(deb), p.Name),
 			"")
 	}
 	return src, nil
@@ -279,7 +280,7 @@ func builtTree(src, release string) (tree, error) {
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"scripts/mod/modpost", "scripts/module.lds", "tools/objtool/objtool"} {
 		if _, ok := t[clangHeaders+"/"+must]; !ok {
-			return nil, fault.New(fault.Internal, "compile kernel: make wrote no "+must, "")
+			return nil, fault.New(fault.Internal, "compile kernel: make ended without an error, but did not write "+must, "")
 		}
 	}
 	for name, built := range map[string]string{clangImage: "arch/x86/boot/bzImage",
@@ -349,7 +350,7 @@ func (t tree) addDisk(name, file string, d fs.DirEntry) error {
 		}
 		t.add(name, node{link: to})
 	default:
-		return fmt.Errorf("%s: neither a file nor a link", file)
+		return fmt.Errorf("%s is neither a file nor a link", file)
 	}
 	return nil
 }

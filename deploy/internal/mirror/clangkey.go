@@ -80,11 +80,11 @@ func parseSigningPair(text []byte, path string) (signingPair, error) {
 	}
 	key, rest := pem.Decode(text)
 	if key == nil || key.Type != "PRIVATE KEY" {
-		return bad("no private key at its start")
+		return bad("the file does not begin with a private key")
 	}
 	cert, rest := pem.Decode(rest)
 	if cert == nil || cert.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) > 0 {
-		return bad("not a private key and one certificate")
+		return bad("want a private key and one certificate")
 	}
 	return signingPair{key: pem.EncodeToMemory(key), cert: pem.EncodeToMemory(cert)}, nil
 }

@@ -63,7 +63,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	for _, must := range []string{"conftest-verbose", "NV_CFLAGS_FROM_KBUILD"} {
 		if bytes.Contains(t["kernel/Kbuild"].data, []byte(must)) {
-			return nil, fault.New(fault.Internal, "Kbuild still has "+must+" after Debian's edits were undone", "")
+			return nil, fault.New(fault.Internal, "undo Debian's edits: Kbuild still has "+must, "")
 		}
 	}
 	return s.edits, nil
@@ -114,7 +114,8 @@ func finish(t tree, p platform, r release) error {
 	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary",
 		"nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
 		if _, ok := t[must]; !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must),
+			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: Debian's packages have no file %s", r.version,
+				must),
 				"")
 		}
 	}
@@ -201,13 +202,13 @@ var (
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
-		return nil, fault.New(fault.Internal, "read the header of makeself: its last line is not at the expected place",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the last line is not at the expected place",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
 	if m == nil {
-		return nil, fault.New(fault.Internal, "read the header of makeself: it has no uncompressed size",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the header has no uncompressed size",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	var total int64
@@ -219,7 +220,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	// NVIDIA's header has the option -x, with which callers unpack the runfile. It has the line skip=NUMBER without quotes
 	// around the number. makeself has no -x, and writes the quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
-		return nil, fault.New(fault.Internal, "read the header of makeself: it has no option --noexec, or no line skip=",
+		return nil, fault.New(fault.Internal, "read the header of makeself: the header has no option --noexec, or no line "+
+			"skip=",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))

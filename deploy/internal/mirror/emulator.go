@@ -141,7 +141,8 @@ func parseURIs(out []byte) ([]pkg, error) {
 			parts = strings.Split(strings.TrimSuffix(fields[1], ".deb"), "_")
 		}
 		if len(parts) != 3 {
-			return nil, fault.New(fault.Unsupported, fmt.Sprintf("read apt's list of packages: no file name in %q", line), "")
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("read apt's list of packages: the line %q has no file name",
+				line), "")
 		}
 		pkgs = append(pkgs, pkg{parts[0], strings.ReplaceAll(parts[1], "%3a", ":")})
 	}

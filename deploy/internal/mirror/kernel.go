@@ -63,7 +63,8 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	for _, s := range series {
 		if !slices.ContainsFunc(all, func(k kernel) bool { return k.series == s }) {
 			return nil, fault.New(fault.Unsupported,
-				fmt.Sprintf("find kernels: apt knows no linux-headers-%s.<n>-%s", s, p.flavour), "run on Debian 12 for amd64")
+				fmt.Sprintf("find kernels: apt knows no package linux-headers-%s.<n>-%s", s, p.flavour),
+				"run on Debian 12 for amd64")
 		}
 	}
 	versions, err := a.versions(ctx, ask...)
@@ -150,7 +151,7 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 		case len(abis) > 0:
 		case len(same) < count:
 			return nil, fault.New(fault.InputMissing,
-				fmt.Sprintf("select kernels: %d are wanted, but Debian's index has only %d", count, len(same)),
+				fmt.Sprintf("select kernels: %d kernels are wanted, but Debian's index has only %d kernels", count, len(same)),
 				"pass a lower number with --kernels; for the default number, remove --kernels")
 		default:
 			n := count
@@ -235,7 +236,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
 		if _, ok := t[root+"/"+must]; !ok {
 			return nil, fault.New(fault.InputMissing,
-				fmt.Sprintf("merge headers of %s: no %s in Debian's packages", k.release, must), "")
+				fmt.Sprintf("merge headers of %s: Debian's packages have no file %s", k.release, must), "")
 		}
 	}
 	return t, nil
@@ -280,7 +281,8 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 	}
 	image, ok := in[boot]
 	if !ok {
-		return nil, fault.New(fault.InputMissing, "find the image of "+k.release+": it is not in package "+k.image.Name, "")
+		return nil, fault.New(fault.InputMissing,
+			"find the image of kernel "+k.release+": package "+k.image.Name+" does not have it", "")
 	}
 	return image.data, nil
 }

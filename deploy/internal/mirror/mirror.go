@@ -99,7 +99,7 @@ func (c Config) WithDefaults() Config {
 func (c Config) Validate() error {
 	var errs []error
 	if c.Out == "" || c.Cache == "" {
-		errs = append(errs, fault.New(fault.Usage, "make a mirror: it needs an output folder and a cache folder",
+		errs = append(errs, fault.New(fault.Usage, "make a mirror: want an output folder and a cache folder",
 			"pass --out and --cache"))
 	}
 	if c.Kernels < 0 || c.Kernels == 1 {
@@ -109,18 +109,20 @@ func (c Config) Validate() error {
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
 		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
 	} else if target.BoardArch(c.Board) != target.AMD64 {
-		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want one for amd64",
+		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want a board for amd64",
 			"for amd64, pass --board lakitu; for lakitu-arm64, pass no --board, but --arch arm64"))
 	}
 	for i, arch := range c.Archs {
 		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch),
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each at most once",
+				arch),
 				"pass --arch amd64,arm64"))
 		}
 	}
 	for i, series := range c.Series {
 		if buildMajors[series] == 0 || slices.Contains(c.Series[:i], series) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("kernel series %q: want 6.1 or 6.12, each once", series),
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("kernel series %q: want 6.1 or 6.12, each at most once",
+				series),
 				"pass --kernel-series 6.1,6.12"))
 		}
 	}
@@ -130,16 +132,18 @@ func (c Config) Validate() error {
 	}
 	for i, branch := range c.Branches {
 		if _, ok := target.Wish(branch).BranchName(); !ok || slices.Contains(c.Branches[:i], branch) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("driver branch %q: want one such as R535, each once", branch),
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf(
+				"driver branch %q: want a branch such as R535, each at most once", branch),
 				"pass --driver-branch R535,R550"))
 		}
 	}
 	if slices.Contains(c.Archs, target.ARM64) && (len(c.Branches) > 0 || c.Neighbour) {
-		errs = append(errs, fault.New(fault.Usage, "other drivers than Debian 12's default are for amd64 only",
+		errs = append(errs, fault.New(fault.Usage, "drivers other than Debian 12's default are for amd64 only",
 			"remove either --arch arm64, or both --driver-branch and --neighbour"))
 	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
-		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: the kernel image for arm64 contains no vmlinux",
+		errs = append(errs, fault.New(fault.Usage,
+			"add vmlinux for arm64: Debian's kernel image for arm64 contains no vmlinux",
 			"remove one of --vmlinux and --arch arm64"))
 	}
 	return errors.Join(errs...)
@@ -188,7 +192,7 @@ func checkTools() error {
 	}
 	if len(missing) > 0 {
 		return fault.New(fault.Usage, "make a mirror: these Debian packages are missing: "+strings.Join(missing, ", "),
-			"run apt-get install "+strings.Join(missing, " "))
+			"install them: apt-get install "+strings.Join(missing, " "))
 	}
 	return nil
 }

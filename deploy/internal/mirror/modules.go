@@ -34,7 +34,7 @@ func (t tree) decompress(file string) error {
 		return err
 	}
 	if len(n.data) > maxModule {
-		return fmt.Errorf("it has more than %d bytes", maxModule)
+		return fmt.Errorf("the decompressed module has more than %d bytes", maxModule)
 	}
 	t[file] = n
 	return nil
@@ -58,7 +58,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 			return nil
 		}
 		if open[module] {
-			return fmt.Errorf("read module %s: it depends on itself", file)
+			return fmt.Errorf("read module %s: the module depends on itself", file)
 		}
 		open[module] = true
 		if err := t.decompress(file); err != nil {
@@ -70,7 +70,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 		}
 		for _, dep := range deps {
 			if files[dep] == "" {
-				return fmt.Errorf("read module %s: it depends on %s, which the package lacks", file, dep)
+				return fmt.Errorf("read module %s: the module depends on %s, which the package lacks", file, dep)
 			}
 			if err := visit(dep); err != nil {
 				return err
@@ -103,7 +103,7 @@ func moduleDepends(ko []byte) ([]string, error) {
 	}
 	section := f.Section(".modinfo")
 	if section == nil {
-		return nil, fmt.Errorf("no .modinfo section")
+		return nil, fmt.Errorf("the module has no section .modinfo")
 	}
 	info, err := section.Data()
 	if err != nil {

@@ -99,7 +99,7 @@ func (o object) publish(dst string) error {
 		}
 		if got := hex.EncodeToString(h.Sum(nil)); got != o.SHA256 {
 			bad = true
-			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: its sha256 is %s; want %s", o.path, got, o.SHA256),
+			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: the content has sha256 %s; want %s", o.path, got, o.SHA256),
 				"check the disk for errors, then run again: the next run makes a new file")
 		}
 		return nil

@@ -101,7 +101,8 @@ func (t tree) checkLinks() error {
 		}
 		to := path.Join(path.Dir(name), n.link)
 		if _, ok := t[to]; path.IsAbs(n.link) || !ok {
-			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which the archive lacks", name,
+			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: the link %s leads to %s, which the archive lacks",
+				name,
 				n.link),
 				"")
 		}
@@ -163,7 +164,7 @@ func (t tree) checkLibraries() error {
 		for _, lib := range needed {
 			if _, ok := t["lib/"+lib]; !ok && !slices.Contains(machineLibs, lib) {
 				return fault.New(fault.Internal,
-					fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list has", name, lib),
+					fmt.Sprintf("lay out toolchain: the file %s needs library %s, which no listed package has", name, lib),
 					"add the library's package to libraryPackages or clangPackages in deploy/internal/mirror")
 			}
 		}

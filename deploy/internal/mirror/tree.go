@@ -177,7 +177,7 @@ func readTar(t tree, r io.Reader, where pick) error {
 			continue
 		}
 		if !filepath.IsLocal(name) {
-			return fmt.Errorf("read tar: name %q leaves the tree", hdr.Name)
+			return fmt.Errorf("read tar: the name %q leads out of the tree", hdr.Name)
 		}
 		n := node{mode: hdr.FileInfo().Mode().Perm(), changed: hdr.ModTime.Unix()}
 		switch hdr.Typeflag {
@@ -187,14 +187,14 @@ func readTar(t tree, r io.Reader, where pick) error {
 			n.link = hdr.Linkname
 		case tar.TypeReg:
 			if hdr.Size > maxEntry {
-				return fmt.Errorf("read tar: %s has %d bytes, more than %d", hdr.Name, hdr.Size, maxEntry)
+				return fmt.Errorf("read tar: %s has %d bytes; want at most %d bytes", hdr.Name, hdr.Size, maxEntry)
 			}
 			n.data = make([]byte, hdr.Size)
 			if _, err := io.ReadFull(tr, n.data); err != nil {
 				return fmt.Errorf("read tar: %s: %w", hdr.Name, err)
 			}
 		default:
-			return fmt.Errorf("read tar: %s is neither file, folder nor symbolic link", hdr.Name)
+			return fmt.Errorf("read tar: %s is neither a file nor a folder nor a symbolic link", hdr.Name)
 		}
 		t.add(name, n)
 	}

@@ -86,7 +86,7 @@ func openTree(ctx context.Context, file string) (tree, error) {
 		return rest
 	})
 	if err == nil && t["Kbuild"].data == nil {
-		err = fault.New(fault.InputMissing, "read "+filepath.Base(file)+": no kernel-open/Kbuild in it", "")
+		err = fault.New(fault.InputMissing, "read "+filepath.Base(file)+": the archive has no file kernel-open/Kbuild", "")
 	}
 	return t, err
 }
@@ -151,7 +151,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 		} else {
 			how = "backwards"
 			if n.data, err = unpatch(ctx, work, n.data, was.data, edited.data); err != nil {
-				return nil, nil, fmt.Errorf("undoing Debian's edits of %s failed: %w", name, err)
+				return nil, nil, fmt.Errorf("undo Debian's edits of %s: %w", name, err)
 			}
 		}
 		if left := remainingLines(n.data, was.data, edited.data); len(left) > 0 {

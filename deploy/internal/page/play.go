@@ -104,15 +104,17 @@ func judge(commands []Command, output string) error {
 	for i, c := range commands {
 		got, rest, ok := strings.Cut(output, "\n"+mark+strconv.Itoa(i)+" ")
 		if !ok {
-			return fmt.Errorf("line %d: %s\ndid not end; it printed:\n%s", c.Line, c.Text, output)
+			return fmt.Errorf("line %d: the command\n%s\ndid not end; it printed:\n%s", c.Line, c.Text, output)
 		}
 		var status string
 		status, output, _ = strings.Cut(rest, "\n")
 		if status != "0" {
-			return fmt.Errorf("line %d: %s\nexit status %s:\n%s", c.Line, c.Text, status, got)
+			return fmt.Errorf("line %d: the command\n%s\nended with exit status %s, and printed:\n%s", c.Line, c.Text, status,
+				got)
 		}
 		if c.Want != nil && !isMatch(c.Want, got) {
-			return fmt.Errorf("line %d: %s\nprinted:\n%s\nwant:\n%s", c.Line, c.Text, got, strings.Join(c.Want, "\n"))
+			return fmt.Errorf("line %d: the command\n%s\nprinted:\n%s\nwant:\n%s", c.Line, c.Text, got, strings.Join(c.Want,
+				"\n"))
 		}
 	}
 	return nil

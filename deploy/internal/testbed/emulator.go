@@ -15,7 +15,7 @@ import (
 func (s *Scene) UseFastEmulator(ctx context.Context) error {
 	bin, err := mirror.Emulator(ctx, filepath.Join(s.State, "packages"), func(line string) { fmt.Fprintln(s.Out, line) })
 	if fault.Is(err, fault.Transient) {
-		fmt.Fprintln(s.Out, "the machine's own emulator is used:", err)
+		fmt.Fprintln(s.Out, "this machine's own emulator is used, because:", err)
 		return nil
 	}
 	if err != nil {

@@ -137,7 +137,8 @@ func StepNamed(res *vm.Result, name string) (vm.StepResult, error) {
 // Decode decodes the JSON output of a step.
 func Decode(step vm.StepResult, v any) error {
 	if err := json.Unmarshal(step.Stdout, v); err != nil {
-		return fmt.Errorf("step %s printed no JSON (exit %d, stderr %q): %w", step.Name, step.ExitCode, step.Stderr, err)
+		return fmt.Errorf("step %q printed no JSON (exit status %d, stderr %q): %w", step.Name, step.ExitCode, step.Stderr,
+			err)
 	}
 	return nil
 }

@@ -93,7 +93,8 @@ func (s *Scene) Must(ctx context.Context, name string, args ...string) ([]byte, 
 		return nil, err
 	}
 	if res.Code != 0 {
-		return nil, fmt.Errorf("%s %s: exit status %d: %s", name, strings.Join(args, " "), res.Code, lastLines(res.Stderr, 5))
+		return nil, fmt.Errorf("run %s %s: exit status %d: %s", name, strings.Join(args, " "), res.Code,
+			lastLines(res.Stderr, 5))
 	}
 	return res.Stdout, nil
 }
@@ -149,10 +150,11 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(raw, m); err != nil {
-		return nil, fmt.Errorf("read the output of mirror: %w", err)
+		return nil, fmt.Errorf("read the output of the command mirror: %w", err)
 	}
 	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
-		return nil, fmt.Errorf("the mirror has %d COS builds and %d drivers; want at least 3 and 2", len(m.Builds),
+		return nil, fmt.Errorf("the mirror has %d COS builds and %d drivers; want at least 3 COS builds and 2 drivers",
+			len(m.Builds),
 			len(m.Drivers))
 	}
 	for i := range m.Builds {
@@ -204,7 +206,7 @@ func (p *Process) Stop() error {
 	case <-p.done:
 		return p.err
 	case <-time.After(time.Minute):
-		return errors.Join(errors.New("stop the program: it did not end within a minute"), p.Kill())
+		return errors.Join(errors.New("stop the program: the program did not end within a minute"), p.Kill())
 	}
 }
 
@@ -244,7 +246,8 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	if err := waitFor(ctx, time.Minute, func() (bool, error) {
 		select {
 		case <-p.done:
-			return false, errors.Join(fmt.Errorf("the server ended; see %s", filepath.Join(s.Dir, "server.log")), p.err)
+			return false, errors.Join(fmt.Errorf("the server ended; the file %s has its log", filepath.Join(s.Dir,
+				"server.log")), p.err)
 		default:
 		}
 		addr, err := os.ReadFile(addrFile)

@@ -234,8 +234,8 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	var errs []error
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
-			return fmt.Errorf("%w; and then: %w", cause,
-				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err),
+			return fmt.Errorf("%w; the rollback then had errors: %w", cause,
+				errors.Join(fmt.Errorf("roll back driver %s, which stays active: %w", t.set.Driver, err),
 					a.end(store, t.set.Digest, cause, t.blame)))
 		}
 	}
@@ -267,7 +267,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		mark := a.loader.Mark()
 		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore())); err != nil {
-			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
+			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
@@ -286,7 +286,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
 	}
 	if lost := errors.Join(errs...); lost != nil {
-		return fmt.Errorf("%w; and then: %w", cause, lost)
+		return fmt.Errorf("%w; the rollback then had errors: %w", cause, lost)
 	}
 	return cause
 }

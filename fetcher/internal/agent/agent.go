@@ -336,7 +336,7 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		return err
 	}
 	return fault.Wrap(fault.Of(bad),
-		fmt.Errorf("verify installed driver %s: %w; and then: %w", s.current.Driver, bad, err),
+		fmt.Errorf("verify installed driver %s: %w; the run then failed: %w", s.current.Driver, bad, err),
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 

@@ -64,7 +64,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	// same temporary name.
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
-		return fmt.Errorf("%w; the kernel command line is not changed: %w", why, err)
+		return fmt.Errorf("%w; fetcher did not change the kernel command line: %w", why, err)
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
 	// A node that has any driver by now must not be rebooted.
@@ -72,7 +72,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return errors.Join(why, err)
 	}
 	not := func(reason, hint string) error {
-		return fault.Wrap(fault.Rejected, fmt.Errorf("%w; the kernel command line is not changed: %s", why, reason), hint)
+		return fault.Wrap(fault.Rejected, fmt.Errorf("%w; fetcher did not change the kernel command line: %s", why, reason),
+			hint)
 	}
 	switch on, known := a.secureBoot(); {
 	case !known:
@@ -91,13 +92,13 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	if edits.Edits > 0 && !edits.Applied { // the last change began, but was not made
 		edits.Edits--
 	} else if edits.Edits > 0 && here {
-		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed since the last boot", why))
+		return a.reboot(r, fmt.Errorf("%w; fetcher changed the kernel command line since the last boot", why))
 	}
 	if edits.Edits >= maxEdits {
-		return not(fmt.Sprintf("%d earlier changes, the last on %s, had no effect on the kernel", edits.Edits,
+		return not(fmt.Sprintf("%d earlier changes by fetcher, the last one on %s, had no effect on the kernel", edits.Edits,
 			edits.At.UTC().Format(time.DateTime)),
 			"compare the command line of this boot (cat /proc/cmdline) with the boot configuration; to restore the "+
-				"boot configuration and to reset this count, run fetcher boot undo")
+				"boot configuration and to reset this count: fetcher boot undo")
 	}
 	before := edits
 	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
@@ -121,7 +122,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	}
 	r.did("changed the kernel command line in %s of the boot configuration", plural(entries, "place"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
-	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
+	return a.reboot(r, fmt.Errorf("%w; fetcher changed the kernel command line", why))
 }
 
 // reboot asks for a reboot. It returns the given error with a note on the reboot.
@@ -131,7 +132,7 @@ func (a *Agent) reboot(r *Report, why error) error {
 	}
 	r.did("asked for a reboot")
 	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why),
-		"to undo the change of the kernel command line, run fetcher boot undo")
+		"to undo the change of the kernel command line: fetcher boot undo")
 }
 
 func writeEdits(store *install.Store, e bootEdits) error {

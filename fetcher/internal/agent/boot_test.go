@@ -71,7 +71,7 @@ func TestEditBoot(t *testing.T) {
 	if maker.wants[0] != (bootcfg.Want{Unsigned: true}) {
 		t.Errorf("wanted was %+v; want unsigned modules, and nothing else", maker.wants[0])
 	}
-	run("again, in the same boot: it is asked for again", "was changed since the last boot", 1, 2)
+	run("again, in the same boot: it is asked for again", "changed the kernel command line since the last boot", 1, 2)
 	n.reboot(t)
 	run("after a reboot that was of no use", "and the node reboots", 2, 3)
 	n.reboot(t)

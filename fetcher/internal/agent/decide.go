@@ -285,8 +285,8 @@ func idle(facts *host.Facts) error {
 				}
 			}
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
-				"stop the programs that use the GPU (fetcher status lists their processes), then run fetcher again; until then "+
-					"the loaded driver stays in use")
+				"stop the programs that use the GPU (\"fetcher status\" lists their processes), then run fetcher again; until "+
+					"then the loaded driver stays in use")
 		}
 	}
 	return nil

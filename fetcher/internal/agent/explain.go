@@ -87,7 +87,7 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	var p evidence
 	if raw == nil || json.Unmarshal(raw, &p) != nil || digestOf(p.Manifest) != set.Digest {
 		return nil, fault.New(fault.Unverified,
-			"verify installed driver: its attestations are missing, or belong to another artifact", hintAgain)
+			"verify installed driver: the driver's attestations are missing, or belong to another artifact", hintAgain)
 	}
 	v, err := a.verifierFor(set.Origin)
 	if err != nil {

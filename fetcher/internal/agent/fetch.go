@@ -114,7 +114,8 @@ func (a *Agent) checkSpace(ctx context.Context, store *install.Store, d target.D
 	}
 	// The error has no number that changes. Otherwise a node would write another Event at each try.
 	err = fault.New(fault.DiskFull,
-		fmt.Sprintf("fetch driver %s: it may need %s on the disk of %s, and less is free", d, size(need), a.cfg.InstallDir),
+		fmt.Sprintf("fetch driver %s: the driver may need %s on the disk of %s, and less is free", d, size(need),
+			a.cfg.InstallDir),
 		"free space on that disk, or set --install-dir to a folder on another disk")
 	current, cerr := store.Current()
 	unusable := !a.cfg.NoLoad && len(facts.Modules) == 0 // the run began with the load of an installed driver

@@ -41,7 +41,7 @@ func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 // (Documentation/driver-api/firmware/fw_search_path.rst). A zero byte means an empty path.
 func (a *Agent) writeFirmwarePath(path string) error {
 	if err := a.parts.Node.Set(firmwareParameter, []byte(cmp.Or(path, "\x00"))); err != nil {
-		return fmt.Errorf("set firmware path: %w", err)
+		return fmt.Errorf("set the kernel's firmware path: %w", err)
 	}
 	return nil
 }
@@ -207,7 +207,7 @@ func (a *Agent) makeNodes() error {
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {
-		return fmt.Errorf("open device files: %w", err)
+		return fmt.Errorf("open the folder of device files: %w", err)
 	}
 	return errors.Join(do(dev), dev.Close())
 }

@@ -36,7 +36,7 @@ func (a *Agent) Watch(w Watcher) { a.watcher = w }
 var ErrNotLoaded = errors.New("the active driver is no longer loaded")
 
 // ErrRollback is the error of [Agent.Monitor] when a noted rollback has become possible.
-var ErrRollback = errors.New("a rollback that waited for an idle GPU is possible")
+var ErrRollback = errors.New("the GPU is idle, so the rollback that waited for this is possible")
 
 // The active driver counts as no longer loaded after this number of checks in a row and this time. Until then, another
 // process may be replacing it.
@@ -424,7 +424,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	// The agent must not activate the former driver again until an operator asks for it. Note that first: if this run is
 	// killed, the next one completes the rollback.
 	if err := a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }); err != nil {
-		return r, fmt.Errorf("note the rollback: %w", err)
+		return r, fmt.Errorf("record the wanted rollback: %w", err)
 	}
 	err = a.activate(ctx, r, store, s, d)
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
@@ -438,14 +438,15 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 // with a note on that.
 func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous *install.Set, busy error) error {
 	if err := a.noteNext(store, previous.Digest, current.Digest); err != nil {
-		return errors.Join(busy, fmt.Errorf("note the rollback: %w", err))
+		return errors.Join(busy, fmt.Errorf("record the wanted rollback: %w", err))
 	}
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
 		short(previous.Digest))
-	return fault.Wrap(fault.Busy, fmt.Errorf("%w; the rollback to driver %s is noted", busy, previous.Driver),
-		"reboot the node, or stop the programs that use the GPU (fetcher status lists their processes): fetcher run, if it "+
-			"watches this node, or the next fetcher install then loads the previous driver; to keep the present driver "+
-			"instead, run fetcher install --retry")
+	return fault.Wrap(fault.Busy, fmt.Errorf("%w; fetcher recorded that driver %s is wanted instead", busy,
+		previous.Driver),
+		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
+			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+
+			"\"fetcher install\"; to keep the present driver: fetcher install --retry")
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.
@@ -473,7 +474,7 @@ func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "run fetcher install")
+	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "install one: fetcher install")
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {

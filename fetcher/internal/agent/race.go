@@ -198,7 +198,7 @@ func (a *Agent) race(
 	}
 	return answer, fault.Wrap(
 		fault.Of(errs[0]),
-		fmt.Errorf("%w; the farm gave no driver: %w", errs[0], errs[1]),
+		fmt.Errorf("%w; the farm also gave no driver: %w", errs[0], errs[1]),
 		fault.Hint(errs[0]),
 	)
 }

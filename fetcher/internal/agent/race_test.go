@@ -260,7 +260,7 @@ func TestRace(t *testing.T) {
 			10 * time.Minute,
 			"",
 			fault.APIBreak,
-			"the farm gave no driver: resolve driver: failed",
+			"the farm also gave no driver: resolve driver: failed",
 			false,
 		},
 		{
@@ -270,7 +270,7 @@ func TestRace(t *testing.T) {
 			time.Minute,
 			"",
 			fault.APIBreak,
-			"the farm gave no driver: resolve driver: building",
+			"the farm also gave no driver: resolve driver: building",
 			false,
 		},
 	}
@@ -332,7 +332,7 @@ func TestRaceEndsByTheAgentsClock(t *testing.T) {
 			building, offer("127.0.0.1:1/x", time.Hour), offer(ref, 0),
 		}}
 		n.parts.Local = &compiler{err: fault.New(fault.APIBreak, "it does not compile", "take another")}
-		if r, err := n.runAs(t); !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "farm gave no driver") {
+		if r, err := n.runAs(t); !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "also gave no driver") {
 			t.Errorf("Run = %+v, %v; want the end of the wait", r.Answer, err)
 		}
 	})

@@ -110,11 +110,11 @@ func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundl
 		}
 		hint := "a statement may refuse the driver: check " + o.by + ", or remove it from --registry"
 		if o.digest == "" {
-			return nil, fault.New(fault.Transient, o.by+" has more statements than it lists", hint)
+			return nil, fault.New(fault.Transient, "read statements: "+o.by+" has statements that are missing in its list", hint)
 		}
 		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxOwed {
-			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists and does not serve: %w",
-				short(o.digest), o.by, cmp.Or(err, errors.New("too many of them"))), hint)
+			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists but does not serve: %w",
+				short(o.digest), o.by, cmp.Or(err, errors.New("too many statements are missing in that repository"))), hint)
 		}
 		if b != nil {
 			bundles = append(bundles, b)

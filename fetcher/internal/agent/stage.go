@@ -194,13 +194,13 @@ func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[strin
 func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	for _, m := range mods {
 		mismatch := func(what, got, want string) error {
-			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: %s %q; want %q", m.Name, what, got, want),
+			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: it has %s %q; want %q", m.Name, what, got, want),
 				"build and publish the driver for the COS build of this node: builder build")
 		}
 		release, _, _ := strings.Cut(m.Vermagic, " ")
 		switch {
 		case release != facts.Kernel.Release:
-			return mismatch("made for kernel", release, facts.Kernel.Release)
+			return mismatch("kernel release", release, facts.Kernel.Release)
 		case m.Vermagic != id.Vermagic:
 			return mismatch("vermagic", m.Vermagic, id.Vermagic)
 		case m.Version != "" && m.Version != id.Driver.Modules().Version:
@@ -245,7 +245,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 		h := sha256.New()
 		if n, err := io.Copy(h, f); err != nil || n != size {
 			return install.Module{}, fault.Wrap(fault.Unverified,
-				fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
+				fmt.Errorf("check module %s: only %d of %d bytes could be read: %w", file, n, size, err), hintAgain)
 		}
 		digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	}

@@ -53,7 +53,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 			"build and publish the driver for COS "+facts.Kernel.String()+", or check --server and --registry")
 	case fault.Is(err, fault.Unverified):
 		err = fault.Wrap(fault.Unverified, err,
-			"publish the artifact again with builder build, or fetch it from another registry: --registry REF")
+			"publish the artifact again with \"builder build\", or fetch it from another registry: --registry REF")
 	}
 	return content, verdict, err
 }
@@ -128,7 +128,7 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	}
 	var p evidence
 	if raw == nil {
-		return bundle.Content{}, fault.New(fault.Unverified, "its attestations are not on this node",
+		return bundle.Content{}, fault.New(fault.Unverified, "the driver's attestations are not on this node",
 			"to store the attestations, run this while the registry can be reached: fetcher install")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {
@@ -150,7 +150,7 @@ func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.F
 	return err == nil
 }
 
-const hintAgain = "run fetcher install to replace the damaged files"
+const hintAgain = "replace the damaged files: fetcher install"
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {

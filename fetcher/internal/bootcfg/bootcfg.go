@@ -129,7 +129,7 @@ func write(esp *os.Root, name string, data []byte) error {
 	}
 	got, err := read(esp, name)
 	if err == nil && !bytes.Equal(got, data) {
-		err = errors.New("the file has other content than was written")
+		err = errors.New("the file does not have the content that fetcher wrote")
 	}
 	if err != nil {
 		return fault.Wrap(fault.Internal, fmt.Errorf("check %s after the write: %w", name, err),

@@ -43,14 +43,14 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 		changed := editLine(line, words, want)
 		if n := commandLine(changed); n > maxCommandLine {
 			return nil, 0, fault.New(fault.Unsupported,
-				fmt.Sprintf("edit boot entry %d: the command line would have %d bytes; a kernel reads at most %d", entries, n,
+				fmt.Sprintf("edit boot entry %d: the command line would have %d bytes; a kernel reads at most %d bytes", entries, n,
 					maxCommandLine),
 				"remove kernel parameters that this node does not need from efi/boot/grub.cfg on the EFI partition")
 		}
 		edited = append(edited, changed...)
 	}
 	if entries == 0 {
-		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: it has no boot entry",
+		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: the file has no boot entry",
 			"check the EFI partition: the file is not a configuration of COS's boot loader")
 	}
 	return edited, entries, nil

@@ -81,7 +81,7 @@ func find(root fs.FS) (string, error) {
 	}
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("find EFI partition: %d partitions have the name %s; want 1", len(found), label),
+			fmt.Sprintf("find EFI partition: %d partitions have the name %s; want one", len(found), label),
 			"mount the EFI partition and edit efi/boot/grub.cfg by hand")
 	}
 	return found[0], nil

@@ -113,7 +113,7 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		return usage(err.Error(), "correct the flag, or use the flags of fetcher itself: fetcher install --help")
 	}
 	if f.NArg() > 0 {
-		return usage(fmt.Sprintf("argument %q after install: want flags only", f.Arg(0)),
+		return usage(fmt.Sprintf("argument %q: want only flags after the command install", f.Arg(0)),
 			"remove the argument, or use the flags of fetcher itself: fetcher install --help")
 	}
 	ours = []string{"install", "--host-root=" + first(getenv("PREBAKE_HOST_ROOT"), getenv("ROOT_MOUNT_DIR"), "/root")}
@@ -124,10 +124,10 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		}
 		if hint, ok := refusedFlags[given.Name]; ok {
 			wrong = append(wrong, fault.New(fault.Usage,
-				fmt.Sprintf("as %s: this program does not support -%s", Name, given.Name), hint))
+				fmt.Sprintf("as %s: fetcher does not support the flag -%s", Name, given.Name), hint))
 		}
 		if why, ok := ignoredFlags[given.Name]; ok {
-			notes = append(notes, fmt.Sprintf("-%s is ignored: %s", given.Name, why))
+			notes = append(notes, fmt.Sprintf("the flag -%s is ignored: %s", given.Name, why))
 		}
 	})
 	if len(wrong) > 0 {

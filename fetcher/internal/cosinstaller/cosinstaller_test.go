@@ -74,10 +74,10 @@ func TestTranslate(t *testing.T) {
 	for line, want := range map[string]string{
 		"":     "is not supported",
 		"list": "is not supported",
-		"install -nvidia-installer-url=https://example.com/x.run": "does not support -nvidia-installer-url",
-		"install -local-artifacts-dir=/x -prepare-build-tools":    "does not support -prepare-build-tools",
+		"install -nvidia-installer-url=https://example.com/x.run": "does not support the flag -nvidia-installer-url",
+		"install -local-artifacts-dir=/x -prepare-build-tools":    "does not support the flag -prepare-build-tools",
 		"install -nonsense": "-nonsense",
-		"install 535":       "want flags only",
+		"install 535":       "want only flags",
 	} {
 		if _, _, err := cosinstaller.Translate(strings.Fields(line), func(string) string { return "" }); !fault.Is(err,
 			fault.Usage) || !strings.Contains(err.Error(), want) || fault.Hint(err) == "" {

@@ -118,7 +118,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("HTTP %d", resp.StatusCode)
+		err = fmt.Errorf("the metadata server answered with HTTP status %d", resp.StatusCode)
 	}
 	if err == nil {
 		err = json.Unmarshal(raw, &answer)

@@ -241,7 +241,7 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	}
 	dir, err := dev.Open(path.Dir(n.Name))
 	if err != nil {
-		return fmt.Errorf("open device files: %w", err)
+		return fmt.Errorf("open the folder of device files: %w", err)
 	}
 	defer dir.Close()
 	at, base, full := int(dir.Fd()), path.Base(n.Name), "/dev/"+n.Name
@@ -258,7 +258,7 @@ func (Linux) Make(dev *os.Root, n Node) error {
 			return fmt.Errorf("replace device file %s: %w", full, err)
 		}
 	case err != nil && !errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("look at device file %s: %w", full, err)
+		return fmt.Errorf("read the metadata of device file %s: %w", full, err)
 	}
 	link(dev, n) // the link comes first, so that it exists when the file appears
 	if err := unix.Mknodat(at, base, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {

@@ -234,11 +234,11 @@ func (v Verdict) Err() error {
 				"if this verdict stays, reboot the node")
 	case Starting:
 		return fault.New(fault.Unusable, text,
-			"start nvidia-fabricmanager in the version of this driver, then run fetcher status")
+			"start nvidia-fabricmanager in the version of this driver, then run: fetcher status")
 	case Drifted:
-		return fault.New(fault.Mismatch, text, "run fetcher install when the GPUs are idle")
+		return fault.New(fault.Mismatch, text, "when the GPUs are idle, run: fetcher install")
 	case Absent:
-		return fault.New(fault.NoArtifact, text, "run fetcher install")
+		return fault.New(fault.NoArtifact, text, "install a driver: fetcher install")
 	}
 	return nil
 }

@@ -146,7 +146,7 @@ func (p *Prober) ensureCopy() (err error) {
 		return fmt.Errorf("copy the probe to the node: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere,
-			"run fetcher install, or run this command on the node itself with --host-root /")
+			"run \"fetcher install\" first, or run this command on the node itself with --host-root /")
 	case folder == nil:
 		return fmt.Errorf("copy the probe to the node: %w", err)
 	}

@@ -292,7 +292,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 			return d, nil
 		}
 	}
-	return target.Driver{}, fmt.Errorf("read loaded driver: no version in %q", cut(line, 80))
+	return target.Driver{}, fmt.Errorf("read loaded driver: the line %q has no driver version", cut(line, 80))
 }
 
 // readGPUs lists the PCI devices of vendor 10de with a display class: VGA (0300) or 3D controller (0302).

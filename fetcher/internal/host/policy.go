@@ -127,7 +127,7 @@ func readBounded(root fs.FS, name string) (text string, err error) {
 		return "", err
 	}
 	if len(b) > maxFile {
-		return "", fmt.Errorf("read %s: larger than %d bytes", name, maxFile)
+		return "", fmt.Errorf("read %s: the file has more than %d bytes", name, maxFile)
 	}
 	return string(b), nil
 }

@@ -59,11 +59,11 @@ func (s *Store) RevokeExec() error {
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
-		return false, fmt.Errorf("look at install folder: %w", err)
+		return false, fmt.Errorf("read the metadata of the install folder: %w", err)
 	}
 	return s.node.Mounts(func() error {
 		if theirs, err := os.Stat(s.dir); err != nil || !os.SameFile(ours, theirs) {
-			return fmt.Errorf("%w: %s is another folder in the node's mounts", noderoot.ErrNamespace, s.dir)
+			return fmt.Errorf("%w: on the node, %s is another folder than in this container", noderoot.ErrNamespace, s.dir)
 		}
 		return do()
 	})
@@ -79,7 +79,7 @@ func mayExec(dir string) bool {
 func allowExec(dir string, beforeMount func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return false, fmt.Errorf("look at install folder's filesystem: %w", err)
+		return false, fmt.Errorf("read the mount flags of the install folder: %w", err)
 	}
 	if st.Flags&unix.ST_NOEXEC == 0 {
 		return false, nil
@@ -92,7 +92,7 @@ func allowExec(dir string, beforeMount func()) (bool, error) {
 		return true, allowExecOld(dir, st.Flags)
 	}
 	if err != nil {
-		return false, fmt.Errorf("make a copy of the mount: %w", err)
+		return false, fmt.Errorf("copy the mount of the install folder: %w", err)
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC})
 	if err == nil {

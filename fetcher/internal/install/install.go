@@ -294,7 +294,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 				continue
 			}
 			if err != nil {
-				return nil, fmt.Errorf("look into layer: %w", err)
+				return nil, fmt.Errorf("find the files of a layer: %w", err)
 			}
 			links[name] = path.Join("..", "..", "layers", layer, name)
 		}
@@ -320,7 +320,7 @@ func (s *Store) LinksHold(set Set) error {
 		if err != nil || to != links[name] {
 			return fault.New(fault.Unverified,
 				fmt.Sprintf("check installed driver: link %s leads to %q; want %q", name, to, links[name]),
-				"run fetcher install to repair the links")
+				"repair the links: fetcher install")
 		}
 	}
 	return nil
@@ -364,8 +364,8 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 	digest, ok := strings.CutPrefix(pointer, "sets/")
 	if !ok {
 		return nil, fault.New(fault.Unverified,
-			fmt.Sprintf("read installed driver: %.200q is not in this install folder", pointer),
-			"remove "+ownFolder+" in the install folder, then run fetcher install")
+			fmt.Sprintf("read installed driver: the path %.200q does not lead to a driver in this install folder", pointer),
+			"remove the folder "+ownFolder+" in the install folder, then run: fetcher install")
 	}
 	return s.Set("sha256:" + digest)
 }

@@ -86,7 +86,7 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 		return nil
 	})
 	if err != nil {
-		return "", fmt.Errorf("look at layer: %w", err)
+		return "", fmt.Errorf("read the metadata of a layer's files: %w", err)
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
@@ -201,7 +201,7 @@ func stem(file string) string {
 func (s *Store) linkOrCopy(from, file string, dst *os.Root) error {
 	err := s.linkOrCopyOnce(from, file, dst)
 	if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("keep added file %s: %w", file, err)
+		return fmt.Errorf("copy the file %s of another installer: %w", file, err)
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 // planted link would lead to another file.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
-		return fault.New(fault.Busy, fmt.Sprintf("open lock file /%s: it is %s", name, what),
+		return fault.New(fault.Busy, fmt.Sprintf("open lock file /%s: this file is %s", name, what),
 			"remove /"+name+": Google's installer uses an empty file there")
 	}
 	folder, err := s.node.Folder(path.Dir(name))

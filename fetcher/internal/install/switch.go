@@ -26,7 +26,7 @@ func (s *Store) Switch(digest string) error {
 	}
 	next := path.Join("sets", name)
 	if _, err := s.root.Stat(path.Join(ownFolder, next, "set.json")); err != nil {
-		return fmt.Errorf("switch to %s: %w", digest, err)
+		return fmt.Errorf("make artifact %s the active driver: %w", digest, err)
 	}
 	was, err := s.link("current")
 	if err != nil {
@@ -116,7 +116,7 @@ func (s *Store) point(name, to string) error {
 		return diskFault(fmt.Errorf("make link: %w", err))
 	}
 	if err := s.root.Rename(tmp, name); err != nil {
-		return fmt.Errorf("set link %s: %w", name, err)
+		return fmt.Errorf("make the link %s: %w", name, err)
 	}
 	return nil
 }
@@ -134,7 +134,7 @@ func (s *Store) expose() error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("look into installed driver: %w", err)
+			return fmt.Errorf("find the files of the installed driver: %w", err)
 		}
 		if got, err := s.root.Readlink(name); err == nil && got == to {
 			continue
@@ -144,7 +144,7 @@ func (s *Store) expose() error {
 		case errors.Is(err, fs.ErrNotExist):
 			err = s.point(name, to)
 		case err != nil:
-			err = fmt.Errorf("look at %s: %w", name, err)
+			err = fmt.Errorf("read the metadata of %s: %w", name, err)
 		default:
 			if name == "lib64" {
 				err = s.keepForeign()
@@ -396,7 +396,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
-			return fmt.Errorf("keep file %s: %w", cacheFile, err)
+			return fmt.Errorf("keep the file %s of another installer: %w", cacheFile, err)
 		}
 		have = nil
 	}

@@ -55,7 +55,7 @@ func inCluster(dir string) (*client, error) {
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(pem) {
-		return nil, fault.New(fault.Usage, "read the cluster's certificate authority: no certificate in ca.crt", "")
+		return nil, fault.New(fault.Usage, "read the cluster's certificate authority: the file ca.crt has no certificate", "")
 	}
 	transport := &http.Transport{ // no proxy, because the API server is inside the cluster
 		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true,

@@ -101,7 +101,7 @@ func read(node *noderoot.Root) ([]byte, error) {
 	defer f.Close()
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err == nil && len(raw) > maxConfig {
-		err = fmt.Errorf("it has more than %d bytes", maxConfig)
+		err = fmt.Errorf("the file has more than %d bytes", maxConfig)
 	}
 	return raw, err
 }

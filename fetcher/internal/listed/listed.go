@@ -17,7 +17,7 @@ import (
 var (
 	ErrYanked      = errors.New("the artifact was yanked")
 	ErrQuarantined = errors.New("the artifact is in quarantine")
-	ErrUnlisted    = errors.New("the artifact is not in snapshot")
+	ErrUnlisted    = errors.New("the artifact is not in the snapshot")
 	ErrStale       = errors.New("the snapshot is too old")
 	ErrNone        = errors.New("there is no snapshot")
 )
@@ -110,7 +110,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	}
 	return "", fault.Wrap(
 		fault.Unverified,
-		fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
+		fmt.Errorf("%w with version %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
 		"if the artifact is newer than the snapshot, make a new snapshot: builder snapshot make; else install another "+
 			"driver: --driver VERSION",
 	)
@@ -163,9 +163,9 @@ func (r *Rule) checkUsable(now time.Time) error {
 	case l == nil:
 		return fail(ErrNone, again)
 	case l.former:
-		return fail(fmt.Errorf("%w that the present trusted root signed", ErrNone), again)
+		return fail(fmt.Errorf("%w that is signed under the present trusted root", ErrNone), again)
 	case now.After(l.expires):
-		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
+		return fail(fmt.Errorf("%w: the snapshot expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
 	case l.madeAt.After(now.Add(skew)):
 		return fault.Wrap(
 			fault.Unverified,
@@ -180,7 +180,7 @@ func (r *Rule) checkUsable(now time.Time) error {
 	case r.MaxAge > 0 && now.Sub(l.madeAt) > r.MaxAge:
 		return fail(
 			fmt.Errorf(
-				"%w: it was made on %s, and the policy allows an age of %v",
+				"%w: the snapshot was made on %s, and the policy allows an age of %v",
 				ErrStale,
 				l.madeAt.UTC().Format(time.RFC3339),
 				r.MaxAge,

@@ -33,7 +33,7 @@ var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-ce
 func Enter(args []string) error {
 	end := slices.Index(args, "--")
 	if end < 1 || end+1 >= len(args) {
-		return fmt.Errorf("%s: want ROOT FOLDER… -- PROGRAM ARGUMENT…", EnterCommand)
+		return fmt.Errorf("%s: want the arguments ROOT FOLDER… -- PROGRAM ARGUMENT…", EnterCommand)
 	}
 	root, folders, program := args[0], args[1:end], args[end+1:]
 	if err := mountAll(root, folders); err != nil {

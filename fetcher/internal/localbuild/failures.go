@@ -65,7 +65,7 @@ func (f failures) lastError(q resolve.Question) error {
 	return fault.New(
 		last.Kind,
 		fmt.Sprintf(
-			"%s (failed at %s; this node compiles again after a day, or with fetcher install --retry)",
+			"%s (failed at %s; this node compiles again after a day, or with \"fetcher install --retry\")",
 			last.Text,
 			last.At.Format(time.RFC3339),
 		),
@@ -126,7 +126,7 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 		if now.Tries = last.Tries; now.Tries >= maxKilled {
 			return outOfMemory(fmt.Sprintf("compile on this node: the last %d compiles of this driver were killed together "+
 				"with the fetcher, the last one after %s; the likely reason is that they needed too much memory (this node "+
-				"compiles again after a day, or with fetcher install --retry)", now.Tries, last.At.Format(time.RFC3339)),
+				"compiles again after a day, or with \"fetcher install --retry\")", now.Tries, last.At.Format(time.RFC3339)),
 				now.Limit)
 		}
 	}
@@ -136,7 +136,8 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 		err = os.WriteFile(f.running, raw, 0o600)
 	}
 	if err != nil {
-		return fault.Disk(fmt.Errorf("record the compile: %w", err), "make space on the disk of "+filepath.Dir(f.running))
+		return fault.Disk(fmt.Errorf("record that a compile began: %w", err),
+			"make space on the disk of "+filepath.Dir(f.running))
 	}
 	return nil
 }
@@ -144,7 +145,7 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 // end records that the compile ended, in any way.
 func (f failures) end() error {
 	if err := os.Remove(f.running); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("record the end of the compile: %w", err)
+		return fmt.Errorf("record that the compile ended: %w", err)
 	}
 	return nil
 }

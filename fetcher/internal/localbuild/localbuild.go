@@ -56,9 +56,9 @@ func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "lo
 func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read this node's signing key: %w", err),
 			"without the key of this node, no driver that it compiled can be verified: publish the driver, or compile it "+
-				"again with fetcher install")
+				"again: fetcher install")
 	}
 	return pem, nil
 }
@@ -88,16 +88,16 @@ func (b Builder) key(ctx context.Context) (string, error) {
 	}
 	fresh, folder := filepath.Join(b.StateDir, "tmp-key"), filepath.Join(b.StateDir, keyFolder)
 	if err := errors.Join(os.RemoveAll(fresh), os.RemoveAll(folder)); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if err := os.Mkdir(fresh, 0o700); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if _, err := b.run(ctx, "keygen", filepath.Join(fresh, keyFile)); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	if err := os.Rename(fresh, folder); err != nil {
-		return "", fmt.Errorf("make node key: %w", err)
+		return "", fmt.Errorf("make this node's signing key: %w", err)
 	}
 	return filepath.Join(folder, keyFile), nil
 }
@@ -144,7 +144,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	}
 	// Artifacts of earlier runs are already in the install folder, or useless.
 	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
-		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
+		return resolve.Answer{}, fmt.Errorf("empty the node's own image layout: %w", err)
 	}
 	// Only a compile needs much memory. If this program is killed before, such as during a slow pull, that is no sign of
 	// too little.
@@ -253,8 +253,8 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 			return nil, outOfMemory("the kernel killed the builder for lack of memory", sandbox.MemoryLimit())
 		}
 		return nil, fault.Wrap(fault.Transient, fmt.Errorf("run the builder: %w", err),
-			"if the node had too little memory, free memory or raise the memory limit of the pod, then run fetcher install; "+
-				"read the kernel log: dmesg | tail")
+			"if the node had too little memory, free memory or raise the memory limit of the pod, then run \"fetcher "+
+				"install\"; read the kernel log: dmesg | tail")
 	}
 	if exit != nil {
 		err := said.fault(exit.ExitCode())
@@ -279,7 +279,7 @@ func outOfMemory(text string, limit int64) error {
 			"each compiler)", baseMemory>>20, jobMemory>>20)
 	}
 	return fault.New(fault.OutOfMemory, text,
-		hint+", or publish the driver with builder build, or turn compiling off: --builder never")
+		hint+", or publish the driver with \"builder build\", or turn compiling off: --builder never")
 }
 
 // output is a buffer of at most maxOutput. After a refusal, the pipe to the builder is closed.
@@ -292,7 +292,7 @@ type output struct {
 func (o *output) Write(p []byte) (int, error) {
 	if o.buffer.Len()+len(p) > maxOutput {
 		o.tooLong = true
-		return 0, errors.New("too much output")
+		return 0, errors.New("the builder printed too much output")
 	}
 	return o.buffer.Write(p)
 }

@@ -23,11 +23,11 @@ func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	defer theirs.Close()
 	ours, err := os.Stat("/proc/self/ns/mnt")
 	if err != nil {
-		return false, fmt.Errorf("look at mount namespace: %w", err)
+		return false, fmt.Errorf("read the mount namespace of this process: %w", err)
 	}
 	info, err := theirs.Stat()
 	if err != nil {
-		return false, fmt.Errorf("look at the node's mount namespace: %w", err)
+		return false, fmt.Errorf("read the node's mount namespace: %w", err)
 	}
 	if os.SameFile(ours, info) && r.dir == "/" {
 		return false, do()

@@ -54,7 +54,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 		}
 		return nil
 	case <-time.After(limit + killTime):
-		return fmt.Errorf("run the node's %s: it was killed after %v and has not ended", program, limit)
+		return fmt.Errorf("run the node's %s: the program was killed after %v and has not ended", program, limit)
 	}
 }
 

@@ -176,7 +176,7 @@ func read(name string) (Policy, error) {
 func (s *Snapshot) read(dir string) ([]byte, error) {
 	switch {
 	case s.From == "" || s.Root == "":
-		return nil, errors.New("snapshot: want from and root")
+		return nil, errors.New("snapshot: want both fields, from and root")
 	case s.MaxAgeHours < 0 || s.MaxAgeHours > 876000:
 		return nil, fmt.Errorf("snapshot: maxAgeHours %d: want 1 to 876000", s.MaxAgeHours)
 	}
@@ -225,7 +225,7 @@ func Parse(data []byte) (*File, error) {
 		return nil, errors.New("the file has more than one document")
 	}
 	if f.Version != 1 {
-		return nil, fmt.Errorf("version %d; want 1", f.Version)
+		return nil, fmt.Errorf("version %d of the format; want version 1", f.Version)
 	}
 	return &f, nil
 }
@@ -292,7 +292,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	if identities != (p.Root != nil) {
-		return p, errors.New("trustedRoot needs a role with identities, and identities need trustedRoot")
+		return p, errors.New("want both trustedRoot and a role with identities, or neither")
 	}
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
@@ -307,7 +307,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		p.Rules = append(p.Rules, trust.Rule{Statement: predicate, Role: s.Role, Count: count})
 	}
 	if len(p.Roles) == 0 {
-		return p, errors.New("no role: without a role, no signature is trusted")
+		return p, errors.New("the field roles is missing or empty: without a role, no signature is trusted")
 	}
 	_, err = trust.NewVerifier(p) // reports rules that no signature can satisfy
 	return p, err
@@ -324,19 +324,19 @@ func (r Role) role(name, dir string) (trust.Role, error) {
 	}
 	for i, id := range r.Identities {
 		if (id.Subject == "") == (id.Pattern == "") || id.Issuer == "" {
-			return role, fmt.Errorf("identity %d: want subject or pattern, and issuer", i+1)
+			return role, fmt.Errorf("identity %d: want the field issuer, and one of the fields subject and pattern", i+1)
 		}
 		role.Identities = append(role.Identities, trust.Identity{Subject: id.Subject, Pattern: id.Pattern, Issuer: id.Issuer})
 	}
 	if len(role.Keys)+len(role.Identities) == 0 {
-		return role, errors.New("want keys, identities or both")
+		return role, errors.New("want the field keys, the field identities, or both")
 	}
 	return role, nil
 }
 
 func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if (k.File == "") == (k.PEM == "") {
-		return nil, errors.New("want either file or pem")
+		return nil, errors.New("want one of the fields file and pem")
 	}
 	text := []byte(k.PEM)
 	if k.File != "" {
@@ -414,12 +414,12 @@ func Summary(p Policy) []string {
 	for _, rule := range p.Rules {
 		for name, predicate := range statements {
 			if predicate == rule.Statement {
-				add("needs %s by %d of role %s", name, rule.Count, rule.Role)
+				add("needs %s signed by %d of role %s", name, rule.Count, rule.Role)
 			}
 		}
 	}
 	if p.LoadTest == trust.LoadTestTested {
-		add("needs a passed load test")
+		add("needs an artifact that passed the load test")
 	}
 	for _, l := range []struct {
 		what string
@@ -430,10 +430,10 @@ func Summary(p Policy) []string {
 		}
 	}
 	if p.MaxAge > 0 {
-		add("at most %d days old when first taken", int(p.MaxAge.Hours()/24))
+		add("artifacts at most %d days old when a node first installs them", int(p.MaxAge.Hours()/24))
 	}
 	if p.NodeBuilds {
-		add("nodes may compile for themselves")
+		add("nodes may compile drivers for themselves")
 	}
 	if len(p.Revoked) > 0 {
 		add("%d digests revoked", len(p.Revoked))

@@ -83,8 +83,8 @@ func TestExample(t *testing.T) {
 		t.Errorf("notAfter = %v", until)
 	}
 	said := strings.Join(policy.Summary(p), "\n")
-	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "needs reproduction by 1 of role rebuilder",
-		"needs a passed load test", "535.261.03, 550.163.01"} {
+	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "signed by 1 of role rebuilder",
+		"needs an artifact that passed the load test", "535.261.03, 550.163.01"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("Summary lacks %q:\n%s", want, said)
 		}
@@ -104,11 +104,11 @@ func TestRefuses(t *testing.T) {
 		"a field nobody knows":  {head + tail + "revoke: [x]\n", "revoke"},
 		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
 		"two documents":         {head + tail + "---\n" + head, "more than one document"},
-		"no roles":              {"version: 1\n" + tail, "no role"},
-		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want keys, identities or both"},
+		"no roles":              {"version: 1\n" + tail, "without a role"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want the field keys"},
 		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
 		"file and pem": {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail,
-			"want either file or pem"},
+			"want one of the fields file and pem"},
 		"no key": {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
 		"a day that is none": {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail,
 			"notAfter"},
@@ -138,7 +138,7 @@ func TestRefuses(t *testing.T) {
 		"a source of all":      {head + tail + "sources: ['']\n", "ends with a slash"},
 		"a key in two roles": {strings.Replace(head, "  farm:", "  other:\n    keys: [{file: farm.pub}]\n  farm:",
 			1) + tail, "listed twice"},
-		"a snapshot without a root":   {head + tail + "snapshot: {from: https://x/list}\n", "want from and root"},
+		"a snapshot without a root":   {head + tail + "snapshot: {from: https://x/list}\n", "both fields, from and root"},
 		"a snapshot from elsewhere":   {head + tail + "snapshot: {from: 'ftp://x', root: 1.root.json}\n", "ftp://x"},
 		"a snapshot's root of nobody": {head + tail + "snapshot: {from: list, root: root.json}\n", "read root of snapshot"},
 		"a snapshot's root away":      {head + tail + "snapshot: {from: list, root: away.json}\n", "away.json"},

@@ -52,14 +52,14 @@ func New(now func() time.Time) *Server {
 		pci:    gauge("gpus_present", "NVIDIA GPUs on the PCI bus."),
 		usable: gauge("gpus_usable", "GPUs that answer NVML."),
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "driver_info",
-			Help: "1, labelled with the installed driver and the verdict on it."},
+			Help: "Always 1; the labels name the installed driver and the verdict on it."},
 			[]string{"version", "flavour", "digest", "verdict"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
-			Help:    "How long each step of an installation took.",
+			Help:    "Duration of each step of an installation.",
 			Buckets: []float64{.01, .05, .1, .5, 1, 2, 5, 10, 30, 60, 300, 900}, // the upper buckets cover a wait for a build
 		}, []string{"phase", "outcome"}),
 		runs: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "prebake_fetcher", Name: "runs_total",
-			Help: "Installations that ended, by the class of their error; none is success."}, []string{"class"}),
+			Help: "Installations that ended, by the class of their error; the class none means success."}, []string{"class"}),
 	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(s.ready, s.pci, s.usable, s.info, s.phases, s.runs)

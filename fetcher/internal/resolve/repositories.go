@@ -33,7 +33,7 @@ func TryEach(ctx context.Context, refs []string, use func(ref string) error, fai
 		if all == nil {
 			all = err
 		} else {
-			all = fmt.Errorf("%w; from %s: %w", all, ref, err)
+			all = fmt.Errorf("%w; error of repository %s: %w", all, ref, err)
 		}
 		if !ofRepository(err) {
 			return all

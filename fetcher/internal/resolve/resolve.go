@@ -199,7 +199,7 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	case ctx.Err() != nil || Passing(err):
 		return fmt.Errorf("ask for a build: %w", err)
 	case err != nil:
-		a.Reason = strings.TrimPrefix(a.Reason+"; asked for a build: "+err.Error(), "; ")
+		a.Reason = strings.TrimPrefix(a.Reason+"; the request of a build failed: "+err.Error(), "; ")
 		if a.Hint == "" {
 			a.Hint = fault.Hint(err)
 		}
@@ -213,7 +213,8 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 // addHost adds the server's host to a repository name that begins with a slash. Other names stay.
 func addHost(base, repository string) (string, error) {
 	if repository == "" {
-		return "", fault.New(fault.Transient, "ask server: the answer has no repository", "update the server")
+		return "", fault.New(fault.Transient, "ask server: the answer does not say in which repository the artifact is",
+			"update the server")
 	}
 	path, ok := strings.CutPrefix(repository, "/")
 	if !ok {
@@ -223,7 +224,7 @@ func addHost(base, repository string) (string, error) {
 	if err != nil || u.Host == "" {
 		return "", fault.New(
 			fault.Usage,
-			fmt.Sprintf("server %q is not a URL with a host", base),
+			fmt.Sprintf("server %q: want a URL with a host", base),
 			"set the server's URL, as in --server http://127.0.0.1:8440",
 		)
 	}
@@ -235,7 +236,7 @@ func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
 			fault.Mismatch,
-			fmt.Sprintf("ask server: the answer is for another %s: want %s, got %s", what, want, got),
+			fmt.Sprintf("ask server: the answer is for another %s: want %s; the server answered for %s", what, want, got),
 			"check that --server is the URL of the right server",
 		)
 	}
@@ -311,7 +312,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	answer := Answer{
 		State:  api.Unknown,
 		Source: SourceRegistry,
-		Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish),
+		Reason: fmt.Sprintf("%s has no tag that begins with %s, for %s", r.Ref, prefix, q.Wish),
 	}
 	for _, version := range versions {
 		if answer, err = r.findVersion(ctx, q, version); err != nil || answer.State == api.Published {

@@ -34,7 +34,7 @@ func Encode(c snapshot.Catalogue) ([]byte, error) {
 	if len(text) > snapshot.MaxText || len(file) > snapshot.MaxFile {
 		return nil, fault.Errorf(
 			fault.TooLarge,
-			"write catalogue: %d bytes, %d compressed; clients read at most %d and %d",
+			"write catalogue: the text has %d bytes, and %d compressed; clients read at most %d bytes, and %d compressed",
 			len(text),
 			len(file),
 			snapshot.MaxText,

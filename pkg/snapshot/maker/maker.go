@@ -88,7 +88,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 	if next.Threshold < 1 || next.Threshold > len(next.Keys) {
 		return "", fault.New(
 			fault.Usage,
-			fmt.Sprintf("the threshold is %d, and there are %d root keys", next.Threshold, len(next.Keys)),
+			fmt.Sprintf("the threshold is %d, but there are %d root keys", next.Threshold, len(next.Keys)),
 			"give --threshold a number from 1 to the number of root keys",
 		)
 	}
@@ -375,7 +375,7 @@ func (r *Repository) readPublished() (at publishedList, err error) {
 		return at, fmt.Errorf("read timestamp.json: %w", err)
 	}
 	if at.stamp, at.meta = stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"]; at.meta == nil {
-		return at, errors.New("read timestamp.json: no entry for a snapshot")
+		return at, errors.New("read timestamp.json: the file has no entry for snapshot.json")
 	}
 	at.version = at.meta.Version
 	v := strconv.FormatInt(at.version, 10)
@@ -391,7 +391,7 @@ func (r *Repository) readPublished() (at publishedList, err error) {
 	}
 	info := targets.Signed.Targets[snapshot.Name]
 	if info == nil {
-		return at, errors.New("read targets: no entry for " + snapshot.Name)
+		return at, errors.New("read targets: no entry for the file " + snapshot.Name)
 	}
 	at.files.Catalogue, err = r.read(filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name))
 	return at, err
@@ -418,7 +418,7 @@ func (r *Repository) write(name string, data []byte) error {
 		if string(have) == string(data) {
 			return nil
 		}
-		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: the file exists with other content", name), "")
+		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: the file exists already, with other content", name), "")
 	}
 	return r.writeAtomic(name, data)
 }

@@ -48,7 +48,7 @@ func page(program func() *ucli.Command) (string, error) {
 	add = func(path []string, cmd *ucli.Command) error {
 		var out, errs strings.Builder
 		if code := cli.Run(context.Background(), program(), slices.Concat(path, []string{"--help"}), &out, &errs); code != 0 {
-			return fmt.Errorf("%s --help: exit status %d: %s", strings.Join(path, " "), code, errs.String())
+			return fmt.Errorf("run %s --help: exit status %d: %s", strings.Join(path, " "), code, errs.String())
 		}
 		if len(path) > 1 {
 			fmt.Fprintf(&b, "\n## %s\n", strings.Join(path, " "))

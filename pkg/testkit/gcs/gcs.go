@@ -98,7 +98,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		}
 		said = append(said, lines.Text())
 	}
-	return "", errors.Join(fmt.Errorf("it ended and said %q", said), stop())
+	return "", errors.Join(fmt.Errorf("the emulator ended and printed %q", said), stop())
 }
 
 // Use makes this process's Google Cloud Storage clients use the emulator, without credentials, until the test ends. The

@@ -138,16 +138,17 @@ func TestRunner(t *testing.T) {
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 2, Error: "open /nothing: no such file or directory"},
 				begin(1), {Type: wire.Output, Step: 1, Stream: "stdout", Data: []byte("text")}, {Type: wire.End, Step: 1}}},
 		{"no such built-in", []wire.Step{{Argv: []string{"@dance"}}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: 127, Error: "built-in @dance: no such command"}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: 127, Error: "there is no built-in command @dance"}}},
 		{"no program", []wire.Step{{KeepGoing: true}, {Argv: []string{"", "x"}}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: 127, Error: "no program named"},
-				begin(1), {Type: wire.End, Step: 1, Exit: 127, Error: "no program named"}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: 127, Error: "the step names no program"},
+				begin(1), {Type: wire.End, Step: 1, Exit: 127, Error: "the step names no program"}}},
 		{"too long", []wire.Step{{Argv: []string{"/bin/sh", "-c", "sleep 60 & wait"}, TimeoutMS: 50}},
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "killed after 50ms"}}},
 		{"built-in too long", []wire.Step{{Argv: []string{"@wait", "/nothing"}, TimeoutMS: 50}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "@wait: it did not end within 50ms"}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: 124, Error: "the command @wait did not end within 50ms"}}},
 		{"stop nothing", []wire.Step{{Argv: []string{"@stop", "x"}}},
-			[]wire.Event{begin(0), {Type: wire.End, Exit: int(unix.ESRCH), Error: `stop "x": no such background step`}}},
+			[]wire.Event{begin(0), {Type: wire.End, Exit: int(unix.ESRCH),
+				Error: `stop "x": there is no such background step`}}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()

@@ -61,7 +61,7 @@ func boot() {
 		host.send(wire.Event{Type: wire.Finished, Kernel: host.kernel()})
 	}
 	if err := events.drain(); err != nil {
-		fmt.Fprintf(os.Stderr, "guestinit: drain: %v\n", err)
+		fmt.Fprintf(os.Stderr, "guestinit: wait until the last events are sent: %v\n", err)
 	}
 }
 
@@ -129,7 +129,7 @@ func moduleOrder(path string) ([]string, error) {
 			continue
 		}
 		if filepath.Base(name) != name {
-			return nil, fmt.Errorf("read module order: %q: want a file name", name)
+			return nil, fmt.Errorf("read module order: entry %q: want a file name", name)
 		}
 		names = append(names, name)
 	}

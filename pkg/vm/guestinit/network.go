@@ -19,10 +19,10 @@ const (
 func network(wait time.Duration) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
-		return fmt.Errorf("find lo: %w", err)
+		return fmt.Errorf("find the network interface lo: %w", err)
 	}
 	if err := netlink.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set lo up: %w", err)
+		return fmt.Errorf("set the network interface lo up: %w", err)
 	}
 	eth, err := findLink("eth0", wait)
 	if err != nil {
@@ -33,10 +33,10 @@ func network(wait time.Duration) error {
 		return err
 	}
 	if err := netlink.AddrAdd(eth, addr); err != nil {
-		return fmt.Errorf("add %s to eth0: %w", guestAddress, err)
+		return fmt.Errorf("add the address %s to eth0: %w", guestAddress, err)
 	}
 	if err := netlink.LinkSetUp(eth); err != nil {
-		return fmt.Errorf("set eth0 up: %w", err)
+		return fmt.Errorf("set the network interface eth0 up: %w", err)
 	}
 	route := &netlink.Route{LinkIndex: eth.Attrs().Index, Gw: net.ParseIP(gateway)}
 	if err := netlink.RouteAdd(route); err != nil {

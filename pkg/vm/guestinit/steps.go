@@ -67,7 +67,7 @@ func (r *runner) step(i int, s wire.Step) int {
 		return exit
 	}
 	if len(s.Argv) == 0 || s.Argv[0] == "" {
-		return end(exitUnrunnable, "no program named")
+		return end(exitUnrunnable, "the step names no program")
 	}
 	timeout := time.Duration(s.TimeoutMS) * time.Millisecond
 	if s.Argv[0][0] == '@' {
@@ -99,7 +99,7 @@ func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, erro
 	f, ok := r.builtins[argv[0]]
 	if !ok {
 		if argv[0] != "@stop" {
-			return exitUnrunnable, fmt.Errorf("built-in %s: no such command", argv[0])
+			return exitUnrunnable, fmt.Errorf("there is no built-in command %s", argv[0])
 		}
 		if len(argv) != 2 {
 			return int(unix.EINVAL), errors.New("stop: want the name of a background step")
@@ -114,7 +114,7 @@ func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, erro
 	case err := <-result:
 		return exitOf(err), err
 	case <-timeoutChannel(timeout):
-		return exitTimeout, fmt.Errorf("%s: it did not end within %v", argv[0], timeout)
+		return exitTimeout, fmt.Errorf("the command %s did not end within %v", argv[0], timeout)
 	}
 }
 
@@ -140,7 +140,7 @@ func (r *runner) start(i int, s wire.Step) (*job, error) {
 func (r *runner) stop(name string) (int, error) {
 	j, ok := r.background[name]
 	if !ok {
-		return int(unix.ESRCH), fmt.Errorf("stop %q: no such background step", name)
+		return int(unix.ESRCH), fmt.Errorf("stop %q: there is no such background step", name)
 	}
 	delete(r.background, name)
 	j.signal(unix.SIGTERM)
@@ -150,7 +150,7 @@ func (r *runner) stop(name string) (int, error) {
 	case <-time.After(stopGrace):
 		j.signal(unix.SIGKILL)
 		<-j.done
-		text = fmt.Sprintf("killed: it did not end within %v after SIGTERM", stopGrace)
+		text = fmt.Sprintf("killed, because it did not end within %v after SIGTERM", stopGrace)
 	}
 	r.host.send(wire.Event{Type: wire.End, Step: j.step, Exit: j.exit, Error: text,
 		Seconds: time.Since(j.start).Seconds()})

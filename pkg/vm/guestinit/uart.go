@@ -84,7 +84,7 @@ func newUART(r registers) (uart, error) {
 		return u, err
 	}
 	if status == 0xff {
-		return u, errors.New("nothing answers at its I/O ports")
+		return u, errors.New("the serial port does not answer at its I/O ports")
 	}
 	return u, u.put(uartFIFO, uartFIFOOn)
 }
@@ -113,7 +113,8 @@ func (u uart) await(bits byte) error {
 			return err
 		}
 		if time.Since(start) > uartTimeout {
-			return fmt.Errorf("write serial port: its line status is %#x after %v", status, uartTimeout)
+			return fmt.Errorf("write serial port: the port is not ready after %[2]v; its line status is %#[1]x", status,
+				uartTimeout)
 		}
 	}
 }

@@ -77,7 +77,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 		return nil, fail(err)
 	}
 	if info.Size() > maxIssuers {
-		return nil, fail(fmt.Errorf("the file has %d bytes; want at most %d", info.Size(), maxIssuers))
+		return nil, fail(fmt.Errorf("the file has %d bytes; want at most %d bytes", info.Size(), maxIssuers))
 	}
 	raw, err := os.ReadFile(file)
 	if err != nil {
@@ -133,7 +133,7 @@ func (r *Rule) prepare(dir string) error {
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return fmt.Errorf("%s has no certificate in PEM", r.CA)
+			return fmt.Errorf("the file %s has no certificate in PEM", r.CA)
 		}
 		r.verifier.client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool,
 			MinVersion: tls.VersionTLS12}}
@@ -155,21 +155,21 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 		return nil, err
 	}
 	if len(raw) > maxKeys {
-		return nil, fmt.Errorf("%s has %d bytes; want at most %d", file, len(raw), maxKeys)
+		return nil, fmt.Errorf("the file %s has %d bytes; want at most %d bytes", file, len(raw), maxKeys)
 	}
 	var set jose.JSONWebKeySet
 	if err := json.Unmarshal(raw, &set); err != nil {
-		return nil, fmt.Errorf("%s is not a JWK set: %w", file, err)
+		return nil, fmt.Errorf("the file %s is not a JWK set: %w", file, err)
 	}
 	out := &oidc.StaticKeySet{}
 	for _, k := range set.Keys {
 		if !k.IsPublic() {
-			return nil, fmt.Errorf("%s has a private or secret key; want only public keys", file)
+			return nil, fmt.Errorf("the file %s has a private or secret key; want only public keys", file)
 		}
 		out.PublicKeys = append(out.PublicKeys, crypto.PublicKey(k.Key))
 	}
 	if len(out.PublicKeys) == 0 {
-		return nil, fmt.Errorf("%s has no key", file)
+		return nil, fmt.Errorf("the file %s has no key", file)
 	}
 	return out, nil
 }
@@ -215,7 +215,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time) (Principal, error) {
 	issuer, err := issuerOf(raw)
 	if err != nil {
-		return Principal{}, unknown("the token is no OpenID Connect token: " + err.Error())
+		return Principal{}, unknown("the token is not an OpenID Connect token: " + err.Error())
 	}
 	var refusal error
 	for _, r := range all.rules {
@@ -245,21 +245,21 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 // issuerOf returns the issuer of an unverified token, to choose the keys.
 func issuerOf(raw string) (string, error) {
 	if len(raw) > maxJWT {
-		return "", fmt.Errorf("it has more than %d bytes", maxJWT)
+		return "", fmt.Errorf("the token has more than %d bytes", maxJWT)
 	}
 	parts := strings.Split(raw, ".")
 	if len(parts) != 3 {
-		return "", errors.New("it does not have three parts")
+		return "", errors.New("the token does not have three parts")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {
-		return "", errors.New("its payload is not base64")
+		return "", errors.New("the token's payload is not base64")
 	}
 	var claims struct {
 		Issuer string `json:"iss"`
 	}
 	if err := json.Unmarshal(payload, &claims); err != nil {
-		return "", errors.New("its payload is not JSON")
+		return "", errors.New("the token's payload is not JSON")
 	}
 	return claims.Issuer, nil
 }
@@ -267,7 +267,7 @@ func issuerOf(raw string) (string, error) {
 // callerOf returns the caller of a verified token, or an error if the rule does not accept the token.
 func (r *Rule) callerOf(token *oidc.IDToken) (Principal, error) {
 	if !slices.Contains(token.Audience, r.Audience) {
-		return Principal{}, errors.New("it is for another audience")
+		return Principal{}, errors.New("the token is for another audience")
 	}
 	var claims map[string]any
 	if err := token.Claims(&claims); err != nil {
@@ -276,7 +276,7 @@ func (r *Rule) callerOf(token *oidc.IDToken) (Principal, error) {
 	for name, want := range r.Claims {
 		has, ok := claimText(claims[name])
 		if fits, err := path.Match(want, has); !ok || err != nil || !fits {
-			return Principal{}, fmt.Errorf("its claim %s has another value", name)
+			return Principal{}, fmt.Errorf("the token's claim %s does not have the value that the rule wants", name)
 		}
 	}
 	name := token.Subject

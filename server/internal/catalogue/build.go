@@ -362,7 +362,7 @@ func checkUpdate(u api.BuildUpdate) error {
 		}
 	}
 	if len(u.Phases) > maxPhases {
-		return fmt.Errorf("the update has %d phases; want at most %d", len(u.Phases), maxPhases)
+		return fmt.Errorf("the update has %d phases; want at most %d phases", len(u.Phases), maxPhases)
 	}
 	if u.Fingerprint != "" {
 		if _, err := target.ParseFingerprint(string(u.Fingerprint)); err != nil {
@@ -373,11 +373,11 @@ func checkUpdate(u api.BuildUpdate) error {
 		return fmt.Errorf("digest %q: want sha256: and 64 lower-case hex digits", u.Digest)
 	}
 	if u.State == api.Published && u.Digest == "" {
-		return fmt.Errorf("a published build needs a digest")
+		return fmt.Errorf("the update of a published build needs a digest")
 	}
 	if u.Class != "" || u.State == api.Failed {
 		if err := checkClass(u.Class); err != nil {
-			return fmt.Errorf("a failed build needs a class: %w", err)
+			return fmt.Errorf("the update of a failed build needs a class: %w", err)
 		}
 	}
 	return nil

@@ -262,7 +262,7 @@ func logRemoved(b api.Build) error {
 	if b.FinishedAt != nil {
 		text += fmt.Sprintf(", %d days after the build's end", int(b.LogRemovedAt.Sub(*b.FinishedAt).Hours()/24))
 	}
-	text += "; the flag --keep-logs of server serve says how long logs stay"
+	text += "; the flag --keep-logs of \"server serve\" says how long logs stay"
 	if b.State == api.Published {
 		return fault.New(fault.NotFound, text, "read the log that is attached to the artifact, as docs/how-to/verify.md "+
 			"says; to see the artifact's repository, run: server artifact "+b.Digest)
@@ -371,7 +371,7 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 		if ok && known.Fingerprint != "" && known.Fingerprint != a.Fingerprint {
 			return fault.New(
 				fault.Mismatch,
-				fmt.Sprintf("kernel %s has fingerprint %s, but the artifact has %s", k, known.Fingerprint.Short(),
+				fmt.Sprintf("kernel %s has fingerprint %s, but the artifact has fingerprint %s", k, known.Fingerprint.Short(),
 					a.Fingerprint.Short()),
 				"",
 			)

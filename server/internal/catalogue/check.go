@@ -90,7 +90,7 @@ func checkArtifact(a *api.Artifact) error {
 		return err
 	}
 	if n := len(a.Kernels); n == 0 || n > maxKernels {
-		return fmt.Errorf("the artifact is for %d kernels; want 1 to %d", n, maxKernels)
+		return fmt.Errorf("the artifact is for %d kernels; want 1 to %d kernels", n, maxKernels)
 	}
 	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board,
 		Release: a.Release}).Check(); err != nil {
@@ -105,7 +105,7 @@ func checkArtifact(a *api.Artifact) error {
 			a.Arch = arch
 		}
 		if a.Arch != arch {
-			return fmt.Errorf("the artifact is for architecture %s, but kernel %s is for %s", a.Arch, k, arch)
+			return fmt.Errorf("the artifact is for architecture %s, but kernel %s has architecture %s", a.Arch, k, arch)
 		}
 		a.Kernels[i].Arch = arch
 	}

@@ -77,13 +77,13 @@ func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint
 		return v, "", ""
 	}
 	if !known {
-		return "", "this server does not know COS build " + w.kernel.String() + " yet",
-			"if the server has --kernel-mirror, ask again in a minute, when it has looked up the COS build; " +
+		return "", "this server does not know kernel " + w.kernel.String() + " yet",
+			"if the server has --kernel-mirror, ask again in a minute, when it has looked up the kernel; " +
 				"otherwise ask for an exact driver version"
 	}
 	version, err := lists(k).Choose(w.driver)
 	if err != nil {
-		return "", fmt.Sprintf("COS build %s has no driver for %q in its lists", w.kernel, w.driver), fault.Hint(err)
+		return "", fmt.Sprintf("the driver lists of kernel %s have no driver for %q", w.kernel, w.driver), fault.Hint(err)
 	}
 	return version, "", ""
 }
@@ -110,8 +110,8 @@ func (c *Catalogue) Resolve(
 	k := cells.Kernel
 	if release != "" && k.Release != "" && release != k.Release {
 		return api.Resolution{Kernel: k.Kernel, State: api.Unsupported,
-			Reason: fmt.Sprintf("the node runs kernel release %s, but COS build %s has %s", release, w.kernel, k.Release),
-			Hint:   "boot the kernel of this COS build on the node"}, nil
+			Reason: fmt.Sprintf("the node runs kernel release %s, but kernel %s has release %s", release, w.kernel, k.Release),
+			Hint:   "boot the node with the kernel of this COS build"}, nil
 	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
@@ -189,7 +189,7 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 	switch {
 	case isOpen(newest) && newest.State == api.Building:
 		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf(
-			"build %d is in phase %s",
+			"build %d runs and is in phase %s",
 			newest.ID,
 			orText(newest.Phase, "start"),
 		), "ask again in a minute"
@@ -220,7 +220,7 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), requestHint(k, d)
 	case sibling != nil:
 		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf(
-			"artifact %s has the same fingerprint, but no kernel match for this COS build; "+
+			"artifact %s has this kernel's ABI fingerprint, but no kernel match for this COS build; "+
 				"a builder can add the kernel match without compiling",
 			sibling.Digest,
 		), requestHint(k, d)

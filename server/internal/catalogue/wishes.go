@@ -377,7 +377,7 @@ const maxPools = 100
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
 		return api.Preflight{}, fault.New(fault.Usage,
-			fmt.Sprintf("the request has %d pools; want 1 to %d", n, maxPools), "")
+			fmt.Sprintf("the request has %d pools; want 1 to %d pools", n, maxPools), "")
 	}
 	out := api.Preflight{May: true}
 	for _, pool := range q.Pools {

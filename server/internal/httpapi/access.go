@@ -252,7 +252,7 @@ func (t table) access() {
 			auth.Admin,
 			http.MethodDelete,
 			"/v1/tokens/{id}",
-			"Make a token worth nothing",
+			"Revoke a token",
 			http.StatusNoContent,
 		),
 		func(ctx context.Context, in *struct {

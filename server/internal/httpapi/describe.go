@@ -21,7 +21,7 @@ func describeRest(o *huma.OpenAPI, op *huma.Operation) {
 		"Retry-After": {Description: "how long to wait, in seconds", Schema: &huma.Schema{Type: huma.TypeInteger}},
 	}
 	add("default", huma.Response{
-		Description: "an error; kind says which",
+		Description: "an error; the field kind names its kind",
 		Content:     map[string]*huma.MediaType{"application/problem+json": failed},
 	})
 	add(strconv.Itoa(http.StatusServiceUnavailable), huma.Response{
@@ -33,11 +33,11 @@ func describeRest(o *huma.OpenAPI, op *huma.Operation) {
 		},
 	})
 	add(strconv.Itoa(http.StatusTooManyRequests), huma.Response{
-		Description: "asked too often",
+		Description: "too many requests",
 		Headers:     later,
 		Content:     map[string]*huma.MediaType{"application/problem+json": failed},
 	})
 	if op.Method == http.MethodGet {
-		add(strconv.Itoa(http.StatusNotModified), huma.Response{Description: "the client has it already (If-None-Match)"})
+		add(strconv.Itoa(http.StatusNotModified), huma.Response{Description: "the client has this content (If-None-Match)"})
 	}
 }

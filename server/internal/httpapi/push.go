@@ -21,8 +21,8 @@ type PushedMessage struct {
 	_       struct{} `json:"-" additionalProperties:"true"`
 	Message struct {
 		_          struct{}          `json:"-" additionalProperties:"true"`
-		Attributes map[string]string `json:"attributes,omitempty" doc:"buildId, or those of a bucket's notification"`
-		Data       []byte            `json:"data,omitempty" maxLength:"65536" doc:"where there are no such attributes: {\"buildId\": …}"`
+		Attributes map[string]string `json:"attributes,omitempty" doc:"buildId, or the attributes of a bucket's notification"`
+		Data       []byte            `json:"data,omitempty" maxLength:"65536" doc:"if there are no such attributes: {\"buildId\": …}"`
 	} `json:"message"`
 }
 
@@ -55,7 +55,7 @@ func (t table) eventRoutes() {
 			auth.Announce,
 			http.MethodPost,
 			"/v1/releases/push",
-			"Hear of a COS build by Cloud Pub/Sub; a message about anything else is dropped",
+			"Accept a message of Cloud Pub/Sub about a COS build; other messages are dropped",
 			http.StatusNoContent,
 		),
 		func(ctx context.Context, in *body[PushedMessage]) (*struct{}, error) {

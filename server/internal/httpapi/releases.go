@@ -19,7 +19,7 @@ func (t table) releases() {
 			"announce-release", auth.Announce,
 			http.MethodPost,
 			"/v1/releases",
-			"Announce a COS build: it is looked up and planned at once",
+			"Announce a COS build: the server looks it up and queues builds for it at once",
 			http.StatusOK,
 		),
 		func(ctx context.Context, in *body[api.ReleaseNote]) (*body[api.Release], error) {
@@ -28,7 +28,7 @@ func (t table) releases() {
 	)
 	huma.Register(
 		t,
-		t.read("list-releases", "/v1/releases", "List COS builds with how far their cells are, newest first"),
+		t.read("list-releases", "/v1/releases", "List COS builds with the states of their cells, newest first"),
 		func(ctx context.Context, in *struct {
 			PageQuery
 			Board     string `query:"board" doc:"only kernels of this board"`
@@ -52,10 +52,10 @@ func (t table) releases() {
 		t.read(
 			"read-ready-times",
 			"/v1/ready-times",
-			"Read how long cells took from a release's being seen until they were ready",
+			"Read how long cells took from the discovery of their COS build until they were ready",
 		),
 		func(ctx context.Context, in *struct {
-			Days int `query:"days" minimum:"1" maximum:"3660" default:"30" doc:"cells that became ready within so many days"`
+			Days int `query:"days" minimum:"1" maximum:"3660" default:"30" doc:"only cells that became ready within this number of days"`
 		}) (*body[api.ReadyDuration], error) {
 			return answer(cat.ReadyTimes(ctx, in.Days))
 		},

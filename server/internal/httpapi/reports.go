@@ -16,7 +16,7 @@ func (t table) coverage() {
 	cat := t.Catalogue
 	huma.Register(
 		t,
-		t.read("read-coverage", "/v1/coverage", "Read how much of what wish lists want is there"),
+		t.read("read-coverage", "/v1/coverage", "Read how much of the desired matrix is published"),
 		func(ctx context.Context, _ *struct{}) (*body[api.Coverage], error) {
 			return answer(cat.Coverage(ctx))
 		},
@@ -57,18 +57,18 @@ func (t table) reports() {
 	)
 	huma.Register(
 		t,
-		t.read("read-reports", "/v1/reports", "Count the reports of nodes about an artifact, or about those of a COS build"),
+		t.read("read-reports", "/v1/reports", "Count the nodes' reports; filter them by artifact, BUILD_ID or board"),
 		func(ctx context.Context, in *struct {
-			Digest  string `query:"digest" doc:"only of this artifact, sha256:…"`
-			BuildID string `query:"buildId" doc:"only of nodes of this BUILD_ID"`
-			Board   string `query:"board" doc:"only of nodes of this board"`
+			Digest  string `query:"digest" doc:"only reports about this artifact, sha256:…"`
+			BuildID string `query:"buildId" doc:"only reports of nodes with this BUILD_ID"`
+			Board   string `query:"board" doc:"only reports of nodes with this board"`
 		}) (*body[[]api.ReportCounts], error) {
 			return answer(cat.Reports(ctx, in.Digest, in.BuildID, in.Board))
 		},
 	)
 	huma.Register(
 		t,
-		t.read("list-quarantine", "/v1/quarantine", "List the artifacts that did not load on several nodes, newest first"),
+		t.read("list-quarantine", "/v1/quarantine", "List the artifacts in quarantine, newest first"),
 		func(ctx context.Context, in *struct{ PageQuery }) (*list[api.Quarantine], error) {
 			all, next, err := cat.Quarantined(ctx, in.page())
 			return pageAnswer(&in.PageQuery, all, next, err)

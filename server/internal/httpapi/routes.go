@@ -35,14 +35,14 @@ func answer[T any](v T, err error) (*body[T], error) {
 
 // list is an answer with a page of a list.
 type list[T any] struct {
-	Link string `header:"Link" doc:"with rel=next the next page, where there is one (RFC 8288)"`
+	Link string `header:"Link" doc:"link to the next page (rel=next), if there is one (RFC 8288)"`
 	Body []T
 }
 
 // PageQuery is the input that says which page of a list to return.
 type PageQuery struct {
-	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page (kernels, for cells and matrices); 0 is 100"`
-	After string `query:"after" maxLength:"1024" doc:"cursor of the page before, from its Link header"`
+	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"maximum number of entries of the page (of kernels, for cells and matrices); 0 means 100"`
+	After string `query:"after" maxLength:"1024" doc:"cursor from the Link header of the previous page"`
 
 	at url.URL
 }
@@ -83,7 +83,7 @@ func (k *KernelQuery) filter() store.KernelFilter {
 // GKEQuery is a [KernelQuery] that can also choose kernels by the GKE version whose nodes boot them.
 type GKEQuery struct {
 	KernelQuery
-	GKE string `query:"gke" doc:"version of GKE whose nodes boot the kernel, or how one begins: 1.33"`
+	GKE string `query:"gke" doc:"version of GKE whose nodes boot the kernel, or the beginning of a version: 1.33"`
 }
 
 func (k *GKEQuery) filter() store.KernelFilter {
@@ -248,10 +248,10 @@ func (t table) lists() {
 
 func (t table) cells() {
 	cat := t.Catalogue
-	huma.Register(t, t.read("resolve", "/v1/resolve", "Ask what a node should run"), func(ctx context.Context, in *struct {
+	huma.Register(t, t.read("resolve", "/v1/resolve", "Ask for a node's artifact"), func(ctx context.Context, in *struct {
 		BuildID string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
 		Board   string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
-		Driver  string `query:"driver" doc:"default (the default), latest, a branch, each also for a type of GPU as in default@NVIDIA_L4, or a version"`
+		Driver  string `query:"driver" doc:"default (the default), latest or a branch, each also for a type of GPU as in default@NVIDIA_L4; or a version"`
 		Flavour string `query:"flavour" doc:"auto (the default), proprietary or open"`
 		Release string `query:"release" doc:"uname -r of the node; a release other than the kernel's is refused"`
 	}) (*body[api.Resolution], error) {
@@ -322,13 +322,13 @@ func (t table) builds() {
 	read := t.read(
 		"read-log",
 		"/v1/builds/{id}/log",
-		"Read a build's log, of a running build the part so far; range requests work",
+		"Read a build's log, or the log so far if the build runs; range requests work",
 	)
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{
 		strconv.Itoa(http.StatusOK): {Description: "the log", Content: text},
 		strconv.Itoa(http.StatusPartialContent): {
-			Description: "the range of the log that was asked for",
+			Description: "the requested range of the log",
 			Content:     text,
 		},
 		strconv.Itoa(http.StatusRequestedRangeNotSatisfiable): {Description: "the log has no such range", Content: text},
@@ -338,7 +338,7 @@ func (t table) builds() {
 		"put-log", auth.Build,
 		http.MethodPut,
 		"/v1/builds/{id}/log",
-		"Store a build's log in place of the one before",
+		"Store a build's log, in place of an earlier log",
 		http.StatusNoContent,
 	)
 	write.Parameters = read.Parameters

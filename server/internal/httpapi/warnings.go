@@ -12,7 +12,7 @@ func (t table) warnings() {
 	cat := t.Catalogue
 	huma.Register(
 		t,
-		t.read("list-warnings", "/v1/warnings", "List the breaks that early-warning entries of wish lists found"),
+		t.read("list-warnings", "/v1/warnings", "List the failures that early-warning entries of wish lists found"),
 		func(ctx context.Context, _ *struct{}) (*body[[]api.Warning], error) {
 			return answer(cat.Warnings(ctx))
 		},

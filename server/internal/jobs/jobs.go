@@ -193,7 +193,7 @@ func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	case at.Ended:
 		why := at.Error
 		if why == "" {
-			why = "the worker reported no outcome"
+			why = "the worker reported no result"
 		}
 		s.Log.WarnContext(ctx, "build abandoned", "build", b.ID, "err", why)
 		return s.Catalogue.Abandon(

@@ -98,7 +98,7 @@ func TestSweep(t *testing.T) {
 			queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "the worker ended during the build"},
 			[]string{"abandon: the job ended as discarded after 5 attempts: the worker ended during the build"}},
 		{"ended without a report", api.Queued, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1},
-			[]string{"abandon: the job ended as completed after 1 attempts: the worker reported no outcome"}},
+			[]string{"abandon: the job ended as completed after 1 attempts: the worker reported no result"}},
 	}
 	for _, row := range rows {
 		w := &world{open: []api.Build{{ID: 1, State: row.state}}, standing: map[int64]queue.JobState{1: row.at}}

@@ -70,7 +70,7 @@ func (s *Store) GetBlobRange(
 	}
 	if offset0 < 0 || offset0 > offset1 {
 		return nil, errors.Join(
-			fmt.Errorf("%w: the request is for bytes %d to %d, but the blob has %d bytes", ociregistry.ErrRangeInvalid,
+			fmt.Errorf("%w: the request is for the bytes from %d to %d, but the blob has %d bytes", ociregistry.ErrRangeInvalid,
 				offset0, offset1, size),
 			f.Close(),
 		)

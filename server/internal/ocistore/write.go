@@ -48,9 +48,9 @@ func (s *Store) PushBlob(
 	}
 	switch {
 	case count.n > MaxBlob || (desc.Size >= 0 && count.n != desc.Size):
-		err = fmt.Errorf("%w: the content has %d bytes", ociregistry.ErrSizeInvalid, count.n)
+		err = fmt.Errorf("%w: the uploaded content has %d bytes", ociregistry.ErrSizeInvalid, count.n)
 	case seen.Digest() != desc.Digest:
-		err = fmt.Errorf("%w: the content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
+		err = fmt.Errorf("%w: the uploaded content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
 	}
 	if err != nil {
 		return desc, errors.Join(err, s.root.Remove(name))
@@ -239,7 +239,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 		return desc, err
 	}
 	if seen.Digest() != d {
-		err := fmt.Errorf("%w: the content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
+		err := fmt.Errorf("%w: the uploaded content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
 		return desc, errors.Join(err, u.Cancel())
 	}
 	if err := u.s.moveToFinal(name, blobPath(sum)); err != nil {
@@ -379,7 +379,7 @@ func (s *Store) parseAndCheck(ctx context.Context, repo string, content []byte, 
 		return m, invalid("%v", err)
 	}
 	if m.MediaType != "" && m.MediaType != mediaType {
-		return m, invalid("the request has media type %q, but the manifest has %q", mediaType, m.MediaType)
+		return m, invalid("the request has media type %q, but the manifest has media type %q", mediaType, m.MediaType)
 	}
 	if mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerList {
 		if m.Config != nil || len(m.Layers) > 0 {
@@ -404,7 +404,7 @@ func (s *Store) parseAndCheck(ctx context.Context, repo string, content []byte, 
 			return m, missing("blob", d.Digest, err)
 		}
 		if size != d.Size {
-			return m, invalid("blob %s has %d bytes, but the manifest says %d", d.Digest, size, d.Size)
+			return m, invalid("blob %s has %d bytes, but the manifest says %d bytes", d.Digest, size, d.Size)
 		}
 	}
 	return m, nil

@@ -64,7 +64,7 @@ func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, 
 func (tx *Tx) PutDriver(ctx context.Context, d api.DriverRelease) error {
 	flavours, err := json.Marshal(append([]target.Flavour{}, d.Flavours...))
 	if err != nil {
-		return fmt.Errorf("encode flavours of %s: %w", d.Version, err)
+		return fmt.Errorf("encode the flavours of driver %s: %w", d.Version, err)
 	}
 	tx.touch(d.Version)
 	_, err = tx.ExecContext(ctx, `

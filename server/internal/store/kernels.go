@@ -155,11 +155,11 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
 	branches, err := encodeMap(k.Branches)
 	if err != nil {
-		return fmt.Errorf("encode branches of %s: %w", k, err)
+		return fmt.Errorf("encode the branches of kernel %s: %w", k, err)
 	}
 	gpus, err := encodeMap(k.GPUs)
 	if err != nil {
-		return fmt.Errorf("encode GPUs of %s: %w", k, err)
+		return fmt.Errorf("encode the GPUs of kernel %s: %w", k, err)
 	}
 	tx.touch(k.String())
 	_, err = tx.ExecContext(ctx, `
@@ -194,7 +194,7 @@ func encodeMap[T any](m map[string]T) (string, error) {
 func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
 	text, err := json.Marshal(append([]string{}, versions...))
 	if err != nil {
-		return fmt.Errorf("encode GKE versions of %s/%s: %w", buildID, board, err)
+		return fmt.Errorf("encode the GKE versions of kernel %s/%s: %w", buildID, board, err)
 	}
 	tx.touch(buildID + "/" + board)
 	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID,

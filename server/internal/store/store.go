@@ -84,7 +84,7 @@ func open(rawURL string) (*Store, error) {
 		if !filepath.IsAbs(file) {
 			return nil, fault.New(
 				fault.Usage,
-				fmt.Sprintf("sqlite path %q is not absolute", file),
+				fmt.Sprintf("the path %q of the SQLite file is not absolute", file),
 				"write sqlite:///abs/path/catalogue.db",
 			)
 		}

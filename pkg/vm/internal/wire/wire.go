@@ -138,14 +138,14 @@ func (e Event) check() error {
 		return nil
 	case Begin, Output, End:
 		if e.Step < 0 {
-			return fmt.Errorf("step %d: want an index", e.Step)
+			return fmt.Errorf("step %d: want 0 or more", e.Step)
 		}
 		if e.Type == Output && e.Stream != "stdout" && e.Stream != "stderr" {
 			return fmt.Errorf("stream %q: want stdout or stderr", e.Stream)
 		}
 		return nil
 	}
-	return fmt.Errorf("type %q: not in the protocol", e.Type)
+	return fmt.Errorf("the protocol has no event of type %q", e.Type)
 }
 
 func readLine(in *bufio.Reader) ([]byte, error) {
@@ -153,7 +153,7 @@ func readLine(in *bufio.Reader) ([]byte, error) {
 	for {
 		part, err := in.ReadSlice('\n')
 		if len(line)+len(part) > MaxLine {
-			return nil, fmt.Errorf("line of more than %d bytes", MaxLine)
+			return nil, fmt.Errorf("the line has more than %d bytes", MaxLine)
 		}
 		line = append(line, part...)
 		if errors.Is(err, bufio.ErrBufferFull) {

@@ -39,10 +39,10 @@ func TestReadRefuses(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, stream, want string }{
 		{"no JSON", "Booting...\n", "invalid character"},
-		{"unknown type", `{"type":"shrug"}` + "\n", "not in the protocol"},
-		{"negative step", `{"type":"begin","step":-1}` + "\n", "want an index"},
+		{"unknown type", `{"type":"shrug"}` + "\n", "the protocol has no event of type"},
+		{"negative step", `{"type":"begin","step":-1}` + "\n", "want 0 or more"},
 		{"unknown stream", `{"type":"output","stream":"stdnull"}` + "\n", "want stdout or stderr"},
-		{"endless line", strings.Repeat("x", MaxLine+1), "line of more than"},
+		{"endless line", strings.Repeat("x", MaxLine+1), "the line has more than"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
