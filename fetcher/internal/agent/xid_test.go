@@ -228,7 +228,8 @@ func TestXidOfMarkedGPU(t *testing.T) {
 		2:  func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid); state.Store(marked) },
 		12: set(unmarked),
 	}, 30)
-	want := []string{"ready ", "unusable the driver reports Xid 119 of GPU 0000:00:04: pid=1, Timeout",
+	counts := "unusable the driver reports Xid 119 of GPU 0000:00:04: pid=1, Timeout"
+	want := []string{"ready ", counts + "; NVML reports that GPU 00000000:00:04.0 needs a reset", counts,
 		noLonger + "Xid 119 of GPU 0000:00:04: pid=1, Timeout"}
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
