@@ -402,7 +402,7 @@ func foreign(facts *host.Facts, set *install.Set) []string {
 	return names
 }
 
-// record is the result of a run. fetcher status reads it.
+// record is the result of a run, or of a later check with another result. fetcher status reads it.
 type record struct {
 	Verdict gpucheck.Verdict `json:"verdict"`
 	At      time.Time        `json:"at"`
@@ -432,7 +432,7 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 	if err := writeRecord(store, rec); err != nil {
 		return err
 	}
-	a.xids.stored, a.xids.unsaved = rec.xidRecord, false
+	a.xids.unsaved = false
 	return nil
 }
 

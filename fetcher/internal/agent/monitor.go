@@ -49,11 +49,11 @@ const (
 const trustChecks = 10
 
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
-// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of GPU
-// errors. The modules stay loaded when it ends. If another process unloaded the modules and does not load them again,
-// Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer in
-// use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at each
-// check.
+// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of the
+// driver's state. The modules stay loaded when it ends. If another process unloaded the modules and does not load them
+// again, Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer
+// in use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at
+// each check.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -205,7 +205,7 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
 	}
 	if v, err = a.validate(ctx, set, kmod.Mark{}, a.newXids()); err == nil {
-		a.saveXids(ctx, store)
+		a.saveCheck(ctx, store, v)
 	}
 	return v, err
 }
@@ -217,7 +217,8 @@ type Status struct {
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is when a run last asked NVML; null means never in this boot.
+	// CheckedAt is when NVML was asked for this verdict, by a run or by a later check with another result; null means
+	// never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 

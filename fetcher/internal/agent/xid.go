@@ -28,8 +28,7 @@ type xidWatch struct {
 	// its last error, that it needs a reset.
 	good map[string]int
 	note string // says which errors no longer count
-	// stored is what the next process finds. unsaved means that an error came after that.
-	stored  xidRecord
+	// unsaved means that the record lacks an error.
 	unsaved bool
 }
 
@@ -54,7 +53,7 @@ func (a *Agent) newXids() []string {
 	if !x.begun {
 		x.begun = true
 		if rec := a.readRecord(); rec != nil {
-			x.stored, x.mark, x.lines = rec.xidRecord, rec.Log, rec.Xids
+			x.mark, x.lines = rec.Log, rec.Xids
 			x.good = map[string]int{}
 			for _, gpu := range rec.NeedReset {
 				x.good[gpu] = 0
@@ -111,12 +110,12 @@ func (x *xidWatch) record(lines []string) xidRecord {
 	return rec
 }
 
-// saveXids stores the errors for the next process if they changed: the kernel log drops old lines. It clears the errors
-// of GPUs that were reset, as NVML's answers show. The driver does not log each reset. A GPU that never needed a reset
-// by NVML's answers keeps its error. Healthy answers alone prove nothing: many fatal errors leave them as they are. Nor
-// do healthy answers after failed ones: the GPU's firmware may be too slow for one call and answer the next (Xid 119),
-// and NVIDIA demands a reset then, too.
-func (a *Agent) saveXids(ctx context.Context, store *install.Store) {
+// saveCheck stores the result of a check for the next process. It clears the errors of GPUs that were reset, as NVML's
+// answers show. The driver does not log each reset. A GPU that never needed a reset by NVML's answers keeps its error.
+// Healthy answers alone prove nothing: many fatal errors leave them as they are. Nor do healthy answers after failed
+// ones: the GPU's firmware may be too slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then,
+// too.
+func (a *Agent) saveCheck(ctx context.Context, store *install.Store, v gpucheck.Verdict) {
 	x := &a.xids
 	var rest, cleared []string
 	for _, line := range x.lines {
@@ -126,16 +125,11 @@ func (a *Agent) saveXids(ctx context.Context, store *install.Store) {
 			rest = append(rest, line)
 		}
 	}
-	rec := x.record(rest)
-	if !x.unsaved && slices.Equal(rec.Xids, x.stored.Xids) && slices.Equal(rec.NeedReset, x.stored.NeedReset) {
+	if err := a.storeCheck(store, x.record(rest), v); err != nil { // the next check tries again
+		a.parts.Log.WarnContext(ctx, "could not record the check of the driver", "err", err)
 		return
 	}
-	if err := a.storeXids(store, rec); err != nil { // the next check tries again
-		a.parts.Log.WarnContext(ctx, "could not record the errors of the GPUs", "err", err)
-		return
-	}
-	x.stored, x.unsaved = rec, false
-	if len(cleared) == 0 {
+	if x.unsaved = false; len(cleared) == 0 {
 		return
 	}
 	for _, line := range cleared {
@@ -148,17 +142,31 @@ func (a *Agent) saveXids(ctx context.Context, store *install.Store) {
 	a.parts.Log.InfoContext(ctx, "cleared the error of a GPU that works again", "reason", x.note)
 }
 
-// storeXids writes the errors to the record of the last run.
-func (a *Agent) storeXids(store *install.Store, x xidRecord) (err error) {
+// storeCheck writes the errors and the verdict of a check to the record, if they changed: the kernel log drops old
+// lines, and the GPUs may have changed since the last run.
+func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verdict) (err error) {
+	rec := a.readRecord()
+	if rec == nil || !a.xids.unsaved && !rec.differs(v) && slices.Equal(rec.Xids, xids.Xids) &&
+		slices.Equal(rec.NeedReset, xids.NeedReset) {
+		return nil // without a record, the next process starts at the end of the log
+	}
 	unlock, err := store.Lock(googleLock) // a run of another process writes the same file
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	rec := a.readRecord()
-	if rec == nil { // the next process then starts at the end of the log
+	if rec = a.readRecord(); rec == nil {
 		return nil
 	}
-	rec.xidRecord = x
+	if rec.xidRecord = xids; rec.differs(v) {
+		rec.Verdict, rec.At = v, a.parts.Now().UTC()
+	}
 	return writeRecord(store, *rec)
+}
+
+// differs reports whether NVML's answer in a verdict on the same driver changed its state or the number of usable GPUs.
+// Without an answer, a verdict says nothing about what the driver can do.
+func (rec *record) differs(v gpucheck.Verdict) bool {
+	return v.NVML.Version != "" && v.NVML.Error == "" && v.Digest == rec.Verdict.Digest &&
+		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs)
 }

@@ -421,3 +421,33 @@ func TestRecoveryActionBlamesNoDriver(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckIsRecorded checks that fetcher status has the result of the last check of fetcher run, and that a new driver
+// is not rolled back because of a GPU that was lost before its load.
+func TestCheckIsRecorded(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	state := &atomic.Int32{}
+	n.parts.Probe = repairable{probe{n.root, 1}, state}
+	a := agent.New(n.cfg, n.parts)
+	for _, row := range []struct {
+		state int32
+		want  gpucheck.State
+	}{
+		{healthy, gpucheck.Ready}, {lost, gpucheck.Unusable}, {healthy, gpucheck.Ready}, {marked, gpucheck.Unusable},
+		{unasked, gpucheck.Unusable}, {healthy, gpucheck.Ready}, {unasked, gpucheck.Ready}, {lost, gpucheck.Unusable},
+	} {
+		state.Store(row.state)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		if err := a.Monitor(ctx, time.Millisecond, watcher(func(gpucheck.Verdict) { cancel() })); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := a.Status(t.Context()); err != nil || s.Verdict.State != row.want || s.CheckedAt == nil {
+			t.Errorf("Status after a check in state %d = %+v, %v; want %s", row.state, s, err, row.want)
+		}
+	}
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest || !r.Changed {
+		t.Errorf("Run = %+v, %v; want the new driver active, and unusable", r.Verdict, err)
+	}
+}
