@@ -25,9 +25,9 @@ func runCommand() *ucli.Command {
 	return cli.WithConfig(&ucli.Command{
 		Name:  "run",
 		Usage: "install and load the node's driver, then watch it",
-		Description: `If no driver is ready, run ends with the exit status of the cause, and kubelet
-or systemd starts run again. If a driver works but another driver is wanted, run
-keeps the first, reports why, and retries. On SIGTERM the modules stay loaded.
+		Description: `If no driver is loaded, run ends with the exit status of the cause, and kubelet
+or systemd starts run again. If a loaded driver cannot use a GPU, or another one
+is wanted, run reports it and retries. On SIGTERM the modules stay loaded.
 
 Examples:
   fetcher run --server https://prebake.example --listen :8441
@@ -76,11 +76,11 @@ const checkTimeout = 3 * time.Minute
 // while it waits for the network. It does not check while it replaces the driver.
 const runTimeout = 15 * time.Minute
 
-// retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run left
-// the node with another driver than the wanted one.
+// retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run
+// ended with an error, or left the node with another driver than the wanted one.
 const retryChecks = 10
 
-// runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.
+// runAndWatch installs the node's driver. While a driver is loaded, it watches the driver until ctx ends.
 func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := &listeners{server: report.New(time.Now)}
 	a.Watch(outside)
@@ -223,33 +223,33 @@ func (k daemon) stay(ctx context.Context) error {
 	if v, ok := k.quickVerdict(ctx); ok {
 		k.outside.Report(v)
 	}
-	ready := false
+	watched := false // a driver is loaded that this program must keep watching
 	for {
-		if ready {
+		if watched {
 			k.outside.Watch(runTimeout)
 		} else {
 			k.outside.Watch(0) // the run may compile a driver before there is a verdict
 		}
 		var pending error
+		var last gpucheck.Verdict
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
-			if err == nil && r.Pending != "" {
-				pending = errors.New(r.Pending) // this run reported no error, but an earlier reason still holds
+			if r.Pending != "" {
+				pending = errors.New(r.Pending) // even without an error of this run, an earlier reason still holds
 			}
-			if r.Verdict.State != "" { // without a verdict, the verdict of the last check stays
-				k.outside.Report(r.Verdict)
-				// In state Starting, NVLink's fabric manager is missing. It starts only after the driver.
-				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
+			if last = r.Verdict; last.State != "" { // without a verdict, the verdict of the last check stays
+				k.outside.Report(last)
+				watched = mustWatch(last)
 			} else if err != nil {
 				// If no driver was ready before, report the error with the present state. A driver that was ready stays the answer,
 				// unless this run unloaded it and could not load it again.
 				v, ok := k.quickVerdict(ctx)
 				switch {
-				case ok && (!ready || v.NotLoaded()):
+				case ok && (!watched || v.NotLoaded()):
 					k.reportFailure(v, err)
-					ready = false
+					watched = false
 				// An earlier process found the driver ready, and this one could not check it.
-				case !ok && !ready && v.State == gpucheck.Ready && !fault.Is(err, fault.Busy):
+				case !ok && !watched && v.State == gpucheck.Ready && !fault.Is(err, fault.Busy):
 					v.State = gpucheck.Loaded
 					k.reportFailure(v, err)
 				}
@@ -257,16 +257,17 @@ func (k daemon) stay(ctx context.Context) error {
 			k.outside.server.ReportRun(r.Phases, err)
 			return r, err
 		})
-		if ctx.Err() != nil || k.once || err != nil && !ready {
+		if ctx.Err() != nil || k.once || err != nil && !watched {
 			return err
 		}
-		if err != nil {
-			pending = err
+		retry := err != nil || pending != nil
+		if rest := besides(err, last); rest != nil {
+			pending = rest
 		}
 		k.pending(pending)
 		watch, stop := ctx, func() {}
-		if pending != nil {
-			// The loaded driver works, so keep running: kubelet or systemd would only restart this program again and again.
+		if retry {
+			// The driver is loaded, so keep running: kubelet or systemd would only restart this program again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed
@@ -276,13 +277,46 @@ func (k daemon) stay(ctx context.Context) error {
 		switch {
 		case ctx.Err() != nil:
 		case errors.Is(held, agent.ErrNotLoaded):
-			ready = false
+			watched = false
 			continue
 		case errors.Is(held, agent.ErrRollback):
 			continue
 		}
-		if held != nil || ctx.Err() != nil || pending == nil {
+		if held != nil || ctx.Err() != nil || !retry {
 			return held
 		}
 	}
+}
+
+// mustWatch reports whether the daemon must watch a driver with this verdict. In state Starting, NVLink's fabric
+// manager is missing. It starts only after the driver. Somebody may reset a GPU that the loaded driver cannot use, and
+// only a program that watches the GPU notices that.
+func mustWatch(v gpucheck.Verdict) bool {
+	switch v.State {
+	case gpucheck.Ready, gpucheck.Starting:
+		return true
+	case gpucheck.Unusable:
+		return !v.NotLoaded()
+	}
+	return false
+}
+
+// besides returns what is joined in err other than the error of a verdict. The verdict itself was reported.
+func besides(err error, v gpucheck.Verdict) error {
+	var p *gpucheck.Problem
+	if !errors.As(err, &p) {
+		return err
+	}
+	var joined interface{ Unwrap() []error }
+	if errors.As(err, &joined) {
+		var rest []error
+		for _, e := range joined.Unwrap() {
+			rest = append(rest, besides(e, v))
+		}
+		return errors.Join(rest...)
+	}
+	if p.IsOf(v) {
+		return nil
+	}
+	return err
 }

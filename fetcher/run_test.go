@@ -285,6 +285,63 @@ func TestDriverThatDisappears(t *testing.T) {
 	}
 }
 
+// TestUnusableIsWatched checks that the daemon watches a loaded driver that cannot use a GPU, from its first run on:
+// somebody may reset the GPU. It runs again, because another driver may be able to use it. What it reports as pending
+// is why the node lacks the wanted driver, and not the verdict once more.
+func TestUnusableIsWatched(t *testing.T) {
+	t.Parallel()
+	broken := gpucheck.Verdict{State: gpucheck.Unusable, Reason: "the driver reports Xid 79", Digest: "sha256:a",
+		Modules: readyVerdict.Modules}
+	other := broken
+	other.Digest = "sha256:b"
+	for _, row := range []struct {
+		name   string
+		report agent.Report
+		err    error
+		want   string // the pending reason
+	}{
+		{"the wanted driver", agent.Report{Verdict: broken}, broken.Err(), ""},
+		{"with others joined", agent.Report{Verdict: broken}, errors.Join(errors.Join(broken.Err(), nil),
+			fault.New(fault.Busy, "another driver is wanted", "wait")), "another driver is wanted"},
+		{"a rollback waits", agent.Report{Verdict: broken, Pending: "a rollback waits"}, broken.Err(), "a rollback waits"},
+		{"after a rollback", agent.Report{Verdict: broken}, other.Err(), other.Err().Error()},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			out := report.New(time.Now)
+			node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
+				if n == 1 {
+					return &row.report, row.err
+				}
+				return &agent.Report{Verdict: readyVerdict}, nil
+			}, watch: func(ctx context.Context, n int) error {
+				if n == 1 {
+					if ready, healthy := status(out, "/readyz"), status(out, "/healthz"); ready != 503 || healthy != 200 {
+						t.Errorf("%s: /readyz = %d, /healthz = %d; want 503, 200", row.name, ready, healthy)
+					}
+					<-ctx.Done()
+				}
+				return nil
+			}}
+			var pending []string
+			k := daemonOf(node, out, unloadedState)
+			k.pending = func(err error) {
+				if err != nil {
+					pending = append(pending, err.Error())
+				}
+			}
+			start := time.Now()
+			err := k.stay(t.Context())
+			if took := time.Since(start); err != nil || node.runs != 2 || took != retryChecks*k.every {
+				t.Errorf("%s: stay = %v after %d runs and %v; want nil after 2 runs and %v", row.name, err, node.runs, took,
+					retryChecks*k.every)
+			}
+			if got := strings.Join(pending, "|"); got != row.want {
+				t.Errorf("%s: pending %q; want %q", row.name, got, row.want)
+			}
+		})
+	}
+}
+
 // TestNotedRollbackIsDone checks that the daemon runs again when a noted rollback becomes possible, and stays ready.
 func TestNotedRollbackIsDone(t *testing.T) {
 	t.Parallel()

@@ -109,14 +109,15 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if d.do != keep { // GPU errors from before the load no longer count
-			a.xids = xidWatch{load: mark, mark: mark}
+			a.xids = xidWatch{begun: true, mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
 		}
 		return string(r.Verdict.State), nil
 	})
-	if err == nil && r.Verdict.State == gpucheck.Unusable && changed && s.returnTo(before) && a.served(before, r.Verdict) {
+	if err == nil && r.Verdict.State == gpucheck.Unusable && !r.Verdict.OnlyReset && changed && s.returnTo(before) &&
+		a.served(before, r.Verdict) {
 		err = r.Verdict.Err()
 	}
 	if err != nil && changed {
@@ -271,7 +272,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
-			a.xids = xidWatch{load: mark, mark: mark}
+			a.xids = xidWatch{begun: true, mark: mark}
 			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
 				errs = append(errs, err)
 			} else {
@@ -359,6 +360,7 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary), a.cfg.Persistence); err != nil {
 			return gpucheck.Verdict{}, err
 		}
+		a.xids.compare(f.NVML)
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	f.Since = xids
@@ -400,17 +402,14 @@ func foreign(facts *host.Facts, set *install.Set) []string {
 	return names
 }
 
-// record is the result of a run. fetcher status reads it.
+// record is the result of a run, or of a later check with another result. fetcher status reads it.
 type record struct {
 	Verdict gpucheck.Verdict `json:"verdict"`
 	At      time.Time        `json:"at"`
 	BootID  string           `json:"bootId"`
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
-	// Log is the position in the kernel log before the load of the driver, or before its first check. It is valid only in
-	// the boot with the id BootID. Xids are the fatal GPU errors that count at this position.
-	Log  kmod.Mark `json:"kernelLog,omitzero"`
-	Xids []string  `json:"xids,omitempty"`
+	xidRecord
 }
 
 // execFile has the id of the boot in which this program mounted the install folder with exec.
@@ -420,7 +419,7 @@ const recordFile = ".prebake/verdict.json"
 
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
-		Log: a.xids.load, Xids: a.xids.before}
+		xidRecord: a.xids.record(a.xids.lines)}
 	// A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
@@ -430,7 +429,11 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")
 		}
 	}
-	return writeRecord(store, rec)
+	if err := writeRecord(store, rec); err != nil {
+		return err
+	}
+	a.xids.unsaved = false
+	return nil
 }
 
 func writeRecord(store *install.Store, rec record) error {

@@ -20,6 +20,8 @@ type kernel struct {
 	// die is the module and version whose load kills the program. open is the module and version that a program opens
 	// after the load.
 	die, open string
+	// says has the line that the kernel logs at the load of a module and version.
+	says map[string]string
 	// ids means that the kernel reports the modules' build ids.
 	ids bool
 
@@ -42,6 +44,9 @@ func (k *kernel) InitModule(image []byte, params string) error {
 	if errno, ok := k.refuse[m.Name+" "+m.Version]; ok {
 		k.log = append(k.log, "<4>[    9.000001] NVRM: "+m.Name+" says "+errno.Error())
 		return errno
+	}
+	if line := k.says[m.Name+" "+m.Version]; line != "" {
+		k.log = append(k.log, line)
 	}
 	if m.Name == "nvidia" {
 		k.must(os.MkdirAll(filepath.Join(k.root, "proc/driver/nvidia"), 0o755))

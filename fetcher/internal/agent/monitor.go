@@ -49,17 +49,17 @@ const (
 const trustChecks = 10
 
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
-// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of GPU
-// errors. The modules stay loaded when it ends. If another process unloaded the modules and does not load them again,
-// Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer in
-// use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at each
-// check.
+// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of the
+// driver's state. The modules stay loaded when it ends. If another process unloaded the modules and does not load them
+// again, Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer
+// in use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at
+// each check.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	last := gpucheck.Ready
-	if a.cfg.NoLoad {
-		last = gpucheck.Staged
+	if rec := a.readRecord(); rec != nil {
+		last = rec.Verdict.State
 	}
 	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
 	distrust := ""                   // why the active driver would not be loaded now
@@ -205,19 +205,20 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
 	}
 	if v, err = a.validate(ctx, set, kmod.Mark{}, a.newXids()); err == nil {
-		a.clearXids(ctx, store, v.NVML)
+		a.saveCheck(ctx, store, v)
 	}
 	return v, err
 }
 
-// Status is the state of a node, as its disk, /proc and NVML report it.
+// Status is the state of a node, as its disk, /proc, the kernel log and NVML report it.
 type Status struct {
 	Host *host.Facts `json:"host"`
 	// Installed is the active driver. Previous was active before it. null means none.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is when a run last asked NVML; null means never in this boot.
+	// CheckedAt is when NVML was asked for this verdict, by a run or by a later check with another result; null means
+	// never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
@@ -256,7 +257,8 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	return gpucheck.JudgeForeign(f)
 }
 
-// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and uses no network.
+// Status reads the disk, /proc and the kernel log, and asks NVML about a foreign driver. It changes nothing and uses no
+// network.
 func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
 
 // status reads the node's state. It asks NVML about a foreign driver only if ask is true.
@@ -299,6 +301,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	staged := false
 	if rec := a.readRecord(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
 		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
+		f.Since = a.xidsSince(rec.xidRecord)
 		staged = rec.Verdict.State == gpucheck.Staged && len(facts.Modules) == 0
 	}
 	s.Verdict = judgeStatus(f, facts, s.Installed, staged)

@@ -3,6 +3,7 @@ package agent
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"io/fs"
 	"strings"
 
@@ -14,9 +15,11 @@ import (
 )
 
 // reportTried sends the result of an activation to Parts.Tried. It skips results that say nothing about the driver: a
-// node without a GPU, or an NVLink fabric that still starts.
+// node without a GPU, a GPU that needs a reset, or an NVLink fabric that still starts.
 func (a *Agent) reportTried(what string, set *install.Set, verdict string, why error) {
-	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) {
+	var p *gpucheck.Problem
+	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) ||
+		errors.As(why, &p) && p.Verdict.OnlyReset {
 		return
 	}
 	r := api.NodeReport{Driver: set.Driver, Digest: set.Digest, Outcome: api.Loaded, Node: a.nodeID()}

@@ -16,98 +16,157 @@ import (
 // answersAgain checks in a row.
 const answersAgain = 5
 
-// xidWatch has the fatal GPU errors in the kernel log since this program loaded the driver, or first checked it.
+// xidWatch has the fatal GPU errors in the kernel log since the load of the driver, or since its first check in this
+// boot.
 type xidWatch struct {
-	// load is the log's position at that time, and before has the errors that counted there. mark is the position up to
-	// which the log was read.
-	load, mark kmod.Mark
-	before     []string
-	lines      []string // the errors that count now, at most one of each GPU
+	// begun is true after the load by this process, or after the first read of the log.
+	begun bool
+	// mark is the position up to which the log was read. lines has the errors that count there, at most one of each GPU.
+	mark  kmod.Mark
+	lines []string
 	// good has the number of healthy answers in a row, by the GPU of an error. A GPU is missing until NVML has said, since
 	// its last error, that it needs a reset.
 	good map[string]int
 	note string // says which errors no longer count
+	// unsaved means that the record lacks an error.
+	unsaved bool
+}
+
+// xidRecord is the part of a record from which the next process of the same boot continues.
+type xidRecord struct {
+	// Log is a position in the kernel log. Xids are the fatal GPU errors that count there.
+	Log  kmod.Mark `json:"kernelLog,omitzero"`
+	Xids []string  `json:"xids,omitempty"`
+	// NeedReset has the GPUs of these errors of which NVML has said, after the error, that they need a reset.
+	NeedReset []string `json:"needReset,omitempty"`
+	// Fatal has the numbers of the errors that count as fatal for the program that wrote this. That program may have read
+	// lines after Log, too.
+	Fatal []int `json:"fatalXids,omitempty"`
 }
 
 // newXids reads the new lines of the kernel log and returns the lines with fatal errors that still count. A new process
-// continues from the position that an earlier process stored in this boot.
+// continues from the record of an earlier process of this boot. Of lines that the earlier one may have read, only the
+// errors count that are fatal for both.
 func (a *Agent) newXids() []string {
-	if a.xids.mark == (kmod.Mark{}) {
+	x := &a.xids
+	keep := gpucheck.KeepXids
+	if !x.begun {
+		x.begun = true
 		if rec := a.readRecord(); rec != nil {
-			a.xids = xidWatch{load: rec.Log, mark: rec.Log, before: rec.Xids, lines: slices.Clone(rec.Xids)}
+			x.mark, x.lines = rec.Log, rec.Xids
+			x.good = map[string]int{}
+			for _, gpu := range rec.NeedReset {
+				x.good[gpu] = 0
+			}
+			keep = func(lines []string) []string { return gpucheck.KeepJudgedXids(lines, rec.Fatal) }
 		}
 	}
-	lines, end := a.loader.Follow(a.xids.mark)
-	a.xids.mark = end
-	if a.xids.load == (kmod.Mark{}) {
-		a.xids.load = end
+	lines, end := a.loader.Follow(x.mark)
+	x.mark = end
+	for _, line := range keep(lines) { // a new error: whatever was seen before it proves nothing
+		delete(x.good, gpucheck.XidGPU(line))
+		x.note, x.unsaved = "", true
 	}
-	for _, line := range gpucheck.KeepXids(lines) { // a new error: whatever was seen before it proves nothing
-		delete(a.xids.good, gpucheck.XidGPU(line))
-		a.xids.note = ""
-	}
-	a.xids.lines = gpucheck.KeepXids(append(a.xids.lines, lines...))
-	return a.xids.lines
+	x.lines = keep(slices.Concat(x.lines, lines))
+	return x.lines
 }
 
-// clearXids clears the errors of GPUs that were reset, as NVML's answers show. The driver does not log each reset. A
-// GPU that never needed a reset by NVML's answers keeps its error. Healthy answers alone prove nothing: many fatal
-// errors leave them as they are. Healthy answers after failed ones prove nothing either: the GPU's firmware may be too
-// slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then, too.
-func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpucheck.NVML) {
+// xidsSince returns the fatal errors that count by a record and the kernel log.
+func (a *Agent) xidsSince(rec xidRecord) []string {
+	lines, _ := a.loader.Follow(rec.Log)
+	return gpucheck.KeepJudgedXids(slices.Concat(rec.Xids, lines), rec.Fatal)
+}
+
+// compare compares the GPUs of the errors with an answer of NVML.
+func (x *xidWatch) compare(nvml gpucheck.NVML) {
 	if nvml.Version == "" || nvml.Error != "" { // NVML as a whole does not answer, which says nothing about a GPU
 		return
 	}
-	var rest, cleared []string
-	for _, line := range a.xids.lines {
+	for _, line := range x.lines {
 		gpu := gpucheck.XidGPU(line)
-		n, broken := a.xids.good[gpu]
+		n, broken := x.good[gpu]
 		switch {
 		case nvml.NeedsReset(gpu):
-			if a.xids.good == nil {
-				a.xids.good = map[string]int{}
+			if x.good == nil {
+				x.good = map[string]int{}
 			}
-			n, a.xids.good[gpu] = 0, 0
+			x.good[gpu] = 0
 		case broken && nvml.Answers(gpu):
-			n++
-			a.xids.good[gpu] = n
+			x.good[gpu] = n + 1
 		case broken:
-			n, a.xids.good[gpu] = 0, 0
+			x.good[gpu] = 0
 		}
-		if broken && n >= answersAgain {
+	}
+}
+
+// record returns what the next process needs if these errors count.
+func (x *xidWatch) record(lines []string) xidRecord {
+	rec := xidRecord{Log: x.mark, Xids: slices.Clone(lines), Fatal: gpucheck.FatalNumbers()}
+	for _, line := range lines {
+		if _, broken := x.good[gpucheck.XidGPU(line)]; broken {
+			rec.NeedReset = append(rec.NeedReset, gpucheck.XidGPU(line))
+		}
+	}
+	return rec
+}
+
+// saveCheck stores the result of a check for the next process. It clears the errors of GPUs that were reset, as NVML's
+// answers show. The driver does not log each reset. A GPU that never needed a reset by NVML's answers keeps its error.
+// Healthy answers alone prove nothing: many fatal errors leave them as they are. Nor do healthy answers after failed
+// ones: the GPU's firmware may be too slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then,
+// too.
+func (a *Agent) saveCheck(ctx context.Context, store *install.Store, v gpucheck.Verdict) {
+	x := &a.xids
+	var rest, cleared []string
+	for _, line := range x.lines {
+		if n, broken := x.good[gpucheck.XidGPU(line)]; broken && n >= answersAgain {
 			cleared = append(cleared, line)
 		} else {
 			rest = append(rest, line)
 		}
 	}
-	if len(cleared) == 0 {
+	if err := a.storeCheck(store, x.record(rest), v); err != nil { // the next check tries again
+		a.parts.Log.WarnContext(ctx, "could not record the check of the driver", "err", err)
 		return
 	}
-	if err := a.storeXids(store, rest); err != nil { // the next check tries again
-		a.parts.Log.WarnContext(ctx, "could not clear the error of a GPU that works again", "err", err)
+	if x.unsaved = false; len(cleared) == 0 {
 		return
 	}
 	for _, line := range cleared {
-		delete(a.xids.good, gpucheck.XidGPU(line))
+		delete(x.good, gpucheck.XidGPU(line))
 	}
-	a.xids.load, a.xids.before, a.xids.lines = a.xids.mark, rest, slices.Clone(rest)
-	a.xids.note = fmt.Sprintf("NVML said that the GPU needs a reset, and then listed it as healthy in %d checks, so "+
+	x.lines = rest
+	x.note = fmt.Sprintf("NVML said that the GPU needs a reset, and then listed it as healthy in %d checks, so "+
 		"this no longer counts: %s",
 		answersAgain, strings.Join(gpucheck.FatalXids(cleared), "; "))
-	a.parts.Log.InfoContext(ctx, "cleared the error of a GPU that works again", "reason", a.xids.note)
+	a.parts.Log.InfoContext(ctx, "cleared the error of a GPU that works again", "reason", x.note)
 }
 
-// storeXids stores the errors that still count at the present position in the log, for the next process.
-func (a *Agent) storeXids(store *install.Store, lines []string) (err error) {
+// storeCheck writes the errors and the verdict of a check to the record, if they changed: the kernel log drops old
+// lines, and the GPUs may have changed since the last run.
+func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verdict) (err error) {
+	rec := a.readRecord()
+	if rec == nil || !a.xids.unsaved && !rec.differs(v) && slices.Equal(rec.Xids, xids.Xids) &&
+		slices.Equal(rec.NeedReset, xids.NeedReset) {
+		return nil // without a record, the next process starts at the end of the log
+	}
 	unlock, err := store.Lock(googleLock) // a run of another process writes the same file
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	rec := a.readRecord()
-	if rec == nil { // the next process then starts at the end of the log
+	if rec = a.readRecord(); rec == nil {
 		return nil
 	}
-	rec.Log, rec.Xids = a.xids.mark, lines
+	if rec.xidRecord = xids; rec.differs(v) {
+		rec.Verdict, rec.At = v, a.parts.Now().UTC()
+	}
 	return writeRecord(store, *rec)
+}
+
+// differs reports whether NVML's answer in a verdict on the same driver changed its state or the number of usable GPUs.
+// Without an answer, a verdict says nothing about what the driver can do.
+func (rec *record) differs(v gpucheck.Verdict) bool {
+	return v.NVML.Version != "" && v.NVML.Error == "" && v.Digest == rec.Verdict.Digest &&
+		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs)
 }

@@ -2,7 +2,12 @@ package agent_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -12,6 +17,9 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 const (
@@ -102,7 +110,7 @@ func (p repairable) Probe(ctx context.Context, library string, persist bool) (gp
 func watchGPU(t *testing.T, n *node, steps map[int]func(), checks int) (seen []string, last int) {
 	t.Helper()
 	a := agent.New(n.cfg, n.parts)
-	if _, err := a.Run(t.Context()); err != nil {
+	if _, err := a.Run(t.Context()); err != nil && !fault.Is(err, fault.Unusable) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -228,12 +236,218 @@ func TestXidOfMarkedGPU(t *testing.T) {
 		2:  func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid); state.Store(marked) },
 		12: set(unmarked),
 	}, 30)
-	want := []string{"ready ", "unusable the driver reports Xid 119 of GPU 0000:00:04: pid=1, Timeout",
+	counts := "unusable the driver reports Xid 119 of GPU 0000:00:04: pid=1, Timeout"
+	want := []string{"ready ", counts + "; NVML reports that GPU 00000000:00:04.0 needs a reset", counts,
 		noLonger + "Xid 119 of GPU 0000:00:04: pid=1, Timeout"}
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
 	if last != 12+6 {
 		t.Errorf("ready at check %d; want %d, after 5 healthy answers", last, 12+6)
+	}
+}
+
+// TestXidOfResetGPUAfterRestart restarts the program between the error of a GPU and its reset by hand. The same rule
+// applies as without a restart: NVML must have said that the GPU needs a reset, and then list it as healthy.
+func TestXidOfResetGPUAfterRestart(t *testing.T) {
+	t.Parallel()
+	const offTheBus = "NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus."
+	for _, row := range []struct {
+		name string
+		sees int32          // the GPU's state after the error, until the program ends
+		down func(n *node)  // what happens while no program runs
+		runs int32          // the GPU's state during the first run of the next program, which then finds it healthy
+		want gpucheck.State // the last verdict
+	}{
+		{"reset while no program ran", lost, func(*node) {}, healthy, gpucheck.Ready},
+		{"reset after the restart", lost, func(*node) {}, lost, gpucheck.Ready},
+		{"marked by the driver", marked, func(*node) {}, unmarked, gpucheck.Ready},
+		{"lost only after the restart", healthy, func(*node) {}, lost, gpucheck.Ready},
+		{"the log dropped the error", lost, func(n *node) { n.kernel.log = []string{"<6>[   90.000000] newer"} }, healthy,
+			gpucheck.Ready},
+		{"never needed a reset", healthy, func(*node) {}, healthy, gpucheck.Unusable},
+		{"another error", lost, func(n *node) { n.says("<3>[   80.000000] " + offTheBus) }, healthy, gpucheck.Unusable},
+	} {
+		n, state, _ := resettable(t)
+		set := func(to int32) func() { return func() { state.Store(to) } }
+		watchGPU(t, n, map[int]func(){2: func() { n.says("<3>[   21.000000] " + offTheBus) }, 3: set(row.sees)}, 6)
+		row.down(n)
+		state.Store(row.runs)
+		seen, last := watchGPU(t, n, map[int]func(){1: set(healthy)}, 30)
+		if got := seen[len(seen)-1]; !strings.HasPrefix(got, string(row.want)+" ") || row.want == gpucheck.Ready && last < 5 {
+			t.Errorf("%s: last verdict %q at check %d; want %s, after 5 healthy answers", row.name, got, last, row.want)
+		}
+		if got := seen[0]; !strings.HasPrefix(got, string(gpucheck.Unusable)) {
+			t.Errorf("%s: first verdict after the restart %q; want unusable", row.name, got)
+		}
+	}
+}
+
+// TestXidOutlivesLog checks that a new process knows an error that the kernel log has dropped meanwhile.
+func TestXidOutlivesLog(t *testing.T) {
+	t.Parallel()
+	n, _, run := resettable(t)
+	watchGPU(t, n, map[int]func(){2: func() { n.says(brokenGPU) }}, 4)
+	n.kernel.log = []string{"<6>[   90.000000] newer lines"}
+	s, err := agent.New(n.cfg, n.parts).Status(t.Context())
+	if err != nil || s.Verdict.State != gpucheck.Unusable || !strings.Contains(s.Verdict.Reason, "Xid 48") {
+		t.Errorf("Status = %+v, %v; want unusable, because of Xid 48", s, err)
+	}
+	if r := run(); r.Verdict.State != gpucheck.Unusable || !strings.Contains(r.Verdict.Reason, "Xid 48") {
+		t.Errorf("Run = %s %s; want unusable, because of Xid 48", r.Verdict.State, r.Verdict.Reason)
+	}
+}
+
+// TestStatusKnowsXids checks that fetcher status, and the verdict before a run, have the errors in the kernel log.
+func TestStatusKnowsXids(t *testing.T) {
+	t.Parallel()
+	n, _, run := resettable(t)
+	run()
+	for _, row := range []struct {
+		line string
+		want gpucheck.State
+	}{
+		{"<6>[   20.000000] NVRM: Xid (PCI:0000:00:04): 31, pid=1, MMU Fault", gpucheck.Ready},
+		{brokenGPU, gpucheck.Unusable}, {resetGPU, gpucheck.Ready},
+	} {
+		n.says(row.line)
+		a := agent.New(n.cfg, n.parts)
+		s, err := a.Status(t.Context())
+		if err != nil || s.Verdict.State != row.want {
+			t.Errorf("after %q: Status = %+v, %v; want %s", row.line, s, err, row.want)
+		}
+		if v, ok := a.QuickVerdict(t.Context()); v.State != row.want || ok != (row.want != gpucheck.Ready) {
+			t.Errorf("after %q: QuickVerdict = %s, %t; want %s", row.line, v.State, ok, row.want)
+		}
+	}
+}
+
+// changeRecord changes the record of the last run, as another release would have written it.
+func (n *node) changeRecord(t *testing.T, set map[string]any) {
+	t.Helper()
+	path := filepath.Join(n.root, installDir, ".prebake/verdict.json")
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rec map[string]any
+	if err := json.Unmarshal(raw, &rec); err != nil {
+		t.Fatal(err)
+	}
+	maps.Copy(rec, set)
+	maps.DeleteFunc(rec, func(_ string, value any) bool { return value == nil })
+	if raw, err = json.Marshal(rec); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, raw, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestXidsAfterUpgrade upgrades the program to a release that counts more errors as fatal. A line that the older one
+// passed over does not make the GPU unusable afterwards, at no start of the newer one. What was fatal already still
+// counts, and so does what comes later.
+func TestXidsAfterUpgrade(t *testing.T) {
+	t.Parallel()
+	xid := func(at, number int) string {
+		return fmt.Sprintf("<3>[   %d.000000] NVRM: Xid (PCI:0000:00:04): %d, pid=1, text", at, number)
+	}
+	first := map[string]any{"fatalXids": nil} // the first releases stored no list
+	for _, row := range []struct {
+		name   string
+		record map[string]any
+		lines  []string // logged while the older release ran
+		want   gpucheck.State
+		later  string // logged after the upgrade
+		then   gpucheck.State
+	}{
+		{"passed over by the first releases", first, []string{xid(20, 109)}, gpucheck.Ready, xid(30, 109),
+			gpucheck.Unusable},
+		{"fatal for all releases", first, []string{xid(20, 109), xid(21, 79)}, gpucheck.Unusable, "", gpucheck.Unusable},
+		{"of a MIG instance", first, []string{"<3>[   20.000000] NVRM: Xid (PCI:0000:00:04 GPU-I:01 GPU-CI:00): 119, x"},
+			gpucheck.Ready, xid(30, 120), gpucheck.Unusable},
+		{"passed over by a release with a list", map[string]any{"fatalXids": []int{46, 48}}, []string{xid(20, 79)},
+			gpucheck.Ready, xid(30, 79), gpucheck.Unusable},
+		{"in the list", map[string]any{"fatalXids": []int{46, 48}}, []string{xid(20, 48)}, gpucheck.Unusable, "",
+			gpucheck.Unusable},
+		{"no longer fatal", map[string]any{"fatalXids": []int{48, 155}, "xids": []string{xid(15, 155)}}, nil,
+			gpucheck.Ready, xid(30, 155), gpucheck.Ready},
+		{"the same release", nil, []string{xid(20, 109)}, gpucheck.Unusable, "", gpucheck.Unusable},
+	} {
+		n, _, run := resettable(t)
+		run()
+		n.changeRecord(t, row.record)
+		for _, line := range row.lines {
+			n.says(line)
+		}
+		for i := range 3 {
+			if r := run(); r.Verdict.State != row.want {
+				t.Errorf("%s: Run %d after the upgrade = %s %s; want %s", row.name, i, r.Verdict.State, r.Verdict.Reason, row.want)
+			}
+		}
+		if row.later != "" {
+			n.says(row.later)
+		}
+		if r := run(); r.Verdict.State != row.then {
+			t.Errorf("%s: Run after a later line = %s %s; want %s", row.name, r.Verdict.State, r.Verdict.Reason, row.then)
+		}
+	}
+}
+
+// TestRecoveryActionBlamesNoDriver replaces the driver of a node whose GPU waits for a reset. The new driver stays, and
+// no report says that it does not work. A fatal error after its load counts against it.
+func TestRecoveryActionBlamesNoDriver(t *testing.T) {
+	t.Parallel()
+	for _, blamed := range []bool{false, true} {
+		n, ref, _, newer, po, pn := publishTwo(t, 1)
+		sample.Write(t, n.root, "etc/machine-id", "0123456789abcdef0123456789abcdef\n")
+		state := &atomic.Int32{}
+		state.Store(marked)
+		n.parts.Probe = repairable{probe{n.root, 1}, state}
+		var outcomes []api.Outcome
+		n.parts.Tried = func(r api.NodeReport) { outcomes = append(outcomes, r.Outcome) }
+		digest, want := pn.Digest, []api.Outcome(nil)
+		if blamed {
+			n.kernel.says = map[string]string{"nvidia_uvm " + newVersion: brokenGPU}
+			digest, want = po.Digest, []api.Outcome{api.FellBack}
+		}
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if !fault.Is(err, fault.Unusable) || r.Verdict.State != gpucheck.Unusable || r.Verdict.Digest != digest ||
+			!strings.Contains(r.Verdict.Reason, "NVML reports that GPU 00000000:00:04.0 needs a reset") {
+			t.Errorf("blamed %t: Run = %+v, %v; want %s active, and the need of a reset", blamed, r.Verdict, err, digest)
+		}
+		if !slices.Equal(outcomes, want) {
+			t.Errorf("blamed %t: reports %v; want %v", blamed, outcomes, want)
+		}
+	}
+}
+
+// TestCheckIsRecorded checks that fetcher status has the result of the last check of fetcher run, and that a new driver
+// is not rolled back because of a GPU that was lost before its load.
+func TestCheckIsRecorded(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	state := &atomic.Int32{}
+	n.parts.Probe = repairable{probe{n.root, 1}, state}
+	a := agent.New(n.cfg, n.parts)
+	for _, row := range []struct {
+		state int32
+		want  gpucheck.State
+	}{
+		{healthy, gpucheck.Ready}, {lost, gpucheck.Unusable}, {healthy, gpucheck.Ready}, {marked, gpucheck.Unusable},
+		{unasked, gpucheck.Unusable}, {healthy, gpucheck.Ready}, {unasked, gpucheck.Ready}, {lost, gpucheck.Unusable},
+	} {
+		state.Store(row.state)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		if err := a.Monitor(ctx, time.Millisecond, watcher(func(gpucheck.Verdict) { cancel() })); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := a.Status(t.Context()); err != nil || s.Verdict.State != row.want || s.CheckedAt == nil {
+			t.Errorf("Status after a check in state %d = %+v, %v; want %s", row.state, s, err, row.want)
+		}
+	}
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest || !r.Changed {
+		t.Errorf("Run = %+v, %v; want the new driver active, and unusable", r.Verdict, err)
 	}
 }

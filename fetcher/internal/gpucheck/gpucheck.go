@@ -49,6 +49,9 @@ type Verdict struct {
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.
 	NVRM []string `json:"nvrm,omitempty"`
+	// OnlyReset means that the verdict says nothing about the driver: NVML wants a GPU reset or the node rebooted, and the
+	// driver has logged no fatal error since its load.
+	OnlyReset bool `json:"-"`
 }
 
 // NVML is the answer of the probe.
@@ -159,15 +162,33 @@ func Judge(f Facts) Verdict {
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
-	if fatal := FatalXids(f.Since); len(fatal) > 0 {
-		v.UsableGPUs = max(0, v.PCIGPUs-len(fatal))
-		return is(Unusable, "the driver reports %s", strings.Join(fatal, "; "))
+	if reasons, broken := f.broken(); len(reasons) > 0 {
+		v.UsableGPUs = max(0, v.PCIGPUs-broken)
+		v.OnlyReset = len(FatalXids(f.Since)) == 0
+		return is(Unusable, "%s", strings.Join(reasons, "; "))
 	}
 	if waiting := f.fabricless(); len(waiting) > 0 {
 		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before "+
 			"nvidia-fabricmanager has connected these GPUs", len(waiting), waiting[0])
 	}
 	return v
+}
+
+// broken returns why GPUs that answer must not be used: fatal errors in the kernel log, and NVML's recovery actions.
+// The log may have dropped the error that led to such an action. gpus is the number of these GPUs.
+func (f Facts) broken() (reasons []string, gpus int) {
+	wanted, slots := f.NVML.demands()
+	for _, line := range KeepXids(f.Since) {
+		slots = append(slots, slot(XidGPU(line)))
+	}
+	if fatal := FatalXids(f.Since); len(fatal) > 0 {
+		reasons = append(reasons, "the driver reports "+strings.Join(fatal, "; "))
+	}
+	if len(wanted) > 0 {
+		reasons = append(reasons, "NVML reports that "+strings.Join(wanted, "; "))
+	}
+	slices.Sort(slots)
+	return reasons, len(slices.Compact(slots))
 }
 
 // missing returns the GPUs that NVML does not list as healthy. A healthy device without a PCI address counts for one of
@@ -178,7 +199,11 @@ func (f Facts) missing() (missing, reasons []string) {
 	for _, d := range f.NVML.Devices {
 		switch {
 		case d.PCIBusID != "":
-			listed[busAddress(d.PCIBusID)] = d.Error
+			text := d.Error
+			if what := d.demand(); what != "" && text != "" {
+				text += ", and it needs " + what
+			}
+			listed[busAddress(d.PCIBusID)] = text
 		case d.Error == "":
 			nameless++
 		default:
@@ -218,27 +243,43 @@ func busAddress(s string) string {
 	return strings.TrimLeft(domain, "0") + ":" + rest
 }
 
+// Problem is the error of a verdict, below the fault that [Verdict.Err] returns.
+type Problem struct {
+	Verdict Verdict
+	text    string
+}
+
+func (p *Problem) Error() string { return p.text }
+
+// IsOf reports whether the problem is that of a verdict.
+func (p *Problem) IsOf(v Verdict) bool {
+	return p.Verdict.State == v.State && p.Verdict.Digest == v.Digest && p.Verdict.Reason == v.Reason
+}
+
 // Err returns the verdict as a fault, or nil if the operator need not act: ready, loaded, staged and foreign.
 func (v Verdict) Err() error {
 	text := v.Reason
 	if len(v.NVRM) > 0 {
 		text += "; the kernel says: " + strings.Join(v.NVRM[max(0, len(v.NVRM)-2):], " | ")
 	}
+	is := func(kind fault.Kind, text, hint string) error {
+		return fault.Wrap(kind, &Problem{Verdict: v, text: text}, hint)
+	}
 	switch v.State {
 	case NoDevice:
-		return fault.New(fault.NoDevice, "no GPU present: "+text,
+		return is(fault.NoDevice, "no GPU present: "+text,
 			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
-		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
-			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, reset the GPU (nvidia-smi --gpu-reset); "+
-				"if this verdict stays, reboot the node")
+		return is(fault.Unusable, "GPU present but not usable: "+text,
+			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, or if NVML demands it, reset the GPU "+
+				"(nvidia-smi --gpu-reset); if this verdict stays, reboot the node")
 	case Starting:
-		return fault.New(fault.Unusable, text,
+		return is(fault.Unusable, text,
 			"start nvidia-fabricmanager in the version of this driver, then run: fetcher status")
 	case Drifted:
-		return fault.New(fault.Mismatch, text, "when the GPUs are idle, run: fetcher install")
+		return is(fault.Mismatch, text, "when the GPUs are idle, run: fetcher install")
 	case Absent:
-		return fault.New(fault.NoArtifact, text, "install a driver: fetcher install")
+		return is(fault.NoArtifact, text, "install a driver: fetcher install")
 	}
 	return nil
 }

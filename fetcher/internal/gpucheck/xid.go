@@ -25,8 +25,18 @@ var fatalXids = []int{46, 48, 62, 64, 79, 95, 109, 110, 119, 120, 136, 140, 143,
 // recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154
 
-// xidLine matches lines such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
-var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
+// firstFatalXids are the fatal errors of the first releases, which do not store their list.
+var firstFatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
+
+// FatalNumbers returns the numbers of the fatal errors, for [KeepJudgedXids].
+func FatalNumbers() []int { return slices.Clone(fatalXids) }
+
+// xidLine matches lines such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ... For an error of one MIG instance, the
+// driver adds the instance: NVRM: Xid (PCI:0000:2b:00 GPU-I:01 GPU-CI:02): 109, ... (kernel_rc.c of NVIDIA's driver).
+var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)(?: GPU-[^)]*)?\): ([0-9]{1,4})\b[, ]*(.*)`)
+
+// instanceMark is part of each line about one MIG instance.
+const instanceMark = " GPU-I:"
 
 // recoveryAction matches the numbers of the former and the new recovery action in a line.
 var recoveryAction = regexp.MustCompile(`from 0x([0-9a-fA-F]+).* to 0x([0-9a-fA-F]+)`)
@@ -34,6 +44,10 @@ var recoveryAction = regexp.MustCompile(`from 0x([0-9a-fA-F]+).* to 0x([0-9a-fA-
 // noReset are the recovery actions that include no reset and no reboot (nvmlDeviceGpuRecoveryAction_t in nvml.h): none,
 // to stop peer-to-peer traffic, and to recover the IMEX domain. An action that is not known here counts as a reset.
 var noReset = []int64{0, 3, 5}
+
+// needs maps the other recovery actions to what a GPU needs.
+var needs = map[int64]string{1: "a reset", 2: "a reboot of the node", 4: "a reset when its programs have ended",
+	6: "a reset of its PCIe bus", 7: "a reboot of the machine"}
 
 // loadLine is part of the line that the driver writes when it is loaded.
 const loadLine = "NVRM: loading NVIDIA UNIX"
@@ -51,7 +65,22 @@ func FatalXids(lines []string) (fatal []string) {
 // KeepXids returns the line with the first fatal error of each GPU. A line by which the driver no longer demands a
 // reset clears the error. A load of the driver clears all errors. Keep the result in place of all lines, because
 // programs may cause any number of them.
-func KeepXids(lines []string) (kept []string) {
+func KeepXids(lines []string) []string { return keepXids(lines, fatalXids) }
+
+// KeepJudgedXids does the same with lines that another release of this program may have read. list has the errors that
+// count as fatal there; nil means one of the first releases. An error that only counts here is left out: the other
+// release called the GPU usable after that error, and programs have used it since.
+func KeepJudgedXids(lines []string, list []int) []string {
+	if list == nil { // the first releases did not read lines about MIG instances
+		lines = slices.DeleteFunc(slices.Clone(lines), func(line string) bool {
+			return xidLine.MatchString(line) && strings.Contains(line, instanceMark)
+		})
+		list = firstFatalXids
+	}
+	return keepXids(lines, list)
+}
+
+func keepXids(lines []string, list []int) (kept []string) {
 	var gpus []string // the GPU of each kept line
 	for _, line := range lines {
 		if strings.Contains(line, loadLine) {
@@ -70,7 +99,8 @@ func KeepXids(lines []string) (kept []string) {
 			if at >= 0 {
 				kept, gpus = slices.Delete(kept, at, at+1), slices.Delete(gpus, at, at+1)
 			}
-		case at < 0 && (slices.Contains(fatalXids, id) || id == recoveryXid && wantsReset(m[3])):
+		case at < 0 && (slices.Contains(fatalXids, id) && slices.Contains(list, id) ||
+			id == recoveryXid && wantsReset(m[3])):
 			kept, gpus = append(kept, line), append(gpus, m[1])
 		}
 	}
@@ -134,10 +164,31 @@ func (n NVML) NeedsReset(gpu string) bool {
 				lost++
 			}
 		case slot(d.PCIBusID) == slot(gpu):
-			return isLost || d.Recovery != nil && !slices.Contains(noReset, *d.Recovery)
+			return isLost || d.demand() != ""
 		}
 	}
 	return nameless > 0 && lost == nameless
+}
+
+// demand returns what the driver wants done with a GPU before it is used again, or "".
+func (d Device) demand() string {
+	if d.Recovery == nil || slices.Contains(noReset, *d.Recovery) {
+		return ""
+	}
+	if text, ok := needs[*d.Recovery]; ok {
+		return text
+	}
+	return fmt.Sprintf("recovery action %d", *d.Recovery)
+}
+
+// demands returns what the driver wants done with GPUs that it lists as healthy otherwise, and the slots of these GPUs.
+func (n NVML) demands() (texts, slots []string) {
+	for _, d := range n.Devices {
+		if what := d.demand(); what != "" && d.Error == "" {
+			texts, slots = append(texts, fmt.Sprintf("GPU %s needs %s", d.PCIBusID, what)), append(slots, slot(d.PCIBusID))
+		}
+	}
+	return texts, slots
 }
 
 // slot returns a PCI address without the number of the PCI function.

@@ -1,6 +1,7 @@
 package gpucheck_test
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -37,6 +38,10 @@ func TestFatalXids(t *testing.T) {
 		"NVRM: Xid (PCI:0000:08:00): 154, GPU recovery action changed from 0x3 (Drain P2P) to 0x0 (None)",
 		"NVRM: Xid (PCI:0000:09:00): 154, GPU recovery action changed from 0x0 (None) to 0x5 (Recover IMEX Domain)",
 		"NVRM: Xid (PCI:0000:0a:00): 154, GPU recovery action changed from 0x0 (None) to 0x6 (Bus Reset)",
+		// Of a GPU with MIG instances, by the formats in kernel_rc.c of NVIDIA's driver.
+		"NVRM: Xid (PCI:0000:0b:00 GPU-I:05): 94, pid=7194, Contained: CE User Channel (0x9). RST: No, D-RST: No",
+		"NVRM: Xid (PCI:0000:0c:00 GPU-I:01 GPU-CI:02): 109, pid=9, name=a, Ch 00000002, errorString CTX SWITCH TIMEOUT",
+		"NVRM: Xid (PCI:0000:0c:00 GPU-I:03): 119, pid=9, name=a, Timeout",
 	})
 	want := []string{
 		"Xid 79 of GPU 0000:2b:00: GPU has fallen off the bus.",
@@ -44,6 +49,7 @@ func TestFatalXids(t *testing.T) {
 		"Xid 154 of GPU 0000:05:00: GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)",
 		"Xid 119 of GPU 0000:08:00: pid=1, Timeout",
 		"Xid 154 of GPU 0000:0a:00: GPU recovery action changed from 0x0 (None) to 0x6 (Bus Reset)",
+		"Xid 109 of GPU 0000:0c:00: pid=9, name=a, Ch 00000002, errorString CTX SWITCH TIMEOUT",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("FatalXids (-want +got):\n%s", diff)
@@ -132,6 +138,64 @@ func TestJudgeXidAndFabric(t *testing.T) {
 		if v := gpucheck.Judge(f); v.State != gpucheck.Starting || !strings.Contains(v.Reason, "fabricmanager") ||
 			v.UsableGPUs != 1 || v.Err() == nil {
 			t.Errorf("Judge with a fabric %s = %+v; want starting", state, v)
+		}
+	}
+}
+
+// TestJudgeRecovery checks that NVML's recovery action decides although the kernel log has no error. Older drivers
+// report none.
+func TestJudgeRecovery(t *testing.T) {
+	t.Parallel()
+	const xid = "NVRM: Xid (PCI:0000:2b:00): 119, pid=1, Timeout"
+	for _, row := range []struct {
+		name     string
+		recovery *int64
+		since    []string
+		err      string // NVML's error of the GPU
+		want     gpucheck.State
+		reason   string
+		usable   int
+		only     bool
+	}{
+		{"an older driver", nil, nil, "", gpucheck.Ready, "", 2, false},
+		{"none", new(int64(0)), nil, "", gpucheck.Ready, "", 2, false},
+		{"drain P2P", new(int64(3)), nil, "", gpucheck.Ready, "", 2, false},
+		{"recover the IMEX domain", new(int64(5)), nil, "", gpucheck.Ready, "", 2, false},
+		{"reset", new(int64(1)), nil, "", gpucheck.Unusable, "NVML reports that GPU 00000000:2B:00.0 needs a reset", 1,
+			true},
+		{"reboot", new(int64(2)), nil, "", gpucheck.Unusable,
+			"NVML reports that GPU 00000000:2B:00.0 needs a reboot of the node", 1, true},
+		{"drain and reset", new(int64(4)), nil, "", gpucheck.Unusable,
+			"NVML reports that GPU 00000000:2B:00.0 needs a reset when its programs have ended", 1, true},
+		{"of a newer driver", new(int64(9)), nil, "", gpucheck.Unusable,
+			"NVML reports that GPU 00000000:2B:00.0 needs recovery action 9", 1, true},
+		{"reset after an error", new(int64(1)), []string{xid}, "", gpucheck.Unusable,
+			"the driver reports Xid 119 of GPU 0000:2b:00: pid=1, Timeout; " +
+				"NVML reports that GPU 00000000:2B:00.0 needs a reset", 1, false},
+		{"an error alone", nil, []string{xid}, "", gpucheck.Unusable,
+			"the driver reports Xid 119 of GPU 0000:2b:00: pid=1, Timeout", 1, false},
+		{"reboot of a lost GPU", new(int64(2)), nil, "GPU is lost", gpucheck.Unusable,
+			"1 of 2 GPUs usable: 0000:2b:00.0: GPU is lost, and it needs a reboot of the node", 1, false},
+	} {
+		f := gpucheck.Facts{
+			Driver: target.Driver{Version: "580.159.04", Flavour: target.Open}, GPUs: []string{"0000:2b:00.0", "0000:2c:00.0"},
+			Modules: map[string]string{"nvidia": "580.159.04", "nvidia_uvm": "580.159.04"}, Since: row.since,
+			NVML: gpucheck.NVML{Version: "580.159.04", Devices: []gpucheck.Device{
+				{PCIBusID: "00000000:2B:00.0", Recovery: row.recovery, Error: row.err},
+				{PCIBusID: "00000000:2C:00.0", Recovery: new(int64(0))}}},
+		}
+		v := gpucheck.Judge(f)
+		if v.State != row.want || v.Reason != row.reason || v.UsableGPUs != row.usable || v.OnlyReset != row.only {
+			t.Errorf("%s: Judge = %s %q, %d usable, only a reset %t; want %s %q, %d, %t", row.name, v.State, v.Reason,
+				v.UsableGPUs, v.OnlyReset, row.want, row.reason, row.usable, row.only)
+		}
+		var p *gpucheck.Problem
+		if err := v.Err(); (err == nil) != (row.want == gpucheck.Ready) || err != nil &&
+			(!errors.As(err, &p) || !p.IsOf(v) || p.IsOf(gpucheck.Judge(gpucheck.Facts{}))) {
+			t.Errorf("%s: Err = %v; want the problem of this verdict", row.name, err)
+		}
+		if v := gpucheck.JudgeForeign(f); (v.State == gpucheck.Foreign) != (row.want == gpucheck.Ready) {
+			t.Errorf("%s: JudgeForeign = %s %s", row.name, v.State, v.Reason)
 		}
 	}
 }
