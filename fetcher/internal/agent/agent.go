@@ -18,6 +18,7 @@ import (
 	"io/fs"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
@@ -142,18 +143,35 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		return err
 	}
 	// Other installers can work during the wait for the farm, because the lock is not held.
-	mayBuild, made := a.mayBuild(ctx, store, facts, current)
+	mayBuild := a.mayBuild(ctx, store, facts, current)
+	findMade := func() *install.Set {
+		if !mayBuild {
+			return nil
+		}
+		return a.madeBefore(ctx, store)
+	}
 	if a.watcher != nil && r.Verdict.State != "" { // start checked the driver
 		a.watcher.Report(r.Verdict)
 	}
 	var answer resolve.Answer
 	var none error
-	a.whileWatching(ctx, current, func() { answer, none = a.resolve(ctx, facts, mayBuild, made) })
+	release := nothingHeld
+	a.whileWatching(ctx, current, func() { answer, release, none = a.resolve(ctx, facts, mayBuild, findMade) })
+	defer func() { err = errors.Join(err, release()) }()
 	r.Answer = answer
-	end := a.parts.Now().Add(a.cfg.WaitIdle)
+	end, lockEnd := a.parts.Now().Add(a.cfg.WaitIdle), a.parts.Now().Add(lockWait)
 	for {
 		plan, waiting := len(r.Plan), len(r.Waiting)
-		err := a.locked(store, func() error { return a.applyDecision(ctx, r, store, none) })
+		begun := false
+		err := a.locked(store, func() error {
+			begun = true
+			// Once the decision is applied, the driver that this node compiled is staged, or the next run needs another compile.
+			return errors.Join(a.applyDecision(ctx, r, store, none), release())
+		})
+		compiled := none == nil && answer.Source == resolve.SourceNode
+		if compiled && !begun && fault.Is(err, fault.Busy) && a.pauseUntil(ctx, lockEnd) {
+			continue
+		}
 		if !a.waitIdle(ctx, err, end) {
 			return err
 		}
@@ -161,6 +179,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		r.Pending, r.Waiting = "", r.Waiting[:waiting]
 	}
 }
+
+// lockWait is how long a run waits for another installer, before it gives up a driver that this node compiled.
+const lockWait = 2 * time.Minute
 
 // locked takes the lock that excludes other installers, calls the callback, and releases the lock.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
@@ -180,6 +201,10 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //  3. the previous driver;
 //  4. the current driver, even if an operator rolled it back.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
+	if names := store.NotLinks(); len(names) > 0 {
+		a.parts.Log.WarnContext(ctx, "found files of others in place of links in .prebake; the next switch puts them aside, "+
+			"into .prebake/adopted", "names", names)
+	}
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -22,8 +24,7 @@ const attemptsFile = ".prebake/attempts.json"
 // maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
-// maxAttempts is the maximum number of records in the file. Records that are less needed are dropped first, and of
-// those the oldest (see attempt.need).
+// maxAttempts is the maximum number of records in the file (see [Agent.writeAttempts]).
 const maxAttempts = 32
 
 // attempt is the record of the activations of one driver. Write it before anything is switched, unloaded or loaded:
@@ -94,13 +95,36 @@ func readAttempts(store *install.Store) (attempts, error) {
 	return all, nil
 }
 
-func (all attempts) write(store *install.Store) error {
-	digests := make([]string, 0, len(all))
-	for digest := range all {
-		digests = append(digests, digest)
+// writeAttempts writes the records, at most maxAttempts. The records of the changed drivers stay: if each new failure
+// were dropped at once, the driver would be tried endlessly. Of the others, it first drops those that the node needs
+// least (see attempt.need), of these those of drivers that are neither active nor the previous one, and of these the
+// oldest. That is safe: at worst, an old driver is tried maxTries times again, if the farm offers it again at all.
+func (a *Agent) writeAttempts(store *install.Store, all attempts, changed ...string) error {
+	now := a.parts.Now()
+	pointers, err := store.Pointers()
+	if err != nil { // the need and the age then decide alone
+		pointers = install.Pointers{}
 	}
+	rank := func(digest string) int {
+		rank := 2 * all[digest].need()
+		if slices.Contains(changed, digest) {
+			rank = math.MaxInt
+		} else if pointers.Has(digest) {
+			rank++
+		}
+		return rank
+	}
+	// A record from the future was made while the clock was wrong. It counts as old: otherwise no new record could
+	// replace it.
+	future := func(digest string) int {
+		if all[digest].At.After(now) {
+			return 1
+		}
+		return 0
+	}
+	digests := slices.Collect(maps.Keys(all))
 	slices.SortFunc(digests, func(x, y string) int {
-		return cmp.Or(cmp.Compare(all[y].need(), all[x].need()), all[y].At.Compare(all[x].At))
+		return cmp.Or(cmp.Compare(rank(y), rank(x)), cmp.Compare(future(x), future(y)), all[y].At.Compare(all[x].At))
 	})
 	for _, digest := range digests[min(len(digests), maxAttempts):] {
 		delete(all, digest)
@@ -113,7 +137,7 @@ func (all attempts) write(store *install.Store) error {
 }
 
 // need says how much the node needs this record: 2 for what is under way, 1 for what must not be tried again, else 0.
-// The age alone must not decide: after the clock was ahead, the newest record looks like the oldest.
+// The age alone must not decide: a clock that is wrong makes the newest record look like the oldest.
 func (a *attempt) need() int {
 	switch {
 	case a.Open, a.Next:
@@ -186,7 +210,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 		for _, at := range all { // other open or waiting activations are obsolete now
 			at.Open, at.Next = false, false
 		}
-		if err := all.write(store); err != nil && open {
+		if err := a.writeAttempts(store, all); err != nil && open {
 			return store.RemoveFile(attemptsFile)
 		}
 		return nil
@@ -252,7 +276,7 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 	for other, at := range all {
 		at.Next = other == digest
 	}
-	if err := all.write(store); err != nil || rolledBack == "" {
+	if err := a.writeAttempts(store, all, digest, rolledBack); err != nil || rolledBack == "" {
 		return err
 	}
 	return store.Sync() // the operator is told that the rollback is noted, and may cut the power next
@@ -287,7 +311,7 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	}
 	change(at)
 	at.At = a.parts.Now().UTC()
-	return all.write(store)
+	return a.writeAttempts(store, all, digest)
 }
 
 // setAttempt replaces the record of a driver; nil removes it.
@@ -299,7 +323,7 @@ func (a *Agent) setAttempt(store *install.Store, digest string, at *attempt) err
 	if delete(all, digest); at != nil {
 		all[digest] = at
 	}
-	return all.write(store)
+	return a.writeAttempts(store, all, digest)
 }
 
 // recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in this boot
@@ -346,10 +370,13 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		at.Open = false
 		switch {
 		case set == nil || at.Crashes >= maxTries || canReplace(store, at.Before.Current, facts):
-			if err := restorePointers(store, at.Before); err != nil {
+			back, err := restorePointers(store, at.Before)
+			if err != nil {
 				return err
 			}
-			r.did("rolled back %s, which an earlier run did not finish", short(digest))
+			if back { // else the former driver is the same one, is gone, or was active still
+				r.did("rolled back %s, which an earlier run did not finish", short(digest))
+			}
 		case at.Before.Current != "" && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
 			if err := store.Switch(digest); err != nil { // the run may have been killed before it did this
 				return err
@@ -357,7 +384,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	if len(open) > 0 {
-		if err := all.write(store); err != nil { // a full disk must not leave the node without a driver
+		if err := a.writeAttempts(store, all, open...); err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
 		}
 	}
@@ -375,17 +402,22 @@ func canReplace(store *install.Store, former string, facts *host.Facts) bool {
 }
 
 // restorePointers makes the former driver active again. If that driver is no longer on the disk, the present driver
-// stays active.
-func restorePointers(store *install.Store, to install.Pointers) error {
+// stays active. back reports whether another driver was active before the call.
+func restorePointers(store *install.Store, to install.Pointers) (back bool, err error) {
+	was, err := store.Pointers()
+	if err != nil {
+		return false, err
+	}
+	back = was.Current != to.Current
 	if to.Current == "" {
-		return restore(store, install.Pointers{}, nil)
+		return back, restore(store, install.Pointers{}, nil)
 	}
 	before, err := store.SetAt(to.Current)
 	if err != nil || before == nil {
-		return nil
+		return false, nil
 	}
 	if previous, err := store.SetAt(to.Previous); err != nil || previous == nil {
 		to.Previous = ""
 	}
-	return restore(store, to, before)
+	return back, restore(store, to, before)
 }

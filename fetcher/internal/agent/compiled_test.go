@@ -2,18 +2,28 @@ package agent_test
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/localbuild"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/program"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
 // counting counts its compiles, and returns an artifact that was published before.
@@ -22,10 +32,12 @@ type counting struct {
 	calls  int
 }
 
-func (c *counting) Build(context.Context, resolve.Question) (resolve.Answer, error) {
+func (c *counting) Build(context.Context, resolve.Question) (resolve.Answer, func() error, error) {
 	c.calls++
-	return c.answer, nil
+	return c.answer, noRelease, nil
 }
+
+func noRelease() error { return nil }
 
 // compiling returns a node with a published driver that works. The farm does not know the driver that the node wants,
 // so the node compiles that driver.
@@ -107,4 +119,126 @@ func TestCompiledIsRefused(t *testing.T) {
 	if _, err := n.runAs(t); !fault.Is(err, fault.Rejected) || b.calls != 2 {
 		t.Errorf("with --retry: Run = %v after %d compiles; want two compiles", err, b.calls)
 	}
+}
+
+// scripted returns a localbuild.Builder whose program is a script: it copies an artifact that was published before into
+// the layout of its flag --to.
+func scripted(t *testing.T, from, digest string) localbuild.Builder {
+	t.Helper()
+	dir := t.TempDir()
+	b := localbuild.Builder{Program: filepath.Join(dir, "builder"), StateDir: filepath.Join(dir, "state"),
+		CacheDir: filepath.Join(dir, "cache")}
+	program.Write(t, b.Program, fmt.Appendf(nil, `#!/bin/sh
+set -e
+echo "$1" >>"${0%%/*}"/calls
+if [ "$1" = keygen ]; then
+	for f in "$2" "$2.pub"; do printf -- '-----BEGIN X-----\n-----END X-----\n' >"$f"; done
+	exit 0
+fi
+while [ "$1" != --to ]; do shift; done
+cp -r %q "${2#oci:}"
+echo '{"digest":%q,"driver":{"version":%q,"flavour":"open"}}'
+`, strings.TrimPrefix(from, "oci:"), digest, newVersion))
+	return b
+}
+
+// compiles returns how often a scripted builder compiled.
+func compiles(t *testing.T, b localbuild.Builder) int {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return strings.Count(string(raw), "build\n")
+}
+
+// TestCompileIsHeldUntilStaged lets another fetcher compile at each step of a run that compiled a driver. Until the
+// driver is staged, it must be told to wait, because its compile would remove the artifact. Afterwards it may compile.
+func TestCompileIsHeldUntilStaged(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name string
+		busy bool // whether another installer works at the end of the compile
+		bad  bool // whether the compiled driver does not verify
+	}{{name: "staged"}, {name: "staged after a wait for another installer", busy: true}, {name: "refused", bad: true}} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			farm, own := testkit.NewKey(t), testkit.NewKey(t)
+			made := layout(t)
+			c := sample.NewCell(t, buildA, newVersion)
+			p := sample.Publish(t, made, own, c)
+			n := newNode(t, c, 1, farm)
+			n.reboot(t)
+			b := scripted(t, made, p.Digest)
+			n.cfg.Wish, n.parts.Local = newVersion, b
+			n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
+			if row.bad {
+				n.parts.NodeVerifier = func() (agent.Verifier, error) { return farm.Verifier(t), nil }
+			}
+			n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: resolve.SourceServer}}
+			other := b
+			other.CacheDir += "2"
+			q := resolve.Question{Kernel: c.Kernel, Wish: oldVersion, Flavour: "open"}
+			n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+				if row.busy && e.Phase == "build" && e.Done != nil {
+					store, err := install.Open(n.parts.Node, n.cfg.InstallDir, false)
+					if err != nil {
+						t.Fatal(err)
+					}
+					unlock, err := store.Lock("tmp/none")
+					if err != nil {
+						t.Fatal(err)
+					}
+					time.AfterFunc(time.Second, func() { _ = errors.Join(unlock(), store.Close()) })
+				}
+				if e.Done != nil || e.Text != "" || !slices.Contains([]string{"verify", "fetch", "stage"}, e.Phase) {
+					return
+				}
+				if _, _, err := other.Build(t.Context(), q); !fault.Is(err, fault.Busy) {
+					t.Errorf("another compile in phase %s = %v; want busy", e.Phase, err)
+				}
+			}}
+			r, err := agent.New(n.cfg, n.parts).Run(t.Context())
+			if row.bad && !fault.Is(err, fault.Unverified) ||
+				!row.bad && (err != nil || r.Verdict.State != gpucheck.Ready || r.Answer.Source != resolve.SourceNode) {
+				t.Errorf("Run = %+v, %v", r.Verdict, err)
+			}
+			if got := compiles(t, b); got != 1 {
+				t.Errorf("compiled %d times; want once", got)
+			}
+			_, release, err := other.Build(t.Context(), q)
+			if err != nil {
+				t.Fatalf("another compile after the run = %v; want success", err)
+			}
+			if err := release(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestCompiledMeanwhile lets another fetcher compile and load the driver while the first one waits for a farm that is
+// away. The first one must not compile the driver again.
+func TestCompiledMeanwhile(t *testing.T) {
+	t.Parallel()
+	n, b, _ := compiling(t)
+	synctest.Test(t, func(t *testing.T) {
+		first, second := n.parts, n.parts
+		first.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+		first.Line, second.Line = &timeline.Run{}, &timeline.Run{}
+		cfg := n.cfg
+		cfg.Wait = 10 * time.Minute
+		ended := make(chan error)
+		go func() {
+			_, err := agent.New(cfg, first).Run(t.Context())
+			ended <- err
+		}()
+		time.Sleep(30 * time.Second) // the first one waits for the farm
+		if _, err := agent.New(n.cfg, second).Run(t.Context()); err != nil || b.calls != 1 {
+			t.Errorf("the second fetcher: Run = %v after %d compiles; want success after one", err, b.calls)
+		}
+		if err := <-ended; err != nil || b.calls != 1 {
+			t.Errorf("the first fetcher: Run = %v after %d compiles; want success without another", err, b.calls)
+		}
+	})
 }

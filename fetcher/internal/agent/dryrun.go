@@ -14,7 +14,8 @@ func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store 
 	if err != nil {
 		return err
 	}
-	r.Answer, s.none = a.resolve(ctx, facts, !serves(s.current, s.question), a.madeBefore(ctx, s))
+	r.Answer, _, s.none = a.resolve(ctx, facts, !serves(s.current, s.question),
+		func() *install.Set { return a.madeBefore(ctx, store) })
 	silent := s.none != nil
 	if !silent {
 		s.wanted, s.none = a.fetchAndStage(ctx, r, store, facts, s.current)

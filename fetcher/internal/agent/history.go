@@ -145,8 +145,8 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 			return r, err
 		}
 	}
-	r.did("remove %s from %s", describe(s.current), a.cfg.InstallDir)
 	if a.cfg.DryRun {
+		r.did("remove %s from %s", describe(s.current), a.cfg.InstallDir)
 		if unload {
 			r.did("unload %s", s.facts.Driver)
 		}
@@ -187,7 +187,10 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		a.hideLibraries(ctx, added)
 	}
 	a.describeGPUs(ctx, gpucheck.Verdict{})
-	if err = store.Remove(); !added {
+	if err = store.Remove(); err == nil {
+		r.did("remove %s from %s", describe(s.current), a.cfg.InstallDir)
+	}
+	if !added {
 		a.hideLibraries(ctx, added)
 	}
 	return r, err

@@ -392,13 +392,12 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	}
 	current, previous := s.current, s.previous
 	if previous == nil {
-		r.did("remove %s from %s", current.Driver, a.cfg.InstallDir)
 		if a.cfg.DryRun {
+			r.did("remove %s from %s", current.Driver, a.cfg.InstallDir)
 			return r, nil
 		}
 		return r, a.withdraw(ctx, r, store, s)
 	}
-	r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
 	r.Answer = keptAnswer(previous)
 	if err := firstOf(fitsNode(previous, facts), s.refused(previous)); err != nil {
 		return r, fmt.Errorf("roll back: %w", err)
@@ -421,6 +420,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	case d.set == nil:
 		return r, d.err
 	case a.cfg.DryRun:
+		r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
 		a.plan(r, s, d)
 		return r, nil
 	}
@@ -467,7 +467,11 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, PCIGPUs: len(facts.ManagedGPUs()),
 		Reason:  "the driver was rolled back, and there is no previous driver",
 		Modules: map[string]string{}}
-	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
+	err := store.Restore(install.Pointers{})
+	if err == nil {
+		r.did("remove %s from %s", s.current.Driver, a.cfg.InstallDir)
+	}
+	err = errors.Join(err, store.Sweep())
 	a.hideLibraries(ctx, addedLibraries(store))
 	a.describeGPUs(ctx, r.Verdict)
 	return errors.Join(err, store.RemoveFile(ldFile))

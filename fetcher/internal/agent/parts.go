@@ -62,7 +62,9 @@ type prober interface {
 
 // localBuilder compiles on the node when no artifact is published.
 type localBuilder interface {
-	Build(ctx context.Context, q resolve.Question) (resolve.Answer, error)
+	// Build compiles a driver. Without an error, the caller calls release when it needs the artifact no more. It may call
+	// release twice. Until then, another fetcher's Build on this node is an error of kind Busy.
+	Build(ctx context.Context, q resolve.Question) (answer resolve.Answer, release func() error, err error)
 }
 
 // Config has the settings of the node's owner.

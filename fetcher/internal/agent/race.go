@@ -16,26 +16,24 @@ import (
 //   - the owner wants one artifact by its digest;
 //   - a foreign driver stays loaded;
 //   - the active driver matches the wish, and is verified or loaded.
-//
-// The result made is a driver that this node compiled before; nil means that there is none.
-func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts,
-	current *install.Set) (may bool, made *install.Set) {
+func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
-		return false, nil
+		return false
 	}
 	s, err := a.readState(ctx, store)
 	if err != nil || s.keepsForeign() {
-		return false, nil
+		return false
 	}
-	if serves(current, a.question(facts)) && (a.verifiable(store, current, facts) || s.runs(current)) {
-		return false, nil
-	}
-	return true, a.madeBefore(ctx, s)
+	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
 // madeBefore returns a driver on the disk that this node compiled for the present wish. Its artifact must still exist.
 // Such a driver waits for an idle GPU, or is refused. With --retry, the node compiles a refused driver again.
-func (a *Agent) madeBefore(ctx context.Context, s nodeState) *install.Set {
+func (a *Agent) madeBefore(ctx context.Context, store *install.Store) *install.Set {
+	s, err := a.readState(ctx, store)
+	if err != nil {
+		return nil
+	}
 	for _, set := range s.staged {
 		if set.Origin != install.MadeHere || !serves(set, s.question) || !s.acceptable(set) {
 			continue
@@ -56,10 +54,16 @@ func (a *Agent) madeBefore(ctx context.Context, s nodeState) *install.Set {
 	return nil
 }
 
-// resolve finds the artifact. If none is published and the node may compile, the answer is the driver in the parameter
-// made. If made is nil, the node compiles while it waits for the farm. The first verified artifact wins.
-func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, made *install.Set) (resolve.Answer,
-	error) {
+// nothingHeld is the function release of an artifact that this node did not compile just now.
+func nothingHeld() error { return nil }
+
+// resolve finds the artifact. If none is published and the node may compile, the answer is the driver that findMade
+// returns. Without it, the node compiles while it waits for the farm. The first verified artifact wins. release is
+// never nil (see [localBuilder]).
+func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool,
+	findMade func() *install.Set) (answer resolve.Answer, release func() error, err error) {
+	release = nothingHeld
+	made := findMade()
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
 	patience := resolve.WaitLimits{Wait: a.cfg.Wait,
@@ -67,9 +71,8 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, m
 	if compiles && !a.cfg.DryRun {
 		patience.Wait = 0
 	}
-	var answer resolve.Answer
 	var grace time.Duration
-	err := a.parts.Line.Do("resolve", func() (string, error) {
+	err = a.parts.Line.Do("resolve", func() (string, error) {
 		var err error
 		answer, err = patience.Find(ctx, a.parts.Finder, q)
 		switch {
@@ -93,16 +96,14 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, m
 		return string(answer.State) + "; compiling on this node", nil
 	})
 	if err != nil || answer.Err() == nil {
-		return answer, err
+		return answer, release, err
 	}
 	if made != nil {
-		answer = keptAnswer(made)
-		answer.Source = resolve.SourceNode
-		return answer, nil
+		return madeAnswer(made), release, nil
 	}
 	err = a.parts.Line.Do("build", func() (string, error) {
-		won, err := a.race(ctx, q, answer, facts, grace)
-		if answer = won; err != nil {
+		won, held, err := a.race(ctx, q, answer, facts, grace, findMade)
+		if answer, release = won, held; err != nil {
 			return "", err
 		}
 		if won.Source == resolve.SourceNode {
@@ -110,7 +111,14 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, m
 		}
 		return fmt.Sprintf("%s from %s, which was first", won.Driver, won.Source), nil
 	})
-	return answer, err
+	return answer, release, err
+}
+
+// madeAnswer is the answer with a driver that this node compiled before.
+func madeAnswer(set *install.Set) resolve.Answer {
+	answer := keptAnswer(set)
+	answer.Source = resolve.SourceNode
+	return answer
 }
 
 const usesMade = "; using the driver that this node compiled before"
@@ -121,9 +129,10 @@ const maxGrace = 2 * time.Minute
 
 // outcome is the result of the compile on this node (local), or of the farm.
 type outcome struct {
-	answer resolve.Answer
-	err    error
-	local  bool
+	answer  resolve.Answer
+	release func() error
+	err     error
+	local   bool
 }
 
 // race compiles on this node, and asks the farm at the same time if the owner lets the node wait.
@@ -132,14 +141,16 @@ type outcome struct {
 //   - The first artifact stops the other side.
 //   - A yanked or quarantined artifact stops the compile.
 //
-// race returns when both sides have ended.
+// race returns when both sides have ended. release is never nil. If the compiled artifact does not win, race calls the
+// compile's own release.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,
 	answer resolve.Answer,
 	facts *host.Facts,
 	grace time.Duration,
-) (resolve.Answer, error) {
+	findMade func() *install.Set,
+) (_ resolve.Answer, release func() error, err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	runners, ended, farmOver := 1, make(chan outcome, 2), make(chan struct{})
@@ -154,11 +165,15 @@ func (a *Agent) race(
 		case <-time.After(grace):
 		}
 		if ctx.Err() != nil {
-			ended <- outcome{resolve.Answer{}, context.Cause(ctx), true}
+			ended <- outcome{resolve.Answer{}, nil, context.Cause(ctx), true}
 			return
 		}
-		built, err := a.parts.Local.Build(ctx, local)
-		ended <- outcome{built, err, true}
+		if set := findMade(); set != nil { // another fetcher compiled it during the grace time
+			ended <- outcome{madeAnswer(set), nil, nil, true}
+			return
+		}
+		built, held, err := a.parts.Local.Build(ctx, local)
+		ended <- outcome{built, held, err, true}
 	}()
 	if a.cfg.Wait > 0 {
 		runners++
@@ -168,13 +183,18 @@ func (a *Agent) race(
 				stop()
 			}
 			close(farmOver)
-			ended <- outcome{won, err, false}
+			ended <- outcome{won, nil, err, false}
 		}()
 	}
 	var won, yanked *resolve.Answer
 	var errs [2]error // first the error of this node, whose owner can repair it, then that of the farm
+	held := nothingHeld
 	for range runners {
-		switch o := <-ended; {
+		o := <-ended
+		if o.release != nil {
+			held = o.release
+		}
+		switch {
 		case won != nil:
 		case o.err == nil:
 			won = &o.answer
@@ -188,15 +208,21 @@ func (a *Agent) race(
 			}
 		}
 	}
+	if yanked == nil && won != nil && won.Source == resolve.SourceNode {
+		return *won, held, nil
+	}
+	if err := held(); err != nil {
+		a.parts.Log.WarnContext(ctx, "could not release the lock of the compile", "err", err)
+	}
 	switch {
 	case yanked != nil:
-		return *yanked, errs[1]
+		return *yanked, nothingHeld, errs[1]
 	case won != nil:
-		return *won, nil
+		return *won, nothingHeld, nil
 	case errs[1] == nil:
-		return answer, errs[0]
+		return answer, nothingHeld, errs[0]
 	}
-	return answer, fault.Wrap(
+	return answer, nothingHeld, fault.Wrap(
 		fault.Of(errs[0]),
 		fmt.Errorf("%w; the farm also gave no driver: %w", errs[0], errs[1]),
 		fault.Hint(errs[0]),

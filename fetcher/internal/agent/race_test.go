@@ -37,20 +37,28 @@ type compiler struct {
 	started atomic.Bool
 	stopped atomic.Bool
 	ended   atomic.Bool
+	held    atomic.Bool // the artifact is not released yet
 }
 
-func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answer, error) {
+func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answer, func() error, error) {
+	built := func(err error) (resolve.Answer, func() error, error) {
+		if err != nil {
+			return resolve.Answer{}, nil, err
+		}
+		c.held.Store(true)
+		return c.answer, func() error { c.held.Store(false); return nil }, nil
+	}
 	c.started.Store(true)
 	defer c.ended.Store(true)
 	select {
 	case <-ctx.Done():
 		c.stopped.Store(true)
 		if c.late {
-			return c.answer, nil
+			return built(nil)
 		}
-		return resolve.Answer{}, context.Cause(ctx)
+		return built(context.Cause(ctx))
 	case <-time.After(c.takes):
-		return c.answer, c.err
+		return built(c.err)
 	}
 }
 
@@ -299,6 +307,9 @@ func TestRace(t *testing.T) {
 				}
 				if row.compile.started.Load() != row.compile.ended.Load() {
 					t.Error("the compile still runs after the end of the run")
+				}
+				if row.compile.held.Load() {
+					t.Error("no other fetcher may compile after the end of the run")
 				}
 			})
 		})

@@ -341,9 +341,9 @@ type builder struct {
 	asked  *resolve.Question
 }
 
-func (b builder) Build(_ context.Context, q resolve.Question) (resolve.Answer, error) {
+func (b builder) Build(_ context.Context, q resolve.Question) (resolve.Answer, func() error, error) {
 	*b.asked = q
-	return b.answer, nil
+	return b.answer, noRelease, nil
 }
 
 func TestMiss(t *testing.T) {

@@ -183,6 +183,175 @@ func TestNotedRollbackOutlivesRecords(t *testing.T) {
 	}
 }
 
+// fillRecords writes 32 records of drivers, as this release writes them.
+func (n *node) fillRecords(t *testing.T, record func(i int) string) {
+	t.Helper()
+	many := map[string]json.RawMessage{}
+	for i := range 32 {
+		many[fmt.Sprintf("sha256:%064x", i)] = json.RawMessage(record(i))
+	}
+	raw, err := json.Marshal(many)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, n.root, attemptsFile, string(raw))
+}
+
+// TestNewFailureIsKept lets a driver fail on a node that has as many records as it keeps, all of them needed more. The
+// failures must be counted, or the node would try the driver endlessly. The record that is needed least makes room.
+func TestNewFailureIsKept(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		record func(i int) string
+		gone   int // the record that makes room
+	}{
+		"all took the node down": {func(i int) string { // record 23 is the oldest
+			return fmt.Sprintf(`{"before":{},"at":"2026-01-01T00:%02d:00Z","crashes":2}`, (i+9)%32)
+		}, 23},
+		"all but one were rolled back": {func(i int) string {
+			if i == 5 {
+				return `{"before":{},"at":"2026-02-01T00:00:00Z","failures":2,"why":"x"}`
+			}
+			return fmt.Sprintf(`{"before":{},"at":"2026-01-01T00:%02d:00Z","byHand":true}`, i)
+		}, 5},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, _, newer, po, pn := publishTwo(t, 1)
+			n.kernel.refuse["nvidia "+newVersion] = syscall.ENOENT
+			n.fillRecords(t, row.record)
+			tries := 0
+			for range 4 {
+				r, err := n.run(t, ref, pn.Digest, newer.Driver)
+				if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+					t.Errorf("Run = %+v, %v; want the former driver ready", r.Verdict, err)
+				}
+				if len(n.kernel.calls) > 0 {
+					tries++
+				}
+			}
+			if tries != 2 {
+				t.Errorf("tried the failing driver %d times; want 2", tries)
+			}
+			left := map[string]json.RawMessage{}
+			raw, err := os.ReadFile(filepath.Join(n.root, attemptsFile))
+			if err != nil || json.Unmarshal(raw, &left) != nil || len(left) != 32 {
+				t.Errorf("%d records, %v; want 32", len(left), err)
+			}
+			if _, kept := left[fmt.Sprintf("sha256:%064x", row.gone)]; kept {
+				t.Errorf("record %d is still there; want that one dropped", row.gone)
+			}
+		})
+	}
+}
+
+// TestFailuresOutliveWrongClock lets two drivers fail in turn on a node with many records from a time when its clock
+// was ahead. No failure may push out the record of the other driver, although the old records look newer.
+func TestFailuresOutliveWrongClock(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	var cells []sample.Cell
+	var published []sample.Published
+	for _, version := range []string{oldVersion, newVersion, "535.300.01"} {
+		c := sample.NewCell(t, buildA, version)
+		cells, published = append(cells, c), append(published, sample.Publish(t, ref, key, c))
+	}
+	n := newNode(t, cells[0], 1, key)
+	n.reboot(t)
+	if _, err := n.run(t, ref, published[0].Digest, cells[0].Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.fillRecords(t, func(i int) string {
+		return fmt.Sprintf(`{"before":{},"at":"2100-01-01T00:%02d:00Z","failures":2,"why":"x"}`, i)
+	})
+	tries := map[int]int{}
+	for _, c := range cells[1:] {
+		n.kernel.refuse["nvidia "+c.Driver.Version] = syscall.ENOENT
+	}
+	for range 4 {
+		for i := 1; i < 3; i++ {
+			if _, err := n.run(t, ref, published[i].Digest, cells[i].Driver); !fault.Is(err, fault.Rejected) {
+				t.Errorf("Run of driver %d = %v; want rejected", i, err)
+			}
+			if len(n.kernel.calls) > 0 {
+				tries[i]++
+			}
+		}
+	}
+	if tries[1] != 2 || tries[2] != 2 {
+		t.Errorf("tried the failing drivers %d and %d times; want each twice", tries[1], tries[2])
+	}
+}
+
+// TestOnlyRollbacksAreReported kills the load of an active driver after reboots, which rolls nothing back: there is no
+// other driver, or the previous one is only loaded in its place. A rollback that did happen is reported.
+func TestOnlyRollbacksAreReported(t *testing.T) {
+	t.Parallel()
+	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	says := func(r *agent.Report) bool { return strings.Contains(strings.Join(r.Plan, "\n"), "rolled back") }
+	for name, row := range map[string]struct {
+		previous bool // whether there is a previous driver
+		kills    int
+		reboots  bool // whether the node reboots after a kill, and not only before the first one
+	}{
+		"the only driver, killed once":             {kills: 1},
+		"the only driver, takes the node down":     {kills: 2, reboots: true},
+		"the driver after another, killed once":    {previous: true, kills: 1},
+		"the driver after another, takes it down":  {previous: true, kills: 2, reboots: true},
+		"the driver after another, takes it once":  {previous: true, kills: 1, reboots: true},
+		"the driver after another, killed at once": {previous: true, kills: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, older, newer, po, pn := publishTwo(t, 1)
+			active, digest := older, po.Digest
+			if row.previous {
+				active, digest = newer, pn.Digest
+				if _, err := n.run(t, ref, digest, active.Driver); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.reboot(t)
+			for range row.kills {
+				n.killed(t, ref, digest, active, "nvidia")
+				if row.reboots {
+					n.reboot(t)
+				}
+			}
+			n.parts.Finder = away
+			if r, err := n.runAs(t); says(r) {
+				t.Errorf("Run = %v reports %q; want no rollback, because there was none", err, r.Plan)
+			}
+		})
+	}
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	n.killed(t, ref, pn.Digest, newer, "nvidia")
+	n.parts.Finder = away
+	if r, err := n.runAs(t); err != nil || !says(r) || r.Verdict.Digest != po.Digest {
+		t.Errorf("Run = %v with %s reports %q; want the rollback to the former driver", err, r.Verdict.Digest, r.Plan)
+	}
+}
+
+// TestBusyRollbackIsNotReported checks that a rollback that is only noted, because the driver is in use, is not in the
+// list of what was done. Nor is a removal that was not done.
+func TestBusyRollbackIsNotReported(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	n.inUse(t, "1")
+	if r, err := n.rollback(); !fault.Is(err, fault.Busy) || len(r.Plan) > 0 {
+		t.Errorf("Rollback of the only driver = %v, did %q; want busy, and nothing done", err, r.Plan)
+	}
+	n.inUse(t, "0")
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	if r, err := n.rollback(); !fault.Is(err, fault.Busy) || len(r.Plan) > 0 {
+		t.Errorf("Rollback = %v, did %q; want busy, and nothing done", err, r.Plan)
+	}
+}
+
 // TestNotedRollbackOfARelease checks that the records of a rollback that waits keep their form: a node may be updated
 // to another release of the fetcher while the rollback waits.
 func TestNotedRollbackOfARelease(t *testing.T) {

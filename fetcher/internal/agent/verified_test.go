@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -399,5 +400,48 @@ func watchOpens(t *testing.T, name string) func() bool {
 	return func() bool {
 		n, err := unix.Read(fd, make([]byte, 1<<16))
 		return err == nil && n > 0
+	}
+}
+
+// TestCopiedFolder copies an install folder without its links, so that folders are in place of the pointers. A run must
+// work on with the driver, also without the farm, and an uninstall, too.
+func TestCopiedFolder(t *testing.T) {
+	t.Parallel()
+	for _, reboots := range []bool{false, true} {
+		n, ref, _, newer, _, pn := publishTwo(t, 1)
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+			t.Fatal(err)
+		}
+		good := n.tree(t)
+		ours := filepath.Join(n.root, installDir, ".prebake")
+		for _, pointer := range []string{"current", "previous"} {
+			at := filepath.Join(ours, pointer)
+			set, err := filepath.EvalSymlinks(at)
+			if err := errors.Join(err, os.Remove(at)); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := exec.CommandContext(t.Context(), "cp", "-rL", set, at).CombinedOutput(); err != nil {
+				t.Fatalf("cp: %v: %s", err, out)
+			}
+		}
+		if reboots {
+			n.reboot(t)
+		}
+		n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+		for i := range 2 {
+			r, err := n.runAs(t)
+			if err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
+				t.Errorf("reboots %t, run %d: Run = %+v, %v; want the driver ready", reboots, i, r.Verdict, err)
+			}
+			if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+				t.Errorf("reboots %t, run %d: tree (-want +got):\n%s", reboots, i, diff)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(ours, "adopted/current/set.json")); err != nil {
+			t.Errorf("reboots %t: the copy: %v; want it kept", reboots, err)
+		}
+		if r, err := n.uninstall(); err != nil || !r.Changed {
+			t.Errorf("reboots %t: Uninstall = %v", reboots, err)
+		}
 	}
 }

@@ -147,13 +147,9 @@ func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 		return false, fmt.Errorf("describe GPUs: %w", err)
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	const tmp = ".prebake-nvidia.tmp" // runtimes read only .json and .yaml files
-	err = dir.WriteFile(tmp, raw, 0o644)
-	if err == nil {
-		err = dir.Rename(tmp, file)
-	}
-	if err != nil {
-		return false, fmt.Errorf("describe GPUs: %w", errors.Join(err, dir.RemoveAll(tmp)))
+	// Runtimes read only .json and .yaml files.
+	if err := noderoot.Replace(dir, file, ".prebake-nvidia.tmp", raw); err != nil {
+		return false, fmt.Errorf("describe GPUs: %w", err)
 	}
 	return true, nil
 }

@@ -399,3 +399,95 @@ func TestHeal(t *testing.T) {
 		}
 	}
 }
+
+// TestCopiedPointers puts files and folders in place of the pointers, as a copy of the install folder without its links
+// does. They must stop nothing, and stay on the disk.
+func TestCopiedPointers(t *testing.T) {
+	t.Parallel()
+	folder := func(files map[string]string) func(at string) error {
+		return func(at string) error {
+			errs := []error{os.Mkdir(at, 0o755)}
+			for name, text := range files {
+				errs = append(errs, os.WriteFile(filepath.Join(at, name), []byte(text), 0o644))
+			}
+			return errors.Join(errs...)
+		}
+	}
+	description := func(digest string) string { return fmt.Sprintf(`{"digest":%q}`, digest) }
+	for name, row := range map[string]struct {
+		put     func(at string) error
+		pointer string // what the thing counts as
+	}{
+		"a copy of the set":            {folder(map[string]string{"set.json": description(digest("2")), "x": "x"}), "2"},
+		"a copy of another set":        {folder(map[string]string{"set.json": description(digest("1")), "x": "x"}), "1"},
+		"a copy of a set that is gone": {folder(map[string]string{"set.json": description(digest("9")), "x": "x"}), ""},
+		"a damaged copy":               {folder(map[string]string{"set.json": "{", "x": "x"}), ""},
+		"a folder outside":             {folder(map[string]string{"set.json": description("sha256:../x"), "x": "x"}), ""},
+		"some folder":                  {folder(map[string]string{"x": "x"}), ""},
+		"an empty folder":              {folder(nil), ""},
+		"a file":                       {func(at string) error { return os.WriteFile(at, []byte("x"), 0o644) }, ""},
+	} {
+		for _, pointer := range []string{"current", "previous"} {
+			t.Run(name+" as "+pointer, func(t *testing.T) {
+				t.Parallel()
+				s := open(t)
+				add(t, s, "1", "bin")
+				add(t, s, "2", "bin", "lib64")
+				if err := errors.Join(s.Switch(digest("1")), s.Switch(digest("2"))); err != nil {
+					t.Fatal(err)
+				}
+				var want []string
+				for i := range 2 { // the second thing must not replace the first one
+					if err := errors.Join(os.Remove(s.Path(pointer)), row.put(s.Path(pointer))); err != nil {
+						t.Fatal(err)
+					}
+					before, err := os.Stat(s.Path(pointer))
+					if err != nil {
+						t.Fatal(err)
+					}
+					if got := s.NotLinks(); len(got) != 1 || got[0] != pointer {
+						t.Errorf("NotLinks = %q; want %s", got, pointer)
+					}
+					p, err := s.Pointers()
+					got := map[string]string{"current": p.Current, "previous": p.Previous}[pointer]
+					if to := strings.Repeat(row.pointer, 64); err != nil || strings.TrimPrefix(got, "sets/") != to {
+						t.Errorf("Pointers = %+v, %v; want %s to lead to %q", p, err, pointer, to)
+					}
+					if _, err := s.Current(); err != nil {
+						t.Errorf("Current: %v", err)
+					}
+					if err := errors.Join(s.Recover(), s.Switch(digest("2")), s.Switch(digest("1")), s.Switch(digest("2")),
+						s.Sweep()); err != nil {
+						t.Fatal(err)
+					}
+					if diff := cmp.Diff(map[string]string{"bin": "2", "lib64": "2"}, who(t, s)); diff != "" {
+						t.Errorf("after the switch (-want +got):\n%s", diff)
+					}
+					if got := s.NotLinks(); len(got) > 0 {
+						t.Errorf("after the switch, NotLinks = %q; want none", got)
+					}
+					want = append(want, pointer+map[int]string{1: "-2"}[i])
+					if after, err := os.Stat(s.Path("adopted/" + want[i])); err != nil || !os.SameFile(before, after) {
+						t.Errorf("what was there: %v; want it as adopted/%s", err, want[i])
+					}
+				}
+				if err := errors.Join(os.Remove(s.Path(pointer)), row.put(s.Path(pointer)),
+					s.Restore(install.Pointers{})); err != nil {
+					t.Errorf("Restore to nothing: %v", err)
+				}
+				want = append(want, pointer+"-3")
+				for _, name := range want {
+					if _, err := os.Stat(s.Path("adopted/" + name)); err != nil {
+						t.Errorf("what was there: %v", err)
+					}
+				}
+				if diff := cmp.Diff(map[string]string{}, who(t, s)); diff != "" {
+					t.Errorf("after Restore to nothing (-want +got):\n%s", diff)
+				}
+				if err := errors.Join(row.put(s.Path(pointer)), s.Remove()); err != nil {
+					t.Errorf("Remove: %v", err)
+				}
+			})
+		}
+	}
+}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path"
 	"slices"
 	"strings"
@@ -15,10 +14,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The active set becomes the previous one.
+// Switch activates a set. One rename of "current" moves all names at once. The active set becomes the previous one. A
+// folder that somebody copied to the place of a pointer is kept in the folder adopted.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -32,10 +33,18 @@ func (s *Store) Switch(digest string) error {
 	if err != nil {
 		return err
 	}
-	if was != "" && was != next {
-		if err := s.point(path.Join(ownFolder, "previous"), was); err != nil {
-			return err
-		}
+	previous := path.Join(ownFolder, "previous")
+	switch {
+	case was != "" && was != next:
+		err = s.point(previous, was)
+	case !s.isOther(previous):
+	case s.copied(previous) != "":
+		err = s.point(previous, s.copied(previous))
+	default:
+		err = s.removePointer("previous")
+	}
+	if err != nil {
+		return err
 	}
 	if err := s.point(path.Join(ownFolder, "current"), next); err != nil {
 		return err
@@ -53,8 +62,8 @@ func (s *Store) Restore(before Pointers) error {
 	}
 	for _, p := range []struct{ name, to string }{{"previous", before.Previous}, {"current", before.Current}} {
 		if p.to == "" {
-			if err := s.root.Remove(path.Join(ownFolder, p.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("restore %s: %w", p.name, err)
+			if err := s.removePointer(p.name); err != nil {
+				return err
 			}
 		} else if err := s.point(path.Join(ownFolder, p.name), p.to); err != nil {
 			return err
@@ -85,6 +94,13 @@ type Pointers struct {
 	Previous string `json:"previous,omitempty"`
 }
 
+// Has reports whether a pointer leads to the set of this artifact.
+func (p Pointers) Has(digest string) bool {
+	name, err := hexOf(digest)
+	to := path.Join("sets", name)
+	return err == nil && (p.Current == to || p.Previous == to)
+}
+
 // Pointers returns the current and the previous set, for [Store.Restore].
 func (s *Store) Pointers() (p Pointers, err error) {
 	if p.Current, err = s.link("current"); err != nil {
@@ -94,20 +110,67 @@ func (s *Store) Pointers() (p Pointers, err error) {
 	return p, err
 }
 
-// link reads the pointer current or previous. It returns "" if the pointer does not exist.
+// link reads the pointer current or previous. It returns "" if the pointer does not exist. Somebody may have copied the
+// install folder without its links, so a folder has a pointer's name. It then counts as a link to the set that it is a
+// copy of, or else as no pointer.
 func (s *Store) link(name string) (string, error) {
-	to, err := s.root.Readlink(path.Join(ownFolder, name))
+	at := path.Join(ownFolder, name)
+	to, err := s.root.Readlink(at)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
 	}
 	if err != nil {
+		if s.isOther(at) {
+			return s.copied(at), nil
+		}
 		return "", fmt.Errorf("read %s: %w", name, err)
 	}
 	return to, nil
 }
 
-// point makes or replaces a link atomically.
+// copied returns the pointer to the set of which this folder is a copy, or "" if the set is not on the disk.
+func (s *Store) copied(folder string) string {
+	raw, err := s.readFile(path.Join(folder, "set.json"), maxSet)
+	var set Set
+	if err != nil || json.Unmarshal(raw, &set) != nil {
+		return ""
+	}
+	name, err := hexOf(set.Digest)
+	if err != nil {
+		return ""
+	}
+	to := path.Join("sets", name)
+	if _, err := s.root.Stat(path.Join(ownFolder, to, "set.json")); err != nil {
+		return ""
+	}
+	return to
+}
+
+// NotLinks returns the pointers whose names a folder or a file has (see [Store.Switch]).
+func (s *Store) NotLinks() (names []string) {
+	for _, name := range []string{"current", "previous"} {
+		if s.isOther(path.Join(ownFolder, name)) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// isOther reports whether a name exists and is no link.
+func (s *Store) isOther(name string) bool {
+	info, err := s.root.Lstat(name)
+	return err == nil && info.Mode().Type() != fs.ModeSymlink
+}
+
+// point makes or replaces a link atomically. It never deletes a file or a folder that has the link's name, but puts it
+// aside.
 func (s *Store) point(name, to string) error {
+	if s.isOther(name) {
+		if err := s.swap(name, to, s.asideOf(name)); err != nil {
+			return fmt.Errorf("put %s aside, which is no link: %w", name, err)
+		}
+		return nil
+	}
 	tmp := path.Join(ownFolder, "tmp-link")
 	if err := s.root.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("clear staging link: %w", err)
@@ -119,6 +182,48 @@ func (s *Store) point(name, to string) error {
 		return fmt.Errorf("make the link %s: %w", name, err)
 	}
 	return nil
+}
+
+// removePointer removes a pointer. A file or a folder that has its name is put aside.
+func (s *Store) removePointer(name string) (err error) {
+	if at := path.Join(ownFolder, name); s.isOther(at) {
+		err = s.root.Rename(at, s.asideOf(at))
+	} else {
+		err = s.root.Remove(at)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("restore %s: %w", name, err)
+	}
+	return nil
+}
+
+// asideOf returns a free name for what has the name of a pointer: adopted/<name>, or adopted/<name>-2 and so on.
+func (s *Store) asideOf(name string) string {
+	first := path.Join(ownFolder, "adopted", path.Base(name))
+	aside := first
+	for i := 2; ; i++ {
+		if _, err := s.root.Lstat(aside); err != nil { // the caller finds other errors than that there is none
+			return aside
+		}
+		aside = fmt.Sprintf("%s-%d", first, i)
+	}
+}
+
+// swap makes a link at a name, and renames what has this name to the free name aside, in one step if the file system
+// can.
+func (s *Store) swap(name, to, aside string) error {
+	if err := s.point(aside, to); err != nil { // the exchange below puts the former content here
+		return err
+	}
+	err := s.exchange(aside, name)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		if err = s.root.Remove(aside); err == nil {
+			if err = s.root.Rename(name, aside); err == nil {
+				err = s.point(name, to)
+			}
+		}
+	}
+	return err
 }
 
 // expose makes the top-level names lead into the current set. The folder adopted keeps what another installer had
@@ -167,17 +272,7 @@ func (s *Store) adopt(name, to string) error {
 	if err := s.root.RemoveAll(aside); err != nil {
 		return fmt.Errorf("clear %s: %w", aside, err)
 	}
-	if err := s.point(aside, to); err != nil { // the exchange below puts the former content here
-		return err
-	}
-	err := s.exchange(aside, name)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		if err = s.root.Remove(aside); err == nil {
-			if err = s.root.Rename(name, aside); err == nil {
-				err = s.point(name, to)
-			}
-		}
-	}
+	err := s.swap(name, to, aside)
 	if errors.Is(err, unix.EBUSY) {
 		return fault.Wrap(fault.Busy, fmt.Errorf("adopt %s: %w", name, err),
 			"stop the other installer that has mounted something at or below this folder")
@@ -453,20 +548,12 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 // WriteFile replaces a small file of the install folder atomically.
 func (s *Store) WriteFile(name string, data []byte) error {
 	tmp := path.Join(ownFolder, "tmp-file")
-	f, err := s.root.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
-	if err != nil {
-		return diskFault(fmt.Errorf("write %s: %w", name, err))
-	}
-	_, err = f.Write(data)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return diskFault(fmt.Errorf("write %s: %w", name, err))
-	}
-	err = s.root.Rename(tmp, name)
+	err := noderoot.Replace(s.root, name, tmp, data)
 	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // never made by this program
-		err = errors.Join(s.root.RemoveAll(name), s.root.Rename(tmp, name))
+		err = errors.Join(s.root.RemoveAll(name), noderoot.Replace(s.root, name, tmp, data))
 	}
 	if err != nil {
-		return fmt.Errorf("write %s: %w", name, err)
+		return diskFault(fmt.Errorf("write %s: %w", name, err))
 	}
 	return nil
 }

@@ -106,20 +106,10 @@ func read(node *noderoot.Root) ([]byte, error) {
 	return raw, err
 }
 
-// write replaces the file in one step.
 func write(node *noderoot.Root, text []byte) error {
 	etc, err := node.Folder(path.Dir(config))
 	if err != nil {
 		return err
 	}
-	defer etc.Close()
-	const tmp = ".prebake-ld.so.conf"
-	err = etc.WriteFile(tmp, text, 0o644)
-	if err == nil {
-		err = etc.Rename(tmp, path.Base(config))
-	}
-	if err != nil {
-		return errors.Join(err, etc.RemoveAll(tmp))
-	}
-	return nil
+	return errors.Join(noderoot.Replace(etc, path.Base(config), ".prebake-ld.so.conf", text), etc.Close())
 }

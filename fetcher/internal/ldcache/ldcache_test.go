@@ -10,6 +10,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/ldcache"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
+	"github.com/prebake/prebake/pkg/testkit/ondisk"
 )
 
 // library returns a library of this machine, for ldconfig to find.
@@ -132,4 +133,26 @@ func TestFails(t *testing.T) {
 	if raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf")); err != nil || string(raw) != "/x\n" {
 		t.Errorf("ld.so.conf is %q, %v", raw, err)
 	}
+}
+
+// TestOutlivesPowerCut checks that the content of the node's ld.so.conf is on the disk after a change: otherwise a
+// power cut may leave an empty file, without the lines of other installers. The node has no such file at first, because
+// some file systems flush a file that replaces another one by themselves.
+func TestOutlivesPowerCut(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	write(t, filepath.Join(root, "sbin/ldconfig"), []byte("no program"), 0o755)
+	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	node, err := noderoot.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	// The run of ldconfig fails, after the write.
+	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil {
+		t.Error("Add with a broken ldconfig = nil; want an error")
+	}
+	ondisk.Check(t, filepath.Join(root, "etc/ld.so.conf"))
 }

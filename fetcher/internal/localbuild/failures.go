@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -19,7 +21,7 @@ import (
 // time, so an unreadable file counts as empty.
 type failures struct {
 	file    string // the last failed compile
-	running string // the compile that runs, or that was killed together with this program
+	running string // the compile that runs, was killed together with this program, or lacked memory
 	builder string // the builder that failed, and its mirrors
 }
 
@@ -91,8 +93,12 @@ func (f failures) store(q resolve.Question, err error) error {
 	return nil
 }
 
+<<<<<<< HEAD
 // compiling describes a compile that runs. The file is removed when the compile ends, so it stays if this program is
 // killed.
+=======
+// compiling describes a compile that runs, or that lacked memory.
+>>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 type compiling struct {
 	Cell    string `json:"cell"`
 	Builder string `json:"builder"`
@@ -100,25 +106,28 @@ type compiling struct {
 	BootID string `json:"bootId"`
 	// Limit is the memory limit in bytes; 0 means none.
 	Limit int64 `json:"memoryLimit"`
-	// Tries counts the compiles that began and did not end, with this one.
+	// Tries counts the compiles that did not end, or lacked memory, with this one.
 	Tries int       `json:"tries"`
 	At    time.Time `json:"at"`
 }
 
-// maxKilled is how often a compile may be killed together with this program, until it is not tried again. By default,
-// kubelet lets the kernel kill all programs of a container if one of them exceeds the memory limit (memory.oom.group,
-// since Kubernetes 1.28), and then starts the container again.
-const maxKilled = 2
+// maxTries is how often a compile may lack memory in one boot, until it is not tried again. If a container exceeds its
+// memory limit, the kernel kills one process, or all. All is kubelet's default since Kubernetes 1.28
+// (memory.oom.group). It is not possible with control groups of version 1, or with kubelet's singleProcessOOMKill. In
+// either case, kubelet starts the container again, so without a limit the node would compile endlessly.
+const maxTries = 2
 
-// begin records that a compile begins. It returns an error if the last ones of the same cell, builder, boot and memory
-// limit were killed together with this program.
-func (f failures) begin(q resolve.Question, retry bool) error {
+// tries returns the record of a compile that begins now, and the record of the last one that lacked memory. The latter
+// is zero if it had another cell, builder, boot or memory limit. After maxTries such compiles, tries returns an error.
+// The caller holds the lock of [lockCompiles], because a compile that runs looks like one that was killed.
+func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, err error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return fmt.Errorf("read boot id: %w", err)
+		return now, last, fmt.Errorf("read boot id: %w", err)
 	}
-	now := compiling{Cell: cell(q), Builder: f.builder, BootID: strings.TrimSpace(string(boot)),
+	now = compiling{Cell: cell(q), Builder: f.builder, BootID: strings.TrimSpace(string(boot)),
 		Limit: sandbox.MemoryLimit(), At: time.Now().UTC()}
+<<<<<<< HEAD
 	var last compiling
 	if raw, err := os.ReadFile(f.running); err == nil && json.Unmarshal(raw, &last) == nil && !retry &&
 		last.Cell == now.Cell && last.Builder == now.Builder && last.BootID == now.BootID && last.Limit == now.Limit &&
@@ -129,23 +138,77 @@ func (f failures) begin(q resolve.Question, retry bool) error {
 				"compiles again after a day, or with \"fetcher install --retry\")", now.Tries, last.At.Format(time.RFC3339)),
 				now.Limit)
 		}
+=======
+	raw, rerr := os.ReadFile(f.running)
+	if rerr != nil || json.Unmarshal(raw, &last) != nil || retry || last.Cell != now.Cell ||
+		last.Builder != now.Builder || last.BootID != now.BootID || last.Limit != now.Limit ||
+		now.At.Sub(last.At).Abs() >= failureAge {
+		last = compiling{}
+>>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
-	now.Tries++
-	raw, err := json.Marshal(now)
-	if err == nil {
-		err = os.WriteFile(f.running, raw, 0o600)
+	if last.Tries >= maxTries {
+		return now, last, outOfMemory(fmt.Sprintf("compile on this node: the last %d compiles of this driver ran out of "+
+			"memory, or were killed together with the fetcher, probably for the same reason; the last one began at %s (this "+
+			"node compiles again after a day, after a reboot, or with \"fetcher install --retry\")", last.Tries,
+			last.At.Format(time.RFC3339)), now.Limit)
 	}
+<<<<<<< HEAD
 	if err != nil {
 		return fault.Disk(fmt.Errorf("record that a compile began: %w", err),
 			"make space on the disk of "+filepath.Dir(f.running))
+=======
+	now.Tries = last.Tries + 1
+	return now, last, nil
+}
+
+// begin records that a compile begins.
+func (f failures) begin(now compiling) error {
+	if err := f.writeRunning(now); err != nil {
+		return fault.Disk(fmt.Errorf("record the compile: %w", err), "make space on the disk of "+filepath.Dir(f.running))
+>>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
 	return nil
 }
 
+<<<<<<< HEAD
 // end records that the compile ended, in any way.
 func (f failures) end() error {
 	if err := os.Remove(f.running); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("record that the compile ended: %w", err)
+=======
+// end records that a compile ended with this error, or with nil. After a lack of memory, its own record stays. After
+// another error, which says nothing about memory, the last record counts again.
+func (f failures) end(last compiling, failed error) (err error) {
+	switch {
+	case lackedMemory(failed):
+		return nil
+	case failed != nil && last.Tries > 0:
+		err = f.writeRunning(last)
+	default:
+		err = os.Remove(f.running)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("record the end of the compile: %w", err)
+>>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
 	return nil
+}
+
+func (f failures) writeRunning(c compiling) error {
+	raw, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(f.running, raw, 0o600)
+}
+
+// lackedMemory reports whether a compile ended for lack of memory. A builder that was killed counts, too: if this
+// process cannot see its control group, it does not learn the reason.
+func lackedMemory(err error) bool {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		status, ok := exit.Sys().(syscall.WaitStatus)
+		return ok && status.Signaled() && status.Signal() == syscall.SIGKILL
+	}
+	return fault.Is(err, fault.OutOfMemory)
 }

@@ -37,7 +37,7 @@ func TestFailuresAreRemembered(t *testing.T) {
 		q := question
 		q.Wish = target.Wish(row.wish)
 		b.Retry = row.retry
-		_, err := b.Build(t.Context(), q)
+		_, err := build(t.Context(), b, q)
 		if !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "too few arguments") ||
 			fault.Hint(err) != "take another" {
 			t.Errorf("%s: Build = %v (hint %q)", row.name, err, fault.Hint(err))
@@ -60,7 +60,7 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 	} {
 		b := script(t, body)
 		for i := range 2 {
-			_, err := b.Build(t.Context(), question)
+			_, err := build(t.Context(), b, question)
 			if got := err != nil && strings.Contains(err.Error(), "compiles again after"); err == nil ||
 				got != (remembered && i == 1) {
 				t.Errorf("%s, compile %d: Build = %v; want it remembered: %t", body, i, err, remembered)
@@ -73,14 +73,14 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 func TestUnstartedIsNotRemembered(t *testing.T) {
 	t.Parallel()
 	b := script(t, "exit 22")
-	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Unsupported) { // makes the node's key
+	if _, err := build(t.Context(), b, question); !fault.Is(err, fault.Unsupported) { // makes the node's key
 		t.Fatal(err)
 	}
 	b.Retry = true
 	if err := os.Chmod(b.Program, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.Build(t.Context(), question); err == nil || fault.Is(err, fault.Unsupported) {
+	if _, err := build(t.Context(), b, question); err == nil || fault.Is(err, fault.Unsupported) {
 		t.Fatalf("Build = %v; want the error of the start", err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(b.StateDir, "failed.json")); err == nil &&

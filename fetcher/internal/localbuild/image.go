@@ -26,8 +26,8 @@ type Image struct {
 	Digest string
 }
 
-// imageFolder is the folder of the unpacked image below the state folder. compileLock is held during a compile, with
-// and without an image.
+// imageFolder is the folder of the unpacked image below the state folder. compileLock is held from the beginning of a
+// compile, with or without an image, until its artifact is staged.
 const (
 	imageFolder = "builder-image"
 	compileLock = "builder-image.lock"

@@ -39,6 +39,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// lackingMirror is the name of a mirror with which imageBuilder runs out of memory.
+const lackingMirror = "lacking"
+
 // imageBuilder stands in for the builder in a test's image. It prints the folders, files and environment variables that
 // it sees.
 func imageBuilder() {
@@ -66,6 +69,9 @@ func imageBuilder() {
 		return all
 	}
 	mirror := os.Args[slices.Index(os.Args, "--kernel-mirror")+1]
+	if filepath.Base(mirror) == lackingMirror {
+		os.Exit(fault.OutOfMemory.ExitCode())
+	}
 	raw, err := json.Marshal(map[string]any{
 		"root": names(
 			"/",
@@ -208,7 +214,7 @@ func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 		}, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "state", "cache"),
 		KernelMirror: "file://" + mirror, Progress: func(line string) { said = append(said, line) },
 	}
-	a, err := b.Build(t.Context(), question)
+	a, err := build(t.Context(), b, question)
 	if err != nil {
 		t.Fatalf("%v; said %q", err, said)
 	}
@@ -261,7 +267,7 @@ func TestImageRefused(t *testing.T) {
 			StateDir: t.TempDir(),
 			CacheDir: t.TempDir(),
 		}
-		if _, err := b.Build(t.Context(), question); err == nil ||
+		if _, err := build(t.Context(), b, question); err == nil ||
 			fault.Hint(err) == "" && !fault.Is(err, fault.NoArtifact) {
 			t.Errorf("Build with %s = %v (hint %q)", name, err, fault.Hint(err))
 		}
@@ -295,7 +301,7 @@ func TestSweep(t *testing.T) {
 	repo, digest := image(t, nil)
 	b := localbuild.Builder{Image: &localbuild.Image{Repository: repo, Digest: digest}, StateDir: state,
 		CacheDir: t.TempDir()}
-	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Busy) {
+	if _, err := build(t.Context(), b, question); !fault.Is(err, fault.Busy) {
 		t.Errorf("a second compile = %v; want busy", err)
 	}
 	if err := errors.Join(lock.Unlock(), localbuild.Sweep(state)); err != nil {

@@ -109,24 +109,37 @@ func completePEM(name string) bool {
 		bytes.HasSuffix(bytes.TrimSpace(text), []byte("-----"))
 }
 
-// Build compiles the driver and returns the artifact in the node's own layout. An error has the kind of the builder's
-// exit code.
-func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
+// Build compiles the driver and returns the artifact in the node's own layout. Call release as soon as the artifact is
+// staged, or is not needed: until then, no other fetcher compiles on this node, because its compile would remove the
+// artifact. An error has the kind of the builder's exit code. With an error, release is nil.
+func (b Builder) Build(ctx context.Context, q resolve.Question) (answer resolve.Answer, release func() error,
+	err error) {
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
-		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
+		return resolve.Answer{}, nil, fmt.Errorf("make state folder: %w", err)
 	}
 	if err := b.resolveLinks(); err != nil {
-		return resolve.Answer{}, err
+		return resolve.Answer{}, nil, err
 	}
-	failed := b.failures()
-	if err := failed.lastError(q); err != nil && !b.Retry {
-		return resolve.Answer{}, err
+	if err := b.failures().lastError(q); err != nil && !b.Retry {
+		return resolve.Answer{}, nil, err
 	}
 	unlock, err := lockCompiles(b.StateDir)
 	if err != nil {
+		return resolve.Answer{}, nil, err
+	}
+	if answer, err = b.buildLocked(ctx, q); err != nil {
+		return resolve.Answer{}, nil, errors.Join(err, unlock())
+	}
+	return answer, unlock, nil
+}
+
+// buildLocked is Build without its lock, which the caller holds.
+func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
+	failed := b.failures()
+	now, last, err := failed.tries(q, b.Retry)
+	if err != nil { // before a pull and before anything is removed
 		return resolve.Answer{}, err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
@@ -148,15 +161,13 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	}
 	// Only a compile needs much memory. If this program is killed before, such as during a slow pull, that is no sign of
 	// too little.
-	if err := failed.begin(q, b.Retry); err != nil {
+	if err := failed.begin(now); err != nil {
 		return resolve.Answer{}, err
 	}
-	defer func() {
-		if eerr := failed.end(); err != nil { // this error must not cost the node a compiled driver
-			err = errors.Join(err, eerr)
-		}
-	}()
 	answer, err := b.compile(ctx, q, key)
+	if eerr := failed.end(last, err); err != nil { // this error must not cost the node a compiled driver
+		err = errors.Join(err, eerr)
+	}
 	if ctx.Err() == nil {
 		err = errors.Join(err, failed.store(q, err))
 	}

@@ -31,6 +31,15 @@ func script(t *testing.T, body string) localbuild.Builder {
 		CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
 
+// build compiles, and permits the next compile at once.
+func build(ctx context.Context, b localbuild.Builder, q resolve.Question) (resolve.Answer, error) {
+	a, release, err := b.Build(ctx, q)
+	if err == nil {
+		err = release()
+	}
+	return a, err
+}
+
 var question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu"}, Wish: "R535", Flavour: "open"}
 
 func TestBuild(t *testing.T) {
@@ -39,7 +48,7 @@ func TestBuild(t *testing.T) {
 	var said []string
 	b.Progress = func(line string) { said = append(said, line) }
 	for range 2 { // the second time the key exists
-		a, err := b.Build(t.Context(), question)
+		a, err := build(t.Context(), b, question)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -87,7 +96,7 @@ func TestBuildFails(t *testing.T) {
 		{"output without end", `exec yes`, fault.Internal, "more than 4 MiB", "same release"},
 	}
 	for _, row := range rows {
-		_, err := script(t, row.body).Build(t.Context(), question)
+		_, err := build(t.Context(), script(t, row.body), question)
 		if err == nil || fault.Of(err) != row.kind || !strings.Contains(err.Error(), row.text) ||
 			!strings.Contains(fault.Hint(err), row.hint) {
 			t.Errorf("%s: Build = %v (%v, hint %q); want %v with %q", row.name, err, fault.Of(err), fault.Hint(err), row.kind,
@@ -96,7 +105,7 @@ func TestBuildFails(t *testing.T) {
 	}
 	b := script(t, "exit 0")
 	b.Program = filepath.Join(t.TempDir(), "none")
-	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+	if _, err := build(t.Context(), b, question); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
 		t.Errorf("Build without a program = %v; want usage with a hint", err)
 	}
 }
@@ -107,7 +116,7 @@ func TestBuildStops(t *testing.T) {
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }
-	if _, err := b.Build(ctx, question); !fault.Is(err, fault.Cancelled) {
+	if _, err := build(ctx, b, question); !fault.Is(err, fault.Cancelled) {
 		t.Errorf("Build = %v; want cancelled", err)
 	}
 }
@@ -140,7 +149,7 @@ func TestHalfAKey(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, err := b.Build(t.Context(), question); err != nil {
+			if _, err := build(t.Context(), b, question); err != nil {
 				t.Fatal(err)
 			}
 			for _, name := range []string{"node-key/local.key", "node-key/local.key.pub"} {
@@ -156,34 +165,59 @@ func TestHalfAKey(t *testing.T) {
 }
 
 // TestOneCompileAtATime checks that a second compile on the same node changes nothing: it would remove the artifact
-// that the first one is about to publish.
+// that the first one is about to publish. The same holds after the first compile, until its artifact is staged.
 func TestOneCompileAtATime(t *testing.T) {
 	t.Parallel()
 	b := script(t, `while [ ! -e "${0%/*}/end" ]; do echo compiling >&2; sleep 0.05; done
 echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
 	made := filepath.Join(b.StateDir, "local", "made")
+	second := func(when string) {
+		t.Helper()
+		other := b
+		other.Progress = nil
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := build(ctx, other, question); !fault.Is(err, fault.Busy) {
+			t.Errorf("a second compile %s the first = %v; want busy", when, err)
+		}
+		if _, err := os.Stat(made); err != nil {
+			t.Errorf("what the first compile made, %s it: %v", when, err)
+		}
+	}
 	var once sync.Once
 	b.Progress = func(string) {
 		once.Do(func() {
-			second := b
-			second.Progress = nil
-			ctx, cancel := context.WithCancel(t.Context())
-			cancel()
 			if err := errors.Join(os.MkdirAll(filepath.Dir(made), 0o700), os.WriteFile(made, nil, 0o600)); err != nil {
 				t.Error(err)
 			}
-			if _, err := second.Build(ctx, question); !fault.Is(err, fault.Busy) {
-				t.Errorf("a second compile = %v; want busy", err)
-			}
+			second("during")
 			if err := os.WriteFile(filepath.Join(filepath.Dir(b.Program), "end"), nil, 0o600); err != nil {
 				t.Error(err)
 			}
 		})
 	}
-	if _, err := b.Build(t.Context(), question); err != nil {
-		t.Error(err)
+	_, release, err := b.Build(t.Context(), question)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := os.Stat(made); err != nil {
-		t.Errorf("what the first compile made: %v", err)
+	second("after")
+	for range 2 { // the second call does nothing
+		if err := release(); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := build(t.Context(), b, question); err != nil {
+		t.Errorf("a compile once the artifact is staged = %v; want success", err)
+	}
+}
+
+// TestFailedCompileHoldsNothing checks that a compile that failed permits the next one.
+func TestFailedCompileHoldsNothing(t *testing.T) {
+	t.Parallel()
+	b := script(t, "exit 10")
+	for range 2 {
+		if _, release, err := b.Build(t.Context(), question); !fault.Is(err, fault.Transient) || release != nil {
+			t.Errorf("Build = %v; want transient, and nothing to release", err)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package localbuild_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,8 +11,11 @@ import (
 	"syscall"
 	"testing"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
 	"github.com/prebake/prebake/fetcher/internal/localbuild"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/testkit/memorygroup"
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
@@ -25,7 +29,7 @@ func TestCompileProcess(t *testing.T) {
 	if dir == "" {
 		return
 	}
-	_, err := builderIn(dir).Build(t.Context(), question)
+	_, err := build(t.Context(), builderIn(dir), question)
 	fmt.Printf("ENDED %v\n%v\nhint: %s\n", fault.Of(err), err, fault.Hint(err))
 }
 
@@ -93,7 +97,7 @@ func TestKilledWithCompile(t *testing.T) {
 	}
 	program.Write(t, b.Program, []byte("#!/bin/sh\necho \"$@\" >>\"${0%/*}\"/calls\n"+
 		`echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`+"\n"))
-	if _, err := b.Build(t.Context(), question); err != nil || len(calls(t, dir)) != 3 {
+	if _, err := build(t.Context(), b, question); err != nil || len(calls(t, dir)) != 3 {
 		t.Errorf("with Retry: Build = %v, %d compiles; want a third compile", err, len(calls(t, dir)))
 	}
 	if _, err := os.Stat(filepath.Join(b.StateDir, "compiling.json")); !errors.Is(err, os.ErrNotExist) {
@@ -101,16 +105,94 @@ func TestKilledWithCompile(t *testing.T) {
 	}
 }
 
-// TestEndedIsNotKilled checks that compiles that end in any other way are repeated.
-func TestEndedIsNotKilled(t *testing.T) {
+// TestLackOfMemoryIsCounted lets only a compiler or only the builder be killed, as the kernel does with control groups
+// of version 1, and as kubelet asks it with singleProcessOOMKill. The node must not compile at each restart of the pod.
+// A compile that ends in another way changes nothing about that, unless it succeeds.
+func TestLackOfMemoryIsCounted(t *testing.T) {
 	t.Parallel()
-	b := script(t, "exit 26")
+	const lacks, killed, passes, works = "exit 26", "kill -9 $$", "exit 10",
+		`echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`
+	for name, ends := range map[string][]string{
+		"a compiler":                   {lacks, lacks},
+		"the builder":                  {killed, killed},
+		"one of each":                  {killed, lacks},
+		"with other errors in between": {passes, lacks, passes, passes, lacks},
+		"with a success in between":    {lacks, works, lacks, lacks},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := script(t, `. "${0%/*}/end"`)
+			dir := filepath.Dir(b.Program)
+			made := filepath.Join(b.StateDir, "local", "made")
+			compile := func(end string) error {
+				t.Helper()
+				if err := os.WriteFile(filepath.Join(dir, "end"), []byte(end+"\n"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				_, err := build(t.Context(), b, question)
+				return err
+			}
+			for i, end := range ends {
+				if err := compile(end); (err == nil) != (end == works) || len(calls(t, dir)) != i+1 {
+					t.Fatalf("compile %d, %s: Build = %v after %d compiles", i, end, err, len(calls(t, dir)))
+				}
+			}
+			if err := errors.Join(os.MkdirAll(filepath.Dir(made), 0o700), os.WriteFile(made, nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if err := compile(works); !fault.Is(err, fault.OutOfMemory) || len(calls(t, dir)) != len(ends) ||
+					!strings.Contains(err.Error(), "last 2 compiles of this driver ran out of memory") ||
+					!strings.Contains(fault.Hint(err), "--builder never") {
+					t.Errorf("the next compile: Build = %v after %d compiles; want out of memory without one", err,
+						len(calls(t, dir)))
+				}
+			}
+			if _, err := os.Stat(made); err != nil {
+				t.Errorf("the former artifact: %v; want it kept", err)
+			}
+			b.Retry = true
+			if err := compile(works); err != nil {
+				t.Errorf("with Retry: Build = %v; want success", err)
+			}
+			b.Retry = false
+			if err := compile(works); err != nil {
+				t.Errorf("after a success: Build = %v; want success", err)
+			}
+		})
+	}
+}
+
+// TestNoPullAfterLackOfMemory checks that the builder's image is not pulled for a compile that will not be tried.
+func TestNoPullAfterLackOfMemory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounts need root")
+	}
+	repo, digest := image(t, []string{"/usr/local/bin/image-builder"})
+	pulls := &countedPulls{Repository: repo}
+	dir := t.TempDir()
+	mirror := filepath.Join(dir, lackingMirror)
+	if err := os.Mkdir(mirror, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	b := localbuild.Builder{Image: &localbuild.Image{Repository: pulls, Digest: digest},
+		StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file://" + mirror}
 	for i := range 4 {
-		if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.OutOfMemory) ||
-			strings.Contains(err.Error(), "killed together") || len(calls(t, filepath.Dir(b.Program))) != i+1 {
-			t.Errorf("compile %d: Build = %v", i, err)
+		if _, err := build(t.Context(), b, question); !fault.Is(err, fault.OutOfMemory) || pulls.n != min(i+1, 2) {
+			t.Errorf("compile %d: Build = %v after %d pulls; want out of memory after %d", i, err, pulls.n, min(i+1, 2))
 		}
 	}
+}
+
+// countedPulls counts the pulls of images.
+type countedPulls struct {
+	*registry.Repository
+	n int
+}
+
+func (c *countedPulls) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
+	c.n++
+	return c.Repository.PullImage(ctx, digest, arch, dir)
 }
 
 // TestMemoryLimit compiles in a control group with little memory. The limit must be the reason for one compiler on a
@@ -118,12 +200,20 @@ func TestEndedIsNotKilled(t *testing.T) {
 func TestMemoryLimit(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Dir(script(t, `exec awk 'BEGIN { s = "x"; while (length(s) < 300000000) s = s s }'`).Program)
-	killed, out := compileApart(t, dir, "sh", "-c", `echo $$ >"$0" && exec "$@"`, memorygroup.New(t, 96<<20))
+	group := memorygroup.New(t, 96<<20)
+	killed, out := compileApart(t, dir, "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
 	if killed || !strings.HasPrefix(out, "ENDED out-of-memory\n") || !strings.Contains(out, "killed the builder") ||
 		!strings.Contains(out, "is 96 MiB") || !strings.Contains(out, "resources.limits.memory") {
 		t.Errorf("killed %t, %s; want out of memory, the limit, and the next step", killed, out)
 	}
 	if got := calls(t, dir); len(got) != 1 || !strings.Contains(got[0], " --jobs 1 ") {
 		t.Errorf("calls %q; want one, with one compiler", got)
+	}
+	for range 2 { // as kubelet starts the fetcher again
+		killed, out = compileApart(t, dir, "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
+	}
+	if got := calls(t, dir); killed || len(got) != 2 || !strings.HasPrefix(out, "ENDED out-of-memory\n") ||
+		!strings.Contains(out, "last 2 compiles") {
+		t.Errorf("the third compile: killed %t, %s, %d calls; want out of memory after two", killed, out, len(got))
 	}
 }

@@ -1,0 +1,39 @@
+// Package ondisk checks that files were flushed to the disk, so that they outlive a power cut.
+package ondisk
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Check reports an error if a file has content that is only in memory. It skips the rest of the test if the kernel or
+// the file system does not tell. Call it at once after the write: the kernel itself flushes a file after some seconds.
+func Check(t testing.TB, path string) {
+	t.Helper()
+	// A file that nobody flushed shows whether the file system counts such pages. A tmpfs does not.
+	control := filepath.Join(t.TempDir(), "control")
+	if err := os.WriteFile(control, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if pages, err := unflushed(control); err != nil || pages == 0 {
+		t.Skipf("nobody tells which pages are not on the disk: %d in a new file, %v", pages, err)
+	}
+	if pages, err := unflushed(path); err != nil || pages > 0 {
+		t.Errorf("%s has %d pages that are not on the disk, %v; want none", path, pages, err)
+	}
+}
+
+// unflushed returns the number of pages of a file that are not on the disk. It needs Linux 6.5 (cachestat(2)).
+func unflushed(path string) (pages uint64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	var st unix.Cachestat_t
+	err = unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &st, 0)
+	return st.Dirty + st.Writeback, errors.Join(err, f.Close())
+}
