@@ -93,12 +93,7 @@ func (f failures) store(q resolve.Question, err error) error {
 	return nil
 }
 
-<<<<<<< HEAD
-// compiling describes a compile that runs. The file is removed when the compile ends, so it stays if this program is
-// killed.
-=======
 // compiling describes a compile that runs, or that lacked memory.
->>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 type compiling struct {
 	Cell    string `json:"cell"`
 	Builder string `json:"builder"`
@@ -127,24 +122,11 @@ func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, er
 	}
 	now = compiling{Cell: cell(q), Builder: f.builder, BootID: strings.TrimSpace(string(boot)),
 		Limit: sandbox.MemoryLimit(), At: time.Now().UTC()}
-<<<<<<< HEAD
-	var last compiling
-	if raw, err := os.ReadFile(f.running); err == nil && json.Unmarshal(raw, &last) == nil && !retry &&
-		last.Cell == now.Cell && last.Builder == now.Builder && last.BootID == now.BootID && last.Limit == now.Limit &&
-		now.At.Sub(last.At).Abs() < failureAge {
-		if now.Tries = last.Tries; now.Tries >= maxKilled {
-			return outOfMemory(fmt.Sprintf("compile on this node: the last %d compiles of this driver were killed together "+
-				"with the fetcher, the last one after %s; the likely reason is that they needed too much memory (this node "+
-				"compiles again after a day, or with \"fetcher install --retry\")", now.Tries, last.At.Format(time.RFC3339)),
-				now.Limit)
-		}
-=======
 	raw, rerr := os.ReadFile(f.running)
 	if rerr != nil || json.Unmarshal(raw, &last) != nil || retry || last.Cell != now.Cell ||
 		last.Builder != now.Builder || last.BootID != now.BootID || last.Limit != now.Limit ||
 		now.At.Sub(last.At).Abs() >= failureAge {
 		last = compiling{}
->>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
 	if last.Tries >= maxTries {
 		return now, last, outOfMemory(fmt.Sprintf("compile on this node: the last %d compiles of this driver ran out of "+
@@ -152,11 +134,6 @@ func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, er
 			"node compiles again after a day, after a reboot, or with \"fetcher install --retry\")", last.Tries,
 			last.At.Format(time.RFC3339)), now.Limit)
 	}
-<<<<<<< HEAD
-	if err != nil {
-		return fault.Disk(fmt.Errorf("record that a compile began: %w", err),
-			"make space on the disk of "+filepath.Dir(f.running))
-=======
 	now.Tries = last.Tries + 1
 	return now, last, nil
 }
@@ -165,17 +142,10 @@ func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, er
 func (f failures) begin(now compiling) error {
 	if err := f.writeRunning(now); err != nil {
 		return fault.Disk(fmt.Errorf("record the compile: %w", err), "make space on the disk of "+filepath.Dir(f.running))
->>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
 	return nil
 }
 
-<<<<<<< HEAD
-// end records that the compile ended, in any way.
-func (f failures) end() error {
-	if err := os.Remove(f.running); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("record that the compile ended: %w", err)
-=======
 // end records that a compile ended with this error, or with nil. After a lack of memory, its own record stays. After
 // another error, which says nothing about memory, the last record counts again.
 func (f failures) end(last compiling, failed error) (err error) {
@@ -189,7 +159,6 @@ func (f failures) end(last compiling, failed error) (err error) {
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("record the end of the compile: %w", err)
->>>>>>> 5e169c8f75f6c18024bda3033f00228eff0b2688
 	}
 	return nil
 }
