@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -95,24 +94,35 @@ func readAttempts(store *install.Store) (attempts, error) {
 	return all, nil
 }
 
-// writeAttempts writes the records, at most maxAttempts. The records of the changed drivers stay: if each new failure
-// were dropped at once, the driver would be tried endlessly. Of the others, it first drops those that the node needs
-// least (see attempt.need), of these those of drivers that are neither active nor the previous one, and of these the
-// oldest. That is safe: at worst, an old driver is tried maxTries times again, if the farm offers it again at all.
-func (a *Agent) writeAttempts(store *install.Store, all attempts, changed ...string) error {
-	now := a.parts.Now()
-	pointers, err := store.Pointers()
-	if err != nil { // the need and the age then decide alone
-		pointers = install.Pointers{}
-	}
-	rank := func(digest string) int {
-		rank := 2 * all[digest].need()
-		if slices.Contains(changed, digest) {
-			rank = math.MaxInt
-		} else if pointers.Has(digest) {
-			rank++
+// writeAttempts writes the records, at most maxAttempts. At worst, a driver whose record is dropped is tried maxTries
+// times again, if the farm offers it again at all.
+func (a *Agent) writeAttempts(store *install.Store, all attempts) error {
+	if len(all) > maxAttempts {
+		pointers, err := store.Pointers()
+		if err != nil { // the need and the age then decide alone
+			pointers = install.Pointers{}
 		}
-		return rank
+		for _, digest := range all.byNeed(a.parts.Now(), pointers)[maxAttempts:] {
+			delete(all, digest)
+		}
+	}
+	raw, err := json.MarshalIndent(all, "", "  ")
+	if err != nil {
+		return err
+	}
+	return store.WriteFile(attemptsFile, append(raw, '\n'))
+}
+
+// maxRecent is the number of the newest records that are always kept. Otherwise a node that needs maxAttempts records
+// more than a failure would count no failure, and try the driver endlessly.
+const maxRecent = 8
+
+// byNeed returns the digests of all records, the least needed last: behind maxRecent records by attempt.need, then with
+// the active and the previous driver first, and then by age.
+func (all attempts) byNeed(now time.Time, pointers install.Pointers) []string {
+	digests := make([]string, 0, len(all))
+	for digest := range all {
+		digests = append(digests, digest)
 	}
 	// A record from the future was made while the clock was wrong. It counts as old: otherwise no new record could
 	// replace it.
@@ -122,18 +132,22 @@ func (a *Agent) writeAttempts(store *install.Store, all attempts, changed ...str
 		}
 		return 0
 	}
-	digests := slices.Collect(maps.Keys(all))
 	slices.SortFunc(digests, func(x, y string) int {
-		return cmp.Or(cmp.Compare(rank(y), rank(x)), cmp.Compare(future(x), future(y)), all[y].At.Compare(all[x].At))
+		return cmp.Or(cmp.Compare(future(x), future(y)), all[y].At.Compare(all[x].At))
 	})
-	for _, digest := range digests[min(len(digests), maxAttempts):] {
-		delete(all, digest)
+	place := map[string]int{}
+	for i, digest := range digests {
+		rank := 2 * all[digest].need()
+		if pointers.Has(digest) {
+			rank++
+		}
+		if i < maxRecent {
+			rank = math.MaxInt16
+		}
+		place[digest] = i - rank*len(digests)
 	}
-	raw, err := json.MarshalIndent(all, "", "  ")
-	if err != nil {
-		return err
-	}
-	return store.WriteFile(attemptsFile, append(raw, '\n'))
+	slices.SortFunc(digests, func(x, y string) int { return cmp.Compare(place[x], place[y]) })
+	return digests
 }
 
 // need says how much the node needs this record: 2 for what is under way, 1 for what must not be tried again, else 0.
@@ -276,7 +290,7 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 	for other, at := range all {
 		at.Next = other == digest
 	}
-	if err := a.writeAttempts(store, all, digest, rolledBack); err != nil || rolledBack == "" {
+	if err := a.writeAttempts(store, all); err != nil || rolledBack == "" {
 		return err
 	}
 	return store.Sync() // the operator is told that the rollback is noted, and may cut the power next
@@ -311,7 +325,7 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	}
 	change(at)
 	at.At = a.parts.Now().UTC()
-	return a.writeAttempts(store, all, digest)
+	return a.writeAttempts(store, all)
 }
 
 // setAttempt replaces the record of a driver; nil removes it.
@@ -323,7 +337,7 @@ func (a *Agent) setAttempt(store *install.Store, digest string, at *attempt) err
 	if delete(all, digest); at != nil {
 		all[digest] = at
 	}
-	return a.writeAttempts(store, all, digest)
+	return a.writeAttempts(store, all)
 }
 
 // recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in this boot
@@ -384,7 +398,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	if len(open) > 0 {
-		if err := a.writeAttempts(store, all, open...); err != nil { // a full disk must not leave the node without a driver
+		if err := a.writeAttempts(store, all); err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
 		}
 	}
