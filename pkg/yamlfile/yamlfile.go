@@ -10,6 +10,7 @@ import (
 	"io"
 	"regexp"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -64,11 +65,10 @@ func (r *Reader) Err(doing, hint string) error {
 	if n == 0 {
 		return nil
 	}
-	slices.SortStableFunc(r.mistakes, func(a, b mistake) int {
-		if a.line != b.line {
-			return a.line - b.line
-		}
-		return a.column - b.column
+	// Not slices.SortStableFunc, which adds 8 KB to each program.
+	sort.SliceStable(r.mistakes, func(i, j int) bool {
+		a, b := r.mistakes[i], r.mistakes[j]
+		return a.line < b.line || a.line == b.line && a.column < b.column
 	})
 	text := &strings.Builder{}
 	fmt.Fprintf(text, "%s: %d mistake", doing, n)
