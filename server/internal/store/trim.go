@@ -54,7 +54,7 @@ WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4 ORDER BY id 
 		if err != nil {
 			return removed, classify("find old builds", err)
 		}
-		n, err := s.removeBuilds(ctx, oldBuilds(all, before))
+		n, err := s.removeBuilds(ctx, key, oldBuilds(all, before))
 		removed += n
 		if err != nil {
 			return removed, err
@@ -86,8 +86,8 @@ func oldBuilds(all []storedBuild, before time.Time) (old []storedBuild) {
 	return old
 }
 
-// removeBuilds removes builds whose state is the same as before, and returns their number.
-func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed int, err error) {
+// removeBuilds removes builds of a cell whose state is the same as before, and returns their number.
+func (s *Store) removeBuilds(ctx context.Context, key CellKey, old []storedBuild) (removed int, err error) {
 	for len(old) > 0 {
 		n, gone := min(len(old), trimmedAtOnce), 0
 		err := s.Write(ctx, func(tx *Tx) error {
@@ -102,7 +102,7 @@ func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed in
 				}
 				gone += int(rows)
 			}
-			return nil
+			return tx.chooseCounted(ctx, key)
 		})
 		if err != nil {
 			return removed, err
