@@ -75,7 +75,7 @@ func TestCellsAreLookedUp(t *testing.T) {
 	}
 }
 
-// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and newer builds by their
+// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and other builds by their
 // cells, so that the removal of logs does not read the whole table.
 func TestOldLogsAreLookedUp(t *testing.T) {
 	t.Parallel()
@@ -83,6 +83,7 @@ func TestOldLogsAreLookedUp(t *testing.T) {
 	for _, want := range []string{
 		"SEARCH b USING INTEGER PRIMARY KEY (rowid=?)",
 		"SEARCH n USING INDEX builds_by_cell (build_id=? AND board=? AND driver=? AND flavour=? AND id>?)",
+		"SEARCH p USING INDEX builds_by_cell (build_id=? AND board=? AND driver=? AND flavour=? AND id<?)",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the plan lacks %q:\n%s", want, text)
