@@ -279,6 +279,9 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	cfg.Labels = labels
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
+	if err := checkPlaces(ctx, cfg); err != nil {
+		return err
+	}
 	logPath := cmd.String("log-file")
 	if logPath == "" {
 		logPath = filepath.Join(cfg.Cache.Dir(), "logs",

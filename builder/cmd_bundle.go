@@ -213,6 +213,11 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 			return c, err
 		}
 	}
+	if c.Snapshot != "" {
+		if info, err := os.Stat(c.Snapshot); err != nil || !info.IsDir() {
+			return c, fault.New(fault.Usage, c.Snapshot+" is not a folder", "give the folder that builder snapshot made")
+		}
+	}
 	c.Verifier, err = optionalVerifier(cmd)
 	return c, err
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -258,6 +259,23 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 		p.Repositories = append(p.Repositories, repo)
 	}
 	return p, nil
+}
+
+// checkPlaces opens the destinations and loads the keys once, so that a wrong one ends the program before it fetches
+// the inputs of a build.
+func checkPlaces(ctx context.Context, cfg pipeline.Config) error {
+	p, err := openDestinations(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	if err := p.Close(); err != nil {
+		return err
+	}
+	if cfg.ModuleKey == "" {
+		return nil
+	}
+	_, err = modsign.Load(ctx, cfg.ModuleKey, cfg.ModuleCert)
+	return err
 }
 
 func (m *matrix) close() error {

@@ -87,23 +87,13 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	base := reproduce.Config{Verifier: verifier, By: cmd.String("builder-id")}
-	if cmd.Bool("attest") {
-		if cmd.String("key") == "" {
-			return fault.New(fault.Usage, "--attest needs a key to sign with",
-				"add --key FILE; to make a key, run: builder keygen FILE")
-		}
-		keys, err := keyOptions(cmd)
-		if err != nil {
-			return err
-		}
-		if base.Attest, err = sign.LoadSigner(ctx, cmd.String("key"), keys...); err != nil {
-			return err
-		}
+	if cmd.Bool("attest") && cmd.String("key") == "" {
+		return fault.New(fault.Usage, "--attest needs a key to sign with",
+			"add --key FILE; to make a key, run: builder keygen FILE")
 	}
 	var all []reproduce.Config
 	for _, ref := range refs {
-		c := base
+		c := reproduce.Config{Verifier: verifier, By: cmd.String("builder-id")}
 		where, name, err := splitReference(ref)
 		if err != nil {
 			return err
@@ -116,6 +106,19 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 			return err
 		}
 		all = append(all, c)
+	}
+	if cmd.Bool("attest") {
+		keys, err := keyOptions(cmd)
+		if err != nil {
+			return err
+		}
+		signer, err := sign.LoadSigner(ctx, cmd.String("key"), keys...)
+		if err != nil {
+			return err
+		}
+		for i := range all {
+			all[i].Attest = signer
+		}
 	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {

@@ -73,6 +73,18 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 	return "", fault.New(fault.Usage, "no key for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
+// keyRefs returns the references of several roles' keys, before any of them is loaded.
+func keyRefs(cmd *ucli.Command, roles ...string) (map[string]string, error) {
+	refs := map[string]string{}
+	for _, role := range roles {
+		var err error
+		if refs[role], err = keyRef(cmd, role); err != nil {
+			return nil, err
+		}
+	}
+	return refs, nil
+}
+
 func snapshotKeysCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "keys", Usage: "make the signing keys of a snapshot in a folder", ArgsUsage: "FOLDER",
@@ -122,10 +134,13 @@ many as the threshold of the previous root says.`,
 			if err := requireFlags(cmd, "to"); err != nil {
 				return err
 			}
+			ofRole, err := keyRefs(cmd, snapshotRoles...)
+			if err != nil {
+				return err
+			}
 			next := maker.Root{Threshold: cmd.Int("threshold"), Expires: time.Now().Add(cmd.Duration("life"))}
 			refs := cmd.StringSlice("root-key")
 			if len(refs) == 0 && cmd.String("keys") != "" {
-				var err error
 				if refs, err = rootKeys(cmd.String("keys")); err != nil {
 					return err
 				}
@@ -149,11 +164,7 @@ many as the threshold of the previous root says.`,
 				}
 			}
 			for i, role := range snapshotRoles {
-				ref, err := keyRef(cmd, role)
-				if err != nil {
-					return err
-				}
-				pub, _, err := sign.Metadata(ctx, ref)
+				pub, _, err := sign.Metadata(ctx, ofRole[role])
 				if err != nil {
 					return err
 				}
@@ -244,33 +255,36 @@ func snapshotMakeCommand() *ucli.Command {
 			if err := errors.Join(requireFlags(cmd, "to"), requireFlags(cmd, "server")); err != nil {
 				return err
 			}
-			var by maker.Signers
-			for role, to := range map[string]*maker.Signer{"targets": &by.Targets, "snapshot": &by.Snapshot,
-				"timestamp": &by.Timestamp} {
-				var err error
-				if *to, err = snapshotSigner(ctx, cmd, role); err != nil {
-					return err
-				}
-			}
-			now := time.Now()
-			list, err := listOf(ctx, api.NewClient(cmd.String("server"), "", nil), now)
+			ofRole, err := keyRefs(cmd, snapshotRoles...)
 			if err != nil {
 				return err
 			}
-			usable := func(a snapshot.Artifact) bool { return a.State == snapshot.Published }
-			if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
-				return fault.New(
-					fault.NoArtifact,
-					"the server has no published artifact: nodes would install nothing",
-					"check --server; to sign an empty snapshot, add --allow-empty",
-				)
-			}
-			until := maker.Until{
-				Targets:   now.Add(cmd.Duration("list-life")),
-				Snapshot:  now.Add(cmd.Duration("list-life")),
-				Timestamp: now.Add(cmd.Duration("life")),
+			var by maker.Signers
+			for role, to := range map[string]*maker.Signer{"targets": &by.Targets, "snapshot": &by.Snapshot,
+				"timestamp": &by.Timestamp} {
+				if *to, err = snapshotSigner(ctx, role, ofRole[role]); err != nil {
+					return err
+				}
 			}
 			return withSnapshot(cmd, func(r *maker.Repository) error {
+				now := time.Now()
+				list, err := listOf(ctx, api.NewClient(cmd.String("server"), "", nil), now)
+				if err != nil {
+					return err
+				}
+				usable := func(a snapshot.Artifact) bool { return a.State == snapshot.Published }
+				if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
+					return fault.New(
+						fault.NoArtifact,
+						"the server has no published artifact: nodes would install nothing",
+						"check --server; to sign an empty snapshot, add --allow-empty",
+					)
+				}
+				until := maker.Until{
+					Targets:   now.Add(cmd.Duration("list-life")),
+					Snapshot:  now.Add(cmd.Duration("list-life")),
+					Timestamp: now.Add(cmd.Duration("life")),
+				}
 				s, err := r.Publish(list, by, until, int64(cmd.Int("least-version")))
 				if err != nil {
 					return err
@@ -281,11 +295,7 @@ func snapshotMakeCommand() *ucli.Command {
 	}
 }
 
-func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.Signer, error) {
-	ref, err := keyRef(cmd, role)
-	if err != nil {
-		return nil, err
-	}
+func snapshotSigner(ctx context.Context, role, ref string) (maker.Signer, error) {
 	_, by, err := sign.Metadata(ctx, ref)
 	if err == nil && by == nil {
 		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "give the private key: --"+role+"-key KEY")
@@ -338,7 +348,11 @@ func snapshotRefreshCommand() *ucli.Command {
 			if err := requireFlags(cmd, "to"); err != nil {
 				return err
 			}
-			by, err := snapshotSigner(ctx, cmd, "timestamp")
+			ref, err := keyRef(cmd, "timestamp")
+			if err != nil {
+				return err
+			}
+			by, err := snapshotSigner(ctx, "timestamp", ref)
 			if err != nil {
 				return err
 			}

@@ -130,6 +130,10 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		catalogue, token = catalogue.WithTokenFile(file), func() (string, error) { return api.ReadToken(file) }
 	}
 	cfg.Registry = addServerToken(server, token, cfg.Registry)
+	// Other errors may pass, and are those of a build.
+	if err := checkPlaces(ctx, cfg); fault.Is(err, fault.Usage) {
+		return err
+	}
 	tell, err := startTelemetry(ctx, cmd, cfg.Cache, log)
 	if err != nil {
 		return err

@@ -44,12 +44,31 @@ func TestOperator(t *testing.T) {
 		return append([]string{"work", "--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache",
 			filepath.Join(dir, "cache"), "--state", filepath.Join(dir, "state")}, more...)
 	}
+	keys, none, away := filepath.Join(dir, "keys"), filepath.Join(dir, "none"), "http://127.0.0.1:1"
+	if code, out, errs := run(t, "snapshot", "keys", keys); code != 0 {
+		t.Fatalf("snapshot keys = %d %s%s", code, out, errs)
+	}
 	rows := []struct {
 		name string
 		args []string
 		code int
 		err  string // a part of stderr
 	}{
+		// Settings are checked before the first request, and before anything is fetched.
+		{"a key that is not there", build("--key", none), 2, "hint:  make a key with: builder keygen"},
+		{"a module's key that is not there", build("--module-key", none, "--module-cert", none), 2, "module signing key"},
+		{"a destination that is none", build("--to", "registry.example/UPPER"), 2, "registry.example/UPPER"},
+		{"a worker's key that is not there", work("--queue", "mysql://x", "--key", none), 2,
+			"hint:  make a key with: builder keygen"},
+		{"a snapshot that is not there",
+			[]string{"bundle", "create", none + ".tar", "--from", "127.0.0.1:1/x", "--snapshot", none}, 2, "is not a folder"},
+		{"no keys of roles", []string{"snapshot", "root", "--to", none, "--root-key", none}, 2,
+			"no key for the role targets"},
+		{"a snapshot's folder that is a file",
+			[]string{"snapshot", "make", "--to", key, "--server", away, "--keys", keys}, 2, "give a folder in which"},
+		{"an artifact without a tag, and a key that is not there",
+			[]string{"reproduce", "--public-key", key + ".pub", "--attest", "--key", none, "registry.example/x"}, 2,
+			"neither a digest nor a tag"},
 		{"no key file name", []string{"keygen"}, 2, "hint:  run: builder keygen"},
 		{"key is there", []string{"keygen", key}, 2, "hint:  use another name"},
 		{"no flags", []string{"build"}, 2, "build-id"},

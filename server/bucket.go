@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -222,13 +221,8 @@ func (x tarballIndex) check(k target.Kernel) error {
 }
 
 // addBucket adds findings about artifacts that only the bucket has.
-func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
-	opened, err := cosbucket.Open(ctx, url)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, opened.Close()) }()
-	all, bad, err := (&bucket{opened, verifier}).tarballs(ctx)
+func (c *comparison) addBucket(ctx context.Context, url string, b *bucket) error {
+	all, bad, err := b.tarballs(ctx)
 	if err != nil {
 		return fmt.Errorf("read bucket %s: %w", url, err)
 	}

@@ -43,5 +43,21 @@ func collect(ctx context.Context, r collector, log *slog.Logger) error {
 		for _, d := range out.Damaged {
 			log.WarnContext(ctx, "manifest damaged", "digest", d, "hint", "push this manifest again, or delete it")
 		}
+		for _, d := range out.DamagedBlobs {
+			warnOfDamage(ctx, log, d)
+		}
 	}
+}
+
+// warnOfDamage writes damaged or lost content of the registry to the log, with the next step.
+func warnOfDamage(ctx context.Context, log *slog.Logger, d ocistore.Damage) {
+	hint := "push this manifest again, or delete it and request its build again: docs/how-to/back-up.md"
+	if d.Manifests == 0 {
+		hint = "no manifest needs it, so there is nothing to do"
+	}
+	keys := []any{"digest", d.Digest, "manifest", d.Manifest, "manifests", d.Manifests, "hint", hint}
+	if d.Cause != nil {
+		keys = append(keys, "err", d.Cause)
+	}
+	log.WarnContext(ctx, "blob damaged", keys...)
 }

@@ -64,6 +64,10 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	name := cmd.String("repository")
+	to, err := pushTo(cmd, c.Base(), name)
+	if err != nil {
+		return err
+	}
 	found := &comparison{Repository: name, Findings: []finding{}}
 	r := &reader{repo: from, verifier: verifier, now: time.Now()}
 	if found.held, err = drivers(ctx, r); err != nil {
@@ -82,10 +86,6 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 		found.Findings = append(found.Findings, f)
 	}
 	found.LeftOut = goes.leftOut
-	to, err := pushTo(cmd, c.Base(), name)
-	if err != nil {
-		return err
-	}
 	if _, err := registry.CopyTagged(ctx, from, to, goes.isDriver, goes.isAttached); err != nil {
 		return err
 	}

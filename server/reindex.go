@@ -15,6 +15,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
@@ -108,7 +109,7 @@ Example:
 				Usage: "record the differences \"missing\" and \"attested\", and forget artifacts that " +
 					"the server's registry lacks"},
 		)...),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			if err := noArgs(cmd); err != nil {
 				return err
 			}
@@ -125,12 +126,19 @@ Example:
 			if err != nil {
 				return err
 			}
+			url, tarballs := cmd.String("bucket"), (*cosbucket.Bucket)(nil)
+			if url != "" {
+				if tarballs, err = cosbucket.Open(ctx, url); err != nil {
+					return err
+				}
+				defer func() { err = errors.Join(err, tarballs.Close()) }()
+			}
 			found, err := compare(ctx, c, &reader{repo: repo, verifier: verifier, now: time.Now()}, name)
 			if err != nil {
 				return fmt.Errorf("compare the catalogue with %s: %w", name, err)
 			}
-			if url := cmd.String("bucket"); url != "" {
-				if err := found.addBucket(ctx, url, verifier); err != nil {
+			if tarballs != nil {
+				if err := found.addBucket(ctx, url, &bucket{tarballs, verifier}); err != nil {
 					return err
 				}
 			}

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // maxRetries is the maximum number of builds that one run of the command retry requests.
@@ -46,6 +48,15 @@ Examples:
 				return err
 			}
 			class := cmd.String("class")
+			if meant := meantClass(class); meant != "" {
+				return fault.New(fault.Usage, fmt.Sprintf("choose failed cells: class %q is unknown", class),
+					"to choose class "+meant+", write --class "+meant)
+			}
+			if flavour := cmd.String("flavour"); flavour != "" {
+				if _, err := target.ParseFlavour(flavour); err != nil {
+					return fault.Wrap(fault.Usage, fmt.Errorf("choose failed cells: %w", err), "see "+cmd.FullName()+" --help")
+				}
+			}
 			builds, more, err := failedBuilds(ctx, c, filter(cmd), class, cmd.Int("limit"))
 			if err != nil {
 				return err
@@ -77,6 +88,42 @@ Examples:
 			return errors.Join(failed, err)
 		},
 	}
+}
+
+// meantClass returns the known class of which a text seems to be a misspelling. It returns "" for a known class, and
+// for a text that may be the class of a newer builder.
+func meantClass(text string) string {
+	if _, err := fault.Parse(text); text == "" || err == nil {
+		return ""
+	}
+	meant, least := "", 3
+	for _, kind := range fault.Kinds() {
+		if n := editDistance(strings.ToLower(text), kind.String()); n < least {
+			meant, least = kind.String(), n
+		}
+	}
+	return meant
+}
+
+// editDistance returns how many bytes have to be changed, added or removed to turn one text into the other.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1) // the distances of the beginning of a from each beginning of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
 }
 
 // failedBuilds returns the newest builds of failed cells, at most the given number. An empty class matches any class.

@@ -43,6 +43,7 @@ type settings struct {
 	Redistribute                                                                        bundle.Redistribution
 	CreateOnly                                                                          []string
 	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine, KeepBuilds, KeepLogs          int
+	VerifyMB                                                                            int // per second
 	DiscoverEvery, Grace                                                                time.Duration
 }
 
@@ -188,7 +189,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	logs.CheckFree = room.CheckFree
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
-		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,
+		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute, Log: log,
 		Forget: func(repo string, d digest.Digest) error {
 			return cat.Forget(context.WithoutCancel(ctx), repo, string(d))
 		},
@@ -226,7 +227,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers, Log: log})
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log,
+		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Damaged: registry.Damaged, Port: port,
+		Version: version, Log: log,
 		Stopping: ctx.Done(),
 		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
@@ -275,6 +277,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return cat.LookUpUnknown(running) })
 	group.Go(func() error { return cat.Measurer(running) })
 	group.Go(func() error { return collect(running, registry, log) })
+	group.Go(func() error { return verify(running, registry, int64(s.VerifyMB)<<20, log) })
 	group.Go(func() error {
 		<-running.Done()
 		// First accept no new requests. After the grace period, close the connections of those that still run.

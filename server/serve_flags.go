@@ -64,11 +64,11 @@ func serveCommand() *ucli.Command {
 			), append(cli.Group(cli.Resources,
 				cli.Range("reserve", 1024, 0, 1<<30,
 					"refuse uploads while the disk of --data has less than `MIB` mebibytes free"),
+				cli.Range("verify-rate", 8, 0, 100_000, "verify blobs at `MIB` mebibytes/s; 0: none"),
 				cli.Range("keep-builds", 365, 0, 36_500,
 					"remove builds and logs `DAYS` days after their end, except the newest 50 of each cell; 0 keeps all"),
 				cli.Range("keep-logs", 14, 0, 36_500,
-					"remove logs `DAYS` days after the end of their builds, except the log of the last failure of each cell "+
-						"without an artifact; 0 keeps all"),
+					"remove logs `DAYS` days after their builds, except a failing cell's first and last; 0 keeps all"),
 				cli.Range("ask-rate", 120, 1, 1_000_000, "let a node's token request at most `COUNT` builds per hour"),
 				cli.Range("client-rate", 30_000, 0, 1_000_000_000,
 					"accept at most `COUNT` requests per minute from one IP address; 0 means no limit"),
@@ -106,7 +106,7 @@ func serveSettings(cmd *ucli.Command) settings {
 		TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
 		Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 		CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
-		KeepBuilds: cmd.Int("keep-builds"), KeepLogs: cmd.Int("keep-logs"),
+		KeepBuilds: cmd.Int("keep-builds"), KeepLogs: cmd.Int("keep-logs"), VerifyMB: cmd.Int("verify-rate"),
 		DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 		BuildsPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 	}

@@ -2,14 +2,18 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 )
 
 const day = 24 * time.Hour
 
-// auditRetention is how long the audit log is kept.
-const auditRetention = 400 * day
+// auditRetention is how long the audit log is kept. forgetTime is how long a server that stops waits for the database.
+const (
+	auditRetention = 400 * day
+	forgetTime     = 5 * time.Second
+)
 
 // retention is how long builds and their logs are kept after the builds' ends. 0 keeps all.
 type retention struct{ builds, logs time.Duration }
@@ -19,6 +23,7 @@ type trimmed interface {
 	TrimAudit(ctx context.Context, before time.Time) error
 	TrimBuilds(ctx context.Context, before time.Time) (int, error)
 	MarkOldLogs(ctx context.Context, builds []int64, before, now time.Time) ([]int64, error)
+	ForgetFacts(ctx context.Context) error
 	AbsentBuilds(ctx context.Context, builds []int64) ([]int64, error)
 }
 
@@ -56,10 +61,17 @@ func trim(ctx context.Context, db trimmed, logs trimmedLogs, keep retention, log
 func trimLogs(
 	ctx context.Context, db trimmed, logs trimmedLogs, now time.Time, keep time.Duration, log *slog.Logger,
 ) {
-	before := now.Add(-keep)
+	before, marked := now.Add(-keep), 0
 	removed, err := logs.Trim(before, func(builds []int64) ([]int64, error) {
-		return db.MarkOldLogs(ctx, builds, before, now)
+		old, err := db.MarkOldLogs(ctx, builds, before, now)
+		marked += len(old)
+		return old, err
 	})
+	if marked > 0 {
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTime)
+		defer cancel()
+		err = errors.Join(err, db.ForgetFacts(last))
+	}
 	if err != nil && ctx.Err() == nil {
 		log.WarnContext(ctx, "old logs not removed", "err", err)
 	}

@@ -30,6 +30,12 @@ type trims struct {
 	removed []int64
 	away    error // the error of the database
 	last    error // the last error of a removal of logs
+	forgot  int   // how often all servers had to forget what they remember
+}
+
+func (c *trims) ForgetFacts(context.Context) error {
+	c.forgot++
+	return nil
 }
 
 func (c *trims) TrimAudit(_ context.Context, before time.Time) error {
@@ -75,12 +81,13 @@ func TestTrim(t *testing.T) {
 		away         error
 		builds, logs []time.Duration
 		removed      []int64
+		forgot       int
 	}{
-		{retention{}, nil, nil, nil, nil},
-		{retention{builds: 7 * day}, nil, twice(7 * day), twice(7 * day), []int64{1, 1}},
-		{retention{logs: 2 * day}, nil, nil, twice(2 * day), []int64{2, 2}},
-		{retention{7 * day, 2 * day}, nil, twice(7 * day), twice(2*day, 7*day), []int64{2, 1, 2, 1}},
-		{retention{7 * day, 2 * day}, away, twice(7 * day), twice(2*day, 7*day), nil},
+		{retention{}, nil, nil, nil, nil, 0},
+		{retention{builds: 7 * day}, nil, twice(7 * day), twice(7 * day), []int64{1, 1}, 0},
+		{retention{logs: 2 * day}, nil, nil, twice(2 * day), []int64{2, 2}, 2},
+		{retention{7 * day, 2 * day}, nil, twice(7 * day), twice(2*day, 7*day), []int64{2, 1, 2, 1}, 2},
+		{retention{7 * day, 2 * day}, away, twice(7 * day), twice(2*day, 7*day), nil, 0},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, stop := context.WithTimeout(t.Context(), day+time.Hour)
@@ -99,12 +106,15 @@ func TestTrim(t *testing.T) {
 				t.Errorf("keep %v: builds whose logs were removed (-want +got), and the last error %v:\n%s", row.keep, c.last,
 					d)
 			}
+			if c.forgot != row.forgot {
+				t.Errorf("keep %v: servers had to forget %d times; want %d, once for each removal", row.keep, c.forgot, row.forgot)
+			}
 		})
 	}
 }
 
-// TestOldLogIsRemoved starts a server with old logs. It must remove them at the start, except that of the last failure
-// of a cell without an artifact. API, page and command must then say that a log was removed, and why.
+// TestOldLogIsRemoved starts a server with old logs. It must remove them at the start, except those of the first and
+// the last failure of a cell without an artifact. API, page and command must then say that a log was removed, and why.
 func TestOldLogIsRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -126,7 +136,7 @@ func TestOldLogIsRemoved(t *testing.T) {
 	defer end()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for _, build := range []int64{1, 3} {
+	for _, build := range []int64{2, 4} {
 		for {
 			if _, err := os.Stat(logName(build)); errors.Is(err, os.ErrNotExist) {
 				break
@@ -138,13 +148,15 @@ func TestOldLogIsRemoved(t *testing.T) {
 			}
 		}
 	}
-	if code, out, errs := run(t, "build", "2", "--log", "--server", url); code != 0 || out != "what went wrong\n" {
-		t.Errorf("build 2 --log = %d\n%s%s\nwant the log of the last failure", code, out, errs)
+	for _, build := range []string{"1", "3"} {
+		if code, out, errs := run(t, "build", build, "--log", "--server", url); code != 0 || out != "what went wrong\n" {
+			t.Errorf("build %s --log = %d\n%s%s\nwant the log of the first and the last failure", build, code, out, errs)
+		}
 	}
 	today := time.Now().UTC().Format(time.DateOnly)
 	for build, hint := range map[string]string{
-		"1": "server builds --state failed --build-id 17800.0.47 --board lakitu --driver 535.261.03 --flavour open",
-		"3": "server artifact sha256:" + strings.Repeat("c", 64),
+		"2": "server builds --state failed --build-id 17800.0.47 --board lakitu --driver 535.261.03 --flavour open",
+		"4": "server artifact sha256:" + strings.Repeat("c", 64),
 	} {
 		for _, flag := range []string{"--log", "--follow"} {
 			code, out, errs := run(t, "build", build, flag, "--server", url)
@@ -171,14 +183,14 @@ func TestOldLogIsRemoved(t *testing.T) {
 		}
 		if text := string(page); answer.StatusCode != http.StatusOK || strings.Contains(text, "Whole log") ||
 			!strings.Contains(text, "removed the log of this build to save space") ||
-			strings.Contains(text, "attached to the artifact") != (build == "3") {
+			strings.Contains(text, "attached to the artifact") != (build == "4") {
 			t.Errorf("GET /builds/%s = %s\n%s\nwant that the log was removed", build, answer.Status, text)
 		}
 	}
 }
 
-// addOldBuilds adds a cell with two failures, and a published cell, to the catalogue in a data folder. The builds ended
-// 40 days ago. Each is passed to the callback.
+// addOldBuilds adds a cell with three failures, and a published cell, to the catalogue in a data folder. The builds
+// ended 40 days ago. Each is passed to the callback.
 func addOldBuilds(t *testing.T, dir string, with func(api.Build)) {
 	t.Helper()
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
@@ -189,7 +201,8 @@ func addOldBuilds(t *testing.T, dir string, with func(api.Build)) {
 	for _, row := range []struct {
 		flavour target.Flavour
 		state   api.State
-	}{{target.Open, api.Failed}, {target.Open, api.Failed}, {target.Proprietary, api.Published}} {
+	}{{target.Open, api.Failed}, {target.Open, api.Failed}, {target.Open, api.Failed},
+		{target.Proprietary, api.Published}} {
 		b := api.Build{Kernel: target.Kernel{BuildID: "17800.0.47", Board: "lakitu"}, State: api.Queued, CreatedAt: ended,
 			Driver: target.Driver{Version: "535.261.03", Flavour: row.flavour}}
 		err := db.Write(t.Context(), func(tx *store.Tx) (err error) {

@@ -242,56 +242,6 @@ func (c *Catalogue) Build(ctx context.Context, id int64) (api.Build, error) {
 	return c.Store.Build(ctx, id)
 }
 
-// OpenLog opens the log of a build, which has to exist. If the server has removed the log, the error says so.
-func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error) {
-	b, err := c.Store.Build(ctx, id)
-	if err != nil {
-		return nil, 0, err
-	}
-	log, size, err := c.Logs.Get(id, b.State == api.Building)
-	if fault.Is(err, fault.NotFound) && b.LogRemovedAt != nil {
-		err = logRemoved(b)
-	}
-	return log, size, err
-}
-
-// logRemoved returns the error for a log that the server has removed.
-func logRemoved(b api.Build) error {
-	text := fmt.Sprintf("the log of build %d was removed on %s to save space", b.ID,
-		b.LogRemovedAt.UTC().Format(time.DateOnly))
-	if b.FinishedAt != nil {
-		text += fmt.Sprintf(", %d days after the build's end", int(b.LogRemovedAt.Sub(*b.FinishedAt).Hours()/24))
-	}
-	text += "; the flag --keep-logs of \"server serve\" says how long logs stay"
-	if b.State == api.Published {
-		return fault.New(fault.NotFound, text, "read the log that is attached to the artifact, as docs/how-to/verify.md "+
-			"says; to see the artifact's repository, run: server artifact "+b.Digest)
-	}
-	return fault.New(fault.NotFound, text, fmt.Sprintf("read the log of the cell's last failure; to find it, run: "+
-		"server builds --state failed --build-id %s --board %s --driver %s --flavour %s",
-		b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, b.Driver.Flavour))
-}
-
-// PutLog stores the log of a build, which has to exist.
-func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
-	if _, err := c.Store.Build(ctx, id); err != nil {
-		return err
-	}
-	return c.Logs.Put(id, r)
-}
-
-// AppendLog adds to the log of a running build; see [store.Logs.Append].
-func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader) error {
-	b, err := c.Store.Build(ctx, id)
-	if err != nil {
-		return err
-	}
-	if b.State != api.Building {
-		return fault.New(fault.Mismatch, fmt.Sprintf("append to the log: build %d is %s, not building", id, b.State), "")
-	}
-	return c.Logs.Append(id, offset, r)
-}
-
 // RecordKernel records a discovered kernel.
 func (c *Catalogue) RecordKernel(ctx context.Context, k api.Kernel) error {
 	if err := k.Check(); err != nil {

@@ -45,6 +45,11 @@ func newMetrics(c Config) *metrics {
 			return float64(free)
 		}))
 	}
+	if c.Damaged != nil {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "prebake_registry_damaged",
+			Help: "Blobs and manifests of the server's registry that are damaged or lost, until they are pushed again or " +
+				"no longer needed."}, func() float64 { return float64(c.Damaged()) }))
+	}
 	m.registry.MustRegister(
 		m.took,
 		info,

@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"path"
 	"regexp"
-	"slices"
+	"strings"
 	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
@@ -22,6 +22,8 @@ type Collected struct {
 	// Damaged has the digests of manifests whose content is wrong or missing. The collection moved wrong content aside, so
 	// that a push repairs the manifest. It kept the blobs that this content names.
 	Damaged []string
+	// DamagedBlobs are the blobs that manifests need, and that are lost or were moved aside.
+	DamagedBlobs []Damage
 }
 
 // Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
@@ -40,6 +42,9 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 			return nil
 		}
 		info, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it was damaged, and moved aside
+		}
 		if err == nil && now.Sub(info.ModTime()) > blobMinAge {
 			old = append(old, p)
 		}
@@ -48,16 +53,20 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	if err != nil {
 		return out, err
 	}
-	referenced, damaged, err := s.referencedBlobs(ctx)
-	out.Damaged = damaged
+	refs, err := s.referencedBlobs(ctx)
+	out.Damaged = refs.damaged
 	if err == nil {
-		err = s.dropRepaired(damaged)
+		out.DamagedBlobs, err = s.damages(ctx, refs.absent)
+	}
+	if err == nil {
+		s.noteAbsent(refs)
+		err = s.dropRepaired(refs)
 	}
 	if err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	for _, p := range old {
-		if referenced[path.Base(p)] {
+		if refs.names(path.Base(p)) {
 			continue
 		}
 		n, err := s.collect(p, now)
@@ -93,24 +102,69 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 // anyDigest matches the hex digits of digests in damaged content.
 var anyDigest = regexp.MustCompile(`[0-9a-f]{128}|[0-9a-f]{64}`)
 
-// referencedBlobs returns the digests of all manifests and their blobs, as hex digits. It also returns the digests of
-// damaged manifests.
-func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damaged []string, err error) {
-	all = map[string]bool{}
-	read := map[string]bool{} // a manifest may be in several repositories
-	err = fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
+// references are what the manifests of all repositories refer to.
+type references struct {
+	// all has the hex digits of all manifests, and of the content that they name. The value is true for blobs that
+	// findAbsent has looked for.
+	all map[string]bool
+	// damaged has the digests of damaged manifests. absent has the hex digits of needed blobs that are not there.
+	damaged []string
+	absent  map[string]bool
+}
+
+// names reports whether a manifest is or names the content with these hex digits.
+func (r references) names(sum string) bool {
+	_, ok := r.all[sum]
+	return ok
+}
+
+// add notes that a manifest is or names the content with these hex digits.
+func (r references) add(sum string) {
+	if !r.names(sum) {
+		r.all[sum] = false
+	}
+}
+
+// blobs returns the descriptors of a manifest's blobs. It leaves out layers that may never be pushed, and malformed
+// digests.
+func (m manifest) blobs() (all []ociregistry.Descriptor) {
+	for _, desc := range append(orNone(m.Config), m.Layers...) {
+		if _, err := hexOf(desc.Digest); err == nil && !nondistributable(desc.MediaType) {
+			all = append(all, desc)
+		}
+	}
+	return all
+}
+
+// eachManifest passes the manifests of all repositories to the callback. A manifest may be in several repositories.
+func (s *Store) eachManifest(ctx context.Context, visit func(repo string, d digest.Digest) error) error {
+	return fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())
 		}
 		is := digest.NewDigestFromEncoded(algorithm(d.Name()), d.Name())
-		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || read[d.Name()] || is.Validate() != nil {
+		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || is.Validate() != nil {
 			return nil
 		}
-		all[d.Name()], read[d.Name()] = true, true
-		content, err := s.root.ReadFile(blobPath(d.Name()))
+		return visit(strings.TrimPrefix(path.Dir(path.Dir(p)), "repos/"), is)
+	})
+}
+
+// referencedBlobs reads all manifests. It moves the damaged content of manifests aside.
+func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
+	refs := references{all: map[string]bool{}, absent: map[string]bool{}}
+	read := map[string]bool{} // a manifest may be in several repositories
+	err := s.eachManifest(ctx, func(_ string, is digest.Digest) error {
+		name := is.Encoded()
+		if read[name] {
+			return nil
+		}
+		read[name] = true
+		refs.add(name)
+		content, err := s.root.ReadFile(blobPath(name))
 		gone := errors.Is(err, fs.ErrNotExist)
 		if gone {
-			content, err = s.root.ReadFile("damaged/" + d.Name())
+			content, err = s.root.ReadFile("damaged/" + name)
 		}
 		if err != nil && !(gone && errors.Is(err, fs.ErrNotExist)) {
 			return err
@@ -118,9 +172,9 @@ func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damag
 		var m manifest
 		wrong := is.Algorithm().FromBytes(content) != is
 		if gone || wrong || json.Unmarshal(content, &m) != nil {
-			damaged = append(damaged, string(is))
+			refs.damaged = append(refs.damaged, string(is))
 			for _, sum := range anyDigest.FindAll(content, -1) {
-				all[string(sum)] = true
+				refs.add(string(sum))
 			}
 			if wrong && !gone {
 				return s.setAside(is)
@@ -130,13 +184,50 @@ func (s *Store) referencedBlobs(ctx context.Context) (all map[string]bool, damag
 		for _, desc := range append(append(m.Layers, m.Manifests...), orNone(m.Config)...) {
 			sum, err := hexOf(desc.Digest)
 			if err != nil {
-				return fmt.Errorf("manifest %s: %w", d.Name(), err)
+				return fmt.Errorf("manifest %s: %w", name, err)
 			}
-			all[sum] = true
+			refs.add(sum)
 		}
-		return nil
+		return s.findAbsent(m, refs)
 	})
-	return all, damaged, err
+	return refs, err
+}
+
+// findAbsent notes the needed blobs of a manifest that are not there.
+func (s *Store) findAbsent(m manifest, refs references) error {
+	for _, desc := range m.blobs() {
+		sum := desc.Digest.Encoded()
+		if refs.all[sum] {
+			continue
+		}
+		refs.all[sum] = true
+		_, err := s.root.Stat(blobPath(sum))
+		if errors.Is(err, fs.ErrNotExist) {
+			refs.absent[sum] = true
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// noteAbsent notes damaged manifests and absent blobs, and forgets content that no manifest names any more.
+func (s *Store) noteAbsent(refs references) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for sum := range s.absent {
+		if !refs.names(sum) {
+			delete(s.absent, sum)
+		}
+	}
+	for sum := range refs.absent {
+		s.absent[sum] = true
+	}
+	for _, d := range refs.damaged {
+		s.absent[digest.Digest(d).Encoded()] = true
+	}
 }
 
 // setAside moves the damaged content of a manifest out of the blobs, unless a push has repaired it meanwhile.
@@ -153,14 +244,22 @@ func (s *Store) setAside(d digest.Digest) error {
 	return s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded())
 }
 
-// dropRepaired removes the damaged content of manifests that are not damaged any more, or deleted.
-func (s *Store) dropRepaired(damaged []string) error {
+// dropRepaired removes the damaged content of what was pushed again, and of what no manifest names any more.
+func (s *Store) dropRepaired(refs references) error {
 	entries, err := fs.ReadDir(s.root.FS(), "damaged")
 	for _, e := range entries {
-		d := digest.NewDigestFromEncoded(algorithm(e.Name()), e.Name())
-		if !slices.Contains(damaged, string(d)) {
-			err = errors.Join(err, s.root.Remove("damaged/"+e.Name()))
+		name := e.Name()
+		if refs.names(name) {
+			_, serr := s.root.Stat(blobPath(name))
+			if errors.Is(serr, fs.ErrNotExist) {
+				continue
+			}
+			if serr != nil {
+				err = errors.Join(err, serr)
+				continue
+			}
 		}
+		err = errors.Join(err, s.root.Remove("damaged/"+name))
 	}
 	return err
 }

@@ -87,6 +87,14 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	if r.Method == http.MethodHead && known && auth.Need(who, auth.Push) == nil {
+		// Many clients push nothing if the registry has the manifest. They ask for it first, with their token. Without one
+		// of its blobs, it is unknown to them, so that a push brings back the blob. Nodes may still read the rest.
+		if repo, kind, ref := kindOf(r.URL.Path); kind == "manifests" && h.store.lacks(repo, ref) {
+			h.writeError(w, r, ociregistry.ErrManifestUnknown)
+			return
+		}
+	}
 	if h.adapt(w, r) {
 		return
 	}

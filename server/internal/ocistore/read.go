@@ -3,6 +3,7 @@ package ocistore
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +16,8 @@ import (
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"cuelabs.dev/go/oci/ociregistry/ociref"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // mediaTypeBlob is the media type of all blobs, because the protocol does not tell a registry their real media types.
@@ -129,7 +132,8 @@ func (s *Store) statManifest(repo string, d ociregistry.Digest) (ociregistry.Des
 	return desc, nil
 }
 
-// manifestOf returns the descriptor of a manifest in a repository. Its content may be missing.
+// manifestOf returns the descriptor of a manifest in a repository. Its content may be missing. If the descriptor's file
+// is damaged, the content says the same. If both are damaged, the size is -1.
 func (s *Store) manifestOf(repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -139,8 +143,56 @@ func (s *Store) manifestOf(repo string, d ociregistry.Digest) (ociregistry.Descr
 	if err != nil {
 		return ociregistry.Descriptor{}, err
 	}
-	desc, err := s.readDescriptor(name)
+	desc, err := s.readEntry(name)
+	if errors.Is(err, ociregistry.ErrManifestUnknown) {
+		desc, err = ociregistry.Descriptor{Digest: d, Size: -1}, nil
+	}
 	return basicDescriptor(desc), replaceNotExist(err, ociregistry.ErrManifestUnknown)
+}
+
+// readEntry reads an entry of a manifest, whose file has the manifest's hex digits as name. If the file is damaged,
+// readEntry makes the entry from the manifest's content. If that is damaged or missing, too, the error is
+// ErrManifestUnknown.
+func (s *Store) readEntry(name string) (ociregistry.Descriptor, error) {
+	sum := path.Base(name)
+	d := digest.NewDigestFromEncoded(algorithm(sum), sum)
+	desc, err := s.readDescriptor(name)
+	if err == nil && desc.Digest == d || err != nil && !errors.Is(err, errDamaged) {
+		return desc, err
+	}
+	if d.Validate() != nil {
+		s.logOnce(name, "remove this file, which is not the registry's")
+		return desc, ociregistry.ErrManifestUnknown
+	}
+	s.logOnce(name, "push the manifest with these digits again, or delete it")
+	content, err := s.root.ReadFile(blobPath(sum))
+	if err != nil {
+		return desc, replaceNotExist(err, ociregistry.ErrManifestUnknown)
+	}
+	var m manifest
+	if d.Algorithm().FromBytes(content) != d || json.Unmarshal(content, &m) != nil {
+		return desc, ociregistry.ErrManifestUnknown
+	}
+	mediaType := m.MediaType
+	switch {
+	case mediaType != "":
+	case m.Config == nil:
+		mediaType = ocispec.MediaTypeImageIndex
+	default:
+		mediaType = ocispec.MediaTypeImageManifest
+	}
+	return m.descriptor(d, mediaType, len(content)), nil
+}
+
+// logOnce writes a damaged entry to the log, unless the log has it since the start.
+func (s *Store) logOnce(name, hint string) {
+	s.mu.Lock()
+	known := s.logged[name]
+	s.logged[name] = true
+	s.mu.Unlock()
+	if !known {
+		s.log.Warn("entry of a repository damaged", "file", name, "hint", hint)
+	}
 }
 
 // HasManifest reports whether a repository has a manifest.
@@ -307,9 +359,9 @@ func (s *Store) referrers(
 		if len(all) == n {
 			break
 		}
-		desc, err := s.readDescriptor(path.Join(dir, e.Name()))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // deleted after the folder was read
+		desc, err := s.readEntry(path.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ociregistry.ErrManifestUnknown) {
+			continue // it was deleted after the folder was read, or its content is damaged, too
 		}
 		if err != nil {
 			return nil, err

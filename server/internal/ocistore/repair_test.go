@@ -151,55 +151,6 @@ func TestRepairBeforeCollection(t *testing.T) {
 	}
 }
 
-// TestDamagedBlob changes a byte of a layer. Only clients notice it, because the server does not verify large content
-// at each read. To repair it, an operator removes the file and the manifest, and pushes again:
-// docs/how-to/back-up.md.
-func TestDamagedBlob(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	host := serve(t, dir)
-	ref, img := reference(t, host, "prebake/driver:one"), image(t)
-	if err := remote.Write(ref, img, options(t)...); err != nil {
-		t.Fatal(err)
-	}
-	name := blobs(t, img)[1]
-	blob, file := "/v2/prebake/driver/blobs/sha256:"+name, filepath.Join(dir, "blobs/sha256", name[:2], name)
-	good, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	bad := slices.Clone(good)
-	bad[0] ^= 1
-	if err := errors.Join(os.Remove(file), os.WriteFile(file, bad, 0o640)); err != nil {
-		t.Fatal(err)
-	}
-	check := func(when string, want []byte) {
-		t.Helper()
-		r := call(t, host, "GET", blob, "")
-		if got, err := io.ReadAll(r.Body); err != nil || !slices.Equal(got, want) {
-			t.Errorf("GET %s = %s, %d bytes, %v; want %d other bytes", when, r.Status, len(got), err, len(want))
-		}
-	}
-	push := func() {
-		t.Helper()
-		if err := remote.Write(ref, img, options(t)...); err != nil {
-			t.Fatal(err)
-		}
-	}
-	check("of the damaged blob", bad)
-	push()
-	check("after a push, which leaves out the blob,", bad)
-	if err := os.Remove(file); err != nil {
-		t.Fatal(err)
-	}
-	manifest := "/v2/prebake/driver/manifests/" + digestOf(t, img).String()
-	if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted {
-		t.Errorf("DELETE = %s; want 202", r.Status)
-	}
-	push()
-	check("after the removal and a push", good)
-}
-
 // TestDamagedReferrer changes a byte of an attached manifest. A list still has it, because lists do not read manifests.
 // Whoever asks for it gets a 404, and a push repairs it.
 func TestDamagedReferrer(t *testing.T) {

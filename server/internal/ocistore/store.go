@@ -12,7 +12,8 @@
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
-//	damaged/<hex>                              damaged content of a manifest, until it is pushed again or deleted
+//	damaged/<hex>                              damaged content, until it is pushed again or no longer needed
+//	verified                                   how far the verification of all blobs has come
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -27,6 +28,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path"
 	"sync"
@@ -67,6 +69,8 @@ type Options struct {
 	CheckFree func() error
 	// Now returns the time, which decides when an upload is idle. nil means [time.Now].
 	Now func() time.Time
+	// Log gets a line for each damaged entry of a repository, once. nil means no log.
+	Log *slog.Logger
 }
 
 // Store stores a registry in a folder. Only one process may use the folder.
@@ -78,6 +82,7 @@ type Store struct {
 	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
 	now        func() time.Time
+	log        *slog.Logger
 
 	public       bool
 	redistribute bundle.Redistribution
@@ -86,8 +91,12 @@ type Store struct {
 	busy map[string]bool // uploads that a request writes to at this moment
 	// owners has the caller who began each open upload since the start.
 	owners map[string]string
+	// absent has the hex digits of damaged and lost content. It may still have some that was pushed again; see lacks.
+	absent map[string]bool
+	logged map[string]bool // damaged entries that the log has
 
-	// collecting is held for writing while a blob is deleted, and for reading while a manifest is checked and stored.
+	// collecting is held for writing while a blob is deleted or moved to the folder damaged. It is held for reading while
+	// a blob gets its final path, and while a manifest is checked and stored.
 	collecting sync.RWMutex
 }
 
@@ -113,6 +122,9 @@ func open(dir string, o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
 	for _, sub := range []string{"blobs", "repos", "uploads", "damaged"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
 			return nil, err
@@ -128,12 +140,15 @@ func open(dir string, o Options) (*Store, error) {
 		forget:       o.Forget,
 		checkFree:    o.CheckFree,
 		now:          o.Now,
+		log:          o.Log,
 		busy:         map[string]bool{},
 		owners:       map[string]string{},
+		absent:       map[string]bool{},
+		logged:       map[string]bool{},
 		public:       o.Public,
 		redistribute: o.Redistribute,
 	}
-	if err := s.removeRemains(); err != nil {
+	if err := errors.Join(s.removeRemains(), s.readAbsent()); err != nil {
 		return nil, errors.Join(err, root.Close())
 	}
 	return s, nil
@@ -256,6 +271,13 @@ func (s *Store) moveToFinal(from, to string) error {
 		return err
 	}
 	return s.syncDir(path.Dir(to))
+}
+
+// moveBlob moves a complete blob from a file to its final path.
+func (s *Store) moveBlob(from, sum string) error {
+	s.collecting.RLock()
+	defer s.collecting.RUnlock()
+	return s.moveToFinal(from, blobPath(sum))
 }
 
 // mkdirs makes a folder and its parents, and calls fsync for each of them.

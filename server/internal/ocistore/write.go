@@ -56,7 +56,7 @@ func (s *Store) PushBlob(
 		return desc, errors.Join(err, s.root.Remove(name))
 	}
 	desc.Size = count.n
-	return desc, s.moveToFinal(name, blobPath(sum))
+	return desc, s.moveBlob(name, sum)
 }
 
 type counter struct{ n int64 }
@@ -242,7 +242,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 		err := fmt.Errorf("%w: the uploaded content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
 		return desc, errors.Join(err, u.Cancel())
 	}
-	if err := u.s.moveToFinal(name, blobPath(sum)); err != nil {
+	if err := u.s.moveBlob(name, sum); err != nil {
 		return desc, err
 	}
 	u.s.disown(u.id)
@@ -258,6 +258,16 @@ type manifest struct {
 	Manifests    []ociregistry.Descriptor `json:"manifests"`
 	Subject      *ociregistry.Descriptor  `json:"subject"`
 	Annotations  map[string]string        `json:"annotations"`
+}
+
+// descriptor returns the descriptor of a manifest of n bytes, as lists of referrers have it.
+func (m manifest) descriptor(d digest.Digest, mediaType string, n int) ociregistry.Descriptor {
+	desc := ociregistry.Descriptor{MediaType: mediaType, Digest: d, Size: int64(n), ArtifactType: m.ArtifactType,
+		Annotations: m.Annotations}
+	if desc.ArtifactType == "" && m.Config != nil {
+		desc.ArtifactType = m.Config.MediaType // distribution-spec 1.1, "Listing Referrers"
+	}
+	return desc
 }
 
 // PushManifest implements [ociregistry.Writer]. It writes the content, the referrer's entry, the manifest and the tag.
@@ -295,12 +305,8 @@ func (s *Store) pushManifest(
 	if err != nil {
 		return desc, err
 	}
-	desc = ociregistry.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(content))}
-	full := desc
-	full.ArtifactType, full.Annotations = m.ArtifactType, m.Annotations
-	if full.ArtifactType == "" && m.Config != nil {
-		full.ArtifactType = m.Config.MediaType // distribution-spec 1.1, "Listing Referrers"
-	}
+	full := m.descriptor(d, mediaType, len(content))
+	desc = basicDescriptor(full)
 	if tagFile != "" && s.createOnly(repo, tag) {
 		if old, err := s.readDescriptor(tagFile); err == nil && old.Digest != desc.Digest {
 			return desc, denied(repo, tag, old.Digest)

@@ -222,14 +222,24 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 		}
 	}
 	tx.touch(b.Kernel.String())
-	_, err = tx.ExecContext(ctx, `
+	counted := 0
+	err = tx.QueryRowContext(ctx, `
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
     digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15, tries = $16,
-    log_removed_at = $17 WHERE id = $1`,
+    log_removed_at = $17 WHERE id = $1 RETURNING counted`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
 		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority,
-		max(b.Tries, 1), ptrMicros(b.LogRemovedAt))
-	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
+		max(b.Tries, 1), ptrMicros(b.LogRemovedAt)).Scan(&counted)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil // the build was removed
+	}
+	if err != nil {
+		return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
+	}
+	if b.State != api.Failed && b.State != api.Published && counted == 0 {
+		return nil // such a change, as each report of a running build, changes no count of failures
+	}
+	return tx.chooseCounted(ctx, CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver})
 }
 
 // CountBuilds counts builds by state.

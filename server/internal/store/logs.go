@@ -232,7 +232,8 @@ func ignoreGone(err error) error {
 }
 
 // Get opens the log of a build, and returns its length in bytes. For a running build, it prefers the live log, because
-// a complete log is from an earlier attempt. For an ended build, it prefers the complete log.
+// a complete log is from an earlier attempt. For an ended build, it prefers the complete log. Without a log, the error
+// has kind NotFound; its caller knows why there is none.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
 	names := []string{logName(build), liveName(build)}
 	if live {
@@ -243,11 +244,7 @@ func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, e
 		f, err = l.root.Open(names[1])
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fault.New(
-			fault.NotFound,
-			fmt.Sprintf("build %d has no log yet", build),
-			"wait until the builder has sent the log, and ask again",
-		)
+		return nil, 0, fault.New(fault.NotFound, fmt.Sprintf("build %d has no log", build), "")
 	}
 	if err != nil {
 		return nil, 0, fmt.Errorf("read log of build %d: %w", build, err)

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestTriesOfOldBuilds opens a catalogue that was written before builds had tries. Each failed build must get its
-// number since the last published one. The cells are numbered apart.
+// TestTriesOfOldBuilds opens a catalogue that was written before builds had tries and before failures were marked. Each
+// failed build must get its number since the last published one. The cells are numbered apart.
 func TestTriesOfOldBuilds(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -79,6 +79,17 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 			}
 		}
 	}
+	failures := func() int {
+		t.Helper()
+		counts, err := s.CountFailures(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return counts[""]
+	}
+	if n := failures(); n != 4 {
+		t.Errorf("CountFailures() = %d; want 4, in each cell one before the success and one after it", n)
+	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +99,7 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 	}
 	// Migrations run in order, so those after this one must be undone, too.
 	for _, statement := range []string{
+		`DROP INDEX builds_counted`, `ALTER TABLE builds DROP COLUMN counted`,
 		`ALTER TABLE builds DROP COLUMN log_removed_at`, `ALTER TABLE builds DROP COLUMN tries`,
 		`DELETE FROM goose_db_version WHERE version_id >= 11`,
 	} {
@@ -99,6 +111,9 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 		t.Fatal(err)
 	}
 	s = open(t, url)
+	if n := failures(); n != 4 {
+		t.Errorf("CountFailures() after the migration = %d; want 4", n)
+	}
 	for _, id := range []string{"1.2.3", "1.2.4"} {
 		all, _, err := s.Builds(t.Context(), store.BuildFilter{BuildID: id}, page)
 		if err != nil {

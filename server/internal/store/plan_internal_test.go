@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/prebake/prebake/pkg/queue"
 )
 
 // recorder runs queries and stores their texts.
@@ -63,54 +65,66 @@ func TestCellsAreLookedUp(t *testing.T) {
 		t.Fatalf("%d queries were seen; want those of kernels, cells and builds", len(r.texts))
 	}
 	for i, text := range r.texts {
-		rows, err := s.db.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+text, r.args[i]...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for rows.Next() {
-			var id, parent, unused int
-			var step string
-			if err := rows.Scan(&id, &parent, &unused, &step); err != nil {
-				t.Fatal(err)
-			}
+		for step := range strings.Lines(plan(t, s, text, r.args[i]...)) {
 			// The inner query's page k may be scanned. A scan in the order of an index is allowed, too, because it ends
 			// with the page.
 			if strings.HasPrefix(step, "SCAN") && !strings.HasPrefix(step, "SCAN k") && !strings.Contains(step, "USING") {
 				t.Errorf("%q of\n%s\nwant a look-up by an index", step, text)
 			}
 		}
-		if err := rows.Err(); err != nil {
-			t.Fatal(err)
-		}
-		if err := rows.Close(); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 
-// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and newer builds by their
+// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and other builds by their
 // cells, so that the removal of logs does not read the whole table.
 func TestOldLogsAreLookedUp(t *testing.T) {
 	t.Parallel()
-	s := openSQLite(t)
-	var plan []string
-	err := query(t.Context(), s.db, func(row func(...any) error) error {
-		var id, parent, unused int
-		var step string
-		err := row(&id, &parent, &unused, &step)
-		plan = append(plan, step)
-		return err
-	}, "EXPLAIN QUERY PLAN "+markOldLogs(2), 1, 2, 3, 4)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := strings.Join(plan, "\n")
+	text := plan(t, openSQLite(t), markOldLogs(2), 1, 2, 3, 4)
 	for _, want := range []string{
 		"SEARCH b USING INTEGER PRIMARY KEY (rowid=?)",
 		"SEARCH n USING INDEX builds_by_cell (build_id=? AND board=? AND driver=? AND flavour=? AND id>?)",
+		"SEARCH p USING INDEX builds_by_cell (build_id=? AND board=? AND driver=? AND flavour=? AND id<?)",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the plan lacks %q:\n%s", want, text)
 		}
 	}
+	if strings.Contains(text, "SCAN") {
+		t.Errorf("the plan reads a whole table:\n%s", text)
+	}
+}
+
+// TestFailuresAreCountedFromIndex checks that SQLite counts failures in an index that has only the counted ones, and
+// finds the builds of one cell when it chooses which of them count.
+func TestFailuresAreCountedFromIndex(t *testing.T) {
+	t.Parallel()
+	s := openSQLite(t)
+	counting := plan(t, s, countFailures, queue.PriorityWarning)
+	if !strings.Contains(counting, "SCAN builds USING COVERING INDEX builds_counted") ||
+		!strings.Contains(counting, "SCAN b USING COVERING INDEX builds_counted") || strings.Contains(counting, "SCAN w") ||
+		strings.Contains(counting, "TEMP") {
+		t.Errorf("the plan of the count; want scans of the index alone, and a search of wanted cells:\n%s", counting)
+	}
+	cell := "build_id = $2 AND board = $3 AND driver = $4 AND flavour = $5"
+	choosing := plan(t, s, chooseCounted(cell), queue.PriorityWarning, "1.2.3", "lakitu", "535.1", "open")
+	if strings.Contains(choosing, "SCAN builds") {
+		t.Errorf("the plan of the choice reads all builds:\n%s", choosing)
+	}
+}
+
+// plan returns the steps in which SQLite runs a statement.
+func plan(t *testing.T, s *Store, text string, args ...any) string {
+	t.Helper()
+	var steps []string
+	err := query(t.Context(), s.db, func(row func(...any) error) error {
+		var id, parent, unused int
+		var step string
+		err := row(&id, &parent, &unused, &step)
+		steps = append(steps, step)
+		return err
+	}, "EXPLAIN QUERY PLAN "+text, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(steps, "\n")
 }

@@ -128,7 +128,7 @@ func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
 }
 
 // goMigrations are the parts of migrations in Go, by number of the migration.
-var goMigrations = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
+var goMigrations = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys, 13: chooseAllCounted}
 
 // fillSortKeys sets the sort keys of rows that were stored before the column for sort keys was added.
 func fillSortKeys(ctx context.Context, tx *sql.Tx) error {

@@ -54,7 +54,7 @@ WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4 ORDER BY id 
 		if err != nil {
 			return removed, classify("find old builds", err)
 		}
-		n, err := s.removeBuilds(ctx, oldBuilds(all, before))
+		n, err := s.removeBuilds(ctx, key, oldBuilds(all, before))
 		removed += n
 		if err != nil {
 			return removed, err
@@ -86,8 +86,8 @@ func oldBuilds(all []storedBuild, before time.Time) (old []storedBuild) {
 	return old
 }
 
-// removeBuilds removes builds whose state is the same as before, and returns their number.
-func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed int, err error) {
+// removeBuilds removes builds of a cell whose state is the same as before, and returns their number.
+func (s *Store) removeBuilds(ctx context.Context, key CellKey, old []storedBuild) (removed int, err error) {
 	for len(old) > 0 {
 		n, gone := min(len(old), trimmedAtOnce), 0
 		err := s.Write(ctx, func(tx *Tx) error {
@@ -102,7 +102,7 @@ func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed in
 				}
 				gone += int(rows)
 			}
-			return nil
+			return tx.chooseCounted(ctx, key)
 		})
 		if err != nil {
 			return removed, err
@@ -114,17 +114,17 @@ func (s *Store) removeBuilds(ctx context.Context, old []storedBuild) (removed in
 }
 
 // MarkOldLogs records that the logs of old builds among the given ones are removed at the time now, and returns these
-// builds. The caller then removes their logs. A build is old if it ended before the given time. The newest failure of a
-// cell is not old until a newer build of the cell was published: its log says why the cell has no artifact.
+// builds. The caller then removes their logs, and calls [Store.ForgetFacts] when it has removed all. A build is old if
+// it ended before the given time. The newest failure of a cell, and the first one since the cell's last success, are
+// not old until a newer build of the cell was published: their logs say why the cell has no artifact, and how that
+// began.
 func (s *Store) MarkOldLogs(ctx context.Context, builds []int64, before, now time.Time) (old []int64, err error) {
 	err = s.Write(ctx, func(tx *Tx) error {
 		old = nil
 		return query(ctx, tx, func(row func(...any) error) error {
 			var id int64
-			var buildID, board string
-			err := row(&id, &buildID, &board)
+			err := row(&id)
 			old = append(old, id)
-			tx.touch(buildID + "/" + board)
 			return err
 		}, markOldLogs(len(builds)), append([]any{micros(now), micros(before)}, anys(builds)...)...)
 	})
@@ -134,15 +134,26 @@ func (s *Store) MarkOldLogs(ctx context.Context, builds []int64, before, now tim
 	return old, nil
 }
 
-// markOldLogs returns the statement of [Store.MarkOldLogs] for n builds.
+// markOldLogs returns the statement of [Store.MarkOldLogs] for n builds. A failure with another failure directly before
+// it, leaving out cancelled builds, is not the first one since the last success.
 func markOldLogs(n int) string {
+	const newer = `SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
+    AND n.flavour = b.flavour AND n.id > b.id AND n.state IN `
 	return `
 UPDATE builds AS b SET log_removed_at = $1
 WHERE b.id IN (` + parameters(3, n) + `) AND b.state IN ('published', 'failed', 'cancelled') AND b.finished_at < $2
-AND (b.state <> 'failed' OR EXISTS (
-    SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
-    AND n.flavour = b.flavour AND n.id > b.id AND n.state IN ('failed', 'published')
-)) RETURNING id, build_id, board`
+AND (b.state <> 'failed' OR 'failed' = (
+    SELECT p.state FROM builds p WHERE p.build_id = b.build_id AND p.board = b.board AND p.driver = b.driver
+    AND p.flavour = b.flavour AND p.id < b.id AND p.state IN ('failed', 'published') ORDER BY p.id DESC LIMIT 1
+) AND EXISTS (` + newer + `('failed', 'published')) OR EXISTS (` + newer + `('published'))) RETURNING id`
+}
+
+// ForgetFacts makes all servers read again what they remember about kernels and drivers.
+func (s *Store) ForgetFacts(ctx context.Context) error {
+	return s.Write(ctx, func(tx *Tx) error {
+		tx.touch("")
+		return nil
+	})
 }
 
 // AbsentBuilds returns those of the given builds that the catalogue lacks.

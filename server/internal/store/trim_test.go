@@ -67,18 +67,14 @@ func testTrim(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testOldLogs marks the builds of several cells whose logs are old. Of each cell, the last failure after the last
-// success must stay.
+// testOldLogs marks the builds of several cells whose logs are old. Of each cell, the first and the last failure after
+// the last success must stay.
 func testOldLogs(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	old, now := noon.Add(time.Hour), noon.Add(2*time.Hour)
-	if err := s.Write(ctx, func(tx *store.Tx) error {
-		return tx.PutKernel(ctx, api.Kernel{Kernel: kernelOf(id + "1"), SeenAt: noon})
-	}); err != nil {
-		t.Fatal(err)
-	}
 	var ids, want []int64
-	for i, cell := range []string{"F* F", "F* P*", "P* F", "F C*", "P*", "C*", "F* y", "F Q", "Y F", "F* C* F C*"} {
+	for i, cell := range []string{"F F", "F F* F* F", "F* P*", "F* F* P* F", "F* P* F F* F", "P* F", "F C*",
+		"P*", "C*", "F y", "F F* y", "F Q", "Y F", "F C* F C*", "F C* F* C* F", "Y F F", "y F* F"} {
 		buildID := fmt.Sprintf("%s%d", id, i)
 		for _, letter := range strings.ReplaceAll(cell, " ", "") {
 			if letter == '*' { // the build before is old
@@ -103,17 +99,6 @@ func testOldLogs(t *testing.T, s *store.Store, id string) {
 		}
 	}
 	const absent = 1 << 40
-	newest := func() *time.Time {
-		t.Helper()
-		cells, err := s.KernelCells(ctx, id+"1", "lakitu")
-		if err != nil || cells == nil {
-			t.Fatalf("KernelCells() = %v, %v", cells, err)
-		}
-		return cells.Facts(driver).Newest.LogRemovedAt
-	}
-	if at := newest(); at != nil {
-		t.Errorf("before, the log was removed at %v", at)
-	}
 	got, err := s.MarkOldLogs(ctx, append(slices.Clone(ids), absent), old, now)
 	if err != nil {
 		t.Fatal(err)
@@ -131,12 +116,56 @@ func testOldLogs(t *testing.T, s *store.Store, id string) {
 			t.Errorf("the log of build %d was removed at %v; want %s: %t", id, b.LogRemovedAt, now, !marked)
 		}
 	}
-	if at := newest(); at == nil || !at.Equal(now) {
-		t.Errorf("the remembered build's log was removed at %v; want %s", at, now)
-	}
 	got, err = s.AbsentBuilds(ctx, append(slices.Clone(ids), absent))
 	if err != nil || len(got) != 1 || got[0] != absent {
 		t.Errorf("AbsentBuilds() = %v, %v; want %d", got, err, int64(absent))
+	}
+}
+
+// TestOldLogsKeepFacts marks old logs of more kernels than one transaction names to other servers. The server must keep
+// what it remembers until all logs are removed, and then know that they are.
+func TestOldLogsKeepFacts(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	s := open(t, "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
+	var ids []int64
+	for i := range 60 {
+		id := fmt.Sprintf("1.%d.0", i)
+		if err := s.Write(ctx, func(tx *store.Tx) error {
+			return tx.PutKernel(ctx, api.Kernel{Kernel: kernelOf(id), SeenAt: noon})
+		}); err != nil {
+			t.Fatal(err)
+		}
+		b := add(t, s, id)
+		_, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error {
+			b.State, b.FinishedAt = api.Published, &noon
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, b.ID)
+	}
+	facts := func() *store.KernelCells {
+		t.Helper()
+		cells, err := s.KernelCells(ctx, "1.7.0", "lakitu")
+		if err != nil || cells == nil {
+			t.Fatalf("KernelCells() = %v, %v", cells, err)
+		}
+		return cells
+	}
+	before, now := facts(), noon.Add(2*time.Hour)
+	if marked, err := s.MarkOldLogs(ctx, ids, noon.Add(time.Hour), now); err != nil || len(marked) != len(ids) {
+		t.Fatalf("MarkOldLogs() = %d builds, %v; want %d", len(marked), err, len(ids))
+	}
+	if facts() != before {
+		t.Error("MarkOldLogs() made the server read the facts about a kernel again; want the remembered ones")
+	}
+	if err := s.ForgetFacts(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if at := facts().Facts(driver).Newest.LogRemovedAt; at == nil || !at.Equal(now) {
+		t.Errorf("after ForgetFacts(), the log was removed at %v; want %s", at, now)
 	}
 }
 

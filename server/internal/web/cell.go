@@ -220,6 +220,8 @@ type buildPage struct {
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
+	// WhyNoLog says why an ended build has no log. It is "" if there is one, or if the server has removed it.
+	WhyNoLog string
 	// LogEnd is the last part of a running build's log.
 	LogEnd string
 }
@@ -252,6 +254,9 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	if page.LogEnd, page.HasLog, err = p.logEnd(r.Context(), id); err != nil {
 		p.fail(w, r, err)
 		return
+	}
+	if !page.Open && !page.HasLog && b.LogRemovedAt == nil {
+		page.WhyNoLog = catalogue.WhyNoLog(b)
 	}
 	page.Total = formatSeconds(timeline.Total(b.Phases))
 	greatest := 0.0
