@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -288,8 +289,12 @@ func appendLog(c Config) http.HandlerFunc {
 			err = fault.New(fault.Usage, "append to the log: offset is not a number of bytes",
 				"add the offset of this part in the log, in bytes, to the query, such as ?offset=0")
 		}
+		var part []byte
+		if err == nil { // the whole part first, because whoever follows the log must not see half of a refused one
+			part, err = io.ReadAll(http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
+		}
 		if err == nil {
-			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
+			err = c.Catalogue.AppendLog(r.Context(), id, offset, bytes.NewReader(part))
 		}
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 			err = fault.New(
