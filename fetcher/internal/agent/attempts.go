@@ -207,8 +207,9 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
 // only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. After
-// an error, the file stays if it has a record that must not be lost (see [attempts.precious]).
+// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. But the
+// file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]). Then end returns
+// the error, so the next run writes the file again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -224,10 +225,14 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 		for _, at := range all { // other open or waiting activations are obsolete now
 			at.Open, at.Next = false, false
 		}
-		if err := a.writeAttempts(store, all); err != nil && open {
-			return store.RemoveFile(attemptsFile)
+		err := a.writeAttempts(store, all)
+		switch {
+		case err == nil || !open:
+			return nil
+		case all.precious():
+			return fmt.Errorf("record the end of the activation: %w", err)
 		}
-		return nil
+		return store.RemoveFile(attemptsFile)
 	}
 	blame = blame && blames(failed)
 	if !blame && (at == nil || !at.Open && !at.Next && len(at.Foreign) == 0) {

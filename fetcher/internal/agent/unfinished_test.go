@@ -131,6 +131,40 @@ func TestRollbackKilled(t *testing.T) {
 	}
 }
 
+// TestRollbackOnFullDisk fills the disk after a rollback was noted. The rollback must not report success and lose the
+// note: the farm still offers the newer driver, which the operator did not want.
+func TestRollbackOnFullDisk(t *testing.T) {
+	t.Parallel()
+	for _, reboots := range []bool{false, true} {
+		n, ref, _, newer, po, pn := publishTwo(t, 1)
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+			t.Fatal(err)
+		}
+		n.kernel.calls = nil
+		n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+			if e.Phase == "validate" && e.Done == nil && e.Text == "" {
+				n.fillDisk(t, true)
+			}
+		}}
+		if r, err := agent.New(n.cfg, n.parts).Rollback(t.Context()); err == nil || r.Verdict.Digest != po.Digest ||
+			!strings.Contains(err.Error(), "record the end of the activation") {
+			t.Errorf("Rollback = %s, %v; want the older driver, and an error because its record could not be written",
+				r.Verdict.Digest, err)
+		}
+		n.fillDisk(t, false)
+		if reboots {
+			n.reboot(t)
+		}
+		for i := range 2 {
+			r, err := n.run(t, ref, pn.Digest, newer.Driver)
+			if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+				t.Errorf("reboots %t, run %d: Run = %s %s, %v; want the older driver, and the newer one refused", reboots, i,
+					r.Verdict.State, r.Verdict.Driver, err)
+			}
+		}
+	}
+}
+
 // TestFailedRollbackIsNotNoted checks that a rollback that failed leaves no trace: the driver that works is not refused
 // later.
 func TestFailedRollbackIsNotNoted(t *testing.T) {
