@@ -207,9 +207,9 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
 // only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. But the
-// file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]). Then end returns
-// the error, so the next run writes the file again.
+// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. But
+// the file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]). Then end
+// returns the error, and the next run writes the file again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -396,7 +396,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			if back { // else the former driver is the same one, is gone, or was active still
 				r.did("rolled back %s, which an earlier run did not finish", short(digest))
 			}
-		case at.Before.Current != "" && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
+		case (at.Before.Current != "" || len(at.Foreign) == 0) && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
 			if err := store.Switch(digest); err != nil { // the run may have been killed before it did this
 				return err
 			}

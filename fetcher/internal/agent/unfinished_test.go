@@ -94,6 +94,36 @@ func TestKilledAfterUpdate(t *testing.T) {
 	}
 }
 
+// TestKilledFirstLoad kills the load of the only driver: on a new node, or after a reboot. The next run must load it
+// from the disk, although the farm is away, and although the disk is full in the second case.
+func TestKilledFirstLoad(t *testing.T) {
+	t.Parallel()
+	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	for _, full := range []bool{false, true} {
+		n, ref, c, p := bare(t)
+		n.answer(ref, p.Digest, c.Driver)
+		if full {
+			if _, err := n.runAs(t); err != nil {
+				t.Fatal(err)
+			}
+			n.reboot(t)
+		}
+		n.killedIn(t, "install")
+		if full {
+			n.fillDisk(t, true)
+			// Every link is first made under this name.
+			sample.Write(t, n.root, installDir+"/.prebake/tmp-link/x", "")
+		}
+		n.parts.Finder = away
+		r, err := n.runAs(t)
+		if diff := cmp.Diff(loads(newVersion), n.kernel.calls); diff != "" || r.Verdict.Digest != p.Digest ||
+			!full && err != nil {
+			t.Errorf("full disk %t: Run = %s %s, %v; system calls (-want +got):\n%s", full, r.Verdict.State, r.Verdict.Digest,
+				err, diff)
+		}
+	}
+}
+
 // TestRollbackKilled kills a rollback by hand. The next run must complete it: the farm still offers the newer driver,
 // which the operator did not want.
 func TestRollbackKilled(t *testing.T) {
