@@ -172,7 +172,8 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if compiled && !begun && fault.Is(err, fault.Busy) && a.pauseUntil(ctx, lockEnd) {
 			continue
 		}
-		if !a.waitIdle(ctx, err, end) {
+		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
+		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
 			return err
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
