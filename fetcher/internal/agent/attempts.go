@@ -302,8 +302,9 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 }
 
 // rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
-// can replace it now.
-func (a *Agent) rollbackDue(ctx context.Context) bool {
+// can replace it now. was is the last result. If was is false, rollbackDue stays false while another installer works:
+// "fetcher rollback" also notes the rollback that it is about to do.
+func (a *Agent) rollbackDue(ctx context.Context, was bool) bool {
 	store, err := a.openInstalled()
 	if err != nil {
 		return false
@@ -315,7 +316,10 @@ func (a *Agent) rollbackDue(ctx context.Context) bool {
 		return false
 	}
 	s, err := a.readState(ctx, store)
-	return err == nil && s.waitsForRollback() && s.refused(s.current) != nil && s.closed == "" && !s.facts.Open()
+	if err != nil || !s.waitsForRollback() || s.refused(s.current) == nil || s.closed != "" || s.facts.Open() {
+		return false
+	}
+	return was || a.locked(store, func() error { return nil }) == nil
 }
 
 func (a *Agent) note(store *install.Store, digest string, change func(*attempt)) error {
