@@ -172,7 +172,8 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if compiled && !begun && fault.Is(err, fault.Busy) && a.pauseUntil(ctx, lockEnd) {
 			continue
 		}
-		if !a.waitIdle(ctx, err, end) {
+		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
+		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
 			return err
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
@@ -199,7 +200,8 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //  1. the driver that waits (attempt.Next);
 //  2. the current driver;
 //  3. the previous driver;
-//  4. the current driver, even if an operator rolled it back.
+//  4. the current driver, even if an operator rolled it back, or if it was refused only because of a driver that has
+//     failed by now.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if names := store.NotLinks(); len(names) > 0 {
 		a.parts.Log.WarnContext(ctx, "found files of others in place of links in .prebake; the next switch puts them aside, "+
@@ -222,10 +224,12 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	if waiting != nil && !serves(waiting, s.question) { // it does not match the present wish
 		waiting = nil
 	}
+	tried := map[string]bool{} // by digest
 	for _, set := range []*install.Set{waiting, s.current, s.previous} {
 		if set == nil || fitsNode(set, s.facts) != nil || s.refused(set) != nil {
 			continue
 		}
+		tried[set.Digest] = true
 		if a.try(ctx, r, store, s, set) {
 			break
 		}
@@ -234,7 +238,9 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		}
 	}
 	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
-		if s.onlyRolledBack(s.current) && fitsNode(s.current, s.facts) == nil && a.try(ctx, r, store, s, s.current) {
+		last := s.current
+		if last != nil && fitsNode(last, s.facts) == nil &&
+			(s.onlyRolledBack(last) || s.refused(last) == nil && !tried[last.Digest]) && a.try(ctx, r, store, s, last) {
 			return store.Current()
 		}
 		if err := a.restoreForeign(ctx, r, store, s); err != nil {

@@ -207,8 +207,9 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
 // only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. After
-// an error, the file stays if it has a record that must not be lost (see [attempts.precious]).
+// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. But
+// the file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]). Then end
+// returns the error, and the next run writes the file again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -224,10 +225,14 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 		for _, at := range all { // other open or waiting activations are obsolete now
 			at.Open, at.Next = false, false
 		}
-		if err := a.writeAttempts(store, all); err != nil && open {
-			return store.RemoveFile(attemptsFile)
+		err := a.writeAttempts(store, all)
+		switch {
+		case err == nil || !open:
+			return nil
+		case all.precious():
+			return fmt.Errorf("record the end of the activation: %w", err)
 		}
-		return nil
+		return store.RemoveFile(attemptsFile)
 	}
 	blame = blame && blames(failed)
 	if !blame && (at == nil || !at.Open && !at.Next && len(at.Foreign) == 0) {
@@ -297,8 +302,9 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 }
 
 // rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
-// can replace it now.
-func (a *Agent) rollbackDue(ctx context.Context) bool {
+// can replace it now. was is the last result. If was is false, rollbackDue stays false while another installer works:
+// "fetcher rollback" also notes the rollback that it is about to do.
+func (a *Agent) rollbackDue(ctx context.Context, was bool) bool {
 	store, err := a.openInstalled()
 	if err != nil {
 		return false
@@ -310,7 +316,10 @@ func (a *Agent) rollbackDue(ctx context.Context) bool {
 		return false
 	}
 	s, err := a.readState(ctx, store)
-	return err == nil && s.waitsForRollback() && s.refused(s.current) != nil && s.closed == "" && !s.facts.Open()
+	if err != nil || !s.waitsForRollback() || s.refused(s.current) == nil || s.closed != "" || s.facts.Open() {
+		return false
+	}
+	return was || a.locked(store, func() error { return nil }) == nil
 }
 
 func (a *Agent) note(store *install.Store, digest string, change func(*attempt)) error {
@@ -391,7 +400,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			if back { // else the former driver is the same one, is gone, or was active still
 				r.did("rolled back %s, which an earlier run did not finish", short(digest))
 			}
-		case at.Before.Current != "" && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
+		case (at.Before.Current != "" || len(at.Foreign) == 0) && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
 			if err := store.Switch(digest); err != nil { // the run may have been killed before it did this
 				return err
 			}

@@ -217,6 +217,32 @@ func TestCompileIsHeldUntilStaged(t *testing.T) {
 	}
 }
 
+// TestBusyCompileIsNoReasonToWait checks that a run does not wait for an idle GPU because another fetcher compiles on
+// this node: it would end with the same error.
+func TestBusyCompileIsNoReasonToWait(t *testing.T) {
+	t.Parallel()
+	n, b, old := compiling(t)
+	other := scripted(t, strings.TrimPrefix(b.answer.Repository, "oci:"), b.answer.Digest)
+	_, release, err := other.Build(t.Context(), resolve.Question{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := release(); err != nil {
+			t.Error(err)
+		}
+	}()
+	n.inUse(t, "1")
+	n.parts.Local, n.cfg.WaitIdle = other, time.Hour
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		r, err := n.runAs(t)
+		if took := time.Since(start); took != 0 || !fault.Is(err, fault.Busy) || r.Verdict.Digest != old.Digest {
+			t.Errorf("Run = %s, %v after %v; want busy at once, and the present driver", r.Verdict.Digest, err, took)
+		}
+	})
+}
+
 // TestCompiledMeanwhile lets another fetcher compile and load the driver while the first one waits for a farm that is
 // away. The first one must not compile the driver again.
 func TestCompiledMeanwhile(t *testing.T) {

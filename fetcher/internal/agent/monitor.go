@@ -63,7 +63,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	}
 	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
 	distrust := ""                   // why the active driver would not be loaded now
-	due := a.rollbackDue(ctx)        // the last run could not do the rollback
+	due := a.rollbackDue(ctx, false) // the last run could not do the rollback
 	for n := 1; ; n++ {
 		select {
 		case <-ctx.Done():
@@ -93,7 +93,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		w.Report(v)
 		w.Alive() // after the report, because Alive compares the age of the last verdict
 		was := due
-		if due = a.rollbackDue(ctx); due && !was {
+		if due = a.rollbackDue(ctx, was); due && !was {
 			return ErrRollback
 		}
 		now := a.parts.Now()

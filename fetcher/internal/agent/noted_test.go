@@ -15,9 +15,11 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
 const attemptsFile = installDir + "/.prebake/attempts.json"
@@ -162,6 +164,81 @@ func TestMonitorEndsForNotedRollback(t *testing.T) {
 					row.ends)
 			}
 		})
+	}
+}
+
+// TestMonitorLeavesRollbackAlone checks a daemon beside a rollback by hand. Until the rollback is done, its note looks
+// like one that waits. The daemon must not begin a run then.
+func TestMonitorLeavesRollbackAlone(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		noted, checked, done := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		parts := n.parts
+		parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+			if e.Phase == "install" && e.Done == nil && e.Text == "" {
+				close(noted)
+				<-checked
+			}
+		}}
+		checks := 0
+		err := agent.New(n.cfg, n.parts).Monitor(ctx, time.Minute, watcher(func(gpucheck.Verdict) {
+			switch checks++; checks {
+			case 1:
+				go func() {
+					defer close(done)
+					if r, err := agent.New(n.cfg, parts).Rollback(t.Context()); err != nil || r.Verdict.Digest != po.Digest {
+						t.Errorf("Rollback = %+v, %v; want the previous driver", r.Verdict, err)
+					}
+				}()
+				<-noted
+			case 2:
+				close(checked)
+				<-done
+			case 3:
+				cancel()
+			}
+		}))
+		if err != nil || checks != 3 {
+			t.Errorf("Monitor = %v after %d checks; want its end with the context after 3", err, checks)
+		}
+		if checks < 2 {
+			close(checked)
+			<-done
+		}
+	})
+}
+
+// loadedBefore is a finder that notes whether a driver is loaded when it is asked. It never answers.
+type loadedBefore struct {
+	n      *node
+	loaded *bool
+}
+
+func (f loadedBefore) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	raw, err := os.ReadFile(filepath.Join(f.n.root, "proc/modules"))
+	*f.loaded = err == nil && len(raw) > 0
+	return resolve.Answer{}, fault.New(fault.Transient, "nobody answers", "")
+}
+
+// TestNotedRollbackFailsWithoutFarm reboots a node with a noted rollback whose driver fails. The driver that was rolled
+// back must be loaded before the node waits for the farm.
+func TestNotedRollbackFailsWithoutFarm(t *testing.T) {
+	t.Parallel()
+	n, _, _, _, pn := noted(t)
+	n.reboot(t)
+	n.kernel.refuse["nvidia "+oldVersion] = syscall.ENOENT
+	loaded := false
+	n.parts.Finder = loadedBefore{n, &loaded}
+	r, err := n.runAs(t)
+	if !loaded || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %s %s, %v, loaded before the farm was asked: %t; want the present driver, loaded before",
+			r.Verdict.State, r.Verdict.Digest, err, loaded)
 	}
 }
 

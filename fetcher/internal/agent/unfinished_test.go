@@ -94,6 +94,36 @@ func TestKilledAfterUpdate(t *testing.T) {
 	}
 }
 
+// TestKilledFirstLoad kills the load of the only driver: on a new node, or after a reboot. The next run must load it
+// from the disk, although the farm is away, and although the disk is full in the second case.
+func TestKilledFirstLoad(t *testing.T) {
+	t.Parallel()
+	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	for _, full := range []bool{false, true} {
+		n, ref, c, p := bare(t)
+		n.answer(ref, p.Digest, c.Driver)
+		if full {
+			if _, err := n.runAs(t); err != nil {
+				t.Fatal(err)
+			}
+			n.reboot(t)
+		}
+		n.killedIn(t, "install")
+		if full {
+			n.fillDisk(t, true)
+			// Every link is first made under this name.
+			sample.Write(t, n.root, installDir+"/.prebake/tmp-link/x", "")
+		}
+		n.parts.Finder = away
+		r, err := n.runAs(t)
+		if diff := cmp.Diff(loads(newVersion), n.kernel.calls); diff != "" || r.Verdict.Digest != p.Digest ||
+			!full && err != nil {
+			t.Errorf("full disk %t: Run = %s %s, %v; system calls (-want +got):\n%s", full, r.Verdict.State, r.Verdict.Digest,
+				err, diff)
+		}
+	}
+}
+
 // TestRollbackKilled kills a rollback by hand. The next run must complete it: the farm still offers the newer driver,
 // which the operator did not want.
 func TestRollbackKilled(t *testing.T) {
@@ -126,6 +156,40 @@ func TestRollbackKilled(t *testing.T) {
 					t.Errorf("killed at %s, reboots %t, run %d: Run = %s %s, %v; want the older driver, and the newer one refused",
 						at, reboots, i, r.Verdict.State, r.Verdict.Driver, err)
 				}
+			}
+		}
+	}
+}
+
+// TestRollbackOnFullDisk fills the disk after a rollback was noted. The rollback must not report success and lose the
+// note: the farm still offers the newer driver, which the operator did not want.
+func TestRollbackOnFullDisk(t *testing.T) {
+	t.Parallel()
+	for _, reboots := range []bool{false, true} {
+		n, ref, _, newer, po, pn := publishTwo(t, 1)
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+			t.Fatal(err)
+		}
+		n.kernel.calls = nil
+		n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+			if e.Phase == "validate" && e.Done == nil && e.Text == "" {
+				n.fillDisk(t, true)
+			}
+		}}
+		if r, err := agent.New(n.cfg, n.parts).Rollback(t.Context()); err == nil || r.Verdict.Digest != po.Digest ||
+			!strings.Contains(err.Error(), "record the end of the activation") {
+			t.Errorf("Rollback = %s, %v; want the older driver, and an error because its record could not be written",
+				r.Verdict.Digest, err)
+		}
+		n.fillDisk(t, false)
+		if reboots {
+			n.reboot(t)
+		}
+		for i := range 2 {
+			r, err := n.run(t, ref, pn.Digest, newer.Driver)
+			if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+				t.Errorf("reboots %t, run %d: Run = %s %s, %v; want the older driver, and the newer one refused", reboots, i,
+					r.Verdict.State, r.Verdict.Driver, err)
 			}
 		}
 	}

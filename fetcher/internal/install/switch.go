@@ -163,8 +163,11 @@ func (s *Store) isOther(name string) bool {
 }
 
 // point makes or replaces a link atomically. It never deletes a file or a folder that has the link's name, but puts it
-// aside.
+// aside. A link that is right stays, because a full disk has no space for another one.
 func (s *Store) point(name, to string) error {
+	if got, err := s.root.Readlink(name); err == nil && got == to {
+		return nil
+	}
 	if s.isOther(name) {
 		if err := s.swap(name, to, s.asideOf(name)); err != nil {
 			return fmt.Errorf("put %s aside, which is no link: %w", name, err)
