@@ -181,6 +181,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		m.batch.Parallel += ahead
 	}
 	m.batch.Attempts = cmd.Int("attempts")
+	m.cfg.RetryRefused = cmd.Bool("retry-failed")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Destinations.Published does not check who signed the modules, or whether debug symbols and BTF exist. If a setting
 	// asks for these, the pipeline examines every cell.

@@ -427,6 +427,9 @@ func notRegistry(err error) error {
 	if !fault.Is(err, fault.Unverified) {
 		return err
 	}
-	return resolve.OtherService(err,
-		"check that --registry names a repository with drivers, and that no proxy or login page answers in its place")
+	hint := "check that --registry names a repository with drivers, and that no proxy or login page answers in its place"
+	if errors.Is(err, registry.ErrLink) {
+		hint = fault.Hint(err)
+	}
+	return resolve.OtherService(err, hint)
 }

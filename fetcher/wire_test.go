@@ -77,6 +77,32 @@ func testLoginPage(t *testing.T, kind string, want kinds) {
 	}
 }
 
+// TestWrongTagsLink checks that the next source is asked if a registry names a next page of its tags that must not be
+// read, and that the hint of the registry alone is about its Link header.
+func TestWrongTagsLink(t *testing.T) {
+	t.Parallel()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasSuffix(r.URL.Path, "/tags/list") {
+			return
+		}
+		w.Header().Set("Link", `<http://registry.internal:5000/v2/prebake/driver/tags/list?last=a>; rel="next"`)
+		fmt.Fprint(w, `{"tags":["a"]}`)
+	}))
+	t.Cleanup(srv.Close)
+	c := sample.NewCell(t, "17800.0.47", "535.261.03")
+	mirror := "oci:" + filepath.Join(t.TempDir(), "layout")
+	p := sample.Publish(t, mirror, testkit.NewKey(t), c)
+	wrong := findIn(strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver")
+	q := resolve.Question{Kernel: c.Kernel, Wish: "R535", Flavour: resolve.Auto}
+	if a, err := (resolve.Chain{wrong}).Find(t.Context(), q); !fault.Is(err, fault.Unverified) ||
+		!strings.Contains(fault.Hint(err), "Link header") {
+		t.Errorf("Find = %+v, %v, hint %q; want unverified with the next step for the Link header", a, err, fault.Hint(err))
+	}
+	if a, err := (resolve.Chain{wrong, findIn(mirror)}).Find(t.Context(), q); err != nil || a.Digest != p.Digest {
+		t.Errorf("Find = %+v, %v; want the artifact of the mirror", a, err)
+	}
+}
+
 // TestOtherMediaType checks that an artifact counts although its registry names another media type.
 func TestOtherMediaType(t *testing.T) {
 	t.Parallel()

@@ -241,7 +241,7 @@ func unyankCommand() *ucli.Command {
 func freeTagsCommand() *ucli.Command {
 	c := answerCommand(
 		"free-tags",
-		"allow other content for the tags of a deleted artifact",
+		"let another artifact take the tags of a deleted one",
 		"DIGEST",
 		"take the digest from the message of the refused push",
 		writeFlags(),

@@ -243,8 +243,8 @@ func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	return b.headers[k.Release], nil
 }
 
-// source unpacks the runfile of a driver as a person would do by hand, once. It returns the folder with the sources of
-// the proprietary modules.
+// source unpacks a driver's runfile as a person would do by hand. It unpacks each runfile only once, and returns the
+// folder with the sources of the proprietary modules.
 func (b *bench) source(ctx context.Context, driver string) (string, error) {
 	if dir := b.sources[driver]; dir != "" {
 		return dir, nil

@@ -102,7 +102,7 @@ func (p *proxy) sentAuth() bool {
 	return p.auth
 }
 
-// begin forgets the recorded requests and sets spoil.
+// begin starts a new case: it forgets the recorded requests, and uses spoil for the next responses.
 func (p *proxy) begin(spoil func(int, http.ResponseWriter) http.ResponseWriter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

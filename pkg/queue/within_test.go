@@ -98,7 +98,8 @@ func within(t *testing.T, driver, rawURL string) {
 	step("SetPriority(3)", false, func(w queue.Within) error { return w.SetPriority(t.Context(), 3, queue.PriorityAsked) })
 	step("SetPriority(2)", true, up)
 
-	// A worker gets the stored builds in order: 2 was raised, and 3 was not. After that, it gets each new build.
+	// A worker gets the stored builds by priority: first build 2, which was raised, and then build 3, whose raise was
+	// rolled back. After that, it gets each new build.
 	begun := make(chan int64, 9)
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)

@@ -78,7 +78,7 @@ func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (Anonym
 	return out, nil
 }
 
-// visibilityReader stores the value of [AudienceHeader] from the responses.
+// visibilityReader stores the value of [AudienceHeader] from the responses, and removes links to next pages.
 type visibilityReader struct {
 	next       http.RoundTripper
 	visibility atomic.Value
@@ -90,6 +90,7 @@ func (h *visibilityReader) RoundTrip(req *http.Request) (*http.Response, error) 
 		if word := resp.Header.Get(AudienceHeader); word == AudiencePrivate || word == AudiencePublic {
 			h.visibility.Store(word)
 		}
+		resp.Header.Del("Link") // nobody reads the next page, so a wrong link does not matter
 	}
 	return resp, err
 }

@@ -1,9 +1,11 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"sort"
 	"time"
@@ -47,7 +49,7 @@ func (r *Repository) Attached(ctx context.Context, digest, artifactType string, 
 // AttachedIf is [Repository.Attached] for a caller that can recognise useful payloads. The callback returns a name for
 // what a payload says, or "" for a useless payload. Only the first payload of each name is returned, so neither useless
 // payloads nor copies hide a useful one. Missing and damaged attachments are skipped. A few useless payloads come last,
-// for error messages.
+// for error messages. If the repository denies an attachment, AttachedIf reads the others; see [UnreadError.IsDenied].
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -55,8 +57,8 @@ func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string
 
 func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) string,
 	wanted []map[string]string) ([][]byte, error) {
-	list, listErr := r.list(ctx, digest)
-	isCut := errors.As(listErr, new(cutError))
+	list, listErr := r.list(ctx, digest, true)
+	isCut, isDenied := errors.As(listErr, new(cutError)), false
 	if listErr != nil && len(list) == 0 && !isCut {
 		return nil, listErr
 	}
@@ -69,21 +71,30 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 	} else {
 		more, err = s.payloads(ctx, incomplete)
 	}
-	if err == nil && isCut {
+	if listErr != nil && s.looks > maxManifests { // the rest of the list is not known to be attached
+		isCut = true
+	}
+	switch {
+	case err != nil:
+	case isCut:
 		err = listErr
+	case s.denial != nil:
+		isDenied = true
+		err = fmt.Errorf("%s denies %d of the attachments that it lists for %s: %w", r.name, len(s.denied), digest, s.denial)
 	}
 	if err != nil {
-		s.unread = slices.DeleteFunc(s.unread, func(d v1.Descriptor) bool { return !mayBe(d, artifactType) })
-		err = &UnreadError{err, s.unread, isCut}
+		s.unread = slices.DeleteFunc(append(s.denied, s.unread...),
+			func(d v1.Descriptor) bool { return !mayBe(d, artifactType) })
+		err = &UnreadError{err, s.unread, isCut, isDenied}
 	}
 	return slices.Concat(all, more, s.others), err
 }
 
 // UnreadError is the error of a repository that fails after it has listed attachments.
 type UnreadError struct {
-	err   error
-	list  []v1.Descriptor
-	isCut bool
+	err             error
+	list            []v1.Descriptor
+	isCut, isDenied bool
 }
 
 // Error returns the text of the cause.
@@ -97,6 +108,9 @@ func (e *UnreadError) Unread() []v1.Descriptor { return e.list }
 
 // IsCut reports whether the list ended in the middle, so that there may be more.
 func (e *UnreadError) IsCut() bool { return e.isCut }
+
+// IsDenied reports whether the repository listed all attachments, denied those in Unread, and served all others.
+func (e *UnreadError) IsDenied() bool { return e.isDenied }
 
 // annotationCreated is the annotation with an attachment's time in RFC 3339 (OCI image-spec, annotations.md). It gives
 // attachments an order, and takes no part in their selection.
@@ -168,6 +182,8 @@ type search struct {
 	known  map[string]bool // names of useful payloads that were found
 	others [][]byte        // payloads that are not useful
 	unread []v1.Descriptor // attachments that were left when the search failed
+	denied []v1.Descriptor // attachments that the repository denied; denial is the first error
+	denial error
 	looks  int
 }
 
@@ -192,6 +208,9 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 		}
 		payload, err := s.payload(ctx, d)
 		switch {
+		case s.useful != nil && ctx.Err() == nil && Denied(err):
+			s.denied, s.denial = append(s.denied, d), cmp.Or(s.denial, err)
+			continue
 		case s.leftOut(ctx, err), err == nil && payload == nil:
 			continue
 		case err != nil:
@@ -255,7 +274,7 @@ const maxPayloads = 256
 // bytes, and missing or damaged attachments.
 func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, maxSize int64,
 	wanted ...map[string]string) ([]v1.Descriptor, error) {
-	list, err := r.list(ctx, digest)
+	list, err := r.list(ctx, digest, true)
 	if err != nil {
 		return nil, err
 	}

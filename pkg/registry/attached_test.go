@@ -172,34 +172,56 @@ func TestHostilePages(t *testing.T) {
 	elsewhere := atomic.Int64{}
 	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { elsewhere.Add(1) }))
 	t.Cleanup(other.Close)
-	rows := map[string]func(page *v1.IndexManifest, h http.Header){
-		"endless": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<?from=0>; rel="next"`) },
-		"too long": func(page *v1.IndexManifest, h http.Header) {
-			page.Annotations = map[string]string{"padding": strings.Repeat("x", registry.MaxManifest/10)}
-			h.Set("Link", `<?from=0>; rel="next"`)
-		},
-		"of another host": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", "<"+other.URL+`>; rel="next"`) },
-		"of another list": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `</v2/x/referrers/y>; rel="next"`) },
-		"no URL":          func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<%zz>; rel="next"`) },
+	link := func(header string) func(*v1.IndexManifest, http.Header) {
+		return func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", header) }
 	}
-	for name, change := range rows {
+	rows := map[string]struct {
+		change func(page *v1.IndexManifest, h http.Header)
+		words  string // in the error
+	}{
+		"endless":         {endlessPages(0), "more than 256 pages"},
+		"too long":        {endlessPages(registry.MaxManifest / 10), "too long"},
+		"of another host": {link("<" + other.URL + `>; rel="next"`), "wrong Link header: the next page"},
+		"of another list": {link(`</v2/x/referrers/y>; rel="next"`), "wrong Link header: the next page"},
+		"no URL":          {link(`<%zz>; rel="next"`), "wrong Link header: the next page"},
+		"no form":         {link(`/v2/x/referrers/y?from=40; rel="next"`), "wrong Link header: "},
+		"the same again":  {link(`<?from=0>; rel="next"`), "wrong Link header: it names a page"},
+		"itself":          {link(`<>; rel="next"`), "wrong Link header: it names a page"},
+	}
+	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			armed := atomic.Bool{}
 			repo := open(t, newPaged(t, func(page *v1.IndexManifest, h http.Header) {
 				if armed.Load() {
-					change(page, h)
+					row.change(page, h)
 				}
 			})+"/pages")
 			subject := pushRandom(t, repo, 64, 1)
 			armed.Store(true)
-			if list, err := repo.Referrers(t.Context(), subject.Digest.String(), ""); !fault.Is(err, fault.Unverified) {
-				t.Errorf("Referrers = %d, %v (%v); want unverified", len(list), err, fault.Of(err))
+			list, err := repo.Referrers(t.Context(), subject.Digest.String(), "")
+			if !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), row.words) {
+				t.Errorf("Referrers = %d, %v (%v); want unverified with %q", len(list), err, fault.Of(err), row.words)
+			}
+			wrong := strings.HasPrefix(row.words, "wrong Link")
+			if errors.Is(err, registry.ErrLink) != wrong || strings.Contains(fault.Hint(err), "Link header") != wrong {
+				t.Errorf("Referrers = %v, hint %q; want the next step for the Link header: %t", err, fault.Hint(err), wrong)
 			}
 			if n := elsewhere.Load(); n != 0 {
 				t.Errorf("%d requests went to another host", n)
 			}
 		})
+	}
+}
+
+// endlessPages makes each page of a list name a further page. The pages have this number of additional bytes.
+func endlessPages(padding int) func(page *v1.IndexManifest, h http.Header) {
+	var n atomic.Int64
+	return func(page *v1.IndexManifest, h http.Header) {
+		if padding > 0 {
+			page.Annotations = map[string]string{"padding": strings.Repeat("x", padding)}
+		}
+		h.Set("Link", fmt.Sprintf(`<?from=0&n=%d>; rel="next"`, n.Add(1)))
 	}
 }
 
@@ -278,20 +300,23 @@ func TestAttachedIfFailsHalfway(t *testing.T) {
 		t.Fatal(err)
 	}
 	sorted := slices.Sorted(maps.Keys(texts))
-	payload := func(attachment string) string {
-		raw, err := written.Manifest(t.Context(), attachment)
-		var m v1.Manifest
-		if err != nil || json.Unmarshal(raw, &m) != nil {
-			t.Fatalf("read %s: %v", attachment, err)
-		}
-		return m.Layers[0].Digest.Hex
+	bare := t.TempDir()
+	if err := os.CopyFS(bare, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
 	}
-	for name, broken := range map[string]string{
-		"a payload": payload(sorted[2]), "a manifest in the list": strings.TrimPrefix(sorted[2], "sha256:"),
+	removeLists(t, bare)
+	third, err := v1.NewHash(sorted[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, row := range map[string]struct{ dir, broken string }{
+		"a payload":                              {dir, payloadOf(t, written, v1.Descriptor{Digest: third})},
+		"a manifest in the list":                 {dir, third.Hex},
+		"a manifest without a list of referrers": {bare, third.Hex},
 	} {
-		files := http.FileServer(http.Dir(dir))
+		files := http.FileServer(http.Dir(row.dir))
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if strings.HasSuffix(r.URL.Path, broken) {
+			if strings.HasSuffix(r.URL.Path, row.broken) {
 				w.WriteHeader(http.StatusInternalServerError)
 				return
 			}
@@ -352,7 +377,11 @@ func TestAttachedOfCutList(t *testing.T) {
 			_, _ = w.Write([]byte(`{"schemaVersion":2,"manifests":[{`))
 			return true
 		}, nil, fault.Unverified},
-		"on another host":     {nil, link("https://registry.example/v2/many/referrers/x"), fault.Unverified},
+		"on another host": {nil, link("https://registry.example/v2/many/referrers/x"), fault.Unverified},
+		"the same page":   {nil, link(""), fault.Unverified},
+		"of no form": {nil, func(_ *v1.IndexManifest, h http.Header) {
+			h.Set("Link", "http://registry.example/v2/many/referrers/x; rel=next")
+		}, fault.Unverified},
 		"of another protocol": {nil, link("ftp://127.0.0.1/v2/many/referrers/x"), fault.Unverified},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -408,7 +437,7 @@ func TestAttachedOfLostRegistry(t *testing.T) {
 		if !errors.As(err, &failed) || !failed.IsCut() || !fault.Is(err, fault.Transient) || len(all) > 0 {
 			t.Fatalf("status %d: AttachedIf = %d payloads, %v; want transient, with more than is listed", status, len(all), err)
 		}
-		if n := len(failed.Unread()); n != 40 && status != http.StatusForbidden { // a denied attachment is skipped
+		if n := len(failed.Unread()); n != 40 {
 			t.Errorf("status %d: %d attachments unread; want the 40 of the first page", status, n)
 		}
 	}
@@ -418,11 +447,7 @@ func TestAttachedOfLostRegistry(t *testing.T) {
 func TestAttachedOfLongList(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*v1.IndexManifest, http.Header){
-		"pages": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<?from=0>; rel="next"`) },
-		"bytes": func(page *v1.IndexManifest, h http.Header) {
-			page.Annotations = map[string]string{"padding": strings.Repeat("x", registry.MaxManifest)}
-			h.Set("Link", `<?from=0>; rel="next"`)
-		},
+		"pages": endlessPages(0), "bytes": endlessPages(registry.MaxManifest),
 	} {
 		armed := atomic.Bool{}
 		repo := open(t, newPaged(t, func(page *v1.IndexManifest, h http.Header) {

@@ -157,6 +157,9 @@ func (s *layoutStore) tagList(ctx context.Context, idx *v1.IndexManifest, subjec
 		return nil, i, nil
 	}
 	raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = damaged(fmt.Errorf("the list of referrers is missing: %w", err))
+	}
 	if err != nil {
 		return nil, i, err
 	}
@@ -178,9 +181,9 @@ func (s *layoutStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return rc, err
 }
 
-// referrers implements [store]. On a web server, it reads each listed manifest. If that fails, it returns the rest of
-// the list unread, with the error.
-func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+// referrers implements [store]. It reads each manifest that may be attached. If a web server denies one, the list has
+// it unread. If reading fails, the rest of the list is unread.
+func (s *layoutStore) referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
 		return nil, err
@@ -193,11 +196,15 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 	if fromTag != nil {
 		candidates = append(candidates, fromTag.Manifests...)
 	}
+	if fromTag != nil && unread && s.files.allAttached() && !s.files.cheapReads() {
+		return candidates, nil
+	}
 	if fromTag == nil || !s.files.allAttached() {
 		for _, d := range slices.Backward(idx.Manifests) { // the newest first
 			candidates = append(candidates, d)
 		}
 	}
+	candidates = slices.DeleteFunc(candidates, func(d v1.Descriptor) bool { return d.Digest.String() == digest })
 	looks := 0
 	var list []v1.Descriptor
 	for i, d := range candidates {
@@ -211,11 +218,12 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		if errors.Is(err, fs.ErrNotExist) || fault.Is(err, fault.Unverified) {
 			continue // the manifest was not copied, or the blob is not a manifest
 		}
-		if err != nil && s.files.allAttached() && fromTag != nil {
-			return append(list, candidates[i:]...), err
+		if Denied(err) {
+			list = append(list, d)
+			continue
 		}
 		if err != nil {
-			return nil, err
+			return append(list, candidates[i:]...), err
 		}
 		var m v1.Manifest
 		if json.Unmarshal(raw, &m) != nil || m.Subject == nil || m.Subject.Digest.String() != digest {

@@ -65,7 +65,7 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 			"tag "+listTag(subject)+" must be the list of the artifact's attestations, but it is something else",
 			"remove that tag from "+indexFile+" by hand, or publish to another folder")
 	default:
-		if all, err = s.referrers(ctx, subject); err != nil { // manifests that were attached before the list existed
+		if all, err = s.referrers(ctx, subject, false); err != nil { // manifests that were attached before the list existed
 			return nil, err
 		}
 	}

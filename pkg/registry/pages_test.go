@@ -1,14 +1,18 @@
 package registry
 
 import (
+	"errors"
 	"net/http"
 	"net/url"
 	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 func FuzzNextPage(f *testing.F) {
 	for _, link := range []string{`</v2/a/referrers/sha256:0?n=2>; rel="next"`, `<?n=2>;rel=next`,
-		`<//evil/v2/a/referrers/sha256:0>; rel="next"`, `<https://u:p@h/v2/a/referrers/sha256:0>; rel="next"`, "<", ""} {
+		`<//evil/v2/a/referrers/sha256:0>; rel="next"`, `<https://u:p@h/v2/a/referrers/sha256:0>; rel="next"`,
+		`<?n=1>; rel=prev, <?n=2>; a="\""; rel="x next"`, "<", ""} {
 		f.Add(link)
 	}
 	from := &url.URL{Scheme: "https", Host: "h", Path: "/v2/a/referrers/sha256:0"}
@@ -21,4 +25,54 @@ func FuzzNextPage(f *testing.F) {
 			t.Errorf("nextPage(%q) = %s; want the same list", link, to)
 		}
 	})
+}
+
+// TestNextPage checks the forms of a Link header in RFC 8288. A header that may name a next page must not be taken for
+// the end of the list.
+func TestNextPage(t *testing.T) {
+	t.Parallel()
+	const path = "/v2/a/referrers/sha256:0"
+	from := &url.URL{Scheme: "https", Host: "h", Path: path}
+	for _, row := range []struct {
+		headers []string
+		want    string // the query of the next page; "" means the last page, and "error" an error
+	}{
+		{nil, ""},
+		{[]string{`<?n=2>; rel="next"`}, "n=2"},
+		{[]string{`<` + path + `?n=2>;rel=next`}, "n=2"},
+		{[]string{`<https://h` + path + `?n=2>; rel="next"`}, "n=2"},
+		{[]string{`<https://H:443` + path + `?n=2>; rel="next"`}, "n=2"},
+		{[]string{`<?n=2>; Rel=NEXT`}, "n=2"},
+		{[]string{`<?n=2>; rel="last next"`}, "n=2"},
+		{[]string{`<?n=2>; title="a; b, \"c\""; crossorigin; rel="next"; type="x/y"`}, "n=2"},
+		{[]string{`<?n=0>; rel="prev", <?n=2>; rel="next"`}, "n=2"},
+		{[]string{`<?n=0>; rel="prev"`, `<?n=2>; rel = next`}, "n=2"},
+		{[]string{`<?n=0>; rel="prev"; title="rel=next"`}, ""},
+		{[]string{`<?n=0>; rel="prev"; rel="next"`}, ""},
+		{[]string{`</next.css>; rel=preload; as=style`}, ""},
+		{[]string{`of another program`}, ""},
+		{[]string{`?n=2; rel="next"`}, "error"},
+		{[]string{`<?n=2; rel="next"`}, "error"},
+		{[]string{`<?n=2> rel="next"`}, "error"},
+		{[]string{`<?n=0>; rel="prev", ?n=2; rel="next"`}, "error"},
+		{[]string{`<http://h` + path + `?n=2>; rel="next"`}, "error"},
+		{[]string{`<https://h:8443` + path + `?n=2>; rel="next"`}, "error"},
+		{[]string{`<https://u:p@h` + path + `?n=2>; rel="next"`}, "error"},
+		{[]string{`</v2/b/referrers/sha256:0?n=2>; rel="next"`}, "error"},
+		{[]string{`<%zz>; rel="next"`}, "error"},
+	} {
+		got := ""
+		to, err := nextPage(from, http.Header{"Link": row.headers})
+		switch {
+		case errors.Is(err, ErrLink) && fault.Is(err, fault.Unverified):
+			got = "error"
+		case err != nil:
+			t.Errorf("nextPage(%q) = %v; want an error of the Link header", row.headers, err)
+		case to != nil:
+			got = to.RawQuery
+		}
+		if got != row.want {
+			t.Errorf("nextPage(%q) = %q, %v; want %q", row.headers, got, err, row.want)
+		}
+	}
 }

@@ -3,6 +3,7 @@ package registry_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -305,5 +306,50 @@ func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	}
 	if err := os.WriteFile(file, raw, 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestTagsLink checks that a list of tags ends where no link names a next page, and that the error of a wrong link
+// names the header.
+func TestTagsLink(t *testing.T) {
+	t.Parallel()
+	for header, want := range map[string][]string{
+		`<?last=a>; rel="next"`:                            {"a", "b"},
+		`<?last=x>; rel="prev", <?last=a>; rel="next"`:     {"a", "b"},
+		`<?last=x>; rel="prev"`:                            {"a"},
+		`<https://other.example/v2/x/tags/list>; rel=next`: nil,
+		`<>; rel="next"`:                                   nil,
+		`/v2/x/tags/list?last=a; rel="next"`:               nil,
+	} {
+		t.Run(header, func(t *testing.T) {
+			t.Parallel()
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				page := `{"tags":["a"]}`
+				switch last := r.URL.Query().Get("last"); {
+				case !strings.HasSuffix(r.URL.Path, "/tags/list"):
+					return
+				case last == "a":
+					page = `{"tags":["b"]}`
+				case last == "":
+					w.Header().Set("Link", header)
+				}
+				_, _ = w.Write([]byte(page)) // an error means that the client is gone
+			}))
+			t.Cleanup(srv.Close)
+			repo := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x")
+			tags, err := repo.Tags(t.Context())
+			if diff := cmp.Diff(want, tags); diff != "" || (err == nil) != (want != nil) {
+				t.Errorf("Tags = %v (-want +got):\n%s", err, diff)
+			}
+			if want == nil && (!errors.Is(err, registry.ErrLink) || !fault.Is(err, fault.Unverified) ||
+				!strings.Contains(fault.Hint(err), "Link header")) {
+				t.Errorf("Tags = %v (%v), hint %q; want unverified with the next step for the Link header", err, fault.Of(err),
+					fault.Hint(err))
+			}
+			// This asks for one tag, and reads no further page.
+			if got, err := repo.AnonymousAccess(t.Context(), ""); err != nil || !got.Reads {
+				t.Errorf("AnonymousAccess = %+v, %v; want that everybody reads", got, err)
+			}
+		})
 	}
 }

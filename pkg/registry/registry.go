@@ -50,8 +50,9 @@ type store interface {
 	resolve(ctx context.Context, ref string) (v1.Descriptor, error)
 	manifest(ctx context.Context, digest string) ([]byte, error)
 	blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
-	// referrers lists what is attached. With an error, it may return what was listed before.
-	referrers(ctx context.Context, digest string) ([]v1.Descriptor, error)
+	// referrers lists what is attached. With an error, it may return a part of the list, also manifests that it did not
+	// read yet. If unread is true, the caller reads each manifest itself, and referrers need not read any.
+	referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error)
 	push(ctx context.Context, img v1.Image) error
 	tag(ctx context.Context, d v1.Descriptor, tag string) error
 	attach(ctx context.Context, a *attachment) error
@@ -163,7 +164,7 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 // Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the
 // list has only manifests of that type.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
-	all, err := r.list(ctx, digest)
+	all, err := r.list(ctx, digest, false)
 	if err != nil {
 		return nil, err
 	}
@@ -180,13 +181,13 @@ func (r *Repository) Referrers(ctx context.Context, digest, artifactType string)
 	return list, nil
 }
 
-// list returns all manifests that are attached to a manifest, sorted by their digests. With an error, it may return
-// manifests that were listed before.
-func (r *Repository) list(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+// list returns all manifests that are attached to a manifest, sorted by their digests. The error and unread are as in
+// store.
+func (r *Repository) list(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error) {
 	err := checkDigest(digest)
 	var all []v1.Descriptor
 	if err == nil {
-		all, err = r.s.referrers(ctx, digest)
+		all, err = r.s.referrers(ctx, digest, unread)
 	}
 	if err != nil {
 		err = fmt.Errorf("list referrers of %s in %s: %w", digest, r.name, err)

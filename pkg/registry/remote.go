@@ -133,7 +133,7 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 type bodyKey struct{}
 
 // referrers implements [store]. If the list ends in the middle, it returns the part before that with a cutError.
-func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+func (s *remoteStore) referrers(ctx context.Context, digest string, _ bool) ([]v1.Descriptor, error) {
 	read := &pagesRead{}
 	list, err := s.readReferrers(ctx, digest, read)
 	if read.cut == nil || ctx.Err() != nil {
@@ -157,8 +157,7 @@ func (c cutError) Unwrap() error { return c.error }
 
 func (s *remoteStore) readReferrers(ctx context.Context, digest string, read *pagesRead) ([]v1.Descriptor, error) {
 	ctx = context.WithValue(ctx, pagesKey{}, read)
-	idx, err := remote.Referrers(s.repo.Digest(digest),
-		append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
+	idx, err := remote.Referrers(s.repo.Digest(digest), remote.Reuse(s.puller), remote.WithContext(ctx))
 	if err != nil {
 		return nil, s.readError(ctx, err)
 	}
@@ -258,7 +257,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 const maxStale = 75 * time.Second
 
 func (s *remoteStore) isListed(ctx context.Context, a *attachment) (bool, error) {
-	list, err := s.referrers(ctx, a.subject.String())
+	list, err := s.referrers(ctx, a.subject.String(), false)
 	if err != nil {
 		return false, err
 	}
@@ -352,10 +351,15 @@ func onNetwork(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// Denied reports whether a registry answered with 401 or 403. Some registries answer so for a missing artifact, too.
+// errDenied is in the chain of the error of a web server that answered with 401 or 403.
+var errDenied = errors.New("access denied")
+
+// Denied reports whether a registry or a web server answered with 401 or 403. Some answer so for a missing artifact,
+// too.
 func Denied(err error) bool {
 	var api *transport.Error
-	return errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
+	return errors.Is(err, errDenied) ||
+		errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
 }
 
 // unknownName reports whether the registry says that the repository does not exist.

@@ -143,9 +143,9 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 			)
 		}
 	}
-	return nil, fault.New(
+	return nil, fault.Wrap(
 		fault.Usage,
-		"get "+at.String()+": access denied",
+		fmt.Errorf("get %s: %w", at, errDenied),
 		"in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer on the "+
 			"bucket; on another server, log in: docker login "+at.Host,
 	)

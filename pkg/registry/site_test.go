@@ -1,6 +1,7 @@
 package registry_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"io/fs"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/authn"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/random"
@@ -327,5 +329,31 @@ func TestSiteOfMany(t *testing.T) {
 	).Referrers(t.Context(), "sha256:"+strings.Repeat("ab", 32), "")
 	if err != nil || len(list) > 0 || asked.Load() > 1100 {
 		t.Errorf("Referrers = %d, %v after %d requests", len(list), err, asked.Load())
+	}
+}
+
+// TestSiteWithoutListBlob checks that a list of referrers that the index names and the site lacks counts as damaged, so
+// that a node asks the next repository.
+func TestSiteWithoutListBlob(t *testing.T) {
+	t.Parallel()
+	dir, digest := publishLayout(t)
+	raw, err := os.ReadFile(filepath.Join(dir, "index.json"))
+	var idx v1.IndexManifest
+	if err == nil {
+		err = json.Unmarshal(raw, &idx)
+	}
+	for _, d := range idx.Manifests {
+		if err == nil && d.MediaType.IsIndex() {
+			err = os.Remove(filepath.Join(dir, "blobs/sha256", d.Digest.Hex))
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(http.FileServer(http.Dir(dir)))
+	t.Cleanup(srv.Close)
+	repo := openRef(t, "oci:"+srv.URL, registry.Options{})
+	if all, err := repo.Attached(t.Context(), digest, labelledType); !fault.Is(err, fault.Unverified) {
+		t.Errorf("Attached = %d payloads, %v (%v); want unverified", len(all), err, fault.Of(err))
 	}
 }

@@ -174,8 +174,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: %d of its %d signers can be parsed; want all, and 1 to %d signers", ErrMalformed, n,
-			len(outline.Content.Signers), maxSigners)
+		return nil, fmt.Errorf("%w: the signature has %d signers, %d of them readable; want 1 to %d signers, all readable",
+			ErrMalformed, len(outline.Content.Signers), n, maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
 		return nil, fmt.Errorf("%w: the signature has %d certificates; at most %d are read", ErrMalformed, n, maxSent)

@@ -74,11 +74,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	key, why := r.modulesKey(in), ""
 	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols,
 		in.pahole != "")
-	tree := key
-	if r.again { // the new provenance must be about files that this run compiled
-		tree = key.With("made again", r.started.String())
-	}
-	dir, cached, err := r.products.Tree(ctx, "modules", tree.String(), func(ctx context.Context, dir string) error {
+	dir, cached, err := r.moduleTree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
 			fmt.Fprintf(r.log, "compiled again: this input changed since the last build of this cell: %s\n", why)
 		}

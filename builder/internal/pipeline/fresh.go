@@ -1,9 +1,11 @@
 package pipeline
 
 import (
+	"context"
 	"errors"
 
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // OpenFresh returns an empty cache for what the builds of one pass make, and a function that closes and removes it. A
@@ -42,7 +44,28 @@ func (r *run) startFresh() (end func(), err error) {
 	r.products, r.again = fresh, true
 	release := fresh.Begin()
 	return func() {
+		for _, cleanup := range r.modulesMade {
+			_ = cleanup() // a failure is ignored: the end of the pass removes the folder
+		}
 		release()
 		_ = remove() // a failure is ignored: the next Open of the cache removes the folder
 	}, nil
+}
+
+// moduleTree is [cas.Cache.Tree] for modules. A build because of age gets a folder that lives as long as the build: its
+// provenance must be about files that it compiled, so no other build would use its modules.
+func (r *run) moduleTree(ctx context.Context, kind, key string,
+	fill func(ctx context.Context, dir string) error) (dir string, cached bool, err error) {
+	if !r.again {
+		return r.products.Tree(ctx, kind, key, fill)
+	}
+	dir, cleanup, err := r.products.TempDir(kind + "-")
+	if err != nil {
+		return "", false, err
+	}
+	r.modulesMade = append(r.modulesMade, cleanup)
+	if err = fill(ctx, dir); fault.Is(err, fault.Internal) {
+		err = fault.CacheDisk(err)
+	}
+	return dir, false, err
 }

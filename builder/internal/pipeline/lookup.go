@@ -178,6 +178,9 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	err error) {
 	if reason, err = r.isOld(ctx, to, digest); err != nil || reason != "" {
 		if err == nil {
+			err = r.checkRefused(in, to, digest)
+		}
+		if err == nil {
 			r.endFresh, err = r.startFresh()
 		}
 		return nil, reason, err

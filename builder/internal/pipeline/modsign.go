@@ -88,7 +88,7 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	key := in.stampedKey(slices.Concat(by, m.sumList())...)
-	dir, cached, err := r.products.Tree(ctx, "signed", key, func(_ context.Context, dir string) error {
+	dir, cached, err := r.moduleTree(ctx, "signed", key, func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(m.files)) {
 			switch sum, err := hostfile.Sum(m.files[name]); {

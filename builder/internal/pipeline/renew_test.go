@@ -255,6 +255,40 @@ func TestRenewShares(t *testing.T) {
 	}
 }
 
+// The cache of a pass keeps no modules of a build that has ended: their provenance is about that build, so no other
+// build uses them.
+func TestRenewKeepsNoModules(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	tree := headerFiles()
+	tree[headers+".config"] += "CONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n"
+	f.kernel(t, "17800.0.9", tree)
+	cfg := f.config(t, emptyCache(t))
+	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
+	first := must(t, cfg, request("17800.0.9"))
+	fresh, remove, err := pipeline.OpenFresh(cfg.Cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = remove() }()
+	cfg.Fresh, cfg.RebuildAfter = fresh, time.Nanosecond
+	if res := must(t, cfg, request("17800.0.9")); res.Reused || res.Digest != first.Digest {
+		t.Fatalf("reused %v, %s; want %s made again", res.Reused, res.Digest, first.Digest)
+	}
+	kinds, err := fresh.Kinds(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range kinds {
+		if (k.Name == "modules" || k.Name == "signed") && k.Entries > 0 {
+			t.Errorf("the pass keeps %d entries of %s with %d bytes; want none", k.Entries, k.Name, k.Bytes)
+		}
+	}
+	if left, err := filepath.Glob(filepath.Join(fresh.Dir(), "work", "*", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left in the cache of the pass: %v, %v", left, err)
+	}
+}
+
 // A second attempt in the same pass, after a failure to publish, compiles again and so renews the artifact too.
 func TestRenewSecondAttempt(t *testing.T) {
 	t.Parallel()

@@ -28,7 +28,9 @@ type run struct {
 	// startFresh. Config.Cache always has what is not published: fetched inputs, boot folders and verdicts.
 	products *cas.Cache
 	// again is true if the published artifact is older than Config.RebuildAfter. Then cached modules are not enough.
-	again bool
+	// modulesMade has the functions that remove the folders of modules that such a run made.
+	again       bool
+	modulesMade []func() error
 	// endFresh is the function that startFresh returned, or nil.
 	endFresh func()
 	// recipe is the recipe for the layers. If the recipe of the published artifact is not certain, wanted is the
@@ -92,6 +94,11 @@ func (r *run) runPhases(ctx context.Context) error {
 		return struct{}{}, note, err
 	})
 	r.keepRefusal(a, err)
+	if r.again && fault.Is(err, fault.PublishRefused) {
+		if kerr := r.keepRefused(in, to, a, err); kerr != nil {
+			fmt.Fprintf(r.log, "refusal not remembered: %v\n", kerr)
+		}
+	}
 	return err
 }
 

@@ -32,11 +32,10 @@ func keepDebug(dir string, debug map[string]string) error {
 	return nil
 }
 
-// haveSymbols reports whether every repository has debug symbols of an artifact.
+// haveSymbols reports whether every repository has debug symbols of an artifact that our key signed.
 func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, error) {
 	for _, p := range o.destinations {
-		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
-		if err != nil || len(have) == 0 {
+		if have, err := symbols.Have(ctx, p.repo, digest, o.verifier); err != nil || !have {
 			return false, err
 		}
 	}

@@ -12,8 +12,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/builder/internal/symbols"
 	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -118,6 +120,18 @@ func TestDebugSymbols(t *testing.T) {
 	f.driver(t, files)
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := repo.Resolve(t.Context(), plain.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Anybody who may push can attach something that is called debug symbols.
+	if _, err := repo.Attach(t.Context(), subject, symbols.ArtifactType, []byte("junk"), nil); err != nil {
+		t.Fatal(err)
+	}
 	cfg.DebugSymbols = true
 	res := must(t, cfg, request("17800.0.9"))
 	if res.Digest != plain.Digest || res.Reused || res.Symbols == "" {

@@ -7,6 +7,7 @@ package symbols
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -114,7 +115,7 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err != nil {
 		return d, false, err
 	}
-	if existed, err = s.isSigned(ctx, repo, d); err != nil || existed {
+	if existed, err = isSigned(ctx, repo, digest, d, s.Verifier); err != nil || existed {
 		return d, existed, err
 	}
 	statement, err := sign.About("debug symbols of nvidia-"+s.Identity.Driver.String(), d.Digest.String(), PredicateType,
@@ -130,41 +131,88 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Untrusted ones are ignored,
-// because anybody who may write to the repository can attach them.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
+	return eachSigned(ctx, repo, digest, s.Verifier, func(d, l v1.Descriptor) (done bool, err error) {
+		if l.Digest == layer.Digest {
+			return false, nil
+		}
+		return true, fault.New(fault.PublishRefused,
+			fmt.Sprintf("attach symbols to %s: the artifact already has other symbols, in manifest %s", digest, d.Digest),
+			"compare the published symbols with the new ones: they should not differ, because two builds of one artifact give "+
+				"the same symbols; if the published symbols are wrong, delete their manifest in the registry")
+	})
+}
+
+// Have reports whether the repository has symbols of the artifact with this manifest digest: a trusted signer made
+// them, and their layer is there.
+func Have(ctx context.Context, repo *registry.Repository, digest string, v *trust.Verifier) (found bool, err error) {
+	err = eachSigned(ctx, repo, digest, v, func(_, layer v1.Descriptor) (bool, error) {
+		blob, err := repo.Blob(ctx, layer.Digest.String(), layer.Size)
+		if unusable(err) { // a registry may have lost a layer although it has the manifest
+			return false, nil
+		}
+		if err == nil {
+			err = blob.Close()
+		}
+		found = err == nil
+		return found, err
+	})
+	if err != nil {
+		err = fmt.Errorf("look for debug symbols of %s: %w", digest, err)
+	}
+	return found, err
+}
+
+// maxListed is the maximum number of attached symbols that are examined. Builders attach one, others may attach junk.
+const maxListed = 1024
+
+// eachSigned calls f with the manifest and the layer of all symbols of an artifact that have a trusted signature, until
+// f is done or returns an error. It skips all others, because anybody who may write to the repository can attach them.
+func eachSigned(ctx context.Context, repo *registry.Repository, digest string, v *trust.Verifier,
+	f func(manifest, layer v1.Descriptor) (done bool, err error)) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
 		return err
 	}
-	for _, h := range have[:min(len(have), registry.MaxAttachments)] {
-		raw, err := repo.Manifest(ctx, h.Digest.String())
-		if err != nil {
-			return err
-		}
-		if l, err := ParseManifest(raw); err == nil && l.Digest == layer.Digest {
+	for _, d := range have[:min(len(have), maxListed)] {
+		raw, err := repo.Manifest(ctx, d.Digest.String())
+		if unusable(err) {
 			continue
 		}
-		signed, err := s.isSigned(ctx, repo, h)
 		if err != nil {
 			return err
 		}
-		if signed {
-			return fault.New(fault.PublishRefused,
-				fmt.Sprintf("attach symbols to %s: the artifact already has other symbols, in manifest %s", digest, h.Digest),
-				"compare the published symbols with the new ones: they should not differ, because two builds of one artifact give "+
-					"the same symbols; if the published symbols are wrong, delete their manifest in the registry")
+		layer, err := ParseManifest(raw)
+		if err != nil {
+			continue
+		}
+		done, err := isSigned(ctx, repo, digest, d, v)
+		if err == nil && done {
+			done, err = f(d, layer)
+		}
+		if err != nil || done {
+			return err
 		}
 	}
 	return nil
 }
 
-// isSigned reports whether the symbols with this manifest have a statement with a trusted signature.
-func (s Set) isSigned(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
+// unusable reports whether the registry lacks what it lists, or serves other bytes.
+func unusable(err error) bool {
+	return fault.Is(err, fault.NoArtifact) || fault.Is(err, fault.Unverified)
+}
+
+// isSigned reports whether a trusted signer says that the symbols with this manifest belong to the artifact.
+func isSigned(ctx context.Context, repo *registry.Repository, artifact string, d v1.Descriptor,
+	v *trust.Verifier) (bool, error) {
 	digest := d.Digest.String()
-	attached, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(s.Verifier, digest),
+	attached, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, trust.Useful(v, digest),
 		trust.OfType(PredicateType))
-	return len(s.Verifier.Statements(attached, digest, PredicateType)) > 0, err
+	return slices.ContainsFunc(v.Statements(attached, digest, PredicateType), func(st *trust.Statement) bool {
+		var about Facts
+		return json.Unmarshal(st.Predicate, &about) == nil && about.Artifact == artifact
+	}), err
 }
 
 // pack copies or links the files into a tree by build id and packs the tree as a layer.

@@ -216,6 +216,76 @@ func TestStranger(t *testing.T) {
 	}
 }
 
+// have checks what Have reports about the symbols by a signer.
+func have(t *testing.T, repo *registry.Repository, digest string, s *sign.Signer, want bool, when string) {
+	t.Helper()
+	v, err := s.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := symbols.Have(t.Context(), repo, digest, v); err != nil || got != want {
+		t.Errorf("%s: Have = %v, %v; want %v", when, got, err, want)
+	}
+}
+
+// TestHave checks that only symbols count that a trusted signer made for this artifact, and whose layer is there. Junk
+// neither counts nor hides them.
+func TestHave(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	dir := filepath.Join(t.TempDir(), "layout")
+	repo, sample, subject := pushSample(t, "oci:"+dir)
+	stranger, signer := newSigner(t), newSigner(t)
+	have(t, repo, sample.Digest, signer, false, "without symbols")
+	for i := range registry.MaxAttachments + 8 {
+		if _, err := repo.Attach(ctx, subject, symbols.ArtifactType, fmt.Appendf(nil, "junk %d", i), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	broken, err := repo.Attach(ctx, subject, symbols.ArtifactType, []byte("damaged"), nil)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "blobs/sha256", broken.Digest.Hex), []byte("{}"), 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, stranger, 1)); err != nil {
+		t.Fatal(err)
+	}
+	have(t, repo, sample.Digest, signer, false, "beside junk and a stranger's symbols")
+
+	// The signer's symbols of another artifact do not count.
+	set := newSet(t, sample.Identity, signer, 2)
+	other := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "other")
+	if _, err := repo.Push(ctx, other.Image); err != nil {
+		t.Fatal(err)
+	}
+	d, _, err := symbols.Publish(ctx, repo, other.Digest, set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	have(t, repo, other.Digest, signer, true, "the other artifact")
+	have(t, repo, sample.Digest, signer, false, "with symbols of another artifact only")
+
+	if d, _, err = symbols.Publish(ctx, repo, sample.Digest, set); err != nil {
+		t.Fatal(err)
+	}
+	have(t, repo, sample.Digest, signer, true, "with signed symbols")
+	have(t, repo, sample.Digest, newSigner(t), false, "with symbols by another key")
+	raw, err := repo.Manifest(ctx, d.Digest.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := symbols.ParseManifest(raw)
+	if err == nil {
+		err = os.Remove(filepath.Join(dir, "blobs/sha256", layer.Digest.Hex))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	have(t, repo, sample.Digest, signer, false, "without the layer")
+}
+
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

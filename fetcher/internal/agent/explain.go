@@ -38,7 +38,7 @@ func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel,
 	now time.Time) (*Explanation, error) {
 	p, err := readEvidence(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
-	if err != nil {
+	if _, err = acceptDenied(repo.Name(), err); err != nil {
 		return nil, err
 	}
 	a.refresh(ctx)

@@ -47,13 +47,17 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 		p, err = readEvidence(ctx, repo, v, answer.Digest, facts)
 		p.Bundles = union(known, p.Bundles)
 		known = slices.DeleteFunc(slices.Clone(p.Bundles), func(b []byte) bool { return counts(b) == "" })
+		owed = append(owed, owedBy(ref, err)...)
+		denied, err := acceptDenied(ref, err)
 		if err != nil {
-			owed = append(owed, owedBy(ref, err)...)
 			return err
 		}
 		refresh()
 		now := a.since(store, origin, answer, facts)
 		content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, now)
+		if denied != nil && fault.Is(err, fault.Unverified) { // for example for want of a statement that was denied
+			err = fault.Join(denied, err)
+		}
 		if err != nil || len(owed) == 0 {
 			return err
 		}
@@ -95,6 +99,22 @@ func owedBy(ref string, err error) (owed []owedStatement) {
 		}
 	}
 	return owed
+}
+
+// acceptDenied returns the error of [readEvidence] as denied if the repository denied only statements that do not
+// refuse the artifact. Otherwise it returns the error as the second result.
+func acceptDenied(ref string, err error) (denied, _ error) {
+	var failed interface{ IsDenied() bool }
+	if !errors.As(err, &failed) || !failed.IsDenied() {
+		return nil, err
+	}
+	owed := owedBy(ref, err)
+	if len(owed) == 0 {
+		return err, nil
+	}
+	return nil, fault.Wrap(fault.Of(err),
+		fmt.Errorf("statement %s may refuse the driver, and cannot be read: %w", short(owed[0].digest), err),
+		"let this node read every statement in "+ref+", or add a registry that serves this one: --registry REF")
 }
 
 // maxOwed is the maximum number of statements that are read in place of another repository.

@@ -104,8 +104,8 @@ func TestForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestMissingModuleIsProved checks that a module that is not loaded is verified first. A replaced module must not be
-// loaded.
+// TestMissingModuleIsProved checks that the agent verifies the file of a missing module before it loads the module. It
+// must not load a file that somebody replaced on the node.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := publishTwo(t, 1)

@@ -27,8 +27,8 @@ func TestJobs(t *testing.T) {
 	}
 }
 
-// TestDaemonSet compares the limits of the DaemonSet with those of a compile on the node: its memory must be enough for
-// the compilers that it starts, and its time to end for a builder that is told to stop.
+// TestDaemonSet compares the limits of the DaemonSet with the needs of a compile on the node. The memory limit must be
+// enough for all compilers that the fetcher starts. The grace period must be enough for a stopped builder to end.
 func TestDaemonSet(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../../deploy/kubernetes/base/fetcher.yaml")

@@ -147,7 +147,8 @@ const (
 	longestWait                   = 10 * time.Second
 )
 
-// listsMade is the number of pages that are made at the same time. It leaves one core for the nodes, if there are two.
+// listsMade is the maximum number of pages that the server makes at the same time: half of the cores, at least one. The
+// other cores answer the nodes' requests.
 func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
 // throttle returns a middleware that limits simultaneous answers. If too many requests wait, it answers 503 with

@@ -22,7 +22,7 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 // deniedRetired is the error if a push would give other content to the tag of a deleted manifest.
 func deniedRetired(repo, tag string, was ociregistry.Digest) error {
 	return fmt.Errorf("%w: tag %s of repository %s was create-only, until its manifest %s was deleted; "+
-		"to allow other content, run: server free-tags %s", ociregistry.ErrDenied, tag, repo, was, was)
+		"to let another artifact take it, run: server free-tags %s", ociregistry.ErrDenied, tag, repo, was, was)
 }
 
 // FreeTags allows other content for the create-only tags of a deleted manifest. It returns these tags with their
