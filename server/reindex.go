@@ -106,7 +106,7 @@ Example:
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
 			cli.String("bucket", "", "also read published tarballs from the bucket at `URL`: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply",
-				Usage: "record the differences \"missing\" and \"attested\", and forget artifacts that " +
+				Usage: "record the artifacts of the kinds \"missing\" and \"attested\"; forget those that " +
 					"the server's registry lacks"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
