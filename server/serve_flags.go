@@ -64,7 +64,7 @@ func serveCommand() *ucli.Command {
 			), append(cli.Group(cli.Resources,
 				cli.Range("reserve", 1024, 0, 1<<30,
 					"refuse uploads while the disk of --data has less than `MIB` mebibytes free"),
-				cli.Range("verify-rate", 8, 0, 100_000, "verify stored blobs at `MIB` mebibytes/s; 0 means never"),
+				cli.Range("verify-rate", 8, 0, 100_000, "verify blobs at `MIB` mebibytes/s; 0: never"),
 				cli.Range("keep-builds", 365, 0, 36_500,
 					"remove builds and logs `DAYS` days after their end, except the newest 50 of each cell; 0 keeps all"),
 				cli.Range("keep-logs", 14, 0, 36_500,
