@@ -51,7 +51,7 @@ func mirrorFlags() []ucli.Flag {
 	)
 }
 
-// pipelineFlags are the settings that build and work share.
+// pipelineFlags are the settings that the commands build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.Choice("google-signatures", pipeline.GoogleAuto,
 		"attach Google's signatures to the modules: `MODE` is auto (if they fit), require or off",

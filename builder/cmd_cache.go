@@ -35,7 +35,7 @@ func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	return f
 }
 
-// cacheSizeFlag returns the flag of build and work that limits the size of the cache (see trimCache).
+// cacheSizeFlag returns the flag of the commands build and work that limits the size of the cache (see trimCache).
 func cacheSizeFlag() ucli.Flag {
 	f := cli.String("cache-size", "", "keep the cache below `SIZE`, such as 20GiB")
 	f.Validator = validSize
@@ -65,13 +65,14 @@ func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.T
 	return cache.Trim(ctx, cas.Limit{Bytes: size})
 }
 
-// freshMinFree is the free space in bytes below which the cache of builds because of age shrinks, if there is no
-// --cache-size. A build needs up to 4 GiB at its peak, and two of them may run.
+// Without --cache-size, trimCaches keeps freshMinFree bytes of the disk free, by removing entries from Config.Fresh. A
+// build needs up to 4 GiB at its peak, and two builds may run.
 const freshMinFree = 8 << 30
 
-// trimCaches is [trimCache] for the caches of a pass over a wish list. The cache of builds because of age is within the
-// other one and counts for its size. It may take half of --cache-size, so that fetched inputs and what other builds
-// make have the rest. Without --cache-size, it shrinks when the disk has less than freshMinFree.
+// trimCaches is [trimCache] for a pass over a wish list. With --max-age, a pass has two caches: Config.Cache and, in
+// its folder, Config.Fresh for the builds that replace too old artifacts. The size of Fresh counts for that of Cache.
+// Fresh may take half of --cache-size, so that fetched inputs and the products of other builds have the rest. Without
+// --cache-size, Fresh shrinks when the disk has less than freshMinFree.
 func trimCaches(ctx context.Context, cmd *ucli.Command, cfg pipeline.Config) error {
 	size, err := parseSize(cmd.String("cache-size"))
 	if cfg.Fresh != nil && err == nil {

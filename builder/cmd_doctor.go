@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// doctorCommand accepts the settings of build and work that doctor can check. It requires none.
+// doctorCommand accepts those settings of the commands build and work that the command doctor can check. It requires
+// none.
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",

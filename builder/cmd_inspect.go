@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand checks whether a bucket has the files of a COS build that building a driver needs.
+// inspectCommand checks whether a bucket has those files of a COS build that are needed to build a driver.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

@@ -32,7 +32,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// wishFlags returns the settings of build and work that apply with --wish only.
+// wishFlags returns the settings of the commands build and work that apply with --wish only.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
@@ -95,8 +95,8 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts the settings of build that a plan uses. A plan neither publishes nor signs, so some of these
-// flags have another help text.
+// planCommand accepts those settings of the command build that a plan uses. A plan neither publishes nor signs, so some
+// of these flags have another help text.
 func planCommand() *ucli.Command {
 	own := slices.Concat(
 		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
@@ -300,9 +300,9 @@ func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, erro
 	return m, p, nil
 }
 
-// runPass builds the cells of a plan that are not published now. The builds because of age share a cache that lives
-// only for this pass, see [pipeline.OpenFresh]. If that cache cannot be removed, runPass returns the report and an
-// error.
+// runPass builds the cells of a plan that are not published now. The builds that replace too old artifacts share a
+// cache that lives only for this pass, see [pipeline.OpenFresh]. If that cache cannot be removed, runPass returns the
+// report and an error.
 func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Report, err error) {
 	if m.cfg.RebuildAfter > 0 {
 		var remove func() error

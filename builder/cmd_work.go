@@ -76,7 +76,7 @@ func secretFlags() map[string]string {
 	}
 }
 
-// checkWork returns an error for each setting of work that is missing, wrong, or excluded by another setting.
+// checkWork returns an error for each setting of the command work that is missing, wrong, or excluded by another one.
 func checkWork(cmd *ucli.Command) error {
 	_, err := serverURL(cmd)
 	return errors.Join(oneOf(cmd, "wish", "queue"), requireFlags(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err,
@@ -96,7 +96,7 @@ func checkMaxAge(cmd *ucli.Command) error {
 		"max-age")
 }
 
-// serverURL returns the URL of the server from which work takes builds.
+// serverURL returns the URL of the server from which the command work takes builds.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	u, err := url.Parse(cmd.String("server"))
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {

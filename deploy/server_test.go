@@ -2,7 +2,6 @@ package deploy_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -29,11 +28,18 @@ import (
 // programs is the folder with the server's program, built once for all tests of this package.
 var programs string
 
-// serverProgram builds the server once.
-var serverProgram = sync.OnceValues(func() (string, error) {
+var buildServer sync.Once
+
+// serverProgram builds the server once, and returns its path.
+func serverProgram(t *testing.T) string {
+	t.Helper()
 	built := filepath.Join(programs, "server")
-	return built, program.Compile(context.Background(), built, "server", runtime.GOARCH, false)
-})
+	buildServer.Do(func() { program.Compile(t, built, "server", runtime.GOARCH, false) })
+	if _, err := os.Stat(built); err != nil {
+		t.Fatal(err) // the test that built it has failed
+	}
+	return built
+}
 
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "prebake-deploy-")
@@ -60,10 +66,7 @@ type runningServer struct {
 // startServer runs the real server until the test ends.
 func startServer(t *testing.T) runningServer {
 	t.Helper()
-	built, err := serverProgram()
-	if err != nil {
-		t.Fatal(err)
-	}
+	built := serverProgram(t)
 	dir := t.TempDir()
 	for _, id := range []string{"17800.66.78", "17800.66.90"} {
 		folder := filepath.Join(dir, "mirror", id, "lakitu")

@@ -49,7 +49,7 @@ Examples:
 	}, cli.Config{Check: checkRun})
 }
 
-// checkRun reports all settings of run that contradict each other.
+// checkRun reports all settings of the command run that contradict each other.
 func checkRun(cmd *ucli.Command) error {
 	_, err := readConfig(cmd)
 	errs := []error{err, checkTrust(cmd), checkTaint(cmd), checkReport(cmd)}
@@ -241,8 +241,8 @@ func (k daemon) stay(ctx context.Context) error {
 				// In state Starting, NVLink's fabric manager is missing. It starts only after the driver.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil {
-				// Another driver than a ready one may be active still. A run that unloaded the ready driver and could not load
-				// it again leaves none.
+				// If no driver was ready before, report the error with the present state. A driver that was ready stays the answer,
+				// unless this run unloaded it and could not load it again.
 				v, ok := k.quickVerdict(ctx)
 				switch {
 				case ok && (!ready || v.NotLoaded()):

@@ -218,7 +218,7 @@ func usage(cmd *ucli.Command, errs []error) error {
 	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
-// digestPrefix begins a --driver that is an artifact's digest instead of a wish.
+// digestPrefix is the prefix of a --driver that is an artifact's digest instead of a wish.
 const digestPrefix = "sha256:"
 
 // paramPattern permits no white space, because the kernel splits a parameter string there.
@@ -237,7 +237,7 @@ func readParams(list []string) (map[string]string, error) {
 	return params, nil
 }
 
-// logger returns the logger of a long-running program. Short commands do not log.
+// logger returns the logger of the program. If long is false, its log is discarded, because short commands do not log.
 func logger(cmd *ucli.Command, long bool) (*slog.Logger, error) {
 	if !long {
 		return slog.New(slog.NewTextHandler(io.Discard, nil)), nil

@@ -1,5 +1,5 @@
 // Command fetcher finds, verifies and installs the NVIDIA driver that a Container-Optimized OS node should run. The
-// program is static, holds no private key, and links neither SQL nor C. This package is wiring only.
+// program is static, holds no private key, and contains no SQL and no C code. This package is wiring only.
 package main
 
 import (

@@ -72,7 +72,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent makes an agent that installs drivers. A command that runs long also logs.
+// newAgent makes an agent that installs drivers. If long is true, the agent logs; otherwise its log is discarded.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
@@ -147,8 +147,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-// nodeBuilds returns the part of the owner's policy for artifacts compiled on this node. If the policy file refuses
-// them, or without a file --builder is never, the error is of kind Unverified.
+// nodeBuilds returns the part of the owner's policy for artifacts compiled on this node. The error is of kind
+// Unverified if the policy file refuses them, or if there is no policy file and --builder is never.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -260,7 +260,8 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil if this node must not compile, or if no builder is set or beside fetcher.
+// newBuilder returns nil if this node must not compile. It also returns nil if --builder is not set and no program
+// builder is in fetcher's folder.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -307,7 +308,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 	}, nil
 }
 
-// pinnedNowhere returns the error for a --driver that is a digest without a --registry for its repository.
+// pinnedNowhere returns the error for a --driver that is a digest, if no --registry names the artifact's repository.
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,

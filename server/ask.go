@@ -288,7 +288,7 @@ func printBuild(w io.Writer, b api.Build) error {
 	return timeline.Print(w, "timeline", b.Phases)
 }
 
-// logState says when the server removed the build's log. It returns "" if the server has not.
+// logState says when the server removed the build's log. It returns "" if the server has removed no log.
 func logState(b api.Build) string {
 	if b.LogRemovedAt == nil {
 		return ""

@@ -21,7 +21,8 @@ type cell struct {
 	BuildID, Board, Driver, Flavour string
 }
 
-// cellFlags returns the flags that select a cell. They are not required if the command has another way to select one.
+// cellFlags returns the flags that select a cell. If required is false, the command also has another way to select a
+// cell.
 func cellFlags(required bool) []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{
@@ -164,7 +165,7 @@ Example:
 	}
 }
 
-// pools returns the cells that the arguments of preflight select. Missing parts come from base.
+// pools returns the cells that the arguments of the command preflight select. Missing parts come from base.
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {

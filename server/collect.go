@@ -9,8 +9,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// The first collection comes soon after the start, because the disk may be full. Chance spreads it, so that servers
-// that start together do not read one disk together. collectEvery is the pause between two collections.
+// The first collection comes soon after the start, because the disk may be full. Its exact time is random within
+// collectSpread, so that servers that start together do not all read one disk at once. collectEvery is the pause
+// between two collections.
 const (
 	collectFirst  = 2 * time.Minute
 	collectSpread = 3 * time.Minute

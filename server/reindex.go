@@ -29,7 +29,7 @@ const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
 	differs    difference = "differs"    // the artifact contradicts its record; --apply changes only the repository
-	absent     difference = "absent"     // the registry lacks an artifact; forgotten by --apply in the server's own
+	absent     difference = "absent"     // the registry lacks an artifact; --apply forgets it in the server's own registry
 	unverified difference = "unverified" // no trusted signer says what the artifact is; never recorded
 	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
 )

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxRetries is the maximum number of builds that one call of retry requests.
+// maxRetries is the maximum number of builds that one run of the command retry requests.
 const maxRetries = 1000
 
 func retryCommand() *ucli.Command {

@@ -74,7 +74,8 @@ func (c *config) trackedFiles(ctx context.Context, folder string) ([]string, err
 	return strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 }), nil
 }
 
-// readCommit reads the commit, its date and, if none was given, the version from git.
+// readCommit reads the commit and its date from git, and also the version if none was given. SOURCE_DATE_EPOCH replaces
+// the date.
 func (c *config) readCommit(ctx context.Context) error {
 	git := func(args ...string) (string, error) { return c.git(ctx, args...) }
 	var err error

@@ -57,9 +57,7 @@ func startDriver(t *testing.T) *driver {
 		t.Fatalf("find Chromium: %v; run: make setup", err)
 	}
 	// Go's cache of test results does not notice the files that a node program reads.
-	if err := inputs.Files("drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json", "modules.sh"); err != nil {
-		t.Fatal(err)
-	}
+	inputs.Files(t, "drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json", "modules.sh")
 	modules, err := exec.Command("./modules.sh").Output()
 	if err != nil {
 		t.Fatalf("install node modules: %v: %s", err, stderr(err))

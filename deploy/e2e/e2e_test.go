@@ -8,6 +8,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,9 +42,15 @@ func run(m *testing.M) (code int) {
 			return 0
 		}
 	}
-	// The tests run the programs in bin, scripts, and the tests of other packages.
-	err := inputs.Files("../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
-		"../../go.mod", "../../go.sum")
+	// TestInputs runs together with whatever tests -run selects, or else their results would be cached without inputs.
+	flag.Parse()
+	if selected := flag.Lookup("test.run"); selected.Value.String() != "" {
+		if err := selected.Value.Set("^TestInputs$|" + selected.Value.String()); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e: -run:", err)
+			return 1
+		}
+	}
+	before, err := inputs.Look(suiteInputs...)
 	var dir string
 	if err == nil {
 		dir, err = os.MkdirTemp("", "prebake-e2e-")
@@ -68,8 +75,22 @@ func run(m *testing.M) (code int) {
 			}
 		}
 	}()
-	return m.Run()
+	if code = m.Run(); code == 0 {
+		if err := before.Unchanged(); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			return 1
+		}
+	}
+	return code
 }
+
+// suiteInputs are the files that the tests of this package depend on. They run the programs in bin, scripts, and the
+// tests of other packages.
+var suiteInputs = []string{"../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
+	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}
+
+// TestInputs names the inputs of all tests of this package to Go's cache of test results.
+func TestInputs(t *testing.T) { inputs.Files(t, suiteInputs...) }
 
 func setUp(ctx context.Context, dir string) (*stage, error) {
 	bin, err := filepath.Abs("../../bin")

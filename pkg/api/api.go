@@ -142,8 +142,9 @@ type Build struct {
 	Phases []timeline.Phase `json:"phases,omitempty"`
 	// Priority is 1 if a node or a person waits for the build. Builds that can wait have higher numbers.
 	Priority int `json:"priority"`
-	// Tries is 1 for the first build of the cell since the last one that was published or that somebody requested. Each
-	// build that the server then queues again by itself adds 1. The server queues no build after the 30th.
+	// Tries counts the builds of the cell in a row. It is 1 for a build that somebody requested, and for the first build
+	// that the server queues by itself. Each further build that the server queues by itself after a failure adds 1. The
+	// server queues no build after the 30th.
 	Tries      int        `json:"tries,omitempty"`
 	CreatedAt  time.Time  `json:"createdAt"`
 	StartedAt  *time.Time `json:"startedAt,omitempty"`
@@ -235,8 +236,8 @@ type Release struct {
 	Times ReadyDuration `json:"times"`
 }
 
-// ReadyDuration summarises how long cells took to become ready, from the first sight of their kernel. Count is the
-// number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
+// ReadyDuration summarises how long cells took to become ready after the discovery of their kernel. Count is the number
+// of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
 type ReadyDuration struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`

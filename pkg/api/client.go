@@ -28,7 +28,8 @@ const (
 	maxProblem = 1 << 20  // of an error answer, and of one event
 )
 
-// Client calls a server. It is safe for concurrent use.
+// Client calls a server. It is safe for concurrent use. An error has the kind in the server's answer. If the server
+// cannot be reached, the error is of kind Transient.
 type Client struct {
 	base  string
 	token func() (string, error)
@@ -42,7 +43,7 @@ const (
 )
 
 // NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
-// only reads. A nil HTTP client means one that waits at most idleTimeout for an answer to begin.
+// only reads. If hc is nil, the client waits at most one minute for an answer to begin.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
@@ -188,7 +189,8 @@ func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, erro
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts", a, &out)
 }
 
-// ForgetArtifact removes a published artifact from the catalogue, if it is absent from the server's registry.
+// ForgetArtifact removes a published artifact from the catalogue. The server refuses that if its registry still has the
+// artifact.
 func (c *Client) ForgetArtifact(ctx context.Context, digest string) error {
 	return c.sendOnly(ctx, http.MethodDelete, "/v1/artifacts/"+url.PathEscape(digest), nil)
 }
@@ -275,7 +277,7 @@ type FreedTags struct {
 
 func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 10) }
 
-// call sends in as JSON if it is not nil, and decodes the answer into out.
+// call sends the value in as JSON, unless in is nil. It decodes the answer into out.
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
 	_, err := c.answer(ctx, method, path, in, out)
 	return err
@@ -391,12 +393,13 @@ func (c *Client) send(
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
-// problem returns an error with a fault kind for an error answer. If the answer is not the server's own, but for
-// example a proxy's, the status decides the kind. So it does for the kind of a newer server that this program lacks.
+// problem returns an error with a fault kind for an error answer. The status decides the kind if the answer is not the
+// server's own, but for example a proxy's. It also decides if a newer server names a kind that this program does not
+// know.
 func problem(resp *http.Response, fail func(error) error) error {
 	var p struct {
 		Problem
-		Kind string `json:"kind"` // hides that of Problem, which refuses unknown kinds
+		Kind string `json:"kind"` // hides the field Kind of Problem, which refuses unknown kinds
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
 	isOurs := err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") &&

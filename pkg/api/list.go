@@ -56,7 +56,7 @@ func (f Filter) query(largest int) url.Values {
 	return query
 }
 
-// nextLink matches the only form in which the server's Link header has the next page.
+// nextLink matches the server's Link header if there is a next page. The server writes the header in no other form.
 var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
 
 // readPages reads a list page by page. After an error, it yields the error and stops.
@@ -139,7 +139,7 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 	return out, c.call(ctx, http.MethodGet, "/v1/artifacts/"+url.PathEscape(digest), nil, &out)
 }
 
-// ReadyTimes summarises how long cells took to become ready, from the first sight of their kernel. It covers the cells
+// ReadyTimes summarises how long cells took to become ready after the discovery of their kernel. It covers the cells
 // that became ready in this number of past days.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration

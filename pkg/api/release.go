@@ -15,7 +15,7 @@ type ReleaseSummary struct {
 	SeenAt    time.Time `json:"seenAt"`
 	// Cells has, for each state, the number of cells that somebody asked for.
 	Cells map[State]int `json:"cells"`
-	// Times says how long the cells took to become ready, from the first sight of their kernel.
+	// Times says how long the cells took to become ready after their kernel's discovery.
 	Times ReadyDuration `json:"times"`
 }
 

@@ -313,9 +313,9 @@ func (u *unpacker) symlink(name, target string) error {
 	return nil
 }
 
-// linkStays reports whether a link can never lead out of the folder, even with any other links. Each leading ".." of
-// the target leads to the parent of a real folder. A ".." after another name could climb out through a link of that
-// name, so linkStays refuses it.
+// linkStays reports whether a link can never lead out of the folder, whatever other links the folder has. Each leading
+// ".." of the target leads to the parent of a real folder. A ".." after another name could climb out through a link of
+// that name, so linkStays refuses it.
 func linkStays(name, target string, limit int) bool {
 	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
 		return false
@@ -354,8 +354,8 @@ func (u *unpacker) hardlink(name, target string) error {
 	return nil
 }
 
-// readError gives damaged bytes the kind Unverified. It does not change an error that has a kind, or an error of a file
-// on the disk. If ctx has ended, it returns the cause.
+// readError adds the kind Unverified to an error about damaged bytes. It does not change an error that has a kind, or
+// an error of a file on the disk. If ctx has ended, it returns the cause of that end.
 func readError(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
@@ -367,7 +367,7 @@ func readError(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Unverified, err, hintReplace)
 }
 
-// writeError classifies an error of the local file system. A name that exists already is in the archive twice.
+// writeError classifies an error of the local file system. If a name exists already, the archive contains it twice.
 func writeError(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):

@@ -58,7 +58,8 @@ func (id Identity) Annotations() map[string]string {
 	}
 }
 
-// parseIdentity parses the identity in a manifest's annotations. All its annotations are required; others are ignored.
+// parseIdentity parses the identity in a manifest's annotations. Every annotation of an identity is required. Other
+// annotations are ignored.
 func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:

@@ -85,8 +85,8 @@ func (l Licence) annotations() map[string]string {
 	}
 }
 
-// checkLicence returns an error if an annotation has another licence than the flavour f. Annotations may be missing,
-// because older artifacts have none.
+// checkLicence returns an error if an annotation names another licence than that of flavour f. Annotations may be
+// missing, because older artifacts have none.
 func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	for key, want := range LicenceOf(f).annotations() {
 		if have, ok := m.Annotations[key]; ok && have != want {
@@ -97,9 +97,9 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// For an artifact, or a manifest attached with its annotations, the flavour in the annotations decides. Every other
-// manifest is RedistributeNone. Nothing else in the manifest can lower the level. If the annotations or the flavour
-// cannot be parsed, the result is RedistributeAll.
+// For a manifest with [AnnotationFormat], the flavour in the annotations decides: for an artifact, and for an attached
+// manifest with the annotations of its artifact. Every other manifest is RedistributeNone. Nothing else in the manifest
+// can lower the level. If the manifest or the flavour cannot be parsed, the result is RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

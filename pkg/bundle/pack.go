@@ -74,7 +74,8 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	return PackLayerAs(ctx, PackRecipe, srcDir, kind, dstFile)
 }
 
-// PackLayerAs is [PackLayer] with the recipe of a published artifact, for the same bytes again.
+// PackLayerAs is [PackLayer] with the given recipe. With the recipe of a published artifact, it gives the artifact's
+// bytes again.
 func PackLayerAs(ctx context.Context, recipe, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
 	defer func() {
 		if err != nil {

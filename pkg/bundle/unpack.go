@@ -91,8 +91,8 @@ func unpackStream(packed io.Reader, wantDiffID string, dst *os.Root, limit int64
 	return unpackPlain(plain, wantDiffID, dst, limit)
 }
 
-// newDecoder returns a reader that decompresses a packed layer. It starts no threads and uses limited memory, for nodes
-// with other work. The frame's checksum is ignored, because the diff ID proves more.
+// newDecoder returns a reader that decompresses a packed layer. It starts no threads and uses limited memory, because
+// nodes have other work. The frame's checksum is ignored, because the diff ID proves more.
 func newDecoder(packed io.Reader) (*zstd.Decoder, error) {
 	return zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
 		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))

@@ -29,7 +29,7 @@ const (
 )
 
 // Linked returns the ELF file inside a bzImage, without debug information. The kernel may be compressed with LZ4, zstd
-// or gzip.
+// or gzip. For anything else, the error is of kind Unsupported.
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),

@@ -325,7 +325,7 @@ func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	}
 	if fi, err := os.Stat(path); err == nil && time.Since(fi.ModTime()) > time.Hour {
 		now := time.Now()
-		_ = os.Chtimes(path, now, now) // otherwise Trim takes the fact for unused
+		_ = os.Chtimes(path, now, now) // otherwise Trim counts the fact as unused
 	}
 	_, value, _ = bytes.Cut(text, []byte("\n"))
 	return value, bytes.HasPrefix(text, factSum(value))

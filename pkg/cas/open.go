@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Open opens the cache in dir, and makes the folder if it is missing. It refuses a folder with other files that is no
-// cache.
+// Open opens the cache in dir, and makes the folder if it is missing. If the folder has files and is no cache, the
+// error is of kind Usage.
 func Open(dir string) (*Cache, error) {
 	c, err := openFolder(dir)
 	if err != nil {
@@ -49,8 +49,8 @@ func openFolder(dir string) (*Cache, error) {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
 		}
 	}
-	// Only one Open runs at a time. Otherwise another Open could take this process for dead before it has locked its owner
-	// file.
+	// Only one Open runs at a time. Otherwise another Open could count this process as dead, because this process has not
+	// locked its owner file yet.
 	gate := flock.New(filepath.Join(dir, "open.lock"))
 	if err := gate.Lock(); err != nil {
 		return nil, disk(fmt.Errorf("open cache %s: lock the folder: %w", dir, err))
@@ -113,7 +113,7 @@ func open(dir string) (*Cache, error) {
 	return c, nil
 }
 
-// sweep removes the incomplete files of dead owners: no process has locked their files.
+// sweep removes the incomplete files of dead owners. An owner is dead if no process has locked its owner file.
 func sweep(dir string) error {
 	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
 	if err != nil {

@@ -90,8 +90,8 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled keeps a flag's earlier name, also as an environment variable. Variables of both names that differ are an
-// error of kind Usage.
+// WasCalled keeps a flag's earlier name, also as an environment variable. If the variables of both names are set and
+// differ, the error is of kind Usage.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
 	f.Sources = variables(f.Name, earlier)

@@ -38,7 +38,7 @@ func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	return flags
 }
 
-// useHelp makes the library print help with helpText, for which it offers only a global variable.
+// useHelp makes the library print help with helpText. The library offers only a global variable for that.
 var useHelp = sync.OnceFunc(func() {
 	ucli.HelpPrinter = func(w io.Writer, _ string, data any) {
 		if cmd, ok := data.(*ucli.Command); ok {

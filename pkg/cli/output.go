@@ -91,7 +91,7 @@ func yamlNode(dec *json.Decoder) (*yaml.Node, error) {
 		if t == '{' {
 			node.Kind, node.Tag = yaml.MappingNode, "!!map"
 		}
-		for dec.More() { // in a mapping, keys and values alternate; a key is read as a value is
+		for dec.More() { // in a mapping, keys and values alternate; a key is read like a value
 			entry, err := yamlNode(dec)
 			if err != nil {
 				return nil, err

@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// secretQueries are the secret parameters of a URL's query, in lower case. A signature is a secret too: a signed URL
-// gives access to everybody.
+// secretQueries are the secret parameters of a URL's query, in lower case. A signature is a secret too: everybody who
+// has a signed URL has access.
 var secretQueries = []string{
 	"password", "token",
 	"sslpassword",          // PostgreSQL's connection URIs

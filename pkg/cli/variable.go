@@ -87,7 +87,8 @@ func fromEmptyVariable(flag ucli.Flag) bool {
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ.
+// oneVariable returns a callback that calls before. First it refuses a flag for which the present and the earlier
+// environment variable are both set and differ.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {

@@ -71,9 +71,9 @@ type Bucket struct {
 // Open returns the bucket at a gs://, https://, http:// or file:// URL. A path after the bucket's name is a prefix of
 // every object's name.
 //
-// Several URLs, separated by commas, are mirrors of one bucket. Only if a mirror cannot be reached, the next mirror is
-// asked. Later calls begin with the mirror that answered. If a mirror answers that an object does not exist, the error
-// is of kind InputMissing.
+// Several URLs, separated by commas, are mirrors of one bucket. A call asks the next mirror only if a mirror cannot be
+// reached. Later calls begin with the mirror that answered. If a mirror answers that an object does not exist, the
+// error is of kind InputMissing.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }

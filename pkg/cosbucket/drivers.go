@@ -154,7 +154,8 @@ func ParseVersionFile(text []byte) (string, error) {
 }
 
 // ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and malformed versions and GPU
-// types. If several entries give one label to different versions, the entry for all other GPUs wins.
+// types. If several entries give one label to different versions, the entry OTHERS wins: it is for all GPUs without an
+// entry of their own. A text that cannot be parsed is an error of kind Unsupported.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
@@ -247,7 +248,8 @@ func sortVersions(versions []string) []string {
 	return slices.Compact(versions)
 }
 
-// Choose returns the version for a wish. An exact version need not be in COS's list.
+// Choose returns the version for a wish. An exact version need not be in COS's list. If COS lists no version for the
+// wish, the error is of kind Unsupported.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil

@@ -92,10 +92,11 @@ func SignedDriverName(k target.Kernel, version string) string {
 // Prebake's own mirrors have it.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
-// MD5Name returns the name of the object that holds the md5 of the object name, in hex.
+// MD5Name returns the name of the object that holds an object's md5, in hex. The argument is the name of that object.
 func MD5Name(name string) string { return name + ".md5" }
 
-// SHA256Name returns the name of the object that holds the sha256 of the object name, in hex. Not every bucket has it.
+// SHA256Name returns the name of the object that holds an object's sha256, in hex. The argument is the name of that
+// object. Not every bucket has sha256 files.
 func SHA256Name(name string) string { return name + ".sha256" }
 
 // RunfileName returns the name of the runfile of a driver version in a driver bucket.
@@ -121,7 +122,7 @@ type RunfileLocation struct{ Runfile, Sum string }
 //   - a plain folder
 //   - a folder for each version with the checksum beside the file, as NVIDIA and Google's former buckets have it
 //
-// A version with a suffix may be in the folder of its release.
+// A version with a suffix, such as 535.261.03-grid, may be in the folder of the version without the suffix.
 func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 	name := RunfileName(version, arch)
 	all := []RunfileLocation{{name, RunfileSumName(version, arch)}}

@@ -59,8 +59,8 @@ type row struct {
 	what  string // one line for the table of exit codes in the documentation
 }
 
-// Exit codes 0 to 2 have their usual meanings; the shell uses the codes from 126 on. The code of a kind never changes
-// and is never used again.
+// Exit codes 0 to 2 have their usual meanings; the shell uses the codes from 126 on. The code of a kind never changes,
+// and no other kind ever gets it.
 var table = [kinds]row{
 	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
 	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},

@@ -31,10 +31,11 @@ func New(client *storage.Client, name, folder string) Bucket {
 	return b
 }
 
-// Path returns the full name in the bucket of an object in the folder. [Bucket.Trim] does the reverse.
+// Path returns an object's full name in the bucket, from the object's name in the folder. [Bucket.Trim] does the
+// reverse.
 func (b Bucket) Path(name string) string { return b.prefix + name }
 
-// Trim returns the name in the folder of an object with this full name.
+// Trim returns an object's name in the folder, from the object's full name in the bucket.
 func (b Bucket) Trim(path string) string { return strings.TrimPrefix(path, b.prefix) }
 
 // Object returns a handle for an object in the folder.

@@ -52,7 +52,7 @@ func CopySum(to, from string) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// Fill writes all of in to out, and closes out.
+// Fill copies everything that the reader in has to the file out, and closes the file.
 func Fill(out *os.File, in io.Reader) error {
 	_, err := io.Copy(out, in)
 	return errors.Join(err, out.Close())

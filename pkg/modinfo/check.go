@@ -153,7 +153,7 @@ func (c *checker) module(m *Module) {
 }
 
 // origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
-// and no checksums. Only these facts then tell their modules apart.
+// and no checksums. Then only the salt, the size of struct module and the builder's stamp tell their modules apart.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
@@ -252,7 +252,7 @@ func Order(mods []*Module) ([]*Module, error) {
 				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
 				remedySet)
 		}
-		// With one module a round, an additional module does not change the order of the others.
+		// Each round takes only one module, so that an additional module does not change the order of the others.
 		next := slices.Min(ready)
 		ordered = append(ordered, waiting[next])
 		delete(waiting, next)

@@ -20,7 +20,7 @@ type Export struct {
 	Module string
 	// GPL is true if only modules with a compatible licence may use the symbol.
 	GPL bool
-	// Namespace is the namespace that a module must import to use the symbol. It is mostly empty.
+	// Namespace is the namespace that a module must import to use the symbol. Most symbols have none: then it is "".
 	Namespace string
 }
 

@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. The release may then lack it
-	// without a failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. If the release lacks the flavour,
+	// that is then no failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`

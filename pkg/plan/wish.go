@@ -30,8 +30,8 @@ type Wish struct {
 	// Version of the format: 1.
 	Version int `json:"version" jsonschema:"enum=1"`
 	// ImageMap is the URL (https://, gs:// or file://) of a list of released images in the form of
-	// https://www.gstatic.com/gke-image-maps/gke-to-cos.json. The builder reads the milestones of unknown BUILD_IDs from
-	// it, and which builds count as `released`. Optional.
+	// https://www.gstatic.com/gke-image-maps/gke-to-cos.json. The list has the milestones of unknown BUILD_IDs, and
+	// decides which builds count as `released`. Optional.
 	ImageMap string `json:"imageMap,omitempty"`
 	// Boards for which kernels are wanted. Default: lakitu. It cannot be combined with architectures.
 	Boards []string `json:"boards,omitempty" jsonschema:"minItems=1,uniqueItems=true,example=lakitu,example=lakitu-arm64"`
@@ -63,8 +63,8 @@ type Kernel struct {
 	// Released counts only builds that the image map lists, because a release bucket also has builds that never became
 	// an image. It needs latest and imageMap.
 	Released bool `json:"released,omitempty"`
-	// EarlyWarning is for milestones that are not released yet. Their failures are reported, but do not change the exit
-	// code.
+	// EarlyWarning is for milestones that are not released yet. Failures of these kernels are reported, but do not change
+	// the exit code.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
 }
 
@@ -89,7 +89,7 @@ type DriverForm struct {
 	// Flavours of this driver only. A flavour that is named here and that the release lacks is a failure.
 	Flavours []target.Flavour `json:"flavours,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
 	// Labels by which COS's own installer finds this driver in buckets: DEFAULT, LATEST, or its branch. The driver's open
-	// flavour gets them. A label that no driver of this file has goes to the version to which COS gives it.
+	// flavour gets them. If no driver of this file has a label, the label goes to the version to which COS gives it.
 	Labels []string `json:"labels,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
 }
 

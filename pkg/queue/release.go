@@ -78,8 +78,8 @@ func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err 
 	return tx.Commit(ctx)
 }
 
-// successor inserts a waiting copy of an ended job, with its former attempts. River has no function for that. It leaves
-// out a job that ended by itself meanwhile, or that another server has copied.
+// successor inserts a waiting copy of an ended job, with its former attempts. River has no function for that. The
+// statement leaves out a job that ended by itself meanwhile, or that another server has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
@@ -87,7 +87,7 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes jobs available again that the database shows as running under this worker's id. No process runs them,
+// If the database shows jobs as running under this worker's id, adopt makes them available again. No process runs them,
 // because this process has just started. A job in its last attempt is discarded.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{

@@ -74,8 +74,8 @@ func (q *Queue) Work(
 	return nil
 }
 
-// pollInterval is the pause between two looks into the queue. SQLite has no notifications, so it decides how soon a job
-// starts.
+// pollInterval is the pause between two looks into the queue. SQLite has no notifications, so this pause decides how
+// soon a job starts.
 const pollInterval = 500 * time.Millisecond
 
 // handBackPause is the pause before the next attempt of a job that a running worker gave back.

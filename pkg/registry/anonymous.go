@@ -22,7 +22,7 @@ const (
 
 // AnonymousAccess is what a client without credentials learns about a repository.
 type AnonymousAccess struct {
-	// Host is the registry's host, with the port if the reference has one, or "" without a registry.
+	// Host is the registry's host, with the port if the reference has one. It is "" if the repository is an image layout.
 	Host string
 	// Visibility is the registry's own answer: "private", "public", or "" if it gives none.
 	Visibility string

@@ -168,7 +168,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// Do not wrap fs.ErrNotExist: callers would take a missing archive for an empty folder.
+		// Do not wrap fs.ErrNotExist: callers would treat a missing archive as an empty folder.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",

@@ -64,7 +64,7 @@ func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descript
 	return a, err
 }
 
-// image returns the attachment as an image, because the library pushes images.
+// image returns the attachment as an image, because the library can push only images.
 func (a *attachment) image() (v1.Image, error) {
 	if a.whole != nil {
 		return a.whole, nil

@@ -59,7 +59,7 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err != nil {
 			err = fmt.Errorf("read page %d of the referrers: %w", page, err)
 			switch {
-			case errors.Is(err, errTooLong): // who may push can make a list so, and must not block the nodes
+			case errors.Is(err, errTooLong): // a pusher can make such a list, and must not block the nodes
 				*read = pagesRead{}
 			case page > 1:
 				*read = pagesRead{err, whole.Manifests}

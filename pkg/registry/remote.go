@@ -139,7 +139,7 @@ func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 	if read.cut == nil || ctx.Err() != nil {
 		return list, err
 	}
-	if err == nil { // after some answers for a page, the library takes the list for empty
+	if err == nil { // after some answers for a page, the library treats the list as empty
 		err = s.readError(ctx, read.cut)
 	}
 	if !fault.Is(err, fault.Unverified) {
@@ -174,7 +174,7 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher skips what it sent before, without asking whether it is still there. A new pusher asks.
+	// A pusher skips what it sent before, without asking whether the repository still has it. A new pusher asks.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
@@ -202,7 +202,8 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writeError(ctx, err)
 	}
-	// The API cannot create a tag only if it is missing, so the last of two writers wins. Read the tag again.
+	// The API has no call that creates a tag only if the tag is missing. So the last of two writers wins. Read the tag
+	// again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = errTagTaken(have.Digest, d.Digest)

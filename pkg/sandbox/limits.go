@@ -190,7 +190,7 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
-	// Bytes that the program writes during this first measurement may not count.
+	// Some bytes that the program writes during this first measurement do not count.
 	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()

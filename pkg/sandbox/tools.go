@@ -26,8 +26,8 @@ var hostTools = []string{
 	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
 }
 
-// HostTools returns a digest of the host's programs that builds run, with their loader and C library. It reads the
-// files again each time, about 25 MB, because the host may be updated while a builder runs.
+// HostTools returns a digest of the programs of the host that run in a build, with their loader and C library. It reads
+// the files again each time, about 25 MB, because the host may be updated while a builder runs.
 func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 
 // digestTools returns a digest of programs in a folder. The digest also covers which programs are missing.

@@ -24,8 +24,8 @@ import (
 type Config struct {
 	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is root metadata that the node's owner trusts, of any version. Newer roots come from the source, each signed by
-	// enough keys of the root before it.
+	// Root is TUF root metadata, of any version, that the node's owner trusts. Newer roots come from the source, each
+	// signed by enough keys of the root before it.
 	Root []byte
 	// State is the path of the file that keeps the last list; "" keeps none. The client refuses lists older than the kept
 	// list. The kept list is valid without a network until it expires.

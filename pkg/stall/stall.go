@@ -68,7 +68,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The stream returned the error of a cancelled context. It reads as if a person had cancelled, so another error
+		// The stream returned the error of a cancelled context. Its text reads as if a person had cancelled, so another error
 		// replaces it.
 		err = fault.New(fault.Transient, w.reason(),
 			"try again; check the network path to the server")

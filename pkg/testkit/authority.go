@@ -222,7 +222,8 @@ func readRequest(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 		v.VerifySignature(bytes.NewReader(in.PublicKeyRequest.ProofOfPossession), strings.NewReader(who.Email))
 }
 
-// SigningConfig writes a Sigstore signing configuration, and returns its path.
+// SigningConfig writes a Sigstore signing configuration, and returns its path. ca is the URL of a certificate
+// authority, and stamps are the URLs of timestamp authorities.
 func SigningConfig(t testing.TB, ca string, stamps ...string) string {
 	t.Helper()
 	service := func(url string) root.Service {

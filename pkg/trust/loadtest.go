@@ -19,7 +19,8 @@ const (
 	VerdictLoaded   = "loaded"
 	VerdictNoDevice = "loaded, no device"
 	VerdictRejected = "rejected"
-	// VerdictStatic means that no virtual machine can boot the kernel, so there were only static checks.
+	// VerdictStatic means that there were only static checks. The load test was off, or no virtual machine could boot the
+	// kernel and load the driver's module nvidia.
 	VerdictStatic = "static checks only"
 )
 

@@ -138,7 +138,7 @@ type buildTimes struct {
 	future time.Time                    // one of the times in the future
 }
 
-// add adds the time of a provenance that counts for a role. Zero for now means that no time is in the future.
+// add adds the time of a provenance that counts for a role. If now is zero, no time counts as in the future.
 func (b *buildTimes) add(role string, entry int, at, now time.Time) {
 	if at.IsZero() {
 		return

@@ -314,8 +314,8 @@ func (p Policy) tooOld(have, least string) error {
 // clockSkew is how far the clock of a builder may be ahead of the node's clock.
 const clockSkew = 24 * time.Hour
 
-// renewHint says how an artifact gets a new provenance. A builder with half of the policy's age makes it again before
-// nodes refuse it, and in any case after that.
+// renewHint says how an artifact gets a new provenance. The --max-age in the hint is half of the policy's maximum age,
+// but 1 to 30 days. So a builder makes the artifact again before nodes refuse it, and also after that.
 func (p Policy) renewHint() string {
 	days := int(p.MaxAge / (24 * time.Hour))
 	return fmt.Sprintf("build the driver again, which signs a new provenance: builder build --max-age %d",

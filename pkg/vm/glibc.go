@@ -13,8 +13,8 @@ import (
 )
 
 // libraryFolders are the folders in which a glibc loader searches without a cache or configuration, on the
-// distributions that Prebake builds on. Only the last folder for arm64 is not searched: Debian's cross compiler has its
-// libraries there.
+// distributions that Prebake builds on. The last folder for arm64 is an exception. No loader searches it, but Debian's
+// cross compiler has its libraries there.
 var libraryFolders = map[elf.Machine][]string{
 	elf.EM_X86_64: {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
 	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",

@@ -112,7 +112,7 @@ func sharedByBuild(kind fault.Kind, res *pipeline.Result) bool {
 			}
 		}
 	}
-	return kind == fault.APIBreak // no phase is known, but only a compiler fails so
+	return kind == fault.APIBreak // no phase is known, but only a compile fails with this kind
 }
 
 // maxLookups is the number of cells that are looked up at the same time, and fetchers the number of kernels and drivers

@@ -324,7 +324,7 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 }
 
 // stateOf returns the state of a cell that ended with this failure. If the release lacks the flavour, the cell is
-// Failed if its own wish names the flavour. It is Unavailable if only the general list of flavours does.
+// Failed if its own wish names the flavour. It is Unavailable if only the general list of flavours names the flavour.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:

@@ -326,7 +326,8 @@ func (b *build) compileSources(ctx context.Context) error {
 const minForPCH = 16
 
 // runMake runs `make` with the guard script in front of the compiler. If the guard recorded a fault of the compiler,
-// runMake returns the fault even if `make` succeeded. Conftest may have taken the fault for an answer about the kernel.
+// runMake returns the fault even if `make` succeeded. Conftest may have treated the fault as an answer about the
+// kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)

@@ -12,8 +12,8 @@ import (
 // say in which folders the compiler looked before.
 type driverNames struct {
 	byBase map[string][]string // sorted slash paths, by base name
-	// kernel has the paths that may hide a header of the kernel: they have a folder with a name that is also the name of a
-	// folder with the kernel's headers, such as linux.
+	// kernel has the paths that may hide a header of the kernel: one of their folders has the name of a folder with the
+	// kernel's headers, such as linux.
 	kernel string
 }
 

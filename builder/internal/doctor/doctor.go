@@ -1,7 +1,7 @@
-// Package doctor checks whether a machine has everything that builds need, and says what to do about each problem.
-// It changes nothing, except that it creates an empty cache folder.
+// Package doctor checks whether a machine has everything that a build needs, and says what to do about each problem. It
+// changes nothing, except that it creates an empty cache folder.
 //
-// The package never guesses: each finding comes from a trial with the code that builds use.
+// The package never guesses: it tries each thing, with the same code as a build.
 package doctor
 
 import (

@@ -38,8 +38,8 @@ func mayPublish(
 	}
 }
 
-// licence reports whether artifacts of each flavour may go to a destination. It fails if neither may, and warns if only
-// one may.
+// licence reports whether artifacts of each flavour may go to a destination. It adds a failure if neither flavour may
+// go there, and a warning if only one may.
 func (e *examination) licence(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 	defer cancel()

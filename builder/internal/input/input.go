@@ -1,5 +1,6 @@
 // Package input fetches objects of a bucket into the cache. It compares each object with its checksum file and
-// describes it for the provenance. Content with the published checksum that is in the cache is not fetched again.
+// describes it for the provenance. If the cache has content with the published checksum, the package does not fetch it
+// again.
 //
 // The package never keeps bytes that differ from their checksum. It streams objects and holds only small ones, such as
 // toolchain_env, in memory.
@@ -373,8 +374,8 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, io.EOF
 }
 
-// streamError makes the error of a stream that ended early transient. An error that has a kind, of a local file, or of
-// ctx is returned unchanged.
+// streamError makes the error of a stream that ended early transient. It returns an error unchanged if the error has a
+// kind, or is about a local file or the end of ctx.
 func streamError(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||

@@ -300,7 +300,7 @@ func warnings(log string) []string {
 // maxWarnings is the maximum number of lines in [Verdict.Warnings].
 const maxWarnings = 20
 
-// findLine returns the first line of the log that contains the first mark, or else the next mark. Without any mark it
+// findLine tries the marks in order, and returns the first line with the first mark that occurs. If no mark occurs, it
 // returns "".
 func findLine(log string, marks []string) string {
 	for _, mark := range marks {

@@ -49,9 +49,7 @@ func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
 	cgo := strings.HasSuffix(pkg, "nvmlprobe")
-	if err := program.Compile(t.Context(), Helper(out, arch), pkg, string(arch), cgo); err != nil {
-		t.Fatal(err)
-	}
+	program.Compile(t, Helper(out, arch), pkg, string(arch), cgo)
 	return out
 }
 

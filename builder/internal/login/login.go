@@ -1,5 +1,5 @@
-// Package login finds the credentials with which the builder pushes to a registry: in the user's Docker configuration,
-// and for Google's registries also where Google's own tools find them.
+// Package login finds the credentials for pushing to a registry. It reads the user's Docker configuration. For Google's
+// registries, it then tries the application default credentials and gcloud.
 //
 // The package never asks Google for credentials for other registries.
 package login

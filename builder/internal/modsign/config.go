@@ -11,7 +11,7 @@ import (
 type Config struct {
 	// Checks is true if the kernel supports module signatures. Otherwise it loads every module.
 	Checks bool
-	// Forced is true if the kernel refuses unsigned modules whatever its command line says, by its configuration.
+	// Forced is true if the configuration makes the kernel refuse unsigned modules, whatever the command line says.
 	Forced bool
 	// Hash is the hash algorithm with which the kernel's own modules are signed (CONFIG_MODULE_SIG_HASH).
 	Hash string

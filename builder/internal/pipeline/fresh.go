@@ -16,8 +16,8 @@ import (
 //     given cache removes it, before that run reads anything.
 //   - Everything in it was made during the pass, by this program, from inputs that were compared with their digests.
 //     Each key covers all that decides the content, so a cell that compiled alone would make the same.
-//   - A compile that went wrong may spoil further cells of the pass, but not more: a build because of age publishes
-//     only the bytes that are published already, and refuses all others.
+//   - A compile that went wrong may spoil further cells of the pass, but not more: the builds with this cache publish
+//     only the bytes that are published already, and refuse all others.
 func OpenFresh(cache *cas.Cache) (fresh *cas.Cache, remove func() error, err error) {
 	dir, cleanup, err := cache.TempDir("products-")
 	if err != nil {

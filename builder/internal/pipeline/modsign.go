@@ -21,7 +21,7 @@ const hintSigned = "sign the modules with a key that this kernel trusts: --modul
 // signing describes the module signatures that a build makes for the kernel.
 type signing struct {
 	own  *modsign.Signer // nil without Config.ModuleKey
-	hash string          // the hash algorithm that the kernel requires in signatures by own
+	hash string          // the hash algorithm for signatures by own; the kernel demands it
 	// google decides about Google's signatures, if own is nil.
 	google GoogleSignatures
 	// forced is true if the kernel loads signed modules only.

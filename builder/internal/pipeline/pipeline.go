@@ -61,8 +61,8 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Licence decides which destination may get which flavour.
 	Licence licence.Rule
-	// Key says where the signing key is: the path of a private key file, a KMS URI, or keyless: with the path of a file.
-	// [sign.LoadSigner] reads it with KeyOptions.
+	// Key says where the signing key is: the path of a private key file, a KMS URI, or [sign.PrefixKeyless] and the path
+	// of a file. [sign.LoadSigner] reads it with KeyOptions.
 	Key        string
 	KeyOptions []sign.Option
 	// ModuleKey signs the modules for the kernel. It is the path of an RSA key file or a KMS URI; "" means no key of our
@@ -79,8 +79,9 @@ type Config struct {
 	// RebuildAfter is the age from which on a published artifact is built again, so that it gets a new provenance. 0 means
 	// that a published artifact is reused at any age. If no provenance by Key says the age, the artifact counts as old.
 	RebuildAfter time.Duration
-	// Fresh is the cache for everything that builds because of RebuildAfter publish. They take nothing that an earlier
-	// pass made. [OpenFresh] makes it for one pass. With nil, each such build makes an empty cache of its own.
+	// Fresh is the cache for the products of each build that RebuildAfter causes. Such a build takes nothing that an
+	// earlier pass made. [OpenFresh] makes it for one pass. If Fresh is nil, each such build makes an empty cache of its
+	// own.
 	Fresh *cas.Cache
 	// BTF gives the modules BTF, a description of their types for tracers, if the kernel accepts it. It needs the bucket's
 	// vmlinux and the program pahole. It changes the artifact's fingerprint.

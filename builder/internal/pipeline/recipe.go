@@ -26,11 +26,11 @@ const (
 
 // chooseRecipe chooses the recipe of the published artifact for the layers that this run packs. Other bytes would be
 // refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder makes
-// other bytes by its recipes, the build ends here. What a compile or stamp by another recipe or another pahole gives is
-// known only after the compile.
+// other bytes by its recipes, the build ends here. Only the compile itself shows whether another recipe for compile or
+// stamp, or another pahole, gives other bytes.
 //
-// Our provenance says which recipe it is. If there is none, as after a change of the key or in a bucket, chooseRecipe
-// sets r.wanted.
+// The provenance by our key says which recipe the artifact has. If there is no such provenance, as after a change of
+// the key or in a bucket, chooseRecipe sets r.wanted.
 func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) error {
 	if r.req.PackRecipe != "" {
 		return nil
@@ -123,7 +123,7 @@ func checkRecipes(facts map[string]string) error {
 }
 
 // hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make. A newer
-// builder may help only for the recipes of layers, of which a builder knows all earlier ones.
+// builder may help only for a recipe of layers, because each builder knows all earlier recipes of layers.
 func hintRecipe(facts map[string]string, layers bool) string {
 	hint := fmt.Sprintf("make this artifact again with the builder of version %s, which made the artifact",
 		facts[factBuilder])

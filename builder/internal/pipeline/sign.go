@@ -72,8 +72,8 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 }
 
 // statements returns the statements about the image, in the order in which they are attached: its provenance, test
-// result, contents, GPUs and kernel match. The kernel match comes last, because a later run takes an artifact with a
-// kernel match for complete.
+// result, contents, GPUs and kernel match. The kernel match comes last, because a later run counts an artifact with a
+// kernel match as complete.
 func (r *run) statements(in *inputs, to *publication, m *modules, tested testOutcome, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()

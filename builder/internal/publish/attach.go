@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// A publisher looks again until quietLooks looks in a row found everything, but at most maxLooks times.
+// A publisher checks the attachments again until quietLooks checks in a row find them all, but at most maxLooks times.
 const (
 	quietLooks = 2
 	maxLooks   = 10
@@ -51,8 +51,9 @@ func settle(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		"run the command again, with fewer builders at a time; or use a registry with the OCI referrers API")
 }
 
-// attach adds the statements that the artifact lacks, and the build log if its provenance is missing or from this run.
-// It returns the number of additions. The log comes before the provenance, which must never refer to a missing log.
+// attach adds the statements that the artifact lacks, and the build log if the provenance is missing or is from this
+// run. It returns the number of additions. The log comes before the provenance, which must never refer to a missing
+// log.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) (added int, err error) {
 	if len(a.Bundles) == 0 && a.Log == nil {
 		return 0, nil

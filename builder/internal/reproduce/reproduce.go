@@ -254,8 +254,8 @@ func checkRecipes(theirs map[string]string) error {
 	return nil
 }
 
-// recipes returns the recipes by which this builder makes an artifact again whose provenance has the given recipes. It
-// packs the layers by theirs if it knows it.
+// recipes returns the recipes by which this builder makes an artifact again. theirs are the recipes in the provenance
+// of the artifact. If this builder knows their recipe for the layers, it uses that one.
 func recipes(theirs map[string]string) map[string]string {
 	ours := pipeline.Recipes()
 	if slices.Contains(bundle.PackRecipes(), theirs[pipeline.FactPack]) {

@@ -31,8 +31,8 @@ func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is how long a certificate must still be valid at a signature. So the signature's time stamp is within its
-// validity.
+// margin is how long a certificate must still be valid at a signature. So the time stamp of the signature is within the
+// validity of the certificate.
 const margin = time.Minute
 
 const (

@@ -179,9 +179,7 @@ func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...strin
 		{"pkg/vm/guestinit", "guestinit" + suffix, arch, false},
 		{"fetcher/nvmlprobe", "nvmlprobe" + suffix, arch, true},
 	} {
-		if err := program.Compile(t.Context(), filepath.Join(bin, p.name), p.pkg, string(p.arch), p.cgo); err != nil {
-			t.Fatal(err)
-		}
+		program.Compile(t, filepath.Join(bin, p.name), p.pkg, string(p.arch), p.cgo)
 	}
 	return func(out any, args ...string) {
 		t.Helper()

@@ -26,7 +26,7 @@ import (
 // nvidia-peermem.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
-// optional are the modules in the list loaded that CUDA programs do not need.
+// optional has those modules of the list [loaded] that CUDA programs do not need.
 var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
@@ -133,7 +133,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	err = r.Verdict.Err()
 	switch {
 	case loadedBefore && s.waitsForRollback(): // the rollback still waits
-	case s.onlyRolledBack(set): // so does this one, because no other driver could be loaded
+	case s.onlyRolledBack(set): // this rollback waits too, because no other driver could be loaded
 		err = errors.Join(err, a.end(store, set.Digest, s.refused(set), false))
 	default:
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))

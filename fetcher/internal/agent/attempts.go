@@ -130,8 +130,8 @@ func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// restoreForeign loads a foreign driver again that a killed run unloaded in this boot. It does nothing if a driver of
-// this program replaced it.
+// If a killed run unloaded a foreign driver in this boot, restoreForeign loads the foreign driver again. It does
+// nothing if a driver of this program replaced the foreign driver.
 func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {

@@ -91,7 +91,8 @@ func decide(s nodeState) decision {
 	return d
 }
 
-// usableSet returns the current driver if it may be active, or else the previous one. It returns nil if neither may.
+// usableSet returns the current driver if it may be active, or else the previous one. It returns nil if neither may be
+// active.
 func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
 		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {

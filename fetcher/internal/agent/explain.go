@@ -33,8 +33,8 @@ type explainer interface {
 func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 
 // Explain returns the finding of each trust rule about an artifact, without reading a layer. The kernel needs at least
-// its COS build. The error says why a node would refuse the artifact. If the artifact cannot be read, the explanation
-// is nil.
+// its BUILD_ID and board. The error says why a node would refuse the artifact. If the artifact cannot be read, the
+// explanation is nil.
 func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel,
 	now time.Time) (*Explanation, error) {
 	p, err := readEvidence(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})

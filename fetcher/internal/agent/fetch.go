@@ -112,7 +112,7 @@ func (a *Agent) checkSpace(ctx context.Context, store *install.Store, d target.D
 	if free >= need {
 		return nil
 	}
-	// The error has no number that changes: a node would write another Event at each try.
+	// The error has no number that changes. Otherwise a node would write another Event at each try.
 	err = fault.New(fault.DiskFull,
 		fmt.Sprintf("fetch driver %s: the driver may need %s on the disk of %s, and less is free", d, size(need),
 			a.cfg.InstallDir),

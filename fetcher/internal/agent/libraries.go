@@ -42,8 +42,8 @@ func addedLibraries(store *install.Store) bool {
 	return err == nil && raw != nil
 }
 
-// describeGPUs writes the loaded driver's GPUs for container runtimes. It removes the description unless the installed
-// driver is loaded.
+// describeGPUs writes the CDI description of the GPUs for container runtimes. If no driver is loaded, or another one
+// than the installed one, it removes the description.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
 		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the installed libraries do not fit

@@ -111,8 +111,8 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images returns the modules to load of a verified driver, in load order: those for every node, and those that this
-// node had loaded. At the load, the Bytes function compares each file with the verified digest again.
+// images returns those modules of a verified driver that must be loaded, in load order: those for every node, and those
+// that this node had loaded. At the load, the Bytes function compares each file with the verified digest again.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string) []kmod.Image {
 	var images []kmod.Image

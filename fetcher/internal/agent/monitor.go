@@ -354,7 +354,7 @@ func (a *Agent) lastRecord() *record {
 }
 
 // Rollback makes the previous driver active and loads it. Without a previous driver, it unloads the present one, and
-// restores the content from before this program.
+// restores the install folder's content from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()

@@ -17,7 +17,7 @@ import (
 //   - a foreign driver stays loaded;
 //   - the active driver matches the wish, and is verified or loaded.
 //
-// The driver made was compiled on this node before; nil means none.
+// The result made is a driver that this node compiled before; nil means that there is none.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts,
 	current *install.Set) (may bool, made *install.Set) {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
@@ -56,8 +56,8 @@ func (a *Agent) madeBefore(ctx context.Context, s nodeState) *install.Set {
 	return nil
 }
 
-// resolve finds the artifact. If none is published and the node may compile, the answer is the driver made. Without it,
-// the node compiles while it waits for the farm. The first verified artifact wins.
+// resolve finds the artifact. If none is published and the node may compile, the answer is the driver in the parameter
+// made. If made is nil, the node compiles while it waits for the farm. The first verified artifact wins.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool, made *install.Set) (resolve.Answer,
 	error) {
 	q := a.question(facts)

@@ -21,7 +21,7 @@ import (
 )
 
 // judge reads the signed statements of an artifact and verifies them. It reads no layer. If the statements of one
-// repository do not do, it tries the next repository. The result repo is the repository whose statements verified.
+// repository are not enough, it tries the next repository. The result repo is the repository whose statements verified.
 func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
 	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
 	origin := originOf(answer)
@@ -73,9 +73,9 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 // is "" for the rest of a list that ended in the middle.
 type owedStatement struct{ by, digest string }
 
-// owedBy returns the statements that a repository owes after an error. It trusts the labels: who attaches a refusal
-// labels it so, and a repository that lies can as well leave the refusal out of its list. A passed load test refuses
-// nothing.
+// owedBy returns the statements that a repository owes after an error. It trusts the labels. A signer that attaches a
+// refusal also labels it as one. A repository that changes labels could also leave the refusal out of its list. A
+// passed load test refuses nothing.
 func owedBy(ref string, err error) (owed []owedStatement) {
 	var failed interface {
 		Unread() []v1.Descriptor
@@ -100,8 +100,8 @@ func owedBy(ref string, err error) (owed []owedStatement) {
 // maxOwed is the maximum number of statements that are read in place of another repository.
 const maxOwed = 256
 
-// readOwed reads the statements that earlier repositories owe. If this repository lacks one, the error is passing: the
-// statement may refuse the artifact.
+// readOwed reads the statements that earlier repositories owe. If this repository lacks one, the error is of kind
+// Transient, because the statement may refuse the artifact.
 func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundles [][]byte, err error) {
 	for i, o := range owed {
 		var b []byte
@@ -183,7 +183,7 @@ func (a *Agent) repositories(own string, origin install.Origin) []string {
 	return resolve.Repositories(own, a.parts.Registries)
 }
 
-// tryEach is [resolve.TryEach] that logs which repository failed, and why.
+// tryEach works as [resolve.TryEach] does. It also logs which repository failed, and why.
 func (a *Agent) tryEach(ctx context.Context, digest string, refs []string, use func(ref string) error) error {
 	return resolve.TryEach(ctx, refs, use, func(ref string, err error) {
 		a.parts.Log.WarnContext(ctx, "repository not usable, tried the next one", "repository", ref, "digest", digest,

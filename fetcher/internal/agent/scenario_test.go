@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -424,6 +425,7 @@ func TestHelperModule(t *testing.T) {
 	}
 	n, ref, c, p := bare(t)
 	out := filepath.Join(n.root, "asked")
+	inputs.Files(t, "testdata/modprobe.go")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"),
 		"testdata/modprobe.go")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -166,8 +166,8 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded and listed.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. A non-nil map limits it
-// to known files; it then computes a digest only where the map has "".
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. If known is not nil,
+// inspect reads only the files that are its keys, and computes a digest only if the value is "".
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {

@@ -86,7 +86,7 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 }
 
 // verifySet verifies the statements of a driver on the disk, and compares its layers, or those of the given kinds, with
-// the signed content. It returns a description from the signed content. It trusts set.json only for where the files
+// the signed content. It returns a description from the signed content. From set.json it takes only where the files
 // are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {

@@ -89,7 +89,7 @@ func (a *Agent) pauseUntil(ctx context.Context, end time.Time) bool {
 	}
 }
 
-// idleCheck is the time between two checks of the loaded driver during that wait.
+// idleCheck is the time between two checks of the loaded driver while the agent waits for idle GPUs.
 const idleCheck = time.Minute
 
 // reportWaiting reports the state of the active driver to the watcher while another driver waits.

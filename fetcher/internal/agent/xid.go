@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 )
 
-// answersAgain is the number of checks in a row in which NVML must list a GPU as healthy, after it said that the GPU
-// needs a reset, until a fatal error of that GPU no longer counts.
+// A fatal error of a GPU no longer counts if NVML says that the GPU needs a reset, and then lists the GPU as healthy in
+// answersAgain checks in a row.
 const answersAgain = 5
 
 // xidWatch has the fatal GPU errors in the kernel log since this program loaded the driver, or first checked it.
@@ -52,8 +52,8 @@ func (a *Agent) newXids() []string {
 
 // clearXids clears the errors of GPUs that were reset, as NVML's answers show. The driver does not log each reset. A
 // GPU that never needed a reset by NVML's answers keeps its error. Healthy answers alone prove nothing: many fatal
-// errors leave them as they are. Nor do healthy answers after failed ones: the GPU's firmware may be too slow for one
-// call and answer the next (Xid 119), and NVIDIA demands a reset then, too.
+// errors leave them as they are. Healthy answers after failed ones prove nothing either: the GPU's firmware may be too
+// slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then, too.
 func (a *Agent) clearXids(ctx context.Context, store *install.Store, nvml gpucheck.NVML) {
 	if nvml.Version == "" || nvml.Error != "" { // NVML as a whole does not answer, which says nothing about a GPU
 		return

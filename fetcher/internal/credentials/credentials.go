@@ -1,5 +1,5 @@
-// Package credentials finds the credentials of a node for a registry: in Docker's configuration, whose format
-// Kubernetes pull secrets share, or at Google's registries in the machine's service account. It never guesses
+// Package credentials finds a node's credentials for a registry. It reads Docker's configuration, whose format
+// Kubernetes pull secrets share. For Google's registries, it then uses the machine's service account. It never guesses
 // credentials.
 package credentials
 

@@ -33,7 +33,8 @@ const (
 // Verdict is the known state of the driver on this node.
 type Verdict struct {
 	State State `json:"verdict"`
-	// Reason says in one line why the state is not ready. Of a ready driver, it says what its owner should know.
+	// Reason says in one line why the state is not ready. If the state is ready, Reason is a note for the node's owner, or
+	// "".
 	Reason string        `json:"reason,omitempty"`
 	Driver target.Driver `json:"driver"`
 	// Digest is the digest of the installed artifact.
@@ -292,7 +293,7 @@ func (v Verdict) Print(w io.Writer) error {
 	return err
 }
 
-// Clip shortens a text to n characters, the last of which are dots.
+// Clip returns a text of at most n characters. If it cuts the text, the last three characters are dots.
 func Clip(s string, n int) string {
 	if utf8.RuneCountInString(s) <= n {
 		return s

@@ -107,7 +107,8 @@ func XidGPU(line string) string {
 	return ""
 }
 
-// Answers reports whether NVML lists a GPU as healthy. The address is that of [XidGPU], which lacks the function.
+// Answers reports whether NVML lists a GPU as healthy. The address is that of [XidGPU], which may lack the PCI
+// function.
 func (n NVML) Answers(gpu string) bool {
 	return slices.ContainsFunc(n.Devices, func(d Device) bool {
 		return d.Error == "" && d.PCIBusID != "" && slot(d.PCIBusID) == slot(gpu)
@@ -121,8 +122,8 @@ const gpuIsLost = 15
 
 // NeedsReset reports whether a GPU is lost, or whether the driver's recovery action for it includes a reset. The driver
 // keeps such an action in a register of the GPU until the reset (gpuMarkDeviceForReset in NVIDIA's gpu.c). The address
-// is that of [XidGPU]. A GPU that NVML could not open is listed without an address. If there are several, and not all
-// are lost, NeedsReset is false.
+// is that of [XidGPU]. NVML lists a GPU that it could not open without an address. If it lists several GPUs so, and not
+// all of them are lost, NeedsReset is false.
 func (n NVML) NeedsReset(gpu string) bool {
 	nameless, lost := 0, 0
 	for _, d := range n.Devices {
@@ -139,7 +140,7 @@ func (n NVML) NeedsReset(gpu string) bool {
 	return nameless > 0 && lost == nameless
 }
 
-// slot returns a PCI address without the function.
+// slot returns a PCI address without the number of the PCI function.
 func slot(address string) string {
 	slot, _, _ := strings.Cut(busAddress(address), ".")
 	return slot

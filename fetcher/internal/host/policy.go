@@ -76,8 +76,8 @@ func ParseCmdline(text string) Policy {
 	return p
 }
 
-// Restricts reports which restrictions the boot configuration can lift: enforced signatures, and the file system that
-// modules load from.
+// Restricts reports which of two restrictions are in force: enforced signatures, and a LoadPin that allows modules from
+// the root file system only. The boot configuration can lift both.
 func (p Policy) Restricts() (signatures, place bool) {
 	return p.SignaturesEnforced, p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module")
 }

@@ -14,7 +14,7 @@ import (
 type User struct {
 	PID     int    `json:"pid"`
 	Command string `json:"command"`
-	// Pod is NAMESPACE/NAME of the process's pod, or the pod's uid without a known name. It is "" outside of pods.
+	// Pod is NAMESPACE/NAME of the process's pod, or the pod's uid if the name is unknown. It is "" outside of pods.
 	Pod     string   `json:"pod,omitempty"`
 	Devices []string `json:"devices"`
 }

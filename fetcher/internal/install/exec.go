@@ -54,8 +54,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode runs the callback in the node's mount namespace. The install folder's path must lead to the same folder there
-// as in this container.
+// inNode runs the callback in the node's mount namespace. If the install folder's path leads to another folder there
+// than in this container, the error is [noderoot.ErrNamespace].
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {

@@ -177,7 +177,8 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 	return nil
 }
 
-// Free returns the number of bytes that root can still write to the file system. A ramfs has no limit of its own.
+// Free returns the number of bytes that root can still write to the file system. For a ramfs, which has no limit of its
+// own, it returns [math.MaxInt64].
 func (s *Store) Free() (_ int64, err error) {
 	d, err := s.root.Open(".")
 	if err != nil {

@@ -101,7 +101,7 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
-		return nil, nil // callers then take all files in the folder for the layer's
+		return nil, nil // callers then treat all files in the folder as the layer's
 	}
 	return names, nil
 }
@@ -156,9 +156,9 @@ func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	return nil
 }
 
-// keepForeign links what other programs put into the folder lib64 into the active driver's user-space layer, before
-// lib64 is put aside: installers of NCCL plugins copy their files only once. A file that is part of a driver stays
-// behind, because the dynamic loader may prefer it to the active driver's file.
+// Other programs may have put files into the folder lib64. Before lib64 is put aside, keepForeign links these files
+// into the active driver's user-space layer: installers of NCCL plugins copy their files only once. A file that is part
+// of a driver stays behind, because the dynamic loader may prefer it to the active driver's file.
 func (s *Store) keepForeign() error {
 	set, err := s.Current()
 	if err != nil || set == nil {

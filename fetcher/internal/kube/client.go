@@ -1,6 +1,6 @@
 // Package kube reports the state of one node's driver to its cluster: by labels, annotations, a condition and Events.
 // It also removes the node's startup taint. It never touches another node, or fields that it did not write. No other
-// work waits for it.
+// work waits for these reports.
 package kube
 
 import (

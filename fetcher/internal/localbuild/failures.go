@@ -73,8 +73,8 @@ func (f failures) lastError(q resolve.Question) error {
 	)
 }
 
-// store writes an error into the file, unless the next compile may succeed. A broken machine may be the cause of an
-// error of kind Internal, and a lack of memory that of a builder that did not start.
+// store writes an error into the file, unless the next compile may succeed. An error of kind Internal may come from a
+// broken machine. A builder that did not start may have lacked memory.
 func (f failures) store(q resolve.Question, err error) error {
 	if err == nil || fault.Of(err).Retryable() || fault.Is(err, fault.Internal) || errors.Is(err, errNotStarted) {
 		return nil
@@ -91,7 +91,8 @@ func (f failures) store(q resolve.Question, err error) error {
 	return nil
 }
 
-// compiling describes a compile that runs. The file is removed at its end, so it stays if this program is killed.
+// compiling describes a compile that runs. The file is removed when the compile ends, so it stays if this program is
+// killed.
 type compiling struct {
 	Cell    string `json:"cell"`
 	Builder string `json:"builder"`

@@ -112,7 +112,7 @@ func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error
 	return do(at)
 }
 
-// inParent is callWith for the last name itself: it follows links in the parent folders only.
+// inParent works as callWith does, but follows links in the parent folders only, and not a link in the last name.
 func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	return callWith(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })

@@ -40,8 +40,8 @@ type File struct {
 	// Sources are the places from which the build's inputs may come: URIs that end with a slash, such as gs://cos-tools/.
 	// Default: any.
 	Sources []string `json:"sources,omitempty" yaml:"sources" jsonschema:"minItems=1,uniqueItems=true"`
-	// LoadTest is any or tested. With tested, a kernel of the same build must have loaded the modules. Default: any.
-	// Modules that failed their load test are refused in any case.
+	// LoadTest is any or tested. The value tested demands that a kernel with the same ABI fingerprint has loaded the
+	// modules. Default: any. Modules that failed their load test are refused in any case.
 	LoadTest string `json:"loadTest,omitempty" yaml:"loadTest" jsonschema:"enum=any,enum=tested"`
 	// MaxAgeDays is the highest age in days of a driver's build when a node takes the driver for the first time. Default:
 	// no limit.
@@ -54,8 +54,8 @@ type File struct {
 	NodeBuilds bool `json:"nodeBuilds,omitempty" yaml:"nodeBuilds"`
 	// Revoked are digests of artifacts that a node never loads, no matter who signed them.
 	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
-	// Snapshot requires that a signed list of the farm (made by builder snapshot) contains the artifact to install.
-	// Default: no list is read.
+	// Snapshot requires that a signed list of the farm contains the artifact to install. The command builder snapshot
+	// makes the list. Default: no list is read.
 	Snapshot *Snapshot `json:"snapshot,omitempty" yaml:"snapshot"`
 }
 

@@ -17,7 +17,8 @@ type Chain []Finder
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
 // resolve the wish. If a web page answered, the error is of kind WebPage. If every source sent wrong bytes, the error
-// is of kind Unverified. One such source beside others that are away must not end the wait for these.
+// is of kind Unverified. If only some did, and others did not respond, the error is passing (see [Passing]), so that
+// the wait for the others goes on.
 //
 // An error beside an artifact ends the questions: the source has chosen, and cannot tell whether the artifact drives
 // the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
@@ -62,7 +63,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	// A source that did not respond may have the artifact. The cost is at most one needless build for all nodes.
+	// A source that did not respond may have the artifact. Asking for a build then costs at most one needless build for
+	// all nodes.
 	if first != nil && first.Missing != nil && pending == nil {
 		if err := farm.request(ctx, first); err != nil {
 			return *first, err

@@ -28,7 +28,7 @@ type Attachments interface {
 
 // Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
 // do not verify, because anybody who may write to the registry may attach one. If the artifact's repository fails, the
-// Lister reads the statements from the others.
+// Lister reads the statements from the repositories in others.
 //
 // Another repository without a list is believed only if it has a kernel match for the node, which the builder attaches
 // after the list. Other programs copy in an order of their own, so a copy that they did not finish may have the match

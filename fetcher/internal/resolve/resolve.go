@@ -339,8 +339,8 @@ func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error)
 }
 
 // findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS does, if it drives
-// the node's GPUs. With an error it returns the artifact whose list it could not read, or the driver whose tag it could
-// not read although only this driver may fit.
+// the node's GPUs. If it cannot read the list of GPUs of an artifact, it returns the artifact with the error. If it
+// cannot read the tag of the only driver that may still fit, it returns this driver with the error.
 func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {

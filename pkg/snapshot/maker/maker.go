@@ -68,8 +68,8 @@ type Root struct {
 	// Targets is the key that signs the content of a list. Snapshot is the key that signs which list is the newest.
 	// Timestamp is the key that signs, again and again, that this list is still the newest.
 	Targets, Snapshot, Timestamp crypto.PublicKey
-	// Signers sign the new root. Among them must be Threshold of Keys, and enough keys of the former root for its
-	// threshold.
+	// Signers sign the new root. Among them must be signers for Threshold of the Keys. If there is a former root, there
+	// must also be signers for as many of its keys as its threshold says.
 	Signers []signature.Signer
 	// Expires is the time after which clients refuse the root.
 	Expires time.Time
@@ -358,7 +358,7 @@ type publishedList struct {
 }
 
 // nextStamp returns the version of the next timestamp: the clock in seconds, or one more than the former version if
-// that is higher. Even after the folder was lost, nodes have therefore seen only lower versions.
+// that is higher. So even after the loss of the folder, nodes have seen only lower versions.
 func (r *Repository) nextStamp(former publishedList) int64 {
 	return max(former.stamp+1, r.now().Unix())
 }

@@ -2,34 +2,86 @@
 // variables that a test reads, and the files of this module that it opens. It does not notice what a child process
 // reads: the sources of a program that the test compiles, a script, a program in bin/. A test that uses such files
 // names them here, or else it counts as passed after they have changed. See `go help test`. Only test files import it.
+//
+// The cache looks at the files after the run. So a file that somebody edits during the run would count as tested, and
+// the functions here fail the test then.
 package inputs
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"testing"
 )
 
-// Files reads the metadata of files, and of folders with all that is in them, except folders named .git. It has to read
-// nothing else: of a file that a test opens, the cache too compares only size, mode and time.
-func Files(names ...string) error {
+// Files names files, and folders with all that is in them, except folders named .git. It fails the test if one cannot be
+// read, or has changed when the test ends.
+//
+// Call it while a test runs. Before m.Run, as at the start of TestMain, the testing package records nothing.
+func Files(t testing.TB, names ...string) {
+	t.Helper()
+	s, err := Look(names...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Unchanged(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// State is the state of files at one time.
+type State map[string]fs.FileInfo
+
+// Look returns the state of files, and of the files in folders, except folders named .git.
+func Look(names ...string) (State, error) {
+	s := State{}
 	for _, name := range names {
 		err := filepath.WalkDir(name, func(name string, d fs.DirEntry, err error) error {
-			if err != nil {
+			switch {
+			case err != nil:
+				return err
+			case d.IsDir() && d.Name() == ".git":
+				return fs.SkipDir
+			case d.IsDir():
+				_, err := os.Stat(name) // its time changes when a file is added or removed
 				return err
 			}
-			if d.IsDir() && d.Name() == ".git" {
-				return fs.SkipDir
-			}
-			_, err = os.Stat(name)
-			return err
+			return s.add(name)
 		})
 		if err != nil {
-			return fmt.Errorf("name the inputs of a test: %w", err)
+			return nil, fmt.Errorf("name the inputs of a test: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// add opens a file, since the cache takes no result of a test that opened a file younger than two seconds. It takes one
+// that only asked for its metadata.
+func (s State) add(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	s[name] = info
+	return errors.Join(err, f.Close())
+}
+
+// Unchanged returns an error that names a file which has changed since.
+func (s State) Unchanged() error {
+	for name, was := range s {
+		now, err := os.Stat(name)
+		if err != nil {
+			return fmt.Errorf("an input of the test has changed during the test: %w", err)
+		}
+		if now.Size() != was.Size() || now.Mode() != was.Mode() || !now.ModTime().Equal(was.ModTime()) {
+			return fmt.Errorf("an input of the test has changed during the test: %s; run the test again", name)
 		}
 	}
 	return nil
@@ -44,25 +96,27 @@ const sources = `{{if .Module}}{{if .Module.Main}}{{$dir := .Dir}}{{.Module.GoMo
 {{end}}{{end}}{{end}}`
 
 // Sources names the files of this module from which packages are compiled, for the architecture of the environment env.
-// The patterns and env have the meaning that they have for `go list`.
-func Sources(ctx context.Context, env []string, patterns ...string) error {
-	cmd := exec.CommandContext(ctx, "go", append([]string{"list", "-deps", "-f", sources}, patterns...)...)
+// The patterns and env have the meaning that they have for `go list`. It fails the test as [Files] does.
+func Sources(t testing.TB, env []string, patterns ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-deps", "-f", sources}, patterns...)...)
 	cmd.Env = env
 	out, err := cmd.Output()
 	if err != nil {
-		return fmt.Errorf("list the sources of %s: %w", strings.Join(patterns, " "), err)
+		t.Fatalf("list the sources of %s: %v", strings.Join(patterns, " "), err)
 	}
+	var names []string
 	for name := range strings.Lines(string(out)) {
 		if name = strings.TrimSuffix(name, "\n"); name == "" {
 			continue
 		}
-		_, err := os.Stat(name)
-		if err == nil && filepath.Base(name) != "go.mod" {
-			_, err = os.Stat(filepath.Dir(name)) // its time changes with a new source or embedded file
+		if filepath.Base(name) != "go.mod" {
+			// The time of the folder changes with a new source or embedded file.
+			if _, err := os.Stat(filepath.Dir(name)); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if err != nil {
-			return fmt.Errorf("name the inputs of a test: %w", err)
-		}
+		names = append(names, name)
 	}
-	return nil
+	Files(t, names...)
 }

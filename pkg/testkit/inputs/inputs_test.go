@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
 // files are the files of a module whose test runs a program and a script that Go's cache does not notice. %s is this
@@ -36,12 +38,8 @@ import (
 )
 
 func name(t *testing.T) {
-	if err := inputs.Sources(t.Context(), os.Environ(), "example.com/m/tool"); err != nil {
-		t.Fatal(err)
-	}
-	if err := inputs.Files("../script.sh"); err != nil {
-		t.Fatal(err)
-	}
+	inputs.Sources(t, os.Environ(), "example.com/m/tool")
+	inputs.Files(t, "../script.sh")
 }
 
 func Test(t *testing.T) {
@@ -72,11 +70,7 @@ func TestCache(t *testing.T) {
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		// The cache takes no result of a test that opened a file younger than two seconds.
-		old := time.Now().Add(-time.Hour)
-		if err := os.Chtimes(file, old, old); err != nil {
-			t.Fatal(err)
-		}
+		aged(t, file)
 	}
 	for name, text := range files {
 		if name == "go.mod" {
@@ -84,40 +78,89 @@ func TestCache(t *testing.T) {
 		}
 		write(name, text)
 	}
-	// cached returns whether the results of the two packages came from the cache.
-	cached := func() (named, unnamed bool) {
+	run := func(args ...string) string {
 		t.Helper()
-		cmd := exec.CommandContext(t.Context(), "go", "test", "./tested", "./unnamed")
+		cmd := exec.CommandContext(t.Context(), "go", args...)
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "GOFLAGS=-mod=mod", "GOWORK=off", "CGO_ENABLED=0")
 		out, err := cmd.CombinedOutput()
 		if err != nil {
-			t.Fatalf("go test: %v\n%s", err, out)
+			t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
 		}
-		for line := range strings.Lines(string(out)) {
+		return string(out)
+	}
+	run("list", "-deps", "-test", "./...") // adds requirements to go.mod
+	aged(t, filepath.Join(dir, "go.mod"))
+	got := map[string][2]bool{}
+	// test notes whether the results of the two packages come from the cache after a change.
+	test := func(change string) {
+		t.Helper()
+		var named, unnamed bool
+		for line := range strings.Lines(run("test", "./tested", "./unnamed")) {
 			named = named || strings.Contains(line, "/tested") && strings.Contains(line, "(cached)")
 			unnamed = unnamed || strings.Contains(line, "/unnamed") && strings.Contains(line, "(cached)")
 		}
-		return named, unnamed
-	}
-	got := map[string][2]bool{}
-	run := func(change string) {
-		named, unnamed := cached()
 		got[change] = [2]bool{named, unnamed}
 	}
-	run("first run")
-	run("no change")
+	test("first run")
+	test("no change")
 	write("apart/apart.go", "package apart\n\nconst Longer = 1\n")
-	run("a package that the program does not use")
+	test("a package that the program does not use")
 	write("lib/lib.go", "package lib\n\nconst Word = \"other\"\n")
-	run("a package of the program")
+	test("a package of the program")
+	write("lib/more.go", "package lib\n\nconst More = \"more\"\n")
+	test("a new file in a package of the program")
 	write("script.sh", "#!/bin/sh\necho another\n")
-	run("the script")
+	test("the script")
 	want := map[string][2]bool{
 		"first run": {}, "no change": {true, true}, "a package that the program does not use": {true, true},
-		"a package of the program": {false, true}, "the script": {false, true},
+		"a package of the program": {false, true}, "a new file in a package of the program": {false, true},
+		"the script": {false, true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("results from the cache, of a test that names its inputs and of one that does not (-want +got):\n%s", diff)
+	}
+}
+
+// aged gives a file an old time. The cache takes no result of a test that opened a file younger than two seconds.
+func aged(t *testing.T, file string) {
+	t.Helper()
+	old := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	if err := os.Chtimes(file, old, old); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUnchanged checks that each change of a file in a folder is noticed.
+func TestUnchanged(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "sub", "file")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func() error{
+		"nothing": func() error { return nil },
+		"longer":  func() error { return os.WriteFile(file, []byte("longer"), 0o600) },
+		"newer":   func() error { return os.Chtimes(file, time.Now(), time.Now().Add(-time.Minute)) },
+		"mode":    func() error { return os.Chmod(file, 0o400) },
+		"removed": func() error { return os.Remove(file) },
+	} {
+		if err := os.RemoveAll(file); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte("text"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := inputs.Look(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Unchanged(); (err == nil) != (name == "nothing") {
+			t.Errorf("after the change %q: Unchanged() = %v", name, err)
+		}
 	}
 }

@@ -2,8 +2,6 @@
 package program
 
 import (
-	"context"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,7 +15,8 @@ import (
 // Compile compiles a program of this module for an architecture, and names its sources to Go's cache of test results.
 // pkg is the folder of its package, as in pkg/vm/guestinit; out is the path of the program. With cgo, a program for
 // arm64 on another machine is linked by Debian's cross compiler.
-func Compile(ctx context.Context, out, pkg, arch string, cgo bool) error {
+func Compile(t testing.TB, out, pkg, arch string, cgo bool) {
+	t.Helper()
 	env := append(os.Environ(), "GOARCH="+arch, "CGO_ENABLED=0")
 	if cgo {
 		env = append(env, "CGO_ENABLED=1", "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
@@ -26,15 +25,12 @@ func Compile(ctx context.Context, out, pkg, arch string, cgo bool) error {
 		env = append(env, "CC=aarch64-linux-gnu-gcc-12")
 	}
 	pkg = "github.com/prebake/prebake/" + pkg
-	if err := inputs.Sources(ctx, env, pkg); err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", out, pkg)
+	inputs.Sources(t, env, pkg)
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", out, pkg)
 	cmd.Env = env
 	if text, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go build %s: %w\n%s", pkg, err, text)
+		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
 	}
-	return nil
 }
 
 // Build compiles a program of this module without cgo, and returns its path. arch "" means this machine's architecture.
@@ -45,9 +41,7 @@ func Build(t testing.TB, pkg, arch string) string {
 		arch = runtime.GOARCH
 	}
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	if err := Compile(t.Context(), out, pkg, arch, false); err != nil {
-		t.Fatal(err)
-	}
+	Compile(t, out, pkg, arch, false)
 	return out
 }
 

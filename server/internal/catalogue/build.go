@@ -87,8 +87,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 }
 
 // openCell adds and queues a build of a cell, or returns its published or open build. It raises the priority of a
-// waiting build if necessary. tries is the value of this field of a new build. For a withdrawn artifact, the error has
-// kind Unsupported. queued reports whether the build is new and waits for a builder.
+// waiting build if necessary. tries is the value of the field Tries of a new build. For a withdrawn artifact, the error
+// has kind Unsupported. queued reports whether the build is new and waits for a builder.
 func (c *Catalogue) openCell(
 	ctx context.Context, k api.Kernel, cell api.Resolution, priority, tries int,
 ) (b api.Build, queued bool, err error) {

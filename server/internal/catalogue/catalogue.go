@@ -105,8 +105,8 @@ type Config struct {
 	// there only if Redistribute allows it.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. If a URL is "", builders use their
-	// own setting.
+	// KernelMirror and DriverMirror are the URLs of the buckets from which builders read. If a URL is "", builders use
+	// their own setting.
 	KernelMirror, DriverMirror string
 	// Quarantine is the number of failed nodes within a day that puts an artifact into quarantine. 0 means that there
 	// is no quarantine.
@@ -314,8 +314,8 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records a published artifact. If the catalogue has it already, AddArtifact adds only its new kernels, and
-// changes its repository to [Config.Repository] if that is the given one.
+// AddArtifact records a published artifact. If the catalogue has the artifact already, AddArtifact only adds the new
+// kernels. It also changes the stored repository, if the given repository is [Config.Repository].
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}

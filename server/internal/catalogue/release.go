@@ -29,7 +29,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 	if err := c.lookUp(ctx, buildID); err != nil {
 		return api.Release{}, err
 	}
-	// The whole plan also tries the cells that are not queued here.
+	// PlanSoon plans all COS builds. It also tries the cells that planRelease did not queue.
 	defer c.PlanSoon()
 	if err := c.planRelease(ctx, buildID); err != nil {
 		c.Log.WarnContext(ctx, "plan incomplete", "err", err)

@@ -14,10 +14,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes report what happened to an artifact. If it does not load on several nodes within a day, and within keepReports
-// on more than it loads on, it goes into quarantine until an operator has examined it. Nodes may lie, so the failures
-// of one network (/24, or /64 with IPv6) are not enough if a quarantine needs two nodes or more. A network's successes
-// are bounded as well, but less: a whole fleet may have one address, and a false alarm costs more than a late one.
+// Nodes report what happened to an artifact. An artifact goes into quarantine, until an operator has examined it, if
+// two things are true: within reportWindow, it failed on several nodes, and within keepReports, it failed on more nodes
+// than it loaded on. Nodes may lie, so the failures of one network (/24, or /64 with IPv6) are not enough if a
+// quarantine needs two nodes or more. A network's successes are bounded as well, but less: a whole fleet may have one
+// address, and a false alarm costs more than a late one.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -29,7 +30,7 @@ const (
 	keepReports = 30 * 24 * time.Hour
 	// reportWindow is the period in which an artifact must fail on several nodes for a quarantine.
 	reportWindow = 24 * time.Hour
-	// loadedFactor is how many more nodes of one network count if the artifact loaded on them.
+	// loadedFactor says how many times as many nodes of one network may count for a success as for a failure.
 	loadedFactor = 10
 	// maxCounts is the maximum number of entries in an answer about reports.
 	maxCounts = 1000
@@ -134,9 +135,9 @@ func checkReport(r *api.NodeReport) error {
 // full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Internal, fault.TimedOut}
 
-// mayBlame reports whether a failure may be the artifact's fault. A class that this server does not know may not. A GPU
-// that the driver cannot use is usually broken. After a fallback it is not: a node falls back for that reason only if
-// its former driver could use the GPU.
+// mayBlame reports whether a failure may be the artifact's fault. If this server does not know the class, mayBlame
+// returns false. A GPU that the driver cannot use is usually broken. After a fallback it is not: a node falls back for
+// that reason only if its former driver could use the GPU.
 func mayBlame(s store.OutcomeCount) bool {
 	kind, err := fault.Parse(s.Class)
 	return err == nil && (slices.Contains(artifactFaults, kind) || kind == fault.Unusable && s.Outcome == api.FellBack)

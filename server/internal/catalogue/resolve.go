@@ -12,8 +12,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Auto is the flavour of a request that lets the server choose. The server prefers a published flavour, and then
-// NVIDIA's recommendation: open from branch R560 on, proprietary before.
+// Auto is the flavour of a request that lets the server choose. The server takes the flavour whose state is nearest to
+// a usable artifact. Between equal states, NVIDIA's recommendation decides: open from branch R560 on, proprietary
+// before.
 const Auto = "auto"
 
 // NVIDIA recommends the open modules from R560 on, and releases no proprietary modules from R620 on.
@@ -367,8 +368,8 @@ func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the cells of a page of kernels, only those in the filter's state if it has one. Without a version, it
-// lists the cells with a build or an artifact.
+// Cells lists the cells with a build or an artifact, on a page of kernels. If version is not "", it lists only the
+// cells with this version. If the filter has a state, it lists only the cells in this state.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,

@@ -10,13 +10,13 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// maxTries is the maximum number of builds of a cell that nobody requested, up to a success. With the pauses of
-// [retryTime], they take four weeks. A cause that lasts longer does not pass by itself.
+// maxTries is the maximum number of builds of a failing cell in a row. A request or a success begins a new row. With
+// the pauses of [retryTime], these builds take four weeks. A cause that lasts longer does not pass by itself.
 const maxTries = 30
 
-// retryTime returns when a failed cell may be queued again. tries is the number of its newest build; see [api.Build].
-// ended is the end of that build. From the third on it is once a day, at a time that depends on the cell: the cells of
-// an outage must not all be built at once each day.
+// retryTime returns when a failed cell may be queued again. tries is the field Tries of the cell's newest build; see
+// [api.Build]. ended is the end of that build. After the third build and each later one, the cell is built again once a
+// day. The time of day depends on the cell: the cells that failed in one outage must not all be built at once.
 func retryTime(key store.CellKey, tries int, ended time.Time) time.Time {
 	switch {
 	case tries <= 1:
@@ -35,8 +35,8 @@ func retryTime(key store.CellKey, tries int, ended time.Time) time.Time {
 	return at
 }
 
-// passes reports whether the cause of a build's failure may pass. Of a class that this server does not know, it may
-// not: the server must not build again and again what fails each time.
+// passes reports whether the cause of a build's failure may pass. If this server does not know the class of the
+// failure, passes returns false: the server must not build again and again what fails each time.
 func passes(b *api.Build) bool {
 	class, err := fault.Parse(b.Class)
 	return err == nil && class.Passes()

@@ -57,7 +57,8 @@ func eventOf(u api.BuildUpdate) (event, error) {
 	return "", fmt.Errorf("state %q is not a state of builds", u.State)
 }
 
-// superseded reports whether another attempt began after that of the update, because its builder seemed dead.
+// superseded reports whether a later attempt than the update's has begun, because the builder of the update seemed
+// dead.
 func superseded(b api.Build, e event, u api.BuildUpdate) bool {
 	return e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
 }

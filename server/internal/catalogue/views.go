@@ -182,7 +182,7 @@ func (c *Catalogue) Releases(
 const readyDays = 30
 
 // RecentReadyTimes returns percentiles of the time from a kernel's discovery to the publication of a cell. They cover
-// 30 days, by the last measurement.
+// the 30 days before the last measurement.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {

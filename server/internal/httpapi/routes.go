@@ -47,7 +47,7 @@ type PageQuery struct {
 	at url.URL
 }
 
-// Resolve is called by the router for input that is not a parameter.
+// Resolve reads the URL of the request. The router calls it, because the URL is not a parameter.
 func (p *PageQuery) Resolve(ctx huma.Context) []error {
 	p.at = ctx.URL()
 	return nil
@@ -105,7 +105,7 @@ type DigestPath struct {
 // Asked has the host name by which the client reached the server.
 type Asked struct{ host string }
 
-// Resolve is called by the router for input that is not a parameter.
+// Resolve reads the host name from the request. The router calls it, because the host name is not a parameter.
 func (a *Asked) Resolve(ctx huma.Context) []error {
 	a.host = ctx.Host()
 	return nil

@@ -19,7 +19,7 @@ import (
 type Collected struct {
 	Blobs int
 	Bytes int64
-	// Damaged has the digests of manifests with other content, or without. The collection moved such content aside, so
+	// Damaged has the digests of manifests whose content is wrong or missing. The collection moved wrong content aside, so
 	// that a push repairs the manifest. It kept the blobs that this content names.
 	Damaged []string
 }

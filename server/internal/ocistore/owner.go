@@ -13,8 +13,8 @@ import (
 // maxUploads is the maximum number of open uploads of one caller. It protects the disk and the folder of uploads.
 const maxUploads = 64
 
-// uploadIdle is how long nobody has written to an upload that its caller loses for a new one. It is longer than any
-// pause of a client that is still there.
+// If nobody has written to an upload for uploadIdle, a new upload of the same caller may replace it. The time is longer
+// than any pause of a client that is still there.
 const uploadIdle = 10 * time.Minute
 
 type ownerKey struct{}
@@ -56,7 +56,7 @@ func (s *Store) own(id, name string) error {
 }
 
 // dropIdle removes a caller's oldest idle upload, and reports whether there was one. If the files of other uploads are
-// gone, it only ends their count. s.mu must be held.
+// gone, it removes no file, but stops counting these uploads and returns true. s.mu must be held.
 func (s *Store) dropIdle(name string) (bool, error) {
 	oldest, at, gone := "", s.now().Add(-uploadIdle), false
 	for id, owner := range s.owners {
@@ -86,7 +86,7 @@ func (s *Store) dropIdle(name string) (bool, error) {
 	return true, nil
 }
 
-// disown ends the count of an upload.
+// disown stops counting an upload for its caller.
 func (s *Store) disown(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -30,7 +30,8 @@ type file struct {
 func (f *file) Close() error                       { return f.f.Close() }
 func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
 
-// replaceNotExist returns the protocol's given error if a file is missing, and otherwise err.
+// replaceNotExist returns unknown, an error of the protocol, if err says that a file is missing. Otherwise it returns
+// err.
 func replaceNotExist(err, unknown error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return unknown
@@ -240,7 +241,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	return ociregistry.SliceSeq(names)
 }
 
-// checkTags returns an error if a tag of a repository cannot be read. A tag with damaged content can be.
+// checkTags returns an error if a tag of a repository cannot be read. A tag with damaged content is no error.
 func (s *Store) checkTags(ctx context.Context, repo string) error {
 	for tag, err := range s.Tags(ctx, repo, "") {
 		if err != nil {
@@ -317,7 +318,8 @@ func (s *Store) referrers(
 			continue
 		}
 		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it. A
-		// list of hundreds of manifests does not read them: who asks for a damaged one is told that it is unknown.
+		// list of hundreds of manifests does not read them. If a client asks for a damaged one, the answer is that it is
+		// unknown.
 		if _, err := s.statManifest(repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/inputs"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -33,6 +34,7 @@ func TestSpecification(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
 	dir := t.TempDir()
+	inputs.Files(t, "../../../go.mod", "../../../go.sum")
 	program := filepath.Join(dir, "conformance")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", program,
 		"github.com/opencontainers/distribution-spec/conformance")

@@ -58,8 +58,8 @@ type Options struct {
 	// what else refers to the manifest. After an error, the request fails, and the client may repeat it. nil means no
 	// call.
 	Forget func(repo string, d ociregistry.Digest) error
-	// Public is true if everybody can read this registry (--public). It then refuses content under NVIDIA's licence
-	// that Redistribute does not allow. "" allows none.
+	// Public is true if everybody can read this registry (--public). The registry then refuses content under NVIDIA's
+	// licence that Redistribute does not allow. The level "" allows none.
 	Public       bool
 	Redistribute bundle.Redistribution
 	// CheckFree returns an error if there is no room to write. It is called when a write begins, and again after each

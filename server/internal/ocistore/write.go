@@ -151,7 +151,7 @@ func (s *Store) CancelUpload(id string) error {
 	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
-// upload is an upload that one request has opened. No other can write to it.
+// upload is an upload that one request has opened. No other request can write to it.
 type upload struct {
 	s      *Store
 	id     string
@@ -453,8 +453,8 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 	if err != nil && !errors.Is(err, ociregistry.ErrManifestUnknown) {
 		return err
 	}
-	// Forget the manifest first, so that no failure leaves a reference to a deleted one. A deletion that a crash stopped
-	// may still have left one.
+	// Forget the manifest before its deletion, so that no failure leaves a reference to a deleted manifest. Forget it even
+	// if it is missing: a crash may have stopped an earlier deletion.
 	if err := cmp.Or(s.forget(repo, d), err); err != nil {
 		return err
 	}

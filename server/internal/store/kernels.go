@@ -46,8 +46,8 @@ const (
 type KernelFilter struct {
 	BuildID, Board string
 	Milestone      int
-	// State is the state of a cell of the kernel: of an attested artifact if it is yanked or quarantined, and otherwise
-	// of the newest build. Published is not allowed.
+	// State chooses kernels with a cell in this state. Yanked and quarantined are states of an attested artifact; all
+	// other states are those of the cell's newest build. Published is not allowed.
 	State api.State
 	// Text is the beginning of a BUILD_ID or kernel release. It may have only letters, digits and ".+~-", because it
 	// becomes part of an SQL pattern.

@@ -8,8 +8,8 @@ import (
 )
 
 // CountFailures counts failed builds by class, without builds that only early-warning entries want. Of each cell, it
-// counts only the first failure of a class since the cell's last published build, so that repeated builds of one cause
-// are no news.
+// counts only the first failure of a class since the cell's last published build, so that repeated failures of one
+// cause are counted once.
 func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 	counts := map[string]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -56,7 +56,7 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 	return OpenLogged(ctx, rawURL, slog.New(slog.DiscardHandler))
 }
 
-// OpenLogged is [Open] with a log for the trouble of the listener for other servers' changes.
+// OpenLogged works as [Open] does. It also logs errors of the listener that receives the changes of other servers.
 func OpenLogged(ctx context.Context, rawURL string, log *slog.Logger) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {

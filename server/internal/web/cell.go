@@ -98,7 +98,7 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 var shellSafe = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
 
 // shellQuote quotes a word for a shell. The server's name comes from the request, and a link with a hostile name may
-// have caused it.
+// have caused the request.
 func shellQuote(word string) string {
 	if shellSafe.MatchString(word) {
 		return word

@@ -193,7 +193,7 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 }
 
 // badge answers with a badge for project pages. It shows how much of the desired matrix, or of a milestone, is
-// published. If the query has a build, it shows the state of a cell.
+// published. If the query has a BUILD_ID, it shows the state of a cell.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
