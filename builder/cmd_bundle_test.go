@@ -116,7 +116,7 @@ func TestBundle(t *testing.T) {
 		{fault.NotFound, "no such file", create("x.tar", "--since", at("none.tar"))},
 		{fault.Usage, "oci-archive:EARLIER.tar+" + at("two.tar"), []string{"show", at("two.tar")}},
 		{fault.Usage, "is a complete bundle", []string{"push", at("one.tar") + "+" + at("one.tar"), "--to", site}},
-		{fault.Unverified, "no tar", []string{"show", at("farm.pub")}},
+		{fault.Unverified, "is not a tar", []string{"show", at("farm.pub")}},
 		{fault.Usage, "neither --snapshot nor --keys is given", []string{"extract", at("one.tar")}},
 		{fault.NoArtifact, "snapshot", []string{"extract", both, "--snapshot", at("elsewhere")}},
 	} {

@@ -111,7 +111,8 @@ func TestSnapshot(t *testing.T) {
 		{"no root yet", []string{"make", "--to", filepath.Join(dir, "new"), "--keys", keys, "--server", server.URL},
 			fault.Usage, "builder snapshot root"},
 		{"keys that are there", []string{"keys", keys}, fault.Usage, "use another name"},
-		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage, "want a duration of a minute or more"},
+		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage,
+			"want a duration of a minute or more"},
 		{"a keyless key", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage,
 			"a snapshot cannot be signed keyless"},
 	} {

@@ -29,7 +29,7 @@ func TestWantGPU(t *testing.T) {
 		"NVML does not answer": {func(r *nodeRun) { r.report.Verdict.NVML.Version = "" }, `NVML answers with version ""`},
 		"another artifact":     {func(r *nodeRun) { r.report.Verdict.Digest = "sha256:b" }, "want sha256:a, which was built"},
 		"the GPU computes":     {func(r *nodeRun) { r.code = 0 }, "exit status 0"},
-		"the kernel said no":   {func(r *nodeRun) { r.code = fault.Rejected.ExitCode() }, "want 9"},
+		"the kernel said no":   {func(r *nodeRun) { r.code = fault.Rejected.ExitCode() }, "want exit status 9"},
 		"nothing was published": {
 			func(r *nodeRun) { *r = nodeRun{code: fault.NoArtifact.ExitCode()} }, "the module nvidia is not",
 		},

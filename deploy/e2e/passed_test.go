@@ -29,11 +29,11 @@ const againEnv = "PREBAKE_AGAIN"
 // covers may have changed, such as a program of the host that no build uses.
 const keepPassed = 7 * 24 * time.Hour
 
-// passes remembers tests that passed, by the content of everything that they depend on. Only tests that compile a driver
-// without a cache, or boot a machine, ask it: these take most of the time.
+// passes remembers tests that passed, by the content of everything that they depend on. Only tests that compile a
+// driver without a cache, or boot a machine, ask it: these take most of the time.
 //
-// Go's cache of test results does not do this. It compares the times of files, so it begins anew with each clone, and it
-// knows this package only as a whole.
+// Go's cache of test results does not do this. It compares the times of files, so it begins anew with each clone. And
+// it knows this package only as a whole.
 type passes struct {
 	// repo is this repository, mirror the folder with the mirror's buckets, and dir the folder of the records.
 	repo, mirror, dir string

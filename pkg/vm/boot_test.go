@@ -151,7 +151,7 @@ func TestBootWithDisk(t *testing.T) {
 	c.Steps = []vm.Step{mount,
 		{Argv: []string{"/bin/sh", "-c",
 			"echo kept > /data/kept; sync; echo lost > /data/lost; echo b > /proc/sysrq-trigger; read wait"}}}
-	if _, err := vm.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "power went off too early") {
+	if _, err := vm.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "switched itself off too early") {
 		t.Fatalf("first boot: %v; want the power cut", err)
 	}
 	c.Steps = []vm.Step{mount, {Name: "kept", Argv: []string{"@cat", "/data/kept"}},

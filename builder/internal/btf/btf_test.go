@@ -81,14 +81,14 @@ func TestCheck(t *testing.T) {
 		{"variable", withKind(14, 0, 1), ""},
 		{"section", withKind(15, 1, 9, 0, 4), "member 0: reference to type 9"},
 		{"parts that are not there", withKind(4, 1000), "type 6 is cut off"},
-		{"unknown kind", edit(good, first+1, 20<<24), "type 5: kind 20"},
+		{"unknown kind", edit(good, first+1, 20<<24), "type 5 has the unknown kind 20"},
 		{"cut off", good[:len(good)-1], "read the table of strings: "},
 		{"types cut off", edit(good, 3, 50), "type 8 is cut off"},
-		{"another version", edit(good, 0, 0x0002eb9f), "no BTF of version 1"},
-		{"big-endian", edit(good, 0, 0x00019feb), "no BTF of version 1"},
+		{"another version", edit(good, 0, 0x0002eb9f), "does not have BTF of version 1"},
+		{"big-endian", edit(good, 0, 0x00019feb), "does not have BTF of version 1"},
 		{"header beyond the end", edit(good, 1, 4096), "the BTF header says that it has 4096 bytes"},
-		{"strings without an end", append(good[:len(good)-1:len(good)-1], 'x'), "no table of strings"},
-		{"nothing", nil, "no BTF"},
+		{"strings without an end", append(good[:len(good)-1:len(good)-1], 'x'), "the table of strings is missing"},
+		{"nothing", nil, "does not have BTF"},
 	} {
 		err := types.Check(row.data)
 		if row.want == "" && err != nil || row.want != "" && (err == nil || !strings.Contains(err.Error(), row.want)) {

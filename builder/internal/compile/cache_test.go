@@ -322,7 +322,7 @@ func TestCacheNeedsDigests(t *testing.T) {
 	}
 	defer cache.Close()
 	r.Cache, r.SourceDigest = cache, ""
-	if _, err := compile.Modules(t.Context(), r); err == nil || !strings.Contains(err.Error(), "without the digests") {
+	if _, err := compile.Modules(t.Context(), r); err == nil || !strings.Contains(err.Error(), "needs the digests of") {
 		t.Errorf("Modules = %v; want the missing digest named", err)
 	}
 }

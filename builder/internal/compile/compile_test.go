@@ -182,11 +182,11 @@ func TestFailures(t *testing.T) {
 	}{
 		{"source does not compile", func(t *testing.T, r *compile.Request) {
 			write(t, r.Source, map[string]string{"nvidia/nv.c": "int nv(void) { return gone; }\n"})
-		}, fault.APIBreak, "compile 535.261.03-open for 6.1.0-50-cloud-amd64: nvidia/nv.c:1:23: error: 'gone' undeclared " +
-			"(first use in this function)"},
+		}, fault.APIBreak, "compile 535.261.03-open for kernel release 6.1.0-50-cloud-amd64: nvidia/nv.c:1:23: error: " +
+			"'gone' undeclared (first use in this function)"},
 		{"nothing built", func(t *testing.T, r *compile.Request) {
 			write(t, r.Source, map[string]string{"Makefile": "modules:\n\t@true\n"})
-		}, fault.Internal, "left no module"},
+		}, fault.Internal, "made no module"},
 		{"killed", func(t *testing.T, r *compile.Request) {
 			write(t, r.Source, map[string]string{"Makefile": "modules:\n\t@kill -9 $$PPID\n"})
 		}, fault.OutOfMemory, "killed"},

@@ -381,7 +381,7 @@ func TestFetchRefuses(t *testing.T) {
 				h["elsewhere/"+strings.TrimPrefix(name, tree)] = body
 			}
 			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
-		}, kind: fault.Unsupported, text: "no folder"},
+		}, kind: fault.Unsupported, text: "is not a folder"},
 		{name: "Module.symvers behind a link", change: func(t *testing.T, o map[string][]byte) {
 			h := headerFiles()
 			h["symvers"], h[tree+"Module.symvers"] = h[tree+"Module.symvers"], "-> ../../../symvers"

@@ -175,7 +175,7 @@ func TestJudge(t *testing.T) {
 		{"no GPU, and a warning", func(res *vm.Result) {
 			change("load nvidia", fails(19, logNoGPU))(res)
 			res.KernelLog = "[    7.1] WARNING: CPU: 0 PID: 1 at x.c:1\n"
-		}, Rejected, 1, []string{"complained"}},
+		}, Rejected, 1, []string{"the kernel logged a warning"}},
 		{"crashes at power-off", func(res *vm.Result) { res.Crash = "BUG: late" }, Rejected, 3, []string{"BUG: late"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {

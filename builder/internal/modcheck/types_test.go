@@ -26,7 +26,7 @@ func TestTypes(t *testing.T) {
 			"nvidia: the module's types do not continue the kernel's types: type 5: the name at offset"},
 		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read the module's types: the file has no section .BTF"},
 		{"unasked", "", with(own), "nvidia: the module has BTF, but the kernel's BTF is missing"},
-		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "no BTF of version 1"},
+		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "does not have BTF of version 1"},
 	} {
 		k := kernel(t)
 		if row.kernel != "" {

@@ -280,7 +280,7 @@ func TestWriteRefuses(t *testing.T) {
 			"this selection"},
 		{"another signer", offline.Config{Verifier: testkit.NewKey(t).Verifier(t)}, fault.Unverified, "verify artifact"},
 		{"an empty snapshot", offline.Config{Snapshot: t.TempDir()}, fault.Usage, "empty"},
-		{"a snapshot with a link", offline.Config{Snapshot: link}, fault.Usage, "no regular file"},
+		{"a snapshot with a link", offline.Config{Snapshot: link}, fault.Usage, "is not a regular file"},
 		{"a registry as the earlier one", offline.Config{Since: f.repo}, fault.Usage, "is not a bundle"},
 		{"an image that is not there", offline.Config{Images: []offline.Image{{Name: "x", Ref: "v9", Repo: f.repo}}},
 			fault.NoArtifact, "v9"},

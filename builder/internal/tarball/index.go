@@ -63,8 +63,8 @@ type RunfileEntry struct {
 	Object string `json:"object,omitempty"`
 }
 
-// ParseIndex reads an index whose signature the caller has verified. It accepts only what this program writes. For other
-// content, such as an unknown field or another order, the error is [fault.Unverified].
+// ParseIndex reads an index whose signature the caller has verified. It accepts only what this program writes. For
+// other content, such as an unknown field or another order, the error is [fault.Unverified].
 func ParseIndex(text []byte) (Index, error) {
 	x, err := parseIndex(text)
 	if err != nil {

@@ -143,8 +143,8 @@ func writeEdits(store *install.Store, e bootEdits) error {
 	return errors.Join(store.WriteFile(bootFile, raw), store.Sync())
 }
 
-// bootAllows sets the count of changes of the boot configuration to 0 if the running kernel accepts modules. So a change
-// that worked does not count towards maxEdits.
+// bootAllows sets the count of changes of the boot configuration to 0 if the running kernel accepts modules. So a
+// change that worked does not count towards maxEdits.
 func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *host.Facts) {
 	signatures, place := facts.Policy.Restricts()
 	if store == nil || a.cfg.DryRun || signatures || place {

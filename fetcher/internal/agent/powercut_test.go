@@ -92,7 +92,7 @@ func TestPowerCut(t *testing.T) {
 		}
 		res, err := vm.Run(t.Context(), c)
 		if res == nil || err == nil && i < len(rows) || err != nil &&
-			!strings.Contains(err.Error(), "power went off too early") {
+			!strings.Contains(err.Error(), "switched itself off too early") {
 			t.Fatalf("boot %d: %v", i, err)
 		}
 		if i > 0 {

@@ -18,8 +18,8 @@ import (
 	"testing"
 )
 
-// Files names files, and folders with all that is in them, except folders named .git. It fails the test if one cannot be
-// read, or has changed when the test ends.
+// Files names files, and folders with all that is in them, except folders named .git. It fails the test if a file
+// cannot be read, or has changed when the test ends.
 //
 // Call it while a test runs. Before m.Run, as at the start of TestMain, the testing package records nothing.
 func Files(t testing.TB, names ...string) {
