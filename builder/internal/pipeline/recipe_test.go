@@ -307,7 +307,9 @@ func TestOtherBTFRefused(t *testing.T) {
 			t.Fatalf("the first build by version %q = %v, phases %v; want it compiled and refused\n%s", version, err,
 				phases(res), log)
 		}
-		checkRefusedEarly(t, cfg, "pahole v0.99", "install pahole v0.99")
+		again := cfg
+		again.RetryRefused = true // without it, the builder would not look for the reason
+		checkRefusedEarly(t, again, "pahole v0.99", "install pahole v0.99")
 	}
 }
 

@@ -103,7 +103,7 @@ func TestDeniedStatement(t *testing.T) {
 	}{
 		{"a refusal", false, true, trust.PredicateTestResult, "", "may refuse the driver, and cannot be read", fault.Usage},
 		{"a refusal without labels", false, false, trust.PredicateTestResult, "", "may refuse the driver", fault.Usage},
-		{"a refusal that a mirror lacks", false, true, trust.PredicateTestResult, "lacks", "and does not serve", fault.Usage},
+		{"a refusal that a mirror lacks", false, true, trust.PredicateTestResult, "lacks", "but does not serve", fault.Usage},
 		{"a refusal that a mirror has", false, true, trust.PredicateTestResult, "has", "rejected in the load test",
 			fault.Usage},
 		{"a passed load test", true, true, trust.PredicateTestResult, "", installed, 0},
@@ -166,7 +166,7 @@ func TestWrongLink(t *testing.T) {
 	n.parts.Registries = []string{mirror}
 	r, err := n.run(t, strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", p.Digest, c.Driver)
 	if err == nil || !strings.Contains(err.Error(), "wrong Link header: the next page") ||
-		!strings.Contains(err.Error(), "has more statements than it lists") ||
+		!strings.Contains(err.Error(), "has statements that are missing in its list") ||
 		!strings.Contains(fault.Hint(err), "so that the Link header names the next page") || len(n.kernel.calls) > 0 {
 		t.Errorf("Run = %+v, %v, hint %q, with the calls %v; want the header named in both, and no call", r.Verdict, err,
 			fault.Hint(err), n.kernel.calls)
