@@ -38,7 +38,7 @@ var oneProcessor = map[string]bool{
 
 // dependOn has the folders that the longest parts depend on, besides those of all tests. Other parts always run.
 var dependOn = map[string][]string{
-	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {"deploy/mirror"},
+	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
 	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},

@@ -8,7 +8,6 @@
 package inputs
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -28,6 +27,12 @@ func Files(t testing.TB, names ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.watch(t)
+}
+
+// watch fails the test if a file has changed when the test ends.
+func (s State) watch(t testing.TB) {
+	t.Helper()
 	t.Cleanup(func() {
 		if err := s.Unchanged(); err != nil {
 			t.Error(err)
@@ -35,10 +40,10 @@ func Files(t testing.TB, names ...string) {
 	})
 }
 
-// State is the state of files at one time.
+// State is the state of files and folders at one time. The time of a folder changes when a file is added or removed.
 type State map[string]fs.FileInfo
 
-// Look returns the state of files, and of the files in folders, except folders named .git.
+// Look returns the state of files, and of folders with all that is in them, except folders named .git.
 func Look(names ...string) (State, error) {
 	s := State{}
 	for _, name := range names {
@@ -48,9 +53,6 @@ func Look(names ...string) (State, error) {
 				return err
 			case d.IsDir() && d.Name() == ".git":
 				return fs.SkipDir
-			case d.IsDir():
-				_, err := os.Stat(name) // its time changes when a file is added or removed
-				return err
 			}
 			return s.add(name)
 		})
@@ -61,16 +63,22 @@ func Look(names ...string) (State, error) {
 	return s, nil
 }
 
-// add opens a file, since the cache takes no result of a test that opened a file younger than two seconds. It takes one
-// that only asked for its metadata.
+// add adds a file or folder. It opens a file, since the cache takes no result of a test that opened a file younger than
+// two seconds. It takes one of a test that only asked for the metadata.
 func (s State) add(name string) error {
+	info, err := os.Stat(name)
+	if err != nil {
+		return err
+	}
+	s[name] = info
+	if info.IsDir() {
+		return nil
+	}
 	f, err := os.Open(name)
 	if err != nil {
 		return err
 	}
-	info, err := f.Stat()
-	s[name] = info
-	return errors.Join(err, f.Close())
+	return f.Close()
 }
 
 // Unchanged returns an error that names a file which has changed since.
@@ -80,7 +88,7 @@ func (s State) Unchanged() error {
 		if err != nil {
 			return fmt.Errorf("an input of the test has changed during the test: %w", err)
 		}
-		if now.Size() != was.Size() || now.Mode() != was.Mode() || !now.ModTime().Equal(was.ModTime()) {
+		if !now.IsDir() && now.Size() != was.Size() || now.Mode() != was.Mode() || !now.ModTime().Equal(was.ModTime()) {
 			return fmt.Errorf("an input of the test has changed during the test: %s; run the test again", name)
 		}
 	}
@@ -105,18 +113,18 @@ func Sources(t testing.TB, env []string, patterns ...string) {
 	if err != nil {
 		t.Fatalf("list the sources of %s: %v", strings.Join(patterns, " "), err)
 	}
-	var names []string
+	s := State{}
 	for name := range strings.Lines(string(out)) {
 		if name = strings.TrimSuffix(name, "\n"); name == "" {
 			continue
 		}
-		if filepath.Base(name) != "go.mod" {
-			// The time of the folder changes with a new source or embedded file.
-			if _, err := os.Stat(filepath.Dir(name)); err != nil {
-				t.Fatal(err)
-			}
+		err := s.add(name)
+		if err == nil && filepath.Base(name) != "go.mod" {
+			err = s.add(filepath.Dir(name)) // its time changes with a new source or embedded file
 		}
-		names = append(names, name)
+		if err != nil {
+			t.Fatalf("name the inputs of a test: %v", err)
+		}
 	}
-	Files(t, names...)
+	s.watch(t)
 }

@@ -136,17 +136,18 @@ func TestUnchanged(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "sub", "file")
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		t.Fatal(err)
-	}
 	for name, change := range map[string]func() error{
 		"nothing": func() error { return nil },
 		"longer":  func() error { return os.WriteFile(file, []byte("longer"), 0o600) },
 		"newer":   func() error { return os.Chtimes(file, time.Now(), time.Now().Add(-time.Minute)) },
 		"mode":    func() error { return os.Chmod(file, 0o400) },
 		"removed": func() error { return os.Remove(file) },
+		"another": func() error { return os.WriteFile(file+"2", nil, 0o600) },
 	} {
-		if err := os.RemoveAll(file); err != nil {
+		if err := os.RemoveAll(filepath.Dir(file)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(file, []byte("text"), 0o600); err != nil {
