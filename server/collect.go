@@ -40,6 +40,9 @@ func collect(ctx context.Context, r collector, log *slog.Logger) error {
 		case out.Blobs > 0:
 			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
 		}
+		for _, d := range out.Restored {
+			log.InfoContext(ctx, "blob restored", "digest", d, "hint", "it reads well again; check the disk and the memory")
+		}
 		for _, d := range out.Damaged {
 			log.WarnContext(ctx, "manifest damaged", "digest", d, "hint", "push this manifest again, or delete it")
 		}

@@ -12,7 +12,7 @@
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
-//	damaged/<hex>                              damaged content, until it is pushed again or no longer needed
+//	damaged/<hex>                              damaged content, until it reads well, is pushed again, or is not needed
 //	verified                                   how far the verification of all blobs has come
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
@@ -78,6 +78,7 @@ type Store struct {
 	*ociregistry.Funcs // methods that Store does not define return the error "unsupported"
 
 	root       *os.Root
+	openBlob   func(name string) (fs.File, error) // for a verification
 	createOnly func(repo, tag string) bool
 	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
@@ -136,6 +137,7 @@ func open(dir string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		root:         root,
+		openBlob:     func(name string) (fs.File, error) { return root.Open(name) },
 		createOnly:   o.CreateOnly,
 		forget:       o.Forget,
 		checkFree:    o.CheckFree,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"strings"
@@ -82,13 +83,14 @@ func (s *Store) NextPass() time.Time {
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
-// damaged, and passes it to the callback. Pushes and collections may run at the same time.
+// damaged, and passes it to the callback. If two files in a row cannot be read, it leaves the second one where it is,
+// and returns an error. Pushes and collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (out Verified, err error) {
 	p := s.readPlace()
 	if p.After == "" {
 		p.Began = s.now()
 	}
-	stored := s.now()
+	stored, failing := s.now(), false
 	err = fs.WalkDir(s.root.FS(), "blobs", func(name string, e fs.DirEntry, err error) error {
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -100,10 +102,11 @@ func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (out
 		case e.IsDir() || name <= p.After:
 			return nil
 		}
-		n, cause, err := s.verifyBlob(ctx, name, rate)
+		n, cause, err := s.verifyBlob(ctx, name, rate, failing)
 		if err != nil {
 			return err
 		}
+		failing = isUnread(cause)
 		out.Blobs++
 		out.Bytes += n
 		if cause != nil {
@@ -131,50 +134,86 @@ func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (out
 	return out, nil
 }
 
-// verifyBlob reads a blob and returns its size in bytes. If the content is damaged or cannot be read, verifyBlob moves
-// it to the folder damaged, and returns the cause.
-func (s *Store) verifyBlob(ctx context.Context, name string, rate int64) (n int64, cause, err error) {
+// wrongDigest is the error if content has another digest than its name says.
+type wrongDigest struct{ seen digest.Digest }
+
+func (e wrongDigest) Error() string { return "the content has digest " + string(e.seen) }
+
+// verifyBlob reads a blob and returns the number of bytes that it read. If the content is damaged or cannot be read,
+// verifyBlob reads it once more, because the memory or the cable may be at fault. After the second time, it moves the
+// content to the folder damaged, and returns the cause. If failing is true, the file before this one could not be read.
+// If this one cannot be read either, the whole disk may be away: then verifyBlob moves nothing, and returns an error.
+func (s *Store) verifyBlob(ctx context.Context, name string, rate int64, failing bool) (n int64, cause, err error) {
 	sum := path.Base(name)
 	is := digest.NewDigestFromEncoded(algorithm(sum), sum)
 	if is.Validate() != nil || blobPath(sum) != name {
 		return 0, nil, nil // it is not a file of this package
 	}
-	if err := pause(ctx, openCost, rate); err != nil {
-		return 0, nil, err
-	}
-	f, err := s.root.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil, nil // a collection removed it
-	}
-	if err != nil {
-		return 0, nil, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	seen := is.Algorithm().Digester()
-	buffer := make([]byte, readAtOnce)
-	for cause == nil {
-		got, err := f.Read(buffer)
-		_, _ = seen.Hash().Write(buffer[:got]) // never fails, see hash.Hash
-		n += int64(got)
-		if errors.Is(err, io.EOF) {
-			break
+	var f fs.File
+	defer func() {
+		if f != nil {
+			err = errors.Join(err, f.Close())
 		}
-		cause = err
-		if err := pause(ctx, got, rate); err != nil {
+	}()
+	for range 2 {
+		if f != nil {
+			if err := f.Close(); err != nil {
+				return n, nil, err
+			}
+		}
+		f, err = s.openBlob(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return n, nil, nil // a collection removed it
+		}
+		if err != nil {
+			return n, nil, err
+		}
+		var got int64
+		got, cause, err = readBlob(ctx, f, is, rate)
+		n += got
+		if cause == nil || err != nil {
 			return n, nil, err
 		}
 	}
-	if cause == nil && seen.Digest() != is {
-		cause = fmt.Errorf("the content has digest %s", seen.Digest())
-	}
-	if cause == nil {
-		return n, nil, nil
+	if failing && isUnread(cause) {
+		return n, nil, fmt.Errorf("stop after two files that cannot be read: %w", cause)
 	}
 	moved, err := s.moveAside(f, is)
 	if !moved {
 		cause = nil // a push replaced it meanwhile, or a collection removed it
 	}
 	return n, cause, err
+}
+
+// isUnread reports whether content could not be read. Otherwise it is intact, or its digest is wrong.
+func isUnread(cause error) bool { return cause != nil && !errors.As(cause, new(wrongDigest)) }
+
+// readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause says why the
+// content is not the one with the digest. The error is that of ctx.
+func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n int64, cause, err error) {
+	if err := pause(ctx, openCost, rate); err != nil {
+		return 0, nil, err
+	}
+	seen := is.Algorithm().Digester()
+	buffer := make([]byte, readAtOnce)
+	for {
+		got, err := r.Read(buffer)
+		_, _ = seen.Hash().Write(buffer[:got]) // never fails, see hash.Hash
+		n += int64(got)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return n, err, nil
+		}
+		if err := pause(ctx, got, rate); err != nil {
+			return n, nil, err
+		}
+	}
+	if d := seen.Digest(); d != is {
+		return n, wrongDigest{d}, nil
+	}
+	return n, nil, nil
 }
 
 // pause waits as long as reading n bytes may take.
@@ -194,7 +233,7 @@ func pause(ctx context.Context, n int, rate int64) error {
 }
 
 // moveAside moves a damaged blob to the folder damaged, unless another file has its path now.
-func (s *Store) moveAside(f *os.File, d digest.Digest) (moved bool, err error) {
+func (s *Store) moveAside(f fs.File, d digest.Digest) (moved bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
 	read, err := f.Stat()
@@ -262,6 +301,43 @@ func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Dama
 		return nil
 	})
 	return all, err
+}
+
+// restore moves content of the folder damaged back to its path if its digest is right: the disk or the memory was at
+// fault for a moment. It returns the digests of this content. Content that a push has brought back stays.
+func (s *Store) restore(ctx context.Context) (back []string, err error) {
+	entries, err := fs.ReadDir(s.root.FS(), "damaged")
+	for _, e := range entries {
+		is := digest.NewDigestFromEncoded(algorithm(e.Name()), e.Name())
+		if is.Validate() != nil {
+			continue
+		}
+		moved, rerr := s.restoreBlob(ctx, is)
+		if moved {
+			back = append(back, string(is))
+		}
+		err = errors.Join(err, rerr)
+	}
+	return back, err
+}
+
+// restoreBlob moves one blob or manifest back. Content that cannot be read stays, without an error.
+func (s *Store) restoreBlob(ctx context.Context, is digest.Digest) (moved bool, err error) {
+	from, to := "damaged/"+is.Encoded(), blobPath(is.Encoded())
+	f, err := s.root.Open(from)
+	if err != nil {
+		return false, nil //nolint:nilerr // it is known to be damaged
+	}
+	_, cause, err := readBlob(ctx, f, is, math.MaxInt64)
+	if err := errors.Join(err, f.Close()); err != nil || cause != nil {
+		return false, err
+	}
+	s.collecting.Lock()
+	defer s.collecting.Unlock()
+	if _, err := s.root.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return true, s.moveToFinal(from, to)
 }
 
 // readAbsent notes the content that was damaged before the start.
