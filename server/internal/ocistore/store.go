@@ -13,7 +13,7 @@
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
 //	damaged/<hex>                              damaged content, until it reads well, is pushed again, or is not needed
-//	verified                                   how far the verification of all blobs has come
+//	verified                                   how far the verification of all blobs has come, and what it could not read
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -94,6 +94,8 @@ type Store struct {
 	owners map[string]string
 	// absent has the hex digits of damaged and lost content. It may still have some that was pushed again; see lacks.
 	absent map[string]bool
+	// kept has the paths of files and folders that a verification could not read or move.
+	kept   map[string]bool
 	logged map[string]bool // damaged entries that the log has
 
 	// collecting is held for writing while a blob is deleted or moved to the folder damaged. It is held for reading while
@@ -146,6 +148,7 @@ func open(dir string, o Options) (*Store, error) {
 		busy:         map[string]bool{},
 		owners:       map[string]string{},
 		absent:       map[string]bool{},
+		kept:         map[string]bool{},
 		logged:       map[string]bool{},
 		public:       o.Public,
 		redistribute: o.Redistribute,
