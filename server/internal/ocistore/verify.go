@@ -103,6 +103,8 @@ type pass struct {
 	before []string
 	// failing is true if the file before this one could not be read.
 	failing bool
+	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
+	damaged map[string]error
 	// kept says what could not be read or moved, at most maxKept times. more is the number of further ones.
 	kept []error
 	more int
@@ -113,12 +115,13 @@ const maxKept = 10
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
-// damaged, and passes it to the callback. Files and folders that it cannot open or move stay where they are. Verify
-// passes each of them to the callback once, goes on, and returns an error at the end. Until the next pass is due, it
-// reads only these again. If two files in a row cannot be read, Verify ends there with an error. Pushes and collections
-// may run at the same time.
+// damaged, and passes it to the callback, at the end and each time that it stores its place.
+//
+// Files and folders that it cannot open or move stay where they are. Verify passes each of them to the callback once,
+// goes on, and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a
+// row cannot be read, Verify ends there with an error. Pushes and collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
-	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace()}
+	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
 		return p.out, fmt.Errorf("verify blobs: %w", err)
 	}
@@ -138,6 +141,7 @@ func (p *pass) run(ctx context.Context) error {
 	stored := p.now()
 	var err error
 	for _, root := range roots {
+		p.failing = false
 		err = fs.WalkDir(p.root.FS(), root, func(name string, e fs.DirEntry, err error) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -155,12 +159,14 @@ func (p *pass) run(ctx context.Context) error {
 				return nil
 			}
 			stored = p.now()
+			p.report(ctx)
 			return p.writePlace(p.place)
 		})
 		if err != nil {
 			break
 		}
 	}
+	p.report(ctx)
 	ended := err == nil
 	if ended {
 		p.place.After = ""
@@ -209,7 +215,8 @@ func (p *pass) visit(ctx context.Context, name string) error {
 		return nil
 	}
 	p.out.Damaged++
-	return p.report(ctx, path.Base(name), cause, p.found)
+	p.damaged[path.Base(name)] = cause
+	return nil
 }
 
 // keep notes why a file or a folder could not be read or moved. With a cause of nil, it forgets it.
@@ -224,14 +231,43 @@ func (p *pass) keep(name string, cause error) {
 	if cause == nil {
 		return
 	}
-	if len(p.kept) < maxKept {
-		p.kept = append(p.kept, cause)
-	} else {
-		p.more++
-	}
+	p.fail(cause)
 	if !slices.Contains(p.before, name) {
 		p.found(Damage{Kept: name, Cause: cause})
 	}
+}
+
+// fail notes an error that does not end the pass.
+func (p *pass) fail(err error) {
+	if len(p.kept) < maxKept {
+		p.kept = append(p.kept, err)
+	} else {
+		p.more++
+	}
+}
+
+// report passes the damaged content that is not reported yet to the callback. It reads all manifests once for all of
+// it. After the end of ctx, it does nothing: the next collection reports the content.
+func (p *pass) report(ctx context.Context) {
+	if len(p.damaged) == 0 || ctx.Err() != nil {
+		return
+	}
+	absent := map[string]bool{}
+	for sum := range p.damaged {
+		absent[sum] = true
+	}
+	all, err := p.damages(ctx, absent)
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		p.fail(fmt.Errorf("read manifests: %w", err))
+	}
+	for _, d := range all {
+		d.Cause = p.damaged[digest.Digest(d.Digest).Encoded()]
+		p.found(d)
+	}
+	clear(p.damaged)
 }
 
 // wrongDigest is the error if content has another digest than its name says.
@@ -373,33 +409,25 @@ func (s *Store) moveAside(read fs.FileInfo, d digest.Digest) (moved bool, err er
 	return true, nil
 }
 
-// report passes a damaged blob to the callback.
-func (s *Store) report(ctx context.Context, sum string, cause error, found func(Damage)) error {
-	all, err := s.damages(ctx, map[string]bool{sum: true})
-	for _, d := range all {
-		d.Cause = cause
-		found(d)
-	}
-	return err
-}
-
-// damages returns the damage of absent blobs, which are given by their hex digits.
+// damages returns the damage of absent blobs, which are given by their hex digits, in the order of the digits. After
+// the first error, the numbers of manifests may be too small.
 func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Damage, err error) {
 	if len(absent) == 0 {
 		return nil, nil
 	}
 	of := map[string]*Damage{}
-	for sum := range absent {
+	for _, sum := range slices.Sorted(maps.Keys(absent)) {
 		all = append(all, Damage{Digest: string(digest.NewDigestFromEncoded(algorithm(sum), sum))})
 	}
 	for i := range all {
 		of[digest.Digest(all[i].Digest).Encoded()] = &all[i]
 	}
+	var first error
 	err = s.eachManifest(ctx, func(repo string, is digest.Digest) error {
 		needs := []string{is.Encoded()}
 		content, err := s.root.ReadFile(blobPath(is.Encoded()))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && first == nil {
+			first = err
 		}
 		var m manifest
 		if err == nil && json.Unmarshal(content, &m) == nil {
@@ -417,7 +445,7 @@ func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Dama
 		}
 		return nil
 	})
-	return all, err
+	return all, errors.Join(first, err)
 }
 
 // restore moves content of the folder damaged back to its path if its digest is right: the disk or the memory was at
