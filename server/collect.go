@@ -40,6 +40,9 @@ func collect(ctx context.Context, r collector, log *slog.Logger) error {
 		case out.Blobs > 0:
 			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
 		}
+		for _, d := range out.Restored {
+			log.InfoContext(ctx, "blob restored", "digest", d, "hint", "it reads well again; check the disk and the memory")
+		}
 		for _, d := range out.Damaged {
 			log.WarnContext(ctx, "manifest damaged", "digest", d, "hint", "push this manifest again, or delete it")
 		}
@@ -51,6 +54,11 @@ func collect(ctx context.Context, r collector, log *slog.Logger) error {
 
 // warnOfDamage writes damaged or lost content of the registry to the log, with the next step.
 func warnOfDamage(ctx context.Context, log *slog.Logger, d ocistore.Damage) {
+	if d.Kept != "" {
+		log.WarnContext(ctx, "blob not verified", "path", d.Kept, "err", d.Cause,
+			"hint", "look at the disk, and at the owner and the mode of this path; the server tries again each hour")
+		return
+	}
 	hint := "push this manifest again, or delete it and request its build again: docs/how-to/back-up.md"
 	if d.Manifests == 0 {
 		hint = "no manifest needs it, so there is nothing to do"

@@ -50,7 +50,7 @@ type Config struct {
 	Disk checker
 	// Free returns the free bytes of the data folder's disk. nil leaves out the metric.
 	Free func() (uint64, error)
-	// Damaged returns the number of damaged and lost blobs of the registry. nil leaves out the metric.
+	// Damaged returns the number of damaged, lost and unreadable blobs of the registry. nil leaves out the metric.
 	Damaged func() int
 	// Registry serves /v2/ and checks access itself.
 	Registry http.Handler

@@ -48,7 +48,8 @@ func newMetrics(c Config) *metrics {
 	if c.Damaged != nil {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "prebake_registry_damaged",
 			Help: "Blobs and manifests of the server's registry that are damaged or lost, until they are pushed again or " +
-				"no longer needed."}, func() float64 { return float64(c.Damaged()) }))
+				"no longer needed. Also files and folders of it that the server cannot read or move, until it " +
+				"can."}, func() float64 { return float64(c.Damaged()) }))
 	}
 	m.registry.MustRegister(
 		m.took,

@@ -24,6 +24,8 @@ type Collected struct {
 	Damaged []string
 	// DamagedBlobs are the blobs that manifests need, and that are lost or were moved aside.
 	DamagedBlobs []Damage
+	// Restored has the digests of content that was moved aside, and has the right digest now. It is back at its path.
+	Restored []string
 }
 
 // Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
@@ -31,6 +33,9 @@ type Collected struct {
 // be read, Collect removes no blobs and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if _, err := s.dropUploads(now, uploadMaxAge); err != nil {
+		return out, fmt.Errorf("collect blobs: %w", err)
+	}
+	if out.Restored, err = s.restore(ctx); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var old []string

@@ -12,8 +12,8 @@
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
 //	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
-//	damaged/<hex>                              damaged content, until it is pushed again or no longer needed
-//	verified                                   how far the verification of all blobs has come
+//	damaged/<hex>                              damaged content, until it reads well, is pushed again, or is not needed
+//	verified                                   how far the verification of all blobs has come, and what it could not read
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -78,6 +78,7 @@ type Store struct {
 	*ociregistry.Funcs // methods that Store does not define return the error "unsupported"
 
 	root       *os.Root
+	openBlob   func(name string) (fs.File, error) // for a verification
 	createOnly func(repo, tag string) bool
 	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
@@ -93,6 +94,8 @@ type Store struct {
 	owners map[string]string
 	// absent has the hex digits of damaged and lost content. It may still have some that was pushed again; see lacks.
 	absent map[string]bool
+	// kept has the paths of files and folders that a verification could not read or move.
+	kept   map[string]bool
 	logged map[string]bool // damaged entries that the log has
 
 	// collecting is held for writing while a blob is deleted or moved to the folder damaged. It is held for reading while
@@ -136,6 +139,7 @@ func open(dir string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		root:         root,
+		openBlob:     func(name string) (fs.File, error) { return root.Open(name) },
 		createOnly:   o.CreateOnly,
 		forget:       o.Forget,
 		checkFree:    o.CheckFree,
@@ -144,6 +148,7 @@ func open(dir string, o Options) (*Store, error) {
 		busy:         map[string]bool{},
 		owners:       map[string]string{},
 		absent:       map[string]bool{},
+		kept:         map[string]bool{},
 		logged:       map[string]bool{},
 		public:       o.Public,
 		redistribute: o.Redistribute,

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
+	"math"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,6 +40,9 @@ type Damage struct {
 	Manifests int
 	// Cause is what was wrong with the content. nil means that it is known to be damaged or lost since earlier.
 	Cause error
+	// Kept is the path of a file or a folder that could not be read or moved, and stays where it is. Digest is "" then.
+	// Otherwise Kept is "".
+	Kept string
 }
 
 // Verified is what one pass over all blobs read.
@@ -51,6 +57,8 @@ type place struct {
 	Began time.Time `json:"began"`
 	// After is the path of the last blob that was verified. "" means that the pass has ended.
 	After string `json:"after,omitempty"`
+	// Kept has the paths of files and folders that could not be read or moved.
+	Kept []string `json:"kept,omitempty"`
 }
 
 // readPlace returns the stored place. It returns the zero value if there is none, or if its file is damaged.
@@ -62,8 +70,11 @@ func (s *Store) readPlace() (p place) {
 	return p
 }
 
-// writePlace stores a place. It needs no free space beyond the reserve.
+// writePlace stores a place, and the paths of what was kept. It needs no free space beyond the reserve.
 func (s *Store) writePlace(p place) error {
+	s.mu.Lock()
+	p.Kept = slices.Sorted(maps.Keys(s.kept))
+	s.mu.Unlock()
 	raw, err := json.Marshal(p)
 	if err != nil {
 		return err
@@ -71,110 +82,293 @@ func (s *Store) writePlace(p place) error {
 	return s.root.WriteFile(placeFile, raw, 0o640)
 }
 
-// NextPass returns when [Store.Verify] is due: in the past if a pass was interrupted, or if there was none.
+// NextPass returns when [Store.Verify] is due: in the past if a pass was interrupted, if it could not read something, or
+// if there was none.
 func (s *Store) NextPass() time.Time {
 	p := s.readPlace()
-	if p.After != "" {
+	if p.After != "" || len(p.Kept) > 0 {
 		return p.Began
 	}
 	return p.Began.Add(verifyEvery)
 }
 
-// Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
-// must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
-// damaged, and passes it to the callback. Pushes and collections may run at the same time.
-func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (out Verified, err error) {
-	p := s.readPlace()
-	if p.After == "" {
-		p.Began = s.now()
-	}
-	stored := s.now()
-	err = fs.WalkDir(s.root.FS(), "blobs", func(name string, e fs.DirEntry, err error) error {
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil // a collection removed it
-		case err != nil || ctx.Err() != nil:
-			return errors.Join(err, ctx.Err())
-		case e.IsDir() && name < p.After && !strings.HasPrefix(p.After, name+"/"):
-			return fs.SkipDir
-		case e.IsDir() || name <= p.After:
-			return nil
-		}
-		n, cause, err := s.verifyBlob(ctx, name, rate)
-		if err != nil {
-			return err
-		}
-		out.Blobs++
-		out.Bytes += n
-		if cause != nil {
-			out.Damaged++
-			if err := s.report(ctx, path.Base(name), cause, found); err != nil {
-				return err
-			}
-		}
-		p.After = name
-		if s.now().Sub(stored) < placeEvery {
-			return nil
-		}
-		stored = s.now()
-		return s.writePlace(p)
-	})
-	if err == nil {
-		p.After = ""
-	}
-	if err == nil || p.After != "" { // otherwise this pass has no place yet, and the former one stays
-		err = errors.Join(err, s.writePlace(p))
-	}
-	if err != nil {
-		return out, fmt.Errorf("verify blobs: %w", err)
-	}
-	return out, nil
+// pass is one call of Verify.
+type pass struct {
+	*Store
+	rate  int64
+	found func(Damage)
+	out   Verified
+	place place
+	// before has the paths that could not be read or moved before this call.
+	before []string
+	// failing is true if the file before this one could not be read.
+	failing bool
+	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
+	damaged map[string]error
+	// kept says what could not be read or moved, at most maxKept times. more is the number of further ones.
+	kept []error
+	more int
 }
 
-// verifyBlob reads a blob and returns its size in bytes. If the content is damaged or cannot be read, verifyBlob moves
-// it to the folder damaged, and returns the cause.
-func (s *Store) verifyBlob(ctx context.Context, name string, rate int64) (n int64, cause, err error) {
+// maxKept is how many unreadable files and folders the error of Verify names.
+const maxKept = 10
+
+// Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
+// must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
+// damaged, and passes it to the callback, at the end and each time that it stores its place.
+//
+// Files and folders that it cannot open or move stay where they are. Verify passes each of them to the callback once,
+// goes on, and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a
+// row cannot be read, Verify ends there with an error. Pushes and collections may run at the same time.
+func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
+	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
+	if err := p.run(ctx); err != nil {
+		return p.out, fmt.Errorf("verify blobs: %w", err)
+	}
+	return p.out, nil
+}
+
+func (p *pass) run(ctx context.Context) error {
+	roots := []string{"blobs"}
+	p.before = p.place.Kept
+	again := p.place.After == "" && len(p.place.Kept) > 0 && p.now().Before(p.place.Began.Add(verifyEvery))
+	switch {
+	case again:
+		roots = p.place.Kept
+	case p.place.After == "":
+		p.place.Began = p.now()
+	}
+	stored := p.now()
+	var err error
+	for _, root := range roots {
+		p.failing = false
+		err = fs.WalkDir(p.root.FS(), root, func(name string, e fs.DirEntry, err error) error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if done, err := p.skip(name, e, err); done {
+				return err
+			}
+			if err := p.visit(ctx, name); err != nil {
+				return err
+			}
+			if !again {
+				p.place.After = name
+			}
+			if p.now().Sub(stored) < placeEvery {
+				return nil
+			}
+			stored = p.now()
+			p.report(ctx)
+			return p.writePlace(p.place)
+		})
+		if err != nil {
+			break
+		}
+	}
+	p.report(ctx)
+	ended := err == nil
+	if ended {
+		p.place.After = ""
+	}
+	if ended || again || p.place.After != "" { // otherwise this pass has no place yet, and the former one stays
+		err = errors.Join(err, p.writePlace(p.place))
+	}
+	if p.more > 0 {
+		p.kept = append(p.kept, fmt.Errorf("%d more files and folders cannot be read or moved", p.more))
+	}
+	return errors.Join(append(p.kept, err)...)
+}
+
+// skip reports whether there is nothing to read at a path, and what the walk must return then.
+func (p *pass) skip(name string, e fs.DirEntry, err error) (done bool, next error) {
+	after := p.place.After
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		p.keep(name, nil) // a collection removed it
+		return true, nil
+	case err != nil:
+		p.keep(name, err)
+		return true, nil
+	case e.IsDir() && name < after && !strings.HasPrefix(after, name+"/"):
+		return true, fs.SkipDir
+	case e.IsDir():
+		p.keep(name, nil) // if it cannot be listed, skip is called again
+		return true, nil
+	}
+	return name <= after, nil
+}
+
+// visit verifies one blob.
+func (p *pass) visit(ctx context.Context, name string) error {
+	n, cause, kept, err := p.verifyBlob(ctx, name, p.rate, p.failing)
+	p.out.Bytes += n
+	if err != nil {
+		return err
+	}
+	p.out.Blobs++
+	p.keep(name, kept)
+	if kept == nil || cause != nil { // a file that cannot be opened says nothing about the next one
+		p.failing = isUnread(cause)
+	}
+	if cause == nil || kept != nil {
+		return nil
+	}
+	p.out.Damaged++
+	p.damaged[path.Base(name)] = cause
+	return nil
+}
+
+// keep notes why a file or a folder could not be read or moved. With a cause of nil, it forgets it.
+func (p *pass) keep(name string, cause error) {
+	p.mu.Lock()
+	if cause == nil {
+		delete(p.Store.kept, name)
+	} else {
+		p.Store.kept[name] = true
+	}
+	p.mu.Unlock()
+	if cause == nil {
+		return
+	}
+	p.fail(cause)
+	if !slices.Contains(p.before, name) {
+		p.found(Damage{Kept: name, Cause: cause})
+	}
+}
+
+// fail notes an error that does not end the pass.
+func (p *pass) fail(err error) {
+	if len(p.kept) < maxKept {
+		p.kept = append(p.kept, err)
+	} else {
+		p.more++
+	}
+}
+
+// report passes the damaged content that is not reported yet to the callback. It reads all manifests once for all of
+// it. After the end of ctx, it does nothing: the next collection reports the content.
+func (p *pass) report(ctx context.Context) {
+	if len(p.damaged) == 0 || ctx.Err() != nil {
+		return
+	}
+	absent := map[string]bool{}
+	for sum := range p.damaged {
+		absent[sum] = true
+	}
+	all, err := p.damages(ctx, absent)
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		p.fail(fmt.Errorf("read manifests: %w", err))
+	}
+	for _, d := range all {
+		d.Cause = p.damaged[digest.Digest(d.Digest).Encoded()]
+		p.found(d)
+	}
+	clear(p.damaged)
+}
+
+// wrongDigest is the error if content has another digest than its name says.
+type wrongDigest struct{ seen digest.Digest }
+
+func (e wrongDigest) Error() string { return "the content has digest " + string(e.seen) }
+
+// verifyBlob reads a blob and returns the number of bytes that it read. If the content is damaged or cannot be read,
+// verifyBlob reads it once more, because the memory or the cable may be at fault. After the second time, it moves the
+// content to the folder damaged, and returns the cause. If it cannot open or move the file, kept says why.
+//
+// If failing is true, the file before this one could not be read. If this one cannot be read either, the whole disk may
+// be away: then verifyBlob moves nothing, and returns an error.
+func (s *Store) verifyBlob(
+	ctx context.Context,
+	name string,
+	rate int64,
+	failing bool,
+) (n int64, cause, kept, err error) {
 	sum := path.Base(name)
 	is := digest.NewDigestFromEncoded(algorithm(sum), sum)
 	if is.Validate() != nil || blobPath(sum) != name {
-		return 0, nil, nil // it is not a file of this package
+		return 0, nil, nil, nil // it is not a file of this package
 	}
-	if err := pause(ctx, openCost, rate); err != nil {
-		return 0, nil, err
+	var read fs.FileInfo
+	for range 2 {
+		var got int64
+		got, read, cause, err = s.readFile(ctx, name, is, rate)
+		n += got
+		if errors.Is(cause, fs.ErrNotExist) {
+			return n, nil, nil, err // a collection removed it
+		}
+		if cause == nil || err != nil {
+			return n, nil, nil, err
+		}
 	}
-	f, err := s.root.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil, nil // a collection removed it
+	switch {
+	case failing && isUnread(cause):
+		return n, nil, nil, fmt.Errorf("stop after two files that cannot be read: %w", cause)
+	case read == nil:
+		return n, nil, cause, nil
 	}
+	moved, err := s.moveAside(read, is)
 	if err != nil {
-		return 0, nil, err
+		return n, cause, fmt.Errorf("%s: %w", name, errors.Join(cause, err)), nil
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	if !moved {
+		cause = nil // a push replaced it meanwhile, or a collection removed it
+	}
+	return n, cause, nil, nil
+}
+
+// readFile opens and reads a blob, at most rate bytes per second. It returns the number of bytes, and which file it has
+// opened, or nil. The cause says why the content is not the one with the digest. The error is that of ctx.
+func (s *Store) readFile(
+	ctx context.Context,
+	name string,
+	is digest.Digest,
+	rate int64,
+) (n int64, read fs.FileInfo, cause, err error) {
+	if err := pause(ctx, openCost, rate); err != nil {
+		return 0, nil, nil, err
+	}
+	f, err := s.openBlob(name)
+	if err != nil {
+		return 0, nil, err, nil
+	}
+	defer f.Close()
+	if read, err = f.Stat(); err != nil {
+		return 0, nil, err, nil
+	}
+	n, cause, err = readBlob(ctx, f, is, rate)
+	return n, read, cause, err
+}
+
+// isUnread reports whether content could not be read. Otherwise it is intact, or its digest is wrong.
+func isUnread(cause error) bool { return cause != nil && !errors.As(cause, new(wrongDigest)) }
+
+// readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause says why the
+// content is not the one with the digest. The error is that of ctx.
+func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n int64, cause, err error) {
 	seen := is.Algorithm().Digester()
 	buffer := make([]byte, readAtOnce)
-	for cause == nil {
-		got, err := f.Read(buffer)
+	for {
+		got, err := r.Read(buffer)
 		_, _ = seen.Hash().Write(buffer[:got]) // never fails, see hash.Hash
 		n += int64(got)
 		if errors.Is(err, io.EOF) {
 			break
 		}
-		cause = err
+		if err != nil {
+			return n, err, nil
+		}
 		if err := pause(ctx, got, rate); err != nil {
 			return n, nil, err
 		}
 	}
-	if cause == nil && seen.Digest() != is {
-		cause = fmt.Errorf("the content has digest %s", seen.Digest())
+	if d := seen.Digest(); d != is {
+		return n, wrongDigest{d}, nil
 	}
-	if cause == nil {
-		return n, nil, nil
-	}
-	moved, err := s.moveAside(f, is)
-	if !moved {
-		cause = nil // a push replaced it meanwhile, or a collection removed it
-	}
-	return n, cause, err
+	return n, nil, nil
 }
 
 // pause waits as long as reading n bytes may take.
@@ -193,14 +387,10 @@ func pause(ctx context.Context, n int, rate int64) error {
 	}
 }
 
-// moveAside moves a damaged blob to the folder damaged, unless another file has its path now.
-func (s *Store) moveAside(f *os.File, d digest.Digest) (moved bool, err error) {
+// moveAside moves a damaged blob to the folder damaged, unless another file than the read one has its path now.
+func (s *Store) moveAside(read fs.FileInfo, d digest.Digest) (moved bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
-	read, err := f.Stat()
-	if err != nil {
-		return false, err
-	}
 	now, err := s.root.Stat(blobPath(d.Encoded()))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(read, now) {
 		return false, nil
@@ -209,7 +399,9 @@ func (s *Store) moveAside(f *os.File, d digest.Digest) (moved bool, err error) {
 		return false, err
 	}
 	if err := s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded()); err != nil {
-		return false, err
+		if _, serr := s.root.Lstat(blobPath(d.Encoded())); !errors.Is(serr, fs.ErrNotExist) {
+			return false, err
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -217,33 +409,25 @@ func (s *Store) moveAside(f *os.File, d digest.Digest) (moved bool, err error) {
 	return true, nil
 }
 
-// report passes a damaged blob to the callback.
-func (s *Store) report(ctx context.Context, sum string, cause error, found func(Damage)) error {
-	all, err := s.damages(ctx, map[string]bool{sum: true})
-	for _, d := range all {
-		d.Cause = cause
-		found(d)
-	}
-	return err
-}
-
-// damages returns the damage of absent blobs, which are given by their hex digits.
+// damages returns the damage of absent blobs, which are given by their hex digits, in the order of the digits. After
+// the first error, the numbers of manifests may be too small.
 func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Damage, err error) {
 	if len(absent) == 0 {
 		return nil, nil
 	}
 	of := map[string]*Damage{}
-	for sum := range absent {
+	for _, sum := range slices.Sorted(maps.Keys(absent)) {
 		all = append(all, Damage{Digest: string(digest.NewDigestFromEncoded(algorithm(sum), sum))})
 	}
 	for i := range all {
 		of[digest.Digest(all[i].Digest).Encoded()] = &all[i]
 	}
+	var first error
 	err = s.eachManifest(ctx, func(repo string, is digest.Digest) error {
 		needs := []string{is.Encoded()}
 		content, err := s.root.ReadFile(blobPath(is.Encoded()))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && first == nil {
+			first = err
 		}
 		var m manifest
 		if err == nil && json.Unmarshal(content, &m) == nil {
@@ -261,11 +445,51 @@ func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Dama
 		}
 		return nil
 	})
-	return all, err
+	return all, errors.Join(first, err)
 }
 
-// readAbsent notes the content that was damaged before the start.
+// restore moves content of the folder damaged back to its path if its digest is right: the disk or the memory was at
+// fault for a moment. It returns the digests of this content. Content that a push has brought back stays.
+func (s *Store) restore(ctx context.Context) (back []string, err error) {
+	entries, err := fs.ReadDir(s.root.FS(), "damaged")
+	for _, e := range entries {
+		is := digest.NewDigestFromEncoded(algorithm(e.Name()), e.Name())
+		if is.Validate() != nil {
+			continue
+		}
+		moved, rerr := s.restoreBlob(ctx, is)
+		if moved {
+			back = append(back, string(is))
+		}
+		err = errors.Join(err, rerr)
+	}
+	return back, err
+}
+
+// restoreBlob moves one blob or manifest back. Content that cannot be read stays, without an error.
+func (s *Store) restoreBlob(ctx context.Context, is digest.Digest) (moved bool, err error) {
+	from, to := "damaged/"+is.Encoded(), blobPath(is.Encoded())
+	f, err := s.root.Open(from)
+	if err != nil {
+		return false, nil //nolint:nilerr // it is known to be damaged
+	}
+	_, cause, err := readBlob(ctx, f, is, math.MaxInt64)
+	if err := errors.Join(err, f.Close()); err != nil || cause != nil {
+		return false, err
+	}
+	s.collecting.Lock()
+	defer s.collecting.Unlock()
+	if _, err := s.root.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return true, s.moveToFinal(from, to)
+}
+
+// readAbsent notes the content that was damaged before the start, and what could not be read or moved.
 func (s *Store) readAbsent() error {
+	for _, name := range s.readPlace().Kept {
+		s.kept[name] = true
+	}
 	entries, err := fs.ReadDir(s.root.FS(), "damaged")
 	for _, e := range entries {
 		s.absent[e.Name()] = true
@@ -274,11 +498,11 @@ func (s *Store) readAbsent() error {
 }
 
 // Damaged returns the number of blobs and manifests that are known to be damaged or lost, and were not pushed since
-// then.
+// then. A file or a folder that a verification could not read or move counts, too, until it can.
 func (s *Store) Damaged() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := 0
+	n := len(s.kept)
 	for sum := range s.absent {
 		if s.isAbsent(sum) {
 			n++

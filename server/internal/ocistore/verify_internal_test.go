@@ -1,10 +1,18 @@
 package ocistore
 
 import (
+	"errors"
+	"io/fs"
 	"os"
+	"path"
+	"runtime"
+	"slices"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // TestReplacedBlobStays checks that a blob which a push has replaced, after its content was read, is not moved aside.
@@ -28,11 +36,10 @@ func TestReplacedBlobStays(t *testing.T) {
 	if err := s.root.WriteFile(path, []byte("bad"), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	f, err := s.root.Open(path)
+	f, err := s.root.Stat(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
 	if err := s.putBytes(d, content); err != nil {
 		t.Fatal(err)
 	}
@@ -48,5 +55,176 @@ func TestReplacedBlobStays(t *testing.T) {
 	}
 	if _, err := s.root.Stat("damaged/" + d.Encoded()); !os.IsNotExist(err) {
 		t.Errorf("the folder damaged has it: %v", err)
+	}
+}
+
+// flaky is a file whose reads fail.
+type flaky struct{ fs.File }
+
+func (flaky) Read([]byte) (int, error) { return 0, syscall.EIO }
+
+// openFlaky opens a registry with n blobs and no manifest. The first fail reads of each blob return an error. paths are
+// in the order of a verification.
+func openFlaky(t *testing.T, n, fail int) (s *Store, paths []string) {
+	t.Helper()
+	s, err := Open(t.TempDir(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for i := range n {
+		content := []byte{byte(i)}
+		d := digest.FromBytes(content)
+		if err := s.putBytes(d, content); err != nil {
+			t.Fatal(err)
+		}
+		paths = append(paths, blobPath(d.Encoded()))
+	}
+	slices.Sort(paths)
+	failed := map[string]int{}
+	s.openBlob = func(name string) (fs.File, error) {
+		f, err := s.root.Open(name)
+		if failed[name]++; err == nil && failed[name] <= fail {
+			return flaky{f}, nil
+		}
+		return f, err
+	}
+	return s, paths
+}
+
+// there returns which files exist.
+func there(t *testing.T, s *Store, paths []string) (have []bool) {
+	t.Helper()
+	for _, p := range paths {
+		_, err := s.root.Stat(p)
+		have = append(have, err == nil)
+	}
+	return have
+}
+
+// TestFailedReadOnce checks that a blob is read once more before it is moved aside.
+func TestFailedReadOnce(t *testing.T) {
+	t.Parallel()
+	s, paths := openFlaky(t, 3, 1)
+	out, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) })
+	if have := there(t, s, paths); err != nil || out.Damaged != 0 || slices.Contains(have, false) {
+		t.Errorf("Verify() after one failed read of each blob = %+v, %v, and the blobs are there: %v; want all", out, err, have)
+	}
+}
+
+// TestFailedReads checks that a pass ends at the second file in a row that cannot be read, and that a later one goes on
+// there. When the disk works again, a collection moves the content back, unless a push has done so.
+func TestFailedReads(t *testing.T) {
+	t.Parallel()
+	s, paths := openFlaky(t, 4, 4)
+	for i, want := range [][]bool{{false, true, true, true}, {false, false, true, true}} {
+		var found []Damage
+		_, err := s.Verify(t.Context(), 1<<50, func(d Damage) { found = append(found, d) })
+		have := there(t, s, paths)
+		if !errors.Is(err, syscall.EIO) || len(found) != 1 || !slices.Equal(have, want) {
+			t.Errorf("pass %d = %v, found %+v, and the blobs are there: %v; want EIO, one, %v", i, err, found, have, want)
+		}
+	}
+	if err := s.root.WriteFile("damaged/"+path.Base(paths[1]), []byte("bad"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	out, err := s.Collect(t.Context(), s.now())
+	have, want := there(t, s, paths), []string{"sha256:" + path.Base(paths[0])}
+	if err != nil || !slices.Equal(out.Restored, want) || !slices.Equal(have, []bool{true, false, true, true}) {
+		t.Errorf("Collect() = %v, restored %v, and the blobs are there: %v; want the first one back", err, out.Restored, have)
+	}
+	if n := s.Damaged(); n != 0 {
+		t.Errorf("Damaged() after the collection = %d; want 0", n)
+	}
+}
+
+// obeyModes makes the modes of files hold for this goroutine, although root runs the test.
+func obeyModes(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return
+	}
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&head, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	data[0].Effective &^= 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH
+	if err := unix.Capset(&head, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUnreadablePaths has a file that cannot be opened, a folder that cannot be listed, and a damaged blob that cannot
+// be moved. Verify must still find the damaged blob behind them, and count all of them until they are repaired.
+func TestUnreadablePaths(t *testing.T) {
+	t.Parallel()
+	obeyModes(t)
+	s, paths := openFlaky(t, 6, 0)
+	dir := s.root.Name()
+	at := func(i int) string { return dir + "/" + paths[i] }
+	good, err := os.ReadFile(at(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := dir + "/damaged/" + path.Base(paths[2])
+	if err := errors.Join(os.Chmod(at(0), 0), os.Chmod(path.Dir(at(1)), 0), os.WriteFile(at(2), []byte("bad"), 0o640),
+		os.MkdirAll(full+"/x", 0o750), os.WriteFile(at(4), []byte("bad"), 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Chmod(path.Dir(at(1)), 0o750) })
+	var kept, damaged []string
+	verify := func() (Verified, error) {
+		kept, damaged = nil, nil
+		return s.Verify(t.Context(), 1<<50, func(d Damage) {
+			if d.Kept != "" {
+				kept = append(kept, d.Kept)
+			} else {
+				damaged = append(damaged, d.Digest)
+			}
+		})
+	}
+	out, err := verify()
+	wantKept := []string{paths[0], path.Dir(paths[1]), paths[2]}
+	if !errors.Is(err, fs.ErrPermission) || !slices.Equal(kept, wantKept) || out.Blobs != 5 ||
+		!slices.Equal(damaged, []string{"sha256:" + path.Base(paths[4])}) {
+		t.Errorf("Verify() = %+v, %v, kept %v, damaged %v; want %v kept and the fifth blob damaged", out, err, kept, damaged,
+			wantKept)
+	}
+	for range 2 { // the second time after a restart
+		if n, next := s.Damaged(), s.NextPass(); n != 4 || next.After(time.Now()) {
+			t.Errorf("Damaged() = %d, NextPass() = %v; want 4, and a time in the past", n, next)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s, err = Open(dir, Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if out, err := verify(); !errors.Is(err, fs.ErrPermission) || len(kept)+len(damaged) != 0 || out.Blobs != 2 {
+		t.Errorf("Verify() again = %+v, %v, kept %v, damaged %v; want only the 2 unreadable files read, and nothing new", out,
+			err, kept, damaged)
+	}
+	if err := errors.Join(os.Chmod(at(0), 0o640), os.Chmod(path.Dir(at(1)), 0o750), os.WriteFile(at(2), good, 0o640),
+		os.RemoveAll(full)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := verify(); err != nil || len(kept)+len(damaged) != 0 || out.Blobs != 3 || s.Damaged() != 1 {
+		t.Errorf("Verify() after the repair = %+v, %v, kept %v, damaged %v, Damaged() = %d; want 3 read, 1 damaged", out, err,
+			kept, damaged, s.Damaged())
+	}
+	if next := s.NextPass(); time.Until(next) < 29*24*time.Hour {
+		t.Errorf("NextPass() after the repair = %v; want 30 days after the pass", next)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -171,9 +172,12 @@ func anonymousHead(t *testing.T, host, at string) int {
 func TestVerifyContinues(t *testing.T) {
 	t.Parallel()
 	dir, now := t.TempDir(), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-	began := now
+	began, step := now, time.Duration(0)
 	start := func() *ocistore.Store {
-		return openWith(t, dir, ocistore.Options{Now: func() time.Time { return now }})
+		return openWith(t, dir, ocistore.Options{Now: func() time.Time {
+			defer func() { now = now.Add(step) }()
+			return now
+		}})
 	}
 	s := start()
 	host := listen(t, s)
@@ -202,11 +206,12 @@ func TestVerifyContinues(t *testing.T) {
 	}
 	ctx, stop = context.WithCancel(t.Context())
 	var found []string
+	step = time.Minute // after each blob, the place is stored, and damage is reported
 	first, err := s.Verify(ctx, fast, func(d ocistore.Damage) { found = append(found, d.Digest); stop() })
 	if !errors.Is(err, context.Canceled) {
 		t.Fatalf("Verify() that is interrupted = %v; want canceled", err)
 	}
-	now = now.Add(time.Hour)
+	step, now = 0, now.Add(time.Hour)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -233,6 +238,43 @@ func TestVerifyContinues(t *testing.T) {
 	}
 	if third, err := s.Verify(t.Context(), fast, func(ocistore.Damage) {}); err != nil || third.Blobs != 13 {
 		t.Errorf("the next Verify() read %d blobs, %v; want all 13 that are left", third.Blobs, err)
+	}
+}
+
+// TestDamageTogether damages three layers of an image. The manifests must be read once for all of them, after the
+// blobs.
+func TestDamageTogether(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	host := listen(t, s)
+	img := image(t)
+	for _, name := range []string{"a/x:1", "b/y:1"} {
+		if err := remote.Write(reference(t, host, name), img, options(t)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	layers := blobs(t, img)[2:]
+	var want []ocistore.Damage
+	for _, name := range slices.Sorted(slices.Values(layers)) {
+		flip(t, blobFile(dir, name))
+		want = append(want, ocistore.Damage{Digest: "sha256:" + name, Manifest: "a/x@" + digestOf(t, img).String(),
+			Manifests: 2})
+	}
+	var found []ocistore.Damage
+	out, err := s.Verify(t.Context(), fast, func(d ocistore.Damage) {
+		found = append(found, d)
+		for _, name := range layers {
+			if _, err := os.Stat(blobFile(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("at report %d, blob %s is there: %v; want all damaged ones moved aside", len(found), name, err)
+			}
+		}
+	})
+	if d := cmp.Diff(want, found, cmpopts.IgnoreFields(ocistore.Damage{}, "Cause")); err != nil || d != "" {
+		t.Errorf("Verify() = %v, found (-want +got):\n%s", err, d)
+	}
+	if out.Damaged != len(layers) {
+		t.Errorf("Verify() counts %d damaged blobs; want %d", out.Damaged, len(layers))
 	}
 }
 
