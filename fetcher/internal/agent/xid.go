@@ -159,6 +159,7 @@ func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verd
 		return nil
 	}
 	if rec.xidRecord = xids; rec.differs(v) {
+		rec.MostUsableGPUs = rec.mostUsable()
 		rec.Verdict, rec.At = v, a.parts.Now().UTC()
 	}
 	return writeRecord(store, *rec)
