@@ -159,17 +159,23 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	defer func() { err = errors.Join(err, release()) }()
 	r.Answer = answer
 	end, lockEnd := a.parts.Now().Add(a.cfg.WaitIdle), a.parts.Now().Add(lockWait)
+	compiled := none == nil && answer.Source == resolve.SourceNode
+	released := false // whether other fetchers may compile again
 	for {
 		plan, waiting := len(r.Plan), len(r.Waiting)
 		begun := false
 		err := a.locked(store, func() error {
-			begun = true
+			begun, released = true, true
 			// Once the decision is applied, the driver that this node compiled is staged, or the next run needs another compile.
 			return errors.Join(a.applyDecision(ctx, r, store, none), release())
 		})
-		compiled := none == nil && answer.Source == resolve.SourceNode
-		if compiled && !begun && fault.Is(err, fault.Busy) && a.pauseUntil(ctx, lockEnd) {
-			continue
+		if compiled && !begun && fault.Is(err, fault.Busy) {
+			if a.pauseUntil(ctx, lockEnd) {
+				continue
+			}
+			if !released { // a wait for an idle GPU would keep other fetchers from compiling
+				return err
+			}
 		}
 		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
 		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
