@@ -45,6 +45,8 @@ type Agent struct {
 	checked, seen sync.Map
 	// unverified maps digests of installed drivers to their errors in this run's verification.
 	unverified sync.Map
+	// holds is the store whose lock this run holds, or nil.
+	holds *install.Store
 }
 
 // New returns an agent.
@@ -195,7 +197,11 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
+	a.holds = store
+	defer func() {
+		a.holds = nil
+		err = errors.Join(err, unlock())
+	}()
 	return do()
 }
 

@@ -1,9 +1,14 @@
 package agent_test
 
 import (
+	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -62,4 +67,40 @@ func TestLoweredRecordAllowsReturn(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestCheckIsRecordedDuringDownload checks that the result of a check is recorded while the run downloads another driver
+// and holds the lock. Otherwise fetcher status would show an old state for hours over a slow network.
+func TestCheckIsRecordedDuringDownload(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	state := &atomic.Int32{}
+	n.parts.Probe = repairable{probe{n.root, 1}, state}
+	n.answer(ref, pn.Digest, newer.Driver)
+	synctest.Test(t, func(t *testing.T) {
+		var begun atomic.Bool
+		open := n.parts.Open
+		n.parts.Open = func(ref string) (agent.Repository, error) {
+			repo, err := open(ref)
+			return blobs{repo, func(_ string, rc io.ReadCloser) io.ReadCloser {
+				if !begun.CompareAndSwap(false, true) {
+					return rc
+				}
+				for _, to := range []int32{lost, healthy} {
+					state.Store(to)
+					time.Sleep(90 * time.Second) // one check at least
+					s, err := agent.New(n.cfg, n.parts).Status(t.Context())
+					if err != nil || s.Verdict.Digest != po.Digest || (s.Verdict.State == gpucheck.Ready) != (to == healthy) {
+						t.Errorf("Status during the download, GPU in state %d = %+v, %v", to, s, err)
+					}
+				}
+				return rc
+			}}, err
+		}
+		a := agent.New(n.cfg, n.parts)
+		a.Watch(watcher(func(gpucheck.Verdict) {}))
+		if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || !begun.Load() {
+			t.Errorf("Run = %+v, %v, download seen %t; want the new driver", r.Verdict, err, begun.Load())
+		}
+	})
 }

@@ -150,11 +150,15 @@ func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verd
 		slices.Equal(rec.NeedReset, xids.NeedReset) {
 		return nil // without a record, the next process starts at the end of the log
 	}
-	unlock, err := store.Lock(googleLock) // a run of another process writes the same file
-	if err != nil {
-		return err
+	if a.holds != nil { // this run downloads a driver
+		store = a.holds
+	} else {
+		var unlock func() error
+		if unlock, err = store.Lock(googleLock); err != nil { // a run of another process writes the same file
+			return err
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	if rec = a.readRecord(); rec == nil {
 		return nil
 	}
