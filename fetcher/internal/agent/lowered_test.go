@@ -1,6 +1,8 @@
 package agent_test
 
 import (
+	"context"
+	"fmt"
 	"io"
 	"strings"
 	"sync/atomic"
@@ -10,7 +12,9 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
 )
 
 // TestLoweredRecordAllowsReturn reboots a node because of a fatal error of its GPU. The driver that waits for the
@@ -103,4 +107,47 @@ func TestCheckIsRecordedDuringDownload(t *testing.T) {
 			t.Errorf("Run = %+v, %v, download seen %t; want the new driver", r.Verdict, err, begun.Load())
 		}
 	})
+}
+
+// losing is NVML on a node with two GPUs, one of which is lost.
+type losing struct {
+	probe
+	lost int
+}
+
+func (p *losing) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
+	nvml, err := p.probe.Probe(ctx, library, persist)
+	for i := range nvml.Devices {
+		if nvml.Devices[i].PCIBusID = fmt.Sprintf("00000000:00:0%d.0", 4+i); i == p.lost {
+			nvml.Devices[i].Error, nvml.Devices[i].Code = "read name: GPU is lost", 15
+		}
+	}
+	return nvml, err
+}
+
+// TestStatusNamesTheLostGPU checks that fetcher status names the GPU that is lost now, although one GPU was lost before,
+// too.
+func TestStatusNamesTheLostGPU(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 2, key)
+	gpus := &losing{probe{n.root, 2}, 0}
+	n.parts.Probe = gpus
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unusable) {
+		t.Fatalf("Run = %v; want unusable", err)
+	}
+	a := agent.New(n.cfg, n.parts)
+	for gpus.lost = range 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		if err := a.Monitor(ctx, time.Millisecond, watcher(func(gpucheck.Verdict) { cancel() })); err != nil {
+			t.Fatal(err)
+		}
+		want := fmt.Sprintf("1 of 2 GPUs usable: 0000:00:0%d.0: read name: GPU is lost", 4+gpus.lost)
+		if s, err := a.Status(t.Context()); err != nil || s.Verdict.Reason != want {
+			t.Errorf("Status with GPU %d lost = %q, %v; want %q", gpus.lost, s.Verdict.Reason, err, want)
+		}
+	}
 }

@@ -169,9 +169,10 @@ func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verd
 	return writeRecord(store, *rec)
 }
 
-// differs reports whether NVML's answer in a verdict on the same driver changed its state or the number of usable GPUs.
-// Without an answer, a verdict says nothing about what the driver can do.
+// differs reports whether NVML's answer in a verdict on the same driver changed its state, its reason or the number of
+// usable GPUs. The reason names the GPUs that are not usable. Without an answer, a verdict says nothing about what the
+// driver can do.
 func (rec *record) differs(v gpucheck.Verdict) bool {
 	return v.NVML.Version != "" && v.NVML.Error == "" && v.Digest == rec.Verdict.Digest &&
-		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs)
+		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs || v.Reason != rec.Verdict.Reason)
 }
