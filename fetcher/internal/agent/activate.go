@@ -187,11 +187,18 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked when the driver was last checked than work now. If not, a rollback to it is
-// useless.
+// served reports whether more GPUs worked with the former driver than work now. If not, a rollback to it is useless. In
+// the boot of its last check, that check counts. A reboot may have repaired a GPU that broke meanwhile, so then the most
+// GPUs that worked count.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
-	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
+	if rec == nil || rec.Verdict.Digest != set.Digest {
+		return false
+	}
+	if rec.BootID != a.bootID() {
+		return rec.mostUsable() > now.UsableGPUs
+	}
+	return rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
 // returnTo reports whether the agent can activate the former driver again. A driver that an operator rolled back while
@@ -407,10 +414,15 @@ type record struct {
 	Verdict gpucheck.Verdict `json:"verdict"`
 	At      time.Time        `json:"at"`
 	BootID  string           `json:"bootId"`
+	// MostUsableGPUs is the largest number of usable GPUs in former verdicts on the same driver in the same boot.
+	MostUsableGPUs int `json:"mostUsableGPUs,omitempty"`
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
 	xidRecord
 }
+
+// mostUsable returns the largest number of usable GPUs in all verdicts on the driver in the record's boot.
+func (rec *record) mostUsable() int { return max(rec.MostUsableGPUs, rec.Verdict.UsableGPUs) }
 
 // execFile has the id of the boot in which this program mounted the install folder with exec.
 const execFile = ".prebake/exec-mount"
@@ -423,7 +435,11 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 	// A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
-	if last := a.readRecord(); last != nil && !fresh && len(r.Modules) > 0 {
+	last := a.readRecord()
+	if last != nil && last.Verdict.Digest == v.Digest {
+		rec.MostUsableGPUs = last.mostUsable()
+	}
+	if last != nil && !fresh && len(r.Modules) > 0 {
 		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
 			r.Waiting = append(r.Waiting,
 				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")

@@ -45,6 +45,8 @@ type Agent struct {
 	checked, seen sync.Map
 	// unverified maps digests of installed drivers to their errors in this run's verification.
 	unverified sync.Map
+	// holds is the store whose lock this run holds, or nil.
+	holds *install.Store
 }
 
 // New returns an agent.
@@ -159,17 +161,23 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	defer func() { err = errors.Join(err, release()) }()
 	r.Answer = answer
 	end, lockEnd := a.parts.Now().Add(a.cfg.WaitIdle), a.parts.Now().Add(lockWait)
+	compiled := none == nil && answer.Source == resolve.SourceNode
+	released := false // whether other fetchers may compile again
 	for {
 		plan, waiting := len(r.Plan), len(r.Waiting)
 		begun := false
 		err := a.locked(store, func() error {
-			begun = true
+			begun, released = true, true
 			// Once the decision is applied, the driver that this node compiled is staged, or the next run needs another compile.
 			return errors.Join(a.applyDecision(ctx, r, store, none), release())
 		})
-		compiled := none == nil && answer.Source == resolve.SourceNode
-		if compiled && !begun && fault.Is(err, fault.Busy) && a.pauseUntil(ctx, lockEnd) {
-			continue
+		if compiled && !begun && fault.Is(err, fault.Busy) {
+			if a.pauseUntil(ctx, lockEnd) {
+				continue
+			}
+			if !released { // a wait for an idle GPU would keep other fetchers from compiling
+				return err
+			}
 		}
 		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
 		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
@@ -189,7 +197,11 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
+	a.holds = store
+	defer func() {
+		a.holds = nil
+		err = errors.Join(err, unlock())
+	}()
 	return do()
 }
 

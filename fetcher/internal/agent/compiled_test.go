@@ -243,6 +243,38 @@ func TestBusyCompileIsNoReasonToWait(t *testing.T) {
 	})
 }
 
+// TestCompileIsNotHeldForIdleGPU lets another installer work for longer than a run with a compiled driver waits for it.
+// The run must end then. If it waited for an idle GPU, no other fetcher could compile on this node meanwhile.
+func TestCompileIsNotHeldForIdleGPU(t *testing.T) {
+	t.Parallel()
+	n, b, _ := compiling(t)
+	n.inUse(t, "1")
+	n.cfg.WaitIdle = time.Hour
+	n.parts.Local = scripted(t, b.answer.Repository, b.answer.Digest)
+	store, err := install.Open(n.parts.Node, n.cfg.InstallDir, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock := func() error { return errors.New("the run compiled nothing") }
+	synctest.Test(t, func(t *testing.T) {
+		n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+			if e.Phase == "build" && e.Done != nil {
+				if unlock, err = store.Lock("tmp/none"); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}}
+		start := time.Now()
+		_, err := agent.New(n.cfg, n.parts).Run(t.Context())
+		if took := time.Since(start); took != 2*time.Minute || !fault.Is(err, fault.Busy) {
+			t.Errorf("Run = %v after %v; want busy after 2m", err, took)
+		}
+	})
+	if err := errors.Join(unlock(), store.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestCompiledMeanwhile lets another fetcher compile and load the driver while the first one waits for a farm that is
 // away. The first one must not compile the driver again.
 func TestCompiledMeanwhile(t *testing.T) {

@@ -150,23 +150,29 @@ func (a *Agent) storeCheck(store *install.Store, xids xidRecord, v gpucheck.Verd
 		slices.Equal(rec.NeedReset, xids.NeedReset) {
 		return nil // without a record, the next process starts at the end of the log
 	}
-	unlock, err := store.Lock(googleLock) // a run of another process writes the same file
-	if err != nil {
-		return err
+	if a.holds != nil { // this run downloads a driver
+		store = a.holds
+	} else {
+		var unlock func() error
+		if unlock, err = store.Lock(googleLock); err != nil { // a run of another process writes the same file
+			return err
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	if rec = a.readRecord(); rec == nil {
 		return nil
 	}
 	if rec.xidRecord = xids; rec.differs(v) {
+		rec.MostUsableGPUs = rec.mostUsable()
 		rec.Verdict, rec.At = v, a.parts.Now().UTC()
 	}
 	return writeRecord(store, *rec)
 }
 
-// differs reports whether NVML's answer in a verdict on the same driver changed its state or the number of usable GPUs.
-// Without an answer, a verdict says nothing about what the driver can do.
+// differs reports whether NVML's answer in a verdict on the same driver changed its state, its reason or the number of
+// usable GPUs. The reason names the GPUs that are not usable. Without an answer, a verdict says nothing about what the
+// driver can do.
 func (rec *record) differs(v gpucheck.Verdict) bool {
 	return v.NVML.Version != "" && v.NVML.Error == "" && v.Digest == rec.Verdict.Digest &&
-		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs)
+		(v.State != rec.Verdict.State || v.UsableGPUs != rec.Verdict.UsableGPUs || v.Reason != rec.Verdict.Reason)
 }

@@ -192,8 +192,11 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	return data, nil
 }
 
-// WriteFile replaces a small file of the install folder atomically.
+// WriteFile replaces a small file of the install folder atomically. Goroutines may call it at the same time; other
+// stores of the same folder must not, because the temporary name is the same.
 func (s *Store) WriteFile(name string, data []byte) error {
+	s.files.Lock()
+	defer s.files.Unlock()
 	tmp := path.Join(ownFolder, "tmp-file")
 	err := noderoot.Replace(s.root, name, tmp, data)
 	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // never made by this program

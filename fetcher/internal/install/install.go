@@ -20,6 +20,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -97,6 +98,8 @@ type Store struct {
 	node *noderoot.Root
 	dir  string
 	root *os.Root
+	// files is held by WriteFile.
+	files sync.Mutex
 }
 
 // Open opens the install folder of a node. If create is true, it creates a missing folder.
