@@ -288,8 +288,8 @@ func TestOtherBTF(t *testing.T) {
 	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
 }
 
-// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile. A
-// builder of another version tries again.
+// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile.
+// Both say which version to install. A builder of another version tries again, and so does RetryRefused.
 func TestOtherBTFRefused(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)
@@ -300,17 +300,29 @@ func TestOtherBTFRefused(t *testing.T) {
 	cfg.LoadTest, cfg.BTF = pipeline.LoadTestOff, true
 	cfg = f.publishWith(t, cfg, facts)
 	cfg.RebuildAfter = time.Nanosecond
+	const next = "install pahole v0.99"
+	first := func(name string, cfg pipeline.Config) {
+		t.Helper()
+		res, log, err := build(t, cfg, request("17800.0.9"))
+		if !fault.Is(err, fault.PublishRefused) || !slices.Contains(phases(res), "publish") ||
+			!strings.Contains(fault.Hint(err), next) {
+			t.Fatalf("the first build %s = %v (hint %q), phases %v; want it compiled and refused, with %s\n%s", name, err,
+				fault.Hint(err), phases(res), next, log)
+		}
+		if want := "the published modules have BTF by pahole v0.99, and this machine has pahole v"; !strings.Contains(log,
+			want) {
+			t.Errorf("the log of the first build %s lacks %q:\n%s", name, want, log)
+		}
+	}
 	for _, version := range []string{cfg.Version, "v9.9"} {
 		cfg.Version = version
-		res, log, err := build(t, cfg, request("17800.0.9"))
-		if !fault.Is(err, fault.PublishRefused) || !slices.Contains(phases(res), "publish") {
-			t.Fatalf("the first build by version %q = %v, phases %v; want it compiled and refused\n%s", version, err,
-				phases(res), log)
+		first("by version "+version, cfg)
+		if hint := checkRefusedEarly(t, cfg, "is not built again before", next); !strings.Contains(hint, "--retry-failed") {
+			t.Errorf("hint %q; want --retry-failed in it", hint)
 		}
-		again := cfg
-		again.RetryRefused = true // without it, the builder would not look for the reason
-		checkRefusedEarly(t, again, "pahole v0.99", "install pahole v0.99")
 	}
+	cfg.RetryRefused = true
+	first("with RetryRefused", cfg)
 }
 
 // If one repository has other bytes than this build made, no repository gets them.
