@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"fmt"
 	"io"
+	"net/http"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -344,5 +345,40 @@ func TestOtherBytesPublishedNowhere(t *testing.T) {
 	}
 	if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
 		t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+	}
+}
+
+// tagRequests counts the requests for tags of each repository.
+type tagRequests map[string]int
+
+func (c tagRequests) RoundTrip(r *http.Request) (*http.Response, error) {
+	if path, ref, ok := strings.Cut(r.URL.Path, "/manifests/"); ok && !strings.HasPrefix(ref, "sha256") {
+		c[strings.TrimPrefix(path, "/v2/")]++
+	}
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+// A repository gets no more requests for its tags if the same artifact is reused in a second one, too.
+func TestReuseAsksForTagsOnce(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	one, two := cfg.Destinations, append(cfg.Destinations[:1:1], cfg.Destinations[0]+"-second")
+	cfg.Destinations = two
+	must(t, cfg, request("17800.0.9"))
+	_, name, _ := strings.Cut(one[0], "/")
+	count := func(destinations []string) int {
+		t.Helper()
+		seen := tagRequests{}
+		cfg.Destinations = destinations
+		cfg.Registry = func(string) registry.Options { return registry.Options{Transport: seen} }
+		if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+			t.Fatalf("%+v; want the artifact reused", res)
+		}
+		return seen[name]
+	}
+	alone, both := count(one), count(two)
+	if alone == 0 || both != alone {
+		t.Errorf("%d requests for tags of %s with a second repository, and %d without; want as many", both, name, alone)
 	}
 }
