@@ -4,9 +4,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
 // TestLayoutHas checks that Has returns false for a blob that is too short or too long. Otherwise a delta would leave
@@ -42,6 +46,31 @@ func TestLayoutHas(t *testing.T) {
 			if got, err := l.Has(t.Context(), d); err != nil || got != row.want {
 				t.Errorf("Has of a blob that is %s in %s = %t, %v; want %t", name, ref, got, err, row.want)
 			}
+		}
+	}
+}
+
+// TestHasBlob checks that each kind of repository tells a blob that it has from one that it lacks.
+func TestHasBlob(t *testing.T) {
+	t.Parallel()
+	all := places(t)
+	all["another registry"] = open(t, distribution.Start(t)+"/prebake/driver")
+	for name, r := range all {
+		sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+		if _, err := r.Push(t.Context(), sample.Image); err != nil {
+			t.Fatal(err)
+		}
+		present, err := v1.NewHash(sample.Layers[0].Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := v1.Descriptor{Digest: present, Size: sample.Layers[0].Size}
+		if has, err := r.HasBlob(t.Context(), d); err != nil || !has {
+			t.Errorf("%s: HasBlob of a layer = %t, %v; want true", name, has, err)
+		}
+		d.Digest.Hex = strings.Repeat("0", 64)
+		if has, err := r.HasBlob(t.Context(), d); err != nil || has {
+			t.Errorf("%s: HasBlob of another blob = %t, %v; want false", name, has, err)
 		}
 	}
 }

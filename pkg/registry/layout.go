@@ -181,6 +181,10 @@ func (s *layoutStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return rc, err
 }
 
+func (s *layoutStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
+	return Layout{s: s}.Has(ctx, d)
+}
+
 // referrers implements [store]. It reads each manifest that may be attached. If a web server denies one, the list has
 // it unread. If reading fails, the rest of the list is unread.
 func (s *layoutStore) referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error) {

@@ -25,6 +25,9 @@ const (
 	maxList = 32 << 20
 	// maxAnnotation is the maximum size in bytes of one annotation: key and value together.
 	maxAnnotation = 1 << 10
+	// maxLink is the maximum size in bytes of the Link headers of one response, together. net/http accepts megabytes, and
+	// their syntax takes a multiple of that to read.
+	maxLink = 16 << 10
 )
 
 // maxPages is the maximum number of pages of one list of referrers.
@@ -212,6 +215,13 @@ func nextTarget(header string) (target string, ok bool, err error) {
 // nextPage returns the URL of the next page of a list, or nil after the last page. The URL must have the scheme, host
 // and path of the list, because the request carries credentials. An error has [ErrLink] in its chain.
 func nextPage(list *url.URL, h http.Header) (*url.URL, error) {
+	size := 0
+	for _, header := range h.Values("Link") {
+		size += len(header)
+	}
+	if size > maxLink {
+		return nil, linkError(list, "it has %d bytes, and the maximum is %d", size, maxLink)
+	}
 	for _, header := range h.Values("Link") {
 		target, ok, err := nextTarget(header)
 		if err != nil {

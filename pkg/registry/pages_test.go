@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -73,6 +74,30 @@ func TestNextPage(t *testing.T) {
 		}
 		if got != row.want {
 			t.Errorf("nextPage(%q) = %q, %v; want %q", row.headers, got, err, row.want)
+		}
+	}
+}
+
+// TestNextPageLong checks that a long Link header is refused before it is read: the response of a registry may have
+// megabytes of headers.
+func TestNextPageLong(t *testing.T) {
+	t.Parallel()
+	from := &url.URL{Scheme: "https", Host: "h", Path: "/v2/a/tags/list"}
+	const last = `<?n=2>; rel="next"`
+	padded := func(size int) string { return strings.Repeat(",", size-len(last)) + last }
+	if to, err := nextPage(from, http.Header{"Link": {padded(maxLink)}}); err != nil || to == nil || to.RawQuery != "n=2" {
+		t.Errorf("nextPage of %d bytes = %v, %v; want the next page", maxLink, to, err)
+	}
+	for name, headers := range map[string][]string{
+		"one header":                {padded(maxLink + 1)},
+		"without the word":          {strings.Repeat("x", maxLink+1)},
+		"many links":                {strings.Repeat(`<?n=0>; rel="prev",`, 1<<16) + last},
+		"several headers in total":  {padded(maxLink / 2), padded(maxLink / 2), last},
+		"the long one after others": {last, padded(maxLink + 1)},
+	} {
+		if to, err := nextPage(from, http.Header{"Link": headers}); !errors.Is(err, ErrLink) ||
+			!fault.Is(err, fault.Unverified) || len(err.Error()) > 1<<10 {
+			t.Errorf("%s: nextPage = %v, %.1000v; want a short error of the Link header", name, to, err)
 		}
 	}
 }

@@ -58,6 +58,7 @@ type store interface {
 	attach(ctx context.Context, a *attachment) error
 	checkPush(ctx context.Context) error
 	tags(ctx context.Context) ([]string, error)
+	has(ctx context.Context, d v1.Descriptor) (bool, error)
 }
 
 // Repository is one repository. Its methods are safe for concurrent use.
@@ -159,6 +160,20 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 		return nil, fmt.Errorf("read blob %s from %s: %w", digest, r.name, err)
 	}
 	return rc, nil
+}
+
+// HasBlob reports whether the repository has a blob. It does not compare the digest. From a registry it transfers no
+// blob, and does not compare the size. For a layout, see [Layout.Has].
+func (r *Repository) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
+	err := checkDigest(d.Digest.String())
+	has := false
+	if err == nil {
+		has, err = r.s.has(ctx, d)
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for blob %s in %s: %w", d.Digest, r.name, err)
+	}
+	return has, nil
 }
 
 // Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -126,6 +127,28 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 		return nil, err
 	}
 	return b, nil
+}
+
+// has implements [store]. As in resolve, GET decides if HEAD gives no clear result.
+func (s *remoteStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
+	layer, err := s.puller.Layer(ctx, s.repo.Digest(d.Digest.String()))
+	if err == nil {
+		var has bool
+		if has, err = partial.Exists(layer); err == nil {
+			return has, nil
+		}
+	}
+	if err = s.readError(ctx, err); ctx.Err() != nil || fault.Is(err, fault.Transient) {
+		return false, err
+	}
+	blob, err := s.blob(ctx, d.Digest.String(), d.Size)
+	if fault.Is(err, fault.NoArtifact) {
+		return false, nil
+	}
+	if err == nil {
+		err = blob.Close()
+	}
+	return err == nil, err
 }
 
 // bodyKey is a context key. Its value is an *io.ReadCloser, in which [boundTransport] stores the newest response's

@@ -15,7 +15,8 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
 		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m),
 		Pause: pause}
-	if len(to.destinations) > 1 { // otherwise those before the one that refuses would get an artifact of their own
+	// Otherwise the destinations before the one that refuses would get an artifact of their own.
+	if len(to.destinations) > 1 && !a.wasPublished() {
 		for _, p := range to.destinations {
 			if err := publish.CheckTags(ctx, p.repo, a.digest, all); err != nil {
 				return "", fmt.Errorf("publish to %s: %w", p.name, err)

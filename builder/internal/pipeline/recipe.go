@@ -27,7 +27,7 @@ const (
 // chooseRecipe chooses the recipe of the published artifact for the layers that this run packs. Other bytes would be
 // refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder makes
 // other bytes by its recipes, the build ends here. What a compile or stamp by another recipe or another pahole gives is
-// known only after the compile. For another pahole, an earlier build may have shown it.
+// known only after the compile.
 //
 // The provenance by our key says which recipe the artifact has. If there is no such provenance, as after a change of
 // the key or in a bucket, chooseRecipe sets r.wanted.
@@ -47,10 +47,8 @@ func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) err
 			r.wanted = p.published
 			continue
 		}
+		r.comparePahole(in, p, facts)
 		err = checkRecipes(facts)
-		if err == nil {
-			err = r.checkPahole(in, p, facts)
-		}
 		if err == nil {
 			err = r.checkStage(ctx, in, p, facts)
 		}
@@ -131,44 +129,39 @@ func hintRecipe(facts map[string]string, layers bool) string {
 	return hint
 }
 
-// paholeKind is the kind of the facts about artifacts of which this machine's pahole makes other bytes.
-const paholeKind = "other-btf-1"
-
-// checkPahole looks whether the published modules have BTF by another pahole than this machine's. Both often make the
-// same bytes. So checkPahole returns an error only if an earlier build from the same inputs made other ones. Without
-// this, a builder that renews old artifacts would compile them in vain at each pass.
-func (r *run) checkPahole(in *inputs, p destination, facts map[string]string) error {
-	have := facts[FactBTF]
-	if have == "" || in.pahole == "" || have == in.pahole {
-		return nil
-	}
-	how, _ := r.cfg.Signing()
-	key := r.modulesKey(in).Add("module signatures", how).Add("builder", r.cfg.Version).Add("published",
-		p.published).String()
-	if _, ok := r.cfg.Cache.Fact(paholeKind, key); ok {
-		return fault.New(fault.PublishRefused,
-			fmt.Sprintf("its modules have BTF by pahole %s; this machine has pahole %s, and an earlier build made other bytes",
-				have, in.pahole), hintPahole(have))
-	}
-	r.progress("look up")(fmt.Sprintf("the published modules have BTF by pahole %s, and this machine has pahole %s; if "+
-		"that gives other bytes, they are refused after the compile, and the next step is: %s", have, in.pahole,
-		hintPahole(have)))
-	r.otherPahole = otherPahole{published: p.published, key: key}
-	return nil
+// otherPahole is a published artifact whose modules have BTF by another pahole than this machine's.
+type otherPahole struct {
+	published      string // digest of the artifact
+	version, local string // of pahole: that of the artifact, and this machine's
 }
 
-// otherPahole is a published artifact whose modules have BTF by another pahole. key is the key of the fact that this
-// machine's pahole makes other bytes.
-type otherPahole struct{ published, key string }
-
-// keepRefusal stores the fact for checkPahole if this error refuses an artifact with other bytes.
-func (r *run) keepRefusal(a *artifact, err error) {
-	if r.otherPahole.key == "" || a.digest == r.otherPahole.published || !fault.Is(err, fault.PublishRefused) {
+// comparePahole sets r.otherPahole if the published modules have BTF by another pahole than this machine's. That is no
+// error, because both often make the same bytes.
+func (r *run) comparePahole(in *inputs, p destination, facts map[string]string) {
+	have := facts[FactBTF]
+	if have == "" || in.pahole == "" || have == in.pahole {
 		return
 	}
-	if err := r.cfg.Cache.PutFact(paholeKind, r.otherPahole.key, nil); err != nil {
-		r.progress("publish")(fmt.Sprintf("the refusal is not stored, so the next build compiles again: %v", err))
+	r.otherPahole = otherPahole{p.published, have, in.pahole}
+	r.progress("look up")(fmt.Sprintf("%s; if this version makes other bytes, the modules are refused after the compile; "+
+		"then %s", r.otherPahole, hintPahole(have)))
+}
+
+func (o otherPahole) String() string {
+	return fmt.Sprintf("the published modules have BTF by pahole %s, and this machine has pahole %s", o.version, o.local)
+}
+
+// explain adds the other pahole to an error that refuses an artifact with this digest, if that may be why the artifact
+// has other bytes than the published one.
+func (o otherPahole) explain(digest string, err error) error {
+	if o.published == "" || digest == o.published || !fault.Is(err, fault.PublishRefused) {
+		return err
 	}
+	hint := hintPahole(o.version) + ", and build again"
+	if next := fault.Hint(err); next != "" {
+		hint += "; if that does not help: " + next
+	}
+	return fault.Wrap(fault.PublishRefused, fmt.Errorf("%w; a possible reason is that %s", err, o), hint)
 }
 
 // checkStage returns an error if this builder lays out user space or firmware in another way than the published build.

@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"fmt"
 	"io"
+	"net/http"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -288,8 +289,8 @@ func TestOtherBTF(t *testing.T) {
 	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
 }
 
-// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile. A
-// builder of another version tries again.
+// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile.
+// Both say which version to install. A builder of another version tries again, and so does RetryRefused.
 func TestOtherBTFRefused(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)
@@ -300,17 +301,29 @@ func TestOtherBTFRefused(t *testing.T) {
 	cfg.LoadTest, cfg.BTF = pipeline.LoadTestOff, true
 	cfg = f.publishWith(t, cfg, facts)
 	cfg.RebuildAfter = time.Nanosecond
+	const next = "install pahole v0.99"
+	first := func(name string, cfg pipeline.Config) {
+		t.Helper()
+		res, log, err := build(t, cfg, request("17800.0.9"))
+		if !fault.Is(err, fault.PublishRefused) || !slices.Contains(phases(res), "publish") ||
+			!strings.Contains(fault.Hint(err), next) {
+			t.Fatalf("the first build %s = %v (hint %q), phases %v; want it compiled and refused, with %s\n%s", name, err,
+				fault.Hint(err), phases(res), next, log)
+		}
+		if want := "the published modules have BTF by pahole v0.99, and this machine has pahole v"; !strings.Contains(log,
+			want) {
+			t.Errorf("the log of the first build %s lacks %q:\n%s", name, want, log)
+		}
+	}
 	for _, version := range []string{cfg.Version, "v9.9"} {
 		cfg.Version = version
-		res, log, err := build(t, cfg, request("17800.0.9"))
-		if !fault.Is(err, fault.PublishRefused) || !slices.Contains(phases(res), "publish") {
-			t.Fatalf("the first build by version %q = %v, phases %v; want it compiled and refused\n%s", version, err,
-				phases(res), log)
+		first("by version "+version, cfg)
+		if hint := checkRefusedEarly(t, cfg, "is not built again before", next); !strings.Contains(hint, "--retry-failed") {
+			t.Errorf("hint %q; want --retry-failed in it", hint)
 		}
-		again := cfg
-		again.RetryRefused = true // without it, the builder would not look for the reason
-		checkRefusedEarly(t, again, "pahole v0.99", "install pahole v0.99")
 	}
+	cfg.RetryRefused = true
+	first("with RetryRefused", cfg)
 }
 
 // If one repository has other bytes than this build made, no repository gets them.
@@ -332,5 +345,40 @@ func TestOtherBytesPublishedNowhere(t *testing.T) {
 	}
 	if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
 		t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+	}
+}
+
+// tagRequests counts the requests for tags of each repository.
+type tagRequests map[string]int
+
+func (c tagRequests) RoundTrip(r *http.Request) (*http.Response, error) {
+	if path, ref, ok := strings.Cut(r.URL.Path, "/manifests/"); ok && !strings.HasPrefix(ref, "sha256") {
+		c[strings.TrimPrefix(path, "/v2/")]++
+	}
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+// A repository gets no more requests for its tags if the same artifact is reused in a second one, too.
+func TestReuseAsksForTagsOnce(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	one, two := cfg.Destinations, append(cfg.Destinations[:1:1], cfg.Destinations[0]+"-second")
+	cfg.Destinations = two
+	must(t, cfg, request("17800.0.9"))
+	_, name, _ := strings.Cut(one[0], "/")
+	count := func(destinations []string) int {
+		t.Helper()
+		seen := tagRequests{}
+		cfg.Destinations = destinations
+		cfg.Registry = func(string) registry.Options { return registry.Options{Transport: seen} }
+		if res := must(t, cfg, request("17800.0.9")); !res.Reused {
+			t.Fatalf("%+v; want the artifact reused", res)
+		}
+		return seen[name]
+	}
+	alone, both := count(one), count(two)
+	if alone == 0 || both != alone {
+		t.Errorf("%d requests for tags of %s with a second repository, and %d without; want as many", both, name, alone)
 	}
 }

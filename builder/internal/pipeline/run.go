@@ -36,7 +36,7 @@ type run struct {
 	// recipe is the recipe for the layers. If the recipe of the published artifact is not certain, wanted is the
 	// artifact's digest. Then pack tries all recipes.
 	recipe, wanted string
-	// otherPahole is set if the published modules have BTF by another pahole.
+	// otherPahole is set if the published modules have BTF by another pahole, see comparePahole.
 	otherPahole otherPahole
 }
 
@@ -91,9 +91,8 @@ func (r *run) runPhases(ctx context.Context) error {
 	}
 	_, err = phase(r, "publish", func() (_ struct{}, note string, err error) {
 		note, err = r.publish(ctx, in, to, m, a)
-		return struct{}{}, note, err
+		return struct{}{}, note, r.otherPahole.explain(a.digest, err)
 	})
-	r.keepRefusal(a, err)
 	if r.again && fault.Is(err, fault.PublishRefused) {
 		if kerr := r.keepRefused(in, to, a, err); kerr != nil {
 			fmt.Fprintf(r.log, "refusal not remembered: %v\n", kerr)

@@ -148,14 +148,11 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 // them, and their layer is there.
 func Have(ctx context.Context, repo *registry.Repository, digest string, v *trust.Verifier) (found bool, err error) {
 	err = eachSigned(ctx, repo, digest, v, func(_, layer v1.Descriptor) (bool, error) {
-		blob, err := repo.Blob(ctx, layer.Digest.String(), layer.Size)
-		if unusable(err) { // a registry may have lost a layer although it has the manifest
+		var err error
+		found, err = repo.HasBlob(ctx, layer) // a registry may have lost a layer although it has the manifest
+		if unusable(err) {
 			return false, nil
 		}
-		if err == nil {
-			err = blob.Close()
-		}
-		found = err == nil
 		return found, err
 	})
 	if err != nil {

@@ -2,12 +2,14 @@ package symbols_test
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -284,6 +286,61 @@ func TestHave(t *testing.T) {
 		t.Fatal(err)
 	}
 	have(t, repo, sample.Digest, signer, false, "without the layer")
+}
+
+// blobRequests counts the requests for one blob by method. If noHead is true, the registry does not allow HEAD for it.
+type blobRequests struct {
+	digest string
+	noHead bool
+	count  map[string]int
+}
+
+func (b *blobRequests) RoundTrip(r *http.Request) (*http.Response, error) {
+	if !strings.HasSuffix(r.URL.Path, "/blobs/"+b.digest) {
+		return http.DefaultTransport.RoundTrip(r)
+	}
+	b.count[r.Method]++
+	if b.noHead && r.Method == http.MethodHead {
+		return &http.Response{StatusCode: http.StatusMethodNotAllowed, Status: "405 Method Not Allowed", Body: http.NoBody,
+			Request: r, Header: http.Header{}}, nil
+	}
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+// TestHaveTransfersNoLayer checks that Have requests only the headers of the layer, which may have hundreds of
+// megabytes.
+func TestHaveTransfersNoLayer(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	ref := distribution.Start(t) + "/prebake/driver"
+	repo, sample, _ := pushSample(t, ref)
+	signer := newSigner(t)
+	d, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, signer, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := repo.Manifest(ctx, d.Digest.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := symbols.ParseManifest(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, noHead := range []bool{false, true} {
+		want := map[string]int{http.MethodHead: 1}
+		if noHead {
+			want[http.MethodGet] = 1
+		}
+		seen := &blobRequests{layer.Digest.String(), noHead, map[string]int{}}
+		if repo, err = registry.Open(ref, registry.Options{Transport: seen}); err != nil {
+			t.Fatal(err)
+		}
+		have(t, repo, sample.Digest, signer, true, "on a registry")
+		if diff := cmp.Diff(want, seen.count); diff != "" {
+			t.Errorf("without HEAD %t: requests for the layer (-want +got):\n%s", noHead, diff)
+		}
+	}
 }
 
 func TestRefuses(t *testing.T) {
