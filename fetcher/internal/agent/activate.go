@@ -188,8 +188,8 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 }
 
 // served reports whether more GPUs worked with the former driver than work now. If not, a rollback to it is useless. In
-// the boot of its last check, that check counts. A reboot may have repaired a GPU that broke meanwhile, so then the most
-// GPUs that worked count.
+// the boot of its last check, that check counts. A reboot may have repaired a GPU that broke before, so after it the
+// largest number of GPUs that worked counts.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	if rec == nil || rec.Verdict.Digest != set.Digest {

@@ -73,8 +73,8 @@ func TestLoweredRecordAllowsReturn(t *testing.T) {
 	}
 }
 
-// TestCheckIsRecordedDuringDownload checks that the result of a check is recorded while the run downloads another driver
-// and holds the lock. Otherwise fetcher status would show an old state for hours over a slow network.
+// TestCheckIsRecordedDuringDownload checks that the result of a check is recorded while the run downloads another
+// driver and holds the lock. Otherwise fetcher status would show an old state for hours over a slow network.
 func TestCheckIsRecordedDuringDownload(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -125,8 +125,8 @@ func (p *losing) Probe(ctx context.Context, library string, persist bool) (gpuch
 	return nvml, err
 }
 
-// TestStatusNamesTheLostGPU checks that fetcher status names the GPU that is lost now, although one GPU was lost before,
-// too.
+// TestStatusNamesTheLostGPU checks that fetcher status names the GPU that is lost now, although another GPU was lost
+// before.
 func TestStatusNamesTheLostGPU(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
