@@ -1,7 +1,9 @@
 package ocistore
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path"
@@ -11,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
@@ -226,5 +229,69 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 	if next := s.NextPass(); time.Until(next) < 29*24*time.Hour {
 		t.Errorf("NextPass() after the repair = %v; want 30 days after the pass", next)
+	}
+}
+
+// TestCollectBesideUnreadableManifest has a damaged manifest whose content was moved aside and cannot be read. A
+// collection must remove no blob, because nobody knows which ones the manifest needs, but it must still report all
+// damage.
+func TestCollectBesideUnreadableManifest(t *testing.T) {
+	t.Parallel()
+	s, paths := openFlaky(t, 1, 0)
+	push := func(layer string) digest.Digest {
+		t.Helper()
+		blob := digest.FromString(layer)
+		if err := s.putBytes(blob, []byte(layer)); err != nil {
+			t.Fatal(err)
+		}
+		const kind = "application/vnd.oci.image.manifest.v1+json"
+		desc, err := s.PushManifest(t.Context(), "a/x", "", fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,`+
+			`"config":{"mediaType":"x/y","digest":%q,"size":%d},"layers":[]}`, kind, blob, len(layer)), kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return digest.Digest(desc.Digest)
+	}
+	var all []digest.Digest
+	for i := range 4 {
+		all = append(all, push(fmt.Sprint("layer ", i)))
+	}
+	slices.Sort(all)
+	// The walk reads the unreadable manifest first. The lost blob belongs to the last one.
+	unread, last := all[0], all[3]
+	_, content, err := s.readManifest("a/x", ociregistry.Digest(last))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m manifest
+	if err := json.Unmarshal(content, &m); err != nil {
+		t.Fatal(err)
+	}
+	lost := m.Config.Digest
+	aside := "damaged/" + unread.Encoded()
+	if err := errors.Join(s.root.Remove(blobPath(lost.Encoded())), s.root.Remove(blobPath(unread.Encoded())),
+		s.root.Symlink(".", aside)); err != nil { // reading a folder is an error
+		t.Fatal(err)
+	}
+	later := time.Now().Add(25 * time.Hour)
+	for range 2 {
+		out, err := s.Collect(t.Context(), later)
+		if err == nil || out.Blobs != 0 || !slices.Equal(out.Damaged, []string{string(unread)}) ||
+			len(out.DamagedBlobs) != 1 || out.DamagedBlobs[0].Digest != string(lost) {
+			t.Errorf("Collect() = %+v, %v; want an error, no blob removed, manifest %s damaged, and blob %s lost", out, err,
+				unread, lost)
+		}
+		if n := s.Damaged(); n != 2 {
+			t.Errorf("Damaged() = %d; want 2", n)
+		}
+	}
+	if have := there(t, s, append(paths, blobPath(all[1].Encoded()))); slices.Contains(have, false) {
+		t.Errorf("the blobs are there: %v; want all, also the one that no manifest needs", have)
+	}
+	if err := errors.Join(s.root.Remove(aside), s.root.WriteFile(aside, []byte("{"), 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.Collect(t.Context(), later); err != nil || out.Blobs == 0 {
+		t.Errorf("Collect() when the manifest can be read = %+v, %v; want the unneeded blob removed", out, err)
 	}
 }
