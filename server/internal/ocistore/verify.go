@@ -264,7 +264,13 @@ func (p *pass) report(ctx context.Context) {
 		p.fail(fmt.Errorf("read manifests: %w", err))
 	}
 	for _, d := range all {
-		d.Cause = p.damaged[digest.Digest(d.Digest).Encoded()]
+		sum := digest.Digest(d.Digest).Encoded()
+		if err == nil && d.Manifests == 0 { // nobody needs to repair it, so it does not count
+			p.mu.Lock()
+			delete(p.absent, sum)
+			p.mu.Unlock()
+		}
+		d.Cause = p.damaged[sum]
 		p.found(d)
 	}
 	clear(p.damaged)
