@@ -70,7 +70,7 @@ func (s *Store) readPlace() (p place) {
 	return p
 }
 
-// writePlace stores a place, and the paths of what was kept. It needs no free space beyond the reserve.
+// writePlace stores a place, and the paths of what was kept, atomically. It needs no free space beyond the reserve.
 func (s *Store) writePlace(p place) error {
 	s.mu.Lock()
 	p.Kept = slices.Sorted(maps.Keys(s.kept))
@@ -79,7 +79,22 @@ func (s *Store) writePlace(p place) error {
 	if err != nil {
 		return err
 	}
-	return s.root.WriteFile(placeFile, raw, 0o640)
+	name := "tmp/" + randomID()
+	f, err := s.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(raw)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = s.root.Rename(name, placeFile)
+	}
+	if err != nil {
+		return errors.Join(err, s.root.Remove(name))
+	}
+	return nil
 }
 
 // NextPass returns when [Store.Verify] is due: in the past if a pass was interrupted, if it could not read something, or

@@ -9,6 +9,7 @@ import (
 	"path"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -294,5 +295,25 @@ func TestCollectBesideUnreadableManifest(t *testing.T) {
 	}
 	if out, err := s.Collect(t.Context(), later); err != nil || out.Blobs == 0 {
 		t.Errorf("Collect() when the manifest can be read = %+v, %v; want the unneeded blob removed", out, err)
+	}
+}
+
+// TestPlaceWhole checks that a stored place replaces the former file, and does not change it: after a crash or on a full
+// disk, a file that was cut off would lose the place.
+func TestPlaceWhole(t *testing.T) {
+	t.Parallel()
+	s, _ := openFlaky(t, 0, 0)
+	if err := errors.Join(s.writePlace(place{After: "first"}), s.root.Link(placeFile, "former"),
+		s.writePlace(place{After: "second"})); err != nil {
+		t.Fatal(err)
+	}
+	if former, err := s.root.ReadFile("former"); err != nil || !strings.Contains(string(former), "first") {
+		t.Errorf("the former file = %s, %v; want it unchanged", former, err)
+	}
+	if p := s.readPlace(); p.After != "second" {
+		t.Errorf("readPlace() = %+v; want the second place", p)
+	}
+	if left, err := fs.ReadDir(s.root.FS(), "tmp"); err != nil || len(left) != 0 {
+		t.Errorf("temporary files: %v, %v; want none", left, err)
 	}
 }
