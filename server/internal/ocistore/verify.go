@@ -520,14 +520,22 @@ func (s *Store) readAbsent() error {
 
 // Damaged returns the number of blobs and manifests that are known to be damaged or lost, and were not pushed since
 // then. A file or a folder that a verification could not read or move counts, too, until it can.
+//
+// Damaged does not hold s.mu while it looks for files, because uploads need the lock, and a disk may be slow.
 func (s *Store) Damaged() int {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := len(s.kept)
-	for sum := range s.absent {
-		if s.isAbsent(sum) {
+	n, all := len(s.kept), slices.Collect(maps.Keys(s.absent))
+	s.mu.Unlock()
+	for _, sum := range all {
+		if _, err := s.root.Stat(blobPath(sum)); err != nil {
+			n++
+			continue
+		}
+		s.mu.Lock()
+		if s.isAbsent(sum) { // it was moved aside meanwhile
 			n++
 		}
+		s.mu.Unlock()
 	}
 	return n
 }
