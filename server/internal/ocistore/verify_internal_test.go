@@ -40,10 +40,11 @@ func TestReplacedBlobStays(t *testing.T) {
 	if err := s.root.WriteFile(path, []byte("bad"), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	f, err := s.root.Stat(path)
+	f, err := s.root.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer f.Close()
 	if err := s.putBytes(d, content); err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +117,8 @@ func TestFailedReadOnce(t *testing.T) {
 	s, paths := openFlaky(t, 3, 1)
 	out, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) })
 	if have := there(t, s, paths); err != nil || out.Damaged != 0 || slices.Contains(have, false) {
-		t.Errorf("Verify() after one failed read of each blob = %+v, %v, and the blobs are there: %v; want all", out, err, have)
+		t.Errorf("Verify() after one failed read of each blob = %+v, %v, and the blobs are there: %v; want all", out, err,
+			have)
 	}
 }
 
@@ -298,8 +300,8 @@ func TestCollectBesideUnreadableManifest(t *testing.T) {
 	}
 }
 
-// TestPlaceWhole checks that a stored place replaces the former file, and does not change it: after a crash or on a full
-// disk, a file that was cut off would lose the place.
+// TestPlaceWhole checks that a stored place replaces the former file, and does not change it: after a crash or on a
+// full disk, a file that was cut off would lose the place.
 func TestPlaceWhole(t *testing.T) {
 	t.Parallel()
 	s, _ := openFlaky(t, 0, 0)
