@@ -19,8 +19,8 @@ import (
 type Collected struct {
 	Blobs int
 	Bytes int64
-	// Damaged has the digests of manifests whose content is wrong or missing. The collection moved wrong content aside, so
-	// that a push repairs the manifest. It kept the blobs that this content names.
+	// Damaged has the digests of manifests whose content is wrong, missing or unreadable. The collection moved wrong
+	// content aside, so that a push repairs the manifest. It kept the blobs that this content names.
 	Damaged []string
 	// DamagedBlobs are the blobs that manifests need, and that are lost or were moved aside.
 	DamagedBlobs []Damage
@@ -30,14 +30,13 @@ type Collected struct {
 
 // Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
 // A blob that a client asks for counts as new, and no blob is removed while a manifest is stored. If a manifest cannot
-// be read, Collect removes no blobs and returns an error.
+// be read, Collect removes no blobs, reports the damage that it finds, and returns an error.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if _, err := s.dropUploads(now, uploadMaxAge); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
-	if out.Restored, err = s.restore(ctx); err != nil {
-		return out, fmt.Errorf("collect blobs: %w", err)
-	}
+	var notRestored error
+	out.Restored, notRestored = s.restore(ctx)
 	var old []string
 	err = fs.WalkDir(s.root.FS(), "blobs", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
@@ -60,15 +59,14 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	}
 	refs, err := s.referencedBlobs(ctx)
 	out.Damaged = refs.damaged
-	if err == nil {
-		out.DamagedBlobs, err = s.damages(ctx, refs.absent)
-	}
-	if err == nil {
-		s.noteAbsent(refs)
+	s.noteAbsent(refs, err == nil)
+	var derr error
+	out.DamagedBlobs, derr = s.damages(ctx, refs.absent)
+	if err = errors.Join(err, derr); err == nil {
 		err = s.dropRepaired(refs)
 	}
 	if err != nil {
-		return out, fmt.Errorf("collect blobs: %w", err)
+		return out, fmt.Errorf("collect blobs: %w", errors.Join(notRestored, err))
 	}
 	for _, p := range old {
 		if refs.names(path.Base(p)) {
@@ -82,6 +80,9 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 			out.Blobs++
 			out.Bytes += n
 		}
+	}
+	if notRestored != nil {
+		return out, fmt.Errorf("collect blobs: %w", notRestored)
 	}
 	return out, ctx.Err()
 }
@@ -155,47 +156,58 @@ func (s *Store) eachManifest(ctx context.Context, visit func(repo string, d dige
 	})
 }
 
-// referencedBlobs reads all manifests. It moves the damaged content of manifests aside.
+// referencedBlobs reads all manifests. It moves the damaged content of manifests aside. After an error, it goes on with
+// the next manifest, so that it finds all damage. Then references are missing, and it returns the first error.
 func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
 	refs := references{all: map[string]bool{}, absent: map[string]bool{}}
 	read := map[string]bool{} // a manifest may be in several repositories
+	var first error
 	err := s.eachManifest(ctx, func(_ string, is digest.Digest) error {
-		name := is.Encoded()
-		if read[name] {
+		if read[is.Encoded()] {
 			return nil
 		}
-		read[name] = true
-		refs.add(name)
-		content, err := s.root.ReadFile(blobPath(name))
-		gone := errors.Is(err, fs.ErrNotExist)
-		if gone {
-			content, err = s.root.ReadFile("damaged/" + name)
+		read[is.Encoded()] = true
+		if err := s.addManifest(is, &refs); err != nil && first == nil {
+			first = fmt.Errorf("manifest %s: %w", is, err)
 		}
-		if err != nil && !(gone && errors.Is(err, fs.ErrNotExist)) {
+		return nil
+	})
+	return refs, errors.Join(first, err)
+}
+
+// addManifest notes what one manifest refers to.
+func (s *Store) addManifest(is digest.Digest, refs *references) error {
+	name := is.Encoded()
+	refs.add(name)
+	content, err := s.root.ReadFile(blobPath(name))
+	gone := errors.Is(err, fs.ErrNotExist)
+	if gone {
+		content, err = s.root.ReadFile("damaged/" + name)
+	}
+	if err != nil && !(gone && errors.Is(err, fs.ErrNotExist)) {
+		refs.damaged = append(refs.damaged, string(is))
+		return err
+	}
+	var m manifest
+	wrong := is.Algorithm().FromBytes(content) != is
+	if gone || wrong || json.Unmarshal(content, &m) != nil {
+		refs.damaged = append(refs.damaged, string(is))
+		for _, sum := range anyDigest.FindAll(content, -1) {
+			refs.add(string(sum))
+		}
+		if wrong && !gone {
+			return s.setAside(is)
+		}
+		return nil
+	}
+	for _, desc := range append(append(m.Layers, m.Manifests...), orNone(m.Config)...) {
+		sum, err := hexOf(desc.Digest)
+		if err != nil {
 			return err
 		}
-		var m manifest
-		wrong := is.Algorithm().FromBytes(content) != is
-		if gone || wrong || json.Unmarshal(content, &m) != nil {
-			refs.damaged = append(refs.damaged, string(is))
-			for _, sum := range anyDigest.FindAll(content, -1) {
-				refs.add(string(sum))
-			}
-			if wrong && !gone {
-				return s.setAside(is)
-			}
-			return nil
-		}
-		for _, desc := range append(append(m.Layers, m.Manifests...), orNone(m.Config)...) {
-			sum, err := hexOf(desc.Digest)
-			if err != nil {
-				return fmt.Errorf("manifest %s: %w", name, err)
-			}
-			refs.add(sum)
-		}
-		return s.findAbsent(m, refs)
-	})
-	return refs, err
+		refs.add(sum)
+	}
+	return s.findAbsent(m, *refs)
 }
 
 // findAbsent notes the needed blobs of a manifest that are not there.
@@ -218,12 +230,13 @@ func (s *Store) findAbsent(m manifest, refs references) error {
 	return nil
 }
 
-// noteAbsent notes damaged manifests and absent blobs, and forgets content that no manifest names any more.
-func (s *Store) noteAbsent(refs references) {
+// noteAbsent notes damaged manifests and absent blobs. If the references are complete, it forgets content that no
+// manifest names any more.
+func (s *Store) noteAbsent(refs references, complete bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for sum := range s.absent {
-		if !refs.names(sum) {
+		if complete && !refs.names(sum) {
 			delete(s.absent, sum)
 		}
 	}

@@ -70,7 +70,7 @@ func (s *Store) readPlace() (p place) {
 	return p
 }
 
-// writePlace stores a place, and the paths of what was kept. It needs no free space beyond the reserve.
+// writePlace stores a place, and the paths of what was kept, atomically. It needs no free space beyond the reserve.
 func (s *Store) writePlace(p place) error {
 	s.mu.Lock()
 	p.Kept = slices.Sorted(maps.Keys(s.kept))
@@ -79,11 +79,26 @@ func (s *Store) writePlace(p place) error {
 	if err != nil {
 		return err
 	}
-	return s.root.WriteFile(placeFile, raw, 0o640)
+	name := "tmp/" + randomID()
+	f, err := s.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(raw)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = s.root.Rename(name, placeFile)
+	}
+	if err != nil {
+		return errors.Join(err, s.root.Remove(name))
+	}
+	return nil
 }
 
-// NextPass returns when [Store.Verify] is due: in the past if a pass was interrupted, if it could not read something, or
-// if there was none.
+// NextPass returns when [Store.Verify] is due: in the past if a pass was interrupted, if it could not read something,
+// or if there was none.
 func (s *Store) NextPass() time.Time {
 	p := s.readPlace()
 	if p.After != "" || len(p.Kept) > 0 {
@@ -264,7 +279,13 @@ func (p *pass) report(ctx context.Context) {
 		p.fail(fmt.Errorf("read manifests: %w", err))
 	}
 	for _, d := range all {
-		d.Cause = p.damaged[digest.Digest(d.Digest).Encoded()]
+		sum := digest.Digest(d.Digest).Encoded()
+		if err == nil && d.Manifests == 0 { // nobody needs to repair it, so it does not count
+			p.mu.Lock()
+			delete(p.absent, sum)
+			p.mu.Unlock()
+		}
+		d.Cause = p.damaged[sum]
 		p.found(d)
 	}
 	clear(p.damaged)
@@ -292,14 +313,31 @@ func (s *Store) verifyBlob(
 	if is.Validate() != nil || blobPath(sum) != name {
 		return 0, nil, nil, nil // it is not a file of this package
 	}
-	var read fs.FileInfo
-	for range 2 {
-		var got int64
-		got, read, cause, err = s.readFile(ctx, name, is, rate)
-		n += got
-		if errors.Is(cause, fs.ErrNotExist) {
-			return n, nil, nil, err // a collection removed it
+	var f fs.File // it stays open until the move, so that no other file gets its inode number
+	defer func() {
+		if f != nil {
+			_ = f.Close()
 		}
+	}()
+	for range 2 {
+		if err := pause(ctx, openCost, rate); err != nil {
+			return n, nil, nil, err
+		}
+		if f != nil {
+			_ = f.Close()
+			f = nil
+		}
+		opened, oerr := s.openBlob(name)
+		if errors.Is(oerr, fs.ErrNotExist) {
+			return n, nil, nil, nil // a collection removed it
+		}
+		if cause = oerr; oerr != nil {
+			continue
+		}
+		f = opened
+		var got int64
+		got, cause, err = readBlob(ctx, f, is, rate)
+		n += got
 		if cause == nil || err != nil {
 			return n, nil, nil, err
 		}
@@ -307,10 +345,10 @@ func (s *Store) verifyBlob(
 	switch {
 	case failing && isUnread(cause):
 		return n, nil, nil, fmt.Errorf("stop after two files that cannot be read: %w", cause)
-	case read == nil:
+	case f == nil:
 		return n, nil, cause, nil
 	}
-	moved, err := s.moveAside(read, is)
+	moved, err := s.moveAside(f, is)
 	if err != nil {
 		return n, cause, fmt.Errorf("%s: %w", name, errors.Join(cause, err)), nil
 	}
@@ -318,29 +356,6 @@ func (s *Store) verifyBlob(
 		cause = nil // a push replaced it meanwhile, or a collection removed it
 	}
 	return n, cause, nil, nil
-}
-
-// readFile opens and reads a blob, at most rate bytes per second. It returns the number of bytes, and which file it has
-// opened, or nil. The cause says why the content is not the one with the digest. The error is that of ctx.
-func (s *Store) readFile(
-	ctx context.Context,
-	name string,
-	is digest.Digest,
-	rate int64,
-) (n int64, read fs.FileInfo, cause, err error) {
-	if err := pause(ctx, openCost, rate); err != nil {
-		return 0, nil, nil, err
-	}
-	f, err := s.openBlob(name)
-	if err != nil {
-		return 0, nil, err, nil
-	}
-	defer f.Close()
-	if read, err = f.Stat(); err != nil {
-		return 0, nil, err, nil
-	}
-	n, cause, err = readBlob(ctx, f, is, rate)
-	return n, read, cause, err
 }
 
 // isUnread reports whether content could not be read. Otherwise it is intact, or its digest is wrong.
@@ -387,10 +402,14 @@ func pause(ctx context.Context, n int, rate int64) error {
 	}
 }
 
-// moveAside moves a damaged blob to the folder damaged, unless another file than the read one has its path now.
-func (s *Store) moveAside(read fs.FileInfo, d digest.Digest) (moved bool, err error) {
+// moveAside moves a damaged blob to the folder damaged, unless another file than the open one has its path now.
+func (s *Store) moveAside(f fs.File, d digest.Digest) (moved bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
+	read, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
 	now, err := s.root.Stat(blobPath(d.Encoded()))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(read, now) {
 		return false, nil
@@ -471,7 +490,7 @@ func (s *Store) restoreBlob(ctx context.Context, is digest.Digest) (moved bool, 
 	from, to := "damaged/"+is.Encoded(), blobPath(is.Encoded())
 	f, err := s.root.Open(from)
 	if err != nil {
-		return false, nil //nolint:nilerr // it is known to be damaged
+		return false, nil // it is known to be damaged
 	}
 	_, cause, err := readBlob(ctx, f, is, math.MaxInt64)
 	if err := errors.Join(err, f.Close()); err != nil || cause != nil {
@@ -499,14 +518,22 @@ func (s *Store) readAbsent() error {
 
 // Damaged returns the number of blobs and manifests that are known to be damaged or lost, and were not pushed since
 // then. A file or a folder that a verification could not read or move counts, too, until it can.
+//
+// Damaged does not hold s.mu while it looks for files, because uploads need the lock, and a disk may be slow.
 func (s *Store) Damaged() int {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := len(s.kept)
-	for sum := range s.absent {
-		if s.isAbsent(sum) {
+	n, all := len(s.kept), slices.Collect(maps.Keys(s.absent))
+	s.mu.Unlock()
+	for _, sum := range all {
+		if _, err := s.root.Stat(blobPath(sum)); err != nil {
+			n++
+			continue
+		}
+		s.mu.Lock()
+		if s.isAbsent(sum) { // it was moved aside meanwhile
 			n++
 		}
+		s.mu.Unlock()
 	}
 	return n
 }

@@ -1,16 +1,20 @@
 package ocistore
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
@@ -36,10 +40,11 @@ func TestReplacedBlobStays(t *testing.T) {
 	if err := s.root.WriteFile(path, []byte("bad"), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	f, err := s.root.Stat(path)
+	f, err := s.root.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer f.Close()
 	if err := s.putBytes(d, content); err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +117,8 @@ func TestFailedReadOnce(t *testing.T) {
 	s, paths := openFlaky(t, 3, 1)
 	out, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) })
 	if have := there(t, s, paths); err != nil || out.Damaged != 0 || slices.Contains(have, false) {
-		t.Errorf("Verify() after one failed read of each blob = %+v, %v, and the blobs are there: %v; want all", out, err, have)
+		t.Errorf("Verify() after one failed read of each blob = %+v, %v, and the blobs are there: %v; want all", out, err,
+			have)
 	}
 }
 
@@ -196,9 +202,10 @@ func TestUnreadablePaths(t *testing.T) {
 		t.Errorf("Verify() = %+v, %v, kept %v, damaged %v; want %v kept and the fifth blob damaged", out, err, kept, damaged,
 			wantKept)
 	}
-	for range 2 { // the second time after a restart
-		if n, next := s.Damaged(), s.NextPass(); n != 4 || next.After(time.Now()) {
-			t.Errorf("Damaged() = %d, NextPass() = %v; want 4, and a time in the past", n, next)
+	// No manifest needs the damaged blob. After a restart, only a collection finds that out.
+	for _, want := range []int{3, 4} {
+		if n, next := s.Damaged(), s.NextPass(); n != want || next.After(time.Now()) {
+			t.Errorf("Damaged() = %d, NextPass() = %v; want %d, and a time in the past", n, next, want)
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
@@ -226,5 +233,89 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 	if next := s.NextPass(); time.Until(next) < 29*24*time.Hour {
 		t.Errorf("NextPass() after the repair = %v; want 30 days after the pass", next)
+	}
+}
+
+// TestCollectBesideUnreadableManifest has a damaged manifest whose content was moved aside and cannot be read. A
+// collection must remove no blob, because nobody knows which ones the manifest needs, but it must still report all
+// damage.
+func TestCollectBesideUnreadableManifest(t *testing.T) {
+	t.Parallel()
+	s, paths := openFlaky(t, 1, 0)
+	push := func(layer string) digest.Digest {
+		t.Helper()
+		blob := digest.FromString(layer)
+		if err := s.putBytes(blob, []byte(layer)); err != nil {
+			t.Fatal(err)
+		}
+		const kind = "application/vnd.oci.image.manifest.v1+json"
+		desc, err := s.PushManifest(t.Context(), "a/x", "", fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,`+
+			`"config":{"mediaType":"x/y","digest":%q,"size":%d},"layers":[]}`, kind, blob, len(layer)), kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return digest.Digest(desc.Digest)
+	}
+	var all []digest.Digest
+	for i := range 4 {
+		all = append(all, push(fmt.Sprint("layer ", i)))
+	}
+	slices.Sort(all)
+	// The walk reads the unreadable manifest first. The lost blob belongs to the last one.
+	unread, last := all[0], all[3]
+	_, content, err := s.readManifest("a/x", ociregistry.Digest(last))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m manifest
+	if err := json.Unmarshal(content, &m); err != nil {
+		t.Fatal(err)
+	}
+	lost := m.Config.Digest
+	aside := "damaged/" + unread.Encoded()
+	if err := errors.Join(s.root.Remove(blobPath(lost.Encoded())), s.root.Remove(blobPath(unread.Encoded())),
+		s.root.Symlink(".", aside)); err != nil { // reading a folder is an error
+		t.Fatal(err)
+	}
+	later := time.Now().Add(25 * time.Hour)
+	for range 2 {
+		out, err := s.Collect(t.Context(), later)
+		if err == nil || out.Blobs != 0 || !slices.Equal(out.Damaged, []string{string(unread)}) ||
+			len(out.DamagedBlobs) != 1 || out.DamagedBlobs[0].Digest != string(lost) {
+			t.Errorf("Collect() = %+v, %v; want an error, no blob removed, manifest %s damaged, and blob %s lost", out, err,
+				unread, lost)
+		}
+		if n := s.Damaged(); n != 2 {
+			t.Errorf("Damaged() = %d; want 2", n)
+		}
+	}
+	if have := there(t, s, append(paths, blobPath(all[1].Encoded()))); slices.Contains(have, false) {
+		t.Errorf("the blobs are there: %v; want all, also the one that no manifest needs", have)
+	}
+	if err := errors.Join(s.root.Remove(aside), s.root.WriteFile(aside, []byte("{"), 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.Collect(t.Context(), later); err != nil || out.Blobs == 0 {
+		t.Errorf("Collect() when the manifest can be read = %+v, %v; want the unneeded blob removed", out, err)
+	}
+}
+
+// TestPlaceWhole checks that a stored place replaces the former file, and does not change it: after a crash or on a
+// full disk, a file that was cut off would lose the place.
+func TestPlaceWhole(t *testing.T) {
+	t.Parallel()
+	s, _ := openFlaky(t, 0, 0)
+	if err := errors.Join(s.writePlace(place{After: "first"}), s.root.Link(placeFile, "former"),
+		s.writePlace(place{After: "second"})); err != nil {
+		t.Fatal(err)
+	}
+	if former, err := s.root.ReadFile("former"); err != nil || !strings.Contains(string(former), "first") {
+		t.Errorf("the former file = %s, %v; want it unchanged", former, err)
+	}
+	if p := s.readPlace(); p.After != "second" {
+		t.Errorf("readPlace() = %+v; want the second place", p)
+	}
+	if left, err := fs.ReadDir(s.root.FS(), "tmp"); err != nil || len(left) != 0 {
+		t.Errorf("temporary files: %v, %v; want none", left, err)
 	}
 }

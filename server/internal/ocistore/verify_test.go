@@ -293,6 +293,9 @@ func TestUnneededDamage(t *testing.T) {
 	if d := cmp.Diff(want, found, cmpopts.IgnoreFields(ocistore.Damage{}, "Cause")); d != "" {
 		t.Errorf("Verify() found (-want +got):\n%s", d)
 	}
+	if n := s.Damaged(); n != 0 {
+		t.Errorf("Damaged() before a collection = %d; want 0, because no manifest needs the blob", n)
+	}
 	if out, err := s.Collect(t.Context(), time.Now()); err != nil || len(out.DamagedBlobs) != 0 || s.Damaged() != 0 {
 		t.Errorf("Collect() = %+v, %v, Damaged() = %d; want no damage", out, err, s.Damaged())
 	}
