@@ -154,6 +154,7 @@ type matrix struct {
 	kernels, drivers *cosbucket.Bucket
 	destinations     *batch.Destinations
 	telemetry        *telemetry.Telemetry // if nil, nothing is recorded
+	failures         *batch.FailureStore  // is also batch.Failures; nil if nothing is stored
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -181,7 +182,6 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		m.batch.Parallel += ahead
 	}
 	m.batch.Attempts = cmd.Int("attempts")
-	m.cfg.RetryRefused = cmd.Bool("retry-failed")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Destinations.Published does not check who signed the modules, or whether debug symbols and BTF exist. If a setting
 	// asks for these, the pipeline examines every cell.
@@ -191,9 +191,11 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		!m.cfg.BTF {
 		m.batch.Published = m.destinations.Published
 	}
-	if m.batch.Failures, err = failureStore(ctx, m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
+	failures, err := failureStore(ctx, m.cfg, m.kernels, m.drivers)
+	if err != nil {
 		return nil, err
 	}
+	m.retryFailed(cmd.Bool("retry-failed"), failures)
 	// Labels depend on all cells together, so the method setLabels sets them after the last build.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
@@ -226,6 +228,14 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		return release.Flavours, nil
 	}
 	return m, nil
+}
+
+// retryFailed sets the store of failures, and whether the next pass builds again what failed or was refused with the
+// same inputs.
+func (m *matrix) retryFailed(again bool, failures *batch.FailureStore) {
+	m.cfg.RetryRefused = again
+	m.failures, m.batch.Failures = failures, failures
+	failures.Forget = again
 }
 
 // openDestinations opens the destinations and loads the signing key. A cell counts as published only if this key signed
@@ -333,7 +343,11 @@ func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Repor
 			err = errors.Join(err, remove())
 		}()
 	}
-	return batch.Run(ctx, m.batch, p), nil
+	report = batch.Run(ctx, m.batch, p)
+	if m.failures != nil { // later passes would try the same cells in vain
+		m.retryFailed(false, m.failures)
+	}
+	return report, nil
 }
 
 // runPlan prints what a build would do, and builds nothing.

@@ -192,25 +192,33 @@ func (b *safeBuffer) String() string {
 	return b.text.String()
 }
 
-// Each pass over a wish list has a new cache for builds because of age, which is gone after the pass.
-func TestPassHasOwnCache(t *testing.T) {
-	t.Parallel()
+// newOneCell returns a matrix with an empty cache, and a plan with one cell.
+func newOneCell(t *testing.T) (*matrix, *plan.Plan) {
+	t.Helper()
 	cache, err := cas.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = cache.Close() }()
+	t.Cleanup(func() { _ = cache.Close() })
 	kernel, err := target.ParseKernel("17800.0.9", "lakitu")
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &plan.Plan{Cells: []plan.Cell{{Kernel: kernel, Driver: target.Driver{Version: "535.1", Flavour: target.Open}}}}
-	m := &matrix{cfg: pipeline.Config{Cache: cache, RebuildAfter: time.Hour}}
+	m := &matrix{cfg: pipeline.Config{Cache: cache}}
 	m.batch.Logs = t.TempDir()
 	m.batch.Kernel = func(context.Context, target.Kernel, func(string)) (target.Fingerprint, error) { return "f", nil }
 	m.batch.Driver = func(context.Context, string, target.Arch, func(string)) ([]target.Flavour, error) {
 		return []target.Flavour{target.Open}, nil
 	}
+	return m, p
+}
+
+// Each pass over a wish list has a new cache for builds because of age, which is gone after the pass.
+func TestPassHasOwnCache(t *testing.T) {
+	t.Parallel()
+	m, p := newOneCell(t)
+	m.cfg.RebuildAfter = time.Hour
 	var used []string
 	m.batch.Make = func(ctx context.Context, _ plan.Cell, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
 		used = append(used, m.cfg.Fresh.Dir())
@@ -233,4 +241,39 @@ func TestPassHasOwnCache(t *testing.T) {
 			t.Errorf("a pass left its cache: %v", err)
 		}
 	}
+}
+
+// sums is a bucket that has every checksum file.
+type sums struct{}
+
+func (sums) ReadSmall(context.Context, string, int64) ([]byte, error) { return []byte("sum"), nil }
+
+// Only the first pass with --retry-failed tries cells again that failed with the same inputs. Otherwise `builder work`
+// would compile them in vain in each pass.
+func TestRetryFailedOnce(t *testing.T) {
+	t.Parallel()
+	m, p := newOneCell(t)
+	m.retryFailed(true, &batch.FailureStore{Facts: m.cfg.Cache, Kernels: sums{}, Drivers: sums{}})
+	made := 0
+	m.batch.Make = func(context.Context, plan.Cell, io.Writer, *timeline.Run) (*pipeline.Result, error) {
+		if made++; !m.cfg.RetryRefused {
+			t.Error("the first pass does not build refused artifacts again")
+		}
+		return &pipeline.Result{}, fault.Errorf(fault.APIBreak, "no such function")
+	}
+	pass := func(known bool, when string) {
+		t.Helper()
+		report, err := m.runPass(t.Context(), p)
+		if err != nil || report.States[batch.Failed] != 1 || report.Jobs[0].Known != known {
+			t.Errorf("%s: runPass = %+v, %v; want one failed cell, known before: %t", when, report, err, known)
+		}
+	}
+	pass(false, "the first pass")
+	pass(true, "the second pass")
+	if m.cfg.RetryRefused || made != 1 {
+		t.Errorf("after two passes: RetryRefused %t, built %d times; want false, once", m.cfg.RetryRefused, made)
+	}
+	m.retryFailed(true, m.failures)
+	pass(false, "a first pass with a known failure")
+	pass(true, "the pass after that")
 }

@@ -14,10 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// failureStore opens the store of failures, which single builds and wish lists share. The last argument makes the store
-// find no earlier failure.
-func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *cosbucket.Bucket,
-	forget bool) (*batch.FailureStore, error) {
+// failureStore opens the store of failures, which single builds and wish lists share.
+func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *cosbucket.Bucket) (*batch.FailureStore,
+	error) {
 	host, err := sandbox.HostTools()
 	if err != nil {
 		return nil, err
@@ -30,7 +29,7 @@ func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *co
 	}
 	how, signatures := cfg.Signing()
 	return &batch.FailureStore{
-		Facts: cfg.Cache, Kernels: kernels, Drivers: drivers, Version: version, BTF: cfg.BTF, Forget: forget,
+		Facts: cfg.Cache, Kernels: kernels, Drivers: drivers, Version: version, BTF: cfg.BTF,
 		Settings:   fmt.Sprintf("%s, debug symbols %t, host tools %s, pahole %s", how, cfg.DebugSymbols, host, types),
 		Signatures: signatures,
 	}, nil
@@ -52,7 +51,7 @@ func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result,
 		return err
 	}
 	defer func() { err = errors.Join(err, drivers.Close()) }()
-	memory, err := failureStore(ctx, cfg, kernels, drivers, false)
+	memory, err := failureStore(ctx, cfg, kernels, drivers)
 	if err != nil {
 		return err
 	}

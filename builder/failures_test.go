@@ -71,7 +71,7 @@ func TestKeepFailure(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer drivers.Close()
-			memory, err := failureStore(t.Context(), cfg, kernels, drivers, false)
+			memory, err := failureStore(t.Context(), cfg, kernels, drivers)
 			if err != nil {
 				t.Fatal(err)
 			}
