@@ -363,7 +363,8 @@ func TestReuseAsksForTagsOnce(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
 	cfg := f.config(t, emptyCache(t))
-	one, two := cfg.Destinations, append(cfg.Destinations[:1:1], cfg.Destinations[0]+"-second")
+	one := cfg.Destinations
+	two := []string{one[0], one[0] + "-second"}
 	cfg.Destinations = two
 	must(t, cfg, request("17800.0.9"))
 	_, name, _ := strings.Cut(one[0], "/")
