@@ -98,10 +98,16 @@ func olderThanSources(look inputs.State) string {
 // this repository and of what all tests depend on. The caller then returns at once.
 func (p *passes) remembered(t *testing.T, folders ...string) bool {
 	t.Helper()
+	return p.rememberedAs(t, t.Name(), folders)
+}
+
+// rememberedAs works as remembered does, for a test with the given name.
+func (p *passes) rememberedAs(t *testing.T, name string, folders []string) bool {
+	t.Helper()
 	if p.off != "" {
 		return false
 	}
-	key, err := p.key(t.Context(), t.Name(), folders)
+	key, err := p.key(t.Context(), name, folders)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +115,7 @@ func (p *passes) remembered(t *testing.T, folders ...string) bool {
 		t.Logf("passed at %s with the same content; %s=1 runs it again", at.Format(time.RFC3339), againEnv)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.kept = append(p.kept, t.Name())
+		p.kept = append(p.kept, name)
 		return true
 	}
 	t.Cleanup(func() {
@@ -222,7 +228,7 @@ func TestPasses(t *testing.T) {
 		}
 		p.off = "" // independent of the environment
 		ran := false
-		t.Run("it", func(t *testing.T) { ran = !p.remembered(t, "builder") })
+		t.Run("it", func(t *testing.T) { ran = !p.rememberedAs(t, "TestIt", []string{"builder"}) })
 		if err := p.save(); err != nil {
 			t.Fatal(err)
 		}

@@ -185,7 +185,7 @@ func TestRealGate(t *testing.T) {
 		{"sibling kernel of the same release", sibling, []string{"load nvidia", "disagrees about version of symbol"}},
 		{"unresolved symbol", replaceText(t, good, exported, unknown), []string{"load nvidia", "Unknown symbol " + unknown}},
 		{"oops", standIn(t, own, "OOPS"),
-			[]string{"load nvidia: kernel crashed: BUG: kernel NULL pointer dereference, address: 0000000000000010"}},
+			[]string{"load nvidia: the kernel crashed: BUG: kernel NULL pointer dereference, address: 0000000000000010"}},
 		{"warning", standIn(t, own, "WARN"),
 			[]string{"the modules tainted the kernel: warning", "WARNING: CPU: 0", "standin_init"}},
 	} {
