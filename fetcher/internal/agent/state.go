@@ -8,6 +8,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 )
 
+// readState reads what a decision about the driver needs: the node's facts, the drivers on its disk, and the attempts.
 func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeState, err error) {
 	s = nodeState{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry,
 		noLoad: a.cfg.NoLoad}

@@ -116,16 +116,7 @@ func TestFails(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: ldconfig runs in the node's root")
 	}
-	root := t.TempDir()
-	write(t, filepath.Join(root, "sbin/ldconfig"), []byte("no program"), 0o755)
-	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	node, err := noderoot.Open(root)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer node.Close()
+	root, node := brokenNode(t)
 	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil ||
 		!strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
 		t.Errorf("Add with a broken ldconfig = %v; want an error", err)
@@ -135,11 +126,9 @@ func TestFails(t *testing.T) {
 	}
 }
 
-// TestOutlivesPowerCut checks that the content of the node's ld.so.conf is on the disk after a change: otherwise a
-// power cut may leave an empty file, without the lines of other installers. The node has no such file at first, because
-// some file systems flush a file that replaces another one by themselves.
-func TestOutlivesPowerCut(t *testing.T) {
-	t.Parallel()
+// brokenNode returns a node whose ldconfig does not run, and the folder of its root.
+func brokenNode(t *testing.T) (string, *noderoot.Root) {
+	t.Helper()
 	root := t.TempDir()
 	write(t, filepath.Join(root, "sbin/ldconfig"), []byte("no program"), 0o755)
 	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
@@ -149,7 +138,16 @@ func TestOutlivesPowerCut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer node.Close()
+	t.Cleanup(func() { _ = node.Close() }) // nothing is written through it
+	return root, node
+}
+
+// TestOutlivesPowerCut checks that the content of the node's ld.so.conf is on the disk after a change: otherwise a
+// power cut may leave an empty file, without the lines of other installers. The node has no such file at first, because
+// some file systems flush a file that replaces another one by themselves.
+func TestOutlivesPowerCut(t *testing.T) {
+	t.Parallel()
+	root, node := brokenNode(t)
 	// The run of ldconfig fails, after the write.
 	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil {
 		t.Error("Add with a broken ldconfig = nil; want an error")
