@@ -38,7 +38,8 @@ func (p pkg) upstream() string {
 	return v
 }
 
-// apt queries and downloads with the machine's apt program, but with sources, lists and caches of its own.
+// apt queries and downloads packages with the machine's apt program. It has its own sources, lists and caches, so the
+// machine's settings do not change.
 type apt struct {
 	dir      string // for sources, lists, cache and packages
 	conf     string
@@ -161,7 +162,8 @@ func (a *apt) versions(ctx context.Context, names ...string) (map[string][]strin
 	return parseMadison(out), nil
 }
 
-// parseMadison reads "name | version | where" lines, newest version first.
+// parseMadison reads the output of apt-cache madison: lines of the form "name | version | where", with the newest
+// version first. It skips source packages.
 func parseMadison(out []byte) map[string][]string {
 	all := map[string][]string{}
 	scan := bufio.NewScanner(bytes.NewReader(out))
@@ -194,7 +196,7 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// mustFile returns the file of a downloaded package. Another process may have removed it since.
+// mustFile returns the file of a downloaded package. It returns an error if the file was removed after the download.
 func (a *apt) mustFile(p pkg) (string, error) {
 	file, ok := a.file(p)
 	if !ok {
@@ -207,7 +209,7 @@ func (a *apt) mustFile(p pkg) (string, error) {
 // errDownload means that the archive did not serve a package, perhaps because the index is out of date.
 var errDownload = errors.New("download packages")
 
-// batch is the number of packages in one download. A killed run has to repeat only its last batch.
+// batch is the number of packages in one download. If a run is killed, the next run repeats only the last batch.
 const batch = 8
 
 // download downloads all missing packages. apt checks each file against the signed index. Only a complete file gets its

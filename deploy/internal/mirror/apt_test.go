@@ -11,7 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// aptGet replaces apt-get download. It writes the requested packages, until one of them is "gone".
+// aptGet is a script in place of the program apt-get. For `apt-get download`, it writes one file for each requested
+// package. At the package "gone" it writes half a file, and ends with an error.
 const aptGet = `#!/bin/sh
 shift 2
 for p in "$@"; do
@@ -21,7 +22,8 @@ for p in "$@"; do
 done
 `
 
-// TestDownloadGoesOn checks that an interrupted download keeps its complete packages, and no others.
+// TestDownloadGoesOn checks that an interrupted download keeps only complete packages, and that the next download
+// fetches only what is missing.
 func TestDownloadGoesOn(t *testing.T) {
 	bin, dir := t.TempDir(), t.TempDir()
 	asked := filepath.Join(t.TempDir(), "asked")
@@ -59,8 +61,9 @@ func TestDownloadGoesOn(t *testing.T) {
 	}
 }
 
-// TestClangCachedNeedsNoCompiler checks that a machine without the tools for compiling a kernel gets as far as asking
-// apt, if a kernel of an earlier run is wanted. Without ClangCached, the missing tools are named before anything else.
+// TestClangCachedNeedsNoCompiler checks that Make with ClangCached does not need the tools for compiling a kernel: it
+// goes on to apt, which fails in this test. Without ClangCached, Make first returns an error that names the missing
+// tools.
 func TestClangCachedNeedsNoCompiler(t *testing.T) {
 	bin := t.TempDir()
 	for _, tool := range tools {

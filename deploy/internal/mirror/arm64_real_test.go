@@ -20,7 +20,8 @@ import (
 )
 
 // TestARM64 lets the builder on this machine cross-compile, check, load and publish a driver for an Arm kernel. The
-// tests of package vm run on this kernel too. At last the builder uses a bucket with vmlinux and no boot archive.
+// tests of package vm boot this kernel too. In the end, the builder uses a bucket that has a vmlinux but no boot
+// archive.
 //
 // It takes minutes, so it runs only if PREBAKE_ARM64_CACHE is set to the cache folder of `mirror`. `make arm64` sets
 // it.
@@ -116,8 +117,8 @@ type buildResult struct {
 	Phases   []timeline.Phase
 }
 
-// wrapImage makes a vmlinux from an arm64 Image, as one segment and the section .rodata. Debian's own vmlinux is in a
-// package of 800 MB.
+// wrapImage makes a vmlinux from an arm64 Image, as one segment and the section .rodata. It saves the download of
+// Debian's own vmlinux, whose package has 800 MB.
 func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"

@@ -48,7 +48,7 @@ func (b clangBuild) packages() []pkg { return append([]pkg{b.source}, b.toolchai
 
 var upstreamPattern = regexp.MustCompile(`^[0-9]+\.[0-9]+\.([0-9]{1,6})$`)
 
-// planClang asks apt for the newest source of the series and for clang.
+// planClang asks apt for the newest versions of the kernel's source package and of clang's packages.
 func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	var b clangBuild
 	name := "linux-source-" + clangSeries
@@ -83,7 +83,8 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools returns an error with the tools for compiling a kernel that this machine lacks.
+// checkClangTools returns an error if this machine lacks tools for compiling a kernel. The error names the Debian
+// packages with these tools.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -198,8 +199,8 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 }
 
 // clangReleases returns the driver releases for the kernel that the mirror compiles, the default first. The default is
-// the newest one of the machine's own Debian release: Debian makes it fit the source of this kernel. Older ones of this
-// Debian release are left out.
+// the newest driver of the machine's own Debian release, because Debian patches that driver for the source of this
+// kernel. Older drivers of this Debian release are left out.
 func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
@@ -218,8 +219,8 @@ func (m *maker) clangReleases(releases []release) []release {
 // clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module is signed: it must also load
-// if the kernel enforces signatures.
+// makeClangBoot packs the boot archive: the kernel image and the module of the emulated GPU. The module is signed, so
+// that it also loads if the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object,
 	toolchain *toolchainFolder) (object, error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}

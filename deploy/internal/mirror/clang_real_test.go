@@ -20,8 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
-// LoadPin. The builder compiles the driver with clang, loads it in a machine that boots that kernel, and publishes it.
+// TestClangKernel lets the builder build a driver for a kernel like COS's: compiled with clang and lld, without symbol
+// versions, with LoadPin. The builder compiles the driver with clang, loads it in a virtual machine that boots this
+// kernel, and publishes it.
 //
 // The kernel takes minutes to compile, so the test runs only if PREBAKE_CLANG_CACHE is set to the cache folder of
 // `mirror`. `make clang` sets it.
@@ -61,7 +62,7 @@ func TestClangKernel(t *testing.T) {
 		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
 	}
 
-	// Caches and precompiled headers must not change the modules.
+	// TestRealSameBytes checks that caches and precompiled headers do not change the modules.
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$",
 		"github.com/prebake/prebake/builder/internal/compile")
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+v.NVMLVersion)
@@ -73,7 +74,7 @@ func TestClangKernel(t *testing.T) {
 }
 
 // buildClang builds the newest driver for the kernel, and returns the verdict of the load test, which must be "loaded".
-// Only the builder's cache is outside of dir.
+// It writes the key and the artifact to dir.
 func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir, cache string, kernel Build) verdict {
 	t.Helper()
 	key := filepath.Join(dir, "key")
@@ -92,7 +93,7 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 }
 
 // TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. As in COS's buckets,
-// there is only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions, and
+// there is a vmlinux but no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions, and
 // panics on an oops.
 //
 // The kernel comes from the cache. If the cache has no kernel of Debian's present source, the test compiles it if
@@ -133,7 +134,8 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// The cache keeps the modules of earlier runs. Without the verdicts in it, the load test always runs.
+	// The builder's cache keeps modules and load test verdicts of earlier runs. The test removes the verdicts, so that the
+	// load test runs again.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {
@@ -153,8 +155,9 @@ func TestClangCell(t *testing.T) {
 	}
 }
 
-// checkAnswers looks for some of conftest's answers about this kernel series in the builder's cache. If clang's
-// warnings were errors, the answers "absent" would wrongly become "present".
+// checkAnswers looks for some of conftest's answers about this kernel series in the builder's cache. For many
+// functions, conftest.sh takes a failed compile as "present". If clang's warnings were errors, absent functions would
+// wrongly count as present.
 func checkAnswers(t *testing.T, cache string) {
 	t.Helper()
 	var known strings.Builder
@@ -182,7 +185,7 @@ func checkAnswers(t *testing.T, cache string) {
 	}
 }
 
-// checkClangBuild checks the published COS build as a builder would. It returns the folder with the unpacked archives.
+// checkClangBuild checks the files of the published COS build. It returns a folder with the unpacked archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -216,8 +219,9 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	return dir
 }
 
-// checkSignatures boots the kernel, and checks that it loads only modules signed with the published key. By default,
-// LoadPin allows modules from only one file system.
+// checkSignatures boots the kernel with signatures enforced, and checks that it loads only modules that are signed with
+// the published key. It also checks that LoadPin pins modules to one file system if the kernel arguments do not exclude
+// modules.
 func checkSignatures(t *testing.T, build, unpacked, release string) {
 	t.Helper()
 	init := program.Build(t, "pkg/vm/guestinit", "")

@@ -37,7 +37,7 @@ func TestUnmet(t *testing.T) {
 	}
 }
 
-// TestBuiltTree takes a header tree from a source tree in the state after a compile.
+// TestBuiltTree checks which files builtTree takes from a compiled source tree.
 func TestBuiltTree(t *testing.T) {
 	t.Parallel()
 	src := t.TempDir()

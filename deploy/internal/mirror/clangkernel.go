@@ -152,8 +152,9 @@ type kernelBuild struct {
 	progress       func(string)
 }
 
-// kernelVariables returns variables for the program make. They set every tool, so that none of the machine's tools is
-// used. The release gets the format x.y.z+, as COS's kernels have it.
+// kernelVariables returns variables for the program make. They name each compiler, linker and binary tool of the
+// toolchain archive, so that make uses none of the machine's own. LOCALVERSION adds a + to the release, as in COS's
+// kernels.
 func kernelVariables() []string {
 	llvm := func(name string) string { return "llvm-" + name }
 	return []string{
@@ -243,8 +244,8 @@ func missingLines(want, got string) []string {
 	return missing
 }
 
-// builtTree takes three parts from a compiled source tree: the header tree for compiling modules, below headers/; the
-// image to boot; and the test module.
+// builtTree takes three parts from a compiled source tree: the headers for compiling modules, the image to boot, and
+// the test module.
 func builtTree(src, release string) (tree, error) {
 	text, err := os.ReadFile(filepath.Join(src, "include/config/kernel.release"))
 	if err != nil {
@@ -294,8 +295,8 @@ func builtTree(src, release string) (tree, error) {
 	return t, nil
 }
 
-// headerFolder reports whether the header tree contains anything from a folder of the source tree, as the kernel's
-// packaging scripts decide.
+// headerFolder reports whether the header tree contains files from a folder of the source tree. The choice follows the
+// scripts that package the kernel, in its folder scripts/package.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}
 	if slices.Contains(top, name) {
@@ -303,7 +304,7 @@ func headerFolder(name string) bool {
 	}
 	for _, whole := range []string{"include", "scripts", "arch/x86/include"} {
 		if name == whole || strings.HasPrefix(name, whole+"/") {
-			// This folder has links to device trees of other architectures.
+			// The folder include-prefixes has links to the device trees of other architectures, so it is left out.
 			return name != "scripts/dtc/include-prefixes"
 		}
 	}
@@ -323,7 +324,7 @@ func headerFile(name string) bool {
 	case "tools/objtool":
 		return base == "objtool"
 	}
-	// Object files, archives and hidden files are results of the compile, and no headers.
+	// Object files, archives and hidden files are results of the compile. The header tree does not need them.
 	return !strings.HasSuffix(base, ".o") && !strings.HasSuffix(base, ".a") && !strings.HasPrefix(base, ".")
 }
 

@@ -18,17 +18,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// signingPair is a private key and its certificate, new for each cache. The clang-built kernel trusts the certificate
-// for modules. The private key is published too, for trying module signatures on that kernel. Nothing else may ever
-// trust the certificate.
+// signingPair is a private key and its certificate. Each cache folder has its own pair. The clang-built kernel trusts
+// the certificate for modules. The private key is published too, for trying module signatures on that kernel. Nothing
+// else may ever trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }
 
-// signingFile has both parts, so a killed run never leaves only one of them.
+// signingFile contains the private key and the certificate. Both are in one file, so a killed run never leaves one
+// without the other.
 const signingFile = "test-module-signing.pem"
 
-// signingKey returns the key pair of this cache, and makes it if there is none.
+// signingKey returns the pair of this cache folder. If there is none, it makes a pair.
 func (m *maker) signingKey() (signingPair, error) {
 	path := filepath.Join(m.Cache, signingFile)
 	text, err := os.ReadFile(path)

@@ -14,7 +14,7 @@ const clangMajor = "16"
 // hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK.
 const hostPrefix = "x86_64-pc-linux-gnu-"
 
-// clangEnv is the content of toolchain_env.
+// clangEnv is the content of toolchain_env, the file in which COS names a kernel's compilers.
 const clangEnv = "CC=" + prefix + "clang\nCXX=" + prefix + "clang++\n"
 
 // clangPackages contain the compiler, the linker, LLVM's binary tools, and all their libraries except libc, which comes

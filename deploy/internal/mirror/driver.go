@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of undone edits of Debian.
+// runfileTree lays out a release as NVIDIA's runfile does. It also returns a list of Debian's edits that it undid.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
 	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {
@@ -31,8 +31,8 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 	return t, edits, nil
 }
 
-// makeOwn replaces Debian's edition of the module sources with NVIDIA's own, and returns the list of undone edits. If
-// NVIDIA's sources are not available, Debian's edition stays, and the list says so.
+// makeOwn replaces Debian's edition of the module sources with NVIDIA's own. It returns a list of Debian's edits that
+// it undid. If NVIDIA's sources are not available, Debian's edition stays, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
 	base, ok := baseOf(r, releases)
@@ -48,7 +48,8 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	switch {
 	case errors.Is(err, errNoOrigin):
-		// apt's message is about this machine's archive, so it must not become a part of the mirror.
+		// apt's message depends on this machine's archive. It is left out, because the mirror must be the same on every
+		// machine.
 		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{debianEdition + errNoOrigin.Error()}, nil
 	case fault.Is(err, fault.Unsupported):
@@ -69,7 +70,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	return s.edits, nil
 }
 
-// debianEdition is the beginning of the list of edits if a release keeps Debian's sources.
+// debianEdition begins the list of edits if a release keeps Debian's sources.
 const debianEdition = "Debian's edition: "
 
 // debianTree makes a tree from the packages of a release.
@@ -96,7 +97,7 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 }
 
 // finish completes the tree: it adds the links of the libraries, nvidia-installer and .manifest, removes manual pages,
-// and sets modes. A missing file that every runfile has is an error.
+// and sets modes. finish returns an error if a file is missing that every runfile has.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -124,8 +125,8 @@ func finish(t tree, p platform, r release) error {
 	return nil
 }
 
-// addSource adds the module sources and NVIDIA's licence from one of Debian's -source packages. It makes the list of
-// supported GPUs from the package's README.
+// addSource adds the module sources and NVIDIA's licence from one of Debian's -source packages. From the package's
+// README, it makes the list of supported GPUs.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}
 	err := readDeb(ctx, outer, deb, func(name string) string {

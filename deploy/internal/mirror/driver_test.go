@@ -78,10 +78,10 @@ func TestLine(t *testing.T) {
 			t.Errorf("%s.packageName(%s) = %s; want %s", tesla, plain, got, want)
 		}
 		if got := line("").packageName(plain); got != plain {
-			t.Errorf("the plain line calls %s %s", plain, got)
+			t.Errorf(`line("").packageName(%s) = %s; want the same name`, plain, got)
 		}
 	}
-	// Only the plain packages have nvidia-cuda-mps, so a release of tesla-535 is complete without it.
+	// Only the line "" has the package nvidia-cuda-mps, so a release of the line tesla-535 is complete without it.
 	versions := index(nil, "535.274.02-1~deb13u1")
 	delete(versions, "nvidia-cuda-mps")
 	if got := wholeReleases(versions, ""); len(got) > 0 {
@@ -99,7 +99,8 @@ func TestLine(t *testing.T) {
 	}
 }
 
-// fakeApt replaces apt-cache. Each line of its text has an archive, "own" or "next", a package and its version.
+// fakeApt puts a program apt-cache into PATH that prints the given versions. Each line of madison has the form ARCHIVE
+// PACKAGE=VERSION, with the archive "own" or "next".
 func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()

@@ -25,9 +25,9 @@ var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 // Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder with
 // the program qemu-system-x86_64. If Debian's archive cannot be reached, the error is Transient.
 //
-// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. It halves the time of a
-// virtual node (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). Debian 12's libraries are too old for it, so
-// its own libraries are unpacked too.
+// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. This halves the run time
+// of a virtual node (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). Debian 12's libraries are too old for this
+// qemu, so its own libraries are unpacked too.
 func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
 	c := Config{Cache: cache, Progress: progress}
 	unlock, err := lock(ctx, c)
@@ -69,7 +69,7 @@ func Emulator(ctx context.Context, cache string, progress func(string)) (bin str
 	if err = errors.Join(err, os.Rename(tmp, dir)); err != nil {
 		return "", err
 	}
-	for _, dir := range old { // older versions, of 200 MB each
+	for _, dir := range old { // older versions take 200 MB each
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	return bin, err
@@ -87,7 +87,8 @@ func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error 
 			return err
 		}
 	}
-	// The script starts the program with the loader and the libraries of its own packages, not with this machine's.
+	// The script starts qemu with the dynamic loader and the libraries of the unpacked packages, in place of this
+	// machine's.
 	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
 root=${0%/*}/../usr
 lib=$root/lib/x86_64-linux-gnu
@@ -127,8 +128,8 @@ func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
 	return parseURIs(out)
 }
 
-// parseURIs reads the lines of apt-get --print-uris: 'URL' NAME_VERSION_ARCH.deb SIZE DIGEST (apt-get(8)). An epoch's
-// colon is %3a in the file's name.
+// parseURIs reads the lines of apt-get --print-uris: 'URL' NAME_VERSION_ARCH.deb SIZE DIGEST (apt-get(8)). In the file
+// name, apt writes the colon of an epoch as %3a.
 func parseURIs(out []byte) ([]pkg, error) {
 	var pkgs []pkg
 	for line := range strings.Lines(string(out)) {

@@ -43,8 +43,8 @@ var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 // buildMajor returns the first number of the kernel's BUILD_IDs.
 func (k kernel) buildMajor() int { return buildMajors[k.series] }
 
-// findKernels returns the kernels of the given series whose packages are all in the index, by series and then oldest
-// first.
+// findKernels returns the kernels of the given series whose packages are all in the index. It sorts them by series, and
+// within a series from the oldest to the newest.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.packageNames(ctx, "linux-headers-")
 	if err != nil {
@@ -86,9 +86,9 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	return whole, nil
 }
 
-// kernel parses the name of a header package, such as linux-headers-6.1.0-47-cloud-amd64. In a series that Debian took
-// from a later release, names look like linux-headers-6.12.117+deb12-cloud-amd64, and each kernel has its own build
-// tools.
+// kernel parses the name of a header package, such as linux-headers-6.1.0-47-cloud-amd64. In a series that Debian
+// backports from a later release, names look like linux-headers-6.12.117+deb12-cloud-amd64, and each kernel has its own
+// package of build tools.
 func (p platform) kernel(headers string) (kernel, bool) {
 	m := p.headers().FindStringSubmatch(headers)
 	if m == nil {
@@ -104,8 +104,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// setVersions sets the versions of the kernel's packages, and reports whether the index has them. The map has the
-// index's versions by package name, newest first.
+// setVersions sets the versions of the kernel's packages, and reports whether the index has all of them. The map has
+// the versions in the index by package name, the newest first.
 func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
@@ -116,15 +116,15 @@ func (k *kernel) setVersions(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// defaultKernels is enough for two different old kernels, and two new siblings.
+// defaultKernels is the default number of kernels: the two oldest, and the two newest, which are often siblings.
 const defaultKernels = 4
 
 // selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
 // half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer. Of
-// any other series without a matching number, it selects the newest kernel.
+// each other series in which no kernel has one of the numbers, it selects the newest kernel.
 //
-// Both flavours of the default driver compile for the oldest kernels. On the newest kernel, one does not compile. The
-// two newest kernels are often siblings.
+// Tests need kernels for which both flavours of the default driver compile: the oldest. They need a kernel for which
+// one flavour does not compile: the newest. And they need siblings: the two newest often are.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -176,7 +176,7 @@ func bySeries(all []kernel) [][]kernel {
 	return groups
 }
 
-// commit returns a hash that replaces COS's kernel commit. It covers the version of Debian's source package.
+// commit returns a hash in place of COS's kernel commit. The hash is made from the version of Debian's source package.
 func (k kernel) commit() string {
 	sum := sha256.Sum256([]byte("linux " + k.version))
 	return hex.EncodeToString(sum[:20])
@@ -202,7 +202,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != k.arch && !strings.HasPrefix(rest, k.arch+"/") {
 			return ""
 		}
-		// In the package these are links to folders of kbuild, which are added below.
+		// In this package, scripts and tools are links to folders of the package kbuild. These folders are added below.
 		if to == root+"/scripts" || to == root+"/tools" {
 			return ""
 		}
@@ -262,8 +262,8 @@ var bootModules = []string{
 	"video",
 }
 
-// kernelImage returns the kernel image, vmlinuz. The callback selects more files of the image's package for the given
-// tree.
+// kernelImage returns the kernel image, vmlinuz. It also adds files of the image's package to the tree in: those for
+// which the callback returns true.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, err := a.mustFile(k.image)
 	if err != nil {

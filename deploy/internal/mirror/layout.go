@@ -43,7 +43,8 @@ func toolVersions(ctx context.Context, names ...string) ([]string, error) {
 	return all, nil
 }
 
-// lock keeps other runs from the cache folder until unlock. It removes the files that a killed run left there.
+// lock keeps other runs from using the cache folder until unlock is called. It removes files that a killed run left
+// there.
 func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	l := flock.New(filepath.Join(c.Cache, "lock"))
 	locked, err := l.TryLock()
@@ -281,8 +282,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. The callback may change the
-// module's file before, for example sign it; nil changes nothing.
+// compileEmuGPU compiles the emulated GPU for the kernel of a header archive, and returns the module. After the
+// compile, it calls finish, which may change the module's file, for example sign it; finish may be nil.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
 	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)

@@ -26,7 +26,7 @@ func manifest(t tree, arch, version string) string {
 }
 
 // libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. If
-// subdir is true, its lines have a field for the subdirectory.
+// subdir is true, the lines of the library and its links have a field for the subdirectory.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool
@@ -109,8 +109,8 @@ func (t tree) addLibraryLinks(version string) error {
 // vendor and device ids.
 var gpuRow = regexp.MustCompile(`^ (\S.{0,120}?)\s{2,}([0-9A-F]{4})(?: ([0-9A-F]{4}) ([0-9A-F]{4}))?(?:\s+\S.*)?$`)
 
-// supportedGPUs makes supported-gpus.json from appendix A of the README, or "" if that table is missing. It lists only
-// current products.
+// supportedGPUs returns the text of supported-gpus.json, made from appendix A of the README. It returns "" if that
+// table is missing. It lists only current products.
 func supportedGPUs(readme []byte) string {
 	type chip struct {
 		DevID       string   `json:"devid"`

@@ -3,8 +3,8 @@
 // be reached.
 //
 // The package does not change the machine: apt uses sources, lists and caches of its own, and nothing is installed. It
-// pins no versions, but the same package versions give the same bytes. Packages of Debian 13 supply what Debian 12
-// lacks.
+// pins no versions, but the same package versions give the same bytes. What Debian 12 lacks comes from packages of
+// Debian 13.
 package mirror
 
 import (
@@ -47,7 +47,7 @@ type Config struct {
 	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
 	ABIs []int
 	// Branches are the driver branches, such as R535, the default driver's first. An empty list means the branches of
-	// Debian 12. Other branches come from Debian 13, with the sources as Debian edited them, and for amd64 only.
+	// Debian 12. Other branches come from Debian 13, with Debian's edits in the sources, and for amd64 only.
 	Branches []string
 	// Neighbour adds one more release of the default driver's branch, from Debian 13, in the proprietary flavour and for
 	// amd64 only.
@@ -64,7 +64,7 @@ type Config struct {
 	Clang, OnlyClang bool
 	// ClangCached uses the clang-built kernel of an earlier run, and compiles none.
 	ClangCached bool
-	// Refresh fetches the current package index first. Without it, an index of the last day is used.
+	// Refresh fetches the current package index first. Without it, an index that is less than a day old is used.
 	Refresh bool
 	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. headersDir is the header tree,
 	// and env the content of toolchain_env. EmuGPU may be called for two kernels at once. If it is nil, prebake-boot.tgz
@@ -276,7 +276,7 @@ func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	}
 }
 
-// openNext returns the apt for the next Debian release, which the first call prepares.
+// openNext returns the apt for the next Debian release. The first call prepares it.
 func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	if m.next == nil {
 		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh,
@@ -396,7 +396,8 @@ func (m *maker) plan(kernels []kernel) []build {
 	return builds
 }
 
-// makeAll makes the toolchain first, because the emulated GPU needs it. Then it makes all else, two objects at a time.
+// makeAll makes the toolchain first, because the emulated GPU needs it. Then it makes drivers and COS builds, two at a
+// time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
 	var toolchain object
 	if len(builds) > 0 {
@@ -426,8 +427,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel splits the COS builds into one list for each kernel. A list is made in order, so each shared object is made
-// only once.
+// byKernel splits the COS builds into one list for each kernel. The builds of one list are made one after the other, so
+// that an object that they share is made only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

@@ -20,7 +20,7 @@ func moduleFile(name string) bool {
 	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
 }
 
-// decompress decompresses a module that is compressed with xz. The name of the module stays.
+// decompress decompresses a module that is compressed with xz. It does not change the module's name in the tree.
 func (t tree) decompress(file string) error {
 	if path.Ext(file) != ".xz" {
 		return nil

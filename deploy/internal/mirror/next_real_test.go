@@ -11,8 +11,9 @@ import (
 )
 
 // TestNext lets the builder build and load-test two driver branches, both flavours, for two kernel series. Some cells
-// are built again without any cache, and must have the same digests. `make` alone must compile the same modules. A
-// driver that is too old for a kernel must fail with the compiler's message.
+// are built again with an empty cache, and must have the same digests. TestRealSameBytes checks that a plain build,
+// without Prebake's caches, compiles the same modules. A driver that is too old for a kernel must fail with the
+// compiler's message.
 //
 // It takes almost an hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next`
 // sets it.

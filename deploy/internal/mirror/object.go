@@ -19,7 +19,7 @@ import (
 // cache returns objects of older code.
 const revision = 3
 
-// recipe has everything that decides the content of an object. The cache finds an object by its recipe.
+// recipe has everything that decides the content of an object. The cache stores an object under a hash of its recipe.
 type recipe struct {
 	Revision int      `json:"revision"`
 	Kind     string   `json:"kind"`

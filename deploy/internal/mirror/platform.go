@@ -23,7 +23,8 @@ type platform struct {
 	runfile string
 	// triplet is the GNU name of the architecture. prefix is the beginning of the tools' names, as in COS's SDK.
 	triplet, prefix string
-	// gccDir is the compiler's own folder. The compiler finds it, and from there as and ld, by relative paths.
+	// gccDir is the compiler's own folder. The compiler finds this folder, and from there the programs as and ld, by
+	// relative paths.
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
@@ -55,7 +56,7 @@ var platforms = map[target.Arch]platform{
 	},
 }
 
-// board returns the COS board of this architecture. amd64 is the board for amd64.
+// board returns the COS board of this architecture. For amd64, it returns its argument.
 func (p platform) board(amd64 string) string {
 	if p.arch == target.AMD64 {
 		return amd64
@@ -99,7 +100,8 @@ func (p platform) aptDir() string {
 	return "debian-" + string(p.arch)
 }
 
-// aptConf returns additional settings for apt. The machine's dpkg does not change.
+// aptConf returns additional settings for apt. They let apt download packages for another architecture without a change
+// to the machine's dpkg.
 func (p platform) aptConf() string {
 	if p.foreign == "" {
 		return ""

@@ -61,7 +61,7 @@ func TestKernelNames(t *testing.T) {
 		"6.12.117+deb12-cloud-amd64":   "6.12 117 19216 linux-headers-6.12.117+deb12-common linux-kbuild-6.12.117+deb12",
 		"6.12.117+deb12-amd64":         "",
 		"6.12.117+deb12-rt-amd64":      "",
-		"6.12-cloud-amd64":             "", // the name of a package that stands for the newest kernel
+		"6.12-cloud-amd64":             "", // a metapackage, which only depends on the newest kernel
 		"6.12.117-cloud-amd64":         "",
 		"6.1.0-1234567-cloud-amd64":    "",
 		"6.12.117+deb12-common":        "",

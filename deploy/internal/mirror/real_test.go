@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestReal makes a mirror with two kernels twice from the same Debian packages, and compares every byte. Then it
+// TestReal makes two mirrors from the same Debian packages, each with two kernels, and compares every file. Then it
 // compiles with the toolchain archive in a sandbox that hides the machine's own compiler.
 //
 // It takes a minute, so it runs only if PREBAKE_MIRROR_CACHE is set to the cache folder of an earlier `mirror`.
@@ -74,7 +74,7 @@ func digests(t *testing.T, dir string) map[string]string {
 }
 
 // compileHidden checks that the compiler, the assembler, the linker and their libraries except libc come from the
-// archive. It unpacks the archive at a path for which it was not made.
+// archive. In the sandbox, the archive is at another path, because it must work in any folder.
 func compileHidden(t *testing.T, archive string) {
 	t.Helper()
 	dir := t.TempDir()

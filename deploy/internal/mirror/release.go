@@ -10,8 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The packages of one NVIDIA release. Debian splits the runfile into packages. The mirror puts the parts for a compute
-// node together: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries and documentation.
+// The packages of one NVIDIA release. Debian splits NVIDIA's runfile into packages, and the mirror makes a runfile of
+// those that a compute node needs: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries
+// and documentation.
 var (
 	sourcePackage     = "nvidia-kernel-source"
 	openSourcePackage = "nvidia-open-kernel-source"
@@ -20,9 +21,10 @@ var (
 		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
 		"nvidia-cuda-mps",
 	}
-	// driverTools are tools that Debian builds separately. They are of the release's branch, but may have another version.
+	// driverTools are tools that Debian builds separately. A tool is of the release's branch, but may have another version
+	// than the release.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
-	// onlyPlain are the packages that exist only in the line "".
+	// onlyPlain are the packages that exist only in the [line] "".
 	onlyPlain = []string{"nvidia-cuda-mps"}
 )
 
@@ -43,7 +45,7 @@ func (l line) packageName(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// hasNo reports whether the line has no package that corresponds to a plain package.
+// hasNo reports whether the line lacks the package that corresponds to a plain package.
 func (l line) hasNo(plain string) bool { return l != "" && slices.Contains(onlyPlain, plain) }
 
 // release is one NVIDIA release in Debian.

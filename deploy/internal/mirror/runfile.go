@@ -12,7 +12,8 @@ import (
 )
 
 // packRunfile packs the tree with makeself: a shell script with a compressed tar after it, like NVIDIA's runfile.
-// makeself writes its command line into the header, so all names on it are relative.
+// makeself writes its command line into the header. The command line has only relative names, so the bytes do not
+// depend on the work folder.
 func packRunfile(ctx context.Context, t tree, name, version, work string, w io.Writer) error {
 	payload := filepath.Join(work, "payload")
 	// Chmod makes the mode independent of the umask, which must not change the archive.

@@ -19,7 +19,7 @@ import (
 // gccMajor is the major version of the compiler that Debian 12 builds its kernels with.
 const gccMajor = "12"
 
-// prefix is the beginning of the tools' names in COS's SDK, which toolchain_env contains.
+// prefix begins the names of the tools in COS's SDK. toolchain_env has such names.
 const prefix = "x86_64-cros-linux-gnu-"
 
 // toolchainEnv is the content of toolchain_env.
@@ -35,7 +35,8 @@ var toolchainPackages = append([]string{
 var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib",
 	"readelf", "size", "strings", "strip"}
 
-// machineLibs are the libraries of libc. As COS's toolchain does, the toolchain takes them from the machine.
+// machineLibs are the libraries of libc. The toolchain archive does not contain them: like COS's toolchain, it uses the
+// machine's.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
 // toolchainTree makes the tree of a compiler that works from any folder.
@@ -64,7 +65,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 }
 
 // toolchainPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
-// lto1, sanitizers and gcc's plugins: two thirds of the packages, which no kernel module needs.
+// lto1, sanitizers and gcc's plugins. They are two thirds of the packages, and no kernel module needs them.
 func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
 	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {

@@ -123,7 +123,7 @@ func (t tree) writeDir(dir string) error {
 	return nil
 }
 
-// A pick returns the name of an archive's file in a tree; "" leaves the file out.
+// A pick maps the name of a file in an archive to its name in a tree; "" leaves the file out.
 type pick func(name string) string
 
 // readDeb adds the selected files of a Debian package to t.

@@ -24,11 +24,11 @@ const (
 	undoRecipe = "undo-1"
 )
 
-// edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
+// edition has one folder of module sources twice: as NVIDIA publishes it, and with Debian's edits.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources: only for the given suite, and for contrib, where the
-// mirror's only source package is.
+// addDebSrc adds entries for source packages to the result of [DeriveSources]. The entries are only for the given suite
+// and for contrib, which has the only source package that the mirror needs.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -129,8 +129,8 @@ func (t tree) editedFiles() []string {
 }
 
 // undo undoes Debian's edits in a tree of sources. pair is a folder of sources in both editions, maybe of another
-// flavour or release. If a changed file equals its namesake in pair.debian, pair.own supplies the original. Otherwise
-// undo applies the difference between the two files backwards.
+// flavour or release. If a changed file equals the file of that name in pair.debian, undo takes the original from
+// pair.own. Otherwise it reverses the difference between the two files of pair.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
@@ -164,8 +164,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between was and edited backwards to a text. It leaves out parts that do not fit,
-// because Debian's patches differ between flavours.
+// unpatch reverses the difference between was and edited in a text. It skips the parts of the difference that do not
+// fit, because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -201,7 +201,7 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 }
 
 // remainingLines returns the lines of a text that are in Debian's edition of the file, but not in NVIDIA's own. It
-// ignores short lines, and #else and #endif.
+// ignores lines of fewer than 12 bytes, and lines that begin with #e, such as #else and #endif.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -237,7 +237,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 		return s, err
 	}
 	s.open = pair.own
-	for name, n := range pair.debian { // the compiled core objects; NVIDIA's tree has only their sources
+	for name, n := range pair.debian { // compiled core objects, of which NVIDIA's tree has only the sources
 		if path.Ext(name) == ".o_binary" {
 			s.open[name] = n
 		}
@@ -251,7 +251,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 }
 
 // likeSources undoes Debian's edits of a release with only one flavour. base is a release of the same branch with both
-// flavours: it shows Debian's edits.
+// flavours. NVIDIA's own sources of base are known, so base shows what Debian edits.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()
