@@ -19,7 +19,7 @@ type Page struct {
 	Anchors map[string]bool
 	// Links are the targets of links and images, as the page has them.
 	Links []Text
-	// Spans are the texts between backquotes in a line.
+	// Spans are the inline code spans: the texts between backquotes.
 	Spans []Text
 	// Blocks are the fenced code blocks.
 	Blocks []Block
@@ -125,8 +125,8 @@ func plainText(n ast.Node, source []byte) string {
 
 // anchor returns the fragment that GitHub gives to a heading, as "Section links" describes it:
 // https://docs.github.com/en/get-started/writing-on-github/getting-started-with-writing-and-formatting-on-github/basic-writing-and-formatting-syntax
-// Letters become lower case, spaces become hyphens, and punctuation is removed. An equal fragment gets a number. The
-// map has the fragments of the page so far, each with the last number that was added to it.
+// Letters become lower case, spaces become hyphens, and punctuation is removed. If the page already has the fragment,
+// anchor adds a number to it. seen maps each fragment of the page so far to the last number that was added to it.
 func anchor(heading string, seen map[string]int) string {
 	name := strings.Map(func(r rune) rune {
 		switch {

@@ -17,8 +17,8 @@ import (
 type Command struct {
 	// Text is a script for bash, of one or more lines.
 	Text string
-	// Want are the lines of output below the command, including stderr. "…" in a line stands for any text, and alone for
-	// any lines. nil means any output.
+	// Want are the lines of output below the command, including stderr. In a line, "…" stands for any text. A line that is
+	// only "…" stands for any number of lines. nil means any output.
 	Want []string
 	// Line is the number of the command's first line on the page; the first line is 1.
 	Line int
@@ -59,7 +59,7 @@ func (p *Page) Script() []Command {
 }
 
 // Play runs the commands in one bash, in the folder dir, and compares their output with the page. It stops at the first
-// command that fails or prints something else; the error has the command's line on the page. At the end it kills
+// command that fails or whose output differs; the error has the command's line on the page. At the end, it kills
 // background jobs.
 func Play(ctx context.Context, dir string, env []string, commands []Command) error {
 	var script strings.Builder

@@ -28,7 +28,8 @@ type Node struct {
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
-	// Files are additional files of the node. Tools are programs of this machine, at the same paths.
+	// Files are additional files of the node. Tools are paths of programs on this machine; the node gets copies at the
+	// same paths.
 	Files []vm.File
 	Tools []string
 	// Disk is the path of an image that the node has as /dev/vda; "" means none.
@@ -44,7 +45,7 @@ type Node struct {
 // InstallDir is the install folder of the node's driver. GKE uses the same folder.
 const InstallDir = "/home/kubernetes/bin/nvidia"
 
-// nodeFiles returns the files of a COS-like root, including the fetcher.
+// nodeFiles returns the files of a root file system like COS's, with the fetcher.
 func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	key, err := os.ReadFile(n.Key)
 	if err != nil {
@@ -98,7 +99,7 @@ func (s *Scene) Boot(ctx context.Context, m *Mirror, k target.Kernel) (string, e
 	return dir, nil
 }
 
-// RunNode boots the node, runs the steps, and switches it off.
+// RunNode boots the node, runs the steps, and shuts the node down.
 func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Result, error) {
 	files, err := s.nodeFiles(n)
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package testbed runs the whole product on one machine, for the demo and the end-to-end tests: a COS-shaped mirror, a
-// server, a builder on the server's queue, and a virtual node. It runs the real programs, and does not use their
-// internals.
+// Package testbed runs the whole product on one machine, for the demo and the end-to-end tests: a mirror that looks
+// like COS's buckets, a server, a builder that takes builds from the server's queue, and a virtual node. It runs the
+// real programs, and imports none of their code.
 package testbed
 
 import (
@@ -65,8 +65,7 @@ type Result struct {
 	Stderr []byte
 }
 
-// Run runs a program until it ends. An exit status other than 0 is not an error. The program's progress also goes to
-// Out.
+// Run runs a program until it ends. An exit status other than 0 is not an error. The program's stderr also goes to Out.
 func (s *Scene) Run(ctx context.Context, name string, args ...string) (*Result, error) {
 	cmd := exec.CommandContext(ctx, s.Program(name), args...)
 	var stdout, stderr bytes.Buffer
@@ -86,7 +85,7 @@ func (s *Scene) Run(ctx context.Context, name string, args ...string) (*Result, 
 	return res, nil
 }
 
-// Must works as Run does, and returns an error if the exit status is not 0.
+// Must runs a program as Run does. It returns the stdout, and an error if the exit status is not 0.
 func (s *Scene) Must(ctx context.Context, name string, args ...string) ([]byte, error) {
 	res, err := s.Run(ctx, name, args...)
 	if err != nil {
@@ -107,12 +106,12 @@ func lastLines(b []byte, n int) string {
 // Mirror is the output of the mirror command.
 type Mirror struct {
 	Dir string
-	// Made is the number of objects that this run made. Cached is the number from the cache.
+	// Made is the number of objects that this run made, and Cached the number that it took from the cache.
 	Made   int `json:"made"`
 	Cached int `json:"cached"`
 	Builds []struct {
 		target.Kernel
-		// Package is the Debian version of the kernel, as in 6.1.192-2.
+		// Package is the version of the kernel's Debian packages, such as 6.1.192-2.
 		Package string `json:"debianPackageVersion"`
 		Note    string `json:"note"`
 	} `json:"builds"`
@@ -142,7 +141,7 @@ func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	return target.Kernel{}, target.Kernel{}, false
 }
 
-// Mirror makes the COS-shaped mirror, unless it exists.
+// Mirror makes the mirror of COS's buckets, or completes the one of an earlier run.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
 	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")
@@ -175,8 +174,8 @@ type Process struct {
 	err  error         // error of the program; read it only after done is closed
 }
 
-// Start starts a program with its output in the file log in Dir. The caller stops it: it has its own process group, so
-// Ctrl-C at the terminal does not reach it.
+// Start starts a program that writes its output to the file log in Dir. The program has its own process group, so
+// Ctrl-C at the terminal does not reach it. The caller must stop it.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -277,7 +276,8 @@ func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...
 	}, extra...)...)
 }
 
-// WaitBuild polls a build until it has ended. It calls the callback at every change of the build's phase.
+// WaitBuild polls a build until it has ended. It calls watch at each change of the build's state or phase; watch may be
+// nil.
 func WaitBuild(ctx context.Context, c *api.Client, id int64, watch func(api.Build)) (api.Build, error) {
 	var last api.Build
 	err := waitFor(ctx, time.Hour, func() (bool, error) {

@@ -38,7 +38,7 @@ func Start(t testing.TB, program, data string, args ...string) (url string) {
 	}
 	t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait() // cancel has told it to stop
+		_ = cmd.Wait() // cancel has sent SIGTERM to the server
 		if t.Failed() {
 			text := log.String()
 			t.Logf("the server logged: %s", text[max(0, len(text)-maxLog):])
