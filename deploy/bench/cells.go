@@ -34,7 +34,7 @@ type driver struct {
 
 type build struct {
 	target.Kernel
-	// Package is the Debian version of the kernel, as in 6.1.192-2.
+	// Package is the version of the kernel's Debian packages, such as 6.1.192-2.
 	Package string `json:"debianPackageVersion"`
 	Note    string `json:"note"`
 }
@@ -69,7 +69,7 @@ type bench struct {
 
 	headers, sources map[string]string // unpacked folders, by release and by driver
 	toolchain        string
-	dkms             string // path of the script
+	dkms             string // path of the script dkms
 
 	roles        map[string]*ratio // by name of the role
 	cells        []cell            // cells of the last run whose driver compiles
@@ -82,7 +82,8 @@ type bench struct {
 	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives.
+// measureOnce builds the cells of the matrix in order, beginning with an empty cache. It leaves out cells that no
+// wanted measurement needs. It also measures the alternatives, plain `make` and dkms.
 func (b *bench) measureOnce(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
@@ -154,7 +155,8 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// inRun reports whether a run builds a cell: it measures the cell, or a cell that depends on it.
+// inRun reports whether a run builds a cell: because it measures this cell, or because it measures a later cell that
+// reuses results of this cell.
 func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
@@ -308,8 +310,8 @@ func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// installOnNode builds the first cell again, and installs it on a folder like the root of a COS node. It loads no
-// modules.
+// installOnNode builds the first cell again, and installs the driver into a folder that looks like the root of a COS
+// node. It measures both, and loads no modules.
 func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.measurePlain(ctx, c)

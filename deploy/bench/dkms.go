@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// dkmsSeconds returns the seconds in which Debian's dkms makes a cell's stripped modules from sources in its source
-// tree. dkms runs from its unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It installs
-// nothing. At the end, dkmsSeconds removes the modules.
+// dkmsSeconds returns how many seconds Debian's dkms takes to compile and strip a cell's modules. dkms runs from its
+// unpacked package, in a bubblewrap sandbox that sees the machine read-only. It installs nothing. At the end,
+// dkmsSeconds removes the modules.
 func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {

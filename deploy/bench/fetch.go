@@ -26,7 +26,8 @@ type fetching struct {
 	peak        []float64 // resident memory of the first install, in MiB
 }
 
-// fetch publishes a driver for two kernels in a registry, and installs it on folders that look like nodes.
+// fetch publishes a driver for two kernels in a registry, and installs it into folders that look like the roots of
+// nodes.
 func (b *bench) fetch(ctx context.Context) (err error) {
 	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "server"), m)
@@ -91,7 +92,7 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 //   - One installs the driver for the newer kernel, cells[1]. The same layers are also fetched by hand.
 //   - The other installs the driver for the older kernel, cells[0], and is then updated to the newer kernel.
 //
-// It keeps the number of bytes that the update fetched.
+// It records the number of bytes that the update fetched.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -161,7 +162,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 }
 
 // fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar,
-// and then with crane. It keeps the seconds of each way.
+// and then with crane. It records how many seconds each way takes.
 func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder

@@ -16,8 +16,8 @@ import (
 )
 
 // guest measures how long the virtual node takes from the start of the fetcher until the modules are loaded. For
-// comparison it loads files that are already on the node. Both times are of the guest's clock, which does not depend on
-// the emulator's speed (CountInstructions of package vm).
+// comparison, it measures insmod of the same modules from files that are already on the node. Both times are measured
+// by the guest's clock, which does not depend on the emulator's speed (CountInstructions of package vm).
 func (b *bench) guest(ctx context.Context) (err error) {
 	if err := b.UseFastEmulator(ctx); err != nil {
 		return err
@@ -70,8 +70,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		byHand := node
 		var steps []vm.Step
-		// /proc/modules lists the module that was loaded last first. The steps load in the reverse order, because a module
-		// needs the modules loaded before it.
+		// /proc/modules lists the modules in the reverse order of their loading. The steps load them in the original order,
+		// because a module needs the modules that were loaded before it.
 		for _, name := range testbed.Live(live.Stdout) {
 			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
 			byHand.Files = append(byHand.Files, f)

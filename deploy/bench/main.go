@@ -78,7 +78,7 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
-	// plainOnce runs plain `make` only for the first cell, and dkms only once for each driver. The other cells are
+	// With plainOnce, plain `make` runs only for the first cell, and dkms only once for each driver. The other cells are
 	// compared with these times.
 	plainOnce bool
 	only      map[string]bool
@@ -145,7 +145,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	delete(o.only, "guest")
 	for i := range o.runs {
 		if len(o.only) == 0 {
-			break // the other measurements compile nothing
+			break // only fetch and guest were wanted, and both are done
 		}
 		if err := b.measureOnce(ctx, i); err != nil {
 			return err

@@ -1,5 +1,5 @@
-// Command demo runs Prebake's main job on one machine, and fakes no step:
-//   - It makes a COS-shaped mirror from Debian's packages.
+// Command demo runs Prebake's main job on one machine, with real programs, a real kernel and a real driver:
+//   - It makes a mirror from Debian's packages that looks like COS's buckets.
 //   - It starts a server, and a builder that builds a real NVIDIA driver for a real kernel.
 //   - It boots a virtual COS node, which finds, verifies, installs and loads the driver.
 //   - It prints PASS or FAIL, and what the run proved.
@@ -80,8 +80,8 @@ type demo struct {
 	// archive has no such kernel.
 	sibling target.Kernel
 	second  api.Build
-	bare    *nodeRun // the node before it has a GPU
-	gpu     *nodeRun // the node with the emulated GPU
+	bare    *nodeRun // the fetcher's run before the node has a GPU
+	gpu     *nodeRun // the fetcher's run with the emulated GPU
 }
 
 // begin prints that a step begins.

@@ -68,7 +68,7 @@ func (d *disk) format(ctx context.Context) error {
 	}
 	mke2fs, err := exec.LookPath("mke2fs")
 	if err != nil {
-		mke2fs = "/usr/sbin/mke2fs" // Debian's users do not have this folder in PATH
+		mke2fs = "/usr/sbin/mke2fs" // Debian's default PATH for users lacks this folder
 	}
 	if out, err := exec.CommandContext(ctx, mke2fs, "-q", "-F", "-t", "ext4", d.path).CombinedOutput(); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make the node's file system: %w: %s", err, out),
@@ -132,7 +132,8 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	return nil
 }
 
-// readRun reads the fetcher's output in one step. It prints the result and the modules in the kernel at the end.
+// readRun reads and prints the fetcher's output in one step of the node. After the step "install", it also reads which
+// modules are in the kernel.
 func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
 	step, err := testbed.StepNamed(res, name)
 	if err != nil {
@@ -178,8 +179,8 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
 
-// wantNoDevice checks the report of the node before it has a GPU. On a new disk, the missing driver is reported
-// instead.
+// wantNoDevice checks the report of the node before it has a GPU. The fetcher must report that there is no GPU or, on a
+// new disk, that there is no driver.
 func (r *nodeRun) wantNoDevice() error {
 	if n := r.report.Verdict.PCIGPUs; n != 0 {
 		return fmt.Errorf("before the emulated GPU is put in, the fetcher sees %d GPUs; want none", n)
@@ -202,7 +203,7 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 var reuseNote = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
 // wantRemembered checks the build for the sibling kernel. The first build's caches must supply nine tenths of
-// conftest's answers and of the object files. After an earlier demo the finished modules are cached, and there is
+// conftest's answers and of the object files. If an earlier demo has left the finished modules in the cache, there is
 // nothing to check.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {

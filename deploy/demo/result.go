@@ -165,7 +165,7 @@ func sizes(state string) (text string, total int64, err error) {
 			if err == nil {
 				info, err = e.Info()
 			}
-			if errors.Is(err, fs.ErrNotExist) { // meanwhile another builder may remove files that it no longer needs
+			if errors.Is(err, fs.ErrNotExist) { // another builder may remove files at the same time
 				return nil
 			}
 			if err != nil {
