@@ -12,8 +12,8 @@ import (
 // answerWithin limits the time of one call.
 const answerWithin = 30 * time.Second
 
-// connection is an open HTTP connection for one caller at a time. Callers share the server's cores, so a call starts no
-// goroutine and reuses its request.
+// connection is an open HTTP connection for one caller at a time. The callers run on the same cores as the server, so a
+// call must cost little: it starts no goroutine, and reuses the buffer of its request.
 type connection struct {
 	host string // includes the port
 	net  net.Conn

@@ -98,7 +98,7 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 	for n, v := range w.versions {
 		for _, flavour := range []target.Flavour{target.Open, target.Proprietary} {
 			if (i/perFingerprint+n)%7 == 0 && flavour == target.Proprietary {
-				continue // nobody asked for this cell
+				continue // this cell stays unknown, because nobody asked for it
 			}
 			d := target.Driver{Version: v, Flavour: flavour}
 			a := api.Artifact{

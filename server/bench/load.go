@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// row is the measurements of one load: a series of calls of one kind.
+// row has the measurements of one load. A load is a series of calls of one kind.
 type row struct {
 	name   string
 	took   []time.Duration
@@ -55,7 +55,7 @@ func (r *row) join(all []tally) {
 	}
 }
 
-// troubles has an example of each kind of error.
+// troubles maps the text of each error to a path whose request failed with this error.
 var troubles sync.Map
 
 // get requests a path, and records an error in troubles.
@@ -71,11 +71,11 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is the maximum number of simultaneous calls. A proxy in front of many nodes opens about as many.
+// callers is the maximum number of simultaneous calls. A proxy in front of many nodes opens about as many connections.
 const callers = 128
 
-// callAtRate makes calls at a fixed rate. It measures each call from the moment when it was due, so a slow server shows
-// long times. If fresh is true, each call opens a new connection.
+// callAtRate makes calls at a fixed rate. It measures each call from the time at which the call was due. If the server
+// is slow, calls start late, and this delay counts too. If fresh is true, each call opens a new connection.
 func callAtRate(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
 	var next atomic.Int64

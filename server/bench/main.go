@@ -154,8 +154,9 @@ type process struct {
 
 func start(ctx context.Context, program, dir, database string) (*process, error) {
 	data := filepath.Join(dir, "data")
+	// There is no limit for each address, because all calls come from one address.
 	cmd := exec.CommandContext(ctx, program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--database", database,
-		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"), "--client-rate", "0") // all calls come from one address
+		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"), "--client-rate", "0")
 	cmd.Stderr = os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	if err := cmd.Start(); err != nil {

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// BenchmarkResolve measures the question what a node should run, without a network.
+// BenchmarkResolve measures the answer to a node that asks for its driver, without a network.
 func BenchmarkResolve(b *testing.B) {
 	w, h := handler(b)
 	for i := 0; b.Loop(); i++ {
