@@ -122,7 +122,8 @@ func TestAirGap(t *testing.T) {
 	}
 }
 
-// checkInstalled checks an install: this artifact is active, and the emulated GPU is unusable.
+// checkInstalled checks the report of an install: the artifact with this digest is active, and the emulated GPU is
+// unusable.
 func checkInstalled(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
 	step := stepNamed(t, res, name)
@@ -147,7 +148,7 @@ func stepNamed(t *testing.T, res *vm.Result, name string) vm.StepResult {
 	return step
 }
 
-// diskWith makes an image of a file system that has the files of a folder.
+// diskWith makes an ext4 image with the files of a folder.
 func diskWith(t *testing.T, dir string) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "disk.img")

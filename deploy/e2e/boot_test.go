@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig returns a GRUB configuration as on COS: the entries A and B, each with a local root and with a verified
-// root. A verified root has a quoted argument. The model for the file is the test data of cos_image_analyzer in
-// cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
+// grubConfig returns a GRUB configuration as on COS. It has two entries for each of the images A and B: one with a
+// plain root, and one with a root that dm-verity verifies, which has a quoted argument. The model for the file is the
+// test data of cos_image_analyzer in cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
 		"loadpin.exclude=kernel-module,firmware " +
@@ -35,8 +35,8 @@ func grubConfig() string {
 }
 
 // TestNodeBootConfiguration checks a node whose kernel loads only signed modules. The fetcher changes the boot
-// configuration on a real EFI partition. After a boot, the node loads unsigned modules. One command restores the
-// configuration.
+// configuration on a real EFI partition. After the next boot, an install would load the unsigned modules. One command
+// restores the configuration.
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
@@ -66,14 +66,14 @@ func TestNodeBootConfiguration(t *testing.T) {
 	if err := os.Truncate(disk, 64<<20); err != nil {
 		t.Fatal(err)
 	}
-	// The disk has one partition, from the first MiB on, with the name that COS gives it.
+	// The disk has one partition, which begins at 1 MiB and has the name of COS's EFI partition.
 	tool("label: gpt\nstart=2048, size=126976, type=U, name=EFI-SYSTEM\n", "sfdisk", "--quiet", disk)
 	tool("", "mkfs.vfat", "--offset=2048", "-F", "32", disk, "63488")
 	at := disk + "@@1M"
 	tool("", "mmd", "-i", at, "::efi", "::efi/boot")
 	tool(before, "mcopy", "-i", at, "-", "::efi/boot/grub.cfg")
 	config := func() string { return tool("", "mtype", "-i", at, "::efi/boot/grub.cfg") }
-	// words returns the kernel command line of the third entry, the verified image A.
+	// words returns the kernel command line of the third entry: image A with a verified root.
 	words := func() []string {
 		line := strings.Split(strings.Split(config(), "menuentry")[3], "\n")[1]
 		return []string{strings.TrimPrefix(strings.TrimSpace(line), "linux /syslinux/vmlinuz.A ")}

@@ -24,7 +24,7 @@ import (
 // shownCommand matches a command on a page.
 var shownCommand = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
 
-// commandsOf returns the commands on a cell's page, for a reader who reaches the server under the name host.
+// commandsOf returns the commands that a cell's page shows to a reader who calls the server by the name host.
 func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel, version string,
 	f target.Flavour) []string {
 	t.Helper()
@@ -87,7 +87,8 @@ func TestCommandsOfPages(t *testing.T) {
 		t.Errorf("the download is %v, %v; want a driver", info, err)
 	}
 
-	// Nobody has requested this cell before, and its driver does not exist. The test cancels its build.
+	// The commands on this page request a cell that nobody has requested before. Its driver does not exist, so the test
+	// cancels the build.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}
@@ -125,7 +126,7 @@ func TestCommandsOfPages(t *testing.T) {
 	if len(argv) == 0 {
 		t.Fatal("the page shows no command for nodes")
 	}
-	argv[0] = "/usr/bin/fetcher" // the node has no shell that would find the program
+	argv[0] = "/usr/bin/fetcher" // the node has no shell that searches PATH for the program
 	res, err := s.RunNode(t.Context(),
 		testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
 		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, testbed.ModulesStep()})

@@ -44,7 +44,8 @@ func run(m *testing.M) (code int) {
 			return 0
 		}
 	}
-	// TestInputs runs together with whatever tests -run selects, or else their results would be cached without inputs.
+	// TestInputs must run together with all tests that -run selects. Otherwise Go would cache their results without their
+	// input files.
 	flag.Parse()
 	if selected := flag.Lookup("test.run"); selected.Value.String() != "" {
 		if err := selected.Value.Set("^TestInputs$|" + selected.Value.String()); err != nil {
@@ -99,12 +100,12 @@ func run(m *testing.M) (code int) {
 	return code
 }
 
-// suiteInputs are the files that the tests of this package depend on. They run the programs in bin, scripts, and the
+// suiteInputs are the files that the tests of this package depend on. The tests run the programs in bin, scripts, and
 // tests of other packages.
 var suiteInputs = []string{"../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
 	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}
 
-// TestInputs names the inputs of all tests of this package to Go's cache of test results.
+// TestInputs tells Go's cache of test results on which files the tests of this package depend.
 func TestInputs(t *testing.T) { inputs.Files(t, suiteInputs...) }
 
 func setUp(ctx context.Context, dir string) (*stage, error) {
@@ -135,11 +136,11 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache(), "--concurrency", "2"); err != nil {
 		return nil, errors.Join(err, st.srv.Stop())
 	}
-	if os.Getenv(scenariosEnv) != "" { // TestNodeScenarios decides itself what is built, and in which order
+	if os.Getenv(scenariosEnv) != "" { // TestNodeScenarios itself requests its builds, because their order matters
 		return st, nil
 	}
-	// The builds that most tests need are requested together. During one build's load test, another can use the idle
-	// processor.
+	// Most tests need these builds. They are requested together, because a load test uses only one processor, and another
+	// build can use the others.
 	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 			_, err := st.srv.Client.RequestBuild(ctx,
@@ -153,7 +154,7 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 }
 
 // kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels. Both flavours
-// of the older driver compile for them.
+// of the older driver compile for these kernels.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
 // driver returns the older driver version, which has both flavours.

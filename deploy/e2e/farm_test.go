@@ -73,8 +73,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel compiles nothing. It must get the
-// existing artifact, with a kernel match for itself.
+// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel gets the artifact of the first one.
+// The server must offer this artifact to nodes of both COS builds.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
 	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
@@ -91,8 +91,8 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// TestKilledBuilderReproduces kills a builder with empty caches of its own in the middle of a compile. After a restart
-// it must finish the build. The result must be identical to the artifact of the shared worker.
+// TestKilledBuilderReproduces starts a builder with empty caches, and kills it in the middle of a compile. After a
+// restart, the builder must finish the build. The result must be identical to the artifact of the shared builder.
 func TestKilledBuilderReproduces(t *testing.T) {
 	if shared.passes.remembered(t, "builder", "server") {
 		return
@@ -168,9 +168,10 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	}
 }
 
-// objects returns the number of compiled objects below a builder's work folder.
+// objects returns the number of compiled objects below a builder's work folder. It ignores errors, because files appear
+// and disappear during the walk.
 func objects(dir string) (n int) {
-	_ = filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error { // files appear and disappear meanwhile
+	_ = filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
 		if err == nil && strings.HasSuffix(path, ".o") && strings.Contains(path, "nvidia") {
 			n++
 		}
@@ -304,7 +305,7 @@ func TestStockCrane(t *testing.T) {
 	}
 	for _, repo := range []string{shared.srv.Repository(), second} {
 		ref := repo + "@" + b.Digest
-		crane(t, "validate", "--fast", "--remote", ref) // without --fast crane reads only gzip layers
+		crane(t, "validate", "--fast", "--remote", ref) // without --fast, crane reads the layers, which must be gzip
 		out := filepath.Join(t.TempDir(), "image.tar")
 		crane(t, "pull", "--format=oci", ref, out)
 		if info, err := os.Stat(filepath.Join(out, "index.json")); err != nil || info.Size() == 0 {
@@ -330,8 +331,8 @@ func crane(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// craneRegistry starts crane's own registry on loopback. The registry chooses its port itself: another test could take
-// a port that was free a moment ago.
+// craneRegistry starts crane's own registry on loopback. The registry itself chooses a free port. A port that the test
+// chose could be taken by another test before the registry starts.
 func craneRegistry(t *testing.T) string {
 	t.Helper()
 	crane(t, "version") // builds crane
@@ -355,7 +356,7 @@ func craneRegistry(t *testing.T) string {
 	// The registry prints its port when it listens.
 	for lines := bufio.NewScanner(stderr); lines.Scan(); {
 		if _, port, ok := strings.Cut(lines.Text(), "serving on port "); ok {
-			go func() { _, _ = io.Copy(io.Discard, stderr) }() // until the registry ends
+			go func() { _, _ = io.Copy(io.Discard, stderr) }() // so that a full pipe never blocks the registry
 			return "127.0.0.1:" + port
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// TestPages runs the commands on the pages for newcomers. They must print the output that the page shows.
+// TestPages runs the code blocks that pages mark with "run". Each command must print the output that the page shows.
 func TestPages(t *testing.T) {
 	names, err := filepath.Glob("../../docs/*/*.md")
 	if err != nil {
@@ -32,7 +32,7 @@ func TestPages(t *testing.T) {
 		t.Run(strings.TrimPrefix(name, "../../"), func(t *testing.T) {
 			dir := t.TempDir()
 			symlink(t, shared.Bin, filepath.Join(dir, "bin"))
-			// These are the caches of a reader who has run the demo before.
+			// The tests' own caches are the reader's caches, as if the reader had run the demo before.
 			symlink(t, shared.State, filepath.Join(dir, "home/.cache/prebake"))
 			env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PREBAKE_") })
 			env = append(env, "HOME="+filepath.Join(dir, "home"), "XDG_CACHE_HOME="+filepath.Join(dir, "home/.cache"),

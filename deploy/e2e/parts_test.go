@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// cosign is the standard verifier, in a version that compiles with the Go version of go.mod.
+// cosign is Sigstore's program that verifies signatures, in a version that compiles with the Go version of go.mod.
 const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
 
 // fulcio is Sigstore's certificate authority.
@@ -29,14 +29,16 @@ const (
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor has the parts that use only one processor, such as emulated machines. They run in parallel.
+// oneProcessor has the rows of TestPartsOnRealInputs that use only one processor, such as emulated machines. They run
+// in parallel.
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
 	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
 }
 
-// dependOn has the folders that the longest parts depend on, besides those of all tests. Other parts always run.
+// dependOn maps the slowest rows of TestPartsOnRealInputs to the folders that they depend on, besides those in always.
+// If nothing has changed there, such a row does not run again. Other rows always run.
 var dependOn = map[string][]string{
 	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
 	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
@@ -45,8 +47,8 @@ var dependOn = map[string][]string{
 	"a cluster's API server": {"server", "fetcher", "deploy"},
 }
 
-// TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Here all
-// inputs exist, so no test may be skipped.
+// TestPartsOnRealInputs runs those tests of other packages that need a real kernel, a real driver or another project's
+// program. Here all of these exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
 	k := shared.kernel(1)
 	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -70,7 +72,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// TestRealSameBytes compares the modules of a cell with those in the farm's cache, so the cache must have the cell.
+	// With PREBAKE_FILLED, TestRealSameBytes needs a cache that has the cells already. The build of this cell fills the
+	// cache.
 	mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 

@@ -29,15 +29,16 @@ const againEnv = "PREBAKE_AGAIN"
 // covers may have changed, such as a program of the host that no build uses.
 const keepPassed = 7 * 24 * time.Hour
 
-// passes remembers tests that passed, by the content of everything that they depend on. Only tests that compile a
-// driver without a cache, or boot a machine, ask it: these take most of the time.
+// passes remembers which tests passed, with a key of the content of everything that they depend on. Only tests that
+// compile a driver without a cache, or boot a machine, use it, because these tests take most of the time.
 //
-// Go's cache of test results does not do this. It compares the times of files, so it begins anew with each clone. And
-// it knows this package only as a whole.
+// Go's cache of test results is not enough. It compares the modification times of files, so a new clone starts without
+// results. And it keeps one result for the whole package, so a change of any file makes all tests run again.
 type passes struct {
 	// repo is this repository, mirror the folder with the mirror's buckets, and dir the folder of the records.
 	repo, mirror, dir string
-	// host is a key of what all tests depend on, besides files.
+	// host begins each key. It has what all tests depend on besides files: the host's tools, kernel, user, and Go version
+	// and flags.
 	host *cas.Key
 	// off says why no result is remembered. "" means that results are remembered.
 	off string
@@ -48,7 +49,8 @@ type passes struct {
 	kept    []string          // names of tests that did not run again
 }
 
-// always are the inputs of all tests, besides the mirror. Tests of packages compare tables in docs with the code.
+// always are the folders and files that all tests depend on, besides the mirror. docs is one of them, because some
+// tests compare tables in docs with the code.
 var always = []string{"pkg", "docs", "deploy/e2e", "deploy/internal", "deploy/mirror", "go.mod", "go.sum"}
 
 // newPasses returns the passes of earlier runs. look is the present state of the files in suiteInputs.
@@ -72,7 +74,8 @@ func newPasses(repo, mirror, dir string, look inputs.State) (*passes, error) {
 	return p, nil
 }
 
-// olderThanSources returns a program in bin that may not be made of the present sources, or "".
+// olderThanSources returns a program in bin that is older than the newest source, or "" if there is none. Such a
+// program may lack the last change of the sources.
 func olderThanSources(look inputs.State) string {
 	var newest, oldest time.Time
 	var program string
@@ -101,7 +104,7 @@ func (p *passes) remembered(t *testing.T, folders ...string) bool {
 	return p.rememberedAs(t, t.Name(), folders)
 }
 
-// rememberedAs works as remembered does, for a test with the given name.
+// rememberedAs works as the method remembered, for a test with the given name.
 func (p *passes) rememberedAs(t *testing.T, name string, folders []string) bool {
 	t.Helper()
 	if p.off != "" {
@@ -145,7 +148,7 @@ func (p *passes) key(ctx context.Context, test string, folders []string) (string
 	return key.String(), nil
 }
 
-// digest returns the digest of a file or folder as it was when a test first asked.
+// digest returns the digest that a file or folder had when a test first asked for it.
 func (p *passes) digest(ctx context.Context, path string) (string, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -160,7 +163,7 @@ func (p *passes) digest(ctx context.Context, path string) (string, error) {
 	return digest, nil
 }
 
-// find returns when a test with this key passed.
+// find returns the time at which a test with this key passed, or false if none passed within [keepPassed].
 func (p *passes) find(key string) (time.Time, bool) {
 	info, err := os.Stat(filepath.Join(p.dir, key))
 	if err != nil || time.Since(info.ModTime()) > keepPassed {
@@ -219,7 +222,7 @@ func TestPasses(t *testing.T) {
 		write(name, "first")
 	}
 	records := filepath.Join(dir, "records")
-	// ran returns whether the test runs. All its results pass.
+	// ran reports whether the test runs. When it runs, it passes.
 	ran := func() bool {
 		t.Helper()
 		p, err := newPasses(repo, mirror, records, inputs.State{})
@@ -259,7 +262,7 @@ func TestPasses(t *testing.T) {
 	}
 }
 
-// TestOlderThanSources checks that no result is remembered for a program that is older than a source.
+// TestOlderThanSources checks that olderThanSources finds a program that is older than a source.
 func TestOlderThanSources(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"bin", "pkg", "deploy/e2e"} {

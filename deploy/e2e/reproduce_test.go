@@ -16,9 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestReproduce rebuilds a published artifact from its provenance, without results in the builder's caches. A second
-// party signs that the result is the same. `builder reproduce` must also find a changed byte in an artifact that a
-// trusted key has signed.
+// TestReproduce rebuilds a published artifact from its provenance, without using results in the builder's caches. A
+// second party signs that the result is the same. `builder reproduce` must also find a changed byte in an artifact that
+// a trusted key has signed.
 func TestReproduce(t *testing.T) {
 	if shared.passes.remembered(t, "builder", "server") {
 		return
@@ -67,7 +67,7 @@ func TestReproduce(t *testing.T) {
 		r.Differences[0].Name != "drivers/nvidia-modeset.ko" || r.Differences[0].What != "differs in section .text" {
 		t.Errorf("the artifact with one changed object: %+v; want drivers/nvidia-modeset.ko, section .text", r)
 	}
-	// Anybody who has the second party's key can verify its statement.
+	// Anybody who has the second party's public key can verify its statement.
 	key, err := os.ReadFile(second + ".pub")
 	if err != nil {
 		t.Fatal(err)
@@ -100,8 +100,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns an artifact's statements whose signature the verifier accepts. An artifact has a kernel match for
-// each COS build.
+// statements returns an artifact's statements whose signature the verifier accepts. There is one kernel match for each
+// COS build that the artifact fits.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
@@ -116,8 +116,8 @@ func statements(t *testing.T, repo *registry.Repository, digest string, v *trust
 	return all
 }
 
-// tamper publishes a copy of an artifact with one changed byte in a module, and returns its reference. Another key
-// signs the original's provenance for it.
+// tamper publishes a copy of an artifact with one changed byte in a module, and returns its reference. The key insider,
+// which the test trusts, signs the original's provenance and kernel matches for the copy.
 func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
 	t.Helper()
 	ctx, repo := t.Context(), open(t, repository)

@@ -42,8 +42,8 @@ const scenariosEnv = "PREBAKE_SCENARIOS"
 // versions), $PROPRIETARY, $OPEN and $OTHER (digests; $OTHER is for another kernel), $BUILD, $BEFORE (an earlier COS
 // build), $TOKEN (the server's) and $DIR (the install folder).
 //
-// A file takes minutes, so the test runs only if PREBAKE_SCENARIOS is set (`make scenarios`). TestScenarioScripts
-// always reads the files.
+// Each file takes minutes, so the test runs only if PREBAKE_SCENARIOS is set (`make scenarios`). TestScenarioScripts
+// always checks the syntax of the files.
 func TestNodeScenarios(t *testing.T) {
 	if os.Getenv(scenariosEnv) == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
@@ -51,7 +51,7 @@ func TestNodeScenarios(t *testing.T) {
 	k := shared.kernel(1)
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	repo := strings.Replace(shared.srv.Repository(), shared.srv.Addr, vm.HostAddress+":"+port, 1)
-	before := shared.kernel(0) // built first, because a build makes deltas from the builds before it
+	before := shared.kernel(0) // built first, so that the later builds also publish deltas from it
 	other := mustBuild(t, shared.srv, before, shared.driver(), target.Proprietary)
 	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
@@ -269,7 +269,7 @@ func (p *play) disk() string {
 	return image
 }
 
-// run boots the node as often as the script says, and checks the expectations.
+// run boots the node once for each boot in the script, and checks the expectations.
 func (p *play) run(node testbed.Node) {
 	seen := map[string]vm.StepResult{}
 	for i, steps := range p.boots {

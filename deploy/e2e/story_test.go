@@ -20,9 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The server plans both flavours of a wish list, and two builders build one flavour each. A node that
-// asked before anything was published gets its driver.
+// TestReleaseToNode runs all steps from a COS release to a node's driver, without manual work. A COS build appears in
+// the mirror and is announced. The server plans both flavours of a wish list, and two builders build one flavour each.
+// A node that asked before anything was published gets its driver.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
@@ -45,7 +45,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list has the COS build before the mirror does.
+	// The wish list names the COS build before the mirror has it.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -64,7 +64,7 @@ func TestReleaseToNode(t *testing.T) {
 		t.Errorf("Announce() again = %+v, %v; want what it was", again, err)
 	}
 
-	// The node asks first, and only then the builders start.
+	// The builders start only after the node has asked for its driver.
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
@@ -128,17 +128,18 @@ func TestReleaseToNode(t *testing.T) {
 	t.Logf("from release to ready: %+v", release.Times)
 }
 
-// waitStep returns a step that installs COS's default driver, and waits until somebody has built it.
+// waitStep returns a step that waits until COS's default driver is published, and installs it.
 func waitStep(srv *testbed.Server) vm.Step {
 	step := testbed.InstallStep(srv, "--wait", "15m", "--builder", "never")
 	step.Timeout = 16 * time.Minute
 	return step
 }
 
-// answeredMetric matches the server's metric of answered questions of nodes, if it is not 0.
+// answeredMetric matches the metric of answered requests for /v1/resolve in the server's metrics, if it is not 0. Only
+// nodes send these requests.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// waitAsked returns when a node has asked the server. The test fails if the channel reports the node's end first.
+// waitAsked returns when a node has asked the server. The test fails if done first reports that the node has ended.
 func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
@@ -182,7 +183,8 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	}
 }
 
-// link copies a folder with hard links. The copy can then get more files.
+// link copies a folder: it makes new folders with hard links to the files. A file that is added to the copy does not
+// appear in the original.
 func link(t *testing.T, from, to string) {
 	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {

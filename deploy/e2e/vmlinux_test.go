@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestLoadTestOnVMLinux uses a bucket with vmlinux and without a boot archive, like COS's. The load test must boot
-// exactly that vmlinux, with Prebake's own entry code, and the signed result must say so.
+// TestLoadTestOnVMLinux uses a bucket that, like COS's, has a vmlinux but no boot archive. The load test must boot this
+// vmlinux, with Prebake's own entry code. The signed result must have the digest of this vmlinux.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
@@ -80,7 +80,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Errorf("inspect = %d, %v\n%s", res.Code, err, res.Stdout)
 	}
 
-	// The bucket now has the vmlinux of another build, with a matching checksum.
+	// Now the test replaces the vmlinux in the bucket by that of another COS build, with a matching checksum.
 	foreign, err := os.ReadFile(at(other.BuildID, "vmlinux"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +89,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	for name, text := range map[string][]byte{"vmlinux": foreign,
 		"vmlinux.md5": []byte(hex.EncodeToString(sum[:]) + "\n")} {
 		file := at(k.BuildID, name)
-		if err := os.Remove(file); err != nil { // the file may be a hard link to the mirror's cache
+		if err := os.Remove(file); err != nil { // replaces the file, and does not write into it
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(file, text, 0o644); err != nil {
@@ -105,7 +105,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	}
 }
 
-// allBlobs returns the decoded payloads of all statements in a layout.
+// allBlobs returns the decoded payloads of all signed statements in an OCI layout.
 func allBlobs(t *testing.T, layout string) string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(layout, "blobs", "sha256", "*"))

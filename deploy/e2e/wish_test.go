@@ -28,7 +28,8 @@ type matrixReport struct {
 }
 
 // TestWishList builds every flavour of every driver version for several kernels with one command. Only the cell with a
-// real API break may fail, and must show its first error line. A second run must build nothing.
+// real API break may fail. The report must show the compiler's first error line for this cell. A second run must build
+// nothing.
 func TestWishList(t *testing.T) {
 	dir := t.TempDir()
 	var wish strings.Builder
