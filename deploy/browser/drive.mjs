@@ -27,8 +27,8 @@ const views = {
   noscript: { ...large, javaScriptEnabled: false },
 };
 
-// tabs has the open pages of the browser, by view and options, for later questions.
-// Opening a new page takes longer than checking one.
+// tabs has the open pages of the browser, by view and options, for later questions. To open
+// a new page takes longer than to check one.
 const tabs = new Map();
 
 async function tab(view, options) {
@@ -69,7 +69,8 @@ async function open(view, url, options, f) {
 }
 
 // weigh returns the size of a page with all its resources, in bytes, uncompressed. It
-// ignores a stream of events, which has no end, and begins when the page is complete.
+// ignores the event stream that a page opens when it is complete, because the stream has no
+// end.
 async function weigh(responses) {
   let bytes = 0;
   for (const r of responses) {

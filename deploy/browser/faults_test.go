@@ -11,7 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestChecksFindFaults checks that the checks find exactly the faults of some test pages.
+// TestChecksFindFaults checks that the checks find the faults of some faulty pages, and none in sound ones.
 func TestChecksFindFaults(t *testing.T) {
 	served := http.FileServer(http.Dir("testdata"))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

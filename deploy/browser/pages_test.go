@@ -4,7 +4,8 @@ package browser
 type row struct {
 	// Name is the name of the subtest and of the screenshots.
 	Name string
-	// Path may contain {names}, which each data set replaces. A data set that lacks one of them does not have the page.
+	// Path may contain {names}, which each data set replaces. A data set that lacks one of these names does not have the
+	// page.
 	Path string
 	// Sets are the data sets in which the page is checked; empty means all three.
 	Sets []string

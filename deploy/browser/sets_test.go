@@ -30,7 +30,7 @@ type set struct {
 
 // startSets starts a server for each data set. By default it starts all three:
 //
-//   - empty: nobody asked for anything, and no kernel is known
+//   - empty: no kernel is known, and no cell was requested
 //   - small: some kernels of three boards, and cells in every state
 //   - large: one year of a farm with 60,000 cells, see server/bench
 func startSets(t *testing.T, names ...string) []*set {

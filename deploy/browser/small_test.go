@@ -242,8 +242,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report sends a node's report that an artifact did not load. Each node reports from its own network, because one
-// network's reports put no artifact in quarantine.
+// report sends a node's report that an artifact did not load. Each node reports from another network, because reports
+// from a single network do not put an artifact in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}
@@ -259,7 +259,8 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// keepReporting sends reports about a build until the test ends. Otherwise another builder would get the build.
+// keepReporting sends reports about a build until the test ends. Without reports, the server would give the build to
+// another builder.
 func keepReporting(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
