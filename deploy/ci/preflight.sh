@@ -46,7 +46,7 @@ while true; do
         waiting+=("$pool")
         notes+=("- $pool: may **not** move yet, it is being built")
         ;;
-      "$no_artifact") # this may change: the server plans a little after an announcement
+      "$no_artifact") # asks again: the server plans this cell a little after an announcement
         waiting+=("$pool")
         notes+=("- $pool: may **not** move, nobody builds it")
         worst=$no_artifact
