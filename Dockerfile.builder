@@ -32,8 +32,8 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends \
       bc bubblewrap ca-certificates dwarves ipxe-qemu libelf1 make qemu-system-x86 xz-utils zstd \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/dpkg.log /var/log/apt
-# The program builder looks for guestinit and nvmlprobe in its own folder. The
-# image has fetcher too, so that one image can build a driver and install it.
+# The program builder looks for guestinit and nvmlprobe in its own folder. The image has
+# the program fetcher too, so that one image can build a driver and install it.
 COPY bin/builder bin/fetcher bin/guestinit bin/nvmlprobe /usr/local/bin/
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/builder"]

@@ -1,4 +1,4 @@
-# Every job of this repository is one target here; CI runs these and no others.
+# Every job of this repository is one target here. CI runs only these targets.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,12 +16,11 @@ FUZZTIME ?= 10s
 ARGS ?=
 TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
-# Build, test and lint use the same flags, so that Go compiles each package once.
-# -trimpath keeps the path of this checkout out of the programs. grpcnotrace
-# leaves out gRPC's debug pages, whose HTML templates each node would download
-# with the fetcher. The linker's flag -s leaves out symbols and debug information, so
-# that a test is linked in half the time. Only nvmlprobe needs cgo; it is off for all
-# other programs.
+# Build, test and lint use the same flags, so that Go compiles each package once. -trimpath keeps
+# the path of this checkout out of the programs. grpcnotrace leaves out gRPC's debug pages, whose
+# HTML templates would make the fetcher larger. The linker's flag -s leaves out symbols and debug
+# information, so that a test is linked in half the time. Only nvmlprobe needs cgo; it is off for
+# all other programs.
 export GOFLAGS := -trimpath -tags=grpcnotrace -ldflags=-s $(GOFLAGS)
 export CGO_ENABLED := 0
 # go-nvml calls C functions that its own header marks as deprecated, so the
@@ -78,7 +77,7 @@ race: ## run the tests of single packages with the race detector
 scenarios: setup build ## play the scenarios of a node on a virtual one, with a real driver
 	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
 
-# The node must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
+# This machine must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
 .PHONY: gpu
 gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
 	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" $(GO) test -v -count=1 -run '^(TestGPUOfThisMachine|TestThisMachine)$$' \
@@ -207,9 +206,9 @@ clean: ## remove what was built here; the user's cache folder stays
 	rm -rf bin release .release-* screenshots
 	rm -f builder/release/*.lock.new
 
-# clean-cache removes only the folders in its list, because users may keep other files beside
-# them. The next run makes the folders again. The folder build is also the default of builder's
-# --cache. That cache has read-only folders, so chmod makes them writable first.
+# clean-cache removes only the folders in its list, because users may keep other files beside them.
+# The next run makes the folders again. The folder build is also the default of builder's --cache.
+# The build cache has read-only folders, so chmod first makes them writable.
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \

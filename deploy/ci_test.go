@@ -197,8 +197,8 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild checks that cloudbuild.yaml has only members of the type in Google's own client. Each step must run an
-// existing script, and set only variables that a script reads.
+// TestCloudBuild checks that cloudbuild.yaml has only fields that Google's own client for Cloud Build knows. Each step
+// must run an existing script, and set only variables that a script reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
 	strict := func(text string) (b cloudbuild.Build, err error) {

@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are other projects' programs for the registry. deploy/tool.sh builds oras and regctl; the others are
-// Debian packages.
+// stockClients are other projects' clients for registries. deploy/tool.sh builds oras and regctl; the others are Debian
+// packages.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
 // client runs stock programs against a server. Each client has a home folder of its own.
@@ -87,8 +87,8 @@ func (c client) mustFail(why, program string, args ...string) {
 	}
 }
 
-// checkDigest compares the digest of a name in the registry; "" means that there must be none. It uses another library
-// than the clients, and no credentials.
+// checkDigest checks that ref has the digest want in the registry. "" means that ref must not exist. checkDigest uses
+// another library than the clients, and no credentials.
 func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)
@@ -238,7 +238,7 @@ func skopeoClient(c client) {
 	c.mustFail("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	// Debian's skopeo encodes an index again, which changes its digest.
+	// Debian's skopeo re-encodes an index, which changes its digest.
 	said, err := os.ReadFile(filepath.Join(c.home, "digest"))
 	if err != nil {
 		t.Fatal(err)
@@ -262,7 +262,8 @@ func skopeoClient(c client) {
 	c.checkDigest("skopeo/image:v1", digest)
 }
 
-// ctrClient tests ctr. ctr cannot delete from a registry, so regctl deletes, and ctr then finds nothing.
+// ctrClient tests ctr. ctr cannot delete an image in a registry. Therefore regctl deletes the image, and then ctr must
+// not find it.
 func ctrClient(c client) {
 	t := c.t
 	repo, other := c.host+"/ctr/image", c.host+"/ctr/copy"
@@ -305,7 +306,7 @@ func startContainerd(c client) string {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a folder in the system's temporary folder
 	socket := filepath.Join(dir, "s")
 	file := filepath.Join(dir, "config.toml")
-	// The CRI plugin would need a network and /opt, and the test runs no container.
+	// The test runs no container. It disables the plugins cri and opt, because they need a network and /opt.
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", "+
 		"\"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket)

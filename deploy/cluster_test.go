@@ -80,7 +80,7 @@ func writeOverlay(t *testing.T, components ...string) string {
 	return dir
 }
 
-// addressesOf returns the ranges of addresses that may connect to the server. Without any, every address may.
+// addressesOf returns the ranges of addresses that may connect to the server. No range means that every address may.
 func addressesOf(t *testing.T, rendered string) (ranges []string) {
 	t.Helper()
 	for dec := yaml.NewDecoder(strings.NewReader(rendered)); ; {
@@ -142,7 +142,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			}
 		}
 		if i == 0 {
-			// KEDA sets the number of replicas so. The next apply must not change it back.
+			// KEDA sets the number of replicas in this way. The next apply must not change it back.
 			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder",
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
@@ -176,7 +176,7 @@ func TestClusterTakesComponents(t *testing.T) {
 		t.Error("the component managed-prometheus has kinds of the Prometheus operator, or lacks Google's")
 	}
 	if _, err := c.Kubectl("", "-n", "prebake-privileged", "create", "serviceaccount", "default"); err != nil {
-		t.Fatal(err) // in a real cluster, a controller makes it; gpu-pod.yaml is in the namespace default, which has one
+		t.Fatal(err) // this API server runs without the controller that makes this account; the namespace default has one
 	}
 	rendered += "---\n" + google
 	examples, err := filepath.Glob("kubernetes/examples/*.yaml")
@@ -190,7 +190,7 @@ func TestClusterTakesComponents(t *testing.T) {
 		"-"); err != nil {
 		t.Fatal(err)
 	}
-	// The API server must check manifests against the definitions, and refuse an unknown member.
+	// The API server must check manifests against the definitions, and refuse an unknown field.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// exceptions are the settings that Pod Security's profile baseline and common policies forbid. Each has the word that
-// explains the setting in the comment on top of a file.
+// exceptions are the settings that Pod Security's profile baseline or common policies forbid. If the comment on top of
+// a manifest explains a setting, that comment must contain the setting's key in this map.
 var exceptions = map[string]*regexp.Regexp{
 	"hostPID":           regexp.MustCompile(`^hostPID: true`),
 	"hostNetwork":       regexp.MustCompile(`^hostNetwork: true`),
@@ -57,7 +57,7 @@ func TestExceptionsAreExplained(t *testing.T) {
 		}
 	}
 	if len(found) < len(exceptions)-1 { // no manifest has hostIPC
-		t.Errorf("the manifests have the exceptions %v; want all but hostIPC: are they read?", found)
+		t.Errorf("the manifests have the exceptions %v; want all but hostIPC: does the test read all manifests?", found)
 	}
 }
 
@@ -76,8 +76,8 @@ type resourceful struct {
 	}
 }
 
-// TestContainersHaveResources checks that each container requests CPU and memory, and has a limit of memory. Google's
-// partitioner, which the manifests only start, is none of ours.
+// TestContainersHaveResources checks that each container requests CPU and memory, and has a limit of memory. It skips
+// the manifest of Google's partitioner, which has Google's own values.
 func TestContainersHaveResources(t *testing.T) {
 	t.Parallel()
 	checked := 0
@@ -118,21 +118,22 @@ func TestContainersHaveResources(t *testing.T) {
 }
 
 // googleTerms are the conditions by which Google's own DaemonSet for COS selects nodes: daemonset-preloaded.yaml in
-// GoogleCloudPlatform/container-engine-accelerators. It leaves out nodes that get their driver from GKE, and
-// confidential nodes, for which Google has another DaemonSet.
+// GoogleCloudPlatform/container-engine-accelerators. Google's DaemonSet leaves out nodes that get their driver from
+// GKE, and confidential nodes, for which Google has another DaemonSet.
 var googleTerms = []expression{
 	{Key: "cloud.google.com/gke-accelerator", Operator: "Exists"},
 	{Key: "cloud.google.com/gke-gpu-driver-version", Operator: "DoesNotExist"},
 	{Key: "cloud.google.com/gke-confidential-nodes-instance-type", Operator: "DoesNotExist"},
 }
 
-// TestFetcherSelectsGoogleNodes checks that the fetcher runs on no GKE node on which Google's DaemonSet would not.
+// TestFetcherSelectsGoogleNodes checks that the fetcher runs only on those GKE nodes on which Google's DaemonSet would
+// run.
 func TestFetcherSelectsGoogleNodes(t *testing.T) {
 	t.Parallel()
 	m, _ := object(t, "DaemonSet/prebake-fetcher")
 	for _, term := range m.Spec.Template.Spec.Affinity.NodeAffinity.Required.Terms {
 		if slices.ContainsFunc(term.MatchExpressions, func(e expression) bool { return e.Key == "prebake.dev/install" }) {
-			continue // the operator has selected these nodes
+			continue // an operator has put this label on the nodes
 		}
 		for _, want := range googleTerms {
 			if !slices.ContainsFunc(term.MatchExpressions, func(e expression) bool { return cmp.Equal(e, want) }) {
@@ -143,7 +144,7 @@ func TestFetcherSelectsGoogleNodes(t *testing.T) {
 }
 
 // TestMigrationKeepsInstallersApart checks that Google's DaemonSet, patched as the page about migration says, selects
-// only nodes on which no fetcher runs. The page must say so before it sends the reader to the manifests.
+// only nodes on which no fetcher runs. The page must have the patch before it sends the reader to the manifests.
 func TestMigrationKeepsInstallersApart(t *testing.T) {
 	t.Parallel()
 	const name = "docs/how-to/coming-from.md"

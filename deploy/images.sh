@@ -134,8 +134,8 @@ doctor_finds() {
 both_fetchers() {
   local arch platforms
   build fetcher Dockerfile.fetcher
-  # The base image is for this machine's architecture. That is no harm, because the image takes
-  # only the certificates from it.
+  # The base image is for this machine's architecture. This does no harm, because the image takes
+  # only the certificates from the base image.
   build fetcher-arm64 Dockerfile.fetcher --build-arg SUFFIX=-arm64
   container=$(buildah_ from --pull=false localhost/prebake/fetcher-arm64)
   buildah_ config --arch arm64 "$container"

@@ -15,8 +15,8 @@ const maxColumns = 120
 // unbreakable matches a link or an address, which must not be broken.
 var unbreakable = regexp.MustCompile(`\S{80,}|://`)
 
-// TestLineLength refuses long lines. It ignores lines that a line break would change: raw strings, Markdown's tables
-// and code blocks, and addresses. It also ignores nolint directives, which apply only to their own line.
+// TestLineLength refuses long lines. It ignores lines that must not be broken: raw strings, Markdown's tables and code
+// blocks, and addresses. It also ignores nolint directives, which apply only to their own line.
 func TestLineLength(t *testing.T) {
 	t.Parallel()
 	for _, name := range files(t, ".go", ".md") {

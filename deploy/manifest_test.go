@@ -189,9 +189,9 @@ func TestBuilderManifest(t *testing.T) {
 	if host, _, _ := strings.Cut(value("to"), "/"); "http://"+host != value("server") {
 		t.Errorf("builder publishes to %s and reports to %s; want one host", value("to"), value("server"))
 	}
-	// By default, the builder starts a compiler for each CPU of the node, however little memory its pod may use.
-	// docs/reference/limits.md has what a compiler was measured to need. Builder doctor, and the hints of a build that ran
-	// out of memory, want 1 GiB for each compiler.
+	// Without --jobs, the builder starts one compiler for each CPU of the node, even if the pod's memory limit is too low
+	// for them. `builder doctor`, and the hint of a build that ran out of memory, ask for 1 GiB for each compiler;
+	// docs/reference/limits.md has the measurement.
 	jobs, err := strconv.Atoi(value("jobs"))
 	memory, merr := strconv.Atoi(strings.TrimSuffix(c.Resources.Limits["memory"], "Gi"))
 	if err != nil || merr != nil || jobs < 1 || jobs > memory {
@@ -200,9 +200,9 @@ func TestBuilderManifest(t *testing.T) {
 	}
 }
 
-// TestBuilderDisk compares what the manifests and pages say about the builder's disk. A pod that uses more than it
-// requests is among the first that a node with a full disk evicts. A pod whose volume outgrows its sizeLimit is evicted
-// at once.
+// TestBuilderDisk checks that the sizes of the builder's disk in manifests and pages fit together. A pod that uses more
+// than it requests is among the first that a node with a full disk evicts. A pod whose volume outgrows its sizeLimit is
+// evicted at once.
 func TestBuilderDisk(t *testing.T) {
 	t.Parallel()
 	const (
@@ -437,8 +437,8 @@ func TestDevicePluginStays(t *testing.T) {
 	}
 }
 
-// TestUpgradeOrder checks that the commands of the page about upgrades, which keep the order of the components, select
-// the Deployments that they name.
+// TestUpgradeOrder checks the commands on the page about upgrades. They apply one component after the other. Each must
+// select the Deployment for which the next command waits.
 func TestUpgradeOrder(t *testing.T) {
 	t.Parallel()
 	text, found := read(t, "docs/how-to/upgrade.md"), 0
@@ -464,8 +464,8 @@ func TestUpgradeOrder(t *testing.T) {
 	}
 }
 
-// TestRemovePageNamesObjects checks that the page about removal deletes each object of the manifests. It must delete
-// keys and volume last, with the namespaces.
+// TestRemovePageNamesObjects checks that the page about removal deletes each object of the manifests. Only namespaces
+// and volume must not be among these objects: they are deleted last.
 func TestRemovePageNamesObjects(t *testing.T) {
 	t.Parallel()
 	text := read(t, "docs/how-to/remove.md")

@@ -48,7 +48,7 @@ func TestGeneratedMetrics(t *testing.T) {
 
 // metricsOf finds the metrics that a file declares. It reads calls such as
 // prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). It
-// also reads calls of the file's own wrappers for one namespace.
+// also reads calls of functions in the file that wrap such a call, and put a prefix before the name.
 func metricsOf(program string, file *ast.File) (all []metric) {
 	wrappers := map[string]metric{}
 	ast.Inspect(file, func(n ast.Node) bool {

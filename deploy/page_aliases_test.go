@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// earlierFlags maps the former names of a program's flags to the present ones. It reads the calls of cli.WasCalled in
-// the program's source.
+// earlierFlags maps the former names of a program's flags to their present names. It reads the calls of cli.WasCalled
+// in the program's source.
 func earlierFlags(t *testing.T, program string) map[string]string {
 	t.Helper()
 	text := func(e ast.Expr) string {
@@ -82,6 +82,6 @@ func TestPageAliases(t *testing.T) {
 		}
 	}
 	if found < 6 {
-		t.Errorf("the programs have %d flags with former names; want 6 or more: are they read?", found)
+		t.Errorf("the programs have %d flags with former names; want 6 or more: does the test find all calls of WasCalled?", found)
 	}
 }

@@ -39,7 +39,8 @@ func flagsOf(t *testing.T) map[string]map[string]bool {
 	return all
 }
 
-// checkShell parses a script and checks the calls of Prebake's programs in it. "…", an omission, counts as a word.
+// checkShell parses a script and checks the calls of Prebake's programs in it. "…", which stands for omitted arguments,
+// counts as a word.
 func checkShell(script string, flags map[string]map[string]bool) (problems []string) {
 	file, err := syntax.NewParser().Parse(strings.NewReader(script), "")
 	if err != nil {
@@ -144,7 +145,7 @@ func TestPageCommands(t *testing.T) {
 		}
 	}
 	if checked < 100 {
-		t.Errorf("%d commands of pages were checked; want more than 100: are they read?", checked)
+		t.Errorf("%d commands of pages were checked; want more than 100: does the test read all pages?", checked)
 	}
 }
 

@@ -9,9 +9,10 @@ import (
 	"mvdan.cc/sh/v3/syntax"
 )
 
-// missingFlags returns the flags that a call of the builder lacks: without them, it does not do what a page says. A
-// destination counts as public without --private, and then the builder refuses it. A run with --max-age compiles
-// everything anew, so it fills a disk without --cache-size. The variables are those that the page sets before.
+// missingFlags returns the flags that a call of the builder lacks, so that it does not do what the page says. Without
+// --private, a destination counts as public, and the builder refuses to publish there. With --max-age, the builder
+// compiles everything anew, so without --cache-size its caches fill the disk. variables has the environment variables
+// that the page sets before the call.
 func missingFlags(words []string, variables string) (missing []string) {
 	if len(words) < 2 || path.Base(words[0]) != "builder" || words[1] != "build" && words[1] != "work" ||
 		slices.Contains(words, "…") { // the reader adds flags
@@ -74,7 +75,7 @@ func TestPagesGiveNeededFlags(t *testing.T) {
 		}
 	}
 	if checked < 10 {
-		t.Errorf("%d commands with --to were checked; want more than 10: are they read?", checked)
+		t.Errorf("%d commands with --to were checked; want more than 10: does the test read all pages?", checked)
 	}
 }
 

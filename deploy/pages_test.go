@@ -79,7 +79,7 @@ func TestPagesAreReached(t *testing.T) {
 // pathSpan matches a path of the repository, as pages write it between backquotes.
 var pathSpan = regexp.MustCompile(`^\.{0,2}/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+/?$`)
 
-// goName matches a package with a name in it, such as pkg/queue.Open.
+// goName matches a package path with an exported name, such as pkg/queue.Open.
 var goName = regexp.MustCompile(`^(.*/[a-z0-9]+)\.[A-Z]\w*$`)
 
 // TestPagePaths checks the paths between backquotes. A path that begins with a top folder must exist, from the

@@ -32,7 +32,7 @@ type rules struct {
 	}
 }
 
-// expressions returns all PromQL expressions of the manifests. The key says where the expression is.
+// expressions returns all PromQL expressions of the manifests. The key says where an expression is.
 func expressions(t *testing.T) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -128,8 +128,8 @@ func TestScaledObject(t *testing.T) {
 // upMetric is a metric of Prometheus itself. It says whether Prometheus could read a program's metrics.
 const upMetric = "up"
 
-// conditionMetric is a metric of kube-state-metrics. For each condition of a node, it is 1 for the condition's status
-// and 0 for the others.
+// conditionMetric is a metric of kube-state-metrics. It has one series for each condition of a node and each possible
+// status. The value is 1 for the status that the condition has, and 0 for the others.
 const conditionMetric = "kube_node_status_condition"
 
 // nameLabel is the label that has a metric's name ("Data model", prometheus.io/docs).
@@ -167,8 +167,9 @@ func TestMetricsExist(t *testing.T) {
 	}
 }
 
-// TestNodeAlert checks that the alert about nodes without a driver does not fire for a node that was removed: the
-// metrics of such a node count as "GPUs and not ready" for the difference of the two ranges.
+// TestNodeAlert checks that the alert about nodes without a driver does not fire for a node that was removed. For the
+// difference of the two ranges, the last metrics of such a node say that it has GPUs and is not ready. The difference
+// must be shorter than the alert's "for".
 func TestNodeAlert(t *testing.T) {
 	t.Parallel()
 	var r rules

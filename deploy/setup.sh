@@ -9,13 +9,13 @@ set -euo pipefail
 declare -A groups=(
   # The NVML probe is cgo; everything else is plain Go.
   [build]="gcc libc6-dev ca-certificates"
-  # For builder: a sandbox (bubblewrap), programs that kbuild runs in it (make, bc,
-  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, of which the
-  # COS-shaped mirror makes the toolchain for Debian's kernels. For mirror: makeself
-  # packs the driver, zstd and xz read packages, patchelf makes the compiler of this
+  # For builder: a sandbox (bubblewrap), and programs that kbuild runs in the sandbox
+  # (make, bc, libelf1 for objtool, dwarves for --btf). For releases: gcc-12 with binutils,
+  # which compiles nvmlprobe. For mirror: makeself packs the driver, patch undoes Debian's
+  # edits, zstd and xz compress archives, patchelf makes the compiler of the mirror's
   # toolchain find its own libraries. For the load test and the demo's node: qemu;
-  # ipxe-qemu has the boot ROM without which qemu does not make the network card;
-  # mke2fs (e2fsprogs) makes the file system of the node's disk.
+  # ipxe-qemu has the boot ROM without which qemu does not make the network card; mke2fs
+  # (e2fsprogs) makes the file system of the node's disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # postgresql: the second database that server and queue support; see deploy/postgres.sh.
   # docker-registry: a registry of another project. skopeo and containerd: clients of
@@ -81,8 +81,8 @@ apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-
 
 echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
 start=$SECONDS
-# An apt source that cannot be reached may have none of the packages. So an error of
-# apt-get update does not stop the script. An error of apt-get install does.
+# An error of apt-get update does not stop the script, because the source that cannot be
+# reached may have none of the packages. An error of apt-get install stops the script.
 apt update >/dev/null || echo "setup: apt-get update failed; going on with the package lists of an earlier update" >&2
 if [[ " ${missing[*]} " == *" postgresql "* ]]; then
   # The tests need only PostgreSQL's programs. This setting keeps Debian's package from

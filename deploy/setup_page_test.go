@@ -13,14 +13,15 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// keygen stands in for the builder. Each of its keys is another one.
+// keygen is a script in place of the program builder. Each run writes another key, and an existing key is an error.
 const keygen = `#!/bin/sh
 [ "$1" = keygen ] && ! [ -e "$2" ] || exit 2
 head -c 16 /dev/urandom | base64 > "$2"
 cp "$2" "$2.pub"
 `
 
-// unread stands in for kubectl. It cannot read the server's secret.
+// unread is a script in place of kubectl. It fails if it is asked for the server's secret, and runs the real kubectl
+// otherwise.
 const unread = `#!/bin/sh
 case "$*" in
 *"get secret prebake-server"*) echo "the cluster is away" >&2; exit 1 ;;
@@ -28,8 +29,8 @@ esac
 PATH=${PATH#*:} exec kubectl "$@"
 `
 
-// TestClusterKeepsKeys runs the commands of deploy/README.md against a real API server. Run again, also from a folder
-// without the key, they must not replace the signing key, the trusted keys or the token.
+// TestClusterKeepsKeys runs the commands of deploy/README.md against a real API server. A second run, also one from a
+// folder without the key, must not replace the signing key, the trusted keys or the token.
 func TestClusterKeepsKeys(t *testing.T) {
 	c := cluster.Start(t)
 	var script string
@@ -88,7 +89,7 @@ func TestClusterKeepsKeys(t *testing.T) {
 	if diff := cmp.Diff(first, stored()); diff != "" {
 		t.Errorf("the second run changed (-first +second):\n%s", diff)
 	}
-	// A rotation adds a key. Another machine does not have the key.
+	// A rotation adds a trusted key. The next run is on another machine, which does not have the signing key.
 	if _, err := c.Kubectl("", "-n", "prebake-privileged", "patch", "configmap", "prebake-keys", "-p",
 		`{"data":{"keys.pem":"two keys"}}`); err != nil {
 		t.Fatal(err)
@@ -102,7 +103,7 @@ func TestClusterKeepsKeys(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(elsewhere, "prebake.key")); err == nil {
 		t.Error("a run from another machine made a key; want none, because the cluster has one")
 	}
-	// A failed question for the token must not replace the token, whatever the options of the shell are.
+	// If kubectl cannot read the token, the commands must not replace the token, whatever the shell's options are.
 	fails := filepath.Join(t.TempDir(), "kubectl")
 	if err := os.WriteFile(fails, []byte(unread), 0o755); err != nil { //nolint:gosec // run below
 		t.Fatal(err)
