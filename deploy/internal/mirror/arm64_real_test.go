@@ -117,7 +117,7 @@ type buildResult struct {
 	Phases   []timeline.Phase
 }
 
-// wrapImage makes a vmlinux from an arm64 Image, as one segment and the section .rodata. It saves the download of
+// wrapImage makes a vmlinux from an arm64 Image, with one segment and the section .rodata. It saves the download of
 // Debian's own vmlinux, whose package has 800 MB.
 func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56

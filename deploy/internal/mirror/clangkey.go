@@ -19,8 +19,8 @@ import (
 )
 
 // signingPair is a private key and its certificate. Each cache folder has its own pair. The clang-built kernel trusts
-// the certificate for modules. The private key is published too, for trying module signatures on that kernel. Nothing
-// else may ever trust the certificate.
+// the certificate for modules. The private key is published too, so that users can try module signatures on that
+// kernel. Nothing else may ever trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }

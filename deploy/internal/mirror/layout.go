@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion returns the version of a program that packs objects. It is part of a recipe, because another version may
-// write other bytes.
+// toolVersion returns the version of a program that packs objects. The version is part of a recipe, because another
+// version may write other bytes.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {

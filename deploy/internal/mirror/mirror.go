@@ -1,4 +1,4 @@
-// Package mirror makes folders from Debian's packages that look exactly like a COS release bucket and COS's bucket of
+// Package mirror makes folders from Debian's packages in the layout of COS's release bucket and of COS's bucket of
 // NVIDIA drivers. With them, Prebake can be tried with real kernels and a real driver where only Debian's archive can
 // be reached.
 //
@@ -62,7 +62,7 @@ type Config struct {
 	// Clang adds a kernel that the mirror compiles with clang, as COS does: without symbol versions, with module
 	// signatures and LoadPin. OnlyClang leaves out Debian's own kernels.
 	Clang, OnlyClang bool
-	// ClangCached uses the clang-built kernel of an earlier run, and compiles none.
+	// ClangCached uses the clang-built kernel of an earlier run, and compiles no kernel.
 	ClangCached bool
 	// Refresh fetches the current package index first. Without it, an index that is less than a day old is used.
 	Refresh bool
