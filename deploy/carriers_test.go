@@ -19,7 +19,7 @@ import (
 
 // TestCarriers checks that containerd handles an artifact as any other image: it pulls the artifact from the server and
 // through a mirror, and mounts it as an image volume. The artifact's registry, farm.example, does not exist; hosts.toml
-// names the mirror for it.
+// names another host for it.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd runs as root only; run the test as root")

@@ -82,6 +82,6 @@ func TestPageAliases(t *testing.T) {
 		}
 	}
 	if found < 6 {
-		t.Errorf("the programs have %d flags with former names; want 6 or more: does the test find all calls of WasCalled?", found)
+		t.Errorf("the programs have %d flags with former names; want 6 or more: does the test find them all?", found)
 	}
 }

@@ -155,8 +155,8 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// inRun reports whether a run builds a cell: because it measures this cell, or because it measures a later cell that
-// reuses results of this cell.
+// inRun reports whether a run builds a cell. It builds the cells that it measures, and the cells whose results these
+// reuse.
 func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release

@@ -225,7 +225,7 @@ func askOnce(ctx context.Context, host string, w world) *row {
 	return r
 }
 
-// measureBesideCrowd measures the questions of nodes while fifty clients request the largest pages without a pause.
+// measureBesideCrowd measures requests of nodes while fifty other clients request the largest pages without a pause.
 func measureBesideCrowd(ctx context.Context, host string, s settings, question func() string) *row {
 	const clients = 50
 	asking, stop := context.WithCancel(ctx)

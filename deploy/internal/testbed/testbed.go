@@ -1,6 +1,6 @@
 // Package testbed runs the whole product on one machine, for the demo and the end-to-end tests: a mirror that looks
 // like COS's buckets, a server, a builder that takes builds from the server's queue, and a virtual node. It runs the
-// real programs, and imports none of their code.
+// real programs, and imports no package of builder, server or fetcher.
 package testbed
 
 import (
