@@ -413,14 +413,14 @@ func (o order) runWithFault(t *testing.T) string {
 		// A kill after the switch of links and before the load leaves libraries and modules of different drivers. The next
 		// run must repair this.
 		if what := o.node(t).problem(); what != "" && (o.Fault != faultKill || !strings.HasPrefix(what, "libraries are of")) {
-			t.Errorf("behind the fault: %s", what)
+			t.Errorf("after the fault: %s", what)
 		}
 	}
 	again := &outcome{}
 	if got != nil && got.Again != nil {
 		again = got.Again
 		if got.Problem != "" {
-			t.Errorf("behind the fault: %s", got.Problem)
+			t.Errorf("after the fault: %s", got.Problem)
 		}
 	} else {
 		next := o
