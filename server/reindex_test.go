@@ -27,8 +27,8 @@ type reindexed struct {
 	dir, url, name string // the server's folder and address, and the repository
 	client         *api.Client
 	repo           *registry.Repository
-	farm, stranger *testkit.Key // pem is the path of the farm's public key
-	pem            string
+	farm, stranger *testkit.Key
+	pem            string // the path of the farm's public key
 	driver         target.Driver
 }
 

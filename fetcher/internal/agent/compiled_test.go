@@ -295,7 +295,7 @@ func TestCompiledMeanwhile(t *testing.T) {
 			_, err := agent.New(cfg, first).Run(t.Context())
 			ended <- err
 		}()
-		time.Sleep(30 * time.Second) // until now, the first fetcher waits for the server
+		time.Sleep(30 * time.Second) // meanwhile, the first fetcher waits for the server
 		if _, err := agent.New(n.cfg, second).Run(t.Context()); err != nil || b.calls != 1 {
 			t.Errorf("the second fetcher: Run = %v after %d compiles; want success after one", err, b.calls)
 		}

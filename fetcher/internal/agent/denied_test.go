@@ -97,7 +97,7 @@ func TestDeniedStatement(t *testing.T) {
 	for _, row := range []struct {
 		name             string
 		passed, labelled bool
-		predicate        string // of the denied statement
+		predicate        string // the type of the denied statement
 		mirror           string // "" means no mirror; "lacks" and "has" say whether the mirror has the statement
 		want             string // part of the error; installed means no error
 		kind             fault.Kind

@@ -51,7 +51,7 @@ var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage
 // order tells a child process what to do. The child process reads it from the environment.
 type order struct {
 	Root, Layout, Keys string
-	Older, Newer       string // digests
+	Older, Newer       string // the digests of the two artifacts
 	// SetUp means that the child process first makes the node, with the older driver active.
 	SetUp bool
 	// Boot means that the node was rebooted, so no module is loaded.
@@ -391,7 +391,7 @@ func (o order) runWithFault(t *testing.T) string {
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
 	if o.Fault == faultDisk {
 		o.SetUp = true
-		disk := filepath.Join(o.Root, "home") // the fake kernel's files are elsewhere
+		disk := filepath.Join(o.Root, "home") // the fake kernel's files are not on this disk
 		if err := os.MkdirAll(disk, 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -141,7 +141,7 @@ func TestMonitorEndsForNotedRollback(t *testing.T) {
 	for _, row := range []struct {
 		name   string
 		refs   []string // how many programs have the driver open, at each check
-		closed bool     // whether the maintenance hours forbid to replace the driver
+		closed bool     // whether the maintenance hours forbid a replacement of the driver
 		ends   int      // the check after which Monitor ends; 0 means that only the context ends it
 	}{
 		{"in use, then idle", []string{"1", "1", "0", "0"}, false, 3},

@@ -315,7 +315,7 @@ func TestRollbackLasts(t *testing.T) {
 	}
 }
 
-// TestForeignStays checks that the agent keeps a foreign driver, unless the operator allows to replace it.
+// TestForeignStays checks that the agent keeps a foreign driver, unless the operator sets --foreign replace.
 func TestForeignStays(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

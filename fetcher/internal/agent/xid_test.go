@@ -209,7 +209,7 @@ func TestXidOutlivesHealthyAnswers(t *testing.T) {
 		set := func(to int32) func() { return func() { state.Store(to) } }
 		seen, _ := watchGPU(t, n, map[int]func(){
 			2: func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid) },
-			4: set(slow), 6: set(unmarked), // for 24 checks
+			4: set(slow), 6: set(unmarked), // the GPU stays so for 24 checks
 		}, 30)
 		counts := "unusable the driver reports Xid " + strings.Replace(xid, ",", " of GPU 0000:00:04:", 1)
 		want := []string{"ready ", counts, "unusable 0 of 1 GPUs usable: 0000:00:04.0: read name: Timeout", counts}

@@ -69,7 +69,7 @@ func TestBuild(t *testing.T) {
 		"STATE/node-key/local.key --cache " + b.CacheDir +
 		" --load-test off --output json --jobs N --kernel-mirror file:///k --driver-mirror file:///d"
 	want := []string{"keygen STATE/tmp-key/local.key", build, build}
-	calls := regexp.MustCompile("--jobs [1-9][0-9]*").ReplaceAllString(string(raw), "--jobs N") // this machine decides
+	calls := regexp.MustCompile("--jobs [1-9][0-9]*").ReplaceAllString(string(raw), "--jobs N") // depends on the machine
 	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(calls, b.StateDir, "STATE")), "\n")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)

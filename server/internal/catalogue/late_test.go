@@ -63,7 +63,8 @@ func TestLateReport(t *testing.T) {
 }
 
 // TestRefusedPublication publishes a build whose fingerprint differs from that of the kernel's published artifacts. The
-// build must fail with the text of the refusal, and stay failed until these artifacts are deleted.
+// build must fail with the text of the refusal. After these artifacts are deleted, another build with that fingerprint
+// must succeed.
 func TestRefusedPublication(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

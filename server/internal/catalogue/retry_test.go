@@ -112,7 +112,7 @@ func TestTriesEnd(t *testing.T) {
 	}
 	const text, command = "no more automatic tries after 30 builds", "server request --build-id " + first
 	builds := 0
-	for range 60 { // days
+	for range 60 { // rounds of 30 hours
 		if r.plan(30*time.Hour) == 0 {
 			continue
 		}

@@ -20,7 +20,7 @@ drivers: [default]
 flavours: [open]
 `
 
-// jobs returns one text for each queued job, in the order of the queue. Each "!" stands for one step of priority.
+// jobs returns one text for each queued job, in the order of the queue. The number of "!" is the priority.
 func jobs(q *fakeQueue) []string {
 	var all []string
 	for i, j := range q.jobs {

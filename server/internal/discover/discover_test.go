@@ -96,7 +96,7 @@ gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
 		"NVIDIA-Linux-x86_64-.run":                                 "x",
 		"tesla/535.261.03/NVIDIA-Linux-x86_64-535.261.03-grid.run": "x",
 		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // builders look for no runfiles in this folder
-		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // its open flavour would have no name
+		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // a version must not end with a flavour
 		"README": "x",
 	})
 	n := &notes{}

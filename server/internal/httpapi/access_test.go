@@ -109,7 +109,7 @@ var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Admin:    {auth.Admin},
 }
 
-// makeToken stores a token with one scope that is valid for an hour after from.
+// makeToken stores a token with one scope that is valid for one hour, starting at from.
 func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from time.Time) api.Token {
 	t.Helper()
 	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test",
@@ -119,7 +119,7 @@ func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from ti
 	return made
 }
 
-// TestAuthorization calls every route as every kind of caller, and compares the answers with the table.
+// TestAuthorization calls every route as every kind of caller, and compares the answers with neededScopes.
 func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -185,7 +185,7 @@ func TestClient(t *testing.T) {
 		t.Errorf("BuildLog() = %q", text)
 	}
 	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest,
-		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // on this server
+		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // a repository of this server
 	check(t, err)
 	read, err := c.Build(ctx, b.ID)
 	check(t, err)

@@ -227,7 +227,7 @@ func TestIdleUploads(t *testing.T) {
 	}
 }
 
-// TestUploadsWithoutFiles checks that uploads whose files are gone do not count for ever.
+// TestUploadsWithoutFiles checks that uploads whose files are gone do not count towards the limit for ever.
 func TestUploadsWithoutFiles(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

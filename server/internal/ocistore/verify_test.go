@@ -304,7 +304,7 @@ func TestUnneededDamage(t *testing.T) {
 	}
 }
 
-// TestAbsentByDesign pushes an image with a layer whose licence forbids to push it. The registry must not call this
+// TestAbsentByDesign pushes an image with a layer whose licence forbids a push. The registry must not call this
 // missing layer damaged.
 func TestAbsentByDesign(t *testing.T) {
 	t.Parallel()

@@ -20,7 +20,7 @@ func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 	longAgo := time.UnixMicro(1).UTC() // earlier than the builds of all other tests
-	// Builds of the two lowest priorities wait behind all others, so they must not count.
+	// Builds of these two priorities wait behind all others, so OldestQueued must leave them out.
 	for i, priority := range []int{queue.PriorityAgain, queue.PriorityWarning} {
 		b, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), State: api.Queued, CreatedAt: longAgo,
 			Driver: target.Driver{Version: "1.2." + strconv.Itoa(i), Flavour: target.Open}, Priority: priority})
