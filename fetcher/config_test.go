@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks that the example file is correct. Each planted mistake must be reported with its line and
-// column.
+// TestConfigCheck checks that the example file has no mistake. Then each row plants one mistake in the file: the check
+// must report the mistake with its line and column.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "fetcher.yaml"), root, []configcheck.Row{

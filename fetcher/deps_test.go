@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// banned maps packages that the program must not contain to the reason. A path that ends with a slash bans everything
-// below it.
+// banned maps the import paths of packages that the fetcher must not link to the reason. A path that ends with a slash
+// bans all packages below that path, too.
 var banned = map[string]string{
 	"runtime/cgo": "the program is static: it runs in any image and beside any C " +
 		"library",
@@ -53,7 +53,7 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
-// TestSize checks the size of the program as it is shipped.
+// TestSize checks that the fetcher stays small. The test builds the program with the flags of the release.
 func TestSize(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "fetcher")
@@ -62,7 +62,7 @@ func TestSize(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const bound = 25_250_000 // each node downloads it with the fetcher's image, whose bound is 30 MB
+	const bound = 25_250_000 // bytes; each node downloads the program in an image, which must stay below 30 MB
 	if info.Size() >= bound {
 		t.Errorf("fetcher has %d bytes; want less than %d", info.Size(), bound)
 	}

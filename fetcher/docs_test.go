@@ -10,7 +10,7 @@ import (
 
 var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
 
-// TestDocs checks that the generated pages in docs match these commands.
+// TestDocs checks that the generated pages in docs match the fetcher's commands and flags.
 func TestDocs(t *testing.T) {
 	t.Parallel()
 	if err := cli.CompareDocs(filepath.Join("..", "docs"), root, *rewrite); err != nil {

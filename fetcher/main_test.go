@@ -36,15 +36,17 @@ func TestMain(m *testing.M) {
 //	$ROOT      a node's root folder: COS 17800.0.47, one GPU, no module loaded
 //	$ROOT0     the same without a GPU
 //	$REGISTRY  a repository with 535.261.03-open for that node
-//	$SIBLING   a repository that offers another build's artifact under the name of this one
+//	$SIBLING   a repository in which the tag of this COS build names the artifact of another one
 //	$BOTH      a repository with both flavours of 535.261.03; its signed list says
 //	           that the open modules drive an L4, but not the node's T4
-//	$LAYOUT    an OCI layout folder with an artifact that a node compiled itself
+//	$MADE      a folder; its folder local is an OCI layout with an artifact that a
+//	           node compiled itself
+//	$MADE_DIGEST  the digest of that artifact
 //	$SERVER    a server that names the artifact; other drivers have other states
 //	$CERTIFIED  a repository with the same artifact, signed by an identity that
 //	           $TRUSTED certifies and $UNTRUSTED does not
-//	$COLLECTOR  a receiver of traces; "collected NAME..." wants spans of these names below
-//	           the first one
+//	$COLLECTOR  a receiver of traces; "collected RUN PHASE..." wants spans of these
+//	           phases below the span of that run
 //	$LIST, $YANKED  signed lists in which the artifact is published or yanked; root.json
 //	           is the first root of both
 //	$KEY, $OTHERKEY  the publisher's public key, and another party's
@@ -139,7 +141,7 @@ func setup(t *testing.T, env *testscript.Env) error {
 	return nil
 }
 
-// certify attaches the statements that an identity signed about an artifact, dated one year ago.
+// certify attaches the statements of a build that an identity signed one year ago.
 func certify(t *testing.T, ref string, farm *testkit.Authority, c sample.Cell, digest string) error {
 	then := time.Now().AddDate(-1, 0, 0)
 	sign := func(kind string, predicate any) []byte {
@@ -152,7 +154,7 @@ func certify(t *testing.T, ref string, farm *testkit.Authority, c sample.Cell, d
 		sign(trust.PredicateKernelMatch, trust.KernelMatch{Kernel: c.Kernel, Fingerprint: c.Fingerprint}))
 }
 
-// list attaches a signed list of supported GPUs.
+// list attaches a signed list of supported GPUs: open modules support the L4 (0x27b8), but not the T4 (0x1eb8).
 func list(t *testing.T, ref string, key *testkit.Key, digest string) error {
 	l := gpulist.List{Version: "535.261.03",
 		Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"},
@@ -177,7 +179,7 @@ func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 	return nil
 }
 
-// resolution answers as a server does. The state in the answer depends on the wanted version of the driver.
+// resolution answers as a server does. The wanted driver version decides which state the answer has.
 func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
 	q := r.URL.Query()
 	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository,
@@ -201,7 +203,7 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	case "550.54.15":
 		answer = api.Resolution{State: api.Unknown, Reason: "not requested yet"}
 	case "500.1.6":
-		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // the answer also has another driver than the wanted one
+		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // this answer also has another driver than the wanted one
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if err := json.NewEncoder(w).Encode(answer); err != nil {
@@ -209,8 +211,8 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	}
 }
 
-// fakeBuilder accepts the builder's command line, and returns an artifact that was made before. The environment
-// variable FAIL makes it fail with that exit status.
+// fakeBuilder stands in for the builder. It accepts the builder's command line, and returns an artifact that the test
+// has made. The environment variable FAIL makes it fail with that exit status.
 func fakeBuilder() {
 	args := map[string]string{}
 	for i := 2; i+1 < len(os.Args); i += 2 {

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestReporterHoldsUpNothing checks that a server that accepts no report does not delay the node, and its end only
-// briefly.
+// TestReporterHoldsUpNothing checks a server that accepts no report. It must not delay the node, and may delay the end
+// of the program only for leaveTime.
 func TestReporterHoldsUpNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -31,7 +31,7 @@ func TestReporterHoldsUpNothing(t *testing.T) {
 		if took := time.Since(begin); took != leaveTime {
 			t.Errorf("the end took %v; want %v", took, leaveTime)
 		}
-		<-slow.done // each report has a time limit
+		<-slow.done // done is closed after all, because each report has a time limit
 		if sent == 0 || sent > 9 {
 			t.Errorf("%d reports were begun; want what the queue holds at most", sent)
 		}

@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher is a writer that calls a function once, as soon as the given text is written.
+// watcher is a writer that calls seen once, as soon as the given text is written.
 type watcher struct {
 	bytes.Buffer
 	text string
@@ -43,8 +43,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
-// use, and the node gets its driver all the same.
+// TestRunEnds stops `fetcher run` while it watches a driver, and while it still asks the server. In the last row,
+// another program uses the address of --listen; the node must get its driver nevertheless.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -59,10 +59,10 @@ func TestRunEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = taken.Close() }) // the test is over
+	t.Cleanup(func() { _ = taken.Close() }) // the test is over, so an error does not matter
 	rows := []struct {
 		name   string
-		stop   string // stop when the program prints this text; "" means when it asks the server
+		stop   string // stop at this output; "" means when the program asks the server
 		listen string
 		status int
 		stderr string
@@ -100,7 +100,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node that wants another driver. The present driver is in use during the first inUse runs.
+// busy is a node that wants another driver. A program uses the present driver during the first inUse runs.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -128,8 +128,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 
 func noVerdict(context.Context) (gpucheck.Verdict, bool) { return gpucheck.Verdict{}, false }
 
-// TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
-// node without a ready driver ends.
+// TestPending checks that the daemon on a node with a ready driver runs again until the node has the wanted driver. If
+// the driver is not ready, the daemon must end with the error.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {
@@ -163,7 +163,7 @@ func TestPending(t *testing.T) {
 	}
 }
 
-// scripted is a node whose runs and watches are functions.
+// scripted is a node whose Run and Monitor are functions of a test.
 type scripted struct {
 	run   func(ctx context.Context, n int) (*agent.Report, error)
 	watch func(ctx context.Context, n int) error
@@ -179,7 +179,7 @@ func (s *scripted) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher
 	return s.watch(ctx, s.runs)
 }
 
-// daemonOf returns a daemon for the node. quick is the verdict after a run without a verdict.
+// daemonOf returns a daemon for the node. quick is the verdict that it uses after a run without a verdict.
 func daemonOf(node *scripted, out *report.Server, quick gpucheck.Verdict) daemon {
 	return daemon{
 		node: node, every: time.Minute, outside: &listeners{server: out}, pending: func(error) {},
@@ -191,7 +191,7 @@ func daemonOf(node *scripted, out *report.Server, quick gpucheck.Verdict) daemon
 	}
 }
 
-// status returns the status of a GET.
+// status returns the HTTP status of a GET request.
 func status(h http.Handler, path string) int {
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
@@ -203,8 +203,8 @@ var (
 	unloadedState = gpucheck.Verdict{State: gpucheck.Unusable, Modules: map[string]string{}}
 )
 
-// TestRunThatHangs checks that a ready driver does not stay ready if a later run hangs, and that a first run may take
-// long.
+// TestRunThatHangs checks that a node is no longer ready if a run hangs, although its driver was ready before. /healthz
+// must then fail, but not while the first run works, which may take long.
 func TestRunThatHangs(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -239,15 +239,16 @@ func TestRunThatHangs(t *testing.T) {
 	}
 }
 
-// TestDriverThatDisappears checks what the daemon does when a ready driver is no longer loaded: after another process
-// unloaded it, the daemon runs again. After a failed run of its own, it ends, and kubelet starts it again.
+// TestDriverThatDisappears checks what the daemon does when a ready driver is no longer loaded. If another process
+// unloaded the driver, the daemon must run again. If a run fails and leaves no driver, the daemon must end, so that
+// kubelet starts it again.
 func TestDriverThatDisappears(t *testing.T) {
 	t.Parallel()
 	failed := fault.New(fault.Rejected, "the kernel refused a module", "")
 	for _, row := range []struct {
 		name string
 		run  func(ctx context.Context, n int) (*agent.Report, error)
-		held error // what Monitor returns after the first run
+		held error // the error that Monitor returns after the first run
 		runs int
 		err  error
 		want int // the status of /readyz at the end
@@ -285,9 +286,9 @@ func TestDriverThatDisappears(t *testing.T) {
 	}
 }
 
-// TestUnusableIsWatched checks that the daemon watches a loaded driver that cannot use a GPU, from its first run on:
-// somebody may reset the GPU. It runs again, because another driver may be able to use it. What it reports as pending
-// is why the node lacks the wanted driver, and not the verdict once more.
+// TestUnusableIsWatched checks a driver that is loaded but cannot use a GPU. The daemon must watch it, because an
+// operator may reset the GPU, and run again later, because another driver may be able to use the GPU. It must report as
+// pending why the node lacks the wanted driver, without repeating the verdict.
 func TestUnusableIsWatched(t *testing.T) {
 	t.Parallel()
 	broken := gpucheck.Verdict{State: gpucheck.Unusable, Reason: "the driver reports Xid 79", Digest: "sha256:a",
@@ -342,7 +343,8 @@ func TestUnusableIsWatched(t *testing.T) {
 	}
 }
 
-// TestNotedRollbackIsDone checks that the daemon runs again when a noted rollback becomes possible, and stays ready.
+// TestNotedRollbackIsDone checks a rollback that waits for an idle GPU. When Monitor reports that the rollback is
+// possible, the daemon must run again, and the node must stay ready.
 func TestNotedRollbackIsDone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -364,13 +366,13 @@ func TestNotedRollbackIsDone(t *testing.T) {
 	})
 }
 
-// TestUncheckedDriver checks that a process that could not check a driver does not leave it shown as ready, although an
-// earlier process found it ready.
+// TestUncheckedDriver checks a process that cannot check the driver. The node must not stay ready, although an earlier
+// process found the driver ready.
 func TestUncheckedDriver(t *testing.T) {
 	t.Parallel()
 	failed := fault.New(fault.TimedOut, "the probe did not answer", "")
 	out := report.New(time.Now)
-	out.Report(readyVerdict) // as the cluster still shows it
+	out.Report(readyVerdict) // the cluster still shows this verdict
 	node := &scripted{run: func(context.Context, int) (*agent.Report, error) { return &agent.Report{}, failed }}
 	err := daemonOf(node, out, readyVerdict).stay(t.Context())
 	w := httptest.NewRecorder()
@@ -381,8 +383,8 @@ func TestUncheckedDriver(t *testing.T) {
 	}
 }
 
-// countingContext counts the contexts that are derived from it and not released yet. Package context registers a
-// derived context by AfterFunc, because it does not know this type.
+// countingContext counts the contexts that were derived from it and are not released yet. Package context does not know
+// this type, so it registers each derived context by AfterFunc.
 type countingContext struct {
 	context.Context
 	done    chan struct{}
@@ -399,7 +401,8 @@ func (c *countingContext) AfterFunc(func()) (stop func() bool) {
 	})
 }
 
-// TestPendingReleases checks that a node that waits long for another driver keeps no context of its earlier tries.
+// TestPendingReleases checks that a daemon that waits long for another driver releases the contexts of its earlier
+// runs.
 func TestPendingReleases(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -422,8 +425,8 @@ func TestPendingReleases(t *testing.T) {
 	})
 }
 
-// TestGPUsBeforeTheFirstRun checks that the metrics show the GPUs of a node during its first run, because that run may
-// end the program. The node must not be ready.
+// TestGPUsBeforeTheFirstRun checks that the metrics show the GPUs of a node during the first run, because that run may
+// end the program. The node must not be ready then.
 func TestGPUsBeforeTheFirstRun(t *testing.T) {
 	t.Parallel()
 	failed := fault.New(fault.NoArtifact, "nothing is published", "")
@@ -447,7 +450,7 @@ func TestGPUsBeforeTheFirstRun(t *testing.T) {
 	}
 }
 
-// TestServeAgain checks that a taken address is used as soon as it is free.
+// TestServeAgain checks that serve uses an address as soon as the other program that has it ends.
 func TestServeAgain(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
@@ -468,7 +471,7 @@ func TestServeAgain(t *testing.T) {
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		resp, err := client.Get("http://" + taken.Addr().String() + "/healthz")
 		if err == nil {
-			_ = resp.Body.Close() // only the answer counts
+			_ = resp.Body.Close() // only the fact of an answer counts
 			break
 		}
 		if time.Now().After(end) {
@@ -481,7 +484,7 @@ func TestServeAgain(t *testing.T) {
 	}
 }
 
-// TestHelp checks that the help fits a terminal, and that each flag has a heading in it.
+// TestHelp checks that the help fits a terminal, and that each flag is under a heading.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(root); err != nil {

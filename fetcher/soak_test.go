@@ -17,11 +17,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// soakRounds is the number of rounds. PREBAKE_SOAK sets another number.
+// soakRounds is the number of rounds of TestSoak. The environment variable PREBAKE_SOAK sets another number.
 const soakRounds = 50
 
 // TestSoak kills the real program at random moments of installs, rollbacks and uninstalls. The next run must repair
-// what remains. No driver is loaded.
+// what is left. No modules are loaded.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -70,15 +70,15 @@ func TestSoak(t *testing.T) {
 		return install(versions[rng.IntN(len(versions))])
 	}
 	folder := filepath.Join(root, "home/kubernetes/bin/nvidia")
-	usual := 200 * time.Millisecond // the time of one run; updated with each complete run
+	usual := 200 * time.Millisecond // how long one run takes; set again by each complete run
 	killed := 0
 	for round := range rounds {
-		// Two runs are killed one after the other, and a third one completes.
+		// Kill two runs, and let a third one end.
 		for range 2 {
 			if kill(t, program, pick(), time.Duration(rng.Int64N(int64(usual)))) {
 				killed++
 			}
-			// At every moment, a link has a target or does not exist.
+			// Whatever happened, a link must have a target or not exist.
 			for _, name := range []string{"lib64", "bin", "drivers", "firmware"} {
 				if _, err := os.Lstat(filepath.Join(folder, name)); err != nil {
 					continue
@@ -107,7 +107,7 @@ func TestSoak(t *testing.T) {
 	if killed < rounds/4 {
 		t.Errorf("%d of %d runs were killed: too few to show anything", killed, 2*rounds)
 	}
-	// After uninstall the node is as it was before the test.
+	// After an uninstall, the install folder must be empty, as before the test.
 	if out, err := exec.CommandContext(t.Context(), program,
 		append([]string{"uninstall", "--no-load"}, where...)...).CombinedOutput(); err != nil {
 		t.Fatalf("uninstall: %v\n%s", err, out)
@@ -124,13 +124,13 @@ func kill(t *testing.T, program string, args []string, after time.Duration) bool
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	timer := time.AfterFunc(after, func() { _ = cmd.Process.Kill() }) // the program may have ended
+	timer := time.AfterFunc(after, func() { _ = cmd.Process.Kill() }) // fails if the program has ended
 	defer timer.Stop()
 	var exit *exec.ExitError
 	return errors.As(cmd.Wait(), &exit) && exit.Sys().(syscall.WaitStatus).Signaled()
 }
 
-// checkUp examines an installed driver in the same way as a program that uses the driver.
+// checkUp checks that all files of an installed driver are there, and have the given version.
 func checkUp(folder, version string) error {
 	lib, err := os.ReadFile(filepath.Join(folder, "lib64/libnvidia-ml.so.1"))
 	if err != nil {

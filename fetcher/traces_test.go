@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// collector keeps the spans that it receives. It decodes them with OTLP's own types.
+// collector stands in for a receiver of traces. It decodes the spans with OTLP's own types, and keeps them.
 type collector struct {
 	mu    sync.Mutex
 	spans []*span.Span
@@ -37,7 +37,8 @@ func (c *collector) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-protobuf")
 }
 
-// collected compares the spans of a run with the wanted names, and then removes them.
+// collected is a script command. It compares the names of the spans below a run's span with the wanted names, and then
+// removes all spans.
 func collected(ts *testscript.TestScript, neg bool, args []string) {
 	c, ok := ts.Value(collectorKey{}).(*collector)
 	if !ok || neg || len(args) == 0 {

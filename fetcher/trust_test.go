@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestKeysAreReadAgain changes the file with the trusted keys between the runs of one process. A run must use the keys
-// of the present file, or the last good ones if the file is damaged or missing.
+// TestKeysAreReadAgain changes the file with the trusted keys between the runs of one process. Each run must use the
+// keys that the file has then. If the file is damaged or missing, it must use the last good ones.
 func TestKeysAreReadAgain(t *testing.T) {
 	t.Parallel()
 	key, other := testkit.NewKey(t), testkit.NewKey(t)

@@ -24,20 +24,21 @@ func findIn(ref string) resolve.Finder {
 	return registryFinder(ref, open, nil)
 }
 
-// TestLoginPage checks that the login page of a network in place of a registry is not taken for an artifact, and that
-// the next source is asked.
+// TestLoginPage checks a registry in whose place the network answers with its login page. The page must not count as an
+// artifact, and the node must ask the next source.
 func TestLoginPage(t *testing.T) {
 	t.Parallel()
 	for kind, want := range map[string]kinds{
 		"text/html": {fault.WebPage, fault.WebPage, fault.WebPage},
-		// The kind transient makes a chain ask the next source.
+		// With text/plain, the page counts as wrong bytes. The kind Transient makes a chain ask the next source.
 		"text/plain": {fault.Transient, fault.Unverified, fault.Transient},
 	} {
 		t.Run(kind, func(t *testing.T) { testLoginPage(t, kind, want) })
 	}
 }
 
-// kinds are the kinds of the errors of a page, of a chain with nothing else, and of a chain with a source that is away.
+// kinds has the kinds of three errors: of the page alone, of a chain with only the page, and of a chain with the page
+// and a source that does not answer.
 type kinds struct{ alone, chain, beside fault.Kind }
 
 func testLoginPage(t *testing.T, kind string, want kinds) {
@@ -64,7 +65,7 @@ func testLoginPage(t *testing.T, kind string, want kinds) {
 			chain resolve.Chain
 			kind  fault.Kind
 		}{{resolve.Chain{page}, want.chain}, {resolve.Chain{away, page}, want.beside}} {
-			// IsOtherService and the kind web-page excuse no run. Otherwise the node would never ask again.
+			// The kind WebPage and IsOtherService make a run fail. Otherwise the node would never ask again.
 			if a, err := row.chain.Find(t.Context(), q); !fault.Is(err, row.kind) || fault.Hint(err) == "" ||
 				kind == "text/plain" && !resolve.IsOtherService(err) {
 				t.Errorf("%s: a chain of %d: %+v, %v; want %v with a hint", name, len(row.chain), a, err, row.kind)
@@ -77,8 +78,8 @@ func testLoginPage(t *testing.T, kind string, want kinds) {
 	}
 }
 
-// TestWrongTagsLink checks that the next source is asked if a registry names a next page of its tags that must not be
-// read, and that the hint of the registry alone is about its Link header.
+// TestWrongTagsLink checks a registry whose list of tags names a next page on another host, which the node must not
+// read. The node must ask the next source. Without another source, the hint must be about the Link header.
 func TestWrongTagsLink(t *testing.T) {
 	t.Parallel()
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -103,7 +104,7 @@ func TestWrongTagsLink(t *testing.T) {
 	}
 }
 
-// TestOtherMediaType checks that an artifact counts although its registry names another media type.
+// TestOtherMediaType checks that an artifact counts although its registry sends its manifest with a general media type.
 func TestOtherMediaType(t *testing.T) {
 	t.Parallel()
 	c := sample.NewCell(t, "17800.0.47", "535.261.03")

@@ -56,7 +56,7 @@ func TestBackupPostgres(t *testing.T) {
 		},
 		restore: func(t *testing.T, folder, dir string) {
 			t.Helper()
-			do("DROP DATABASE " + name) // the loss of the database
+			do("DROP DATABASE " + name) // simulates the loss of the database
 			do("CREATE DATABASE " + name)
 			postgres(t, "pg_restore", "--exit-on-error", "--dbname="+u.String(), filepath.Join(folder, "prebake.dump"))
 			copyFolder(t, folder, dir)

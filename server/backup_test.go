@@ -83,8 +83,8 @@ func TestBackupOfOneFile(t *testing.T) {
 	})
 }
 
-// backUpAndRestore backs up a running server, deletes its data, and restores it. The restored server must also have the
-// artifacts that were published after the backup.
+// backUpAndRestore backs up a running server, deletes its data, and restores it. Artifacts that were published after
+// the backup must be in the catalogue again after `server reindex --apply`.
 func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -104,7 +104,7 @@ func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 		t.Fatal(err)
 	}
 
-	// A client requests builds without a pause until the backup is done.
+	// A client requests builds without a pause until the backup has ended.
 	var mu sync.Mutex
 	var asked []api.Build
 	writing, enough := context.WithCancel(t.Context())
@@ -194,7 +194,7 @@ func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 	}
 }
 
-// TestBackupRefuses shows that no folder is left if a backup fails.
+// TestBackupRefuses checks that a backup that fails leaves no folder behind.
 func TestBackupRefuses(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestReindexBucket compares a bucket with a registry that has some of its artifacts. A stranger has put tarballs
-// there, too.
+// TestReindexBucket compares a bucket of published tarballs with a registry that has only some of their artifacts. Some
+// files in the bucket have no trusted signature.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -96,7 +96,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(wantLost, lostFor); diff != "" {
 		t.Errorf("reindex finds lost (-want +got):\n%s", diff)
 	}
-	// Five indexes and the stranger's artifact are unverified. The removed tarball is absent.
+	// Not trusted are five indexes, and the artifact that a stranger signed. The tarball of 17800.0.55 does not exist.
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
@@ -113,8 +113,8 @@ func TestReindexBucket(t *testing.T) {
 	}
 }
 
-// TestReindexBuildersBucket reads a bucket that package builder/internal/tarball wrote. A test there keeps it up to
-// date.
+// TestReindexBuildersBucket reads testdata/bucket. Package builder/internal/tarball wrote this bucket, and a test of
+// that package fails if the bucket is out of date.
 func TestReindexBuildersBucket(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -143,7 +143,7 @@ func TestReindexBuildersBucket(t *testing.T) {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
 
-	// One byte of the index is changed.
+	// Change one byte of the index, so that its signature is no longer valid.
 	spoiled := t.TempDir()
 	copyFolder(t, at, spoiled)
 	put(t, filepath.Join(spoiled, "17800.0.47/lakitu/index.json"),
@@ -154,7 +154,7 @@ func TestReindexBuildersBucket(t *testing.T) {
 	}
 }
 
-// TestPrintable shows that escape sequences from a registry do not reach the terminal.
+// TestPrintable checks that escape sequences from a registry do not reach the terminal.
 func TestPrintable(t *testing.T) {
 	t.Parallel()
 	if got, want := printable("a\x1b[2Jé\nb\u202ec"), "a?[2Jé?b?c"; got != want {

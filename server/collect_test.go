@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// times notes when collections run.
+// times stands in for the registry. It records when collections run.
 type times []time.Time
 
 func (c *times) Collect(_ context.Context, now time.Time) (ocistore.Collected, error) {
@@ -18,7 +18,8 @@ func (c *times) Collect(_ context.Context, now time.Time) (ocistore.Collected, e
 	return ocistore.Collected{}, nil
 }
 
-// TestCollectSoon checks that the first collection comes some minutes after the start, and others every six hours.
+// TestCollectSoon checks that the first collection of unneeded blobs runs some minutes after the start of the server,
+// and the next ones every six hours.
 func TestCollectSoon(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

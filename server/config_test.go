@@ -7,7 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks the example configuration, and the line and column in the report of each mistake.
+// TestConfigCheck checks that the example file has no mistake. Then each row plants one mistake in the file: the check
+// must report the mistake with its line and column.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "server.yaml"), program, []configcheck.Row{

@@ -22,7 +22,7 @@ func TestDependencies(t *testing.T) {
 	})
 }
 
-// TestHomes checks that only one package imports each heavy library.
+// TestHomes checks that each of these large libraries is imported by one package only.
 func TestHomes(t *testing.T) {
 	t.Parallel()
 	importrule.CheckOwners(t, "github.com/prebake/prebake/server", []importrule.Owner{

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestFullDisk starts a server with a reserve larger than the free space. The server must be ready for nodes but not
-// for writes, must refuse uploads, and must not show a path of its machine.
+// TestFullDisk starts a server with a reserve that is larger than the free space. The server must answer nodes but
+// refuse uploads, and /readyz?for=write must fail. No answer may show a path of the server's machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -45,17 +45,18 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestDiskMeasuredAgain checks that a full disk is measured again at once, because uploads that were removed made room.
+// TestDiskMeasuredAgain checks that CheckFree measures a disk again if it was full a moment ago. Meanwhile, the removal
+// of uploads may have freed space.
 func TestDiskMeasuredAgain(t *testing.T) {
 	t.Parallel()
-	d := &disk{dir: t.TempDir(), reserve: 1, at: time.Now()} // it has just found no free byte
+	d := &disk{dir: t.TempDir(), reserve: 1, at: time.Now()} // the last measurement has just found no free byte
 	if err := d.CheckFree(); err != nil {
 		t.Errorf("CheckFree() with free space = %v; want nil", err)
 	}
 }
 
-// TestCreateOnlyPatterns checks in which repositories tags cannot be moved. Tags that older clients use for referrers
-// can always be moved.
+// TestCreateOnlyPatterns checks in which repositories tags cannot be moved. The tags that older clients use for
+// referrers, such as sha256-DIGEST, can always be moved.
 func TestCreateOnlyPatterns(t *testing.T) {
 	t.Parallel()
 	s := settings{CreateOnly: []string{"prebake/*", "mine/a"}}

@@ -10,7 +10,7 @@ import (
 
 var rewrite = flag.Bool("update", false, "write the pages in docs that are generated from the commands")
 
-// TestDocs compares the pages in docs that are generated from the commands with the commands.
+// TestDocs checks that the generated pages in docs match the server's commands and flags.
 func TestDocs(t *testing.T) {
 	t.Parallel()
 	if err := cli.CompareDocs(filepath.Join("..", "docs"), program, *rewrite); err != nil {

@@ -18,8 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestFreeTags replaces a published artifact, as after a correction of the mirror's kernel headers. The registry must
-// refuse the other artifact until its operator frees the tag, and must say how.
+// TestFreeTags replaces a published artifact, as an operator does after the kernel headers of a mirror were corrected.
+// The registry must refuse the new artifact until the operator frees the old one's tags, and must name the command for
+// that.
 func TestFreeTags(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestGKEAndGPUs asks a server for GKE versions and types of GPUs. The list of images is like gke-to-cos.json (see
-// package discover). The driver lists are like gpu_driver_versions.proto of cos/tools.
+// TestGKEAndGPUs asks a server about GKE versions and types of GPU. The list of images has the form of gke-to-cos.json
+// (see package discover). The driver lists have the form of gpu_driver_versions.proto of cos/tools.
 func TestGKEAndGPUs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -54,7 +54,8 @@ func packBundle(t *testing.T, dir string) string {
 	return file
 }
 
-// TestImport imports a bundle twice, and then a bundle with a driver without a trusted signature.
+// TestImport imports a bundle twice, which must succeed. Then it imports a bundle that also has a driver without a
+// trusted signature, which must fail.
 func TestImport(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

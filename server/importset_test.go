@@ -21,12 +21,12 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// site is a server without artifacts, and a bundle to import.
+// site is a running server without artifacts, and a bundle to import.
 type site struct {
 	url, layout string
 	client      *api.Client
 	farm        *testkit.Key
-	repo        *registry.Repository // the bundle
+	repo        *registry.Repository // the repository in the bundle
 	served      *registry.Repository
 	flags       []string
 }
@@ -65,7 +65,8 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", packBundle(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages the bundle's last driver. The import must fail before it sends anything.
+// TestImportOfADamagedLayer damages a layer of the last driver in a bundle. The import must fail before it sends
+// anything to the server.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -103,8 +104,8 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 }
 
-// TestImportOfAttachments checks which attachments an import sends: trusted statements, what they refer to, and small
-// deltas.
+// TestImportOfAttachments checks which attachments of a driver an import sends: statements with a trusted signature,
+// content that such a statement names, and small deltas.
 func TestImportOfAttachments(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -42,8 +42,8 @@ func (l *locked) String() string {
 	return l.buf.String()
 }
 
-// start runs "server serve" and returns the server's URL and output. The function stop ends the server and returns its
-// exit status.
+// start runs `server serve`, and returns the server's URL and its output. The function stop ends the server and returns
+// its exit status.
 func start(t *testing.T, dir string, more ...string) (url string, stop func() int, log *locked) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -79,7 +79,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator uses the server as an operator does, and restarts it in between.
+// TestOperator uses the commands of the server as an operator does, and restarts the server in between.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -142,7 +142,7 @@ func TestOperator(t *testing.T) {
 		}
 	}
 
-	// A second server on the same data folder has to refuse to start.
+	// A second server on the same data folder must refuse to start.
 	if code, _, errs := run(t, "serve", "--listen", "127.0.0.1:0", "--data", dir); code != fault.Busy.ExitCode() ||
 		!strings.Contains(errs, "another server") {
 		t.Errorf("second server = %d %s; want busy", code, errs)
@@ -158,7 +158,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("the address file is still there: %v", err)
 	}
 
-	// While the server is stopped, a builder takes the job from the queue's database.
+	// While the server is stopped, a builder takes a job from the queue's database.
 	work(t, dir, func(job api.BuildJob) {
 		if job.Build != 1 || job.BuildID != "17800.0.47" || job.Driver != "535.261.03" || job.Flavour != "open" {
 			t.Errorf("the queue has %+v; want build 1", job)
@@ -175,7 +175,7 @@ func TestOperator(t *testing.T) {
 	}
 	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
-	// The new process may have marked the build as failed already. The server must still accept the report.
+	// The restarted server may already have marked the build as failed. It must accept the report nevertheless.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +203,7 @@ func TestOperator(t *testing.T) {
 			t.Errorf("%s = %d\n%s%s\nwant %d and %q", s.args, code, out, errs, s.code, s.want)
 		}
 	}
-	// An artifact that was deleted from the registry is not offered any more.
+	// The server must not offer an artifact that was deleted from its registry.
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, url+"/v2/prebake/driver/manifests/"+digest, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -223,7 +223,7 @@ func TestOperator(t *testing.T) {
 	}
 }
 
-// push puts an image into the server's registry, as any OCI client does.
+// push pushes a random image to the server's registry, as any OCI client does, and returns its digest.
 func push(t *testing.T, url, secret, tag string) (digest string) {
 	t.Helper()
 	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:"+tag, name.Insecure)
@@ -246,7 +246,7 @@ func push(t *testing.T, url, secret, tag string) (digest string) {
 	return d.String()
 }
 
-// work takes one job from the queue of a server that is stopped.
+// work takes one job from the queue of a stopped server, and passes the job to see.
 func work(t *testing.T, dir string, see func(api.BuildJob)) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), "sqlite://"+filepath.Join(dir, "queue.db"))
@@ -267,7 +267,7 @@ func work(t *testing.T, dir string, see func(api.BuildJob)) {
 	}
 }
 
-// TestWait shows that a command with --wait ends with the exit status of the failure's class.
+// TestWait checks the exit status of a command with --wait: it must be that of the build's error class.
 func TestWait(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -295,7 +295,7 @@ func TestWait(t *testing.T) {
 		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 		t.Fatal(err)
 	}
-	// This loop also ends build 2, which the request after the failure added.
+	// This loop also ends build 2, if the command requested it only after build 1 had failed.
 	for {
 		all, err := c.Builds(t.Context(), api.Queued)
 		if err != nil {
@@ -319,7 +319,8 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// TestWaitedClass checks the kind of the error after a wait, also for a class that this program does not know.
+// TestWaitedClass checks the kind of the error for a build that ended without an artifact, also if this program does
+// not know the build's error class.
 func TestWaitedClass(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -366,7 +367,7 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-// TestHelp checks that the help fits a terminal and that each flag is in a group.
+// TestHelp checks that the help fits a terminal, and that each flag is under a heading.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(program); err != nil {

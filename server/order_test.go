@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestFlagsBeforeRequests gives wrong flags to commands whose server does not answer. They must say what is wrong with
-// the flags.
+// TestFlagsBeforeRequests gives commands wrong flags and a server that does not answer. The error must be about the
+// flags.
 func TestFlagsBeforeRequests(t *testing.T) {
 	t.Parallel()
 	const away = "http://127.0.0.1:1"
@@ -22,7 +22,7 @@ func TestFlagsBeforeRequests(t *testing.T) {
 		{[]string{"retry", "--class", "Tranzient"}, 2, "write --class transient"},
 		{[]string{"retry", "--flavour", "sweet"}, 2, "want proprietary or open"},
 		{[]string{"retry", "--class", "transient"}, fault.Transient.ExitCode(), "check that the server runs"},
-		// A newer builder may have reported a class that this program does not know.
+		// A newer builder may have reported a class that this program does not know, so the command must ask the server.
 		{[]string{"retry", "--class", "new-trouble"}, fault.Transient.ExitCode(), "check that the server runs"},
 		{[]string{"reindex", "--public-key", "testdata/bucket.pub", "--bucket", "nonsense"}, 2, "write the bucket as"},
 		{[]string{"import", absent, "--public-key", "testdata/bucket.pub", "--repository", "registry.example/x"}, 2,

@@ -9,7 +9,7 @@ import (
 
 var writePage = flag.Bool("write-page", false, "write docs/reference/server.md anew")
 
-// TestReference compares the page in docs with the output of --help.
+// TestReference checks that the page in docs has the same text as --help.
 func TestReference(t *testing.T) {
 	t.Parallel()
 	clidoc.Check(t, "../docs/reference/server.md", *writePage, program)

@@ -22,13 +22,13 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reindexed is a server and another registry, whose artifacts the server's catalogue may lack.
+// reindexed is a running server, and another registry whose artifacts may be missing in the server's catalogue.
 type reindexed struct {
 	dir, url, name string // the server's folder and address, and the repository
 	client         *api.Client
 	repo           *registry.Repository
-	farm, stranger *testkit.Key // pem is the farm's public key
-	pem            string
+	farm, stranger *testkit.Key
+	pem            string // the path of the farm's public key
 	driver         target.Driver
 }
 
@@ -61,13 +61,13 @@ func (r *reindexed) add(t *testing.T, s testkit.Sample, d target.Driver, kernels
 	}
 }
 
-// args returns the arguments of the command that compares catalogue and registry.
+// args returns the arguments of `server reindex` for this server and this registry.
 func (r *reindexed) args() []string {
 	token := filepath.Join(r.dir, "token")
 	return []string{"reindex", "--server", r.url, "--repository", r.name, "--key", r.pem, "--token-file", token}
 }
 
-// TestReindex compares a catalogue with another registry. The registry has an artifact for each kind of difference.
+// TestReindex compares a catalogue with another registry. There is an artifact for each kind of difference.
 func TestReindex(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -84,7 +84,7 @@ func TestReindex(t *testing.T) {
 	same.Publish(t, repo)
 	add(same, driver, same.Kernel)
 
-	// Most statements have labels. One request does not return all of them.
+	// Most statements have labels. There are so many that one request does not return all of them.
 	lacking := sample("2", farm)
 	lacking.Publish(t, repo)
 	want := []target.Kernel{lacking.Kernel}
@@ -94,7 +94,8 @@ func TestReindex(t *testing.T) {
 		want = append(want, k)
 		attach(t, repo, lacking, farm, k, nil)
 	}
-	// A stranger attests the artifact for another kernel, and labels the farm's own statement as one for a third kernel.
+	// A stranger attests the artifact for another kernel. One of the farm's own statements has a label that names a third
+	// kernel.
 	attach(t, repo, lacking, stranger, testkit.SampleKernel("90"), nil)
 	attach(t, repo, lacking, farm, lacking.Kernel, map[string]string{trust.LabelKernel: "17800.0.91/lakitu"})
 
@@ -123,7 +124,7 @@ func TestReindex(t *testing.T) {
 
 	foreign := sample("8", stranger)
 	foreign.Publish(t, repo)
-	// Statements about another artifact prove nothing.
+	// Statements about another artifact must not count.
 	replayed := sample("9", stranger)
 	replayed.Bundles = same.Bundles
 	replayed.Publish(t, repo)
@@ -177,7 +178,7 @@ func TestReindex(t *testing.T) {
 		}
 	}
 
-	// Even with --apply, an artifact without a trusted signature is not recorded.
+	// Even with --apply, an artifact without a trusted signature must not be recorded.
 	all = read(fault.Unverified.ExitCode(), "--apply")
 	for digest := range wantStates {
 		if applied := digest == lacking.Digest || digest == more.Digest; all[digest].Applied != applied {
@@ -225,7 +226,7 @@ func TestReindex(t *testing.T) {
 	}
 }
 
-// TestReindexEmptyDatabase deletes the databases of a server without a backup, and keeps only its registry.
+// TestReindexEmptyDatabase deletes the databases of a server. There is no backup, only the registry.
 func TestReindexEmptyDatabase(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -292,8 +293,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
-// TestReindexForgets checks that reindex --apply forgets a published artifact that the server's registry lost. It keeps
-// a yanked one.
+// TestReindexForgets checks that `server reindex --apply` removes a published artifact from the catalogue if the
+// server's registry has lost its manifest. A yanked artifact must stay in the catalogue.
 func TestReindexForgets(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -313,7 +314,7 @@ func TestReindexForgets(t *testing.T) {
 	if _, err := c.Yank(t.Context(), yanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range []testkit.Sample{lost, yanked} { // as a damaged disk may lose them
+	for _, s := range []testkit.Sample{lost, yanked} { // a damaged disk may lose these files
 		file := filepath.Join(dir, "registry/repos/prebake/driver/_manifests", strings.TrimPrefix(s.Digest, "sha256:"))
 		if err := os.Remove(file); err != nil {
 			t.Fatal(err)
@@ -341,8 +342,8 @@ func TestReindexForgets(t *testing.T) {
 	}
 }
 
-// TestReindexMoves checks that reindex --apply changes the repository of a known artifact, but only to the server's
-// --public-repository.
+// TestReindexMoves checks that `server reindex --apply` changes the repository of a known artifact only if the new one
+// is the server's --public-repository.
 func TestReindexMoves(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -381,7 +382,8 @@ func TestReindexMoves(t *testing.T) {
 	apply(0, "no differences", name)
 }
 
-// attach signs a kernel match of a sample and attaches it with the usual labels and the given ones.
+// attach signs a kernel match for a sample, and attaches it. The attachment has the usual labels, replaced by the given
+// ones.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {
 	t.Helper()

@@ -20,14 +20,15 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"server": main})
 }
 
-// TestScript runs the commands as people and pipelines do. Each script has its own server, whose address and token are
-// in PREBAKE_SERVER and PREBAKE_TOKEN. Scripts have these commands in addition:
+// TestScript runs the commands as people and CI pipelines do. Each script has its own server, whose address and token
+// are in PREBAKE_SERVER and PREBAKE_TOKEN. Scripts have these additional commands:
 //
 //	reports ID JSON      sends a builder's report of a build
-//	publishes ID DIGEST  sends a builder's last report; the variable DIGEST is set
+//	publishes ID NAME    pushes an image, and reports the build as published with it; sets
+//	                     the variable NAME to the image's digest
 //	discovered N         waits until the server knows N drivers: its mirror has two
 //	narrow               checks that stdout is no wider than a terminal
-//	exits STATUS PROGRAM…
+//	exits STATUS PROGRAM…  runs a program, and checks its exit status
 func TestScript(t *testing.T) {
 	t.Parallel()
 	testscript.Run(t, testscript.Params{

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestSnapshots checks that nodes get the signed list, and that no other file of the folder is served.
+// TestSnapshots checks that the server serves the signed snapshot, and no other file of the same folder.
 func TestSnapshots(t *testing.T) {
 	t.Parallel()
 	now := time.Now()

@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// writePair writes a self-signed certificate for 127.0.0.1, and its key.
+// writePair writes a key and a self-signed certificate for localhost.
 func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -49,8 +49,8 @@ func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 	return cert
 }
 
-// TestTLS renews a server's certificate while the server runs. If only one file is new, the former pair must stay in
-// use.
+// TestTLS renews the certificate of a running server. While only one of the two files is new, the server must keep the
+// former pair.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -75,7 +75,7 @@ func TestTLS(t *testing.T) {
 	if got := shown(first); got != "first" {
 		t.Fatalf("the server shows %s; want first", got)
 	}
-	later := time.Now().Add(time.Minute) // file times have a coarse resolution
+	later := time.Now().Add(time.Minute) // file times may have a coarse resolution
 	if err := errors.Join(os.WriteFile(certFile, []byte("half"), 0o600), os.Chtimes(certFile, later, later)); err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestTokens makes a token, uses it, finds it in the list, and revokes it.
+// TestTokens creates a token, uses it, lists it, and revokes it.
 func TestTokens(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -22,15 +22,15 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// trims is a catalogue and its logs. It notes how old the records are that it has to remove. Build 1 is absent, and
-// build 2 has an old log.
+// trims stands in for the catalogue and its logs. It records the age from which each kind of record must be removed.
+// Build 1 is not in the catalogue, and build 2 has an old log.
 type trims struct {
 	audit, builds, logs, marked []time.Duration
 	// removed has the builds whose logs were removed.
 	removed []int64
 	away    error // the error of the database
 	last    error // the last error of a removal of logs
-	forgot  int   // how often all servers had to forget what they remember
+	forgot  int   // how often all servers were told to forget their cached facts
 }
 
 func (c *trims) ForgetFacts(context.Context) error {
@@ -70,8 +70,8 @@ func (c *trims) Trim(before time.Time, choose func(builds []int64) ([]int64, err
 	return len(chosen), err
 }
 
-// TestTrim checks that old records are removed at the start and once a day. Builds or logs stay if that is wanted, and
-// no log goes while the database is away.
+// TestTrim checks that old records are removed at the start and once a day. If no age is set for builds or logs, they
+// must stay. While the database does not answer, no log may be removed.
 func TestTrim(t *testing.T) {
 	t.Parallel()
 	away := errors.New("the database is away")
@@ -113,8 +113,9 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestOldLogIsRemoved starts a server with old logs. It must remove them at the start, except those of the first and
-// the last failure of a cell without an artifact. API, page and command must then say that a log was removed, and why.
+// TestOldLogIsRemoved starts a server that has old logs. The server must remove them at the start, except those of the
+// first and the last failure of a cell without an artifact. The page and the command must then say that the log was
+// removed, and why.
 func TestOldLogIsRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -189,8 +190,8 @@ func TestOldLogIsRemoved(t *testing.T) {
 	}
 }
 
-// addOldBuilds adds a cell with three failures, and a published cell, to the catalogue in a data folder. The builds
-// ended 40 days ago. Each is passed to the callback.
+// addOldBuilds adds one cell with three failed builds, and one with a published build, to the catalogue in a data
+// folder. The builds ended 40 days ago. It calls with for each build.
 func addOldBuilds(t *testing.T, dir string, with func(api.Build)) {
 	t.Helper()
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))

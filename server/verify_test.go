@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// passes is a registry whose next pass is due 30 days after the beginning of the last one. The first pass takes a day,
-// and the second one fails.
+// passes stands in for the registry. The first pass over all blobs takes a day, and the second one fails. Each next
+// pass is due 30 days after the beginning of the last one.
 type passes struct {
 	began []time.Time
 	rate  int64
@@ -41,8 +41,8 @@ func (p *passes) Verify(ctx context.Context, rate int64, _ func(ocistore.Damage)
 	return ocistore.Verified{}, ctx.Err()
 }
 
-// TestVerifyEachMonth checks that the first pass over all blobs begins some minutes after the start, others when they
-// are due, and that a failed pass is repeated after an hour.
+// TestVerifyEachMonth checks that the first pass over all blobs begins some minutes after the start of the server, and
+// the next ones when they are due. A pass that failed must be repeated after an hour.
 func TestVerifyEachMonth(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

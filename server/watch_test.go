@@ -35,8 +35,8 @@ func TestProgressText(t *testing.T) {
 	}
 }
 
-// TestFollowWaitsForTheServer stops a server while a client follows a build. The client must report the trouble once,
-// and later what happened meanwhile.
+// TestFollowWaitsForTheServer cuts the connection to the server while a client follows a build. The client must report
+// the trouble once. When the server answers again, the client must report what happened meanwhile.
 func TestFollowWaitsForTheServer(t *testing.T) {
 	t.Parallel()
 	server, _, _ := start(t, t.TempDir(), "--token", scriptToken)

@@ -12,10 +12,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// library answers as NVML does. The zero value of a field means success.
+// library stands in for NVML. The zero value of a field of type nvml.Return means success.
 type library struct {
 	init, version, count nvml.Return
-	old                  bool // an older library, which lacks newer functions
+	old                  bool // an older library, without the newer functions
 	devices              []nvml.Return
 }
 
@@ -41,7 +41,7 @@ type gpu struct {
 	memory nvml.Return
 	mode   *nvml.EnableState
 	refuse nvml.Return
-	fields func(*nvml.FieldValue) nvml.Return // nil means a library that has no such field
+	fields func(*nvml.FieldValue) nvml.Return // nil means that the library does not have the field
 }
 
 func (g gpu) GetFieldValues(values []nvml.FieldValue) nvml.Return {
@@ -135,7 +135,7 @@ func (g gpu) GetMemoryInfo() (nvml.Memory, nvml.Return) {
 	return nvml.Memory{Total: 16 << 30}, g.memory
 }
 
-// convert converts b to the type of the first argument, which differs between NVML's versions.
+// convert converts b to the type of the first argument. That type differs between the versions of NVML.
 func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
 
 func TestAsk(t *testing.T) {

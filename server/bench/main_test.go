@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// BenchmarkResolve measures the answer to a node that asks for its driver, without a network.
+// BenchmarkResolve measures how fast the server answers which driver a node should run. It uses no network.
 func BenchmarkResolve(b *testing.B) {
 	w, h := handler(b)
 	for i := 0; b.Loop(); i++ {
@@ -25,7 +25,7 @@ func BenchmarkResolve(b *testing.B) {
 	}
 }
 
-// BenchmarkArtifacts measures the first page of the list of artifacts, compressed as for a client.
+// BenchmarkArtifacts measures how fast the server makes the first page of the list of artifacts, compressed with gzip.
 func BenchmarkArtifacts(b *testing.B) {
 	_, h := handler(b)
 	for b.Loop() {
@@ -61,7 +61,7 @@ func ask(b *testing.B, h http.Handler, path string) {
 	}
 }
 
-// BenchmarkCells reads the facts about one kernel's cells from the database.
+// BenchmarkCells measures how fast the facts about the cells of one kernel are read from the database.
 func BenchmarkCells(b *testing.B) {
 	w, db := openFilled(b)
 	for i := 0; b.Loop(); i++ {
@@ -73,8 +73,8 @@ func BenchmarkCells(b *testing.B) {
 	}
 }
 
-// BenchmarkRemembered reads the facts about one kernel's cells from the cache. It also reports how many times as long
-// the database takes.
+// BenchmarkRemembered measures how fast the facts about the cells of one kernel are read from the cache. It also
+// reports how many times as long the database takes.
 func BenchmarkRemembered(b *testing.B) {
 	w, db := openFilled(b)
 	begin := time.Now()

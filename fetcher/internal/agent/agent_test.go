@@ -36,7 +36,7 @@ const (
 	installDir     = "home/kubernetes/bin/nvidia"
 )
 
-// nodes has the names of the requested device files.
+// nodes stands in for the code that makes device files in /dev. It records the names of the requested files.
 type nodes struct{ made []string }
 
 func (n *nodes) Make(_ *os.Root, d devnode.Node) error {
@@ -49,7 +49,7 @@ func (n *nodes) Clear(*os.Root) error {
 	return nil
 }
 
-// probe answers as NVML does, with this number of GPUs and the installed version.
+// probe stands in for NVML. It reports the given number of GPUs and the version of the installed library.
 type probe struct {
 	root    string
 	devices int
@@ -64,7 +64,7 @@ func (p probe) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 		Devices: make([]gpucheck.Device, p.devices)}, nil
 }
 
-// finder gives one answer for every question, as a server does.
+// finder stands in for the server: it gives the same answer to every question.
 type finder struct {
 	answer resolve.Answer
 	err    error
@@ -74,7 +74,7 @@ func (f finder) Find(context.Context, resolve.Question) (resolve.Answer, error) 
 	return f.answer, f.err
 }
 
-// node is everything that one test needs.
+// node is a fake node for one test: its root folder, its kernel, and the parts of the agent that runs on it.
 type node struct {
 	t      testing.TB
 	boots  int
@@ -99,7 +99,7 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = handle.Close() }) // the root was only read
+	t.Cleanup(func() { _ = handle.Close() }) // a failed close of a folder loses no data
 	n := &node{t: t, root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
 	n.cfg = agent.Config{InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
 	n.parts = agent.Parts{
@@ -110,7 +110,7 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 	return n
 }
 
-// run runs the agent once. The finder answers with the given reference and digest.
+// run runs the agent once. The server answers that the artifact with this digest is in the repository ref.
 func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
 	n.answer(ref, digest, d)
@@ -133,7 +133,8 @@ func (n *node) runAs(t testing.TB) (*agent.Report, error) {
 	return r, err
 }
 
-// tree lists the files in the install folder with their contents. It follows top-level links and skips .prebake.
+// tree lists the files in the install folder with their contents. It follows top-level links and skips .prebake and
+// .cache.
 func (n *node) tree(t *testing.T) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
@@ -175,7 +176,7 @@ func (n *node) tree(t *testing.T) map[string]string {
 	return seen
 }
 
-// leftovers returns the staging folders, and the layers that belong to no set.
+// leftovers returns the temporary folders of staging, which a run must remove before it ends.
 func (n *node) leftovers(t *testing.T) []string {
 	t.Helper()
 	left, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", "tmp-*"))
@@ -254,7 +255,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	good := n.tree(t)
 
-	// A driver in use stays loaded.
+	// A program uses the old driver, so the agent must leave the old driver loaded.
 	n.inUse(t, "1")
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
 		t.Fatalf("Run with a driver in use = %v; want busy", err)
@@ -264,7 +265,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	n.inUse(t, "0")
 
-	// The agent must load the old driver again.
+	// The kernel refuses a module of the new driver, so the agent must load the old driver again.
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "NVRM: nvidia_uvm says") {
@@ -285,7 +286,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 
 	wantCache(t, n, oldVersion)
 
-	// Now the new driver works, and the rollback works, too.
+	// Now the kernel accepts the new driver. A rollback must succeed, too.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if err != nil || !r.Changed || r.Verdict.NVML.Version != newVersion {
 		t.Fatalf("Run = %+v, %v; want the new driver", r, err)
@@ -301,7 +302,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	wantCache(t, n, oldVersion)
 }
 
-// inUse sets how many programs have the driver open.
+// inUse sets the reference count of module nvidia_uvm: "1" means that a program uses the driver, "0" that none does.
 func (n *node) inUse(t *testing.T, refs string) {
 	t.Helper()
 	path := filepath.Join(n.root, "proc/modules")
@@ -316,7 +317,8 @@ func (n *node) inUse(t *testing.T, refs string) {
 	}
 }
 
-// TestWithdraw checks that a rollback of the first driver restores the content of another installer.
+// TestWithdraw rolls back the only driver that the agent ever installed. The install folder must then have the files of
+// the other installer again.
 func TestWithdraw(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -344,7 +346,7 @@ func TestWithdraw(t *testing.T) {
 		}
 		n.inUse(t, "0")
 		want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}
-		if foreign { // another program loaded a foreign driver meanwhile
+		if foreign { // meanwhile, another program loaded a foreign driver
 			sample.Write(t, n.root, "proc/driver/nvidia/version",
 				"NVRM version: NVIDIA UNIX x86_64 Kernel Module  "+oldVersion+"  Thu\n")
 			want = nil
@@ -365,7 +367,8 @@ func TestWithdraw(t *testing.T) {
 	}
 }
 
-// wantCache compares the file in which Google's installer notes its driver.
+// wantCache checks the file .cache, in which Google's installer records the driver that it installed. The agent writes
+// this file, too.
 func wantCache(t *testing.T, n *node, version string) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))

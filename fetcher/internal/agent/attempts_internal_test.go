@@ -11,20 +11,21 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 )
 
-// TestByNeed checks which records a node drops first.
+// TestByNeed checks the order of the records of load attempts. If there are too many records, a node drops those at the
+// end of this order.
 func TestByNeed(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	ago := func(hours int) time.Time { return now.Add(-time.Duration(hours) * time.Hour) }
 	digest := func(i int) string { return fmt.Sprintf("sha256:%064x", i) }
-	// The newest eight are mere failures.
+	// The eight newest records have one failure each. A node keeps the newest records, although other records matter more.
 	all := attempts{}
 	for i := range maxRecent {
 		all[digest(i)] = &attempt{At: ago(i), Failures: 1}
 	}
 	want := []*attempt{
 		{At: ago(900), Open: true},
-		{At: now.Add(time.Hour), Next: true}, // the clock was ahead
+		{At: now.Add(time.Hour), Next: true}, // a record from the future: the clock was wrong
 		{At: ago(901), ByHand: true},         // the active driver
 		{At: ago(902), Crashes: 1},           // the previous driver
 		{At: ago(20), Crashes: 2},
@@ -46,7 +47,8 @@ func TestByNeed(t *testing.T) {
 	if diff := cmp.Diff(order, got); diff != "" {
 		t.Errorf("byNeed (-want +got):\n%s", diff)
 	}
-	// While the clock is behind, all former records are from the future. A new one must not be dropped for them.
+	// The clock now shows 1970, so all former records seem to be from the future. The node must keep a new record
+	// nevertheless.
 	fresh := digest(99)
 	all[fresh] = &attempt{At: time.Unix(5, 0), Failures: 1}
 	if i := slices.Index(all.byNeed(time.Unix(6, 0), install.Pointers{}), fresh); i >= maxRecent {

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// BenchmarkFetch fetches three layers of some 50 MiB each, the size of a real driver.
+// BenchmarkFetch measures how fast a node fetches three layers of some 50 MiB each. A real driver has this size.
 func BenchmarkFetch(b *testing.B) {
 	key := testkit.NewKey(b)
 	c := sample.NewCell(b, buildA, newVersion)

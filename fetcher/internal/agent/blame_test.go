@@ -17,15 +17,15 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// silent stands in for a probe that does not answer.
+// silent stands in for a probe that runs into its time limit, because NVML does not answer.
 type silent struct{}
 
 func (silent) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{}, fault.New(fault.Unusable, "ask NVML: no answer in 2m0s", "read the kernel log")
 }
 
-// TestSilentProbe checks that a probe that does not answer does not count against the active driver: neither while the
-// driver is loaded, nor after a reboot.
+// TestSilentProbe checks that a node keeps its active driver if NVML does not answer, both while the driver is loaded
+// and after a reboot. The node must not count this as a failure of the driver.
 func TestSilentProbe(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -53,8 +53,8 @@ func TestSilentProbe(t *testing.T) {
 	}
 }
 
-// TestSilentProbeOfNew checks that a new driver that silences the probe is not tried without end: the working driver
-// would be unloaded for each try.
+// TestSilentProbeOfNew checks that a node tries a new driver only twice if NVML does not answer with that driver. Each
+// try unloads the driver that works.
 func TestSilentProbeOfNew(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -73,7 +73,7 @@ func TestSilentProbeOfNew(t *testing.T) {
 	}
 }
 
-// silentOf does not answer for one version.
+// silentOf stands in for NVML. It does not answer while the given version is installed.
 type silentOf struct{ root, version string }
 
 func (p silentOf) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -84,7 +84,7 @@ func (p silentOf) Probe(ctx context.Context, library string, persist bool) (gpuc
 	return n, err
 }
 
-// TestSweepBesideBrokenGPU checks that upgrades leave no layers behind on a node with a broken GPU.
+// TestSweepBesideBrokenGPU checks that a node removes the layers of former drivers, although one of its GPUs is broken.
 func TestSweepBesideBrokenGPU(t *testing.T) {
 	t.Parallel()
 	key, ref := testkit.NewKey(t), layout(t)
@@ -108,7 +108,8 @@ func TestSweepBesideBrokenGPU(t *testing.T) {
 	}
 }
 
-// filling is a kernel that refuses all modules. From the first refusal on, no small file can be written.
+// filling is a kernel that refuses all modules. After the first refusal, the agent can write no small file, as on a
+// full disk.
 type filling struct {
 	kmod.System
 	n *node
@@ -122,8 +123,8 @@ func (f filling) InitModule([]byte, string) error {
 	return syscall.ENOENT
 }
 
-// TestFailureOnFullDisk checks that a failed load on a full disk leaves no open record, which would count as a crash
-// after the next boot.
+// TestFailureOnFullDisk checks that the agent closes its record of a load that failed on a full disk. After the next
+// boot, a record that is still open would count as a crash of the node.
 func TestFailureOnFullDisk(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -137,8 +138,8 @@ func TestFailureOnFullDisk(t *testing.T) {
 	}
 }
 
-// TestForeignLoading checks a driver that another program is just loading. It is not called a foreign driver, and the
-// agent waits, even if it may replace foreign drivers.
+// TestForeignLoading checks the agent while another program loads a driver. The agent must wait, even if it may replace
+// foreign drivers.
 func TestForeignLoading(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// bootMaker is a boot configuration with five entries. It records the requests.
+// bootMaker stands in for the code that changes the boot loader's configuration. It records the requests.
 type bootMaker struct {
 	wants   []bootcfg.Want
 	reboots int
@@ -38,8 +38,8 @@ func (b *bootMaker) Undo() error {
 	return nil
 }
 
-// TestEditBoot checks that the command line changes only with the owner's consent, a limited number of times, and where
-// it helps.
+// TestEditBoot checks when the agent changes the kernel's command line: only if the operator allows it, only if the
+// change helps, and at most twice.
 func TestEditBoot(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -78,7 +78,7 @@ func TestEditBoot(t *testing.T) {
 	run("after the second", "2 earlier changes", 2, 3)
 	n.reboot(t)
 	run("and ever after", "2 earlier changes", 2, 3)
-	// Once the kernel accepts modules, the count is reset.
+	// Once the kernel accepts unsigned modules, the agent must reset its count of changes.
 	enforce("N")
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
@@ -86,7 +86,7 @@ func TestEditBoot(t *testing.T) {
 	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 || r.Policy.SignaturesEnforced {
 		t.Errorf("Boot = %+v, %v; want no recorded change", r, err)
 	}
-	// A configuration that already allows modules must not cause a reboot.
+	// The command line already has the parameters, so a reboot would not help. The agent must not reboot the node.
 	n.reboot(t)
 	enforce("Y")
 	maker.entries = 0
@@ -103,7 +103,8 @@ func TestEditBoot(t *testing.T) {
 	}
 }
 
-// TestLockdown checks that LoadPin and lockdown have different errors, each with a hint.
+// TestLockdown checks the errors of a node whose kernel refuses all modules because of lockdown or LoadPin. A change of
+// the command line can help only against LoadPin.
 func TestLockdown(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -136,20 +137,21 @@ func TestLockdown(t *testing.T) {
 	}
 }
 
-// TestEditBootSpares checks that a node with a driver, and a refusal for another reason, change no boot configuration.
+// TestEditBootSpares checks two cases in which the agent must not change the command line: a driver works already, or a
+// module is refused for another reason.
 func TestEditBootSpares(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
-	// The kernel refuses the newer driver. The loaded driver works.
+	// The kernel enforces signatures, so it would refuse the newer driver. The older driver is loaded and works.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
 		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want no edit, and the loaded driver kept", r.Verdict, err,
 			len(maker.wants), maker.reboots)
 	}
-	// The driver refuses a parameter.
+	// The kernel accepts unsigned modules, but loading fails with EINVAL, as for a wrong module parameter.
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "N\n")
 	n.reboot(t)
 	sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n") // LoadPin is on but excludes modules, as on COS
@@ -159,7 +161,8 @@ func TestEditBootSpares(t *testing.T) {
 	}
 }
 
-// TestEditBootFails checks that a failed change does not count, and that an uninstall restores a successful one.
+// TestEditBootFails checks that the agent does not count a change that failed. It also checks that an uninstall
+// restores the former command line.
 func TestEditBootFails(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -26,7 +26,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// counting counts its compiles, and returns an artifact that was published before.
+// counting stands in for a compiler on the node. It counts its calls and returns an artifact that the test has
+// published.
 type counting struct {
 	answer resolve.Answer
 	calls  int
@@ -39,8 +40,8 @@ func (c *counting) Build(context.Context, resolve.Question) (resolve.Answer, fun
 
 func noRelease() error { return nil }
 
-// compiling returns a node with a published driver that works. The farm does not know the driver that the node wants,
-// so the node compiles that driver.
+// compiling returns a node with a published driver that works. The server does not know the driver that the node wants,
+// so the node compiles that driver itself.
 func compiling(t *testing.T) (n *node, b *counting, old sample.Published) {
 	t.Helper()
 	farm, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -59,8 +60,8 @@ func compiling(t *testing.T) (n *node, b *counting, old sample.Published) {
 	return n, b, old
 }
 
-// TestCompiledWaits checks that a node compiles a driver once, and not again while the driver waits for an idle GPU. It
-// compiles again only if its artifact is gone.
+// TestCompiledWaits checks that a node compiles a driver only once, although the driver then waits for hours until no
+// program uses the GPU.
 func TestCompiledWaits(t *testing.T) {
 	t.Parallel()
 	n, b, old := compiling(t)
@@ -73,7 +74,7 @@ func TestCompiledWaits(t *testing.T) {
 	}
 	away := n.parts.Finder
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
-	n.cfg.Wait = 1 // a farm that is away must not cause a compile either
+	n.cfg.Wait = 1 // an unreachable server must not cause another compile
 	if _, err := n.runAs(t); !fault.Is(err, fault.Busy) || b.calls != 1 {
 		t.Errorf("without a farm: Run = %v after %d compiles; want busy after one compile", err, b.calls)
 	}
@@ -86,7 +87,7 @@ func TestCompiledWaits(t *testing.T) {
 	}
 }
 
-// TestCompiledIsGone checks that a node compiles again if the artifact that it compiled before is gone.
+// TestCompiledIsGone checks that a node compiles a driver again if the artifact of its former compile was deleted.
 func TestCompiledIsGone(t *testing.T) {
 	t.Parallel()
 	n, b, _ := compiling(t)
@@ -97,13 +98,14 @@ func TestCompiledIsGone(t *testing.T) {
 	if err := os.RemoveAll(strings.TrimPrefix(b.answer.Repository, "oci:")); err != nil {
 		t.Fatal(err)
 	}
-	_, _ = n.runAs(t) // the compiler of this test does not restore the artifact
+	_, _ = n.runAs(t) // fails, because the fake compiler does not restore the artifact
 	if b.calls != 2 {
 		t.Errorf("compiled %d times; want 2", b.calls)
 	}
 }
 
-// TestCompiledIsRefused checks that a node does not compile a driver again that failed too often, but by request.
+// TestCompiledIsRefused checks that a node does not compile a driver again after the kernel refused it. Only the flag
+// --retry makes the node compile it once more.
 func TestCompiledIsRefused(t *testing.T) {
 	t.Parallel()
 	n, b, old := compiling(t)
@@ -121,8 +123,8 @@ func TestCompiledIsRefused(t *testing.T) {
 	}
 }
 
-// scripted returns a localbuild.Builder whose program is a script: it copies an artifact that was published before into
-// the layout of its flag --to.
+// scripted returns a localbuild.Builder whose program is a shell script. Instead of compiling, the script copies the
+// artifact with this digest to the layout that the flag --to names.
 func scripted(t *testing.T, from, digest string) localbuild.Builder {
 	t.Helper()
 	dir := t.TempDir()
@@ -142,7 +144,7 @@ echo '{"digest":%q,"driver":{"version":%q,"flavour":"open"}}'
 	return b
 }
 
-// compiles returns how often a scripted builder compiled.
+// compiles returns how often a scripted builder compiled: its script records each call.
 func compiles(t *testing.T, b localbuild.Builder) int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
@@ -152,8 +154,9 @@ func compiles(t *testing.T, b localbuild.Builder) int {
 	return strings.Count(string(raw), "build\n")
 }
 
-// TestCompileIsHeldUntilStaged lets another fetcher compile at each step of a run that compiled a driver. Until the
-// driver is staged, it must be told to wait, because its compile would remove the artifact. Afterwards it may compile.
+// TestCompileIsHeldUntilStaged lets another fetcher try to compile in each phase of a run that compiled a driver. Until
+// the driver is staged, the other fetcher must get the error Busy, because its compile would remove the artifact. After
+// the run, its compile must succeed.
 func TestCompileIsHeldUntilStaged(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -217,8 +220,8 @@ func TestCompileIsHeldUntilStaged(t *testing.T) {
 	}
 }
 
-// TestBusyCompileIsNoReasonToWait checks that a run does not wait for an idle GPU because another fetcher compiles on
-// this node: it would end with the same error.
+// TestBusyCompileIsNoReasonToWait checks a run while another fetcher compiles on this node and a program uses the GPU.
+// The run must end at once. If it waited until the GPU is idle, it would still end with the same error.
 func TestBusyCompileIsNoReasonToWait(t *testing.T) {
 	t.Parallel()
 	n, b, old := compiling(t)
@@ -243,8 +246,9 @@ func TestBusyCompileIsNoReasonToWait(t *testing.T) {
 	})
 }
 
-// TestCompileIsNotHeldForIdleGPU lets another installer work for longer than a run with a compiled driver waits for it.
-// The run must end then. If it waited for an idle GPU, no other fetcher could compile on this node meanwhile.
+// TestCompileIsNotHeldForIdleGPU lets another installer hold the lock of the install folder for longer than a run waits
+// for it. The run, which compiled a driver, must end then. If it waited until the GPU is idle, no other fetcher could
+// compile on this node meanwhile.
 func TestCompileIsNotHeldForIdleGPU(t *testing.T) {
 	t.Parallel()
 	n, b, _ := compiling(t)
@@ -275,8 +279,8 @@ func TestCompileIsNotHeldForIdleGPU(t *testing.T) {
 	}
 }
 
-// TestCompiledMeanwhile lets another fetcher compile and load the driver while the first one waits for a farm that is
-// away. The first one must not compile the driver again.
+// TestCompiledMeanwhile checks two fetchers on one node. The first one waits for an unreachable server. Meanwhile, the
+// second one compiles and loads the driver. The first one must not compile the driver again.
 func TestCompiledMeanwhile(t *testing.T) {
 	t.Parallel()
 	n, b, _ := compiling(t)
@@ -291,7 +295,7 @@ func TestCompiledMeanwhile(t *testing.T) {
 			_, err := agent.New(cfg, first).Run(t.Context())
 			ended <- err
 		}()
-		time.Sleep(30 * time.Second) // the first one waits for the farm
+		time.Sleep(30 * time.Second) // meanwhile, the first fetcher waits for the server
 		if _, err := agent.New(n.cfg, second).Run(t.Context()); err != nil || b.calls != 1 {
 			t.Errorf("the second fetcher: Run = %v after %d compiles; want success after one", err, b.calls)
 		}

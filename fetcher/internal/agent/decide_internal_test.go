@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestDecide lists the decisions about a node's driver. In the rows, a letter after a plus sign means another build of
-// the version.
+// TestDecide checks what the agent does with the driver of a node: load, keep, replace or refuse. In the rows, 535.2+b
+// is another build of version 535.2, with other bytes.
 func TestDecide(t *testing.T) {
 	t.Parallel()
 	const here, elsewhere = "17800.0.47", "17800.0.50"
@@ -172,8 +172,9 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// TestInUseText checks that the reason of a driver in use stays the same while the same programs use the GPU. The
-// reason is compared to find out whether the cluster needs an Event, so it has no process ids.
+// TestInUseText checks the text that says which programs use the driver. The agent compares this text with the former
+// one, and sends the cluster an Event for each change. So the text must not change while the same programs use the GPU,
+// and it has no process ids.
 func TestInUseText(t *testing.T) {
 	t.Parallel()
 	user := func(pid int, command, pod string) host.User { return host.User{PID: pid, Command: command, Pod: pod} }

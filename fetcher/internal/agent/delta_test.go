@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// archiveOf returns the archive of a packed layer.
+// archiveOf returns the uncompressed tar archive of a packed layer.
 func archiveOf(t *testing.T, l bundle.Layer) *bytes.Buffer {
 	t.Helper()
 	f, err := os.Open(l.Path)
@@ -33,16 +33,17 @@ func archiveOf(t *testing.T, l bundle.Layer) *bytes.Buffer {
 	return &b
 }
 
-// TestDelta updates the operating system of a node that has the modules for the former COS build.
+// TestDelta updates a node to another COS build. The node should fetch the delta from its present modules to the new
+// ones. If there is no delta, or the delta does not fit, the node must fetch the whole layer.
 func TestDelta(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	for name, tc := range map[string]struct {
-		// attach changes the delta before it is attached. If it is nil, no delta is attached.
+		// attach returns the bytes of the delta to attach; nil means that no delta is attached.
 		attach func(delta []byte) []byte
-		// spoil changes the former layer on the disk. It may be nil.
+		// spoil changes the present modules on the node's disk. It may be nil.
 		spoil func(t *testing.T, n *node)
-		// tried means that a delta is fetched. whole means that the whole layer is fetched.
+		// tried means that the node fetches a delta. whole means that the node fetches the whole layer.
 		tried, whole bool
 	}{
 		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},

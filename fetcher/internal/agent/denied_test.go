@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// denies starts a registry in front of another one that answers 403 for one digest, as a filter on the network does. It
-// returns its host.
+// denies starts a proxy for a registry, and returns the proxy's host. For one digest, the proxy answers with status
+// 403, as a filter in a company's network may do.
 func denies(t *testing.T, behind, digest string) string {
 	t.Helper()
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: behind})
@@ -33,7 +33,7 @@ func denies(t *testing.T, behind, digest string) string {
 	return strings.TrimPrefix(srv.URL, "http://")
 }
 
-// plain opens a registry on this machine.
+// plain opens a repository without TLS.
 func plain(t *testing.T, ref string) *registry.Repository {
 	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{Plain: true})
@@ -43,8 +43,8 @@ func plain(t *testing.T, ref string) *registry.Repository {
 	return repo
 }
 
-// publishLabelled publishes the artifact of a cell with the result of a load test, and returns its digest. Its
-// statements have labels, as a builder's have, or none.
+// publishLabelled publishes the artifact of a cell with the result of a load test, and returns the artifact's digest.
+// If labels is true, each attachment has the annotations that a builder writes, such as the statement's type.
 func publishLabelled(t *testing.T, ref string, key *testkit.Key, c sample.Cell, r trust.TestResult,
 	labels bool) (digest string) {
 	t.Helper()
@@ -78,8 +78,9 @@ func publishLabelled(t *testing.T, ref string, key *testkit.Key, c sample.Cell, 
 	return digest
 }
 
-// TestDeniedStatement lets a registry deny a statement that it lists. If the statement may refuse the driver, the node
-// takes the driver only from a registry that also serves the statement. All other denied statements do not matter.
+// TestDeniedStatement checks a registry that lists a statement, but answers with status 403 for the statement itself.
+// If that statement may refuse the driver, the node may load the driver only if a mirror serves the statement. Any
+// other statement is not needed for this decision.
 func TestDeniedStatement(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -96,9 +97,9 @@ func TestDeniedStatement(t *testing.T) {
 	for _, row := range []struct {
 		name             string
 		passed, labelled bool
-		predicate        string // of the denied statement
-		mirror           string // "" means none, "lacks" one without the statement, "has" one with it
-		want             string // in the error, or installed
+		predicate        string // the type of the denied statement
+		mirror           string // "" means no mirror; "lacks" and "has" say whether the mirror has the statement
+		want             string // part of the error; installed means no error
 		kind             fault.Kind
 	}{
 		{"a refusal", false, true, trust.PredicateTestResult, "", "may refuse the driver, and cannot be read", fault.Usage},
@@ -144,8 +145,8 @@ func TestDeniedStatement(t *testing.T) {
 	}
 }
 
-// TestWrongLink lets a registry name a next page of the statements that the node must not read. The next page may have
-// a refusal, which no mirror can rule out. The error says what is wrong.
+// TestWrongLink checks a registry whose list of statements names a next page on another host. The node must not read
+// that page. A refusal may be on that page, so the node must not load the driver. The error must name the wrong header.
 func TestWrongLink(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

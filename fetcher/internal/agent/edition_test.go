@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestEdition checks that a loaded edition is recognised, although modules, NVML and kernel do not report the version's
-// suffix.
+// TestEdition checks a driver whose version has a suffix for its edition, such as -grid. Modules, NVML and the kernel
+// report the version without the suffix. The agent must recognise the loaded driver nevertheless.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -37,7 +37,8 @@ func TestEdition(t *testing.T) {
 	if r, err = n.run(t, ref, p.Digest, c.Driver); err != nil || r.Changed || len(n.kernel.calls) != 0 {
 		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
 	}
-	// The release itself has other modules with the same version.
+	// The driver without the suffix has the same version in its modules, but other modules. The agent must replace the
+	// loaded ones.
 	plain := sample.NewCell(t, buildA, newVersion)
 	q := sample.Publish(t, ref, key, plain)
 	_, err = n.run(t, ref, q.Digest, plain.Driver)

@@ -35,7 +35,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/reference/node-faults.md anew")
 
-// These are the faults of a run. Each happens at the beginning of a phase.
+// These are the faults that a test can cause at the start of a phase of a run.
 const (
 	faultKill    = "killed"
 	faultDisk    = "disk full"
@@ -48,18 +48,18 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage, faultClock, faultTwo}
 
-// order is the work of a child process, which reads it from the environment.
+// order tells a child process what to do. The child process reads it from the environment.
 type order struct {
 	Root, Layout, Keys string
-	Older, Newer       string // digests
-	// SetUp means that the child first makes the node, with the older driver active.
+	Older, Newer       string // the digests of the two artifacts
+	// SetUp means that the child process first makes the node, with the older driver active.
 	SetUp bool
-	// Boot means that the node was rebooted, so that no module is loaded.
+	// Boot means that the node was rebooted, so no module is loaded.
 	Boot bool
 	// Rebooted means that the node was rebooted since the last order.
 	Rebooted bool
-	// Fault happens when the given phase begins; "" means no fault. The phase rollbackNoted is no phase of a run: it
-	// begins when a rollback of a driver in use was noted.
+	// Fault happens when the given phase begins; "" means no fault. A run has no phase rollbackNoted: this one begins when
+	// the agent has recorded that a rollback waits until the GPU is idle.
 	Fault, Phase string
 }
 
@@ -74,13 +74,13 @@ type outcome struct {
 	Struck  bool
 	Fetched int64
 	Problem string // what is wrong with the node
-	// Again is the outcome of the next run, if it must be in the same process.
+	// Again is the outcome of the next run, if that run must be in the same process.
 	Again *outcome
 }
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is the child process in which a fault happens. Without an order it does nothing.
+// TestFaultProcess is the body of the child process. Without an order in the environment, the test does nothing.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -140,14 +140,15 @@ func (o order) setUp(t testing.TB) {
 	}
 }
 
-// noteRollback activates the newer driver, rolls it back while it is in use, and lets the fault happen.
+// noteRollback activates the newer driver and rolls it back while a program uses it. So the agent only records the
+// rollback. Then the fault happens.
 func (o order) noteRollback(t *testing.T) {
 	n := o.node(t)
 	_, newer := cells(t)
 	if r, err := n.runOf(t, o, o.Newer, newer); err != nil || r.Verdict.Digest != o.Newer {
 		t.Fatalf("set up the node: Run = %+v, %v", r.Verdict, err)
 	}
-	unix.Sync() // the driver was installed long ago
+	unix.Sync() // flush the newer driver to disk, as if it had been installed long ago
 	n.inUse(t, "1")
 	if _, err := n.rollback(); !fault.Is(err, fault.Busy) {
 		t.Fatalf("Rollback = %v; want busy", err)
@@ -157,7 +158,7 @@ func (o order) noteRollback(t *testing.T) {
 	}
 }
 
-// node returns a node that has all its state on the disk.
+// node returns a node whose whole state is on the disk, so that another process can go on with it.
 func (o order) node(t testing.TB) *node {
 	t.Helper()
 	pem, err := os.ReadFile(o.Keys)
@@ -177,7 +178,7 @@ func (o order) node(t testing.TB) *node {
 	return n
 }
 
-// runOf runs the agent once, for one of the two drivers.
+// runOf runs the agent once. The server answers with the artifact of this digest, which has the driver of c.
 func (n *node) runOf(t testing.TB, o order, digest string, c sample.Cell) (*agent.Report, error) {
 	n.parts.Finder = finder{answer: answerOf("server", "oci:"+o.Layout, digest, c.Driver)}
 	return agent.New(n.cfg, n.parts).Run(t.Context())
@@ -232,7 +233,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultNetwork:
 		gone.Store(true)
 	case faultRead:
-		// Simulate an unreadable disk: even root cannot read a link to itself.
+		// Make each file a link to itself. Even root cannot read such a link, as with a broken disk.
 		return eachFile(ours, func(path string) error {
 			if err := os.Remove(path); err != nil {
 				return err
@@ -258,7 +259,8 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	return nil
 }
 
-// eachFile passes every file of the unpacked layers to the callback. The folder is the .prebake of an install folder.
+// eachFile calls do with the path of every file of the unpacked layers. dir is the folder .prebake of an install
+// folder.
 func eachFile(dir string, do func(string) error) error {
 	return filepath.WalkDir(filepath.Join(dir, "layers"), func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -271,7 +273,7 @@ func eachFile(dir string, do func(string) error) error {
 	})
 }
 
-// cuttable is a registry whose network connection may be lost.
+// cuttable is a repository that fails with a network error once gone is set.
 type cuttable struct {
 	agent.Repository
 	gone *atomic.Bool
@@ -307,8 +309,8 @@ func (c cuttable) Blob(ctx context.Context, digest string, size int64) (io.ReadC
 	return rc, nil
 }
 
-// problem returns what is wrong with a node: a library that cannot be read, or that belongs to another driver than the
-// modules.
+// problem returns what is wrong with a node: its library cannot be read, or the library and the loaded modules belong
+// to different drivers. "" means that nothing is wrong.
 func (n *node) problem() string {
 	lib, err := os.ReadFile(filepath.Join(n.root, installDir, "lib64/libnvidia-ml.so.1"))
 	if err != nil {
@@ -330,15 +332,15 @@ type phaseRow struct {
 	boot  bool
 }
 
-// rows has the phases of a run that changes the driver, and the phases of a run after a reboot.
+// rows has the phases of a run that replaces the loaded driver, and then the phases of a run after a reboot.
 var rows = []phaseRow{
 	{"observe", false}, {"resolve", false}, {"verify", false}, {"fetch", false}, {"stage", false}, {"install", false},
 	{"load", false}, {"validate", false},
 	{"install", true}, {"load", true}, {"validate", true},
 }
 
-// TestFaults combines each phase with each fault. The next run must end with a verified driver, active and loaded, and
-// a readable library.
+// TestFaults combines each phase of a run with each fault. After each fault, the next run must end with a working
+// driver, whose modules and library have the same version.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -383,13 +385,13 @@ func (o order) name() string {
 	return o.Phase
 }
 
-// runWithFault runs an order with its fault, and returns how the run ended.
+// runWithFault runs an order with its fault, and returns how the run ended. Then it checks the next run.
 func (o order) runWithFault(t *testing.T) string {
 	o.Root = filepath.Join(t.TempDir(), "root")
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
 	if o.Fault == faultDisk {
 		o.SetUp = true
-		disk := filepath.Join(o.Root, "home") // the fake kernel's files are elsewhere
+		disk := filepath.Join(o.Root, "home") // the fake kernel's files are not on this disk
 		if err := os.MkdirAll(disk, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -408,16 +410,17 @@ func (o order) runWithFault(t *testing.T) string {
 		t.Logf("%s: %s", cell, got.Error)
 	}
 	if o.Fault != faultDamage && o.Fault != faultRead && o.Fault != faultDisk {
-		// After a kill between switch and load, libraries and modules differ. The next run repairs this.
+		// A kill after the switch of links and before the load leaves libraries and modules of different drivers. The next
+		// run must repair this.
 		if what := o.node(t).problem(); what != "" && (o.Fault != faultKill || !strings.HasPrefix(what, "libraries are of")) {
-			t.Errorf("behind the fault: %s", what)
+			t.Errorf("after the fault: %s", what)
 		}
 	}
 	again := &outcome{}
 	if got != nil && got.Again != nil {
 		again = got.Again
 		if got.Problem != "" {
-			t.Errorf("behind the fault: %s", got.Problem)
+			t.Errorf("after the fault: %s", got.Problem)
 		}
 	} else {
 		next := o
@@ -441,7 +444,7 @@ func (o order) word(got *outcome) string {
 	return got.Class + ", " + driver
 }
 
-// process runs an order in a child process; nil means that the child was killed.
+// process runs an order in a child process; nil means that a signal killed the child process.
 func (o order) process(t *testing.T, argv []string) *outcome {
 	t.Helper()
 	text, err := json.Marshal(o)
@@ -469,7 +472,7 @@ func (o order) process(t *testing.T, argv []string) *outcome {
 	return got
 }
 
-// checkTable compares the results with the table in the documentation.
+// checkTable compares the results with the table in docs/reference/node-faults.md.
 func checkTable(t *testing.T, seen map[string]string) {
 	t.Helper()
 	var names []string

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer loaded a driver. The installer's folder has the files of the named
-// modules.
+// foreignNode returns a node on which Google's installer loaded a driver with three modules. Only the modules in onDisk
+// have a file in the installer's folder.
 func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)
@@ -36,7 +36,8 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string
 	return n
 }
 
-// TestForeignPutBack checks that a foreign driver is loaded again from its own files when our driver fails.
+// TestForeignPutBack checks that the agent loads a foreign driver again from that driver's own files if our driver
+// fails.
 func TestForeignPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -62,7 +63,7 @@ func TestForeignPutBack(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// The node's additional module is loaded with this program's driver, too.
+	// Our driver has the additional module nvidia_peermem, too. The agent must load it, because it was loaded before.
 	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
@@ -72,8 +73,8 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// TestForeignKilled kills a run between the unload of a foreign driver and the load of ours. If ours then fails, the
-// next run must restore the foreign driver.
+// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded ours. If our driver then fails,
+// the next run must load the foreign driver again.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -98,7 +99,7 @@ func TestForeignKilled(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// A foreign driver of an earlier boot is not restored.
+	// After a reboot, no foreign driver was unloaded, so the agent must not load one.
 	n.cfg.Retry = true
 	n.killed(t, ref, p.Digest, c, "nvidia")
 	n.reboot(t)
@@ -112,7 +113,8 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// TestForeignNotPutBack checks that the error names the modules whose files are missing.
+// TestForeignNotPutBack checks a foreign driver whose files are missing, so that the agent cannot load it again. The
+// error must name the modules.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

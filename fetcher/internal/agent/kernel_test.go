@@ -12,17 +12,18 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// kernel stands in for the system calls of modules, and records them. It updates the fake /proc and /sys.
+// kernel stands in for the system calls that load and unload modules. It records the calls, and updates the fake /proc
+// and /sys.
 type kernel struct {
 	root string
-	// refuse has the errno with which the kernel refuses a module, by the module's name and version.
+	// refuse has the errno of a refused load, by the module's name and version.
 	refuse map[string]syscall.Errno
-	// die is the module and version whose load kills the program. open is the module and version that a program opens
-	// after the load.
+	// die names a module and version whose load kills the program. open names a module and version that another program
+	// opens as soon as it is loaded.
 	die, open string
-	// says has the line that the kernel logs at the load of a module and version.
+	// says has the line that the kernel logs at the load of a module, by the module's name and version.
 	says map[string]string
-	// ids means that the kernel reports the modules' build ids.
+	// ids means that /sys has the build ids of the loaded modules.
 	ids bool
 
 	mu    sync.Mutex

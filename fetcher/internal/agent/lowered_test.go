@@ -17,13 +17,14 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestLoweredRecordAllowsReturn reboots a node because of a fatal error of its GPU. The driver that waits for the
-// reboot cannot use the GPU. The former driver used the GPU before the error, so it must be loaded again.
+// TestLoweredRecordAllowsReturn checks a node that reboots because of a fatal GPU error, while a new driver waits for
+// the reboot. The new driver cannot use the GPU. The former driver could use the GPU before the error, so the agent
+// must load the former driver again.
 func TestLoweredRecordAllowsReturn(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name   string
-		before func(t *testing.T, n *node, stage func()) // ends with the last check before the reboot
+		before func(t *testing.T, n *node, stage func()) // its last step is the last check before the reboot
 	}{
 		{"a check found the error", func(t *testing.T, n *node, stage func()) {
 			stage()
@@ -73,8 +74,8 @@ func TestLoweredRecordAllowsReturn(t *testing.T) {
 	}
 }
 
-// TestCheckIsRecordedDuringDownload checks that the result of a check is recorded while the run downloads another
-// driver and holds the lock. Otherwise fetcher status would show an old state for hours over a slow network.
+// TestCheckIsRecordedDuringDownload checks that Monitor records the result of each check while a run downloads another
+// driver and holds the lock. Otherwise `fetcher status` would show an old state for hours on a slow network.
 func TestCheckIsRecordedDuringDownload(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -92,7 +93,7 @@ func TestCheckIsRecordedDuringDownload(t *testing.T) {
 				}
 				for _, to := range []int32{lost, healthy} {
 					state.Store(to)
-					time.Sleep(90 * time.Second) // one check at least
+					time.Sleep(90 * time.Second) // long enough for one check
 					s, err := agent.New(n.cfg, n.parts).Status(t.Context())
 					if err != nil || s.Verdict.Digest != po.Digest || (s.Verdict.State == gpucheck.Ready) != (to == healthy) {
 						t.Errorf("Status during the download, GPU in state %d = %+v, %v", to, s, err)
@@ -109,7 +110,7 @@ func TestCheckIsRecordedDuringDownload(t *testing.T) {
 	})
 }
 
-// losing is NVML on a node with two GPUs, one of which is lost.
+// losing stands in for NVML on a node with two GPUs, of which one is lost.
 type losing struct {
 	probe
 	lost int
@@ -125,7 +126,7 @@ func (p *losing) Probe(ctx context.Context, library string, persist bool) (gpuch
 	return nvml, err
 }
 
-// TestStatusNamesTheLostGPU checks that fetcher status names the GPU that is lost now, although another GPU was lost
+// TestStatusNamesTheLostGPU checks that `fetcher status` names the GPU that is lost now, and not the GPU that was lost
 // before.
 func TestStatusNamesTheLostGPU(t *testing.T) {
 	t.Parallel()

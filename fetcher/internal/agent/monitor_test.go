@@ -27,7 +27,7 @@ type watcher func(v gpucheck.Verdict)
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
-// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload one of its modules.
+// TestHeldInKernel checks that the agent unloads no module of a driver if the kernel cannot unload one of them.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
@@ -62,7 +62,7 @@ func TestHeldInKernel(t *testing.T) {
 	}
 }
 
-// answering answers as NVML on a node.
+// answering stands in for NVML with a fixed answer. It records which library was asked.
 type answering struct {
 	nvml  gpucheck.NVML
 	err   error
@@ -74,8 +74,8 @@ func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NV
 	return a.nvml, a.err
 }
 
-// TestForeignStatus checks the verdict on a foreign driver. The row without reference counts is from a machine with an
-// H200 and the open 580.159.04, whose kernel cannot unload modules.
+// TestForeignStatus checks the verdict on a foreign driver. In /proc/modules, the kernel cannot unload modules, so it
+// shows no reference counts. The lines are from a machine with an H200 and the open driver 580.159.04.
 func TestForeignStatus(t *testing.T) {
 	t.Parallel()
 	const theirs = "580.159.04"
@@ -142,7 +142,7 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.kernel.calls = nil
-	// Between the checks, somebody replaces the module, and later restores the former one.
+	// Between the checks, another program replaces the module, and later restores the former one.
 	versions := []string{newVersion, oldVersion, newVersion}
 	want := []gpucheck.State{gpucheck.Ready, gpucheck.Drifted, gpucheck.Ready}
 	synctest.Test(t, func(t *testing.T) {
@@ -171,7 +171,8 @@ func TestHold(t *testing.T) {
 	}
 }
 
-// TestNotLoaded checks that Monitor ends if another process unloaded the driver and does not load it again.
+// TestNotLoaded checks that Monitor ends once the driver is missing at three checks in a row. Then another process
+// unloaded the driver and did not load it again.
 func TestNotLoaded(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -182,7 +183,8 @@ func TestNotLoaded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// At each check, the kernel has the driver (1) or not (0). Another installer may unload it for one or two checks.
+	// At each check, the driver is loaded (1) or not (0). While another installer works, the driver may be missing at one
+	// or two checks.
 	checks := []int{1, 0, 0, 1, 0, 1, 0, 0, 0}
 	synctest.Test(t, func(t *testing.T) {
 		seen := 0
@@ -208,7 +210,7 @@ func TestNotLoaded(t *testing.T) {
 	})
 }
 
-// slowFinder responds after a reporter has heard of the driver.
+// slowFinder stands in for a slow server: it answers after the channel heard was closed.
 type slowFinder struct {
 	resolve.Finder
 	heard chan struct{}
@@ -222,8 +224,8 @@ func (s slowFinder) Find(ctx context.Context, q resolve.Question) (resolve.Answe
 	return s.Finder.Find(ctx, q)
 }
 
-// TestReportsWhileItWaits checks that a run reports a working driver before the farm responds: after a reboot, and if
-// the driver is loaded already.
+// TestReportsWhileItWaits checks that a run reports a working driver before the server answers. It must do so after a
+// reboot, and if the driver is already loaded.
 func TestReportsWhileItWaits(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -256,7 +258,7 @@ func TestReportsWhileItWaits(t *testing.T) {
 	}
 }
 
-// counted counts the signs of life of a run.
+// counted counts the calls of Alive, which tell the liveness probe that the run still works.
 type counted struct {
 	told
 	alive int
@@ -264,8 +266,8 @@ type counted struct {
 
 func (c *counted) Alive() { c.alive++ }
 
-// TestAliveWithoutDriver checks that a run without a loaded driver gives signs of life while it waits or compiles. Its
-// program may have had a driver before, so a liveness probe would kill it.
+// TestAliveWithoutDriver checks that a run calls Alive each minute while it waits for the server without a loaded
+// driver. Otherwise the liveness probe would kill a program that had a driver before.
 func TestAliveWithoutDriver(t *testing.T) {
 	t.Parallel()
 	for _, installed := range []bool{false, true} {
@@ -291,8 +293,8 @@ func TestAliveWithoutDriver(t *testing.T) {
 	}
 }
 
-// TestXidWhileWatched checks that fatal errors in the kernel log make the node unready, as long as the driver asks for
-// a recovery action.
+// TestXidWhileWatched checks that a fatal GPU error (Xid) in the kernel log makes the node unready, until the driver
+// asks for no recovery action any more.
 func TestXidWhileWatched(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -338,7 +340,7 @@ func TestXidWhileWatched(t *testing.T) {
 	}
 }
 
-// TestRollbackTimeline checks that each rollback reports its phases.
+// TestRollbackTimeline checks that each rollback reports its phases, even if it fails.
 func TestRollbackTimeline(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -360,7 +362,7 @@ func TestRollbackTimeline(t *testing.T) {
 		}, false},
 		{"the only driver", func() { n.inUse(t, "0") }, true},
 	}
-	for _, row := range rows { // each begins where the one before it ended
+	for _, row := range rows { // each row begins with the state that the row before it left
 		row.prepare()
 		r, err := n.rollback()
 		if (err == nil) != row.ok || len(r.Phases) == 0 || r.Phases[0].Name != "observe" {

@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// mutate changes some bytes, as a broken disk, an interrupted transfer or an attacker does.
+// mutate changes some random bytes, as a broken disk, an interrupted transfer or an attacker may do.
 func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	out := bytes.Clone(data)
 	for range 1 + rng.IntN(3) {
@@ -43,7 +43,7 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 			out = slices.Insert(out, at, bytes.Clone(out[at:at+n])...)
 		case 4: // truncate
 			out = out[:at]
-		case 5: // exchange parts
+		case 5: // copy a part of another text
 			to := rng.IntN(len(out) - n + 1)
 			copy(out[to:to+n], bytes.Clone(out[at:at+n]))
 		case 6: // copy from another text
@@ -65,8 +65,9 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	return out
 }
 
-// TestMutations makes ten thousand changes to all input from outside. The program must refuse each real change with a
-// kind and a message, and never crash.
+// TestMutations makes ten thousand random changes to the input that a node gets from outside. The program must never
+// crash. It must refuse a changed manifest, config or layer. A changed statement or policy may be valid, but such a
+// statement must not change the verdict. Each refusal needs an error kind and a text.
 func TestMutations(t *testing.T) {
 	t.Parallel()
 	rounds := 10_000
@@ -143,7 +144,7 @@ func TestMutations(t *testing.T) {
 			case err != nil:
 				refused("statement", err)
 			default:
-				verdict.Ignored = nil // a statement that nobody needs may be ignored
+				verdict.Ignored = nil // the changed statement may be one that no rule requires
 				if want := *believed; !reflect.DeepEqual(&want, verdict) {
 					t.Errorf("a changed statement was accepted as %+v; want %+v\n%s", verdict, want, p.Bundles[i])
 				}

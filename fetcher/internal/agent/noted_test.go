@@ -24,7 +24,8 @@ import (
 
 const attemptsFile = installDir + "/.prebake/attempts.json"
 
-// noted makes a node with a driver in use and a rollback that waits for it.
+// noted returns a node with a noted rollback: a program uses the newer driver, so the agent only recorded that the
+// rollback must follow once the GPU is idle.
 func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.Published) {
 	t.Helper()
 	n, ref, _, newer, po, pn = publishTwo(t, 1)
@@ -38,10 +39,10 @@ func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.
 	return n, ref, newer, po, pn
 }
 
-// fillDisk makes the write of each small file fail, or succeed again.
+// fillDisk simulates a full disk: the write of each small file fails. With full = false, writing succeeds again.
 func (n *node) fillDisk(t *testing.T, full bool) {
 	t.Helper()
-	// Every small file is first written under this name.
+	// The agent first writes each small file under this name, and then renames it. A folder of this name makes that fail.
 	name := filepath.Join(n.root, installDir, ".prebake/tmp-file")
 	err := os.RemoveAll(name)
 	if full {
@@ -52,8 +53,9 @@ func (n *node) fillDisk(t *testing.T, full bool) {
 	}
 }
 
-// TestNotedRollbackFails reboots a node with a noted rollback whose driver cannot be activated. The failure does not
-// count. The driver that was rolled back must be loaded, because it is better than none. The rollback still waits.
+// TestNotedRollbackFails reboots a node with a noted rollback. The older driver cannot be activated, for a reason that
+// is no failure of the driver. The agent must load the newer driver again, because any driver is better than none. The
+// rollback must still wait.
 func TestNotedRollbackFails(t *testing.T) {
 	t.Parallel()
 	for name, set := range map[string]func(t *testing.T, n *node, broken bool){
@@ -83,7 +85,7 @@ func TestNotedRollbackFails(t *testing.T) {
 				}
 			}
 			set(t, n, false)
-			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the error says why it is not the wanted driver
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the error says that the loaded driver is not the wanted one
 			if r, _ := n.run(t, ref, pn.Digest, newer.Driver); r.Verdict.State != gpucheck.Ready ||
 				r.Verdict.Digest != po.Digest {
 				t.Errorf("once the driver can be activated: %+v; want the rollback done", r.Verdict)
@@ -92,7 +94,8 @@ func TestNotedRollbackFails(t *testing.T) {
 	}
 }
 
-// TestAttemptsOutliveFullDisk checks that the records stay if the check of an active driver fails on a full disk.
+// TestAttemptsOutliveFullDisk checks that the agent keeps its records of load attempts if the check of the active
+// driver fails while the disk is full.
 func TestAttemptsOutliveFullDisk(t *testing.T) {
 	t.Parallel()
 	n, ref, newer, _, pn := noted(t)
@@ -114,8 +117,8 @@ func TestAttemptsOutliveFullDisk(t *testing.T) {
 	}
 }
 
-// TestNotedRollbackIsPending checks that a rollback that waits is never reported as success, whatever the farm answers:
-// otherwise the daemon would not try it again.
+// TestNotedRollbackIsPending checks that a run never reports success while a rollback waits, whatever the server
+// answers. Otherwise the daemon would not try the rollback again.
 func TestNotedRollbackIsPending(t *testing.T) {
 	t.Parallel()
 	n, _, _, po, pn := noted(t)
@@ -130,15 +133,16 @@ func TestNotedRollbackIsPending(t *testing.T) {
 	}
 }
 
-// TestMonitorEndsForNotedRollback checks that a daemon that watches the driver does a noted rollback as soon as the GPU
-// is idle. If a run could not do it, Monitor must not end again and again.
+// TestMonitorEndsForNotedRollback checks when Monitor ends so that a run can do a noted rollback: as soon as the GPU
+// becomes idle. If the GPU was already idle in the last run, that run failed to do the rollback. Then Monitor must not
+// end again and again.
 func TestMonitorEndsForNotedRollback(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name   string
 		refs   []string // how many programs have the driver open, at each check
-		closed bool     // whether the owner's hours forbid a replacement
-		ends   int      // the check after which Monitor ends; 0 means with the context
+		closed bool     // whether the maintenance hours forbid a replacement of the driver
+		ends   int      // the check after which Monitor ends; 0 means that only the context ends it
 	}{
 		{"in use, then idle", []string{"1", "1", "0", "0"}, false, 3},
 		{"in use, then idle, outside the owner's hours", []string{"1", "1", "0", "0"}, true, 0},
@@ -167,8 +171,8 @@ func TestMonitorEndsForNotedRollback(t *testing.T) {
 	}
 }
 
-// TestMonitorLeavesRollbackAlone checks a daemon beside a rollback by hand. Until the rollback is done, its note looks
-// like one that waits. The daemon must not begin a run then.
+// TestMonitorLeavesRollbackAlone checks the daemon while an operator's rollback works. Until the rollback is done, its
+// record looks like that of a rollback that waits. The daemon must not begin a run then.
 func TestMonitorLeavesRollbackAlone(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -214,7 +218,8 @@ func TestMonitorLeavesRollbackAlone(t *testing.T) {
 	})
 }
 
-// loadedBefore is a finder that notes whether a driver is loaded when it is asked. It never answers.
+// loadedBefore stands in for a server that cannot be reached. It records whether a driver is loaded when the agent
+// asks.
 type loadedBefore struct {
 	n      *node
 	loaded *bool
@@ -226,8 +231,8 @@ func (f loadedBefore) Find(context.Context, resolve.Question) (resolve.Answer, e
 	return resolve.Answer{}, fault.New(fault.Transient, "nobody answers", "")
 }
 
-// TestNotedRollbackFailsWithoutFarm reboots a node with a noted rollback whose driver fails. The driver that was rolled
-// back must be loaded before the node waits for the farm.
+// TestNotedRollbackFailsWithoutFarm reboots a node with a noted rollback. The older driver fails. The agent must load
+// the newer driver before it waits for the server.
 func TestNotedRollbackFailsWithoutFarm(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, pn := noted(t)
@@ -242,8 +247,8 @@ func TestNotedRollbackFailsWithoutFarm(t *testing.T) {
 	}
 }
 
-// TestRollbackIsNotedAtOnce checks that no kill can leave half of a noted rollback. The clock, which each note asks, is
-// where the test looks.
+// TestRollbackIsNotedAtOnce checks that a kill cannot leave half of the record of a noted rollback. The agent asks the
+// clock for each write of its records. So the fake clock reads the file.
 func TestRollbackIsNotedAtOnce(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -252,7 +257,7 @@ func TestRollbackIsNotedAtOnce(t *testing.T) {
 	}
 	n.inUse(t, "1")
 	look := func() (next, byHand bool) {
-		raw, _ := os.ReadFile(filepath.Join(n.root, attemptsFile)) // there may be none yet
+		raw, _ := os.ReadFile(filepath.Join(n.root, attemptsFile)) // the file may not exist yet
 		return bytes.Contains(raw, []byte(`"next": true`)), bytes.Contains(raw, []byte(`"byHand": true`))
 	}
 	n.parts.Now = func() time.Time {
@@ -269,8 +274,8 @@ func TestRollbackIsNotedAtOnce(t *testing.T) {
 	}
 }
 
-// TestRollbackToDamagedIsNotNoted checks that no rollback waits for a previous driver that does not verify: the node
-// would report it as pending for ever.
+// TestRollbackToDamagedIsNotNoted checks that the agent records no rollback to a driver whose files are damaged.
+// Otherwise the node would report a pending rollback for ever.
 func TestRollbackToDamagedIsNotNoted(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -287,8 +292,8 @@ func TestRollbackToDamagedIsNotNoted(t *testing.T) {
 	}
 }
 
-// TestRollbackWaitsForProbe checks that a rollback waits some seconds for the check of another fetcher, but not for
-// other programs.
+// TestRollbackWaitsForProbe checks a rollback while another program has the driver open. If that program is the probe
+// of another fetcher, the rollback must wait some seconds for its end. For any other program, it must not wait.
 func TestRollbackWaitsForProbe(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -297,7 +302,7 @@ func TestRollbackWaitsForProbe(t *testing.T) {
 		done    bool
 	}{
 		{"nvmlprobe", 3 * time.Second, true},
-		{"probe", 3 * time.Second, true}, // the copy on the node
+		{"probe", 3 * time.Second, true}, // the name of the probe's copy on the node
 		{"nvmlprobe", time.Hour, false},
 		{"python3", 3 * time.Second, false},
 	} {

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// persisting is a probe with two GPUs; the second one refuses persistence mode.
+// persisting stands in for NVML with two GPUs. The second GPU refuses persistence mode.
 type persisting struct {
 	probe
 	asked *[]bool

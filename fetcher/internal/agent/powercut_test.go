@@ -24,11 +24,11 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// faultPower cuts the power of the virtual machine that executes the run.
+// faultPower cuts the power of the virtual machine in which the run is.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase, and after a rollback was noted;
-// unflushed data is lost. The next run must end with a verified, active driver.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase of a run, and once more while a rollback
+// waits. Data that was not flushed to disk is lost. The next run must end with a working driver.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -120,7 +120,7 @@ func (o order) step(t *testing.T, name string) vm.Step {
 		Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
 }
 
-// judge returns which driver was active after the next run, or the error of that run.
+// judge checks the next run after a power cut. It returns which driver was active then, or the error of that run.
 func (o order) judge(t *testing.T, res *vm.Result) string {
 	t.Helper()
 	step, ok := res.Step("next run")
@@ -132,7 +132,7 @@ func (o order) judge(t *testing.T, res *vm.Result) string {
 		return "none"
 	}
 	want, class := o.Newer, ""
-	if o.Phase == rollbackNoted { // the error says that the newer driver was rolled back
+	if o.Phase == rollbackNoted { // the run also returns an error: the newer driver was rolled back
 		want, class = o.Older, fault.Rejected.String()
 	}
 	if got.State != gpucheck.Ready || got.Problem != "" || got.Digest != want || got.Class != class {

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// farm gives these answers in order, and then repeats the last one.
+// farm stands in for the server. It gives these answers in order, and then repeats the last one.
 type farm struct {
 	answers []func() (resolve.Answer, error)
 	asked   atomic.Int64
@@ -27,17 +27,18 @@ func (f *farm) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return f.answers[min(i, len(f.answers)-1)]()
 }
 
-// compiler takes some time to return an artifact that was published before, or fails.
+// compiler stands in for a compiler on the node. After some time, it returns an artifact that the test has published,
+// or an error.
 type compiler struct {
 	takes  time.Duration
 	answer resolve.Answer
 	err    error
-	// late means that the compiler returns the artifact even after it was told to stop.
+	// late means that the compiler returns the artifact although its context has ended.
 	late    bool
 	started atomic.Bool
 	stopped atomic.Bool
 	ended   atomic.Bool
-	held    atomic.Bool // the artifact is not released yet
+	held    atomic.Bool // whether the run still keeps other fetchers from compiling
 }
 
 func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answer, func() error, error) {
@@ -62,7 +63,8 @@ func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answe
 	}
 }
 
-// TestRace checks a node that compiles while it waits for the farm.
+// TestRace checks a node that compiles a driver itself while it waits for the server. Each row says whose driver the
+// node must install, and whether it must stop its compile.
 func TestRace(t *testing.T) {
 	t.Parallel()
 	theirs, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -316,8 +318,8 @@ func TestRace(t *testing.T) {
 	}
 }
 
-// TestRaceEndsByTheAgentsClock checks that the wait for the farm ends by the clock in Parts. The clock jumps by an hour
-// when the farm offers an artifact in a repository that is away.
+// TestRaceEndsByTheAgentsClock checks that Parts.Now decides when the wait for the server ends. This clock jumps by an
+// hour when the server names an artifact in a repository that cannot be reached.
 func TestRaceEndsByTheAgentsClock(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

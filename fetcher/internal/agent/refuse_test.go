@@ -62,14 +62,14 @@ func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, usefu
 	return all, err
 }
 
-// flip returns data with one changed bit. The changed byte's position is a share from 0 to 1.
+// flip returns data with one changed bit. share says where: 0 is the first byte, 1 the last one.
 func flip(data []byte, share float64) []byte {
 	data = bytes.Clone(data)
 	data[int(float64(len(data)-1)*share)] ^= 1
 	return data
 }
 
-// spoil edits the payload of every bundle with this predicate type.
+// spoil changes a word in every statement of this predicate type, so that its signature is no longer valid.
 func spoil(predicate string) func([][]byte) [][]byte {
 	return func(all [][]byte) [][]byte {
 		var out [][]byte
@@ -97,8 +97,8 @@ func spoil(predicate string) func([][]byte) [][]byte {
 	}
 }
 
-// TestRefuses checks that wrong content never reaches the install folder, and that the installed driver stays active.
-// Each kind of error has its own message.
+// TestRefuses checks that the agent never installs wrong content, and that the installed driver stays active. The error
+// must say what is wrong.
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -113,8 +113,8 @@ func TestRefuses(t *testing.T) {
 	strangers := testkit.Registry(t, true) + "/prebake/driver"
 	ps := sample.Publish(t, strangers, stranger, foreign)
 
-	// The sibling kernel has the same `uname -r` but another fingerprint. Its artifact has the tag of this node's COS
-	// build.
+	// The sibling kernel prints the same `uname -r` but has another ABI fingerprint. Its artifact has the tag of this
+	// node's COS build.
 	sibling := sample.NewCell(t, buildB, newVersion)
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
 	sibling.PointAt = newer.Kernel
@@ -230,7 +230,7 @@ func TestRefuses(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, l := range layers {
-					// A valid layer may have its final name, because its content matches its digest.
+					// The other layers are valid, so the agent may keep them under their final names.
 					if digest := "sha256:" + l.Name(); strings.Contains(row.words, digest) || digest == pw.Layers[0].Digest {
 						t.Errorf("refused layer %s got its final name", digest)
 					}
@@ -256,7 +256,7 @@ func read(t *testing.T, l bundle.Layer) []byte {
 	return raw
 }
 
-// TestTamperedOnDisk changes an installed module. The agent must load the verified bytes, or nothing.
+// TestTamperedOnDisk changes an installed module on the disk. The agent must not load the changed module.
 func TestTamperedOnDisk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -273,7 +273,7 @@ func TestTamperedOnDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.cfg.NoLoad = false
-	// The service does not answer, so the run uses the installed driver.
+	// The server does not answer, so the run uses the installed driver.
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	if err := os.WriteFile(path, sample.Module("nvidia", newVersion, "6.1.77+ SMP preempt mod_unload evil"),
 		0o644); err != nil {
@@ -285,7 +285,8 @@ func TestTamperedOnDisk(t *testing.T) {
 	}
 }
 
-// TestOffline runs nodes while the farm does not answer. Only a node with a driver for its own COS build becomes ready.
+// TestOffline checks a run while the server does not answer. The run must succeed only if the installed driver is for
+// the node's COS build, and has the wanted version and flavour.
 func TestOffline(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -335,7 +336,7 @@ func TestOffline(t *testing.T) {
 	}
 }
 
-// builder returns an artifact that was published before.
+// builder stands in for a compiler on the node. It returns an artifact that the test has published.
 type builder struct {
 	answer resolve.Answer
 	asked  *resolve.Question
@@ -389,7 +390,7 @@ func TestMiss(t *testing.T) {
 			}
 		})
 	}
-	// The node's own key counts only for the node's own artifacts.
+	// The node trusts its own key only for artifacts that it compiled itself. This artifact comes from the server.
 	n := newNode(t, c, 1, farm)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unverified) {
 		t.Errorf("Run of a node-signed artifact from elsewhere = %v; want unverified", err)
@@ -457,7 +458,7 @@ func TestPolicyAndStatus(t *testing.T) {
 		}
 	}
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", "another\n")
-	status(fault.Internal, "") // loaded, but NVML was not asked in this boot
+	status(fault.Internal, "") // the driver is loaded; NVML was last asked before this boot
 	sample.Write(t, n.root, "sys/module/nvidia/version", oldVersion+"\n")
 	status(fault.Mismatch, "module nvidia has version "+oldVersion)
 	sample.Write(t, n.root, "sys/module/nvidia/version", newVersion+"\n")

@@ -25,7 +25,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// answers starts a web server that answers each request with this status and an HTML page.
+// answers starts a web server that answers each request with this status and an HTML page, as the login page of a
+// network does. It returns the address as a repository.
 func answers(t *testing.T, status int) string {
 	t.Helper()
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -37,13 +38,13 @@ func answers(t *testing.T, status int) string {
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 }
 
-// blobOf returns the file of a blob in an image layout.
+// blobOf returns the path of a blob's file in an OCI image layout.
 func blobOf(lay, digest string) string {
 	return filepath.Join(strings.TrimPrefix(lay, "oci:"), "blobs/sha256", strings.TrimPrefix(digest, "sha256:"))
 }
 
 // TestNextRepository checks that a node reads an artifact from a configured registry if the repository that the server
-// names does not serve it.
+// names fails.
 func TestNextRepository(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -98,8 +99,9 @@ func TestNextRepository(t *testing.T) {
 	}
 }
 
-// TestWebPageIsNoSuccess checks that a web page or wrong bytes in place of the farm do not excuse a run: the node has
-// to ask again. The driver stays.
+// TestWebPageIsNoSuccess checks runs on a node whose driver works. If the server does not answer, a run may succeed. If
+// a web page or wrong bytes come instead of the server's answer, a run must fail, so that the node asks again. The
+// driver must stay ready in each case.
 func TestWebPageIsNoSuccess(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -126,8 +128,8 @@ func TestWebPageIsNoSuccess(t *testing.T) {
 	}
 }
 
-// TestNextRepositoryFails checks that the error names each repository that was tried, and that a node does not ask
-// registries for what it compiled itself.
+// TestNextRepositoryFails checks that the error names each repository that the node tried. It also checks that the node
+// does not search the registries for an artifact that it compiled itself.
 func TestNextRepositoryFails(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -151,7 +153,7 @@ func TestNextRepositoryFails(t *testing.T) {
 	}
 }
 
-// withoutProvenance is a repository that leaves out the statements about the build.
+// withoutProvenance is a repository that does not serve the statements about the build (provenance).
 type withoutProvenance struct {
 	agent.Repository
 	v *trust.Verifier
@@ -166,13 +168,13 @@ func (w withoutProvenance) AttachedIf(ctx context.Context, digest, artifactType 
 	}), err
 }
 
-// reject attaches the statement that the driver failed its load test.
+// reject attaches a signed statement that the driver failed its load test.
 func reject(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell) {
 	t.Helper()
 	attachTest(t, ref, digest, key, c, false)
 }
 
-// attachTest attaches the result of a load test, which passed or rejects the driver.
+// attachTest attaches a signed result of a load test. If passed is false, the kernel rejected the driver.
 func attachTest(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cell, passed bool) {
 	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{})
@@ -194,8 +196,9 @@ func attachTest(t *testing.T, ref, digest string, key *testkit.Key, c sample.Cel
 	}
 }
 
-// TestNextRepositoryKeepsRefusals checks that the statements of a repository that failed still count: an older mirror
-// lacks the statement that the driver failed its load test.
+// TestNextRepositoryKeepsRefusals checks that a refusal counts even if its repository cannot be used. The first
+// repository has the statement that the driver failed its load test, but no provenance. The mirror is older and lacks
+// that statement. The node must not load the driver.
 func TestNextRepositoryKeepsRefusals(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -220,7 +223,8 @@ func TestNextRepositoryKeepsRefusals(t *testing.T) {
 	}
 }
 
-// withJunk is a repository that adds more than 16 MiB of payloads that are no statements.
+// withJunk is a repository that adds more than 16 MiB of data that is no statement. 16 MiB is the node's limit for all
+// statements of an artifact.
 type withJunk struct{ agent.Repository }
 
 func (w withJunk) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
@@ -229,14 +233,14 @@ func (w withJunk) AttachedIf(ctx context.Context, digest, artifactType string, u
 	for i := range 15 {
 		all = append(all, bytes.Repeat([]byte{byte(i)}, 1<<20))
 	}
-	for i := range 5000 { // small ones fill the limit to the end
+	for i := range 5000 { // small payloads use up the rest of the limit
 		all = append(all, fmt.Appendf(nil, "%-256d", i))
 	}
 	return all, err
 }
 
-// TestNextRepositoryWithJunk checks that payloads that are no statements push out no statement of another repository,
-// neither a refusal nor a permission.
+// TestNextRepositoryWithJunk checks two repositories that serve too much data that is no statement. The node must still
+// read the statements of both: the result of the load test from the first one, and the provenance from the second one.
 func TestNextRepositoryWithJunk(t *testing.T) {
 	t.Parallel()
 	for _, refused := range []bool{true, false} {

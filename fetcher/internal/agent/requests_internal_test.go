@@ -20,11 +20,13 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestRequestsOfEvidence counts the requests for the statements of an artifact that has one of each kind, as a builder
-// publishes it. A node reads three of them: the provenance, the kernel match and the result of the load test.
+// TestRequestsOfEvidence counts the HTTP requests with which a node reads the statements of an artifact. The artifact
+// has one statement of each kind, as a builder publishes it. The node needs three of them: the provenance, the kernel
+// match and the result of the load test.
 func TestRequestsOfEvidence(t *testing.T) {
 	t.Parallel()
-	// The manifest, the config, the list, and a manifest and a payload for each of three statements.
+	// These are the manifest, the config, the list of statements, and then a manifest and a payload for each of three
+	// statements.
 	const least = 3 + 3*2
 	key := testkit.NewKey(t)
 	for _, row := range []struct {
@@ -33,11 +35,12 @@ func TestRequestsOfEvidence(t *testing.T) {
 		site             bool
 		want             int
 	}{
-		// The test's registry lists another artifact type than the manifest of the build log has, so a client reads that one.
+		// The last request is for the build log: the test's registry lists it with a wrong artifact type, so the client must
+		// read its manifest.
 		{"registry", true, false, false, 1 + least + 1},
 		{"registry with a login", true, true, false, 2 + least + 1},
 		{"registry without the referrers API", false, false, false, 2 + least},
-		{"site", false, false, true, 1 + least}, // its index comes first
+		{"site", false, false, true, 1 + least}, // the client reads the site's index first
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -52,7 +55,7 @@ func TestRequestsOfEvidence(t *testing.T) {
 				mu.Unlock()
 				switch {
 				case r.URL.Path == "/token":
-					_, _ = fmt.Fprint(w, `{"token":"t"}`) // an error means that the client is gone
+					_, _ = fmt.Fprint(w, `{"token":"t"}`) // fails only if the client has closed the connection
 				case row.login && r.Header.Get("Authorization") != "Bearer t":
 					w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token",service="test"`)
 					w.WriteHeader(http.StatusUnauthorized)
@@ -90,7 +93,7 @@ func TestRequestsOfEvidence(t *testing.T) {
 	}
 }
 
-// publishAll publishes an artifact with a labelled statement of each kind, and a build log.
+// publishAll publishes an artifact with a build log and one statement of each kind. The statements have labels.
 func publishAll(t *testing.T, ref string, key *testkit.Key, s testkit.Sample) {
 	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{Plain: true})

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// changing is a verifier whose keys change when they are read again.
+// changing is a verifier that reads its keys again on request. file stands for the keys on the disk, and read for the
+// keys in use.
 type changing struct {
 	file, read atomic.Pointer[trust.Verifier]
 }
@@ -30,8 +31,8 @@ func (c *changing) Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, err
 func (c *changing) Statement(b []byte) (*trust.Statement, error) { return c.read.Load().Statement(b) }
 func (c *changing) Wanted(k target.Kernel) []map[string]string   { return c.read.Load().Wanted(k) }
 
-// TestMonitorReadsKeysAgain checks that a node that has its driver learns of changed keys. It makes no run: the driver
-// that no longer verifies stays loaded, and the verdict says that it will not be loaded again.
+// TestMonitorReadsKeysAgain changes the trusted keys while Monitor checks a loaded driver. If the driver no longer
+// verifies, it must stay loaded, and the verdict must say that the agent will not load it again.
 func TestMonitorReadsKeysAgain(t *testing.T) {
 	t.Parallel()
 	key, other, ref := testkit.NewKey(t), testkit.NewKey(t), layout(t)

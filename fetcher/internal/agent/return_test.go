@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestUnprovedComesBack starts with a loaded driver that does not verify. After a failure of the next driver, it must
-// be loaded again from its own files. The next driver must not be tried endlessly.
+// TestUnprovedComesBack starts with a loaded driver that no longer verifies. If the next driver fails, the agent must
+// load the former driver again from its own files. It must not try the next driver endlessly.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
@@ -47,7 +47,7 @@ func TestUnprovedComesBack(t *testing.T) {
 			t.Errorf("%s: system calls (-want +got):\n%s", name, diff)
 		}
 		for range 3 {
-			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the calls below show the result
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the test checks the system calls of the last run
 		}
 		if len(n.kernel.calls) != 0 {
 			t.Errorf("%s: the agent still tries the failing driver: %v", name, n.kernel.calls)
@@ -55,8 +55,8 @@ func TestUnprovedComesBack(t *testing.T) {
 	}
 }
 
-// TestRefusedIsKept checks that a driver that must wait is fetched only once. Nothing is fetched while a foreign driver
-// stays loaded.
+// TestRefusedIsKept checks when the agent downloads a driver that it cannot load yet: never while it must keep a
+// foreign driver, and only once while a program uses the GPU.
 func TestRefusedIsKept(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -80,7 +80,7 @@ func TestRefusedIsKept(t *testing.T) {
 	}
 }
 
-// TestForeignIsLeftAlone checks that a working foreign driver is not unloaded repeatedly for a driver that fails.
+// TestForeignIsLeftAlone checks that the agent unloads a working foreign driver at most twice if its own driver fails.
 func TestForeignIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -104,8 +104,8 @@ func TestForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestMissingModuleIsProved checks that the agent verifies the file of a missing module before it loads the module. It
-// must not load a file that somebody replaced on the node.
+// TestMissingModuleIsProved checks that the agent verifies the file of a missing module before it loads the module. The
+// test replaces that file, and the file's digest in set.json, so the agent must load nothing.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := publishTwo(t, 1)
@@ -123,7 +123,8 @@ func TestMissingModuleIsProved(t *testing.T) {
 	}
 }
 
-// TestNextIsOfTheWish checks that a waiting driver is not activated if it does not match the present wish.
+// TestNextIsOfTheWish checks a driver that waits for a reboot but no longer matches the wish. After the reboot, the
+// agent must load the active driver instead.
 func TestNextIsOfTheWish(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)

@@ -12,16 +12,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestRollbackOfABusyDriver rolls back a driver that is in use. The driver must stay until the node reboots or the GPU
-// is idle, even if the program is started again meanwhile. Then the previous driver must be loaded, and stay.
+// TestRollbackOfABusyDriver rolls back a driver while a program uses it. The driver must stay loaded until the node
+// reboots or the GPU is idle, even if the fetcher is started again meanwhile. Then the agent must load the previous
+// driver, and keep it.
 func TestRollbackOfABusyDriver(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name   string
-		then   func(t *testing.T, n *node) // ends the use of the driver
-		unload bool                        // whether the driver is unloaded then
-		broken bool                        // whether the previous driver no longer loads
-		retry  bool                        // whether the operator asks for the present driver again, before that
+		then   func(t *testing.T, n *node) // ends the use of the newer driver
+		unload bool                        // whether the agent then unloads the newer driver
+		broken bool                        // whether the kernel refuses the older driver
+		retry  bool                        // whether the operator asks for the newer driver again before the use ends
 		want   string                      // the version of the loaded driver at the end
 	}{
 		{name: "reboot", then: func(t *testing.T, n *node) { n.reboot(t) }, want: oldVersion},
@@ -45,7 +46,7 @@ func TestRollbackOfABusyDriver(t *testing.T) {
 				len(n.kernel.calls) > 0 {
 				t.Fatalf("Rollback = %v, hint %q, calls %v; want busy, and nothing done", err, fault.Hint(err), n.kernel.calls)
 			}
-			for range 2 { // the driver works, and is reported as such
+			for range 2 { // the newer driver works, and its verdict is ready
 				r, err := n.run(t, ref, pn.Digest, newer.Driver)
 				if !fault.Is(err, fault.Busy) || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest ||
 					r.Pending == "" || len(n.kernel.calls) > 0 {
@@ -64,11 +65,11 @@ func TestRollbackOfABusyDriver(t *testing.T) {
 				n.kernel.refuse["nvidia "+oldVersion] = syscall.ENODEV
 			}
 			row.then(t, n)
-			r, _ := n.run(t, ref, pn.Digest, newer.Driver) // the error says why it is not the wanted driver
+			r, _ := n.run(t, ref, pn.Digest, newer.Driver) // the error says that the loaded driver is not the wanted one
 			if got := slices.Contains(n.kernel.calls, "unload nvidia"); got != row.unload {
 				t.Errorf("calls %v; want the present driver unloaded: %v", n.kernel.calls, row.unload)
 			}
-			for range 3 { // the result stays
+			for range 3 { // later runs change nothing
 				r, _ = n.run(t, ref, pn.Digest, newer.Driver)
 			}
 			want := po.Digest

@@ -24,13 +24,13 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// reboot removes all modules from the kernel.
+// reboot simulates a reboot: the boot ID is new, and no module is loaded.
 func (n *node) reboot(t testing.TB) {
 	t.Helper()
 	n.boots++
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))
 	sample.Write(t, n.root, "proc/modules", "")
-	// the path on COS's kernel command line
+	// COS sets this path on the kernel's command line.
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n")
 	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm",
 		"sys/module/nvidia_modeset"} {
@@ -45,8 +45,8 @@ func (n *node) rollback() (*agent.Report, error) {
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
 }
 
-// TestAbsoluteLinks checks that absolute links are followed inside the node. Some images have such links for the
-// install folder and os-release.
+// TestAbsoluteLinks checks that the agent follows absolute links inside the node's root. Some node images have such
+// links for the install folder and os-release.
 func TestAbsoluteLinks(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -67,14 +67,14 @@ func TestAbsoluteLinks(t *testing.T) {
 	}
 }
 
-// linked answers as NVML does with one GPU.
+// linked stands in for NVML with one GPU. Unlike probe, it reads nothing below the node's root.
 type linked struct{}
 
 func (linked) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
 }
 
-// killed runs the agent once, and kills the run during the load of a module.
+// killed runs the agent once. The fake kernel kills the run when it loads the given module.
 func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
 	t.Helper()
 	n.kernel.die = module + " " + c.Driver.Version
@@ -91,7 +91,7 @@ func loads(version string) []string {
 	return []string{"load nvidia " + version, "load nvidia_uvm " + version, "load nvidia_modeset " + version}
 }
 
-// bare publishes a driver for a node that has none and has just booted.
+// bare returns a node that has just booted and has no driver. A driver for this node is published.
 func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
@@ -103,7 +103,8 @@ func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published)
 	return n, ref, c, p
 }
 
-// publishTwo publishes two drivers for one node. The older driver is active.
+// publishTwo publishes two drivers for one node, and activates the older one. Afterwards, NVML reports the given number
+// of usable GPUs.
 func publishTwo(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cell, po, pn sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
@@ -119,7 +120,7 @@ func publishTwo(t *testing.T, usable int) (n *node, ref string, older, newer sam
 	return n, ref, older, newer, po, pn
 }
 
-// TestBootWithoutFarm checks that a node gets its driver after a reboot, whatever the farm answers.
+// TestBootWithoutFarm checks that a node loads its installed driver after a reboot, whatever the server answers.
 func TestBootWithoutFarm(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -150,7 +151,8 @@ func TestBootWithoutFarm(t *testing.T) {
 	}
 }
 
-// TestLoadPinFirst checks that a certain refusal by LoadPin is reported before the farm is asked.
+// TestLoadPinFirst checks a node on which LoadPin refuses all modules of other file systems. The agent must say so
+// before it asks the server.
 func TestLoadPinFirst(t *testing.T) {
 	t.Parallel()
 	c := sample.NewCell(t, buildA, newVersion)
@@ -167,8 +169,8 @@ func TestLoadPinFirst(t *testing.T) {
 	}
 }
 
-// TestUnusableGivesWay checks that the previous driver replaces a driver that drives no GPU. After a second failure,
-// that driver needs --retry.
+// TestUnusableGivesWay checks that the agent returns to the previous driver if the new driver cannot use any GPU. After
+// the second failure, the agent tries the new driver again only with --retry.
 func TestUnusableGivesWay(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -195,7 +197,7 @@ func TestUnusableGivesWay(t *testing.T) {
 			t.Errorf("%d: tree (-want +got):\n%s", i, diff)
 		}
 	}
-	// A GPU that no driver can use must not cause a rollback.
+	// If no driver can use the GPU, the agent must keep the new driver: the previous one would not help.
 	n.parts.Probe, n.cfg.Retry = probe{n.root, 0}, true
 	if _, err := n.run(t, ref, po.Digest, older.Driver); !fault.Is(err, fault.Unusable) {
 		t.Errorf("the former driver on a broken GPU: %v; want unusable", err)
@@ -210,7 +212,7 @@ func TestUnusableGivesWay(t *testing.T) {
 	}
 }
 
-// byVersion stands in for NVML on a node with a GPU that one driver version cannot use.
+// byVersion stands in for NVML on a node with one GPU, which the driver version unfit cannot use.
 type byVersion struct{ root, unfit string }
 
 func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -221,7 +223,8 @@ func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpu
 	return n, err
 }
 
-// TestKilledWhileLoading kills a run during the load. The next run must complete or undo the load without the farm.
+// TestKilledWhileLoading kills a run while it loads a driver. The next run must complete or undo the load, although the
+// server does not answer.
 func TestKilledWhileLoading(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
@@ -231,7 +234,7 @@ func TestKilledWhileLoading(t *testing.T) {
 		n.killed(t, ref, pn.Digest, newer, module)
 		n.parts.Finder = away
 		r, err := n.runAs(t)
-		if begun { // one module is in the kernel, so the run completes the load
+		if begun { // one module is already in the kernel, so the run must complete the load
 			if v := r.Verdict; err != nil || v.State != gpucheck.Ready || v.Digest != pn.Digest {
 				t.Errorf("killed at %s: %+v, %v; want the new driver", module, v, err)
 			}
@@ -247,11 +250,11 @@ func TestKilledWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice.
+// TestPanicWhileLoading checks that the agent tries a driver that crashes the node only twice.
 func TestPanicWhileLoading(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
-	for range 2 { // each start of the program first loads the former driver
+	for range 2 { // each run first loads the former driver, and then crashes the node
 		n.killed(t, ref, pn.Digest, newer, "nvidia")
 		n.reboot(t)
 	}
@@ -265,7 +268,8 @@ func TestPanicWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicOfTheInstalled checks that the previous driver is loaded if the active one crashes the node after a reboot.
+// TestPanicOfTheInstalled checks an active driver that crashes the node after each reboot. After two crashes, the agent
+// must load the previous driver.
 func TestPanicOfTheInstalled(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -284,7 +288,7 @@ func TestPanicOfTheInstalled(t *testing.T) {
 	}
 }
 
-// TestRollbackLasts checks that a later run does not undo a rollback by hand.
+// TestRollbackLasts checks that a later run does not undo a rollback that an operator made.
 func TestRollbackLasts(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -311,7 +315,7 @@ func TestRollbackLasts(t *testing.T) {
 	}
 }
 
-// TestForeignStays checks that a foreign driver stays, unless the owner permits its removal.
+// TestForeignStays checks that the agent keeps a foreign driver, unless the operator sets --foreign replace.
 func TestForeignStays(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -341,7 +345,8 @@ func TestForeignStays(t *testing.T) {
 	}
 }
 
-// TestChangedParameters checks that a changed parameter is reported, and takes effect at the next load.
+// TestChangedParameters checks that the agent reports a changed module parameter while the driver is loaded, and uses
+// it at the next load.
 func TestChangedParameters(t *testing.T) {
 	t.Parallel()
 	n, ref, older, _, po, _ := publishTwo(t, 1)
@@ -365,7 +370,8 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
-// TestRefusedLeavesNothing checks that a refused driver changes neither firmware path nor device files.
+// TestRefusedLeavesNothing checks a new driver that the kernel refuses. Afterwards, the firmware path and the device
+// files must be those of the former driver.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -390,7 +396,8 @@ func TestRefusedLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestUninstallKilled kills an uninstall. The next one must complete it.
+// TestUninstallKilled simulates an uninstall that was killed after its first step. The next run must complete the
+// uninstall.
 func TestUninstallKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -403,7 +410,7 @@ func TestUninstallKilled(t *testing.T) {
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
 	}
-	// Former releases of this program removed the pointer to the driver before the links.
+	// In former releases, the first step of an uninstall removed this pointer to the active driver.
 	if err := os.Remove(filepath.Join(n.root, installDir, ".prebake/current")); err != nil {
 		t.Fatal(err)
 	}
@@ -417,7 +424,8 @@ func TestUninstallKilled(t *testing.T) {
 	}
 }
 
-// TestHelperModule checks that the node's modprobe loads the missing kernel module before nvidia-drm.
+// TestHelperModule checks that the agent runs the node's modprobe for drm_kms_helper, which nvidia-drm needs, but only
+// if that module is not loaded yet.
 func TestHelperModule(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// asks gives the node a policy that demands a snapshot from a folder. New parts on the same disk simulate a restart of
-// the program.
+// asks makes the node demand that the snapshot in the folder from lists a driver. The node then reads its former
+// snapshot from the disk, as after a restart of the program.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -42,8 +42,8 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 	n.parts.Verifier, n.parts.Refresh, n.parts.Now = v, rule.Refresh, now
 }
 
-// TestSnapshotKeepsOut checks that a node installs what its snapshot lists. An attack on the snapshot blocks a new
-// driver, but never the active one.
+// TestSnapshotKeepsOut checks that a node installs a new driver only if the snapshot lists it as published. An attack
+// on the snapshot may keep out a new driver, but the active driver must stay.
 func TestSnapshotKeepsOut(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -76,12 +76,12 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 
 	for name, row := range map[string]struct {
-		// before is the folder of the snapshot for the older driver. from is the folder of the later snapshot for the newer
-		// driver.
+		// before is the folder of the snapshot with which the node installs the older driver. from is the folder of the
+		// snapshot with which the node then asks for the newer driver.
 		before, from string
 		after        time.Duration
 		want         error // nil means that the driver is installed
-		excused      bool  // no error, because the node has a driver and cannot do better
+		excused      bool  // whether the run succeeds nevertheless, because the node has a driver
 	}{
 		"the newest list has it":    {before: seen, from: farm.Dir},
 		"the list does not have it": {before: first, from: seen, want: listed.ErrUnlisted},
@@ -131,8 +131,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 }
 
-// TestSnapshotTakesNothingAway checks that an installed driver survives the expiry of the snapshot. A yanked driver is
-// not loaded again, and a running driver is not unloaded.
+// TestSnapshotTakesNothingAway checks that the node still loads its driver after the snapshot expired, was damaged, or
+// listed the driver as quarantined. A yanked driver stays loaded, but the node must not load it after a reboot.
 func TestSnapshotTakesNothingAway(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -195,7 +195,8 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// TestSnapshotDryRun checks that a dry run verifies the snapshot, but stores nothing.
+// TestSnapshotDryRun checks that a dry run verifies the snapshot: both the run and Explain must say that the snapshot
+// does not list the driver.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

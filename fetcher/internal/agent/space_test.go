@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// TestTooLittleSpace checks that nothing is fetched if a driver does not fit on the disk. The active driver stays.
+// TestTooLittleSpace checks that the agent fetches nothing, and keeps the active driver, if the new driver does not fit
+// on the disk.
 func TestTooLittleSpace(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -44,8 +45,8 @@ func TestTooLittleSpace(t *testing.T) {
 	}
 }
 
-// TestLittleSpaceWithoutDriver checks that a node without a driver for its COS build tries the fetch, because the size
-// is only an estimate.
+// TestLittleSpaceWithoutDriver checks a node without a driver whose disk seems to be too small. The node must try the
+// fetch, because the needed space is only an estimate.
 func TestLittleSpaceWithoutDriver(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -55,8 +56,9 @@ func TestLittleSpaceWithoutDriver(t *testing.T) {
 	}
 }
 
-// TestLittleSpaceWithDamagedDriver checks that a node whose installed driver is damaged, so that none is loaded, tries
-// the fetch too. While the driver is loaded, the node keeps it and spares the disk.
+// TestLittleSpaceWithDamagedDriver checks a node whose installed driver is damaged and whose disk seems to be too
+// small. While the driver is loaded, the node must keep it and fetch nothing. After a reboot, no driver is loaded, so
+// the node must try the fetch.
 func TestLittleSpaceWithDamagedDriver(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -74,8 +76,8 @@ func TestLittleSpaceWithDamagedDriver(t *testing.T) {
 	}
 }
 
-// TestDiskFullText checks that the error of a full disk has no number that changes, because each other text is another
-// Event in the cluster.
+// TestDiskFullText checks that the text of the error does not change with the free space. For each new text, the
+// cluster gets another Event.
 func TestDiskFullText(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -90,7 +92,7 @@ func TestDiskFullText(t *testing.T) {
 	}
 }
 
-// blobs changes the streams of layers.
+// blobs is a repository whose layers are read through the function change.
 type blobs struct {
 	agent.Repository
 	change func(digest string, rc io.ReadCloser) io.ReadCloser
@@ -104,7 +106,7 @@ func (b blobs) Blob(ctx context.Context, digest string, size int64) (io.ReadClos
 	return b.change(digest, rc), nil
 }
 
-// closing calls a function when it is closed.
+// closing is a stream that calls done when it is closed.
 type closing struct {
 	io.ReadCloser
 	done func()
@@ -115,7 +117,7 @@ func (c closing) Close() error {
 	return c.ReadCloser.Close()
 }
 
-// full fails as a full disk does, after it has waited.
+// full is a stream that fails like a write to a full disk. Before that, it calls wait.
 type full struct {
 	io.ReadCloser
 	wait func()
@@ -126,7 +128,8 @@ func (f full) Read([]byte) (int, error) {
 	return 0, syscall.ENOSPC
 }
 
-// TestLayersOutliveFullDisk checks that complete layers stay on the disk if the disk is full before the last layer.
+// TestLayersOutliveFullDisk lets the disk become full while the last layer is written. The complete layers must stay on
+// the disk, so that the next run fetches only the last one.
 func TestLayersOutliveFullDisk(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)

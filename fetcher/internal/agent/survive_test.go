@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestUnusableAndOpen checks a new driver that fails while a program has it open. It must stay active, as libraries and
-// modules must match. A later run must replace the idle driver.
+// TestUnusableAndOpen checks a new driver that cannot use the GPU while a program has it open. The new driver must stay
+// active, because the libraries must match the loaded modules. Once no program uses the driver, a run may replace it.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -42,7 +42,8 @@ func TestUnusableAndOpen(t *testing.T) {
 	}
 }
 
-// TestKilledWhileLooking kills a run during the check of the GPUs. The next run must check the same driver.
+// TestKilledWhileLooking kills a run while it checks the GPUs with a new driver. The next run must check that driver
+// again. Because it cannot use the GPU, the run must return to the former driver.
 func TestKilledWhileLooking(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -66,8 +67,8 @@ type dying struct{}
 
 func (dying) Probe(context.Context, string, bool) (gpucheck.NVML, error) { panic("killed") }
 
-// TestNextAfterReboot checks that a driver that found the GPU in use is activated after a reboot, even without the
-// farm. The delay causes no second fetch, and is no failure.
+// TestNextAfterReboot checks a new driver that must wait, because a program uses the GPU. The node must fetch it only
+// once. After a reboot, the node must load it, even if the server does not answer.
 func TestNextAfterReboot(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -80,7 +81,7 @@ func TestNextAfterReboot(t *testing.T) {
 				r.FetchedBytes)
 		}
 	}
-	// A farm that forgot the driver must not cause its removal from the disk.
+	// The server does not know the driver any more. The agent must keep it on the disk nevertheless.
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: "server"}}
 	if r, err := n.runAs(t); err != nil || !strings.Contains(r.Pending, newVersion) {
 		t.Errorf("with a farm that knows nothing: %v, pending %q; want the driver still pending", err, r.Pending)
@@ -93,12 +94,12 @@ func TestNextAfterReboot(t *testing.T) {
 	}
 }
 
-// TestFullDiskAtBoot checks that a full disk does not prevent the load of an installed driver.
+// TestFullDiskAtBoot checks that the agent loads an installed driver although the disk is full.
 func TestFullDiskAtBoot(t *testing.T) {
 	t.Parallel()
 	n, ref, older, _, po, _ := publishTwo(t, 1)
 	n.reboot(t)
-	// Every small file is first written under this name.
+	// The agent first writes each small file under this name, and then renames it. A folder of this name makes that fail.
 	if err := os.Mkdir(filepath.Join(n.root, installDir, ".prebake/tmp-file"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +109,8 @@ func TestFullDiskAtBoot(t *testing.T) {
 	}
 }
 
-// TestHostileAttempts checks that damaged or wrong records do not cost the node its driver.
+// TestHostileAttempts checks that the agent loads the active driver although its file with records of load attempts is
+// damaged or has wrong content.
 func TestHostileAttempts(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, po, _ := publishTwo(t, 1)

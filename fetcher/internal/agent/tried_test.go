@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestTried checks that the result of each tried artifact is reported once.
+// TestTried checks the reports that a node sends to the server: one for each attempt to load an artifact.
 func TestTried(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -35,7 +35,7 @@ func TestTried(t *testing.T) {
 	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil { // this run tries nothing
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil { // this run loads nothing
 		t.Fatal(err)
 	}
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {

@@ -22,7 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// updated makes a node with a driver, and then updates COS. The newer driver is for the new COS build.
+// updated returns a node whose COS was updated after it got a driver. The newer driver is published for the new COS
+// build.
 func updated(t *testing.T) (n *node, ref string, newer sample.Cell, pn sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
@@ -39,7 +40,7 @@ func updated(t *testing.T) (n *node, ref string, newer sample.Cell, pn sample.Pu
 	return n, ref, newer, pn
 }
 
-// killedIn runs the agent once, and kills the run when a phase begins.
+// killedIn runs the agent once, and kills the run when the given phase begins.
 func (n *node) killedIn(t *testing.T, phase string) {
 	t.Helper()
 	n.kernel.calls = nil
@@ -57,13 +58,13 @@ func (n *node) killedIn(t *testing.T, phase string) {
 }
 
 // TestKilledAfterUpdate kills the first load of a driver after an update of COS. The former driver is for another COS
-// build, so the next run must load the new one from the disk, although the farm is away. A driver that takes the node
-// down twice must not be loaded again.
+// build. So the next run must load the new driver from the disk, although the server does not answer. If the new driver
+// crashes the node twice, it must not be loaded again.
 func TestKilledAfterUpdate(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	for _, reboots := range []bool{false, true} {
-		for _, phase := range []string{"install", "load"} { // before the switch, and at the load of the first module
+		for _, phase := range []string{"install", "load"} { // before the switch of links, or at the load of the first module
 			n, ref, newer, pn := updated(t)
 			if phase == "load" {
 				n.killed(t, ref, pn.Digest, newer, "nvidia")
@@ -94,8 +95,9 @@ func TestKilledAfterUpdate(t *testing.T) {
 	}
 }
 
-// TestKilledFirstLoad kills the load of the only driver: on a new node, or after a reboot. The next run must load it
-// from the disk, although the farm is away, and although the disk is full in the second case.
+// TestKilledFirstLoad kills a run before it loads the only driver of a node. In the first case the node is new; in the
+// second case it has just booted, and its disk becomes full. The next run must load the driver from the disk, although
+// the server does not answer.
 func TestKilledFirstLoad(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
@@ -111,7 +113,7 @@ func TestKilledFirstLoad(t *testing.T) {
 		n.killedIn(t, "install")
 		if full {
 			n.fillDisk(t, true)
-			// Every link is first made under this name.
+			// The agent first makes each link under this name, and then renames it. A folder of this name makes that fail.
 			sample.Write(t, n.root, installDir+"/.prebake/tmp-link/x", "")
 		}
 		n.parts.Finder = away
@@ -124,8 +126,8 @@ func TestKilledFirstLoad(t *testing.T) {
 	}
 }
 
-// TestRollbackKilled kills a rollback by hand. The next run must complete it: the farm still offers the newer driver,
-// which the operator did not want.
+// TestRollbackKilled kills an operator's rollback. The next run must complete the rollback, although the server still
+// offers the newer driver.
 func TestRollbackKilled(t *testing.T) {
 	t.Parallel()
 	for _, at := range []string{"nvidia", "nvidia_uvm", "probe"} {
@@ -161,8 +163,8 @@ func TestRollbackKilled(t *testing.T) {
 	}
 }
 
-// TestRollbackOnFullDisk fills the disk after a rollback was noted. The rollback must not report success and lose the
-// note: the farm still offers the newer driver, which the operator did not want.
+// TestRollbackOnFullDisk fills the disk when a rollback checks the older driver. The rollback must return an error, and
+// the node must not forget the rollback, although the server still offers the newer driver.
 func TestRollbackOnFullDisk(t *testing.T) {
 	t.Parallel()
 	for _, reboots := range []bool{false, true} {
@@ -195,8 +197,8 @@ func TestRollbackOnFullDisk(t *testing.T) {
 	}
 }
 
-// TestFailedRollbackIsNotNoted checks that a rollback that failed leaves no trace: the driver that works is not refused
-// later.
+// TestFailedRollbackIsNotNoted checks that a failed rollback has no effect on later runs: the agent must load the newer
+// driver, which works, after a reboot.
 func TestFailedRollbackIsNotNoted(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -214,9 +216,9 @@ func TestFailedRollbackIsNotNoted(t *testing.T) {
 	}
 }
 
-// TestNotedRollbackOutlivesRecords notes a rollback on a node with many records from a time when its clock was ahead.
-// The new records look like the oldest, but must not be dropped. The records are as this release writes them, so the
-// test also fails if a later release does not read them any more.
+// TestNotedRollbackOutlivesRecords records a rollback that waits for an idle GPU on a node that already has many
+// records. Those are from a time when the clock was ahead, so the new records look like the oldest. The node must not
+// drop them. The test writes the records as this release does, so it also fails if a later release cannot read them.
 func TestNotedRollbackOutlivesRecords(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -248,7 +250,7 @@ func TestNotedRollbackOutlivesRecords(t *testing.T) {
 	}
 }
 
-// fillRecords writes 32 records of drivers, as this release writes them.
+// fillRecords writes 32 records of load attempts, which is the maximum, as this release writes them.
 func (n *node) fillRecords(t *testing.T, record func(i int) string) {
 	t.Helper()
 	many := map[string]json.RawMessage{}
@@ -262,16 +264,16 @@ func (n *node) fillRecords(t *testing.T, record func(i int) string) {
 	sample.Write(t, n.root, attemptsFile, string(raw))
 }
 
-// TestNewFailureIsKept lets a driver fail on a node that has as many records as it keeps, all of them needed more. The
-// failures must be counted although the node reboots after each, and then loads its active driver first. Otherwise the
-// node would try the driver endlessly. The record that is needed least makes room.
+// TestNewFailureIsKept lets a driver fail on a node that has the maximum number of records. The node must count the
+// failures, although it reboots after each one and then loads its active driver first. Otherwise it would try the
+// failing driver endlessly. For the new record, the node must drop the record that matters least.
 func TestNewFailureIsKept(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		record func(i int) string
-		gone   int // the first record that makes room
+		gone   int // the record that the node must drop first
 	}{
-		"all took the node down": {func(i int) string { // record 23 is the oldest
+		"all took the node down": {func(i int) string { // record 23 has the earliest time
 			return fmt.Sprintf(`{"before":{},"at":"2026-01-01T00:%02d:00Z","crashes":2}`, (i+9)%32)
 		}, 23},
 		"all but one were rolled back": {func(i int) string {
@@ -312,8 +314,9 @@ func TestNewFailureIsKept(t *testing.T) {
 	}
 }
 
-// TestFailuresOutliveWrongClock lets two drivers fail in turn on a node with many records from a time when its clock
-// was ahead. No failure may push out the record of the other driver, although the old records look newer.
+// TestFailuresOutliveWrongClock lets two drivers fail in turn on a node with the maximum number of records. Those are
+// from a time when the clock was ahead, so they look newer. Still, the record of one failing driver must not replace
+// that of the other.
 func TestFailuresOutliveWrongClock(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -351,16 +354,17 @@ func TestFailuresOutliveWrongClock(t *testing.T) {
 	}
 }
 
-// TestOnlyRollbacksAreReported kills the load of an active driver after reboots, which rolls nothing back: there is no
-// other driver, or the previous one is only loaded in its place. A rollback that did happen is reported.
+// TestOnlyRollbacksAreReported kills the load of the active driver after a reboot. The next run must not report a
+// rollback: it loads the same driver again, or only loads the previous driver in its place. If the load of a new driver
+// is killed, the next run returns to the former driver, and must report that rollback.
 func TestOnlyRollbacksAreReported(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	says := func(r *agent.Report) bool { return strings.Contains(strings.Join(r.Plan, "\n"), "rolled back") }
 	for name, row := range map[string]struct {
-		previous bool // whether there is a previous driver
+		previous bool // whether the node has a previous driver
 		kills    int
-		reboots  bool // whether the node reboots after a kill, and not only before the first one
+		reboots  bool // whether the node also reboots after each kill
 	}{
 		"the only driver, killed once":             {kills: 1},
 		"the only driver, takes the node down":     {kills: 2, reboots: true},
@@ -400,8 +404,8 @@ func TestOnlyRollbacksAreReported(t *testing.T) {
 	}
 }
 
-// TestBusyRollbackIsNotReported checks that a rollback that is only noted, because the driver is in use, is not in the
-// list of what was done. Nor is a removal that was not done.
+// TestBusyRollbackIsNotReported checks a rollback while a program uses the driver. The report must not list the
+// rollback, or the removal of the only driver, as done.
 func TestBusyRollbackIsNotReported(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -419,8 +423,8 @@ func TestBusyRollbackIsNotReported(t *testing.T) {
 	}
 }
 
-// TestNotedRollbackOfARelease checks that the records of a rollback that waits keep their form: a node may be updated
-// to another release of the fetcher while the rollback waits.
+// TestNotedRollbackOfARelease checks that the agent can read the records of a waiting rollback in the form of this
+// release. A node may be updated to a later release of the fetcher while a rollback waits.
 func TestNotedRollbackOfARelease(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -439,9 +443,9 @@ func TestNotedRollbackOfARelease(t *testing.T) {
 	}
 }
 
-// TestEditBootBesideAnother checks that a run leaves the boot configuration and its record alone while another fetcher
-// works. Small files are written under one temporary name, so a write without the lock could give the content of one
-// record to another.
+// TestEditBootBesideAnother checks that a run changes neither the boot configuration nor the record of its changes
+// while another fetcher holds the lock. Both fetchers first write each small file under the same temporary name.
+// Without the lock, one record could get the content of another.
 func TestEditBootBesideAnother(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -471,7 +475,7 @@ func TestEditBootBesideAnother(t *testing.T) {
 	if _, err := agent.New(n.cfg, n.parts).Boot(true); !fault.Is(err, fault.Busy) || maker.undone {
 		t.Errorf("Boot, undone = %v; want busy", err)
 	}
-	// Nor does a run reset the count of changes then.
+	// While another fetcher holds the lock, a run must not reset the count of changes either.
 	const edits = `{"edits":1,"at":"2026-11-30T10:00:00Z","bootId":"x","applied":true}`
 	sample.Write(t, filepath.Dir(record), "boot.json", edits)
 	loadPin("0", "ro")

@@ -48,7 +48,8 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// TestUninstall checks that an uninstall restores folders, the cache file of Google's installer, and the firmware path.
+// TestUninstall checks that an uninstall restores the install folder, the file .cache of Google's installer, and the
+// firmware path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -61,14 +62,14 @@ func TestUninstall(t *testing.T) {
 	sample.Write(t, filepath.Join(n.root, installDir), ".cache", "BUILD_ID=1\nDRIVER_VERSION=2\n")
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/somebody/elses")
 	before := n.everything(t)
-	for range 2 { // two drivers, so that there is a previous one
+	for range 2 { // the second driver has a previous one
 		if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 			t.Fatal(err)
 		}
-		// A driver in use stays with all its files.
+		// A program uses the driver, so all its files must stay.
 		with := n.everything(t)
 		n.inUse(t, "1")
 		if _, err := n.uninstall(); !fault.Is(err, fault.Busy) {
@@ -98,7 +99,7 @@ func TestUninstall(t *testing.T) {
 	}
 }
 
-// TestHistory checks that the history has all events in their order.
+// TestHistory checks that the history has all events, in the order in which they happened.
 func TestHistory(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -134,7 +135,8 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// TestLibraryCache checks that the node's own programs find the libraries while the driver is active.
+// TestLibraryCache checks that etc/ld.so.conf of the node names the folder with the driver's libraries, but only until
+// the driver is uninstalled. The test runs this machine's ldconfig in the node's root.
 func TestLibraryCache(t *testing.T) {
 	t.Parallel()
 	program, err := os.ReadFile("/sbin/ldconfig")
@@ -153,7 +155,7 @@ func TestLibraryCache(t *testing.T) {
 		}
 		return string(raw)
 	}
-	for _, theirs := range []string{"", "/" + installDir + "/lib64\n"} { // the line that Google's installer leaves
+	for _, theirs := range []string{"", "/" + installDir + "/lib64\n"} { // Google's installer leaves this line behind
 		sample.Write(t, n.root, "etc/ld.so.conf", theirs)
 		for range 2 {
 			if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
@@ -175,7 +177,8 @@ func TestLibraryCache(t *testing.T) {
 	}
 }
 
-// TestGPUsDescribed checks that the GPUs are described for container runtimes while the driver is loaded.
+// TestGPUsDescribed checks that the node has a CDI file, which describes its GPUs to container runtimes, until the
+// driver is uninstalled.
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -18,7 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// halfway is a repository that fails in the middle of the statements: it serves the first ones, and lists the others.
+// halfway is a repository that fails while a node reads the statements. It serves the first ones only, as many as reads
+// says. It lists the statements in unread without serving them. isCut means that its list is incomplete.
 type halfway struct {
 	agent.Repository
 	reads  int
@@ -61,7 +62,8 @@ func (w withoutTests) AttachedIf(ctx context.Context, digest, artifactType strin
 	}), err
 }
 
-// attachmentsOf returns the attachments with statements of one type, as a registry lists them.
+// attachmentsOf returns the attachments that have statements of one type, as a registry lists them. If labels is false,
+// the list has no labels.
 func attachmentsOf(t *testing.T, ref, digest, predicate string, v *trust.Verifier, labels bool) (all []v1.Descriptor) {
 	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{})
@@ -96,8 +98,9 @@ func attachmentsOf(t *testing.T, ref, digest, predicate string, v *trust.Verifie
 	return all
 }
 
-// TestNextRepositoryOfUnread lets the first repository fail in the middle of its statements. What it served before
-// counts. A statement that it lists and does not serve, and that may refuse the driver, is needed from the mirror.
+// TestNextRepositoryOfUnread checks a first repository that fails while the node reads its statements. The statements
+// that it served must count. It may list a statement that it does not serve and that may refuse the driver. Then the
+// node needs that statement from the mirror.
 func TestNextRepositoryOfUnread(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -107,11 +110,11 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 		name          string
 		named, mirror bool // whether the repository has the result of a load test
 		reads         int
-		predicate     string // of the statements that are listed and not read; "" means that there are none
+		predicate     string // type of the statements that are listed but not served; "" means none
 		unlabelled    bool
 		isCut         bool
 		want          string
-		passed        bool // the result of the load test refuses nothing
+		passed        bool // whether the driver passed the load test
 	}{
 		{"the refusal was served", true, false, 99, "", false, false, rejected, false},
 		{"the refusal was listed, and nobody has it", true, false, 0, trust.PredicateTestResult, false, false,
@@ -150,7 +153,7 @@ func TestNextRepositoryOfUnread(t *testing.T) {
 				switch {
 				case err == nil && ref == named:
 					return halfway{r, row.reads, unread, row.isCut}, nil
-				case err == nil: // the mirror's list is older than its blobs
+				case err == nil: // the mirror has the statement's blob, but its list is older
 					return withoutTests{r, key.Verifier(t)}, nil
 				}
 				return r, err

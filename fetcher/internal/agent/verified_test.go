@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// edit changes the one file of the install folder that matches a pattern.
+// edit changes the one file of the install folder that matches a pattern. If change returns nil, edit removes the file.
 func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", pattern))
@@ -49,7 +49,7 @@ func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
 func flipped(raw []byte) []byte { return flip(raw, 0.5) }
 func gone([]byte) []byte        { return nil }
 
-// damages are changes that may happen to an install folder between two runs.
+// damages has changes that may happen to an install folder between two runs.
 var damages = map[string]func(t *testing.T, n *node){
 	"a byte of a module": func(t *testing.T, n *node) { n.edit(t, "layers/*/drivers/nvidia.ko", flipped) },
 	"a module that is never loaded": func(t *testing.T, n *node) {
@@ -164,8 +164,9 @@ func (n *node) removeAll(t *testing.T, pattern string) {
 	}
 }
 
-// TestVerifiedNow checks that files are compared with the signed content before they reach the kernel. Damaged files
-// are fetched again, or named in the error if there is no farm.
+// TestVerifiedNow checks that the agent compares the installed files with the signed content before it loads a module.
+// If files are damaged, the agent must fetch them again. If the server does not answer, the agent must load nothing,
+// and say why.
 func TestVerifiedNow(t *testing.T) {
 	t.Parallel()
 	for name, damage := range damages {
@@ -198,7 +199,7 @@ func TestVerifiedNow(t *testing.T) {
 					if len(n.kernel.calls) != 0 {
 						t.Errorf("system calls %v; want nothing loaded", n.kernel.calls)
 					}
-					// The node repairs itself as soon as the farm answers.
+					// As soon as the server answers again, the next run must repair the files.
 					if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 						t.Errorf("then: %+v, %v; want ready", r.Verdict, err)
 					}
@@ -209,7 +210,7 @@ func TestVerifiedNow(t *testing.T) {
 				if left := n.leftovers(t); len(left) != 0 {
 					t.Errorf("left over: %v", left)
 				}
-				// After that, the files are complete and nothing is fetched again.
+				// Afterwards, the files are complete, so the next run must fetch nothing.
 				if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.FetchedBytes != 0 {
 					t.Errorf("then: %d bytes, %v; want none", r.FetchedBytes, err)
 				}
@@ -224,8 +225,8 @@ func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolv
 	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
 }
 
-// TestAddedStays checks that foreign files in lib64 are no damage, and survive all changes. Google's installers write
-// NCCL plugins there on GKE's H100 and H200 nodes.
+// TestAddedStays checks that files of other programs in lib64 and bin do not count as damage, and that the agent never
+// removes them. On GKE's nodes with H100 and H200, Google's installers write NCCL plugins to lib64.
 func TestAddedStays(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -255,7 +256,8 @@ func TestAddedStays(t *testing.T) {
 	there()
 }
 
-// TestAddedBeforeDriver checks that a library that was in lib64 before the first driver stays there, and is no damage.
+// TestAddedBeforeDriver checks a library that was in lib64 before the first driver. The library must stay there, and
+// must not count as damage.
 func TestAddedBeforeDriver(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -285,8 +287,8 @@ func errText(err error) string {
 	return err.Error()
 }
 
-// TestKeyNoLongerTrusted checks that artifacts of a revoked key are not loaded at the next boot, even without a
-// network.
+// TestKeyNoLongerTrusted checks a driver whose signing key the node no longer trusts. After a reboot, the agent must
+// not load the driver, even if the server does not answer.
 func TestKeyNoLongerTrusted(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := publishTwo(t, 1)
@@ -298,7 +300,8 @@ func TestKeyNoLongerTrusted(t *testing.T) {
 	}
 }
 
-// TestNodesOwnAfterReboot checks that an artifact of this node needs the node's own key.
+// TestNodesOwnAfterReboot checks that the agent accepts the node's own key only for a driver that the node compiled
+// itself.
 func TestNodesOwnAfterReboot(t *testing.T) {
 	t.Parallel()
 	farm, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -325,7 +328,7 @@ func TestNodesOwnAfterReboot(t *testing.T) {
 	}
 }
 
-// TestRollbackVerifies checks that a driver is verified before a rollback unloads the running one.
+// TestRollbackVerifies checks that a rollback verifies the previous driver before it unloads the active one.
 func TestRollbackVerifies(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -350,8 +353,8 @@ func TestRollbackVerifies(t *testing.T) {
 	}
 }
 
-// TestPendingIsNotReadAgain checks that the files of a waiting driver are read again only after a write to them, and
-// before a load.
+// TestPendingIsNotReadAgain checks a driver that waits for an idle GPU. The agent must read its files again only after
+// a write to them, and before the load.
 func TestPendingIsNotReadAgain(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)
@@ -403,8 +406,8 @@ func watchOpens(t *testing.T, name string) func() bool {
 	}
 }
 
-// TestCopiedFolder copies an install folder without its links, so that folders are in place of the pointers. A run must
-// work on with the driver, also without the farm, and an uninstall, too.
+// TestCopiedFolder checks an install folder after `cp -L`, so that .prebake/current and previous are folders and no
+// links. Runs must still use the driver, although the server does not answer, and an uninstall must work.
 func TestCopiedFolder(t *testing.T) {
 	t.Parallel()
 	for _, reboots := range []bool{false, true} {

@@ -30,7 +30,7 @@ func TestWindow(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// The same time in another zone gives the same result.
+			// The same time in another time zone must give the same result.
 			if got := w.Closed(now.In(time.FixedZone("x", 3600))) == ""; got != want {
 				t.Errorf("%s at %s: open %t; want %t", text, at, got, want)
 			}
@@ -43,8 +43,8 @@ func TestWindow(t *testing.T) {
 	}
 }
 
-// TestMaintenance checks that a working driver is replaced only within the owner's hours. A node without a driver
-// ignores them.
+// TestMaintenance checks that the agent replaces a working driver only during the maintenance hours. If no driver is
+// loaded, the hours do not matter.
 func TestMaintenance(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)
@@ -89,7 +89,7 @@ func TestWaitIdle(t *testing.T) {
 	n.cfg.WaitIdle = time.Minute
 	n.answer(ref, pn.Digest, newer.Driver)
 	a, told := agent.New(n.cfg, n.parts), told{}
-	a.Watch(&ending{&told, func() { n.inUse(t, "0") }}) // the program ends when the agent has begun to wait
+	a.Watch(&ending{&told, func() { n.inUse(t, "0") }}) // the program ends once the agent waits for it
 	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready ||
 		r.Pending != "" {
 		t.Errorf("Run = %+v, %v, pending %q; want the new driver once the GPU is idle", r.Verdict, err, r.Pending)

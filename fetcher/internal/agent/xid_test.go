@@ -28,8 +28,8 @@ const (
 		"Required) to 0x0 (None)"
 )
 
-// TestXidOutlivesProgram checks that a restart of the program does not hide a fatal error in the kernel log. Each run
-// of the rows is a new program.
+// TestXidOutlivesProgram checks that a fatal GPU error (Xid) in the kernel log still counts after a restart of the
+// fetcher. In each row, a new process runs the agent.
 func TestXidOutlivesProgram(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -58,7 +58,7 @@ func TestXidOutlivesProgram(t *testing.T) {
 		{"an error before a reboot", func() { n.kernel.log = append(n.kernel.log, brokenGPU) }, gpucheck.Unusable},
 		{"a reboot", func() { n.kernel.log = nil; n.reboot(t) }, gpucheck.Ready},
 	}
-	for _, row := range rows { // each begins where the one before it ended
+	for _, row := range rows { // each row begins with the state that the row before it left
 		row.change()
 		r, err := n.run(t, ref, p.Digest, c.Driver)
 		if r.Verdict.State != row.state || row.state == gpucheck.Unusable && !strings.Contains(r.Verdict.Reason, "Xid") {
@@ -67,20 +67,20 @@ func TestXidOutlivesProgram(t *testing.T) {
 	}
 }
 
-// repairable is NVML on a node with one GPU, which can break and be reset.
+// repairable stands in for NVML on a node with one GPU, which can break and be reset.
 type repairable struct {
 	probe
 	state *atomic.Int32
 }
 
-// These are the states of a repairable GPU.
+// These are the states of a GPU of type repairable.
 const (
 	healthy  = iota
 	lost     // NVML says that the GPU is lost
-	slow     // the GPU's firmware does not answer in time
-	marked   // the GPU answers, and the driver wants it reset
-	unmarked // the GPU answers, and the driver wants nothing
-	unasked  // NVML counts no GPUs
+	slow     // the GPU's firmware answers too late
+	marked   // the GPU answers, but the driver asks for a reset
+	unmarked // the GPU answers, and the driver asks for no reset
+	unasked  // NVML lists no GPU
 )
 
 func (p repairable) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -105,8 +105,9 @@ func (p repairable) Probe(ctx context.Context, library string, persist bool) (gp
 	return nvml, nil
 }
 
-// watchGPU runs the agent on a node with one GPU, and then watches the driver. After each of the checks in the map it
-// calls the function. It returns the verdicts that differ from the one before, and the check that found the last one.
+// watchGPU runs the agent on a node with one GPU, and then checks the driver with Monitor. After check i, it calls
+// steps[i]. It returns each verdict that differs from the one before, and the number of the check that had the last of
+// them.
 func watchGPU(t *testing.T, n *node, steps map[int]func(), checks int) (seen []string, last int) {
 	t.Helper()
 	a := agent.New(n.cfg, n.parts)
@@ -141,7 +142,7 @@ func (n *node) says(line string) {
 	n.kernel.log = append(n.kernel.log, line)
 }
 
-// resettable makes a node with a repairable GPU.
+// resettable returns a node with one GPU, the state of that GPU, and a function that runs the agent once.
 func resettable(t *testing.T) (n *node, state *atomic.Int32, run func() *agent.Report) {
 	t.Helper()
 	n, ref, c, p := bare(t)
@@ -158,18 +159,18 @@ func resettable(t *testing.T) (n *node, state *atomic.Int32, run func() *agent.R
 const noLonger = "ready NVML said that the GPU needs a reset, and then listed it as healthy in 5 checks, so this no " +
 	"longer counts: "
 
-// TestXidOfResetGPU checks that the fatal error of a GPU that was reset by hand no longer counts, although the driver
-// does not report the reset. While NVML lists a GPU as healthy throughout, its error counts. A new process knows what
-// was cleared.
+// TestXidOfResetGPU checks a fatal error of a GPU that an operator then resets. The driver does not report the reset.
+// So the error must stop counting once NVML called the GPU lost and then lists it as healthy in five checks. Before
+// that, healthy answers must not clear the error. A new process must know what was cleared.
 func TestXidOfResetGPU(t *testing.T) {
 	t.Parallel()
 	n, state, run := resettable(t)
 	const offTheBus = "NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus."
 	set := func(to int32) func() { return func() { state.Store(to) } }
-	// The GPU breaks twice, because an error during the count begins it anew.
+	// The GPU breaks twice. The second error comes while the agent counts healthy checks, so it must start to count again.
 	seen, last := watchGPU(t, n, map[int]func(){
 		2: func() { n.says("<3>[   21.000000] " + offTheBus) },
-		4: set(unasked), 5: set(healthy), // NVML as a whole fails, which says nothing about the GPU
+		4: set(unasked), 5: set(healthy), // NVML as a whole fails, which does not mean that the GPU was lost
 		12: set(lost), 14: set(healthy),
 		17: func() { n.says("<3>[   31.000000] " + offTheBus) },
 		20: set(lost), 22: set(healthy),
@@ -194,9 +195,9 @@ func TestXidOfResetGPU(t *testing.T) {
 	}
 }
 
-// TestXidOutlivesHealthyAnswers checks that failed and then healthy answers of NVML clear no error: NVIDIA's Xid
-// catalogue demands a reset, and firmware that was too slow once answers the next call without one. The error counts
-// until the driver wants no reset any more, the driver is loaded again, or the node reboots.
+// TestXidOutlivesHealthyAnswers checks errors for which NVIDIA's Xid catalogue demands a reset. Failed and then healthy
+// answers of NVML must not clear such an error: firmware that was too slow once answers the next call without a reset.
+// The error must count until the node reboots.
 func TestXidOutlivesHealthyAnswers(t *testing.T) {
 	t.Parallel()
 	for _, xid := range []string{
@@ -208,7 +209,7 @@ func TestXidOutlivesHealthyAnswers(t *testing.T) {
 		set := func(to int32) func() { return func() { state.Store(to) } }
 		seen, _ := watchGPU(t, n, map[int]func(){
 			2: func() { n.says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): " + xid) },
-			4: set(slow), 6: set(unmarked), // for 24 checks
+			4: set(slow), 6: set(unmarked), // the GPU stays so for 24 checks
 		}, 30)
 		counts := "unusable the driver reports Xid " + strings.Replace(xid, ",", " of GPU 0000:00:04:", 1)
 		want := []string{"ready ", counts, "unusable 0 of 1 GPUs usable: 0000:00:04.0: read name: Timeout", counts}
@@ -226,7 +227,8 @@ func TestXidOutlivesHealthyAnswers(t *testing.T) {
 	}
 }
 
-// TestXidOfMarkedGPU checks that NVML's recovery action tells of a reset, although the GPU answers all the time.
+// TestXidOfMarkedGPU checks a GPU that answers all the time, while its driver asks for a reset (NVML's recovery
+// action). Once the driver no longer asks for a reset, the error must stop counting.
 func TestXidOfMarkedGPU(t *testing.T) {
 	t.Parallel()
 	n, state, _ := resettable(t)
@@ -247,16 +249,16 @@ func TestXidOfMarkedGPU(t *testing.T) {
 	}
 }
 
-// TestXidOfResetGPUAfterRestart restarts the program between the error of a GPU and its reset by hand. The same rule
-// applies as without a restart: NVML must have said that the GPU needs a reset, and then list it as healthy.
+// TestXidOfResetGPUAfterRestart restarts the fetcher between the error of a GPU and its reset. The same rule applies as
+// without a restart: NVML must have said that the GPU needs a reset, and must then list it as healthy.
 func TestXidOfResetGPUAfterRestart(t *testing.T) {
 	t.Parallel()
 	const offTheBus = "NVRM: Xid (PCI:0000:00:04): 79, GPU has fallen off the bus."
 	for _, row := range []struct {
 		name string
-		sees int32          // the GPU's state after the error, until the program ends
-		down func(n *node)  // what happens while no program runs
-		runs int32          // the GPU's state during the first run of the next program, which then finds it healthy
+		sees int32          // the GPU's state after the error, while the first process runs
+		down func(n *node)  // what happens while no process runs
+		runs int32          // the GPU's state during the first run of the next process, which then finds it healthy
 		want gpucheck.State // the last verdict
 	}{
 		{"reset while no program ran", lost, func(*node) {}, healthy, gpucheck.Ready},
@@ -283,7 +285,7 @@ func TestXidOfResetGPUAfterRestart(t *testing.T) {
 	}
 }
 
-// TestXidOutlivesLog checks that a new process knows an error that the kernel log has dropped meanwhile.
+// TestXidOutlivesLog checks that a new process knows a fatal error that the kernel log no longer has.
 func TestXidOutlivesLog(t *testing.T) {
 	t.Parallel()
 	n, _, run := resettable(t)
@@ -298,7 +300,8 @@ func TestXidOutlivesLog(t *testing.T) {
 	}
 }
 
-// TestStatusKnowsXids checks that fetcher status, and the verdict before a run, have the errors in the kernel log.
+// TestStatusKnowsXids checks that `fetcher status` and the quick verdict before a run know the fatal errors in the
+// kernel log.
 func TestStatusKnowsXids(t *testing.T) {
 	t.Parallel()
 	n, _, run := resettable(t)
@@ -322,7 +325,8 @@ func TestStatusKnowsXids(t *testing.T) {
 	}
 }
 
-// changeRecord changes the record of the last run, as another release would have written it.
+// changeRecord changes the record of the last run, as another release would have written it. A value of nil removes a
+// field.
 func (n *node) changeRecord(t *testing.T, set map[string]any) {
 	t.Helper()
 	path := filepath.Join(n.root, installDir, ".prebake/verdict.json")
@@ -344,9 +348,9 @@ func (n *node) changeRecord(t *testing.T, set map[string]any) {
 	}
 }
 
-// TestXidsAfterUpgrade upgrades the program to a release that counts more errors as fatal. A line that the older one
-// passed over does not make the GPU unusable afterwards, at no start of the newer one. What was fatal already still
-// counts, and so does what comes later.
+// TestXidsAfterUpgrade updates the fetcher to a release that counts more errors as fatal. An error that the older
+// release ignored must not make the GPU unusable after the update. Errors that were fatal before the update, and errors
+// that happen after it, must count.
 func TestXidsAfterUpgrade(t *testing.T) {
 	t.Parallel()
 	xid := func(at, number int) string {
@@ -394,8 +398,9 @@ func TestXidsAfterUpgrade(t *testing.T) {
 	}
 }
 
-// TestRecoveryActionBlamesNoDriver replaces the driver of a node whose GPU waits for a reset. The new driver stays, and
-// no report says that it does not work. A fatal error after its load counts against it.
+// TestRecoveryActionBlamesNoDriver replaces the driver on a node whose GPU already needs a reset. The new driver must
+// stay, and no report to the server may blame it. If a fatal error happens after its load, the agent must return to the
+// former driver.
 func TestRecoveryActionBlamesNoDriver(t *testing.T) {
 	t.Parallel()
 	for _, blamed := range []bool{false, true} {
@@ -422,8 +427,8 @@ func TestRecoveryActionBlamesNoDriver(t *testing.T) {
 	}
 }
 
-// TestCheckIsRecorded checks that fetcher status has the result of the last check of fetcher run, and that a new driver
-// is not rolled back because of a GPU that was lost before its load.
+// TestCheckIsRecorded checks that `fetcher status` shows the result of the last check of `fetcher run`. It also checks
+// that the agent does not roll back a new driver because of a GPU that was lost before the load.
 func TestCheckIsRecorded(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)

@@ -31,7 +31,7 @@ const (
 	verity = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
 )
 
-// config returns a boot configuration with COS's entries: two local, two verified, and one for USB.
+// config returns a boot configuration with the entries of COS: two local, two verified, and one for USB.
 func config(words string) string {
 	var b strings.Builder
 	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set " +
@@ -54,7 +54,7 @@ func TestEdit(t *testing.T) {
 	for name, row := range map[string]struct {
 		words string
 		want  bootcfg.Want
-		edits []string // pairs of old and new text, in each entry
+		edits []string // pairs of old and new text, which each entry must have before and after the edit
 	}{
 		"signatures": {words121, bootcfg.Want{Unsigned: true},
 			[]string{" module.sig_enforce=1 i915", " module.sig_enforce=0 i915"}},
@@ -80,7 +80,7 @@ func TestEdit(t *testing.T) {
 		if err != nil || !bytes.Equal(again, got) {
 			t.Errorf("%s: a second Edit changes the result: %v", name, err)
 		}
-		// The parser of package host was written independently of Edit. It must read the wanted values.
+		// The parser of package host was written independently of Edit. It must read the wanted values from the result.
 		for line := range strings.Lines(string(got)) {
 			_, cmdline, ok := strings.Cut(line, "vmlinuz")
 			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") &&
@@ -98,7 +98,8 @@ func TestEdit(t *testing.T) {
 	}
 }
 
-// TestTooLong checks the length limit. A kernel with a cut command line does not find its root file system.
+// TestTooLong checks the limit of 2,047 bytes for a command line. The kernel cuts a longer one, and would then not find
+// its root file system.
 func TestTooLong(t *testing.T) {
 	t.Parallel()
 	for length, fits := range map[int]bool{2047: true, 2048: false} {
@@ -162,7 +163,7 @@ func TestApplyAndUndo(t *testing.T) {
 	if err := bootcfg.Undo(esp); err != nil || have() != before || !cmp.Equal(names(), []string{"grub.cfg"}) {
 		t.Errorf("Undo = %v, and left are %v", err, names())
 	}
-	// Undo keeps a change by somebody else.
+	// Undo must keep a change that another program made.
 	if _, err := bootcfg.Apply(esp, bootcfg.Want{Unsigned: true}); err != nil {
 		t.Fatal(err)
 	}

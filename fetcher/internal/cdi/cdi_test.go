@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// h200 is a GPU's description by the driver, read on a machine with an H200 and 580.159.04, on 2026-11-28.
+// h200 is a file /proc/driver/nvidia/gpus/*/information. It was read on a machine with an H200 and driver 580.159.04,
+// on 2026-11-28.
 const h200 = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nGPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nVideo " +
 	"BIOS: \t 96.00.a5.00.1a\n" +
 	"Bus Type: \t PCIe\nDMA Size: \t 52 bits\nDMA Mask: \t 0xfffffffffffff\nBus Location: \t 0000:00:06.0\nDevice " +
@@ -46,7 +47,7 @@ func node(t *testing.T) (*noderoot.Root, string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.Close() })
-	// On COS /var/run is an absolute link, too.
+	// As on COS, /var/run is an absolute link.
 	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "run"), 0o755), os.Mkdir(filepath.Join(dir, "var"), 0o755),
 		os.Symlink("/run", filepath.Join(dir, "var/run"))); err != nil {
 		t.Fatal(err)
@@ -54,14 +55,14 @@ func node(t *testing.T) (*noderoot.Root, string) {
 	return n, dir
 }
 
-// TestRuntime checks what a container gets, with the library of containerd and podman. The device files are this
-// machine's.
+// TestRuntime checks what a container gets from our CDI description. The test uses the library with which containerd
+// and podman read such descriptions. That library looks for the device files on this machine.
 func TestRuntime(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
 	spec := cdi.Spec([]cdi.GPU{{Minor: 0, UUID: "GPU-b23a4bb5"}, {Minor: 3}}, "/home/kubernetes/bin/nvidia",
 		[]string{"nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"})
-	for _, want := range []bool{true, false} { // the second Write changes nothing
+	for _, want := range []bool{true, false} { // the second Write must change nothing
 		if changed, err := cdi.Write(n, spec); err != nil || changed != want {
 			t.Fatalf("Write = %t, %v; want %t", changed, err, want)
 		}
@@ -83,11 +84,11 @@ func TestRuntime(t *testing.T) {
 		t.Errorf("all GPUs are %+v", edits)
 	}
 	var container oci.Spec
-	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // this machine has such GPUs
+	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // only if this machine has such GPUs
 		t.Log(container.Linux.Devices)
 	}
 	general := upstream.ContainerEdits{ContainerEdits: &spec.ContainerEdits}
-	general.DeviceNodes = nil // the library would look for the device files
+	general.DeviceNodes = nil // the library would look for the device files on this machine
 	if err := general.Apply(&container); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +104,7 @@ func TestRuntime(t *testing.T) {
 	}
 }
 
-// TestThisMachine checks on a machine with a GPU that a container gets its device files.
+// TestThisMachine checks, on a machine with a GPU, that a container gets the device files of that GPU.
 func TestThisMachine(t *testing.T) {
 	t.Parallel()
 	gpus, err := cdi.GPUs(os.DirFS("/"))
@@ -134,7 +135,8 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
-// TestBesideDevicePlugin checks that a description of another kind does not prevent ours.
+// TestBesideDevicePlugin checks that Write makes our CDI description although NVIDIA's device plugin made one for its
+// own kind of device.
 func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -149,7 +151,8 @@ func TestBesideDevicePlugin(t *testing.T) {
 	}
 }
 
-// TestOthers checks that another program's description stays the only one, even if it is newer.
+// TestOthers checks that Write removes our CDI description if another program describes the same kind of device, even
+// in a newer file. Two descriptions of one device would conflict.
 func TestOthers(t *testing.T) {
 	t.Parallel()
 	for _, theirs := range []string{"run/cdi/nvidia.yaml", "etc/cdi/nvidia.json"} {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// docker writes Docker's configuration, and sets DOCKER_CONFIG to the folder of that file.
+// docker writes Docker's config.json with this text to a new folder, and sets DOCKER_CONFIG to that folder.
 func docker(t *testing.T, text string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -27,7 +27,7 @@ func docker(t *testing.T, text string) {
 	}
 }
 
-// metadata starts a metadata server that counts its requests.
+// metadata starts a metadata server, as on Google Compute Engine, that counts its requests.
 func metadata(t *testing.T, status int, answer string) *int {
 	t.Helper()
 	asked := 0
@@ -100,7 +100,7 @@ func TestWithoutServiceAccount(t *testing.T) {
 	}
 }
 
-// TestDocker checks that a pull secret takes precedence over the service account.
+// TestDocker checks that a pull secret takes precedence over the token of the node's service account.
 func TestDocker(t *testing.T) {
 	docker(t, `{"auths":{"gcr.io":{"username":"_json_key","password":"x"}}}`)
 	if got, err := resolve(t, credentials.Keychain(), "gcr.io/p/driver"); err != nil || got != "_json_key:x" {
@@ -108,7 +108,8 @@ func TestDocker(t *testing.T) {
 	}
 }
 
-// TestBroken checks that an error in the node's own configuration is not reported as a registry's wrong content.
+// TestBroken checks the error if the node's own Docker configuration is broken. The error must be of kind Usage, and
+// its hint must not blame the content of the registry.
 func TestBroken(t *testing.T) {
 	for text, want := range map[string]string{`{broken`: "config.json",
 		`{"credHelpers":{"127.0.0.1:1":"nowhere"}}`: "docker-credential-nowhere"} {

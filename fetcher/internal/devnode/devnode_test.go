@@ -47,7 +47,8 @@ func TestPlan(t *testing.T) {
 			node("nvidia0", 195, 0), node("nvidia3", 195, 3), node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254),
 			node("nvidia-uvm-tools", 236, 1), node("nvidia-uvm", 236, 0),
 		}},
-		// Read on a machine with an H200 and 580.159.04, on 2026-11-28. The MIG instance is from NVIDIA's MIG user guide.
+		// These files were read on a machine with an H200 and driver 580.159.04, on 2026-11-28. The MIG instance is from
+		// NVIDIA's MIG user guide.
 		{"capabilities of MIG and IMEX", fstest.MapFS{
 			"proc/devices": file("Character devices:\n195 nvidia\n195 nvidiactl\n238 nvidia-uvm\n239 nvidia-nvswitch\n240 " +
 				"nvidia-nvlink\n241 nvidia-caps\n242 nvidia-caps-imex-channels\n"),
@@ -89,7 +90,7 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// TestMake makes a copy of /dev/null, which any root process may do.
+// TestMake makes a device file with the numbers of /dev/null, so that the test needs no GPU.
 func TestMake(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -104,7 +105,7 @@ func TestMake(t *testing.T) {
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	for _, minor := range []uint32{3, 3, 5} { // the same number again, and then another one
+	for _, minor := range []uint32{3, 3, 5} { // the same number again, and then another number
 		n.Minor = minor
 		if err := (devnode.Linux{}).Make(dev, n); err != nil {
 			t.Fatal(err)
@@ -127,7 +128,7 @@ func TestMake(t *testing.T) {
 	}
 }
 
-// TestClear checks that Clear removes device files, but no other files with the same names.
+// TestClear checks that Clear removes NVIDIA's device files, but no other files, even with such names.
 func TestClear(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -165,7 +166,7 @@ func TestClear(t *testing.T) {
 		t.Errorf("left are %v; want %s", left, want)
 	}
 	links, err := filepath.Glob(filepath.Join(dir, "char/*"))
-	if err != nil || len(links) != 3 { // the links of the disk, of nvidia-fs0 and of null
+	if err != nil || len(links) != 3 { // the links of the disk, of nvidia-fs0 and of null stay
 		t.Errorf("links left are %v, %v; want those of others", links, err)
 	}
 }

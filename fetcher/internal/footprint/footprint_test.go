@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// smaps has the mappings of a dynamic program that was linked with -z relro, as Linux 6.12 printed them. The lines
-// between Rss and Anonymous are left out.
+// smaps has the mappings of a dynamic program that was linked with -z relro, as Linux 6.12 printed them in
+// /proc/PID/smaps. The lines between Rss and Anonymous are left out.
 const smaps = `5595d8764000-5595d8766000 r--p 00000000 fe:00 247026                     /usr/bin/cat
 Rss:                   8 kB
 Anonymous:             0 kB
@@ -67,7 +67,7 @@ func TestFileMappings(t *testing.T) {
 	}
 }
 
-// TestTrim checks that the program still runs after Trim, and that fewer of its pages are resident.
+// TestTrim checks that Trim reduces the memory of mapped files, and that the program still runs afterwards.
 func TestTrim(t *testing.T) {
 	before := resident(t)
 	Trim()
@@ -76,7 +76,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// resident returns how many KiB of mapped files count as this program's memory (proc_pid_status(5)).
+// resident returns the size in KiB of the mapped files that are in this program's memory (RssFile in
+// proc_pid_status(5)).
 func resident(t *testing.T) int {
 	t.Helper()
 	status, err := os.ReadFile("/proc/self/status")

@@ -21,10 +21,10 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMain lets the test binary act as nvmlprobe.
+// TestMain lets the test binary act as nvmlprobe if its first argument is --lib.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "--lib" {
-		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // a test puts the answer in place of the folder
+		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // the test puts the answer in place of the library's folder
 		os.Exit(strings.Count(os.Args[2], "fail"))
 	}
 	os.Exit(m.Run())
@@ -69,7 +69,7 @@ func TestJudge(t *testing.T) {
 		{"another GPU in its place",
 			func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable,
 			fault.Unusable},
-		// nvmlprobe writes these errors when DeviceGetHandleByIndex or a getter fails.
+		// nvmlprobe writes these errors if NVML cannot open a GPU, or cannot read one of its values.
 		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" },
 			gpucheck.Unusable, fault.Unusable},
 		{"a GPU that tells its address, and no more", func(f *gpucheck.Facts) {
@@ -123,10 +123,10 @@ func TestPrint(t *testing.T) {
 	}
 }
 
-// TestClipped checks that shortening a line splits no character.
+// TestClipped checks that shortened lines are still valid UTF-8.
 func TestClipped(t *testing.T) {
 	t.Parallel()
-	for lead := range 4 { // so that a character lies across any place for the cut
+	for lead := range 4 { // so that each place for a cut is within a character once
 		long := strings.Repeat("x", lead) + strings.Repeat("\u20ac", 100)
 		var out bytes.Buffer
 		if err := (gpucheck.Verdict{State: gpucheck.Unusable, Reason: long}).Print(&out); err != nil {
@@ -148,8 +148,8 @@ func TestClipped(t *testing.T) {
 	}
 }
 
-// TestProbe runs the test binary as the probe. The name of the library's folder carries the answer, because the probe
-// gets no environment variable but LD_LIBRARY_PATH.
+// TestProbe runs the test binary as the probe. The probe gets no environment variable but LD_LIBRARY_PATH, which has
+// the folder of the library. So the name of that folder carries the answer.
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()
@@ -193,11 +193,11 @@ func node(t *testing.T, dir string) *noderoot.Root {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = r.Close() }) // the root was only read
+	t.Cleanup(func() { _ = r.Close() }) // a failed close of a folder loses no data
 	return r
 }
 
-// TestProbeHangs checks that the check returns even while the probe is stuck. Later checks must return, too.
+// TestProbeHangs checks that Probe returns in time although an earlier probe still hangs.
 func TestProbeHangs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -212,7 +212,7 @@ func TestProbeHangs(t *testing.T) {
 		_, err := p.Probe(t.Context(), "x", false)
 		first <- err
 	}()
-	for { // wait until the probe runs
+	for { // wait until the first probe runs
 		if _, err := os.Stat(pipe + ".runs"); err == nil {
 			break
 		}
@@ -234,8 +234,8 @@ func TestProbeHangs(t *testing.T) {
 	}
 }
 
-// TestProbeCopies checks that concurrent copies of the probe work, and that a full disk does no harm once the copy
-// exists.
+// TestProbeCopies checks that several fetchers may copy the probe to the node at the same time. Once the copy exists,
+// Probe must not need to write to the disk.
 func TestProbeCopies(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestFatalXids uses lines from issues 1151 and 1045 of NVIDIA/open-gpu-kernel-modules, and from the guide of
-// stas00/ml-engineering.
+// TestFatalXids checks which lines of the kernel log are fatal errors. The lines are from issues 1151 and 1045 of
+// NVIDIA/open-gpu-kernel-modules, and from the guide of stas00/ml-engineering.
 func TestFatalXids(t *testing.T) {
 	t.Parallel()
 	got := gpucheck.FatalXids([]string{
@@ -38,7 +38,7 @@ func TestFatalXids(t *testing.T) {
 		"NVRM: Xid (PCI:0000:08:00): 154, GPU recovery action changed from 0x3 (Drain P2P) to 0x0 (None)",
 		"NVRM: Xid (PCI:0000:09:00): 154, GPU recovery action changed from 0x0 (None) to 0x5 (Recover IMEX Domain)",
 		"NVRM: Xid (PCI:0000:0a:00): 154, GPU recovery action changed from 0x0 (None) to 0x6 (Bus Reset)",
-		// Of a GPU with MIG instances, by the formats in kernel_rc.c of NVIDIA's driver.
+		// These lines are of GPUs with MIG instances. Their formats are from kernel_rc.c of NVIDIA's driver.
 		"NVRM: Xid (PCI:0000:0b:00 GPU-I:05): 94, pid=7194, Contained: CE User Channel (0x9). RST: No, D-RST: No",
 		"NVRM: Xid (PCI:0000:0c:00 GPU-I:01 GPU-CI:02): 109, pid=9, name=a, Ch 00000002, errorString CTX SWITCH TIMEOUT",
 		"NVRM: Xid (PCI:0000:0c:00 GPU-I:03): 119, pid=9, name=a, Timeout",
@@ -56,8 +56,9 @@ func TestFatalXids(t *testing.T) {
 	}
 }
 
-// TestCatalogue compares the fatal errors with the immediate actions of NVIDIA's Xid catalogue, as of 2025-10-29, for
-// GPUs since Ampere (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html). Xid 154 has its own rows above.
+// TestCatalogue compares our list of fatal errors with the immediate actions in NVIDIA's Xid catalogue, as of
+// 2025-10-29, for GPUs since Ampere (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html). TestFatalXids has
+// the rows for Xid 154.
 func TestCatalogue(t *testing.T) {
 	t.Parallel()
 	actions := map[string][]int{
@@ -81,7 +82,7 @@ func TestCatalogue(t *testing.T) {
 	}
 }
 
-// TestNeedsReset checks which answers of NVML say that only a reset makes a GPU usable again.
+// TestNeedsReset checks for which answers of NVML only a reset makes the GPU usable again.
 func TestNeedsReset(t *testing.T) {
 	t.Parallel()
 	const lost, timeout, resetRequired = 15, 10, 16
@@ -113,7 +114,8 @@ func TestNeedsReset(t *testing.T) {
 	}
 }
 
-// TestJudgeXidAndFabric checks that Xid errors and an unfinished fabric make a GPU unusable although NVML answers.
+// TestJudgeXidAndFabric checks two cases in which NVML answers but a node is not ready. A fatal Xid makes a GPU
+// unusable. While the NVLink fabric is being set up, the state is Starting.
 func TestJudgeXidAndFabric(t *testing.T) {
 	t.Parallel()
 	good := func() gpucheck.Facts {
@@ -142,8 +144,8 @@ func TestJudgeXidAndFabric(t *testing.T) {
 	}
 }
 
-// TestJudgeRecovery checks that NVML's recovery action decides although the kernel log has no error. Older drivers
-// report none.
+// TestJudgeRecovery checks that NVML's recovery action can make a GPU unusable although the kernel log has no error.
+// Older drivers report no recovery action.
 func TestJudgeRecovery(t *testing.T) {
 	t.Parallel()
 	const xid = "NVRM: Xid (PCI:0000:2b:00): 119, pid=1, Timeout"
@@ -200,7 +202,7 @@ func TestJudgeRecovery(t *testing.T) {
 	}
 }
 
-// TestAnswers compares addresses as the driver's log and NVML write them.
+// TestAnswers checks that a GPU is found by its PCI address, which the kernel log and NVML write in different forms.
 func TestAnswers(t *testing.T) {
 	t.Parallel()
 	nvml := gpucheck.NVML{Devices: []gpucheck.Device{

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// recorded returns the recorded files of a node, with edits. An edit with "" removes a file.
+// recorded returns recorded files of a COS node, with the given changes. "" as the text removes a file.
 func recorded(t *testing.T, edits map[string]string) fstest.MapFS {
 	t.Helper()
 	return recordedIn(t, "cos.txtar", edits)
@@ -95,7 +95,7 @@ func TestObserveOddNodes(t *testing.T) {
 		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"},
 			fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
-		// A kernel without CONFIG_MODULE_UNLOAD prints these lines (print_unload_info in kernel/module/procfs.c). They are
+		// A kernel without CONFIG_MODULE_UNLOAD prints such lines (print_unload_info in kernel/module/procfs.c). These are
 		// from a machine with an H200.
 		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live " +
 			"0x0 (OE)\n"}, fault.Internal,
@@ -140,7 +140,7 @@ func TestObserveOddNodes(t *testing.T) {
 	}
 }
 
-// TestObserveH200 reads a node with a foreign driver and a kernel without reference counts.
+// TestObserveH200 reads recorded files of a node with a foreign driver, whose kernel cannot unload modules.
 func TestObserveH200(t *testing.T) {
 	t.Parallel()
 	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))
@@ -256,7 +256,7 @@ func FuzzParseKeyValues(f *testing.F) {
 				t.Errorf("ParseKeyValues(%q) has key %q value %q", text, k, values[k])
 			}
 		}
-		// The printed text must parse to the same values.
+		// Printing and parsing the values again must not change them.
 		if diff := cmp.Diff(values, host.ParseKeyValues(host.FormatKeyValues(values, keys...))); diff != "" {
 			t.Errorf("parse, print, parse of %q (-first +second):\n%s", text, diff)
 		}
@@ -277,7 +277,7 @@ func FuzzParseDriverVersion(f *testing.F) {
 	})
 }
 
-// TestModuleState checks that modules count as changing while the kernel loads or unloads them.
+// TestModuleState checks that a module counts as changing while the kernel loads or unloads it.
 func TestModuleState(t *testing.T) {
 	t.Parallel()
 	text := "a 1 0 - Live 0x0\nb 1 1 - Loading 0x0 (OE+)\nc 1 0 - Unloading 0x0 (OE-)\nd 1 0 -\n"

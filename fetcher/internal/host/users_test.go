@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/host"
 )
 
-// TestDeviceUsers uses the names that kubelet's two drivers give control groups. Source: Kubernetes' documentation of
-// the cgroup drivers.
+// TestDeviceUsers finds the pod of a process by its control group. The names of the groups are as kubelet's two cgroup
+// drivers make them (source: Kubernetes' documentation of the cgroup drivers).
 func TestDeviceUsers(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -72,7 +72,7 @@ func TestDeviceUsers(t *testing.T) {
 	if text := want[1].String(); text != "python3 (pid 812, pod ml/train-0)" {
 		t.Errorf("String = %q", text)
 	}
-	// Also inspect the real processes of this machine.
+	// Reading the real processes of this machine must not fail.
 	if got, err := host.DeviceUsers(os.DirFS("/")); err != nil {
 		t.Errorf("of this machine: %v, %v", got, err)
 	}

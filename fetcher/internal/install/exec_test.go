@@ -12,7 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestExecProcess is the agent in a container. TestExecReachesTheNode starts it.
+// TestExecProcess is the part of TestExecReachesTheNode that runs as the agent in a container. Without the environment
+// variable, the test does nothing.
 func TestExecProcess(t *testing.T) {
 	root := os.Getenv("PREBAKE_TEST_EXEC_ROOT")
 	if root == "" {
@@ -28,7 +29,7 @@ func TestExecProcess(t *testing.T) {
 	}
 	switch os.Getenv("PREBAKE_TEST_EXEC_DO") {
 	case "allow":
-		for _, want := range []bool{true, false} { // the second call changes nothing
+		for _, want := range []bool{true, false} { // the second call must change nothing
 			if did, err := s.EnsureExec(func() {}); err != nil || did != want {
 				t.Errorf("EnsureExec = %t, %v; want %t", did, err, want)
 			}
@@ -45,8 +46,9 @@ func TestExecProcess(t *testing.T) {
 	}
 }
 
-// TestExecReachesTheNode checks that the mount reaches the node. The script makes a node with a folder that forbids
-// exec, and a pod that mounts the node's root with HostToContainer propagation. It needs util-linux.
+// TestExecReachesTheNode checks that EnsureExec in a container also allows programs to run on the node. The script
+// simulates a node with a folder that is mounted noexec, and a pod that mounts the node's root with HostToContainer
+// propagation. It needs util-linux.
 func TestExecReachesTheNode(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestForeignLibrariesStay checks that files of other programs in lib64 stay visible when the first driver is
-// installed, but not those of another driver. Without the driver, everything is as it was.
+// TestForeignLibrariesStay checks lib64 when the first driver is installed. Files of other programs must stay visible,
+// but files of another driver must not. Without the driver, lib64 must be as before.
 func TestForeignLibrariesStay(t *testing.T) {
 	t.Parallel()
 	s := open(t)

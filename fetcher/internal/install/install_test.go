@@ -19,7 +19,7 @@ import (
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// folder is an install folder together with its node.
+// folder is an install folder, with the root of the node that has it.
 type folder struct {
 	*install.Store
 	node *noderoot.Root
@@ -47,7 +47,7 @@ func open(t *testing.T) *folder {
 	return s
 }
 
-// add stages a set with one layer. Both digests consist of the given digit.
+// add stages a driver with one layer that has these folders. All digits of both digests are c.
 func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
@@ -73,7 +73,7 @@ func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	return set
 }
 
-// who returns the target of each top-level name.
+// who returns which set has each top-level folder, by the text of its file who.
 func who(t *testing.T, s *folder) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
@@ -142,7 +142,7 @@ func TestSwitchAndRestore(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", step.name, diff)
 		}
 	}
-	// The tree must work wherever it is mounted.
+	// The links must still work if the install folder is mounted elsewhere.
 	moved := filepath.Join(t.TempDir(), "elsewhere")
 	if err := os.Rename(s.Dir(), moved); err != nil {
 		t.Fatal(err)
@@ -234,8 +234,8 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// TestLockPlanted checks that Lock neither follows nor uses a planted file. Everybody may write into the folder of
-// Google's lock.
+// TestLockPlanted checks that Lock refuses a link or a folder that another user put in the place of the lock file.
+// Google's lock is in /tmp, where everybody may write.
 func TestLockPlanted(t *testing.T) {
 	t.Parallel()
 	for name, plant := range map[string]func(at string) error{
@@ -261,7 +261,7 @@ func TestLockPlanted(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(root, "tmp/lock")); err != nil {
 			t.Fatal(err)
 		}
-		unlock, err := s.Lock("tmp/lock") // a failed Lock must have released our own lock
+		unlock, err := s.Lock("tmp/lock") // the failed Lock must have released the agent's own lock
 		if err != nil {
 			t.Errorf("%s: Lock afterwards = %v", name, err)
 		} else if err := unlock(); err != nil {
@@ -280,7 +280,7 @@ func TestCorruptSet(t *testing.T) {
 	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// Sweep must keep all layers, because a damaged set may need any of them.
+	// A damaged set may need any layer, so Sweep must keep all layers.
 	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
 		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
 	}
@@ -292,7 +292,7 @@ func TestCorruptSet(t *testing.T) {
 	}
 }
 
-// TestOddThings checks that files at the place of a layer or a set are replaced.
+// TestOddThings checks that AddLayer and AddSet replace a file or folder that is in the place of their own.
 func TestOddThings(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -314,7 +314,8 @@ func TestOddThings(t *testing.T) {
 	}
 }
 
-// TestSweepTakesNamesFirst checks that a layer under its final name is complete at every moment of a sweep.
+// TestSweepTakesNamesFirst checks that Sweep renames a layer before it removes the layer's files. So a layer under its
+// final name is complete at every moment.
 func TestSweepTakesNamesFirst(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -351,7 +352,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 		}
 		entries, err := os.ReadDir(dir)
 		if err == nil && len(entries) != files {
-			// ReadDir is not atomic, so check the name again.
+			// ReadDir is not atomic: Sweep may have renamed the layer meanwhile.
 			if s.HasLayer(old.Digest) {
 				t.Fatalf("check %d: the layer has %d of %d files under its final name", looked, len(entries), files)
 			}
@@ -365,7 +366,8 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 	}
 }
 
-// TestHeal kills a deactivation at several points. Recover must complete it, and restore what another installer had.
+// TestHeal kills the removal of a driver at several points. Recover must complete the removal, and restore the files of
+// another installer.
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	for name, kill := range map[string]func(s *folder) error{
@@ -400,8 +402,8 @@ func TestHeal(t *testing.T) {
 	}
 }
 
-// TestCopiedPointers puts files and folders in place of the pointers, as a copy of the install folder without its links
-// does. They must stop nothing, and stay on the disk.
+// TestCopiedPointers puts files and folders in the place of the pointers, as in a copy of the install folder without
+// links. They must not make any call fail, and they must stay on the disk.
 func TestCopiedPointers(t *testing.T) {
 	t.Parallel()
 	folder := func(files map[string]string) func(at string) error {
@@ -416,7 +418,7 @@ func TestCopiedPointers(t *testing.T) {
 	description := func(digest string) string { return fmt.Sprintf(`{"digest":%q}`, digest) }
 	for name, row := range map[string]struct {
 		put     func(at string) error
-		pointer string // what the thing counts as
+		pointer string // the set that the file or folder counts as; "" means none
 	}{
 		"a copy of the set":            {folder(map[string]string{"set.json": description(digest("2")), "x": "x"}), "2"},
 		"a copy of another set":        {folder(map[string]string{"set.json": description(digest("1")), "x": "x"}), "1"},
@@ -437,7 +439,7 @@ func TestCopiedPointers(t *testing.T) {
 					t.Fatal(err)
 				}
 				var want []string
-				for i := range 2 { // the second thing must not replace the first one
+				for i := range 2 { // the second file or folder must not replace the first one
 					if err := errors.Join(os.Remove(s.Path(pointer)), row.put(s.Path(pointer))); err != nil {
 						t.Fatal(err)
 					}

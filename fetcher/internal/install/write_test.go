@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestWriteFileAtOnce writes small files in several goroutines, as a run does that checks its driver during a download.
-// Each file must have its own content.
+// TestWriteFileAtOnce writes small files in several goroutines, as during a download, when the run and the check of the
+// driver both write. Each file must have its own content.
 func TestWriteFileAtOnce(t *testing.T) {
 	t.Parallel()
 	s := open(t)

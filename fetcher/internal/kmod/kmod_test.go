@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// system keeps a list of the calls, and answers them with errnos.
+// system stands in for the kernel. It records the calls, and answers them with errnos.
 type system struct {
 	insert, remove map[string]error // by the image's text, and by the module's name
 	log            []string
@@ -159,7 +159,8 @@ func TestLoadOverAnotherVersion(t *testing.T) {
 	}
 }
 
-// TestEEXIST checks that another process may load the same module at the same time.
+// TestEEXIST checks a load that fails with EEXIST, because another process loaded the module at the same time. If that
+// module has the same version, the load counts as success.
 func TestEEXIST(t *testing.T) {
 	t.Parallel()
 	for version, kind := range map[string]fault.Kind{"535.1.1": fault.Internal, "470.1.1": fault.Busy} {
@@ -175,7 +176,7 @@ func TestEEXIST(t *testing.T) {
 			t.Errorf("Load against a racing %s = %v, %v; want kind %v, or already loaded", version, done, err, kind)
 		}
 	}
-	// Another process's module stays loaded when a later module is refused.
+	// If the kernel refuses a later module, the module that another process loaded must stay.
 	root := modules("")
 	s := &system{insert: map[string]error{"nvidia": unix.EEXIST, "nvidia-uvm": unix.EINVAL}, onInsert: func(string) {
 		root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}
@@ -214,7 +215,8 @@ func TestNVRM(t *testing.T) {
 	}
 }
 
-// TestFollow checks which lines of the kernel log are new. If the marked line has left the log, all lines are newer.
+// TestFollow checks which lines of the kernel log are new since a mark. If the kernel log no longer has the marked
+// line, all lines are new.
 func TestFollow(t *testing.T) {
 	t.Parallel()
 	s := &system{log: []string{"<4>[    1.0] a"}}

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestConditionReason checks status and reason of the condition, because alerts select by them.
+// TestConditionReason checks status and reason of the node's condition. Operators' alerts select by them.
 func TestConditionReason(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -36,8 +36,8 @@ func TestConditionReason(t *testing.T) {
 	}
 }
 
-// TestConditionOfReadyDriver checks that the condition, whose message is that of the Event, shows what the owner of a
-// ready driver should know.
+// TestConditionOfReadyDriver checks the message of the condition if the driver is ready. The message must contain what
+// the operator should know, such as that a GPU was reset.
 func TestConditionOfReadyDriver(t *testing.T) {
 	t.Parallel()
 	n := &Node{now: time.Now}
@@ -51,7 +51,7 @@ func TestConditionOfReadyDriver(t *testing.T) {
 	}
 }
 
-// apiServer answers all calls about a node, and stores the reasons of the conditions that it received.
+// apiServer stands in for the API server. It answers all calls about a node, and records the reasons of the conditions.
 type apiServer struct{ reasons []string }
 
 func (a *apiServer) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -68,8 +68,8 @@ func (a *apiServer) RoundTrip(r *http.Request) (*http.Response, error) {
 		Body: io.NopCloser(strings.NewReader("{}"))}, nil
 }
 
-// TestVerdictsExpire checks that the cluster learns of a check that hangs, although nothing wakes the reporter then.
-// Without [Node.Watch], a verdict stays valid.
+// TestVerdictsExpire checks that the cluster learns of a check that hangs, although the reporter then gets no new
+// verdict. Without [Node.Watch], a verdict stays valid.
 func TestVerdictsExpire(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

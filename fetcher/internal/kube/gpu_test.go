@@ -19,8 +19,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestGPUOfThisMachine compares the reports with the loaded driver of this machine. The test only reads. It needs a
-// GPU, the path of nvmlprobe in PREBAKE_PROBE, and an os-release of COS, for example by a bind mount.
+// TestGPUOfThisMachine compares what the fetcher reports with /proc/driver/nvidia of this machine. The test changes
+// nothing. It needs a GPU, the path of nvmlprobe in PREBAKE_PROBE, and an os-release of COS, for example by a bind
+// mount.
 func TestGPUOfThisMachine(t *testing.T) {
 	program := os.Getenv("PREBAKE_PROBE")
 	if program == "" {

@@ -41,7 +41,7 @@ type object struct {
 	}
 }
 
-// farm starts a cluster with two nodes, and applies our manifests twice.
+// farm starts a cluster with two nodes, and applies our manifests twice. The second time must keep the operator's keys.
 func farm(t *testing.T) *cluster.Cluster {
 	t.Helper()
 	c := cluster.Start(t)
@@ -82,7 +82,7 @@ func farm(t *testing.T) *cluster.Cluster {
 	return c
 }
 
-// account makes the service account folder of a fetcher pod on a node.
+// account makes the service account folder of a fetcher pod on a node. It also returns the pod's token.
 func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) {
 	t.Helper()
 	dir, token = t.TempDir(), c.Account("prebake-privileged", "prebake-fetcher", node)
@@ -93,7 +93,8 @@ func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) 
 	return dir, token
 }
 
-// TestCluster checks what a real API server shows of a node after its driver became ready.
+// TestCluster checks with a real API server what the cluster shows of a node: first while a GPU is unusable, and then
+// when the driver is ready.
 func TestCluster(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -142,7 +143,7 @@ func TestCluster(t *testing.T) {
 	until("a GPU does not work", func() bool { _, reason, _ := state(); return reason == "GPUUnusable" })
 	taints := func() (keys []string) {
 		for _, taint := range got.Spec.Taints {
-			if taint.Key != "node.kubernetes.io/not-ready" { // the API server sets it on each new node
+			if taint.Key != "node.kubernetes.io/not-ready" { // the API server sets this taint on each new node
 				keys = append(keys, taint.Key)
 			}
 		}
@@ -193,7 +194,7 @@ func TestCluster(t *testing.T) {
 	notMore(t, c, token)
 }
 
-// TestFlush checks that the last state is written even if the program ends directly after it.
+// TestFlush checks that Flush writes the last state before the program ends.
 func TestFlush(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -221,7 +222,7 @@ func TestFlush(t *testing.T) {
 	n.Flush(ctx) // Flush must return even if the cluster does not answer
 }
 
-// notMore checks that the API server refuses actions that a stolen token must not allow.
+// notMore checks that the API server refuses calls that a stolen token of a fetcher pod must not allow.
 func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	t.Helper()
 	try := c.As(token)
@@ -272,8 +273,8 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes each right in turn; a call must
-// then fail.
+// TestRightsAreNeeded checks that the manifests grant no right that the fetcher does not need. The test removes one
+// right at a time; then a call must fail with status 403.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -295,7 +296,7 @@ func TestRightsAreNeeded(t *testing.T) {
 			}
 			c.Must(http.MethodPatch, path, map[string]any{"rules": less}, nil)
 			var log strings.Builder
-			for range 10 { // the API server may learn of the changed role after a while
+			for range 10 { // the API server may need some time to apply the changed role
 				n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir,
 					slog.New(slog.NewTextHandler(&log, nil)))
 				if err != nil {
@@ -327,7 +328,7 @@ func TestNoPod(t *testing.T) {
 	}
 }
 
-// overlay makes an overlay of the base manifests with one component.
+// overlay makes a kustomize overlay of the base manifests with one component.
 func overlay(t *testing.T, component string) string {
 	t.Helper()
 	base, err := filepath.Abs(manifests)

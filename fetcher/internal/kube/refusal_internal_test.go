@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// oneNode is an API server with one node object. It answers a call of a step with the step's status, if there is one.
+// oneNode stands in for an API server with one node object. refuse has the status with which it refuses a step.
 type oneNode struct {
 	refuse map[string]int
 	node   node
@@ -60,13 +60,13 @@ func (o *oneNode) fetcher() *Node {
 		log: slog.New(slog.DiscardHandler), now: time.Now, changed: make(chan struct{}, 1)}
 }
 
-// TestRefusals checks which steps of a report are done if the cluster refuses one of them.
+// TestRefusals checks which steps of a report the reporter still does if the cluster refuses one of them.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name   string
 		refuse map[string]int
-		text   string // of the error, or ""
+		text   string // part of the error; "" means no error
 		steps  string
 		taint  bool // whether the taint is still there
 	}{
@@ -94,15 +94,16 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestEventsOfRestarts checks that a process that was started again writes no Event about what the node showed before,
-// even if it first reports less than its predecessor. An Event that could not be written is written later.
+// TestEventsOfRestarts checks which Events a reporter writes after a restart. It must write no Event about a state that
+// the node showed before, even if its first reports say less. If an Event could not be written, the reporter must write
+// it later.
 func TestEventsOfRestarts(t *testing.T) {
 	t.Parallel()
 	o := &oneNode{refuse: map[string]int{"event": 500}}
 	events := func(n *Node, reason string) int {
 		o.steps = nil
 		n.Report(gpucheck.Verdict{State: gpucheck.Absent, Reason: reason})
-		_ = n.write(t.Context()) // the number of Events shows the result
+		_ = n.write(t.Context()) // the number of Events shows whether it worked
 		return len(slices.DeleteFunc(o.steps, func(s string) bool { return s != "event" }))
 	}
 	first := o.fetcher()

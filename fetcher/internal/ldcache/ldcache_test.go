@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/ondisk"
 )
 
-// library returns a library of this machine, for ldconfig to find.
+// library returns the path of a library of this machine that ldconfig can find.
 func library(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/lib/*-linux-gnu/libm.so.6")
@@ -30,7 +30,8 @@ func write(t *testing.T, name string, data []byte, mode os.FileMode) {
 	}
 }
 
-// TestCache lets this machine's own ldconfig write a node's cache and read it back.
+// TestCache runs this machine's ldconfig in the root of a fake node. It checks the lines in etc/ld.so.conf, and reads
+// the cache back.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -110,7 +111,7 @@ func TestNoLdconfig(t *testing.T) {
 	}
 }
 
-// TestFails checks the error if the node's ldconfig cannot run.
+// TestFails checks the error if ldconfig of the node cannot run.
 func TestFails(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -138,17 +139,17 @@ func brokenNode(t *testing.T) (string, *noderoot.Root) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = node.Close() }) // nothing is written through it
+	t.Cleanup(func() { _ = node.Close() }) // a failed close of a folder loses no data
 	return root, node
 }
 
-// TestOutlivesPowerCut checks that the content of the node's ld.so.conf is on the disk after a change: otherwise a
-// power cut may leave an empty file, without the lines of other installers. The node has no such file at first, because
-// some file systems flush a file that replaces another one by themselves.
+// TestOutlivesPowerCut checks that Add flushes etc/ld.so.conf of the node to the disk. Otherwise a power cut may leave
+// an empty file, without the lines of other installers. At first, the node has no such file, because some file systems
+// flush a file by themselves when it replaces another one.
 func TestOutlivesPowerCut(t *testing.T) {
 	t.Parallel()
 	root, node := brokenNode(t)
-	// The run of ldconfig fails, after the write.
+	// ldconfig fails to run, but only after the file was written.
 	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil {
 		t.Error("Add with a broken ldconfig = nil; want an error")
 	}

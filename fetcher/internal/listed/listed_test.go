@@ -18,8 +18,8 @@ var start = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// TestCheck checks digests 1 (published), 2 (yanked), 3 (in quarantine) and 4 (not in the list), for new and for
-// installed artifacts.
+// TestCheck checks four artifacts, once as new ones and once as installed ones. The snapshot lists 1 as published, 2 as
+// yanked and 3 as quarantined. It does not list 4.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)
@@ -39,11 +39,11 @@ func TestCheck(t *testing.T) {
 	all := func(err error) [4]error { return [4]error{err, listed.ErrYanked, listed.ErrQuarantined, err} }
 	for name, row := range map[string]struct {
 		rule *listed.Rule // nil is the strictest rule
-		// seen is true if the node has fetched the list before. from is the next source.
+		// seen means that the node has fetched the snapshot before. from is the source that the node asks then.
 		seen  bool
 		from  string
 		after time.Duration
-		fresh [4]error // the verdicts on new artifacts
+		fresh [4]error // the wanted errors for the four artifacts if they are new
 		kind  fault.Kind
 	}{
 		"the newest list": {from: farm.Dir,
@@ -118,8 +118,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestAnotherRoot checks a node whose trusted root was replaced. Yanked artifacts of the former root stay yanked; its
-// published artifacts are no longer accepted.
+// TestAnotherRoot checks a node whose operator replaced the trusted root of the snapshot. An artifact that was yanked
+// under the former root must stay yanked. An artifact that was published there must no longer be accepted.
 func TestAnotherRoot(t *testing.T) {
 	t.Parallel()
 	farm, next := snapshots.New(t, start), snapshots.New(t, start)
@@ -161,7 +161,7 @@ func TestAnotherRoot(t *testing.T) {
 	}
 }
 
-// TestWords checks that the error about a yanked artifact has the reason, and its hint the replacement.
+// TestWords checks that the error about a yanked artifact has the reason, and that its hint names the replacement.
 func TestWords(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)

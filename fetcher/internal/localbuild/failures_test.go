@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestFailuresAreRemembered checks that a failed compile is not repeated for the same driver and builder, except with
-// Retry.
+// TestFailuresAreRemembered checks that a failed compile is not repeated for the same driver and builder, unless Retry
+// is set.
 func TestFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	b := script(t, `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`)
@@ -32,7 +32,7 @@ func TestFailuresAreRemembered(t *testing.T) {
 		{"the second time", false, "R535", 1},
 		{"once more, by hand", true, "R535", 2},
 		{"another driver", false, "R550", 3},
-		{"and the first again", false, "R535", 4}, // only the last failure is stored
+		{"and the first again", false, "R535", 4}, // the node stores only the last failure
 	} {
 		q := question
 		q.Wish = target.Wish(row.wish)
@@ -48,13 +48,14 @@ func TestFailuresAreRemembered(t *testing.T) {
 	}
 }
 
-// TestWhichFailuresAreRemembered checks that a failure is remembered, unless the same compile may succeed later.
+// TestWhichFailuresAreRemembered checks by the builder's exit status which failures are remembered. A failure must not
+// be remembered if the same compile may succeed later.
 func TestWhichFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	for body, remembered := range map[string]bool{
 		"exit 20": true, "exit 21": true, "exit 22": true, "exit 23": true, "exit 24": true,
 		"exit 1":    false,
-		"echo done": false, // an answer without a digest
+		"echo done": false, // the answer has no digest
 		"exit 10":   false, "exit 26": false, "exit 27": false, "exit 28": false, "exit 30": false,
 		"kill -9 $$": false,
 	} {
@@ -69,11 +70,11 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 	}
 }
 
-// TestUnstartedIsNotRemembered checks that a builder that could not be started counts as no compile.
+// TestUnstartedIsNotRemembered checks that nothing is remembered if the builder could not be started.
 func TestUnstartedIsNotRemembered(t *testing.T) {
 	t.Parallel()
 	b := script(t, "exit 22")
-	if _, err := build(t.Context(), b, question); !fault.Is(err, fault.Unsupported) { // makes the node's key
+	if _, err := build(t.Context(), b, question); !fault.Is(err, fault.Unsupported) { // this also makes the key
 		t.Fatal(err)
 	}
 	b.Retry = true

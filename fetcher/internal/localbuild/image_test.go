@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestMain lets the test binary enter an image, and act as the builder there.
+// TestMain lets the test binary act as two other programs: the one that enters an image, and the builder in that image.
 func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand:
@@ -39,11 +39,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// lackingMirror is the name of a mirror with which imageBuilder runs out of memory.
+// lackingMirror is the name of a kernel mirror. If imageBuilder gets it, it ends as if it ran out of memory.
 const lackingMirror = "lacking"
 
-// imageBuilder stands in for the builder in a test's image. It prints the folders, files and environment variables that
-// it sees.
+// imageBuilder stands in for the builder in an image. It prints the folders, files and environment variables that it
+// sees.
 func imageBuilder() {
 	if os.Args[1] == "keygen" {
 		for _, name := range []string{os.Args[2], os.Args[2] + ".pub"} {
@@ -86,7 +86,7 @@ func imageBuilder() {
 	fmt.Println(`{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}`)
 }
 
-// layer makes an image layer with these entries.
+// layer makes an image layer. Each entry is a tar header, or a pair of a file's name and content.
 func layer(t *testing.T, entries ...any) v1.Layer {
 	t.Helper()
 	var b bytes.Buffer
@@ -123,7 +123,7 @@ func layer(t *testing.T, entries ...any) v1.Layer {
 
 func second(_ int, err error) error { return err }
 
-// image puts an image with this test binary into a registry.
+// image pushes an image to a new registry. Its builder is this test binary.
 func image(t *testing.T, entrypoint []string, more ...v1.Layer) (*registry.Repository, string) {
 	t.Helper()
 	self, err := os.ReadFile("/proc/self/exe")
@@ -169,7 +169,7 @@ func TestBuildInImage(t *testing.T) {
 	}
 	repo, digest := image(t, []string{"/usr/local/bin/image-builder"})
 	t.Run("plain", func(t *testing.T) { buildInImage(t, repo, digest, t.TempDir()) })
-	// COS mounts the partition with the state folder noexec.
+	// On COS, the state folder is on a partition that is mounted noexec.
 	t.Run("noexec", func(t *testing.T) {
 		dir := t.TempDir()
 		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
@@ -188,7 +188,7 @@ func TestBuildInImage(t *testing.T) {
 	})
 }
 
-// buildInImage compiles below a folder. Its cache is a link, as on a machine with a separate disk for the cache.
+// buildInImage compiles below a folder. The cache folder is a link, as on a machine with a separate disk for the cache.
 func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	mirror := filepath.Join(dir, "mirror")
 	if err := os.Mkdir(mirror, 0o755); err != nil {
@@ -277,7 +277,8 @@ func TestImageRefused(t *testing.T) {
 	}
 }
 
-// TestSweep checks that the next start removes the image of a killed run, but not of a running compile.
+// TestSweep checks that Sweep removes the image that a killed run left behind, but not the image of a compile that
+// still runs.
 func TestSweep(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()

@@ -27,8 +27,9 @@ func TestJobs(t *testing.T) {
 	}
 }
 
-// TestDaemonSet compares the limits of the DaemonSet with the needs of a compile on the node. The memory limit must be
-// enough for all compilers that the fetcher starts. The grace period must be enough for a stopped builder to end.
+// TestDaemonSet compares the limits in the manifest of the DaemonSet with the needs of a compile on the node. The
+// memory must be enough for all compilers that the fetcher starts. The grace period must be long enough for a builder
+// that is told to stop.
 func TestDaemonSet(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../../deploy/kubernetes/base/fetcher.yaml")
@@ -53,7 +54,7 @@ func TestDaemonSet(t *testing.T) {
 	pod := set.Spec.Template.Spec
 	memory := pod.Containers[0].Resources.Limits["memory"]
 	gib, err := strconv.ParseInt(strings.TrimSuffix(memory, "Gi"), 10, 64)
-	const measured = 301 << 20 // docs/reference/limits.md: a compile by one compiler; by eight it is less for each
+	const measured = 301 << 20 // from docs/reference/limits.md: a compile with one compiler; with eight, each needs less
 	if n := jobs(64, gib<<30); err != nil || gib<<30 < baseMemory+int64(n)*measured {
 		t.Errorf("memory limit %s, for %d compilers; want enough for the fetcher and each compiler", memory, n)
 	}

@@ -19,7 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// script returns a Builder that runs a shell script and records each call in the file calls.
+// script returns a Builder whose program is a shell script with this body. The script makes keys, and records each call
+// in the file calls.
 func script(t *testing.T, body string) localbuild.Builder {
 	t.Helper()
 	dir := t.TempDir()
@@ -31,7 +32,7 @@ func script(t *testing.T, body string) localbuild.Builder {
 		CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
 
-// build compiles, and permits the next compile at once.
+// build compiles, and then releases the artifact at once, so that the next compile may start.
 func build(ctx context.Context, b localbuild.Builder, q resolve.Question) (resolve.Answer, error) {
 	a, release, err := b.Build(ctx, q)
 	if err == nil {
@@ -47,7 +48,7 @@ func TestBuild(t *testing.T) {
 	b := script(t, `echo "  ok  compile" >&2; echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
 	var said []string
 	b.Progress = func(line string) { said = append(said, line) }
-	for range 2 { // the second time the key exists
+	for range 2 { // at the second compile, the key exists
 		a, err := build(t.Context(), b, question)
 		if err != nil {
 			t.Fatal(err)
@@ -68,7 +69,7 @@ func TestBuild(t *testing.T) {
 		"STATE/node-key/local.key --cache " + b.CacheDir +
 		" --load-test off --output json --jobs N --kernel-mirror file:///k --driver-mirror file:///d"
 	want := []string{"keygen STATE/tmp-key/local.key", build, build}
-	calls := regexp.MustCompile("--jobs [1-9][0-9]*").ReplaceAllString(string(raw), "--jobs N") // as this machine allows
+	calls := regexp.MustCompile("--jobs [1-9][0-9]*").ReplaceAllString(string(raw), "--jobs N") // depends on the machine
 	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(calls, b.StateDir, "STATE")), "\n")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
@@ -112,7 +113,7 @@ func TestBuildFails(t *testing.T) {
 
 func TestBuildStops(t *testing.T) {
 	t.Parallel()
-	// Stop the builder when it prints that it is running.
+	// Cancel the compile as soon as the builder prints that it runs.
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }
@@ -121,7 +122,8 @@ func TestBuildStops(t *testing.T) {
 	}
 }
 
-// TestHalfAKey checks that an incomplete key is replaced, and that artifacts of an earlier run are removed.
+// TestHalfAKey checks that an incomplete key of the node is replaced, and that the artifacts of an earlier run are
+// removed.
 func TestHalfAKey(t *testing.T) {
 	t.Parallel()
 	const pem = "-----BEGIN X-----\n-----END X-----\n"
@@ -164,8 +166,8 @@ func TestHalfAKey(t *testing.T) {
 	}
 }
 
-// TestOneCompileAtATime checks that a second compile on the same node changes nothing: it would remove the artifact
-// that the first one is about to publish. The same holds after the first compile, until its artifact is staged.
+// TestOneCompileAtATime checks that a second compile on the same node gets the error Busy and changes nothing.
+// Otherwise it would remove the artifact of the first compile. This holds until the first one releases its artifact.
 func TestOneCompileAtATime(t *testing.T) {
 	t.Parallel()
 	b := script(t, `while [ ! -e "${0%/*}/end" ]; do echo compiling >&2; sleep 0.05; done
@@ -201,7 +203,7 @@ echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
 		t.Fatal(err)
 	}
 	second("after")
-	for range 2 { // the second call does nothing
+	for range 2 { // the second call must do nothing
 		if err := release(); err != nil {
 			t.Error(err)
 		}
@@ -211,7 +213,7 @@ echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
 	}
 }
 
-// TestFailedCompileHoldsNothing checks that a compile that failed permits the next one.
+// TestFailedCompileHoldsNothing checks that the next compile may start after a failed one.
 func TestFailedCompileHoldsNothing(t *testing.T) {
 	t.Parallel()
 	b := script(t, "exit 10")

@@ -20,10 +20,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// compileVariable makes the test binary compile, as the fetcher does, in the folder that the variable names.
+// compileVariable is an environment variable. With it, the test binary compiles in the folder that the variable names,
+// as the fetcher does.
 const compileVariable = "PREBAKE_TEST_COMPILE"
 
-// TestCompileProcess is the process that compiles and may be killed. Without the variable it does nothing.
+// TestCompileProcess is the process that compiles and may be killed. Without the variable, the test does nothing.
 func TestCompileProcess(t *testing.T) {
 	dir := os.Getenv(compileVariable)
 	if dir == "" {
@@ -33,13 +34,13 @@ func TestCompileProcess(t *testing.T) {
 	fmt.Printf("ENDED %v\n%v\nhint: %s\n", fault.Of(err), err, fault.Hint(err))
 }
 
-// builderIn returns the Builder that [script] made in this folder.
+// builderIn returns a Builder whose files are in a folder that [script] made.
 func builderIn(dir string) localbuild.Builder {
 	return localbuild.Builder{Program: filepath.Join(dir, "builder"), StateDir: filepath.Join(dir, "state"),
 		CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
 
-// compileApart compiles in a process of its own. It reports whether that process was killed, and otherwise its output.
+// compileApart compiles in another process. It reports whether that process was killed; if not, it returns the output.
 func compileApart(t *testing.T, dir string, argv ...string) (killed bool, out string) {
 	t.Helper()
 	argv = append(argv, os.Args[0], "-test.run=^TestCompileProcess$")
@@ -56,7 +57,7 @@ func compileApart(t *testing.T, dir string, argv ...string) (killed bool, out st
 	return false, string(raw)
 }
 
-// calls returns the lines that the script wrote about its calls to compile.
+// calls returns the lines that the script recorded for its compiles.
 func calls(t *testing.T, dir string) (lines []string) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(dir, "calls"))
@@ -71,9 +72,9 @@ func calls(t *testing.T, dir string) (lines []string) {
 	return lines
 }
 
-// TestKilledWithCompile kills the process that compiles together with the builder, as the kernel does with all programs
-// of a container that exceeds its memory limit. Kubelet starts the container again each time, so the compile must not
-// be repeated endlessly.
+// TestKilledWithCompile kills the compiling process together with the builder. The kernel does the same with all
+// programs of a container that exceeds its memory limit. Kubelet then starts the container again, so the fetcher must
+// not repeat the compile endlessly.
 func TestKilledWithCompile(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Dir(script(t, "kill -9 $PPID; exit 1").Program)
@@ -105,9 +106,9 @@ func TestKilledWithCompile(t *testing.T) {
 	}
 }
 
-// TestLackOfMemoryIsCounted lets only a compiler or only the builder be killed, as the kernel does with control groups
-// of version 1, and as kubelet asks it with singleProcessOOMKill. The node must not compile at each restart of the pod.
-// A compile that ends in another way changes nothing about that, unless it succeeds.
+// TestLackOfMemoryIsCounted checks a node on which only a compiler or only the builder is killed, for lack of memory.
+// That happens with cgroup v1, and with kubelet's option singleProcessOOMKill. After two such compiles, the node must
+// not compile again at each restart of the pod. Other errors do not change the count; a success resets it.
 func TestLackOfMemoryIsCounted(t *testing.T) {
 	t.Parallel()
 	const lacks, killed, passes, works = "exit 26", "kill -9 $$", "exit 10",
@@ -163,7 +164,7 @@ func TestLackOfMemoryIsCounted(t *testing.T) {
 	}
 }
 
-// TestNoPullAfterLackOfMemory checks that the builder's image is not pulled for a compile that will not be tried.
+// TestNoPullAfterLackOfMemory checks that the fetcher does not pull the builder's image if it will not compile anyway.
 func TestNoPullAfterLackOfMemory(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts need root")
@@ -184,7 +185,7 @@ func TestNoPullAfterLackOfMemory(t *testing.T) {
 	}
 }
 
-// countedPulls counts the pulls of images.
+// countedPulls is a repository that counts the pulls of images.
 type countedPulls struct {
 	*registry.Repository
 	n int
@@ -195,8 +196,8 @@ func (c *countedPulls) PullImage(ctx context.Context, digest, arch, dir string) 
 	return c.Repository.PullImage(ctx, digest, arch, dir)
 }
 
-// TestMemoryLimit compiles in a control group with little memory. The limit must be the reason for one compiler on a
-// machine with many processors. If the kernel kills the builder for it, the error must say so.
+// TestMemoryLimit compiles in a control group with a limit of 96 MiB. Because of this limit, the fetcher must start
+// only one compiler, although GOMAXPROCS is 8. When the kernel kills the builder, the error must name the limit.
 func TestMemoryLimit(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Dir(script(t, `exec awk 'BEGIN { s = "x"; while (length(s) < 300000000) s = s s }'`).Program)
@@ -209,7 +210,7 @@ func TestMemoryLimit(t *testing.T) {
 	if got := calls(t, dir); len(got) != 1 || !strings.Contains(got[0], " --jobs 1 ") {
 		t.Errorf("calls %q; want one, with one compiler", got)
 	}
-	for range 2 { // as kubelet starts the fetcher again
+	for range 2 { // kubelet would start the fetcher again like this
 		killed, out = compileApart(t, dir, "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
 	}
 	if got := calls(t, dir); killed || len(got) != 2 || !strings.HasPrefix(out, "ENDED out-of-memory\n") ||

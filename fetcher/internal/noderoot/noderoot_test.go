@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// TestFollowsAsTheKernelDoes compares this package with openat2 and RESOLVE_IN_ROOT, on random folders and links.
+// TestFollowsAsTheKernelDoes compares how this package and the kernel (openat2 with RESOLVE_IN_ROOT) follow links, on
+// random folders and links.
 func TestFollowsAsTheKernelDoes(t *testing.T) {
 	t.Parallel()
 	found := 0
@@ -59,7 +60,7 @@ func TestFollowsAsTheKernelDoes(t *testing.T) {
 	}
 }
 
-// tree makes random folders, files and links, and returns names to ask for.
+// tree makes random folders, files and links. It returns the names to look up.
 func tree(t *testing.T, random *rand.Rand, dir string) (names []string) {
 	t.Helper()
 	folders := []string{"."}
@@ -84,11 +85,11 @@ func tree(t *testing.T, random *rand.Rand, dir string) (names []string) {
 				to = "../../../../.." + path.Join("/", to)
 			}
 			if err = os.Symlink(to, filepath.Join(dir, name)); err == nil {
-				folders = append(folders, name) // a link may lead to a folder
+				folders = append(folders, name) // the link may lead to a folder
 			}
 		}
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-			continue // the parent is a link without a target
+			continue // the parent is a link that leads to no folder
 		}
 		if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrPermission) {
 			t.Fatal(err)
@@ -130,7 +131,8 @@ func kernelHas(dir, name string) bool {
 	return unix.Close(fd) == nil
 }
 
-// TestStaysInside checks that no write leaves the root, and that Lstat and ReadLink do not follow the last name.
+// TestStaysInside checks that no write leaves the root. It also checks that Lstat and ReadLink do not follow a link
+// that is the last part of the name.
 func TestStaysInside(t *testing.T) {
 	t.Parallel()
 	outside, dir := t.TempDir(), t.TempDir()

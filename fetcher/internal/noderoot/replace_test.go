@@ -10,7 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/ondisk"
 )
 
-// TestReplace checks that a file gets its content, that the content is on the disk, and that a failure changes nothing.
+// TestReplace checks that Replace writes the content and flushes it to the disk. If Replace fails, nothing must have
+// changed.
 func TestReplace(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

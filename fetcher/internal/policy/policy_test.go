@@ -16,10 +16,11 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// withKeys returns head with other keys than the farm's.
+// withKeys returns the text head with these keys in place of the farm's key.
 func withKeys(keys string) string { return strings.Replace(head, "keys: [{file: farm.pub}]", keys, 1) }
 
-// folder makes a folder with the example's keys and a policy file with this text.
+// folder writes a policy with this text to a new folder, together with the keys that the example names. It returns the
+// policy's path.
 func folder(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -43,7 +44,8 @@ func listRoot(t *testing.T) []byte {
 	return root
 }
 
-// TestSnapshot checks that Read also reads the snapshot settings, and that their paths begin at the policy's folder.
+// TestSnapshot checks that Read reads the snapshot settings, and that their relative paths count from the policy's
+// folder.
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
 	name := folder(t, head+tail+
@@ -64,7 +66,7 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// TestExample checks that the example in docs can be read, and that its rules can be met.
+// TestExample checks that Read accepts the example policy in docs, and reads its values.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../../docs/examples/policy.yaml")
@@ -78,7 +80,7 @@ func TestExample(t *testing.T) {
 	if len(p.Roles) != 2 || len(p.Rules) != 3 || p.LoadTest != trust.LoadTestTested || p.MaxAge != 400*24*time.Hour {
 		t.Errorf("Read = %+v", p)
 	}
-	// The day in notAfter is the last day on which the key is valid.
+	// notAfter names the last day on which the key is valid, so its time is the start of the next day.
 	if until := p.Roles[0].Keys[0].NotAfter; until != time.Date(2028, 1, 1, 0, 0, 0, 0, time.UTC) {
 		t.Errorf("notAfter = %v", until)
 	}

@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
 
-// generate makes the schema out of the types, their tags and their comments.
+// generate makes the JSON schema of a policy from the Go types, their tags and their comments.
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
@@ -35,7 +35,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// TestSchema checks that the embedded schema and the one in docs match the types.
+// TestSchema checks that the embedded JSON schema, and its copy in docs, match the Go types.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
@@ -46,7 +46,8 @@ func TestSchema(t *testing.T) {
 	}
 }
 
-// TestSchemaFields checks that the schema offers exactly the fields that the parser accepts.
+// TestSchemaFields checks that the schema and the parser use the same name for each field, and that the parser refuses
+// a field that the schema does not have.
 func TestSchemaFields(t *testing.T) {
 	t.Parallel()
 	typ := reflect.TypeFor[File]()

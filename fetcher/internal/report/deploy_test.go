@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 )
 
-// TestMetricsOfDeploy compares the metrics in alerts and dashboard with those that the fetcher prints.
+// TestMetricsOfDeploy checks that the fetcher prints each of its metrics that our alerts and dashboard use.
 func TestMetricsOfDeploy(t *testing.T) {
 	t.Parallel()
 	w := httptest.NewRecorder()

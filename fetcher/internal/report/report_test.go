@@ -54,7 +54,7 @@ func TestServer(t *testing.T) {
 			t.Errorf("metrics lack %s:\n%s", want, metrics)
 		}
 	}
-	// A verdict is valid only for a limited time.
+	// With Watch, a verdict is valid only for a limited time.
 	s.Watch(time.Minute)
 	for _, row := range []struct {
 		after          time.Duration
@@ -90,7 +90,7 @@ func TestRunStops(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	// Run must return when it is cancelled, before or after it listens.
+	// Run must return if its context is cancelled, and if it cannot listen.
 	if err := report.New(time.Now).Run(ctx, "127.0.0.1:0"); err != nil {
 		t.Errorf("Run = %v", err)
 	}

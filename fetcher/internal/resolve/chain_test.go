@@ -94,7 +94,7 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// asks is a finder that answers with the driver in the question, and stores the question.
+// asks is a finder that records the question, and answers that its driver is published.
 type asks struct{ got *resolve.Question }
 
 func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
@@ -102,8 +102,8 @@ func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error
 	return resolve.Answer{State: api.Published}, nil
 }
 
-// TestWrongBytesEndNoWait checks that the wait for a server that is away goes on beside a registry that sends wrong
-// bytes.
+// TestWrongBytesEndNoWait checks a server that does not answer and a registry that sends wrong bytes. The node must
+// still wait for the server.
 func TestWrongBytesEndNoWait(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -118,14 +118,14 @@ func TestWrongBytesEndNoWait(t *testing.T) {
 	})
 }
 
-// named is a server that has chosen the driver for a wish, and is building it.
+// named stands in for a server that has chosen a driver for the wish, and is building it.
 type named struct{ d target.Driver }
 
 func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return resolve.Answer{State: api.Building, Driver: n.d, Source: resolve.SourceServer}, nil
 }
 
-// TestChainKeepsToTheServersChoice checks that a registry does not override the driver that the server chose.
+// TestChainKeepsToTheServersChoice checks that the node asks a registry only for the driver that the server chose.
 func TestChainKeepsToTheServersChoice(t *testing.T) {
 	t.Parallel()
 	var got resolve.Question
@@ -138,8 +138,8 @@ func TestChainKeepsToTheServersChoice(t *testing.T) {
 	}
 }
 
-// TestChainKeepsToAChoiceOfAServerThatFails checks that a registry does not override the choice of a server that fails
-// after its first answer.
+// TestChainKeepsToAChoiceOfAServerThatFails checks a server that fails after its first answer. The node must not ask a
+// registry for another driver than the server chose.
 func TestChainKeepsToAChoiceOfAServerThatFails(t *testing.T) {
 	t.Parallel()
 	away := fault.New(fault.Transient, "away", "")
@@ -174,21 +174,21 @@ func TestChainKeepsToAChoiceOfAServerThatFails(t *testing.T) {
 	}
 }
 
-// TestChainKeepsToAChoiceOfARegistryThatFails checks that a mirror without the list of GPUs does not choose a flavour
-// for a registry that has the artifact and cannot serve the rest of the answer.
+// TestChainKeepsToAChoiceOfARegistryThatFails checks a registry that has the artifact but fails before the node knows
+// the right flavour. A mirror without the list of GPUs must not choose the flavour instead.
 func TestChainKeepsToAChoiceOfARegistryThatFails(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	open := newOpenSample(t, key)
 	open.Bundles = append(open.Bundles, key.Statement(t, open.Digest, gpulist.PredicateType, release))
-	bare := open // as a mirror has it before the statements
+	bare := open // a mirror may have the artifact before its statements
 	bare.Bundles = nil
 	d := target.Driver{Version: "535.2.2", Flavour: target.Proprietary}
 	proprietary := testkit.NewSample(t, key, open.Kernel, d, "")
 	for name, row := range map[string]struct {
 		fails  string
 		mirror []testkit.Sample
-		want   string // digest, or "" for an error
+		want   string // the digest; "" means an error
 	}{
 		"the list of GPUs cannot be read": {"/referrers/", []testkit.Sample{bare}, ""},
 		"the tag of the flavour that fits is not served": {"/manifests/" + bundle.KernelTag(open.Kernel, d),

@@ -25,7 +25,8 @@ const (
 	kepler = "0x102d"
 )
 
-// release is the list of GPUs that the driver supports. Unlike in reality, the L4 needs proprietary modules.
+// release is the list of GPUs that the driver supports. Here, the L4 (0x27b8) needs proprietary modules, which is not
+// so in reality.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
 	{Device: kepler, Legacy: "470.xx"},
@@ -38,7 +39,7 @@ func gpus(ids ...string) (all []gpulist.GPU) {
 	return all
 }
 
-// lists returns a Lister that returns the same list for every digest, or the error err.
+// lists returns a Lister that returns the same list, or the error err, for every digest.
 func lists(list *gpulist.List, err error) resolve.Lister {
 	return func(context.Context, string, string, target.Driver, target.Kernel) (*gpulist.List, error) {
 		return list, err
@@ -48,9 +49,9 @@ func lists(list *gpulist.List, err error) resolve.Lister {
 type autoRow struct {
 	name      string
 	gpus      []gpulist.GPU
-	published string // flavours
+	published string // the published flavours
 	list      *gpulist.List
-	want      string // a flavour, or a word of the reason
+	want      string // a flavour, or a part of the reason
 }
 
 var auto = []autoRow{
@@ -88,7 +89,7 @@ func TestAutoByRegistry(t *testing.T) {
 		a, err := r.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// A node that asks for a flavour gets that flavour.
+	// If a node asks for a flavour, it must get that flavour.
 	r := resolve.Registry{Ref: "reg/x", GPUs: lists(release, nil),
 		Resolve: func(context.Context, string) (string, error) { return digest, nil }}
 	q := question
@@ -96,7 +97,7 @@ func TestAutoByRegistry(t *testing.T) {
 	if a, err := r.Find(t.Context(), q); err != nil || a.Driver.Flavour != target.Open || a.Err() != nil {
 		t.Errorf("Find(open on Volta) = %+v, %v; want what was asked for", a, err)
 	}
-	// An error of a registry must not decide the flavour.
+	// If a registry fails, the node must not choose a flavour by itself.
 	r.GPUs = lists(nil, fault.New(fault.Transient, "away", ""))
 	q.Flavour = resolve.Auto
 	if a, err := r.Find(t.Context(), q); !fault.Is(err, fault.Transient) {
@@ -118,7 +119,7 @@ func judge(t *testing.T, name, want string, a resolve.Answer, err error) {
 	}
 }
 
-// farm is a server with artifacts of one version.
+// farm stands in for a server that has artifacts of one driver version.
 type farm struct{ flavours string }
 
 func (f farm) Base() string { return "http://farm.example:8440" }
@@ -142,14 +143,15 @@ func TestAutoByServer(t *testing.T) {
 		a, err := resolve.Server{Client: farm{row.published}, GPUs: lists(row.list, nil)}.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// The server's own answer is returned if only the proprietary flavour fits and is not published.
+	// If only the proprietary flavour fits, and it is not published, the node must return the server's answer for that
+	// flavour.
 	q := question
 	q.GPUs = gpus(volta)
 	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||
 		a.Driver.Flavour != target.Proprietary {
 		t.Errorf("Find(Volta, only open) = %+v, %v; want that it asks for proprietary", a, err)
 	}
-	// The node waits for a build of the other flavour that is on its way.
+	// If the server is building the other flavour, the node must wait for that build.
 	s := &server{answers: []any{published(func(r *api.Resolution) { r.Driver.Version = "535.2.2" }),
 		api.Resolution{State: api.Building, Build: &api.Build{ID: 7}}}}
 	q.GPUs = gpus("0x27b8")
@@ -159,7 +161,7 @@ func TestAutoByServer(t *testing.T) {
 	}
 }
 
-// requests counts requests to a registry. It fails those whose path has the text fails.
+// requests counts the requests to a registry. A request fails if its path contains the text fails.
 type requests struct {
 	fails string
 	n     atomic.Int64
@@ -183,8 +185,8 @@ func openRepository(t *testing.T, ref string, by http.RoundTripper) *registry.Re
 	return repo
 }
 
-// newRepository pushes the sample's image to a layout, and attaches bundles with these labels. Nil means the labels of
-// each statement.
+// newRepository pushes the sample's image to a layout, and attaches bundles with these labels. With nil, each bundle
+// gets the labels of its own statement.
 func newRepository(t *testing.T, key *testkit.Key, s testkit.Sample, labels map[string]string,
 	bundles ...[]byte) (ref string) {
 	t.Helper()
@@ -265,8 +267,8 @@ func TestSigned(t *testing.T) {
 	}
 }
 
-// TestSignedOfMany counts the requests for the list of an artifact that serves hundreds of COS builds. Each of them has
-// a kernel match, and no node needs more than its own.
+// TestSignedOfMany counts the requests with which a node looks for the list of GPUs. The artifact serves hundreds of
+// COS builds, and has a kernel match for each. A node must not read them all.
 func TestSignedOfMany(t *testing.T) {
 	t.Parallel()
 	const matches, most = 300, 20
@@ -301,13 +303,14 @@ func TestSignedOfMany(t *testing.T) {
 		}
 	}
 	find(ref, away, false)
-	find(away, ref, false) // reads the node's kernel match
+	find(away, ref, false) // this also reads the kernel match of the node's COS build
 	attach(t, repo, key, s, nil, key.Statement(t, s.Digest, gpulist.PredicateType, release))
 	find(ref, away, true)
 	find(away, ref, true)
 }
 
-// TestSignedBeforeAnError checks that a list that was read counts, although the repository fails at another attachment.
+// TestSignedBeforeAnError checks that a list of GPUs counts once it was read, although the repository then fails at
+// another attachment.
 func TestSignedBeforeAnError(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -332,7 +335,8 @@ func TestSignedBeforeAnError(t *testing.T) {
 	}
 }
 
-// TestSignedElsewhere checks that the list is read from a configured registry if the artifact's repository fails.
+// TestSignedElsewhere checks that the node reads the list of GPUs from a configured registry if the artifact's
+// repository fails.
 func TestSignedElsewhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -371,8 +375,9 @@ func TestSignedElsewhere(t *testing.T) {
 		!strings.Contains(err.Error(), "other/x is away") {
 		t.Errorf("list of repositories that are away: %v; want transient, and each named once", err)
 	}
-	// A mirror without the list says nothing about a repository that failed. The builder attaches a kernel match after the
-	// list, so a mirror with the match for this node and no list has all there is.
+	// If the first repository fails and a mirror has no list of GPUs, the node cannot know whether there is one. But the
+	// builder attaches a kernel match after the list. So a mirror that has the match for this node would also have the
+	// list.
 	for name, ref := range mirrors {
 		list, err := find(away, ref)
 		switch {

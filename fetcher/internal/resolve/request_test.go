@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestServerRequest checks that a node asks for a build only if nobody has asked for the same build yet.
+// TestServerRequest checks that a node asks the server for a build only if the server does not know the build yet.
 func TestServerRequest(t *testing.T) {
 	t.Parallel()
 	unknown := api.Resolution{State: api.Unknown, Reason: "nobody asked for it"}
@@ -78,8 +78,8 @@ func TestServerRequest(t *testing.T) {
 	}
 }
 
-// TestServerRequestFlavour checks that a node with an old GPU asks for proprietary modules, even if open ones are
-// published.
+// TestServerRequestFlavour checks that a node asks for a build with proprietary modules if its GPU needs them, even if
+// open modules are published.
 func TestServerRequestFlavour(t *testing.T) {
 	t.Parallel()
 	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}
@@ -120,7 +120,7 @@ func TestServerRequestFlavour(t *testing.T) {
 	}
 }
 
-// away is a registry that does not answer.
+// away is a finder whose server does not answer.
 type away struct{}
 
 func (away) Find(context.Context, resolve.Question) (resolve.Answer, error) {

@@ -183,7 +183,7 @@ func TestPatience(t *testing.T) {
 	}
 }
 
-// timed is a finder whose answer is always the same. It notes the times of the questions.
+// timed is a finder that always gives the same answer, and records the times of the questions.
 type timed struct {
 	err   error
 	asked []time.Time
@@ -203,8 +203,8 @@ func (f *timed) gaps() []time.Duration {
 	return gaps
 }
 
-// TestPauses checks that nodes that wait ask less and less often, and not in step. It uses the clock of a synctest
-// bubble.
+// TestPauses checks that waiting nodes ask less and less often, and that two nodes do not ask at the same times. The
+// test uses the fake clock of package synctest.
 func TestPauses(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -229,7 +229,8 @@ func TestPauses(t *testing.T) {
 	})
 }
 
-// TestRetryAfter checks that a node does not ask before the time that the server names, within a bound.
+// TestRetryAfter checks that a node waits as long as the server's header Retry-After says, but at most five minutes and
+// some seconds.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for seconds, want := range map[string]time.Duration{"120": 2 * time.Minute, "86400": 5 * time.Minute} {

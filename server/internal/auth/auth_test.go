@@ -54,7 +54,7 @@ func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 	return nil
 }
 
-// TestToken shows that a token is accepted until it expires, and that similar secrets are not accepted.
+// TestToken checks that a token is accepted until it expires, and that similar secrets are refused.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -97,8 +97,8 @@ func TestToken(t *testing.T) {
 	}
 }
 
-// TestTokenOfFullDatabase uses a token while the database takes no writes. The token must be accepted, and the use is
-// recorded as soon as that works again, with one try a minute until then.
+// TestTokenOfFullDatabase uses a token while the database cannot be written. The server must accept the token. It must
+// try once a minute to record the use, until that succeeds.
 func TestTokenOfFullDatabase(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -140,7 +140,7 @@ func TestNewTokenRefuses(t *testing.T) {
 	}
 }
 
-// key makes a signing key of an issuer, and a file with its public key.
+// key makes a signing key of an issuer. It returns the key, and the path of a file with the public key.
 func key(t *testing.T, dir, id string) (*ecdsa.PrivateKey, string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -164,8 +164,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// TestIssuer changes an accepted token in one way in each row, after which it must be refused. The claims are those in
-// GitHub's "OpenID Connect reference" (docs.github.com).
+// TestIssuer checks which tokens of an issuer are refused. Each row changes an accepted token in one way. The claims
+// are those in GitHub's "OpenID Connect reference" (docs.github.com).
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -263,7 +263,7 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// TestKubernetesToken checks that a pod's token is accepted. The token and the keys are from a real kube-apiserver.
+// TestKubernetesToken checks that a pod's token is accepted. Token and keys are from a real kube-apiserver.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
 	dir := t.TempDir()
@@ -306,7 +306,7 @@ func TestKubernetesToken(t *testing.T) {
 	}
 }
 
-// TestExample shows that the server accepts the example of the documentation.
+// TestExample checks that the server accepts the example file in docs.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	all, err := ReadIssuers("../../../docs/examples/issuers.yaml")

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// FuzzWho sends arbitrary secrets to a server that accepts all three kinds. Only the first token and the
-// administrator's token may be accepted.
+// FuzzWho sends arbitrary secrets to a server that knows the first token, one stored token, and an issuer of tokens.
+// The server must refuse all secrets but those two tokens.
 func FuzzWho(f *testing.F) {
 	const first = "0123456789abcdef"
 	dir := f.TempDir()

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// TestCancel shows that a cancelled build also leaves the queue.
+// TestCancel checks that cancelling a build also removes its job from the queue.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -28,8 +28,8 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestPublishedMeanwhile publishes a cell between two steps of a request. The request must return the published build,
-// and must not queue another.
+// TestPublishedMeanwhile publishes a cell between two steps of a request for this cell. The request must return the
+// published build, and must not queue another one.
 func TestPublishedMeanwhile(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -53,7 +53,7 @@ func TestPublishedMeanwhile(t *testing.T) {
 	}
 }
 
-// upstream is a mirror with one COS build.
+// upstream stands in for a mirror that has one COS build.
 type upstream struct{ asked int }
 
 func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error) {
@@ -85,7 +85,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	if !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Request(board that the build is not for) = %v; want input-missing", err)
 	}
-	// The answer to a node does not wait for the mirror.
+	// The answer to a node must not wait for the mirror.
 	up.asked = 0
 	for range 1000 {
 		if r, err := c.Resolve(t.Context(), "2.2.2", "lakitu", "", "", ""); err != nil || r.State != api.Unknown {
@@ -102,7 +102,8 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	}
 }
 
-// TestArtifactIsChecked checks that artifacts from callers with a token are checked, too.
+// TestArtifactIsChecked checks that the server refuses artifacts with wrong fields, although only callers with a token
+// can record one.
 func TestArtifactIsChecked(t *testing.T) {
 	t.Parallel()
 	good := func() api.NewArtifact {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestRetryTellsWhy checks that a build keeps its last attempt's error while it waits for the next, and if none
-// follows.
+// TestRetryTellsWhy checks that a build keeps the error of its last attempt, both while it waits for the next attempt
+// and if no attempt follows.
 func TestRetryTellsWhy(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -45,7 +45,7 @@ func TestRetryTellsWhy(t *testing.T) {
 	}
 }
 
-// TestAbandonComesLate abandons builds that have just ended. Their end must not change.
+// TestAbandonComesLate abandons builds that have already ended. Their result must not change.
 func TestAbandonComesLate(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -72,7 +72,7 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
-// TestSecondAttemptStartsAfresh checks that an attempt starts without phase and error, even after a killed one.
+// TestSecondAttemptStartsAfresh checks that a second attempt does not show the phase in which the first one was killed.
 func TestSecondAttemptStartsAfresh(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -118,8 +118,8 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	}
 }
 
-// TestPhasesOfBuilders reports phases with extreme times and texts. Every answer must still be valid JSON. The years
-// here are outside 0 to 9999 (RFC 3339) in UTC.
+// TestPhasesOfBuilders reports phases with extreme times and texts. Every answer must still be valid JSON. In UTC, the
+// years of these times are outside 0 to 9999, which RFC 3339 does not allow.
 func TestPhasesOfBuilders(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

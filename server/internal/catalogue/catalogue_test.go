@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// fakeQueue is a queue that only stores the jobs that are put in.
+// fakeQueue stands in for the queue. It only records what the catalogue does with it.
 type fakeQueue struct {
 	jobs      []api.BuildJob
 	cancelled []int64
@@ -209,7 +209,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("Resolve(attested sibling) = %s %s, %v; want published", got.State, got.Digest, err)
 	}
 
-	// After the kernel's fingerprint has changed, the artifact cannot be used any more.
+	// When the kernel's fingerprint has changed, the artifact does not fit any more.
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: second, Board: "lakitu"}, Fingerprint: fingerB}); err != nil {
 		t.Fatal(err)
@@ -273,7 +273,7 @@ func TestRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// This artifact is not from a build of this server. The request adds a published build for it.
+	// No build of this server made this artifact. The request adds a published build for it.
 	if _, err := c.AddArtifact(t.Context(),
 		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 			Driver:  target.Driver{Version: v261, Flavour: target.Open},
@@ -306,7 +306,7 @@ func TestRequest(t *testing.T) {
 			t.Errorf("%s: Request() = %v; want %v", row.name, err, row.want)
 		}
 	}
-	// The server queues a build even for an unknown driver version. The failed build will say what is wrong.
+	// The server queues a build even for a driver version that it does not know. The build will fail and say why.
 	if b := request(t, c, first, "999.1", "open"); b.State != api.Queued {
 		t.Errorf("an unknown version = %s; want queued", b.State)
 	}

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestNamesOnlyWhatTheRegistryHas checks that the catalogue refuses an artifact that the server's registry lacks, and
-// removes an artifact that was deleted there.
+// TestNamesOnlyWhatTheRegistryHas checks that the catalogue refuses an artifact whose manifest the server's registry
+// lacks, and forgets an artifact whose manifest was deleted.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestLateReport checks that a report that comes too late does not change the kernel, and that no report changes the
-// fingerprint of a kernel with published artifacts.
+// TestLateReport checks which reports of builders may change a kernel: a report of an earlier attempt must not, and no
+// report may change the fingerprint of a kernel that has published artifacts.
 func TestLateReport(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -62,8 +62,9 @@ func TestLateReport(t *testing.T) {
 	}
 }
 
-// TestRefusedPublication publishes a build with another fingerprint than the kernel's published artifacts have. The
-// build must fail for good, with the refusal's text, until the artifacts are deleted.
+// TestRefusedPublication publishes a build whose fingerprint differs from that of the kernel's published artifacts. The
+// build must fail with the text of the refusal. After these artifacts are deleted, another build with that fingerprint
+// must succeed.
 func TestRefusedPublication(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -106,8 +107,9 @@ func TestRefusedPublication(t *testing.T) {
 	refused("after the publication", 0, api.Published)
 }
 
-// TestRefusals refuses publications for each reason. The build must fail with the kind of the refusal: without an end,
-// it would end as internal when its job ends. After an error of the server itself, the builder reports again.
+// TestRefusals refuses publications for several reasons. The build must fail with the kind of the refusal. Otherwise it
+// would only fail when its job ends, and then with kind internal. If the server itself fails, the build must stay open,
+// so that the builder can report again.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestRecordsOfAPublicServer checks which artifacts a public server records. Only artifacts in its own registry are
-// restricted.
+// TestRecordsOfAPublicServer checks which artifacts a public server records. The licence restricts only artifacts in
+// the server's own registry.
 func TestRecordsOfAPublicServer(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

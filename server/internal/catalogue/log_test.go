@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNoLog asks for the logs of builds that have none. The error must say whether the log will come, or why there is
+// TestNoLog asks for the logs of builds that have none. The error must say whether a log will come, or why there is
 // none.
 func TestNoLog(t *testing.T) {
 	t.Parallel()

@@ -12,15 +12,16 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// mirrorFunc is a mirror that is a function.
+// mirrorFunc makes a function a mirror.
 type mirrorFunc func(ctx context.Context, buildID string) ([]api.Kernel, error)
 
 func (f mirrorFunc) Build(ctx context.Context, buildID string) ([]api.Kernel, error) {
 	return f(ctx, buildID)
 }
 
-// TestNodesDoNotWaitForTheMirror requests unknown kernels as a node. The answer must not wait for the mirror. When the
-// mirror was asked, a kernel that it has can be requested, and one that it lacks is refused.
+// TestNodesDoNotWaitForTheMirror requests unknown kernels as a node does. The answer must not wait for the mirror. Once
+// the server has asked the mirror, a node may request the kernels that the mirror has. Requests for other kernels must
+// be refused.
 func TestNodesDoNotWaitForTheMirror(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -34,7 +35,7 @@ func TestNodesDoNotWaitForTheMirror(t *testing.T) {
 		switch buildID {
 		case "2.2.2":
 			return nil, fault.New(fault.Transient, "the mirror is away", "")
-		case "3.3.3": // the last one that waits
+		case "3.3.3": // the last kernel that the server looks up
 			stop()
 		}
 		return up.Build(ctx, buildID)
@@ -66,8 +67,8 @@ func TestNodesDoNotWaitForTheMirror(t *testing.T) {
 	}
 }
 
-// TestOneLookup requests the same unknown kernel many times. The mirror must be asked once, and again only after a
-// pause.
+// TestOneLookup requests the same unknown kernel many times. The server must ask the mirror only once, and again after
+// a pause.
 func TestOneLookup(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestCoverageIsWhatResolveSays compares Coverage, which counts states in the database, with Resolve, which computes
-// the state of one cell.
+// TestCoverageIsWhatResolveSays checks that Coverage, which counts the states of all cells in the database, agrees with
+// Resolve, which computes the state of one cell.
 func TestCoverageIsWhatResolveSays(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)
@@ -66,8 +66,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 			}
 		}
 	}
-	// The fingerprint of the first artifact's kernel is not known. The fingerprint of the second artifact's kernel
-	// changes afterwards, so the artifact does not fit any more.
+	// The server does not know the fingerprint of the first artifact's kernel. The fingerprint of the second artifact's
+	// kernel changes afterwards, so that artifact does not fit any more.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
 	if err := c.RecordKernel(ctx,
@@ -109,7 +109,7 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	}
 }
 
-// withClock returns a catalogue, and its clock, which the test sets.
+// withClock returns a catalogue and the time that its clock shows. A test may change this time.
 func withClock(t *testing.T) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	s, err := store.Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
@@ -158,7 +158,7 @@ func TestPositionAndETA(t *testing.T) {
 		*now = now.Add(minutes * time.Minute)
 		update(t, c, id, api.BuildUpdate{State: api.Published, Digest: digest(fmt.Sprint(i)), Fingerprint: fingerA})
 	}
-	*now = now.Add(time.Hour) // these builders are not counted any more
+	*now = now.Add(time.Hour) // by now, the server does not count these builders any more
 	running := ask("535.20")
 	for i := range 4 {
 		ask(fmt.Sprintf("535.3%d", i))
@@ -183,7 +183,7 @@ func TestPositionAndETA(t *testing.T) {
 			t.Errorf("Resolve(%s) = position %d, ETA %v; want %d, %v", row.driver, r.Position, r.ETA, row.position, row.eta)
 		}
 	}
-	// A second builder halves the wait. A late build has no estimate.
+	// A second builder halves the wait. There is no estimate for a build that takes longer than usual.
 	second := ask("535.21")
 	update(t, c, second, api.BuildUpdate{State: api.Building, Worker: "w8", Attempt: 1})
 	*now = now.Add(2 * time.Minute)

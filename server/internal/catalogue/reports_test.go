@@ -19,7 +19,7 @@ import (
 
 var openDriver = target.Driver{Version: v261, Flavour: target.Open}
 
-// reportOf returns the report of one node.
+// reportOf returns a report of one node about an attempt to load the artifact.
 func reportOf(node int, outcome api.Outcome, class fault.Kind) api.NodeReport {
 	r := api.NodeReport{BuildID: first, Board: "lakitu", Driver: openDriver, Digest: digest("1"), Outcome: outcome,
 		Node: fmt.Sprintf("%064x", node)}
@@ -38,7 +38,8 @@ func report(t *testing.T, c *catalogue.Catalogue, from string, all ...api.NodeRe
 	}
 }
 
-// withArtifact returns a catalogue with one artifact, and its clock. A quarantine needs n nodes.
+// withArtifact returns a catalogue with one artifact, and the time that its clock shows. If the artifact fails on n
+// nodes, it goes into quarantine.
 func withArtifact(t *testing.T, n int) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	c, now := withClock(t)
@@ -59,7 +60,8 @@ func TestQuarantine(t *testing.T) {
 	}
 	fails := []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0},
 		{"c", 3, failed, fault.Rejected, 0}}
-	// loads returns as many nodes of one network, on which the artifact loads; then time passes.
+	// loads returns reports of this many nodes of one network, each of which loaded the artifact. The steps in next follow
+	// after the given time.
 	loads := func(nodes int, then time.Duration, next ...step) (all []step) {
 		for n := range nodes {
 			all = append(all, step{"d", 100 + n, api.Loaded, 0, 0})
@@ -132,8 +134,8 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// TestLift checks that nodes do not get a quarantined artifact, and get it again once it is lifted. Earlier failures
-// then do not count.
+// TestLift checks that nodes do not get a quarantined artifact, but get it again after an operator has lifted the
+// quarantine. Failures from before the lift must not count any more.
 func TestLift(t *testing.T) {
 	t.Parallel()
 	c, now := withArtifact(t, 3)
@@ -234,8 +236,9 @@ func TestReportIsChecked(t *testing.T) {
 	}
 }
 
-// TestUnknownClassOfNodes reports failures of a class that this server does not know, as newer nodes do. They must
-// count as failures, and put no artifact into quarantine: nobody knows whether the artifact may be the cause.
+// TestUnknownClassOfNodes reports failures with an error class that this server does not know, as newer nodes may do.
+// The reports must count as failures. They must not put the artifact into quarantine, because the artifact may not be
+// the cause.
 func TestUnknownClassOfNodes(t *testing.T) {
 	t.Parallel()
 	c, _ := withArtifact(t, 2)

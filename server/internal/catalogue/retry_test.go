@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// retries is a catalogue with a clock, whose wish list wants one cell.
+// retries is a catalogue with a clock. Its wish list wants one cell.
 type retries struct {
 	*catalogue.Catalogue
 	t  *testing.T
@@ -36,7 +36,7 @@ func newRetries(t *testing.T) *retries {
 	return r
 }
 
-// plan plans after a pause, and returns the number of builds that it queued.
+// plan advances the clock by the pause, runs the planner, and returns the number of builds that it queued.
 func (r *retries) plan(pause time.Duration) int {
 	r.t.Helper()
 	r.at = r.at.Add(pause)
@@ -47,15 +47,15 @@ func (r *retries) plan(pause time.Duration) int {
 	return n
 }
 
-// fail reports that the newest build failed for a reason that may pass, and returns the build.
+// fail reports that the newest build failed for a temporary reason, and returns the build.
 func (r *retries) fail() api.Build {
 	r.t.Helper()
 	return update(r.t, r.Catalogue, r.q.jobs[len(r.q.jobs)-1].Build,
 		api.BuildUpdate{State: api.Failed, Class: "transient", Error: "the mirror is away"})
 }
 
-// TestTriesBeginAgain fails a cell three times, so that it waits for a day. After a success, and after a request, the
-// cell must be queued again an hour after its next failure: earlier failures do not count.
+// TestTriesBeginAgain lets a cell fail three times, after which the planner waits for a day. After a success or a
+// request, earlier failures must not count: after the next failure, the planner must wait only for an hour.
 func TestTriesBeginAgain(t *testing.T) {
 	t.Parallel()
 	r := newRetries(t)
@@ -97,8 +97,8 @@ func TestTriesBeginAgain(t *testing.T) {
 	}
 }
 
-// TestTriesEnd fails a wanted cell at each try. The server must give up after 30 builds and say so, and begin again
-// after a request. Before, it queued the cell each day for ever.
+// TestTriesEnd lets a wanted cell fail each time. After 30 builds, the server must stop and say so. After a request, it
+// must start to count again. Earlier releases queued such a cell each day for ever.
 func TestTriesEnd(t *testing.T) {
 	t.Parallel()
 	r := newRetries(t)
@@ -112,7 +112,7 @@ func TestTriesEnd(t *testing.T) {
 	}
 	const text, command = "no more automatic tries after 30 builds", "server request --build-id " + first
 	builds := 0
-	for range 60 { // days
+	for range 60 { // rounds of 30 hours
 		if r.plan(30*time.Hour) == 0 {
 			continue
 		}
@@ -142,8 +142,8 @@ func TestTriesEnd(t *testing.T) {
 	}
 }
 
-// TestUnknownClass fails a wanted cell with a class that this server does not know, as a newer builder does. The class
-// must be kept as it is, and the cell must not be queued again. Before, the report was refused.
+// TestUnknownClass lets a wanted cell fail with an error class that this server does not know, as a newer builder may
+// report it. The server must keep the class, and must not queue the cell again. Earlier releases refused such a report.
 func TestUnknownClass(t *testing.T) {
 	t.Parallel()
 	r := newRetries(t)

@@ -16,8 +16,8 @@ import (
 
 const v580 = "580.95.05"
 
-// withGPUs returns a catalogue with one kernel. The kernel has its own default drivers for some GPUs, and two GKE
-// versions.
+// withGPUs returns a catalogue with one kernel. The kernel has two GKE versions, and some types of GPU have their own
+// default drivers.
 func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -37,7 +37,7 @@ func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	return c, q
 }
 
-// TestResolveForAGPU shows that questions and requests with a type of GPU get the driver that COS lists for that
+// TestResolveForAGPU checks that a question or a request with a type of GPU gets the driver that COS lists for that
 // type.
 func TestResolveForAGPU(t *testing.T) {
 	t.Parallel()
@@ -77,7 +77,8 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// TestPlanForAGPU plans wish lists with types of GPU. One kernel has driver lists only for types of GPU.
+// TestPlanForAGPU plans a wish list that names a type of GPU. One of the kernels has driver lists only for types of
+// GPU.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)
@@ -99,7 +100,7 @@ func TestPlanForAGPU(t *testing.T) {
 	}
 }
 
-// TestPreflightOfGKE asks about a pool that is to be upgraded to a GKE version.
+// TestPreflightOfGKE asks whether a node pool may be upgraded to a GKE version.
 func TestPreflightOfGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := withGPUs(t)
@@ -116,7 +117,7 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Pool != pool {
 		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with driver %s, not published", pool, v, err, first, v309)
 	}
-	// The list lacks the first version. The mirror lacks the second version's COS build.
+	// The server does not know the first version. For the second version, it does not know the COS build.
 	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} {
 		v, err = ask(api.Pool{GKE: gke, Board: "lakitu"})
 		if err != nil || v.May || v.Resolution.State != api.Unknown || v.Resolution.Reason == "" || v.Resolution.Hint == "" {
@@ -151,7 +152,8 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 }
 
-// TestSawGKE checks which GKE versions are recorded, and that more kernels than fit one transaction are.
+// TestSawGKE checks which GKE versions are accepted. It also checks that they are recorded for more kernels than one
+// transaction writes.
 func TestSawGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

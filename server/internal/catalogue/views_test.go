@@ -26,7 +26,7 @@ func TestReleasesByPage(t *testing.T) {
 	}
 	for _, row := range []struct {
 		limit int
-		want  []string // the builds of each page
+		want  []string // the BUILD_IDs on each page
 	}{
 		{6, []string{"17800.0.2 17800.0.1 17800.0.0 "}},
 		{5, []string{"17800.0.2 17800.0.1 ", "17800.0.0 "}},

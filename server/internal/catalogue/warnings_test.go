@@ -7,7 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestWarnings has a wish list with an early-warning entry, whose failures must be warnings without an alarm.
+// TestWarnings lets builds of an early-warning entry fail. These failures must be listed as warnings, and must not
+// count in the coverage.
 func TestWarnings(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)

@@ -20,7 +20,7 @@ drivers: [default]
 flavours: [open]
 `
 
-// jobs returns a text for each queued job, in the order of the queue.
+// jobs returns one text for each queued job, in the order of the queue. The number of "!" is the priority.
 func jobs(q *fakeQueue) []string {
 	var all []string
 	for i, j := range q.jobs {
@@ -29,7 +29,8 @@ func jobs(q *fakeQueue) []string {
 	return all
 }
 
-// TestPlan stores a wish list. The server must queue each new COS build's cells by itself, only once, newest first.
+// TestPlan checks that the server queues the cells that a wish list wants, for each new COS build: without a request,
+// only once, and the newest COS build first.
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -63,7 +64,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.11")
 	plan("17800.0.11 " + v261 + " open !!")
 
-	// If somebody requests a cell that a wish list has queued already, the build gets a higher priority.
+	// If an operator requests a cell that is already queued for a wish list, the build gets a higher priority.
 	b := request(t, c, "17800.0.2", v261, "open")
 	if b.Priority != 1 || !cmp.Equal(q.raised, []string{"2 to 1"}) {
 		t.Errorf("Request(planned cell) = priority %d, raised %v; want 1, and build 2 raised", b.Priority, q.raised)
@@ -73,7 +74,7 @@ func TestPlan(t *testing.T) {
 	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
 		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
 	}
-	// A wish that cannot be met is listed as a problem. The others are still planned.
+	// A wish that no driver can meet is listed as a problem. The other wishes are still planned.
 	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
 	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
 		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
@@ -104,8 +105,8 @@ func TestPlan(t *testing.T) {
 
 func errOf[T any](_ T, err error) error { return err }
 
-// TestAnnounce announces a COS build. The server must look it up, plan it, and say later how long it took. The plan of
-// other COS builds must not delay the answer.
+// TestAnnounce announces a COS build. The server must look up the build, queue its cells, and later say how long they
+// took. Cells of other COS builds must not delay the answer.
 func TestAnnounce(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -124,7 +125,7 @@ func TestAnnounce(t *testing.T) {
 	if err := c.RecordKernel(ctx, api.Kernel{Kernel: older, Default: v261}); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // the second announcement changes nothing
+	for range 2 { // the second announcement must change nothing
 		r, err := c.Announce(ctx, "19216.104.25")
 		if err != nil || r.Open != 1 || r.Ready != 0 || len(q.jobs) != 1 {
 			t.Fatalf("Announce() = %+v, %v with %d jobs; want one open cell", r, err, len(q.jobs))
@@ -159,8 +160,8 @@ func TestAnnounce(t *testing.T) {
 	}
 }
 
-// TestPlanFailedCells fails wanted cells with each class. The planner must queue a cell again if the cause may pass:
-// after an hour, then after six, then once a day, behind all other builds.
+// TestPlanFailedCells lets a wanted cell fail with each error class. If the cause may be temporary, the planner must
+// queue the cell again, behind all other builds: after an hour, then after six hours, then once a day.
 func TestPlanFailedCells(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -192,7 +193,7 @@ func TestPlanFailedCells(t *testing.T) {
 	last := ""
 	for _, row := range []struct {
 		class      string
-		early, due time.Duration // nothing is queued after early, and the cell is after due
+		early, due time.Duration // after early, nothing must be queued; after due, the cell must be
 	}{
 		{"transient", time.Hour - time.Second, time.Hour},
 		{"input-missing", 6*time.Hour - time.Second, 6 * time.Hour},
@@ -222,7 +223,8 @@ func TestPlanFailedCells(t *testing.T) {
 	}
 }
 
-// TestRetriesAreSpread lets the cells of an outage fail for days. Each must be queued once a day, and not all together.
+// TestRetriesAreSpread simulates an outage in which twelve cells fail for days. The planner must queue each cell once a
+// day, but not all cells in the same hour.
 func TestRetriesAreSpread(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -240,7 +242,7 @@ func TestRetriesAreSpread(t *testing.T) {
 	if _, err := c.PutWishList(ctx, "production", list, 0); err != nil {
 		t.Fatal(err)
 	}
-	// The third failure of each cell is at hour 7.
+	// Each cell fails for the third time in hour 7.
 	const start, days = 7 + 30, 3
 	times, most := map[string]int{}, 0
 	for hour := range start + days*24 {

@@ -52,7 +52,7 @@ func TestYankWithReplacement(t *testing.T) {
 	if a, err := c.Artifact(t.Context(), digest("1")); err != nil || a.State != api.Published {
 		t.Fatalf("after refusals the artifact is %s, %v; want published", a.State, err)
 	}
-	for _, replacement := range []string{digest("2"), digest("7")} { // a newer driver; the same artifact again
+	for _, replacement := range []string{digest("2"), digest("7")} { // a newer driver; the same driver, built again
 		a, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: "panics", Replacement: replacement})
 		if err != nil || a.Replacement != replacement || a.State != api.Yanked {
 			t.Errorf("Yank(replaced by %s) = %+v, %v", replacement, a, err)
@@ -72,9 +72,9 @@ func TestYankWithReplacement(t *testing.T) {
 	}
 }
 
-// TestDeletedWithdrawn deletes the manifest of a withdrawn artifact. The withdrawal must stay: the planner must not
-// queue the cell, and the same artifact stays withdrawn when it is published again. Without its manifest, an artifact
-// that is allowed again leaves the catalogue.
+// TestDeletedWithdrawn deletes the manifest of a yanked artifact. The yank must stay: the planner must not queue the
+// cell, and the artifact must still be yanked when it is published again. If the yank is undone while there is no
+// manifest, the artifact must leave the catalogue.
 func TestDeletedWithdrawn(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)

@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// failingQueue does its work and then returns an error, like a database that is lost during a transaction.
+// failingQueue does its work, and then returns an error, as if the database were lost during the transaction.
 type failingQueue struct {
 	queue.Within
 	broken *bool
@@ -39,7 +39,8 @@ func (b failingQueue) Cancel(ctx context.Context, build int64) error {
 	return b.err(b.Within.Cancel(ctx, build))
 }
 
-// TestBuildAndJobAreOne checks that a build and its job are both written or neither, if both are in one database.
+// TestBuildAndJobAreOne checks a build and its job in the queue if both are in one database. Either both must be
+// written, or neither.
 func TestBuildAndJobAreOne(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -131,7 +132,7 @@ func areOne(t *testing.T, url string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id = b.ID // PostgreSQL uses no number twice, not even after a rollback
+	id = b.ID // PostgreSQL does not use a number again, even after a rollback of its transaction
 	agree("a request", api.Queued, "available")
 	broken = true
 	if _, err := c.Cancel(t.Context(), id); err == nil {

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// notes is a catalogue that stores what was recorded in it.
+// notes stands in for the catalogue. It keeps what discovery records.
 type notes struct {
 	known   []api.Kernel
 	mu      sync.Mutex
@@ -75,7 +75,7 @@ func TestLook(t *testing.T) {
 		"17800.0.47/lakitu/kernel_commit":       commit + "\n",
 		"17800.0.47/lakitu/gpu_default_version": "535.261.03\n",
 		"17800.0.47/lakitu/gpu_latest_version":  "535.309.01\n",
-		// The list is like gpu_driver_versions.proto of cos/tools. Only one GPU has 580.95.05.
+		// The list has the form of gpu_driver_versions.proto of cos/tools. Only one type of GPU has 580.95.05.
 		"17800.0.47/lakitu/gpu_driver_versions.textproto": `
 gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { label: "DEFAULT" version: "535.104.05" } }
 gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
@@ -95,8 +95,8 @@ gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
 		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run":      "x",
 		"NVIDIA-Linux-x86_64-.run":                                 "x",
 		"tesla/535.261.03/NVIDIA-Linux-x86_64-535.261.03-grid.run": "x",
-		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // builders do not look for runfiles there
-		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // its open flavour would have no name
+		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // builders look for no runfiles in this folder
+		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // a version must not end with a flavour
 		"README": "x",
 	})
 	n := &notes{}
@@ -143,8 +143,8 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	}
 }
 
-// TestEachMilestoneIsFollowed checks that an LTS milestone's builds are read, however many newer milestones have. Of
-// the known builds, only each milestone's newest are read again each time.
+// TestEachMilestoneIsFollowed checks that discovery reads the COS builds of an LTS milestone even if newer milestones
+// have many more. Of the known COS builds, it must read again only the newest ones of each milestone.
 func TestEachMilestoneIsFollowed(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40) + "\n"
@@ -171,7 +171,8 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	}
 }
 
-// TestLateBoard checks that the second board of a COS build is found although the first was recorded alone.
+// TestLateBoard checks that discovery finds the second board of a COS build, although it has recorded that build with
+// the first board alone.
 func TestLateBoard(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -202,7 +203,7 @@ func TestLateBoard(t *testing.T) {
 	}
 	want := map[string]int{"17800.0.5/lakitu": 1, "17800.0.4/lakitu": 1, "17800.0.3/lakitu": 1,
 		"17800.0.5/lakitu-arm64": 1, // one of the newest three
-		"17800.0.2/lakitu-arm64": 1} // seen first an hour ago
+		"17800.0.2/lakitu-arm64": 1} // recorded for the first time an hour ago
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Look() read kernels (-want +got):\n%s", diff)
 	}

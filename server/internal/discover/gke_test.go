@@ -43,8 +43,8 @@ func names(kernels []api.Kernel) (all []string) {
 	return all
 }
 
-// TestGKE checks that discovery finds old COS builds of the list, records GKE versions, and removes versions that the
-// list lacks. Without a change, it must write nothing.
+// TestGKE checks that discovery reads the old COS builds in the list of images, records the GKE versions of kernels,
+// and removes versions that are not in the list any more. If nothing has changed, it must write nothing.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -90,8 +90,8 @@ func TestGKE(t *testing.T) {
 	}
 }
 
-// TestGKEOfAMirrorWithoutListing has a mirror that cannot list its content. Its COS builds are found by the list of
-// images.
+// TestGKEOfAMirrorWithoutListing checks a mirror that cannot list its content. Discovery must find its COS builds by
+// the list of images.
 func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -115,7 +115,8 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}
 }
 
-// TestGKERemembersMisses checks that a missing kernel is looked up again only a day later.
+// TestGKERemembersMisses checks that discovery waits for a day before it looks again for a kernel that the mirror
+// lacks.
 func TestGKERemembersMisses(t *testing.T) {
 	t.Parallel()
 	text := []byte(strings.Repeat("a", 40) + "\n")
@@ -149,7 +150,7 @@ func TestGKERemembersMisses(t *testing.T) {
 	})
 }
 
-// TestGKERefusesOtherLists shows that no GKE version is removed if the list is another kind of file.
+// TestGKERefusesOtherLists checks that discovery removes no GKE version if the list of images is another kind of file.
 func TestGKERefusesOtherLists(t *testing.T) {
 	t.Parallel()
 	maps := lay(t, map[string]string{

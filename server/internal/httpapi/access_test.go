@@ -23,7 +23,8 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// neededScopes is the scope that each route needs. It is written by hand, so that somebody has to confirm each change.
+// neededScopes has the scope that each route needs; "" means that the route is open. The table is written by hand, so
+// that each change needs a decision.
 var neededScopes = map[string]auth.Scope{
 	"GET /":                               "",
 	"GET /assets/{name}":                  "",
@@ -98,7 +99,7 @@ var neededScopes = map[string]auth.Scope{
 	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
 }
 
-// satisfyingScopes are the scopes that satisfy each needed scope.
+// satisfyingScopes has, for each needed scope, the scopes that satisfy it.
 var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
 	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},
@@ -108,7 +109,7 @@ var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Admin:    {auth.Admin},
 }
 
-// makeToken stores a token with one scope that is valid for an hour after from.
+// makeToken stores a token with one scope that is valid for one hour, starting at from.
 func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from time.Time) api.Token {
 	t.Helper()
 	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test",
@@ -118,7 +119,7 @@ func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from ti
 	return made
 }
 
-// TestAuthorization calls every route as every kind of caller, and compares the answers with the table.
+// TestAuthorization calls every route as every kind of caller, and compares the answers with neededScopes.
 func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -131,7 +132,7 @@ func TestAuthorization(t *testing.T) {
 	revoked := makeToken(t, db, "revoked", auth.Admin, time.Now())
 	check(t, db.RevokeToken(t.Context(), revoked.ID, time.Now()))
 	secrets["revoked"] = revoked.Secret
-	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // only its id
+	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // only its ID
 
 	for route, scope := range neededScopes {
 		method, pattern, _ := strings.Cut(route, " ")
@@ -169,7 +170,7 @@ func TestAuthorization(t *testing.T) {
 	}))
 }
 
-// ask sends a request whose body is too short to change anything, and returns the status.
+// ask sends a request whose body is incomplete, so that it changes nothing. It returns the status.
 func ask(t *testing.T, method, url, secret string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader("{"))
@@ -185,7 +186,8 @@ func ask(t *testing.T, method, url, secret string) int {
 	return resp.StatusCode
 }
 
-// TestNodeAsks checks that a node may request only known kernels, and only some per hour. Existing builds do not count.
+// TestNodeAsks checks that a node may request builds only for known kernels, and only a limited number per hour. A
+// request for an existing build does not count.
 func TestNodeAsks(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -211,7 +213,7 @@ func TestNodeAsks(t *testing.T) {
 	check(t, request(pipeline, 79, "550.54.30"))
 }
 
-// TestAudit checks that the audit log has changes and refusals, but not builders' reports.
+// TestAudit checks that the audit log has changes and refusals, but no reports of builders.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -270,8 +272,8 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// TestPush checks that a message of Cloud Pub/Sub about a COS build starts a lookup. Any other message must get 204, or
-// Pub/Sub would send it again.
+// TestPush checks that a message of Cloud Pub/Sub about a COS build starts a lookup. Any other message must get status
+// 204. Otherwise Pub/Sub would send the message again.
 func TestPush(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -290,13 +292,14 @@ func TestPush(t *testing.T) {
 		`"eventType": "OBJECT_FINALIZE", "objectId": "readme.txt"`)); got != http.StatusNoContent {
 		t.Errorf("push about no build = %d; want 204", got)
 	}
-	// This server has no mirror.
+	// This server has no mirror, so the lookup fails.
 	if got := push(fmt.Sprintf(around, `"buildId": "17800.66.78"`)); got != http.StatusUnprocessableEntity {
 		t.Errorf("push about a build = %d; want 422", got)
 	}
 }
 
-// TestClientRate checks the answer after too many calls from one address. Another address is still answered.
+// TestClientRate checks the answer after too many calls from one IP address. Calls from another address must still be
+// answered.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
 	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler),

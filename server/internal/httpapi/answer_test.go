@@ -22,7 +22,8 @@ func (s *stuckClient) Write(p []byte) (int, error) {
 	return s.ResponseWriter.Write(p)
 }
 
-// TestSlowReadersHoldUpNobody shows that clients that do not read their pages do not delay the pages of others.
+// TestSlowReadersHoldUpNobody checks that clients that do not read their answers do not delay the answers to other
+// clients.
 func TestSlowReadersHoldUpNobody(t *testing.T) {
 	t.Parallel()
 	h := throttle()(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
@@ -45,7 +46,7 @@ func TestSlowReadersHoldUpNobody(t *testing.T) {
 	}
 }
 
-// TestReportsHaveTheirOwnSlots shows that calls that take long do not delay the reports of builders.
+// TestReportsHaveTheirOwnSlots checks that calls that take long do not delay the reports of builders.
 func TestReportsHaveTheirOwnSlots(t *testing.T) {
 	t.Parallel()
 	var running, done sync.WaitGroup
@@ -74,7 +75,8 @@ func TestReportsHaveTheirOwnSlots(t *testing.T) {
 	}
 }
 
-// TestCompression shows that large answers are compressed for clients that accept it, and small answers never.
+// TestCompression checks that large answers are compressed for clients that accept gzip, and that small answers never
+// are.
 func TestCompression(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/httpapi"
 )
 
-// TestWatch shows that a client that watches a build gets each state of the build, including the last.
+// TestWatch checks that a client that watches a build gets every state of the build, including the last one.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -28,7 +28,7 @@ func TestWatch(t *testing.T) {
 	var got []string
 	err = api.Watch(t.Context(), c, b.ID, func(b api.Build) error {
 		got = append(got, fmt.Sprint(b.State, " ", b.Phase))
-		switch len(got) { // each event triggers the next change
+		switch len(got) { // each event triggers the next change of the build
 		case 1:
 			_, err := c.UpdateBuild(t.Context(), b.ID,
 				api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})

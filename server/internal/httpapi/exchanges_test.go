@@ -13,14 +13,14 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// cannotFail has the operations whose input cannot be wrong.
+// cannotFail has the operations whose input is always valid.
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
-// testedElsewhere are operations that need clients in several networks, or a registry that lost an artifact. Tests of
-// package catalogue, of reindex and of free-tags cover them.
+// testedElsewhere has the operations that need clients in several networks, or a registry that lost an artifact. Tests
+// of package catalogue, and of the commands reindex and free-tags, cover them.
 var testedElsewhere = map[string]bool{"lift": true, "forget-artifact": true, "free-tags": true}
 
-// serveMirrored is [serve] with a mirror of two COS builds.
+// serveMirrored starts a server as [serve] does, with a mirror that has two COS builds.
 func serveMirrored(t testing.TB) string {
 	t.Helper()
 	mirror := t.TempDir()
@@ -35,7 +35,7 @@ func serveMirrored(t testing.TB) string {
 	return url
 }
 
-// remember stores the names that later calls need.
+// remember stores the ID of a new token in made, because later calls need it.
 func remember(made map[string]string, e exchange, body []byte) {
 	if e.operation == "create-token" && e.status < 400 {
 		var is struct{ ID string }
@@ -45,7 +45,7 @@ func remember(made map[string]string, e exchange, body []byte) {
 	}
 }
 
-// exchanges returns calls of every operation, in an order in which each finds what it needs.
+// exchanges returns calls of every operation. Their order is such that each call finds what it needs on the server.
 func exchanges() []exchange {
 	nobody, text := map[string]string{"Authorization": ""}, map[string]string{"Content-Type": "text/plain"}
 	kernel := `{"buildId": "17800.0.47", "board": "lakitu", "release": "6.1.0-47", "arch": "amd64"}`
@@ -79,7 +79,7 @@ func exchanges() []exchange {
 		{operation: "read-build", method: "GET", path: "/v1/builds/99", status: 404},
 		{operation: "read-build", method: "GET", path: "/v1/builds/0", status: 400, foreign: true},
 		{operation: "list-builds", method: "GET", path: "/v1/builds?state=queued&flavour=open", status: 200},
-		{operation: "list-builds", method: "GET", path: "/v1/builds?limit=1", status: 200}, // has a next page
+		{operation: "list-builds", method: "GET", path: "/v1/builds?limit=1", status: 200}, // the answer has a next page
 		{operation: "list-builds", method: "GET", path: "/v1/builds?flavour=odd", status: 400, foreign: true},
 		{operation: "list-builds", method: "GET", path: "/v1/builds?state=odd", status: 400},
 		{operation: "update-build", method: "PATCH", path: "/v1/builds/1", body: fmt.Sprintf(

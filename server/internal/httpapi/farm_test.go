@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// gauges reads the server's metrics, by name and labels.
+// gauges returns the values of the server's metrics. The keys consist of the metric's name and its labels.
 func gauges(t *testing.T, url string) map[string]float64 {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url+"/metrics", nil)
@@ -41,8 +41,7 @@ func gauges(t *testing.T, url string) map[string]float64 {
 	return all
 }
 
-// TestFarmMetrics shows that the metrics for alerts and autoscaling have the right values while builds wait, run and
-// end.
+// TestFarmMetrics checks the metrics for alerts and autoscaling while builds wait, run and end.
 func TestFarmMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -87,13 +86,13 @@ func TestFarmMetrics(t *testing.T) {
 	update(second, api.BuildUpdate{State: api.Published, Digest: digest,
 		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
 	want("one failed", map[string]float64{"prebake_builds_failed api-break": 1, "prebake_builds_failed transient": 0})
-	for _, driver := range []string{"550.54.15", "550.90.07"} { // as newer builders report
+	for _, driver := range []string{"550.54.15", "550.90.07"} { // newer builders may report such classes
 		update(ask(driver), api.BuildUpdate{State: api.Failed, Class: "new-" + strings.Repeat("x", len(driver)), Error: "x"})
 	}
 	want("two failed with unknown classes", map[string]float64{"prebake_builds_failed other": 2})
 }
 
-// TestReadyMetrics checks the metrics of the time from a release to its artifacts.
+// TestReadyMetrics checks the metrics of the time from the release of a COS build to its artifacts.
 func TestReadyMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -17,7 +17,7 @@ func exchangesWithBody() []exchange {
 	return slices.DeleteFunc(exchanges(), func(e exchange) bool { return e.body == "" || e.header["Authorization"] != "" })
 }
 
-// FuzzBodies sends arbitrary bodies to every operation that takes a body. The server must accept a body or refuse it,
+// FuzzBodies sends arbitrary bodies to every operation that takes a body. The server must accept or refuse each body,
 // without an internal error.
 func FuzzBodies(f *testing.F) {
 	url := serveMirrored(f)
@@ -37,7 +37,7 @@ func FuzzBodies(f *testing.F) {
 		check(t, errors.Join(err, resp.Body.Close()))
 		return resp.StatusCode, answer
 	}
-	for range 2 { // makes a build to report on
+	for range 2 { // makes builds for the calls that report on one
 		send(f, all[slices.IndexFunc(all, func(e exchange) bool { return e.operation == "request-build" })])
 	}
 	f.Fuzz(func(t *testing.T, n int, content []byte) {

@@ -32,7 +32,7 @@ import (
 
 const token = "0123456789abcdef"
 
-// serve starts the whole server without discovery, in a temporary folder, and returns its address.
+// serve starts the whole server, without discovery, in a temporary folder. It returns the server's address.
 func serve(t *testing.T) string {
 	t.Helper()
 	url, _ := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -47,7 +47,7 @@ func serveLogging(t testing.TB, log *slog.Logger, change ...func(*catalogue.Conf
 	return s.URL, db
 }
 
-// open makes the parts of the handler in a temporary folder.
+// open makes all parts that the HTTP handler needs, in a temporary folder.
 func open(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (httpapi.Config, *store.Store) {
 	t.Helper()
 	dir := t.TempDir()
@@ -101,7 +101,7 @@ func TestFollowLog(t *testing.T) {
 	if err := c.AppendBuildLog(ctx, b.ID, 8, make([]byte, api.MaxLiveLogPart+1)); !fault.Is(err, fault.TooLarge) {
 		t.Errorf("AppendBuildLog() of too much = %v; want too-large", err)
 	}
-	// The next attempt has a log of its own.
+	// The next attempt must begin a new log.
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "x"})
 	check(t, err)
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 2})
@@ -115,7 +115,7 @@ func TestFollowLog(t *testing.T) {
 	out.wait(t, "one\ntwo\na\nb\n")
 }
 
-// lines collects written text. A test can wait for a text.
+// lines collects written text. A test can wait until a text was written.
 type lines struct {
 	mu   sync.Mutex
 	text string
@@ -185,7 +185,7 @@ func TestClient(t *testing.T) {
 		t.Errorf("BuildLog() = %q", text)
 	}
 	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest,
-		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // on this server
+		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // a repository of this server
 	check(t, err)
 	read, err := c.Build(ctx, b.ID)
 	check(t, err)
@@ -253,7 +253,8 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// TestFailuresAreLogged shows that the server's own errors are logged, for routes of the table and for others.
+// TestFailuresAreLogged checks that the server's own errors are logged, for routes of the API's description and for
+// others.
 func TestFailuresAreLogged(t *testing.T) {
 	t.Parallel()
 	var said bytes.Buffer
@@ -358,8 +359,8 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// TestManners checks what clients expect of an HTTP server: a page for unknown addresses, Allow, ETag, compression and
-// request ids.
+// TestManners checks what clients expect of any HTTP server: an error page for unknown addresses, Allow, ETag,
+// compression and request IDs.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -399,7 +400,7 @@ func TestManners(t *testing.T) {
 	}
 }
 
-// TestPages shows that a list comes in pages, and that the client follows them to the end.
+// TestPages checks that a long list comes in pages, and that the client reads all pages.
 func TestPages(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -430,7 +431,8 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestTroubleTellsNoSecrets closes the database. Answers must not contain its error, which may name a user and a host.
+// TestTroubleTellsNoSecrets closes the database. Answers must not have the text of the database's error, which may name
+// a user and a host.
 func TestTroubleTellsNoSecrets(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -27,7 +27,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/openapi.yaml anew")
 
-// undescribed has the routes that are not in the API's description, with the reason.
+// undescribed has the routes that are not in the API's description, with the reason for each.
 var undescribed = map[string]string{
 	"GET /":                               "a page for people",
 	"GET /builds/{id}":                    "a page for people",
@@ -49,7 +49,7 @@ var undescribed = map[string]string{
 	"GET /openapi-3.0.yaml": "the description itself, for older tools",
 }
 
-// bare returns a handler that has only the parts that need no database.
+// bare returns a handler without the parts that need a database.
 func bare() http.Handler {
 	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
 		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
@@ -104,7 +104,7 @@ func TestDescriptionIsValid(t *testing.T) {
 	}
 }
 
-// TestRoutesAreDescribed checks that each route is either described or in the list above.
+// TestRoutesAreDescribed checks that each route is either described or in undescribed, but not in both.
 func TestRoutesAreDescribed(t *testing.T) {
 	t.Parallel()
 	_, model := document(t, description(t))
@@ -155,16 +155,16 @@ func text(errs []*validation.ValidationError) string {
 type exchange struct {
 	operation string // its operationId
 	method    string
-	path      string // ID, TOKEN and LIST are replaced by the names that earlier calls made
+	path      string // TOKEN stands for the ID of the token that an earlier call made
 	body      string
 	header    map[string]string
 	status    int
-	// foreign is true if the description does not allow the request. The server must then refuse it.
+	// foreign means that the description does not allow this request. The server must then refuse it.
 	foreign bool
 }
 
-// TestDescriptionIsTrue calls each operation with good and bad input. The validator compares requests and answers with
-// the description. A request may differ from it only if it is foreign.
+// TestDescriptionIsTrue calls each operation with valid and invalid input. A validator checks that requests and answers
+// are as the API's description says. Only a request with foreign set may differ.
 func TestDescriptionIsTrue(t *testing.T) {
 	t.Parallel()
 	v, model := document(t, description(t))
@@ -206,7 +206,7 @@ func TestDescriptionIsTrue(t *testing.T) {
 	}
 }
 
-// call sends a request. It returns request and answer with bodies that can be read again.
+// call sends a request. The bodies of the returned request and answer can be read again.
 func (e exchange) call(t *testing.T, url string) (*http.Request, *http.Response, []byte) {
 	t.Helper()
 	request := func(ctx context.Context) *http.Request {

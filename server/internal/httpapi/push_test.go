@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestPushedMessage parses the examples of Google's documents "Push subscriptions" and "Pub/Sub notifications for Cloud
+// TestPushedMessage parses the examples in Google's documents "Push subscriptions" and "Pub/Sub notifications for Cloud
 // Storage".
 func TestPushedMessage(t *testing.T) {
 	t.Parallel()

@@ -10,12 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// part is a part of the server with the given state.
+// part stands in for a part of the server. Its Ping returns the given error.
 type part struct{ err error }
 
 func (p part) Ping(context.Context) error { return p.err }
 
-// TestReadiness breaks one part after the other. Nodes need only the catalogue. Writes need every part.
+// TestReadiness makes the parts of the server fail, one at a time. Nodes need only the catalogue; writes need every
+// part.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
 	away := part{fault.New(fault.Transient, "dial tcp 10.1.2.3:5432: refused", "")}

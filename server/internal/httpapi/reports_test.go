@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestReports reports through the typed client. The artifact stays published, because all nodes are in one network.
+// TestReports sends reports of nodes with the typed client. The artifact must stay published, because all reports come
+// from one network.
 func TestReports(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// world is catalogue and queue of a sweep, and records what the sweep does.
+// world stands in for the catalogue and the queue of a sweep. It records what the sweep does.
 type world struct {
 	open     []api.Build
 	standing map[int64]queue.JobState
@@ -112,7 +112,7 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// TestSweepGoesOn shows that an error with one build does not stop the sweep of the others.
+// TestSweepGoesOn checks that an error with one build does not keep the sweep from the other builds.
 func TestSweepGoesOn(t *testing.T) {
 	t.Parallel()
 	over := queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "x"}
@@ -137,8 +137,8 @@ func TestRunEndsWithContext(t *testing.T) {
 	}
 }
 
-// TestSweepNoticesDeadBuilders checks that a builder is dead after some missing reports, but not if the server was
-// down.
+// TestSweepNoticesDeadBuilders checks that a builder counts as dead if it has not reported for 30 seconds, but not if
+// no report could reach the server.
 func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -149,7 +149,7 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep := func(at time.Duration, want ...string) {
 		t.Helper()
 		now, w.did = noon.Add(at), nil
-		_ = s.Sweep(t.Context()) // in one step an error is expected
+		_ = s.Sweep(t.Context()) // one of the steps must return an error
 		if d := cmp.Diff(want, w.did); d != "" {
 			t.Errorf("after %v, Sweep() did (-want +got):\n%s", at, d)
 		}
@@ -168,8 +168,8 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(11*time.Minute+11*time.Second, "release", "put back: transient")
 }
 
-// TestSweepTrustsNoClock checks that a builder lives while it reports, although another server whose clock is behind
-// writes the times of its reports.
+// TestSweepTrustsNoClock checks a builder that reports regularly. The times of its reports come from another server
+// whose clock is an hour behind. The builder must not count as dead.
 func TestSweepTrustsNoClock(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -186,8 +186,8 @@ func TestSweepTrustsNoClock(t *testing.T) {
 	}
 }
 
-// TestSweepNoticesAfterRestart restarts a server after a builder died. The server must wait for one report, but must
-// notice the dead builder within a minute.
+// TestSweepNoticesAfterRestart restarts a server after a builder died. The server must first wait for a report, but
+// must notice within about a minute that the builder is dead.
 func TestSweepNoticesAfterRestart(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -206,7 +206,8 @@ func TestSweepNoticesAfterRestart(t *testing.T) {
 	}
 }
 
-// TestSweepNoticesBesideTrouble shows that an error with one build does not hide a dead builder.
+// TestSweepNoticesBesideTrouble checks that an error with one build does not hide that the builder of another build is
+// dead.
 func TestSweepNoticesBesideTrouble(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -228,7 +229,8 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	}
 }
 
-// TestSweepRaises checks that jobs get the priorities in the catalogue, after a crash between two writes.
+// TestSweepRaises checks that the sweep gives waiting jobs the higher priorities of the catalogue. They may differ
+// after a crash between the writes to catalogue and queue.
 func TestSweepRaises(t *testing.T) {
 	t.Parallel()
 	waits := func(priority int) queue.JobState {
@@ -245,7 +247,8 @@ func TestSweepRaises(t *testing.T) {
 	}
 }
 
-// TestSweepTakesOutCancelled checks that a cancelled build's job is removed from the queue, and other jobs are not.
+// TestSweepTakesOutCancelled checks that the sweep removes the job of a cancelled build from the queue, but no other
+// job.
 func TestSweepTakesOutCancelled(t *testing.T) {
 	t.Parallel()
 	w := &world{ended: map[int64]api.State{1: api.Cancelled, 2: api.Published},
@@ -256,8 +259,8 @@ func TestSweepTakesOutCancelled(t *testing.T) {
 	}
 }
 
-// TestSweepEndsJobsOfFinishedBuilds has a builder that died between its last report and the end of its job. The sweep
-// must end the job later.
+// TestSweepEndsJobsOfFinishedBuilds checks a builder that died after its last report and before the end of its job. The
+// sweep must end the job after 30 seconds.
 func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

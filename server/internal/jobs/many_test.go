@@ -27,8 +27,8 @@ func (c *countingWorld) Build(ctx context.Context, id int64) (api.Build, error) 
 	return c.world.Build(ctx, id)
 }
 
-// TestSweepAsksOnce checks that a sweep reads all open builds with one question. In an earlier version, an idle server
-// with 2,000 builds used a large part of a core.
+// TestSweepAsksOnce checks that a sweep reads all open builds together and asks for no single one. In an earlier
+// release, an idle server with 2,000 builds used a large part of a core.
 func TestSweepAsksOnce(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

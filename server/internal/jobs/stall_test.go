@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// TestSweepAfterOutage has builders whose reports the server could not store, or not see. A builder must have the time
-// for a report after the outage. Without a report, it is dead.
+// TestSweepAfterOutage checks builders whose reports the server could not store or receive for a while. After the
+// outage, a builder must get time for a new report. Without one, it must count as dead.
 func TestSweepAfterOutage(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -23,7 +23,7 @@ func TestSweepAfterOutage(t *testing.T) {
 	type step struct {
 		at       int // seconds after noon
 		readOnly bool
-		beat     bool // the builder has reported since the last sweep
+		beat     bool // whether the builder has reported since the last sweep
 		want     []string
 	}
 	for _, row := range []struct {
@@ -47,7 +47,7 @@ func TestSweepAfterOutage(t *testing.T) {
 			if step.beat {
 				beat = now
 			}
-			_ = s.Sweep(t.Context()) // while writes fail, an error is expected
+			_ = s.Sweep(t.Context()) // an error is expected while writes fail
 			if d := cmp.Diff(step.want, w.did); d != "" {
 				t.Errorf("%s: after %d s, Sweep() did (-want +got):\n%s", row.name, step.at, d)
 			}
@@ -55,7 +55,7 @@ func TestSweepAfterOutage(t *testing.T) {
 	}
 }
 
-// TestSlowSweepsFindDead checks that slow sweeps, whose pauses are long, still find a dead builder.
+// TestSlowSweepsFindDead checks that even sweeps that take long, with long pauses between them, find a dead builder.
 func TestSlowSweepsFindDead(t *testing.T) {
 	t.Parallel()
 	for slow, within := range map[time.Duration]time.Duration{

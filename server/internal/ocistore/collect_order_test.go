@@ -14,8 +14,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// TestCollectReadsNamedManifests checks that an image keeps its blobs if a manifest that is read before it names it. A
-// collection reads manifests in the order of their digests, so the test draws images until the order is right.
+// TestCollectReadsNamedManifests checks an image that another manifest names. If a collection reads that other manifest
+// first, it must still keep the blobs of the image. It reads manifests in the order of their digests, so the test makes
+// images until the order is right.
 func TestCollectReadsNamedManifests(t *testing.T) {
 	t.Parallel()
 	t.Run("an index", func(t *testing.T) {
@@ -54,7 +55,7 @@ func TestCollectReadsNamedManifests(t *testing.T) {
 			if digestOf(t, attached).Hex < desc.Digest.Hex {
 				break
 			}
-			if desc.Digest.Hex < "1" { // hardly any digest comes before this one
+			if desc.Digest.Hex < "1" { // hardly any digest is smaller than this one
 				subject = image(t)
 				if desc, err = partial.Descriptor(subject); err != nil {
 					t.Fatal(err)
@@ -71,7 +72,7 @@ func TestCollectReadsNamedManifests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// Without the end, the manifest still has the digest of its subject.
+		// Even without its last byte, the manifest still has the digest of its subject.
 		cut := raw[:len(raw)-1]
 		if err := os.WriteFile(filepath.Join(dir, "blobs/sha256", d.Hex[:2], d.Hex), cut, 0o640); err != nil {
 			t.Fatal(err)
@@ -81,7 +82,7 @@ func TestCollectReadsNamedManifests(t *testing.T) {
 	})
 }
 
-// collectTwice makes all files old, and removes what nothing refers to.
+// collectTwice runs two collections. Before each, it makes all files a day old, so that unneeded blobs are removed.
 func collectTwice(t *testing.T, dir string) {
 	t.Helper()
 	s := open(t, dir)

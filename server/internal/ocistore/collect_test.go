@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// TestCollectBesideDamage checks that a damaged manifest does not end a collection. The blobs that it names are kept.
-// If a manifest cannot be read, no blob is removed.
+// TestCollectBesideDamage checks that a collection continues if a manifest is damaged, and keeps the blobs that this
+// manifest names. If a manifest cannot be read at all, no blob may be removed.
 func TestCollectBesideDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -37,7 +37,7 @@ func TestCollectBesideDamage(t *testing.T) {
 	}
 	now := time.Now()
 	old := now.Add(-25 * time.Hour)
-	// A folder in place of the file cannot be read.
+	// A folder in the place of the file makes the manifest unreadable.
 	if err := errors.Join(os.Remove(file), os.Mkdir(file, 0o750)); err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestForgetFails checks that a manifest is kept if Forget fails, and that a missing manifest is forgotten again.
+// TestForgetFails checks that the registry keeps a manifest if Forget fails. If the manifest is already gone, a DELETE
+// must still call Forget.
 func TestForgetFails(t *testing.T) {
 	t.Parallel()
 	calls, trouble := 0, errors.New("the database is away")
@@ -36,7 +37,7 @@ func TestForgetFails(t *testing.T) {
 		{trouble, "DELETE", http.StatusInternalServerError, 1},
 		{trouble, "GET", http.StatusOK, 0},
 		{nil, "DELETE", http.StatusAccepted, 2},
-		{trouble, "DELETE", http.StatusInternalServerError, 1}, // the manifest is gone, and was not forgotten
+		{trouble, "DELETE", http.StatusInternalServerError, 1}, // the manifest is already gone
 		{nil, "DELETE", http.StatusNotFound, 1},
 	} {
 		calls, trouble = 0, row.trouble
@@ -47,7 +48,8 @@ func TestForgetFails(t *testing.T) {
 	}
 }
 
-// TestRefusedDeletionForgetsNothing checks that an unreadable tag refuses a deletion before anything is changed.
+// TestRefusedDeletionForgetsNothing checks that a deletion that fails because of an unreadable tag changes nothing
+// before.
 func TestRefusedDeletionForgetsNothing(t *testing.T) {
 	t.Parallel()
 	dir, forgotten := t.TempDir(), 0
@@ -60,7 +62,7 @@ func TestRefusedDeletionForgetsNothing(t *testing.T) {
 	if err := remote.Write(reference(t, host, "a/x:good"), img, options(t)...); err != nil {
 		t.Fatal(err)
 	}
-	unreadable := filepath.Join(dir, "repos/a/x/_tags/z") // after the other tag
+	unreadable := filepath.Join(dir, "repos/a/x/_tags/z") // its name comes after that of the other tag
 	if err := os.Mkdir(unreadable, 0o750); err != nil {
 		t.Fatal(err)
 	}

@@ -20,9 +20,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestDamagedEntries damages the entries of an attached manifest. The list of attachments must stay the same, because
-// the manifest's content says what an entry says. If that is damaged too, the list leaves out only this manifest, and
-// the registry can delete it and take it again.
+// TestDamagedEntries damages the entries that the registry keeps for an attached manifest. The list of attachments must
+// stay the same, because the manifest itself has the same facts. If the manifest is damaged, too, the list must leave
+// out only this one. The registry must still be able to delete it and to accept it again.
 func TestDamagedEntries(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

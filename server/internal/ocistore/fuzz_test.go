@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// FuzzHandler sends arbitrary requests to the registry. None may cause an internal error. Content that was requested by
-// digest must have that digest.
+// FuzzHandler sends arbitrary requests to the registry. No request may cause an internal error. If an answer names the
+// digest of its content, the content must have this digest.
 func FuzzHandler(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestPublicRegistry pushes with an ordinary client. A public registry must say that it is public, and accept only what
-// its operator allows.
+// TestPublicRegistry pushes images with an ordinary client. A public registry must say that it is public, and must
+// accept only what its operator allows.
 func TestPublicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -69,8 +69,8 @@ func TestPublicRegistry(t *testing.T) {
 	}
 }
 
-// TestPublicRegistryReadsAllManifests checks that a public registry refuses restricted content in manifests with
-// unknown fields and of any length.
+// TestPublicRegistryReadsAllManifests checks that a public registry also refuses restricted content if the manifest is
+// very long, or has unknown fields.
 func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	t.Parallel()
 	s := openWith(t, t.TempDir(), ocistore.Options{Public: true})
@@ -80,7 +80,7 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign := image(t)
-	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests need
+	if _, err := repo.Push(t.Context(), foreign); err != nil { // this pushes the blobs that the manifests below name
 		t.Fatal(err)
 	}
 	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),

@@ -31,7 +31,7 @@ import (
 
 const token = "s3cret"
 
-// createOnly is a rule like that of the server.
+// createOnly is the rule of the tests: tags in prebake/ cannot be moved.
 func createOnly(repo, _ string) bool { return strings.HasPrefix(repo, "prebake/") }
 
 func open(t *testing.T, dir string) *ocistore.Store {
@@ -53,13 +53,13 @@ func openWith(t *testing.T, dir string, options ocistore.Options) *ocistore.Stor
 	return s
 }
 
-// serve starts a registry in the folder dir and returns its host and port.
+// serve starts a registry on the folder dir. It returns the registry's host and port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
 	return listen(t, open(t, dir))
 }
 
-// listen starts a registry with a store and returns its host and port.
+// listen starts a registry on a store. It returns the registry's host and port.
 func listen(t *testing.T, s *ocistore.Store) string {
 	t.Helper()
 	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
@@ -128,7 +128,7 @@ func TestStockClient(t *testing.T) {
 			t.Errorf("moving an ordinary tag = %v", err)
 		}
 	}
-	// A CI job would send the token as a bearer token.
+	// CI jobs may send the token as a bearer token.
 	bearer := remote.WithAuth(&authn.Bearer{Token: token})
 	if err := remote.Write(reference(t, host, "prebake/driver:two"), img, remote.WithContext(t.Context()),
 		bearer); err != nil {
@@ -145,7 +145,7 @@ func TestStockClient(t *testing.T) {
 		}
 	}
 
-	// Two referrers have different types.
+	// The two referrers have different types.
 	subject, err := remote.Head(ref, remote.WithContext(t.Context()))
 	if err != nil {
 		t.Fatal(err)
@@ -154,7 +154,7 @@ func TestStockClient(t *testing.T) {
 	for i, kind := range []types.MediaType{"application/vnd.x+json", "application/vnd.y+json"} {
 		r := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), kind)
 		r = mutate.Annotations(r, map[string]string{"n": fmt.Sprint(i)}).(v1.Image)
-		r = mutate.Subject(r, *subject).(v1.Image) // last, because any later change drops the subject
+		r = mutate.Subject(r, *subject).(v1.Image) // this must be last, because any later change drops the subject
 		d := digestOf(t, r)
 		want = append(want, d)
 		if err := remote.Write(reference(t, host, "prebake/driver@"+d.String()), r, options(t)...); err != nil {
@@ -177,7 +177,7 @@ func TestStockClient(t *testing.T) {
 			t.Fatalf("%d layers, %v", len(layers), err)
 		}
 		for _, l := range layers {
-			r, err := l.Compressed() // the library verifies the digest
+			r, err := l.Compressed() // the client library verifies the digest
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -209,7 +209,7 @@ func TestStockClient(t *testing.T) {
 		}
 	}
 	check(host)
-	check(serve(t, dir)) // another process reads the same folder, so nothing was only in memory
+	check(serve(t, dir)) // a new registry on the same folder knows only what is on the disk
 
 	catalog, err := remote.Catalog(t.Context(), ref.Context().Registry)
 	if err != nil || !cmp.Equal(catalog, []string{"prebake/driver", "scratch/x"}) {
@@ -226,7 +226,7 @@ func TestStockClient(t *testing.T) {
 	}
 }
 
-// call makes one raw request with the token.
+// call makes one request with the token, without a client library.
 func call(t *testing.T, host, method, path, body string, header ...string) *http.Response {
 	t.Helper()
 	url := path
@@ -381,7 +381,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// FuzzManifest pushes arbitrary manifests. The store must return, and must not write outside its folders.
+// FuzzManifest pushes arbitrary manifests. PushManifest must return, and must not accept names with "..".
 func FuzzManifest(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

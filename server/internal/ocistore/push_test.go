@@ -18,7 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// TestCrashLeftovers shows that what a killed process left behind is removed or does no harm.
+// TestCrashLeftovers checks that the files which a killed process left behind are removed or do no harm.
 func TestCrashLeftovers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -27,7 +27,7 @@ func TestCrashLeftovers(t *testing.T) {
 	if err := remote.Write(reference(t, host, "prebake/driver:one"), img, options(t)...); err != nil {
 		t.Fatal(err)
 	}
-	// The process was killed after it had written the entry among the referrers and before it wrote the manifest.
+	// The process was killed after it wrote the entry in the list of referrers, and before it wrote the manifest.
 	subject := digestOf(t, img).Hex
 	ghost := strings.Repeat("1", 64)
 	entry, err := json.Marshal(ociregistry.Descriptor{MediaType: "x", Digest: digest.Digest("sha256:" + ghost), Size: 1})
@@ -73,7 +73,7 @@ func TestConcurrentPushes(t *testing.T) {
 			}
 		})
 	}
-	// Several images are pushed to one create-only tag at the same time. One gets the tag.
+	// Push four images to the same create-only tag at the same time. Only one of them may get the tag.
 	var mu sync.Mutex
 	won := 0
 	for range 4 {
@@ -126,7 +126,7 @@ func TestOneWriterPerUpload(t *testing.T) {
 	if err := again.Cancel(); err != nil {
 		t.Error(err)
 	}
-	for range 2 { // the first refusal must end its claim
+	for range 2 { // the first refusal must not keep the upload locked
 		if _, err := s.PushBlobChunkedResume(ctx, "a", w.ID(), -1, 0); !errors.Is(err, ociregistry.ErrBlobUploadUnknown) {
 			t.Errorf("a cancelled upload = %v; want unknown", err)
 		}

@@ -17,8 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// TestRepair damages a manifest in several ways, and pushes the same image again. That must repair it. So must a build
-// of the same artifact after a deletion.
+// TestRepair damages a manifest in several ways, and pushes the same image again. The push must repair the manifest,
+// even if a collection or a deletion comes first.
 func TestRepair(t *testing.T) {
 	t.Parallel()
 	truncated := func(content []byte) []byte { return content[:len(content)-1] }
@@ -75,7 +75,7 @@ func TestRepair(t *testing.T) {
 			}
 			if row.collect {
 				collect(d.String())
-				collect(d.String()) // the content is aside now, and its blobs must still be kept
+				collect(d.String()) // the first collection moved the content away; the blobs of the manifest must still stay
 			}
 			if has, err := s.HasManifest(t.Context(), "prebake/driver", d.String()); err != nil || has {
 				t.Errorf("HasManifest() = %t, %v; want false", has, err)
@@ -96,7 +96,7 @@ func TestRepair(t *testing.T) {
 				}
 			}
 			layers := blobs(t, img)[1:]
-			if row.damage(slices.Clone(good)) != nil { // nobody knows the blobs of a lost manifest
+			if row.damage(slices.Clone(good)) != nil { // if the manifest is lost, its blobs are not known
 				for _, name := range layers {
 					if r := call(t, host, "HEAD", "/v2/prebake/driver/blobs/sha256:"+name, ""); r.StatusCode != http.StatusOK {
 						t.Errorf("HEAD of blob %s before the push = %s; want 200", name, r.Status)
@@ -120,7 +120,8 @@ func TestRepair(t *testing.T) {
 	}
 }
 
-// TestRepairBeforeCollection pushes a manifest over damaged content of the same size, which only its digest shows.
+// TestRepairBeforeCollection pushes a manifest again whose content is damaged but has the right size. Only the digest
+// shows this damage, and the push must repair it.
 func TestRepairBeforeCollection(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -151,8 +152,8 @@ func TestRepairBeforeCollection(t *testing.T) {
 	}
 }
 
-// TestDamagedReferrer changes a byte of an attached manifest. A list still has it, because lists do not read manifests.
-// Whoever asks for it gets a 404, and a push repairs it.
+// TestDamagedReferrer changes a byte of an attached manifest. The list of referrers still names it, because the
+// registry does not read the manifests for a list. A request for the manifest gets status 404, and a push repairs it.
 func TestDamagedReferrer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

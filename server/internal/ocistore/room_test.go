@@ -16,13 +16,14 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestReserve checks that a long write is refused once the disk has no room, and that it leaves no bytes then.
+// TestReserve checks that a long write fails as soon as the disk has too little free space, and that its bytes are
+// removed.
 func TestReserve(t *testing.T) {
 	t.Parallel()
 	checks, full := 0, errors.New("the disk is full")
 	dir := t.TempDir()
 	s, err := ocistore.Open(dir, ocistore.Options{CheckFree: func() error {
-		if checks++; checks > 1 { // there is room when the write begins
+		if checks++; checks > 1 { // at the first check, there is enough space
 			return full
 		}
 		return nil
@@ -71,12 +72,13 @@ func TestReserve(t *testing.T) {
 	}
 }
 
-// TestFullDropsIdle checks that a full disk costs idle uploads of all callers, but not those that a request writes to.
+// TestFullDropsIdle checks that a full disk makes the registry remove the idle uploads of all callers. It must keep
+// uploads that a request writes to.
 func TestFullDropsIdle(t *testing.T) {
 	t.Parallel()
 	dir, now := t.TempDir(), time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 	var full error
-	is := map[string]string{} // paths by names
+	is := map[string]string{} // the paths of the uploads, by name
 	there := func(name string) bool {
 		_, err := os.Stat(is[name])
 		return err == nil
@@ -102,7 +104,7 @@ func TestFullDropsIdle(t *testing.T) {
 		case "busy":
 			busy = w
 		case "from before the start":
-			if err := w.Cancel(); err != nil { // nobody owns it
+			if err := w.Cancel(); err != nil { // the store does not know this upload, as after a restart
 				t.Fatal(err)
 			}
 			if err := os.WriteFile(is[name], nil, 0o640); err != nil {
@@ -141,7 +143,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestOpenUploads checks that the open uploads of a caller are bounded. Ended and deleted ones do not count.
+// TestOpenUploads checks that a caller may have only 64 open uploads. Uploads that ended or were deleted do not count.
 func TestOpenUploads(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
@@ -170,7 +172,7 @@ func TestOpenUploads(t *testing.T) {
 	}
 }
 
-// TestIdleUploads checks that a caller with the maximum number of uploads loses the oldest idle one for a new one. An
+// TestIdleUploads checks a caller that has the maximum number of uploads. A new upload replaces the oldest idle one. An
 // upload that a request writes to is not idle.
 func TestIdleUploads(t *testing.T) {
 	t.Parallel()
@@ -225,12 +227,12 @@ func TestIdleUploads(t *testing.T) {
 	}
 }
 
-// TestUploadsWithoutFiles checks that uploads whose files are gone do not count for ever.
+// TestUploadsWithoutFiles checks that uploads whose files are gone do not count towards the limit for ever.
 func TestUploadsWithoutFiles(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	var first ociregistry.BlobWriter // a request has it
+	var first ociregistry.BlobWriter // a request still writes to this upload
 	for i := range 64 {
 		w, err := s.PushBlobChunked(t.Context(), "a", 0)
 		if err != nil {
@@ -263,7 +265,7 @@ func TestUploadsWithoutFiles(t *testing.T) {
 	}
 }
 
-// TestFullDuringUpload checks that a client learns of a full disk, whichever request has the bytes.
+// TestFullDuringUpload checks that the client gets status 507 if the disk is full, for a PATCH and for a PUT.
 func TestFullDuringUpload(t *testing.T) {
 	t.Parallel()
 	var full error

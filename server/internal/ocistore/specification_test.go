@@ -27,9 +27,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestSpecification runs the conformance tests of distribution specification 1.1:
-// github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. None may fail. The list below says which
-// may be skipped.
+// TestSpecification runs the conformance tests of distribution specification 1.1
+// (github.com/opencontainers/distribution-spec/conformance, a tool in go.mod). No test may fail, and only the deletion
+// of single blobs may be skipped.
 func TestSpecification(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
@@ -58,7 +58,7 @@ func TestSpecification(t *testing.T) {
 			passed++
 		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") &&
 			!strings.Contains(line, "/blob-delete: Skip"):
-			t.Error(strings.TrimSpace(line)) // deleting single blobs is all that this registry does not support
+			t.Error(strings.TrimSpace(line)) // the registry supports everything but the deletion of single blobs
 		}
 	}
 	if passed < 500 {
@@ -103,7 +103,8 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
-// TestCreateOnlyNoLonger checks the error for the tag of a deleted manifest whose repository is no longer create-only.
+// TestCreateOnlyNoLonger checks the error for the tag of a deleted manifest, if the repository was create-only and is
+// not any more.
 func TestCreateOnlyNoLonger(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -127,11 +128,11 @@ func TestCreateOnlyNoLonger(t *testing.T) {
 	}
 }
 
-// TestDeleteBesideBadTags checks that an unreadable tag prevents the deletion of a manifest. A tag with damaged content
-// does not prevent it, and stays.
+// TestDeleteBesideBadTags checks the deletion of a manifest while the repository has bad tags. If a tag cannot be read,
+// the deletion must fail. A tag with damaged content must not prevent the deletion, and must stay.
 func TestDeleteBesideBadTags(t *testing.T) {
 	t.Parallel()
-	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first is create-only
+	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first repository is create-only
 		dir := t.TempDir()
 		host := serve(t, dir)
 		img := image(t)
@@ -165,8 +166,8 @@ func TestDeleteBesideBadTags(t *testing.T) {
 	}
 }
 
-// TestCollect checks that a collection removes only unreferenced blobs after a day. It keeps blobs of a running push,
-// and blobs that clients asked for lately.
+// TestCollect checks that a collection removes only blobs that no manifest needs and that are older than a day. It must
+// keep the blobs of a running push, and blobs that a client asked for in the last day.
 func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -207,7 +208,7 @@ func TestCollect(t *testing.T) {
 		t.Fatal(r.Status)
 	}
 	out, err := s.Collect(t.Context(), now)
-	if err != nil || out.Blobs != 4 || out.Bytes == 0 { // two layers, config and manifest
+	if err != nil || out.Blobs != 4 || out.Bytes == 0 { // two layers, the config and the manifest
 		t.Errorf("Collect() = %+v, %v; want 4 blobs", out, err)
 	}
 	if _, err := remote.Get(reference(t, host, "a/kept:1"), options(t)...); err != nil {
@@ -226,7 +227,7 @@ func TestCollect(t *testing.T) {
 	}
 }
 
-// setAge sets the time of all files in a folder.
+// setAge sets the modification time of all files in a folder.
 func setAge(t *testing.T, dir string, at time.Time) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -253,7 +254,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			if _, err := s.Collect(ctx, time.Now()); err != nil && ctx.Err() == nil {
 				t.Error(err)
 			}
-			time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // lets some pushes succeed
+			time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // the pause lets some pushes succeed
 		}
 	})
 	stored := 0
@@ -266,7 +267,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			""); r.StatusCode != http.StatusAccepted {
 			t.Fatal(r.Status)
 		}
-		for _, name := range blobs(t, img) { // an old, unreferenced blob may be removed at any time
+		for _, name := range blobs(t, img) { // a collection may remove an old blob that no manifest needs at any time
 			old := time.Now().Add(-25 * time.Hour)
 			err := os.Chtimes(filepath.Join(dir, "blobs/sha256", name[:2], name), old, old)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -274,7 +275,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			}
 		}
 		if err := remote.Write(ref, img, options(t)...); err != nil {
-			continue // the blob was removed between check and manifest, and the client got an error
+			continue // a collection removed the blob after the client's check, so the client got an error
 		}
 		stored++
 		for _, name := range blobs(t, img) {
@@ -290,7 +291,7 @@ func TestCollectBesidePushes(t *testing.T) {
 	}
 }
 
-// blobs returns the hex digests of all blobs and of the manifest of an image.
+// blobs returns the hex digests of an image's manifest, config and layers, in this order.
 func blobs(t *testing.T, img v1.Image) []string {
 	t.Helper()
 	config, err := img.ConfigName()
@@ -312,7 +313,7 @@ func blobs(t *testing.T, img v1.Image) []string {
 	return all
 }
 
-// TestManners checks behaviour that the specification's tests do not cover.
+// TestManners checks behaviour of the registry that the conformance tests do not cover.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	var full error

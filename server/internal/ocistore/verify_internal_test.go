@@ -19,7 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestReplacedBlobStays checks that a blob which a push has replaced, after its content was read, is not moved aside.
+// TestReplacedBlobStays checks a damaged blob that a push replaces after its content was read. The registry must not
+// move the new blob to the folder of damaged blobs.
 func TestReplacedBlobStays(t *testing.T) {
 	t.Parallel()
 	s, err := Open(t.TempDir(), Options{})
@@ -68,8 +69,8 @@ type flaky struct{ fs.File }
 
 func (flaky) Read([]byte) (int, error) { return 0, syscall.EIO }
 
-// openFlaky opens a registry with n blobs and no manifest. The first fail reads of each blob return an error. paths are
-// in the order of a verification.
+// openFlaky opens a registry with n blobs and no manifest. Of each blob, as many reads as fail says return an error.
+// paths has the blobs in the order in which Verify reads them.
 func openFlaky(t *testing.T, n, fail int) (s *Store, paths []string) {
 	t.Helper()
 	s, err := Open(t.TempDir(), Options{})
@@ -101,7 +102,7 @@ func openFlaky(t *testing.T, n, fail int) (s *Store, paths []string) {
 	return s, paths
 }
 
-// there returns which files exist.
+// there reports for each path whether the file exists.
 func there(t *testing.T, s *Store, paths []string) (have []bool) {
 	t.Helper()
 	for _, p := range paths {
@@ -111,7 +112,7 @@ func there(t *testing.T, s *Store, paths []string) (have []bool) {
 	return have
 }
 
-// TestFailedReadOnce checks that a blob is read once more before it is moved aside.
+// TestFailedReadOnce checks that Verify reads a blob again if the first read fails, before it calls the blob damaged.
 func TestFailedReadOnce(t *testing.T) {
 	t.Parallel()
 	s, paths := openFlaky(t, 3, 1)
@@ -122,8 +123,9 @@ func TestFailedReadOnce(t *testing.T) {
 	}
 }
 
-// TestFailedReads checks that a pass ends at the second file in a row that cannot be read, and that a later one goes on
-// there. When the disk works again, a collection moves the content back, unless a push has done so.
+// TestFailedReads checks a disk that fails. Verify must end at the second file in a row that it cannot read, and the
+// next Verify must continue there. When the disk works again, a collection must put the content back, unless a push has
+// done so.
 func TestFailedReads(t *testing.T) {
 	t.Parallel()
 	s, paths := openFlaky(t, 4, 4)
@@ -148,13 +150,13 @@ func TestFailedReads(t *testing.T) {
 	}
 }
 
-// obeyModes makes the modes of files hold for this goroutine, although root runs the test.
+// obeyModes makes file modes hold for this goroutine, even if root runs the test.
 func obeyModes(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		return
 	}
-	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	runtime.LockOSThread() // never unlocked, so the thread ends with the goroutine
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&head, &data[0]); err != nil {
@@ -166,8 +168,9 @@ func obeyModes(t *testing.T) {
 	}
 }
 
-// TestUnreadablePaths has a file that cannot be opened, a folder that cannot be listed, and a damaged blob that cannot
-// be moved. Verify must still find the damaged blob behind them, and count all of them until they are repaired.
+// TestUnreadablePaths checks a registry with a file that cannot be opened, a folder that cannot be listed, and a
+// damaged blob that cannot be moved. Verify must still find the damaged blob that comes after them. The registry must
+// count all of them until they are repaired.
 func TestUnreadablePaths(t *testing.T) {
 	t.Parallel()
 	obeyModes(t)
@@ -202,7 +205,8 @@ func TestUnreadablePaths(t *testing.T) {
 		t.Errorf("Verify() = %+v, %v, kept %v, damaged %v; want %v kept and the fifth blob damaged", out, err, kept, damaged,
 			wantKept)
 	}
-	// No manifest needs the damaged blob. After a restart, only a collection finds that out.
+	// No manifest needs the damaged blob, so it does not count. After a restart, it counts until a collection has found
+	// that out.
 	for _, want := range []int{3, 4} {
 		if n, next := s.Damaged(), s.NextPass(); n != want || next.After(time.Now()) {
 			t.Errorf("Damaged() = %d, NextPass() = %v; want %d, and a time in the past", n, next, want)
@@ -236,9 +240,8 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 }
 
-// TestCollectBesideUnreadableManifest has a damaged manifest whose content was moved aside and cannot be read. A
-// collection must remove no blob, because nobody knows which ones the manifest needs, but it must still report all
-// damage.
+// TestCollectBesideUnreadableManifest checks a damaged manifest that was moved aside and cannot be read. It is not
+// known which blobs this manifest needs, so a collection must remove none. It must still report all damage.
 func TestCollectBesideUnreadableManifest(t *testing.T) {
 	t.Parallel()
 	s, paths := openFlaky(t, 1, 0)
@@ -261,7 +264,8 @@ func TestCollectBesideUnreadableManifest(t *testing.T) {
 		all = append(all, push(fmt.Sprint("layer ", i)))
 	}
 	slices.Sort(all)
-	// The walk reads the unreadable manifest first. The lost blob belongs to the last one.
+	// Manifests are read in the order of their digests: the unreadable one comes first, and the one with the lost blob
+	// last.
 	unread, last := all[0], all[3]
 	_, content, err := s.readManifest("a/x", ociregistry.Digest(last))
 	if err != nil {
@@ -274,7 +278,7 @@ func TestCollectBesideUnreadableManifest(t *testing.T) {
 	lost := m.Config.Digest
 	aside := "damaged/" + unread.Encoded()
 	if err := errors.Join(s.root.Remove(blobPath(lost.Encoded())), s.root.Remove(blobPath(unread.Encoded())),
-		s.root.Symlink(".", aside)); err != nil { // reading a folder is an error
+		s.root.Symlink(".", aside)); err != nil { // the link leads to a folder, which cannot be read as a file
 		t.Fatal(err)
 	}
 	later := time.Now().Add(25 * time.Hour)
@@ -300,8 +304,8 @@ func TestCollectBesideUnreadableManifest(t *testing.T) {
 	}
 }
 
-// TestPlaceWhole checks that a stored place replaces the former file, and does not change it: after a crash or on a
-// full disk, a file that was cut off would lose the place.
+// TestPlaceWhole checks how the position of a verification is stored: a new file must replace the former one. If the
+// former file were changed, a crash or a full disk could leave a file without the position.
 func TestPlaceWhole(t *testing.T) {
 	t.Parallel()
 	s, _ := openFlaky(t, 0, 0)

@@ -22,10 +22,10 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// fast is a rate at which tests need not wait.
+// fast is a rate in bytes per second that makes no test wait.
 const fast = 1 << 50
 
-// verify reads all blobs of a registry, and returns the damage.
+// verify reads all blobs of a registry, and returns the damage that it found.
 func verify(t *testing.T, s *ocistore.Store) (found []ocistore.Damage) {
 	t.Helper()
 	_, err := s.Verify(t.Context(), fast, func(d ocistore.Damage) { found = append(found, d) })
@@ -50,14 +50,14 @@ func flip(t *testing.T, file string) {
 
 func blobFile(dir, sum string) string { return filepath.Join(dir, "blobs/sha256", sum[:2], sum) }
 
-// TestDamagedBlob damages or removes a layer, and pushes the artifact again. That must bring the layer back, after
-// either a verification or a collection has found the damage. Meanwhile, nodes may read the manifest.
+// TestDamagedBlob damages or removes a layer, lets a verification or a collection find the damage, and pushes the
+// artifact again. The push must restore the layer. Until then, nodes may still read the manifest.
 func TestDamagedBlob(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name   string
 		damage func(t *testing.T, file string)
-		verify bool // otherwise a collection finds the damage
+		verify bool // whether a verification finds the damage, and not only a collection
 	}{
 		{"flipped", flip, true},
 		{"truncated", func(t *testing.T, file string) {
@@ -68,7 +68,7 @@ func TestDamagedBlob(t *testing.T) {
 		}, true},
 		{"unreadable", func(t *testing.T, file string) {
 			t.Helper()
-			if err := errors.Join(os.Remove(file), os.Symlink(".", file)); err != nil { // reading a folder is an error
+			if err := errors.Join(os.Remove(file), os.Symlink(".", file)); err != nil { // a folder cannot be read
 				t.Fatal(err)
 			}
 		}, true},
@@ -107,7 +107,7 @@ func TestDamagedBlob(t *testing.T) {
 					t.Fatalf("Verify() found %+v (-want +got):\n%s", found, d)
 				}
 			}
-			for range 2 { // the second one must know what the first has found
+			for range 2 { // the second collection must report what the first one found
 				out, err := s.Collect(t.Context(), time.Now())
 				if d := cmp.Diff(want, out.DamagedBlobs, same); err != nil || d != "" {
 					t.Errorf("Collect() = %v, damaged blobs (-want +got):\n%s", err, d)
@@ -150,7 +150,7 @@ func TestDamagedBlob(t *testing.T) {
 	}
 }
 
-// anonymousHead asks for the headers of a path without a token, and returns the status.
+// anonymousHead sends a HEAD request without a token, and returns the status.
 func anonymousHead(t *testing.T, host, at string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodHead, "http://"+host+at, nil)
@@ -167,8 +167,8 @@ func anonymousHead(t *testing.T, host, at string) int {
 	return r.StatusCode
 }
 
-// TestVerifyContinues interrupts a verification at its first damaged blob. After a restart, it must go on behind that
-// blob, and begin the next pass 30 days after the first one began.
+// TestVerifyContinues interrupts a verification at its first damaged blob. After a restart, the verification must
+// continue after that blob. The next one must begin 30 days after the first one began.
 func TestVerifyContinues(t *testing.T) {
 	t.Parallel()
 	dir, now := t.TempDir(), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
@@ -206,7 +206,7 @@ func TestVerifyContinues(t *testing.T) {
 	}
 	ctx, stop = context.WithCancel(t.Context())
 	var found []string
-	step = time.Minute // after each blob, the place is stored, and damage is reported
+	step = time.Minute // so long that each blob is followed by a report, and by a write of the position
 	first, err := s.Verify(ctx, fast, func(d ocistore.Damage) { found = append(found, d.Digest); stop() })
 	if !errors.Is(err, context.Canceled) {
 		t.Fatalf("Verify() that is interrupted = %v; want canceled", err)
@@ -229,7 +229,7 @@ func TestVerifyContinues(t *testing.T) {
 	if d := cmp.Diff(broken, found); d != "" {
 		t.Errorf("found damage (-want +got):\n%s", d)
 	}
-	// Three layers, a config and a manifest for each image.
+	// Each image has three layers, a config and a manifest.
 	if first.Blobs+second.Blobs != 15 || first.Blobs == 0 || second.Blobs == 0 {
 		t.Errorf("Verify() read %d blobs, then %d; want 15 together", first.Blobs, second.Blobs)
 	}
@@ -241,8 +241,8 @@ func TestVerifyContinues(t *testing.T) {
 	}
 }
 
-// TestDamageTogether damages three layers of an image. The manifests must be read once for all of them, after the
-// blobs.
+// TestDamageTogether damages three layers of an image. Verify must read the manifests only once, after it has found all
+// three.
 func TestDamageTogether(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -278,7 +278,7 @@ func TestDamageTogether(t *testing.T) {
 	}
 }
 
-// TestUnneededDamage damages a blob that no manifest names. It must not stay in the folder for ever.
+// TestUnneededDamage damages a blob that no manifest needs. The blob must not stay in the folder damaged for ever.
 func TestUnneededDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -304,7 +304,8 @@ func TestUnneededDamage(t *testing.T) {
 	}
 }
 
-// TestAbsentByDesign pushes an image with a layer that may never be pushed. Its absence is no damage.
+// TestAbsentByDesign pushes an image with a layer whose licence forbids a push. The registry must not call this
+// missing layer damaged.
 func TestAbsentByDesign(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir())
@@ -325,7 +326,7 @@ func TestAbsentByDesign(t *testing.T) {
 }
 
 // TestVerifyBesidePushes verifies all blobs while images are pushed and collected. No push may fail, and no intact blob
-// may be taken for damaged.
+// may count as damaged.
 func TestVerifyBesidePushes(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir())

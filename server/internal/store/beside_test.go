@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testReadDuringWrite checks that readers do not wait for writers. In an earlier version, they shared one connection.
+// testReadDuringWrite checks that reads do not wait for a write. In an earlier release, reads and writes shared one
+// connection.
 func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
@@ -33,7 +34,8 @@ func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testWriteThatPanics shows that the only connection for writing can be used again after a write has panicked.
+// testWriteThatPanics checks that another write is possible after one that panicked. There is only one connection for
+// writes.
 func testWriteThatPanics(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()

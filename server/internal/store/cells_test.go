@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testPages reads each list page by page. Each entry must be on one page only.
+// testPages reads each list page by page. Each entry must be on exactly one page.
 func testPages(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	major, _, _ := strings.Cut(id, ".")
@@ -100,7 +100,7 @@ func testPages(t *testing.T, s *store.Store, id string) {
 				}
 			}
 			want := newest
-			if name == "builds" || name == "artifacts" { // by the build's number or the digest
+			if name == "builds" || name == "artifacts" { // ordered by the build's number, or the digest
 				want = slices.Sorted(slices.Values(newest))
 				slices.Sort(got)
 			}
@@ -114,7 +114,7 @@ func testPages(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testCells checks the facts that decide the state of one cell.
+// testCells checks the facts from which the state of one cell is computed.
 func testCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	known, sibling := kernelOf(id), kernelOf(id+"1")
@@ -147,7 +147,7 @@ func testCells(t *testing.T, s *store.Store, id string) {
 	rows := []struct {
 		name        string
 		fingerprint target.Fingerprint
-		want        []string // the first letters of the digests, with ! if attested
+		want        []string // the letters after "sha256:", with ! if the artifact is attested for this kernel
 	}{
 		{"fingerprint unknown: what is attested", "", []string{"a!"}},
 		{"fingerprint known: all of it, newest first", finger, []string{"b", "a!"}},
@@ -181,8 +181,8 @@ func testCells(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testCache changes the catalogue in every possible way, with PostgreSQL from another process. A reader must see each
-// change in spite of its cache.
+// testCache changes the catalogue in every possible way. With PostgreSQL, another Store makes the changes, as another
+// server would. A reader must see each change, although it has a cache.
 func testCache(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	other := s
@@ -205,7 +205,7 @@ func testCache(t *testing.T, s *store.Store, id string) {
 		}
 		return text
 	}
-	state := func(listFirst bool) string { // the second call may use what the first call cached
+	state := func(listFirst bool) string { // the second call may use the cache of the first one
 		var cells *store.KernelCells
 		var page []*store.KernelCells
 		one := func() (err error) { cells, err = s.KernelCells(ctx, id, "lakitu"); return err }
@@ -247,7 +247,7 @@ func testCache(t *testing.T, s *store.Store, id string) {
 		{"1.3 yanked build failed", func(tx *store.Tx) error {
 			return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x", time.Now())
 		}},
-		{"1.3 yanked build failed", drop}, // a withdrawn artifact stays
+		{"1.3 yanked build failed", drop}, // a yanked artifact stays
 		{"1.3 published build failed", func(tx *store.Tx) error {
 			return tx.SetArtifactState(ctx, artifact.Digest, api.Published, "", time.Now())
 		}},
@@ -260,7 +260,7 @@ func testCache(t *testing.T, s *store.Store, id string) {
 		got := state(i%2 == 0)
 		for end := time.Now().Add(5 * time.Second); got != step.want && other != s &&
 			time.Now().Before(end); got = state(i%2 == 0) {
-			time.Sleep(time.Millisecond) // the notification has not arrived yet
+			time.Sleep(time.Millisecond) // until the notification has arrived
 		}
 		if got != step.want {
 			t.Errorf("after a write, the answer is %q; want %q", got, step.want)

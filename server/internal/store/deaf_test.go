@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// deafPooler starts a proxy in front of a database that accepts LISTEN and drops all notifications, like PgBouncer in
-// transaction mode. It returns the URL of the proxy.
+// deafPooler starts a proxy in front of a PostgreSQL server. The proxy accepts LISTEN but drops all notifications, as
+// PgBouncer does in transaction mode. It returns the URL of the proxy.
 func deafPooler(t *testing.T, raw string) string {
 	t.Helper()
 	config, err := pgx.ParseConfig(raw)
@@ -44,7 +44,7 @@ func deafPooler(t *testing.T, raw string) string {
 		}
 		defer server.Close()
 		running.Go(func() {
-			_, _ = io.Copy(server, client) // an error means that one side is gone
+			_, _ = io.Copy(server, client) // fails when one side has closed the connection
 			_ = server.Close()
 		})
 		return copyWithoutNotifications(client, server)
@@ -73,7 +73,8 @@ func deafPooler(t *testing.T, raw string) string {
 	return u.String()
 }
 
-// copyWithoutNotifications copies a server's messages. Each has a type, and a length that counts itself
+// copyWithoutNotifications copies the messages of a PostgreSQL server, except notifications. Each message begins with
+// its type, and a length that includes its own four bytes
 // (https://www.postgresql.org/docs/current/protocol-message-formats.html).
 func copyWithoutNotifications(to io.Writer, from io.Reader) error {
 	head := make([]byte, 5)
@@ -94,7 +95,7 @@ func copyWithoutNotifications(to io.Writer, from io.Reader) error {
 	}
 }
 
-// warnings is a log handler that receives the number of attributes of each warning.
+// warnings is a log handler. It sends the number of attributes of each warning to the channel.
 type warnings chan int
 
 func (w warnings) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelWarn }
@@ -105,8 +106,8 @@ func (w warnings) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestDeafPooler opens a catalogue through a pooler that passes no notifications on. The server must warn once, and
-// must not answer from a cache that hears of no changes.
+// TestDeafPooler opens a catalogue through a pooler that drops notifications. The server must warn once, and must not
+// use its cache, because it would not learn of changes.
 func TestDeafPooler(t *testing.T) {
 	t.Parallel()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -134,7 +135,7 @@ func TestDeafPooler(t *testing.T) {
 		t.Fatal("no warning about the pooler")
 	}
 	other := open(t, raw)
-	id := fmt.Sprintf("%d.1.0", time.Now().Unix()%1000000*100+99) // no other test uses it
+	id := fmt.Sprintf("%d.1.0", time.Now().Unix()%1000000*100+99) // no other test uses this BUILD_ID
 	for _, want := range []string{"535.1.1", "535.2.2"} {
 		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "deaf"}, Default: want, SeenAt: noon}
 		if err := other.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) }); err != nil {

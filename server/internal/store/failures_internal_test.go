@@ -16,8 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestFailuresByDefinition gives some cells random histories: builds of each end and class, early warnings and others,
-// builds that start again, and removed builds. After each step, the count must be that of a query over all builds.
+// TestFailuresByDefinition gives three cells random histories: builds with each end and class, builds of early
+// warnings, builds that start again, and builds that are removed. After each step, the stored count of failures must
+// equal that of a query over all builds.
 func TestFailuresByDefinition(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -34,7 +35,7 @@ func TestFailuresByDefinition(t *testing.T) {
 	})
 }
 
-// failures has the definition of [Store.CountFailures] for the COS builds of one board.
+// failures is the query that defines what [Store.CountFailures] counts, for the COS builds of one board.
 const failures = `
 SELECT class, COUNT(*) FROM (
     SELECT DISTINCT class, build_id, board, driver, flavour, (
@@ -69,7 +70,7 @@ func failuresByDefinition(t *testing.T, url string) {
 	}
 	write(func(tx *Tx) error { return tx.PutWishList(ctx, board, "x", 0, time.Now()) })
 	var wanted []WantedCell
-	for i, early := range []bool{false, true} { // nobody wants the third cell
+	for i, early := range []bool{false, true} { // no list wants the third cell
 		wanted = append(wanted, WantedCell{CellKey{kernel(i).BuildID, board, driver}, early})
 	}
 	if err := s.SetWanted(ctx, board, 1, wanted); err != nil {
@@ -96,7 +97,7 @@ func failuresByDefinition(t *testing.T, url string) {
 	var all []api.Build
 	for step := range 400 {
 		switch what := r.IntN(10); {
-		case what == 0 && len(all) > 0: // a build starts again, if its cell has no open build, and fails or not
+		case what == 0 && len(all) > 0: // a failed build starts again, and then ends
 			b := all[r.IntN(len(all))]
 			if b.State != api.Failed {
 				continue
@@ -114,7 +115,7 @@ func failuresByDefinition(t *testing.T, url string) {
 					all[i] = b
 				}
 			}
-		case what == 1 && len(all) > 0: // old builds are removed
+		case what == 1 && len(all) > 0: // an old build is removed
 			i := r.IntN(len(all))
 			b := all[i]
 			all = append(all[:i:i], all[i+1:]...)
@@ -143,7 +144,7 @@ func failuresByDefinition(t *testing.T, url string) {
 	}
 }
 
-// compareFailures compares the marks of one board's builds with the definition.
+// compareFailures compares the marks on the builds of one board with the query in failures.
 func compareFailures(t *testing.T, step int, read func(text string, args ...any) map[string]int, board string) {
 	t.Helper()
 	want := read(failures, queue.PriorityWarning, board)

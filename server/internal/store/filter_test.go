@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testFilters searches for kernels as the matrix does. It uses its own boards, because other tests use the same
-// database.
+// testFilters searches for kernels as the page with the matrix does. It uses its own boards, because other tests share
+// the database.
 func testFilters(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	noon := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)

@@ -15,14 +15,15 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testWantedCells counts wanted cells. A cell of two lists counts once. A cell of a removed list does not count.
+// testWantedCells checks the number of wanted cells. A cell in two lists must count once, and a cell of a removed list
+// must not count.
 func testWantedCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
-	const milestone = 4242 // no other test uses it
+	const milestone = 4242 // no other test uses this milestone
 	k := kernelOf(id)
 	k.Milestone = milestone
 	var cells []store.WantedCell
-	for i := range 2500 { // more than one transaction stores
+	for i := range 2500 { // more than one transaction writes
 		d := target.Driver{Version: "996." + time.Duration(i).String(), Flavour: target.Open}
 		cells = append(cells, store.WantedCell{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}})
 	}
@@ -100,7 +101,7 @@ func testWantedCells(t *testing.T, s *store.Store, id string) {
 
 	write(func(tx *store.Tx) error { return tx.DropWishList(ctx, "a"+id) })
 	want(cells[5:12], "b"+id, map[api.State]int{api.Unknown: 7})
-	// A plan of an earlier version must not replace the cells of the present one.
+	// A plan for an earlier version of the list must not replace the cells of the present version.
 	write(func(tx *store.Tx) error { return tx.PutWishList(ctx, "b"+id, "y", 1, noon) })
 	want(cells[20:23], "b"+id, map[api.State]int{api.Unknown: 7})
 	if err := s.SetWanted(ctx, "b"+id, 2, cells[20:23]); err != nil {
@@ -111,7 +112,7 @@ func testWantedCells(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testWishListGuard replaces one version of a wish list many times at once. Only one caller may succeed.
+// testWishListGuard replaces the same version of a wish list many times at once. Only one of the callers may succeed.
 func testWishListGuard(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	put := func(text string, version int64, begun func()) error {
@@ -130,7 +131,7 @@ func testWishListGuard(t *testing.T, s *store.Store, id string) {
 		wait.Go(func() {
 			errs[i] = put(fmt.Sprint(i), 1, func() {
 				begun.Done()
-				if strings.HasSuffix(t.Name(), "postgres/guarded") { // with SQLite, one transaction writes at a time
+				if strings.HasSuffix(t.Name(), "postgres/guarded") { // with SQLite, only one transaction can write at a time
 					begun.Wait()
 				}
 			})

@@ -11,15 +11,16 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testQueueMetrics checks changes of the metrics' numbers. Other tests have builds in the same database.
+// testQueueMetrics checks by how much the numbers of the metrics change. Their values depend on other tests, which
+// share the database.
 func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	before, err := s.CountFailures(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	longAgo := time.UnixMicro(1).UTC() // before the builds of all other tests
-	// Builds of the lowest priority wait behind all others.
+	longAgo := time.UnixMicro(1).UTC() // earlier than the builds of all other tests
+	// Builds of these two priorities wait behind all others, so OldestQueued must leave them out.
 	for i, priority := range []int{queue.PriorityAgain, queue.PriorityWarning} {
 		b, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), State: api.Queued, CreatedAt: longAgo,
 			Driver: target.Driver{Version: "1.2." + strconv.Itoa(i), Flavour: target.Open}, Priority: priority})
@@ -52,7 +53,7 @@ func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	if err != nil || after["api-break"] != before["api-break"]+1 {
 		t.Errorf("CountFailures() = %v, %v; want one more of api-break than %v", after, err, before)
 	}
-	// Only a cell's first failure of a class since its last success counts.
+	// Only the first failure of a cell with a class counts, until the cell has a success.
 	for i, row := range []struct {
 		state     api.State
 		class     string

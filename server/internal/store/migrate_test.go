@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestTriesOfOldBuilds opens a catalogue that was written before builds had tries and before failures were marked. Each
-// failed build must get its number since the last published one. The cells are numbered apart.
+// TestTriesOfOldBuilds opens a catalogue from before builds had tries and failures were marked. The migration must give
+// each failed build its number since the last published build of the same cell.
 func TestTriesOfOldBuilds(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -30,7 +30,7 @@ func TestTriesOfOldBuilds(t *testing.T) {
 	})
 }
 
-// newPostgres makes a database of PostgreSQL for this test only, and returns its URL.
+// newPostgres makes a PostgreSQL database for this test only, and returns its URL.
 func newPostgres(t *testing.T, name string) string {
 	t.Helper()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -97,7 +97,7 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Migrations run in order, so those after this one must be undone, too.
+	// Migrations run in order, so the migrations after the one with tries must be undone, too.
 	for _, statement := range []string{
 		`DROP INDEX builds_counted`, `ALTER TABLE builds DROP COLUMN counted`,
 		`ALTER TABLE builds DROP COLUMN log_removed_at`, `ALTER TABLE builds DROP COLUMN tries`,
@@ -123,7 +123,7 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 		for _, b := range all {
 			got = append(got, b.Tries)
 		}
-		if d := cmp.Diff([]int{2, 1, 1, 1, 2, 1}, got); d != "" { // the newest comes first
+		if d := cmp.Diff([]int{2, 1, 1, 1, 2, 1}, got); d != "" { // from the newest build to the oldest
 			t.Errorf("tries of COS build %s (-want +got):\n%s", id, d)
 		}
 	}

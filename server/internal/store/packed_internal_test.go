@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fillFields sets all fields of v to different values, none of which is zero. It uses reflection, so it also sets
-// fields that are added later.
+// fillFields sets all fields of v to different values, none of which is zero. It uses reflection, so that it also sets
+// fields that are added to the types later.
 func fillFields(t *testing.T, v reflect.Value, next *int) {
 	*next++
 	switch v.Kind() {
@@ -47,12 +47,13 @@ func fillFields(t *testing.T, v reflect.Value, next *int) {
 	}
 }
 
-// TestPackedFactsKeepEveryField packs facts in which each field has another value, and reads them back.
+// TestPackedFactsKeepEveryField packs facts in which each field has another value, and reads them back. No field may be
+// lost.
 func TestPackedFactsKeepEveryField(t *testing.T) {
 	var whole Facts
 	fillFields(t, reflect.ValueOf(&whole).Elem(), new(int))
 	for i := range whole.Artifacts {
-		whole.Artifacts[i].Kernels = nil // a Candidate has no kernels
+		whole.Artifacts[i].Kernels = nil // packed facts have no kernels
 	}
 	extreme := Facts{Newest: &api.Build{
 		ID: math.MaxInt64, Attempt: math.MinInt, CreatedAt: time.Unix(math.MinInt32, 1).UTC(),

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// FuzzCursor parses arbitrary cursors. An accepted cursor must have all fields, and must be the same after encoding and
-// parsing.
+// FuzzCursor parses arbitrary cursors. An accepted cursor must have all fields, and must stay the same when its fields
+// are encoded and parsed again.
 func FuzzCursor(f *testing.F) {
 	for _, seed := range []string{"", "x", cursor(), cursor("1"), cursor("2026-11-01", "a/b"), "bnVsbA", "W251bGxd"} {
 		f.Add(seed, 2)

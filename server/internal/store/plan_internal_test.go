@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// recorder runs queries and stores their texts.
+// recorder runs queries, and keeps their texts and arguments.
 type recorder struct {
 	reader
 	texts []string
@@ -22,7 +22,7 @@ func (r *recorder) QueryContext(ctx context.Context, text string, args ...any) (
 	return r.reader.QueryContext(ctx, text, args...)
 }
 
-// openSQLite opens an empty database in a file until the test ends.
+// openSQLite opens an empty database in a file, and closes it at the end of the test.
 func openSQLite(t *testing.T) *Store {
 	t.Helper()
 	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
@@ -37,8 +37,8 @@ func openSQLite(t *testing.T) *Store {
 	return s
 }
 
-// TestCellsAreLookedUp checks that SQLite answers the frequent queries with an index, without a scan of a table. The
-// database has no statistics, as in production.
+// TestCellsAreLookedUp checks that SQLite answers the frequent queries by an index, and does not scan a table. As in
+// production, the database has no statistics.
 func TestCellsAreLookedUp(t *testing.T) {
 	t.Parallel()
 	s := openSQLite(t)
@@ -66,8 +66,8 @@ func TestCellsAreLookedUp(t *testing.T) {
 	}
 	for i, text := range r.texts {
 		for step := range strings.Lines(plan(t, s, text, r.args[i]...)) {
-			// The inner query's page k may be scanned. A scan in the order of an index is allowed, too, because it ends
-			// with the page.
+			// Two scans are allowed: that of k, which is the inner query's page, and one in the order of an index, because it
+			// ends with the page.
 			if strings.HasPrefix(step, "SCAN") && !strings.HasPrefix(step, "SCAN k") && !strings.Contains(step, "USING") {
 				t.Errorf("%q of\n%s\nwant a look-up by an index", step, text)
 			}
@@ -75,8 +75,8 @@ func TestCellsAreLookedUp(t *testing.T) {
 	}
 }
 
-// TestOldLogsAreLookedUp checks that SQLite finds the builds of old logs by their numbers, and other builds by their
-// cells, so that the removal of logs does not read the whole table.
+// TestOldLogsAreLookedUp checks that the removal of old logs does not read the whole table: SQLite must find the builds
+// of these logs by number, and the other builds of the same cells by an index.
 func TestOldLogsAreLookedUp(t *testing.T) {
 	t.Parallel()
 	text := plan(t, openSQLite(t), markOldLogs(2), 1, 2, 3, 4)
@@ -94,8 +94,8 @@ func TestOldLogsAreLookedUp(t *testing.T) {
 	}
 }
 
-// TestFailuresAreCountedFromIndex checks that SQLite counts failures in an index that has only the counted ones, and
-// finds the builds of one cell when it chooses which of them count.
+// TestFailuresAreCountedFromIndex checks two queries about failures. SQLite must count them in the index that has only
+// counted builds. To choose which builds count, it must not read the builds of other cells.
 func TestFailuresAreCountedFromIndex(t *testing.T) {
 	t.Parallel()
 	s := openSQLite(t)
@@ -112,7 +112,7 @@ func TestFailuresAreCountedFromIndex(t *testing.T) {
 	}
 }
 
-// plan returns the steps in which SQLite runs a statement.
+// plan returns the query plan of a statement, one step a line.
 func plan(t *testing.T, s *Store, text string, args ...any) string {
 	t.Helper()
 	var steps []string

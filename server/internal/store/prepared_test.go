@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestManyFirstReaders lets many callers read a store that has just been opened. While each connection is in a
-// transaction, none is left to prepare a statement: in an earlier version, such callers waited for ever.
+// TestManyFirstReaders lets many callers read a store that was just opened. If each connection is in a transaction, no
+// connection is left to prepare a statement. In an earlier release, the callers then waited for ever.
 func TestManyFirstReaders(t *testing.T) {
 	t.Parallel()
 	for range 5 {

@@ -40,7 +40,7 @@ func testReports(t *testing.T, s *store.Store, id string) {
 	check(put(1, api.NotLoad, "rejected", "a", noon))
 	check(put(2, api.NotLoad, "rejected", "a", noon))
 	check(put(3, api.FellBack, "unusable", "b", noon.Add(time.Hour)))
-	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // replaces the node's earlier report
+	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // replaces the former report of this node
 	said := func(since time.Time) (all []store.OutcomeCount) {
 		t.Helper()
 		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since, noon); return err }))
@@ -67,7 +67,7 @@ func testReports(t *testing.T, s *store.Store, id string) {
 			t.Errorf("Reports(%v) (-want +got):\n%s", ask, d)
 		}
 	}
-	// A client that invents nodes must not fill the disk. Reports from other networks are still stored.
+	// A client may invent nodes. Its reports must not fill the disk, and reports from other networks must still be stored.
 	check(write(func(tx *store.Tx) error {
 		for i := range store.MaxReports - 2 {
 			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,
@@ -81,9 +81,9 @@ func testReports(t *testing.T, s *store.Store, id string) {
 	if err := put(5, api.Loaded, "", "a", noon); !fault.Is(err, fault.TooMany) {
 		t.Errorf("PutReport(beyond the bound) = %v; want too-many", err)
 	}
-	check(put(7, api.Loaded, "", "a", noon.Add(day+time.Hour))) // a day later
+	check(put(7, api.Loaded, "", "a", noon.Add(day+time.Hour))) // a day later, this network may report a new node again
 	check(put(7, api.Loaded, "", "c", noon.Add(2*time.Hour)))
-	check(put(2, api.Loaded, "", "a", noon.Add(3*time.Hour))) // from a known node
+	check(put(2, api.Loaded, "", "a", noon.Add(3*time.Hour))) // from a node that has reported before
 	check(put(6, api.Loaded, "", "c", noon.Add(3*time.Hour)))
 
 	check(s.ForgetReports(ctx, noon.Add(3*time.Hour)))

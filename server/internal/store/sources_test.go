@@ -10,7 +10,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testGPUsAndGKE stores a kernel again without GPUs and GKE versions, which must stay. It also filters by GKE versions.
+// testGPUsAndGKE stores a kernel again without GPUs and GKE versions; the stored ones must stay. It also searches for
+// kernels by GKE version.
 func testGPUsAndGKE(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	full := api.Kernel{Kernel: kernelOf(id), SeenAt: noon, GPUs: map[string]api.GPUDrivers{
@@ -34,7 +35,7 @@ func testGPUsAndGKE(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 	gke(id, "1.33.5-gke.1080000", "1.32.9-gke.100")
-	gke("1.1.1", "1.33.5-gke.1080000") // the catalogue lacks this kernel
+	gke("1.1.1", "1.33.5-gke.1080000") // the catalogue does not have this kernel
 	put(api.Kernel{Kernel: kernelOf(id), SeenAt: noon})
 	want := full
 	want.FirstSeenAt, want.GKE = noon, []string{"1.33.5-gke.1080000", "1.32.9-gke.100"}

@@ -23,7 +23,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestConformance runs one suite on every available database. The tests share a database, so each has its own BUILD_ID.
+// TestConformance runs the same suite on each available database. All tests of the suite share the database, so each
+// one has its own BUILD_ID.
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
@@ -37,7 +38,7 @@ func TestConformance(t *testing.T) {
 		"beside": testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
-		// When the database is opened again, all migrations have been made.
+		// Opening the database again must find all migrations made.
 		for range 2 {
 			s := open(t, url)
 			if err := s.Ping(t.Context()); err != nil {
@@ -49,7 +50,7 @@ func TestConformance(t *testing.T) {
 		n := 0
 		for name, f := range suite {
 			n++
-			// No two tests share the first number of their BUILD_IDs, because testPages adds more COS builds with it.
+			// testPages adds more COS builds with the same first number, so each test needs another first number.
 			id := fmt.Sprintf("%d.1.0", base+int64(n))
 			t.Run(name, func(t *testing.T) { f(t, s, id) })
 		}
@@ -82,7 +83,7 @@ func open(t *testing.T, url string) *store.Store {
 	return s
 }
 
-// page has a limit that is large enough for everything that the suite stores.
+// page has a limit that is larger than the number of all entries of the suite.
 var page = store.Page{Limit: 1000}
 
 var (
@@ -201,7 +202,7 @@ func addBuild(ctx context.Context, s *store.Store, b api.Build) (stored api.Buil
 	return stored, added, err
 }
 
-// changeBuild changes a build as a use-case does: read, decide, store.
+// changeBuild changes a build as the catalogue does: read it, decide, and store it in one transaction.
 func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api.Build) error) (b api.Build,
 	err error) {
 	err = s.Write(ctx, func(tx *store.Tx) error {
@@ -390,7 +391,8 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// TestLogsGrow appends to a log part by part. A new attempt starts the log again. The complete log replaces the parts.
+// TestLogsGrow appends parts to a log. A new attempt must begin the log again, and the complete log must replace the
+// parts.
 func TestLogsGrow(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testTokens stores, reads and revokes a token.
+// testTokens stores a token, reads it, records its use, and revokes it.
 func testTokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testTrim removes the old builds of a cell. The newest builds, the newest of each state, the first failure since the
-// last success, and young builds must stay.
+// testTrim removes old builds of a cell. These builds must stay: the newest ones, the newest one of each state, the
+// first failure since the last success, and builds that ended only lately.
 func testTrim(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	var ids []int64
@@ -40,7 +40,7 @@ func testTrim(t *testing.T, s *store.Store, id string) {
 	build(api.Cancelled, noon)
 	build(api.Failed, noon) // the first failure since the last success
 	build(api.Failed, noon)
-	build(api.Failed, noon.Add(2*time.Hour)) // young
+	build(api.Failed, noon.Add(2*time.Hour)) // ended only lately
 	for len(ids) < 10+store.KeptBuilds-1 {
 		build(api.Failed, noon)
 	}
@@ -67,8 +67,8 @@ func testTrim(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// testOldLogs marks the builds of several cells whose logs are old. Of each cell, the first and the last failure after
-// the last success must stay.
+// testOldLogs marks the builds whose logs may be removed, in several cells. In each cell, the first and the last
+// failure since the last success must keep their logs.
 func testOldLogs(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	old, now := noon.Add(time.Hour), noon.Add(2*time.Hour)
@@ -77,14 +77,14 @@ func testOldLogs(t *testing.T, s *store.Store, id string) {
 		"P*", "C*", "F y", "F F* y", "F Q", "Y F", "F C* F C*", "F C* F* C* F", "Y F F", "y F* F"} {
 		buildID := fmt.Sprintf("%s%d", id, i)
 		for _, letter := range strings.ReplaceAll(cell, " ", "") {
-			if letter == '*' { // the build before is old
+			if letter == '*' { // the build before the asterisk must be marked
 				want = append(want, ids[len(ids)-1])
 				continue
 			}
 			state := map[rune]api.State{'F': api.Failed, 'y': api.Failed, 'P': api.Published, 'Y': api.Published,
 				'C': api.Cancelled, 'Q': api.Queued}[letter]
 			ended := noon
-			if letter == 'y' || letter == 'Y' { // young
+			if letter == 'y' || letter == 'Y' { // ended only lately
 				ended = now
 			}
 			b := add(t, s, buildID)
@@ -122,8 +122,9 @@ func testOldLogs(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// TestOldLogsKeepFacts marks old logs of more kernels than one transaction names to other servers. The server must keep
-// what it remembers until all logs are removed, and then know that they are.
+// TestOldLogsKeepFacts marks the old logs of 60 kernels. Usually, a transaction that changes so many kernels makes the
+// servers drop their whole cache of facts. Here the server must keep its cache until ForgetFacts, and must then show
+// that the logs were removed.
 func TestOldLogsKeepFacts(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

@@ -13,11 +13,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// testWarnings makes a build of an early-warning entry fail. The failure must be a warning, and must not be counted.
-// The warning must end when the cell is published or wanted by another entry.
+// testWarnings lets a build of an early-warning entry fail. The failure must be listed as a warning, and must not count
+// as a failure. The warning must end when the cell is published, or when an entry without earlyWarning wants the cell.
 func testWarnings(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
-	const milestone = 4343 // no other test uses it
+	const milestone = 4343 // no other test uses this milestone
 	k := kernelOf(id)
 	k.Milestone = milestone
 	d := target.Driver{Version: "997.1.1", Flavour: target.Open}

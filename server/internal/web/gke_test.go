@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestPagesOfGKE checks that the pages show GKE versions and types of GPU.
+// TestPagesOfGKE checks that the pages for people show GKE versions and types of GPU.
 func TestPagesOfGKE(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

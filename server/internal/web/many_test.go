@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMatrixIsOnePage checks that the matrix shows only one page of kernels of a large catalogue.
+// TestMatrixIsOnePage checks that the page with the matrix shows at most 20 kernels, and leads to the next ones.
 func TestMatrixIsOnePage(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

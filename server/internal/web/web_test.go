@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// labels is a registry in which the attachments of every artifact have these labels.
+// labels stands in for the registry. The attachments of every artifact have these labels.
 type labels []map[string]string
 
 func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) {
@@ -43,7 +43,8 @@ var (
 	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 )
 
-// farm returns a catalogue with a real database, and its pages. The clock advances a second with each call.
+// farm returns a catalogue with a real database, and the handler of its pages. Each reading of the clock advances it by
+// a second.
 func farm(t *testing.T) (*catalogue.Catalogue, http.Handler) {
 	t.Helper()
 	dir := t.TempDir()
@@ -77,7 +78,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// fill adds a cell in each state.
+// fill adds cells in several states.
 func fill(t *testing.T, cat *catalogue.Catalogue) {
 	t.Helper()
 	ctx := t.Context()
@@ -249,7 +250,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestLinks follows every link between the pages.
+// TestLinks follows every link between the pages. Each must lead to a page.
 func TestLinks(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -278,7 +279,8 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestCommandsAreQuoted asks for a page by a server name with characters that a shell interprets.
+// TestCommandsAreQuoted asks for a page by a host name with characters that a shell interprets. The commands on the
+// page must quote that name.
 func TestCommandsAreQuoted(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -338,7 +340,7 @@ func TestFeed(t *testing.T) {
 	}
 }
 
-// trouble is a catalogue that returns only errors.
+// trouble is a catalogue whose matrix cannot be read.
 type trouble struct {
 	*catalogue.Catalogue
 	err error
@@ -370,7 +372,7 @@ func TestTrouble(t *testing.T) {
 	}
 }
 
-// TestHostile has a catalogue with texts that are HTML. The pages must show them as text.
+// TestHostile shows a catalogue whose texts contain HTML. The page must show them as text.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	const bad = `<i>"'&`
@@ -396,8 +398,8 @@ func (h hostile) Matrix(context.Context, store.KernelFilter, catalogue.DriverFil
 	return h.m, nil
 }
 
-// TestWeight makes the largest page of the matrix: 20 kernels with 16 drivers that somebody asked for, in both
-// flavours.
+// TestWeight makes the largest page of the matrix: 20 kernels and 16 drivers, in both flavours. The page must stay
+// below 100,000 bytes.
 func TestWeight(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -414,7 +416,7 @@ func TestWeight(t *testing.T) {
 				Driver: target.Driver{Version: fmt.Sprintf("5%02d.261.03", 30+i), Flavour: f}}
 			_, err := cat.AddArtifact(t.Context(), a)
 			check(t, err)
-			if j == 1 { // two flavours with different states take the most space
+			if j == 1 { // two flavours with different states need the most bytes
 				_, err := cat.Yank(t.Context(), a.Digest, api.YankRequest{Reason: "x"})
 				check(t, err)
 			}
