@@ -77,6 +77,11 @@ func TestCacheHiddenHeader(t *testing.T) {
 			"6 tests, 6 remembered; 3 files, 1 reused"},
 		{"in a folder named as one of the kernel's headers", `#include "common.h"`,
 			map[string]string{"nvidia/linux/other.h": ""}, "6 tests, 6 remembered; 3 files"},
+		// 535.274.02 asks one question more than 535.261.03, in the same way.
+		{"one more question", `#include "common.h"`,
+			map[string]string{"Kbuild": strings.Replace(testdriver.Kbuild, "NV_CONFTEST_TYPE_COMPILE_TESTS += has_old",
+				"NV_CONFTEST_TYPE_COMPILE_TESTS += symbol_b\nNV_CONFTEST_TYPE_COMPILE_TESTS += has_old", 1)},
+			"7 tests, 6 remembered; 3 files, 2 reused"},
 		{"asked for", "#if __has_include(\"more.h\")\n#define COMMON 2\n#else\n#include \"common.h\"\n#endif",
 			map[string]string{"nvidia/more.h": ""}, "6 tests, 6 remembered; 3 files, 1 reused"},
 	}

@@ -161,13 +161,18 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
+// isAnswerHeader reports whether sources include a file of the folder conftest/, as they do conftest/types.h. No compiler
+// reads the other files. There is one for each question, such as compile-tests/drm_available.h, and `make` builds the
+// headers from them.
+func isAnswerHeader(name string) bool { return path.Ext(name) == ".h" && !strings.Contains(name, "/") }
+
 // answersAbout returns the lines of conftest's answers that define or undefine one of the given macros. It also returns
 // every other kind of line, because any file may depend on it.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
-		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
-			continue // no compiler reads this file: `make` builds the headers from it
+		if !isAnswerHeader(name) {
+			continue
 		}
 		fmt.Fprintf(&b, "%s\n", name)
 		for line := range strings.Lines(files[name]) {
@@ -210,7 +215,9 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		key.Add("generated "+name, v.Generated[name]).Add("same name as "+name, o.names.like(name))
 	}
 	for _, name := range slices.Sorted(maps.Keys(o.answers)) {
-		key.Add("same name as conftest/"+name, o.names.like(name))
+		if isAnswerHeader(name) {
+			key.Add("same name as conftest/"+name, o.names.like(name))
+		}
 	}
 	if named["NV_VERSION_STRING"] || o.debug {
 		key.Add("version", o.r.Driver.Modules().Version)

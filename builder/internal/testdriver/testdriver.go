@@ -44,9 +44,9 @@ conftest/headers.h: $(PARTS) conftest/uts_release
 	@cat $^ > $@
 conftest/compile-tests/%.h: conftest.sh conftest/headers.h
 	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' $* > $@
-conftest/functions.h: conftest/compile-tests/has_size.h conftest/uts_release
+conftest/functions.h: $(NV_CONFTEST_FUNCTION_COMPILE_TESTS:%=conftest/compile-tests/%.h) conftest/uts_release
 	@cat $^ > $@
-conftest/types.h: conftest/compile-tests/has_old.h conftest/compile-tests/symbol_a.h conftest/uts_release
+conftest/types.h: $(NV_CONFTEST_TYPE_COMPILE_TESTS:%=conftest/compile-tests/%.h) conftest/uts_release
 	@cat $^ > $@
 
 cmd = $(CC) -Wp,-MMD,nvidia/.$(*F).o.d $(NV_CONFTEST_CFLAGS) -c -o $@ $<
