@@ -451,7 +451,8 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// TestEvents checks that Watch gets one event after the other. Each event has the number of finished cells at its time.
+// TestEvents checks that Watch gets one event after the other. Each event has the number of cells that are finished at
+// that moment.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}
