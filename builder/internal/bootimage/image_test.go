@@ -350,8 +350,8 @@ func headers(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// TestCheck compares a vmlinux with kernel headers of the same kernel and of other kernels. A COS node printed the
-// banner.
+// TestCheck compares a vmlinux with kernel headers of the same kernel and of other kernels. The banner is one that a
+// COS node printed.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	facts, err := bootimage.ReadFacts(bytes.NewReader(kernel(t, banner, "0x1000000")))
