@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// toy returns a request for a tiny driver and kernel. The makefiles print such lines as real ones print for a test, a
-// compiled file and a link.
+// toy returns a request for a tiny driver and kernel. The makefiles print lines of the same form as NVIDIA's and the
+// kernel's makefiles, for example for a compiled file.
 func toy(t *testing.T) compile.Request {
 	t.Helper()
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {

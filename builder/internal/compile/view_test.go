@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// TestView checks the digest of a view, which is the header tree without what differs between sibling kernels. Only
-// these differences may leave the digest as it is.
+// TestView checks the digest of a view, which is the header tree without what differs between sibling kernels. A change
+// of anything else in the tree must change the digest.
 func TestView(t *testing.T) {
 	t.Parallel()
 	files := map[string]string{
@@ -96,7 +96,7 @@ func TestView(t *testing.T) {
 }
 
 // TestBuildID checks that setBuildID gives the stripped and the unstripped module the same build id. The stripped
-// module must have the same bytes with every amount of debug information.
+// module must have the same bytes, however much debug information the compiler made.
 func TestBuildID(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
