@@ -215,8 +215,8 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// TestQuestion checks a script from which all tests but one are cut. It must answer this test as the whole script does,
-// and no other test.
+// TestQuestion checks a script from which all tests but one are cut. It must answer this test as the whole script does.
+// It must not answer any other test.
 func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
