@@ -60,7 +60,7 @@ func newTypedFarm(t *testing.T) *farm {
 	return f
 }
 
-// typedDriver returns the files of a driver that has types.
+// typedDriver returns the files of a driver whose module has types, so that the module can have BTF.
 func typedDriver() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Makefile"] =
