@@ -119,8 +119,8 @@ func TestPackLayout(t *testing.T) {
 	}
 }
 
-// TestXattr packs a file that really has the attribute, and unpacks it with GNU tar. The test needs the right to set
-// security.ima.
+// TestXattr packs a file that has the extended attribute security.ima, and unpacks it with GNU tar. The test needs the
+// right to set this attribute.
 func TestXattr(t *testing.T) {
 	t.Parallel()
 	r := newRelease(t, nil, open, "")
