@@ -138,8 +138,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process uses, or another piece of
-// work in this process.
+// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that is in use, be it by another process or by a
+// piece of work in this process.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -343,8 +343,8 @@ func TestTrimForeign(t *testing.T) {
 	}
 }
 
-// TestTrimLimitWithoutForeign checks that such foreign files do not count against the size limit. Otherwise Trim would
-// remove all entries.
+// TestTrimLimitWithoutForeign checks that files in foreign folders do not count against the size limit. Otherwise Trim
+// would remove all entries.
 func TestTrimLimitWithoutForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
