@@ -23,8 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination starts a registry of the library go-containerregistry. A given audience is sent in a header. A hidden
-// registry lists tags only to clients with credentials. The counter counts requests that write.
+// destination starts the in-memory registry of the library go-containerregistry. Each response has the given audience
+// in the audience header, unless audience is empty. If hidden is true, only clients with credentials may list tags.
+// writes counts the requests that change the registry.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}
@@ -46,7 +47,7 @@ func destination(t *testing.T, audience string, hidden bool) (ref string, writes
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver", writes
 }
 
-// bundleOf makes a bundle with one driver of each given flavour in a folder.
+// bundleOf makes a bundle in a folder, with one driver of each given flavour. It returns the folder's reference.
 func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	t.Helper()
 	ref := "oci:" + filepath.Join(t.TempDir(), "bundle")
@@ -62,7 +63,8 @@ func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	return ref
 }
 
-// TestBundlePushLicence checks that a forbidden driver is refused before anything is sent.
+// TestBundlePushLicence checks that bundle push refuses a driver that the destination's audience may not get, before it
+// sends anything.
 func TestBundlePushLicence(t *testing.T) {
 	t.Parallel()
 	open, both := bundleOf(t, target.Open), bundleOf(t, target.Open, target.Proprietary)
@@ -102,8 +104,8 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// TestPushDriversOnTheInternet checks that --private is accepted for a destination on the internet. The push must fail
-// if a client without credentials can read the drivers afterwards.
+// TestPushDriversOnTheInternet checks that --private marks a destination on the internet as private. After the push,
+// pushDrivers must fail if a client without credentials can read the drivers.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
 	from, err := registry.Open(bundleOf(t, target.Proprietary), registry.Options{})
@@ -134,7 +136,8 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 	}
 }
 
-// TestBundlePushOfAnUnknownFlavour checks that a driver of an unknown flavour is not pushed anywhere.
+// TestBundlePushOfAnUnknownFlavour checks that bundle push does not send a driver whose flavour is neither open nor
+// proprietary, because no licence rule covers it.
 func TestBundlePushOfAnUnknownFlavour(t *testing.T) {
 	t.Parallel()
 	ref := bundleOf(t, target.Open)

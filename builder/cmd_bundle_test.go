@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestBundle copies drivers from one registry to another with the commands that an operator uses.
+// TestBundle copies drivers through bundle files from one registry to another, with the commands that an operator uses.
 func TestBundle(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

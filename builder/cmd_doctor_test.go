@@ -10,7 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestDoctor checks that doctor fails for a destination that it cannot write. The other findings depend on the machine.
+// TestDoctor checks that doctor fails for destinations to which it cannot write. Its other findings depend on the
+// machine.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	args := []string{"doctor", "--cache", filepath.Join(t.TempDir(), "cache"), "--to", "oci:/proc/self/x", "--to",
@@ -34,7 +35,7 @@ func TestDoctor(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	// The exit code is the code of the first failure's class.
+	// The exit code must be the code of the first failed finding's fault class.
 	kind, err := fault.Parse(firstClass(r))
 	if err != nil || kind.ExitCode() != code {
 		t.Errorf("exit code %d, first failure of class %q (%v)", code, firstClass(r), err)

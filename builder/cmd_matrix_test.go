@@ -50,7 +50,8 @@ func publicRegistry(t *testing.T) string {
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 }
 
-// TestScript runs the scripts in testdata/script. $KEY is a signing key, and $PUBLIC a public repository.
+// TestScript runs the scripts in testdata/script. In a script, $KEY is the path of a signing key, and $PUBLIC is a
+// repository that says it is public.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	public := publicRegistry(t)
@@ -71,7 +72,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// await waits until a file exists, or until the test's time is over.
+// await is a command for the scripts. It waits until a file exists, or until the test's time is over.
 func await(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: await FILE")
@@ -85,7 +86,8 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// TestTable checks that the table has at most 80 columns, and that it quotes the compiler's error for a failed cell.
+// TestTable checks the table of cells and their states: it has at most 80 columns, and for a failed cell it quotes the
+// compiler's error.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	job := func(id, version string, f target.Flavour, s batch.State) *batch.Job {
@@ -133,7 +135,8 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// TestScreen checks the lines on a terminal: moving for a running cell, permanent for a finished cell.
+// TestScreen checks what an operator sees on a terminal. A running cell has a progress line, which is drawn again and
+// again. A finished cell has a permanent line.
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}
@@ -150,7 +153,7 @@ func TestScreen(t *testing.T) {
 	e.Phase = timeline.Event{Phase: "compile", Text: "conftest 3/390"}
 	s.watch(e)
 	for !strings.Contains(out.String(), "conftest 3/390") {
-		runtime.Gosched() // until the line is drawn
+		runtime.Gosched() // mpb draws the line in a goroutine of its own
 	}
 	again := event(1, batch.Again)
 	again.Failure = &batch.Failure{Class: fault.Transient, Error: "down"}
@@ -214,7 +217,8 @@ func newOneCell(t *testing.T) (*matrix, *plan.Plan) {
 	return m, p
 }
 
-// Each pass over a wish list has a new cache for builds because of age, which is gone after the pass.
+// TestPassHasOwnCache checks a matrix that builds old artifacts again. Each pass over the wish list must have a new,
+// empty cache for these builds, and must remove the cache at its end.
 func TestPassHasOwnCache(t *testing.T) {
 	t.Parallel()
 	m, p := newOneCell(t)
@@ -243,13 +247,13 @@ func TestPassHasOwnCache(t *testing.T) {
 	}
 }
 
-// sums is a bucket that has every checksum file.
+// sums is a fake bucket. It has every checksum file, always with the same content.
 type sums struct{}
 
 func (sums) ReadSmall(context.Context, string, int64) ([]byte, error) { return []byte("sum"), nil }
 
-// Only the first pass with --retry-failed tries cells again that failed with the same inputs. Otherwise `builder work`
-// would compile them in vain in each pass.
+// TestRetryFailedOnce checks that only the first pass with --retry-failed builds a cell again that failed with the same
+// inputs. Otherwise `builder work` would compile such a cell in vain in each pass.
 func TestRetryFailedOnce(t *testing.T) {
 	t.Parallel()
 	m, p := newOneCell(t)

@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 )
 
-// TestSnapshot runs the commands in the order of their help, and checks after each step that a node accepts the result.
+// TestSnapshot runs the snapshot commands in the order in which their help lists them. After each step, a node's client
+// must accept the list.
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
 	digest := func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
@@ -41,7 +42,7 @@ func TestSnapshot(t *testing.T) {
 		return out
 	}
 	does("root-3.key", "keys", keys)
-	// The third root key is kept offline: only its public key is in the folder.
+	// The operator keeps the third root key offline, so only its public key stays in the folder.
 	if err := os.Remove(filepath.Join(keys, "root-3.key")); err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +77,7 @@ func TestSnapshot(t *testing.T) {
 	all[1].State = api.Quarantined
 	does("list      7,", "make", "--to", list, "--keys", keys, "--server", server.URL, "--least-version", "7")
 	takes(7, snapshot.Quarantined)
-	// The timestamp's key and one root key are replaced.
+	// The operator replaces the timestamp key and one root key.
 	if code, out, errs := run(t, "keygen", filepath.Join(dir, "next.key")); code != 0 {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}

@@ -7,7 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks the example file, and the line and column that are reported for mistakes in it.
+// TestConfigCheck checks that "config check" accepts the example file in docs, and that it reports mistakes in this
+// file with their line and column.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "builder.yaml"), root, []configcheck.Row{

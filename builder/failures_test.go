@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestKeepFailure checks that only a failure which the same inputs would cause again is kept for wish lists.
+// TestKeepFailure checks which failures of a single build are stored, so that a wish list does not try the cell again.
+// Only a failure that the same inputs would cause again may be stored.
 func TestKeepFailure(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

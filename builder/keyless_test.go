@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestKeylessFlags is not parallel, because it sets an environment variable.
+// TestKeylessFlags checks the flags for keyless signing: tokens, trusted roots and identities. It is not parallel,
+// because it sets an environment variable.
 func TestKeylessFlags(t *testing.T) {
 	t.Setenv(envToken, "")
 	dir := t.TempDir()

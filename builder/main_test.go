@@ -54,7 +54,7 @@ func TestOperator(t *testing.T) {
 		code int
 		err  string // a part of stderr
 	}{
-		// Settings are checked before the first request, and before anything is fetched.
+		// All settings must be checked before the first request.
 		{"a key that is not there", build("--key", none), 2, "hint:  make a key with: builder keygen"},
 		{"a module's key that is not there", build("--module-key", none, "--module-cert", none), 2, "module signing key"},
 		{"a destination that is none", build("--to", "registry.example/UPPER"), 2, "registry.example/UPPER"},
@@ -98,7 +98,7 @@ func TestOperator(t *testing.T) {
 				row.err)
 		}
 	}
-	// The log of the failed build has the same error, and no lock file is left.
+	// The log of the failed build must have the same error, and no lock file may be left.
 	logs, err := filepath.Glob(filepath.Join(dir, "cache", "logs", "*.log"))
 	if err != nil || len(logs) != 1 {
 		t.Fatalf("logs = %v, %v; want one", logs, err)

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// entries returns the entries of a tar by name: mode and content of a file, or the target of a link.
+// entries returns the entries of a tar by name: the content of a file, or "-> " and the target of a link.
 func entries(t *testing.T, text []byte) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -134,7 +134,8 @@ func TestRootRefuses(t *testing.T) {
 	}
 }
 
-// TestRootTakesNoRights checks that no file in the root file system makes its user root or has capabilities.
+// TestRootTakesNoRights checks that the root file system keeps no set-user-ID bit, no set-group-ID bit and no file
+// capability of a Debian package.
 func TestRootTakesNoRights(t *testing.T) {
 	t.Parallel()
 	var in, out bytes.Buffer
@@ -176,8 +177,8 @@ func TestReadLockRefuses(t *testing.T) {
 	}
 }
 
-// TestLock checks that packages.lock has the format of packages.sh, and lists all packages of the Dockerfile for both
-// architectures.
+// TestLock checks that packages.sh asks for the packages that Dockerfile.builder installs, and that packages.lock lists
+// these packages for both architectures.
 func TestLock(t *testing.T) {
 	t.Parallel()
 	all, err := readLock("packages.lock")

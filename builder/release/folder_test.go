@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// smallRelease is a release of this tree. The first test that needs it makes it.
+// smallRelease is a release of this source tree. The first test that needs the release makes it.
 var smallRelease = struct {
 	sync.Mutex
 	dir, all string
@@ -41,8 +41,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// folder returns the folder of the release, and whether the release is complete. "make release-test" sets
-// PREBAKE_RELEASE to the folder of a complete release.
+// folder returns the folder of a release, and whether the release is complete. "make release-test" sets PREBAKE_RELEASE
+// to the folder of a complete release. Otherwise the folder is that of smallRelease.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {
@@ -64,8 +64,8 @@ func folder(t *testing.T) (dir string, whole bool) {
 	return smallRelease.dir, false
 }
 
-// publicKey returns the public key in the release's folder. Only these tests may trust it, because they made the
-// release.
+// publicKey returns the public key in the release's folder. These tests may trust the key because they made the
+// release. Others must get the key in another way.
 func publicKey(t *testing.T, dir string) []byte {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, signatureDir, "*.pub"))
@@ -89,7 +89,7 @@ func program(t *testing.T, dir, name string, args ...string) []byte {
 	return out
 }
 
-// TestSigned checks the checksums with sha256sum and the signature with this program's own check.
+// TestSigned checks the checksums with the command sha256sum, and the signature with verifyRelease.
 func TestSigned(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -135,7 +135,7 @@ func TestCheckRefuses(t *testing.T) {
 	write := func(name, text string) func(string) error {
 		return func(dir string) error {
 			path := filepath.Join(dir, name)
-			// The copy's files are hard links to the release, so remove the file first.
+			// The copy's files are hard links to the release's files, so writing to one would change the release.
 			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
@@ -171,7 +171,7 @@ func TestCheckRefuses(t *testing.T) {
 	}
 }
 
-// module compiles a kernel module with no function of its own.
+// module compiles an ELF file that stands for a kernel module. It has a .modinfo section and no function.
 func module(t *testing.T, name, version, vermagic string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -185,7 +185,7 @@ func module(t *testing.T, name, version, vermagic string) string {
 	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The artifact is for kernels on amd64, on any machine that runs the test.
+	// The artifact is for amd64 kernels, so the compiler is the one for amd64, whatever machine runs the test.
 	_, err := output(t.Context(), "", nil, triples["amd64"]+"-gcc-12", "-c", "-o", object, source)
 	if err != nil {
 		t.Fatal(err)
@@ -197,7 +197,7 @@ func module(t *testing.T, name, version, vermagic string) string {
 	return string(content)
 }
 
-// TestInstalls packs and installs a driver with the programs of the release only.
+// TestInstalls puts a driver into a bundle and installs it, with nothing but the programs of the release.
 func TestInstalls(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -243,7 +243,7 @@ func TestInstalls(t *testing.T) {
 	if text, err := os.ReadFile(installed); err != nil || !bytes.Contains(text, []byte(k.Release)) {
 		t.Errorf("the node has %q, %v; want the module of %s", text, err, k.Release)
 	}
-	// The output is such as "server v1.2.3 (go1.26)".
+	// The output looks like "server v1.2.3 (go1.26)".
 	said := strings.Fields(string(program(t, dir, "server", "version")))
 	if len(said) < 2 {
 		t.Fatalf("server version = %q; want its name and version", said)
@@ -255,7 +255,7 @@ func TestInstalls(t *testing.T) {
 	}
 }
 
-// TestManifestsNameTheImages checks that the rendered Kubernetes manifests have the digests of the images.
+// TestManifestsNameTheImages checks that the rendered Kubernetes manifests name the release's images by digest.
 func TestManifestsNameTheImages(t *testing.T) {
 	t.Parallel()
 	dir, whole := folder(t)
@@ -310,8 +310,8 @@ func TestManifestsNameTheImages(t *testing.T) {
 	}
 }
 
-// inspectImage compares the image of one architecture with its description, and its programs with the release's folder.
-// In a complete release, it also runs commands in the builder's image.
+// inspectImage checks one architecture of an image: its settings against im, and its programs against those in the
+// release's folder. In a complete release, it also runs commands in the builder's image.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)
@@ -397,7 +397,8 @@ func TestContents(t *testing.T) {
 	}
 }
 
-// TestImagesTwice checks that the same programs give the same images, at any place and time.
+// TestImagesTwice makes images of the same programs and packages twice, in different folders. Both must be equal byte
+// for byte.
 func TestImagesTwice(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)

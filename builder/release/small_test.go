@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// testCommit is the commit of test releases. No such commit exists.
+// testCommit is the git commit that test releases claim. No such commit exists.
 var testCommit = strings.Repeat("c", 40)
 
 // debFile puts a new Debian package into an archive. It returns the package's line for packages.lock.

@@ -26,7 +26,8 @@ func TestNotes(t *testing.T) {
 	}
 }
 
-// TestRemovable checks that a folder with content is replaced only if it is a release.
+// TestRemovable checks that checkRemovable allows the release to replace a folder only if the folder is empty or is
+// itself a release.
 func TestRemovable(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -56,7 +57,7 @@ func TestRemovable(t *testing.T) {
 	}
 }
 
-// TestOfCommit checks that readCommit takes the time from git, and that it refuses uncommitted changes.
+// TestOfCommit checks that readCommit reads the commit's time from git, and that it refuses uncommitted changes.
 func TestOfCommit(t *testing.T) {
 	dir := t.TempDir()
 	git := func(args ...string) {

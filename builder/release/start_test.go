@@ -9,7 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// sandboxCommand is like the builder's command for kbuild. It prints 42 if shell, make, bc and awk work.
+// sandboxCommand is like the command with which the builder runs kbuild. It prints 42 if the shell, make, bc and awk
+// work.
 const sandboxCommand = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
 	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
 	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +
@@ -17,8 +18,8 @@ const sandboxCommand = `bwrap --unshare-all --unshare-user --disable-userns --ui
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// checkStarts runs commands in the builder's image to find missing Debian packages. The given folder has skopeo's copy
-// of the image.
+// checkStarts runs commands in the builder's image, to find out whether a Debian package is missing. copied is a folder
+// with skopeo's copy of the image.
 func checkStarts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")

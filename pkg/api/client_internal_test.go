@@ -2,8 +2,8 @@ package api
 
 import "testing"
 
-// TestClientBoundsNoTransfer checks that the default HTTP client has no timeout for a whole call, such as a long
-// transfer.
+// TestClientBoundsNoTransfer checks that the default HTTP client has no time limit for a whole call. Such a limit would
+// end the transfer of a large log.
 func TestClientBoundsNoTransfer(t *testing.T) {
 	t.Parallel()
 	if got := NewClient("http://server.example", "", nil).http.Timeout; got != 0 {

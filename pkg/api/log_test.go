@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// slow is a reader of a log that makes a pause before each part.
+// slow is the reader of a log. It makes a pause before each part.
 type slow struct {
 	parts int
 	pause time.Duration
@@ -28,7 +28,7 @@ func (s *slow) Read(p []byte) (int, error) {
 	return copy(p, "line\n"), nil
 }
 
-// reader is a server that reads the whole request, or only the number of bytes in its field.
+// reader is a fake server. It reads the whole request. If most is not 0, it stops after that many bytes.
 type reader struct{ most int }
 
 func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -50,8 +50,8 @@ func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// TestPutBuildLogTakesItsTime checks that a slow log is sent completely, and that a transfer that stands still for a
-// minute ends.
+// TestPutBuildLogTakesItsTime checks that PutBuildLog sends a slow log completely, and that it ends a transfer that
+// makes no progress for a minute.
 func TestPutBuildLogTakesItsTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

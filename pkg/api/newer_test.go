@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestNewerServer reads answers with kinds of failures that this client does not know. It must keep their text, and
-// take the kind from the status.
+// TestNewerServer has a newer server, whose answers have kinds of failures that this client does not know. The client
+// must keep the text of the error, and take a kind from the HTTP status.
 func TestNewerServer(t *testing.T) {
 	t.Parallel()
 	var status int

@@ -11,7 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestRetryAfter checks that an error has the wait of the header, whether the answer is the server's or a proxy's.
+// TestRetryAfter checks that an error has the wait that the header Retry-After asks for, whether the server or a proxy
+// answered.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestWebPage checks that a login page in place of the server is recognised.
+// TestWebPage checks that the client recognises a login page that a network sends in place of the server's answer.
 func TestWebPage(t *testing.T) {
 	t.Parallel()
 	for contentType, want := range map[string]fault.Kind{

@@ -139,19 +139,19 @@ func TestUnpack(t *testing.T) {
 		entry{"./", tar.TypeDir, 0o700, ""},
 		entry{"./bin/", tar.TypeDir, 0o2700, ""},
 		entry{"./bin/tool", tar.TypeReg, 0o4711, "run"},
-		entry{"./lib/deep/a.h", tar.TypeReg, 0o400, "a"}, // its folders have no entry
+		entry{"./lib/deep/a.h", tar.TypeReg, 0o400, "a"}, // the archive has no entry for its folders
 		entry{"./lib/b.h", tar.TypeSymlink, 0o777, "deep/a.h"},
 		entry{"./lib/deep/up", tar.TypeSymlink, 0o777, "../../bin/tool"},
 		entry{"./lib/gone", tar.TypeSymlink, 0o777, "not/there"},
 		entry{"./bin/tool-1", tar.TypeLink, 0o755, "./bin/tool"},
-		entry{"./bin/", tar.TypeDir, 0o755, ""}, // the same folder again
+		entry{"./bin/", tar.TypeDir, 0o755, ""}, // a second entry for the same folder
 	)
 	want := map[string]string{
 		"bin": "drwxr-xr-x", "bin/tool": "-rwxr-xr-x run", "bin/tool-1": "-rwxr-xr-x run",
 		"lib": "drwxr-xr-x", "lib/deep": "drwxr-xr-x", "lib/deep/a.h": "-rw-r--r-- a",
 		"lib/b.h": "-> deep/a.h", "lib/deep/up": "-> ../../bin/tool", "lib/gone": "-> not/there",
 	}
-	// The archive has nine entries, and two folders that have no entry of their own.
+	// Unpack makes eleven things: the archive has nine entries, and two more folders have no entry.
 	for most, ok := range map[int]bool{11: true, 10: false} {
 		if _, _, err := unpack(t, data, archive.Options{Entries: most}); (err == nil) != ok {
 			t.Errorf("Unpack with at most %d entries = %v; want success: %t", most, err, ok)
@@ -272,7 +272,7 @@ func TestUnpackDamaged(t *testing.T) {
 func TestUnpackBoundsXZDictionary(t *testing.T) {
 	t.Parallel()
 	whole := compress(t, archive.XZ, makeTar(t, entry{"a", tar.TypeReg, 0o644, "x"}))
-	for i := 14; i < 24; i++ { // the dictionary byte follows filter id 0x21 and size 1
+	for i := 14; i < 24; i++ { // in an xz block header, the dictionary's size follows filter ID 0x21 and property size 1
 		if whole[i] == 0x21 && whole[i+1] == 1 {
 			whole[i+2] = 40
 			break
@@ -286,7 +286,7 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	if err != nil {
 		t.Skip("the xz program is not installed")
 	}
-	// The program checks the header's checksum (its last four bytes) first, so the test corrects it.
+	// The program xz first compares the header with its checksum, the header's last four bytes. So the test corrects it.
 	header := whole[12 : 12+4*(int(whole[12])+1)]
 	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
 	_, _, err = unpack(t, whole, archive.Options{XZTool: tool})
@@ -352,8 +352,8 @@ func TestUnpackCancelled(t *testing.T) {
 	}
 }
 
-// FuzzUnpack needs -fuzzminimizetime=1x: the zstd decoder's goroutines change the coverage between runs, and the engine
-// would minimise inputs for minutes.
+// FuzzUnpack needs -fuzzminimizetime=1x. The goroutines of the zstd decoder change the coverage from run to run, and
+// without the flag Go's fuzzing engine would minimise inputs for minutes.
 func FuzzUnpack(f *testing.F) {
 	plain := makeTar(f,
 		entry{"d/", tar.TypeDir, 0o755, ""}, entry{"d/a", tar.TypeReg, 0o755, "a"},
@@ -383,7 +383,7 @@ func FuzzUnpack(f *testing.F) {
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}
-		// A link that resolves has its target inside the folder; any other target is missing.
+		// If the target of a link exists, it must be inside the folder.
 		real, rerr := filepath.EvalSymlinks(inner)
 		if rerr != nil {
 			t.Fatal(rerr)

@@ -39,7 +39,8 @@ func TestReadAhead(t *testing.T) {
 	}
 }
 
-// TestReadAheadClose checks that the goroutine has ended when Close returns, even in the middle of an endless stream.
+// TestReadAheadClose checks that the goroutine that reads ahead has ended when Close returns, even if the stream is
+// endless.
 func TestReadAheadClose(t *testing.T) {
 	t.Parallel()
 	var reads int // without a lock, so that the race detector reports a read after Close

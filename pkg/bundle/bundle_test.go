@@ -32,8 +32,8 @@ func sampleID() Identity {
 	}
 }
 
-// tree writes files to a folder, from a map of names to contents. The content "-> x" makes a link, a trailing slash in
-// the name makes a folder, and a leading "#!" makes the file executable.
+// tree writes files into a new folder, from a map of names to contents. If the content is "-> x", the file is a link to
+// x. If the name ends in a slash, it is a folder. If the content begins with "#!", the file is executable.
 func tree(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -179,7 +179,8 @@ func TestUnpackAllLayersIntoOneFolder(t *testing.T) {
 	}
 }
 
-// TestPackIsDeterministic changes GOMAXPROCS, so it must not run in parallel.
+// TestPackIsDeterministic checks that a layer has the same bytes with another number of processors, and with other
+// modes and times of the files. The test changes GOMAXPROCS, so it is not parallel.
 func TestPackIsDeterministic(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	big := make([]byte, 12<<20)
@@ -213,8 +214,8 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
-// TestPackKeepsItsBytes checks that old inputs keep their digests. Otherwise they could not be published again, because
-// their tags point to the old digests. If new bytes are wanted, add a recipe and its digest below.
+// TestPackKeepsItsBytes checks that each recipe gives the same digest as in the past. The tags of published artifacts
+// point to these digests, so no other bytes could be published. To change the bytes, add a recipe and its digest below.
 func TestPackKeepsItsBytes(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -341,7 +342,7 @@ func sampleImage(t testing.TB) (v1.Image, []byte, []byte) {
 func TestImage(t *testing.T) {
 	t.Parallel()
 	img, manifest, config := sampleImage(t)
-	// The check uses validate.Fast, because the library's full check can read only gzip layers.
+	// The library's full check reads only gzip layers, so this test uses validate.Fast.
 	if err := validate.Image(img, validate.Fast); err != nil {
 		t.Errorf("validate.Image = %v", err)
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// noise returns bytes that do not compress.
+// noise returns random bytes, which do not compress.
 func noise(seed uint64, n int) []byte {
 	var key [32]byte
 	binary.LittleEndian.PutUint64(key[:], seed)
@@ -26,7 +26,7 @@ func noise(seed uint64, n int) []byte {
 	return b
 }
 
-// insert returns a copy of b with more bytes at a position.
+// insert returns a copy of b with the bytes of more at position at.
 func insert(b []byte, at int, more []byte) []byte { return slices.Insert(slices.Clone(b), at, more...) }
 
 func makeDelta(t testing.TB, from, to []byte) []byte {
@@ -38,12 +38,12 @@ func makeDelta(t testing.TB, from, to []byte) []byte {
 	return w.Bytes()
 }
 
-// applyDelta returns the bytes that a delta makes.
+// applyDelta applies a delta to from and returns the result.
 func applyDelta(delta, from []byte) ([]byte, error) {
 	return io.ReadAll(&deltaReader{r: bytes.NewReader(delta), win: &window{r: bytes.NewReader(from)}})
 }
 
-// deltaCases returns pairs of byte streams, with the maximum length of each pair's delta in bytes.
+// deltaCases returns pairs of byte streams, and the maximum size in bytes of each pair's delta.
 func deltaCases() map[string]struct {
 	from, to []byte
 	most     int
@@ -88,7 +88,7 @@ func TestDelta(t *testing.T) {
 	}
 }
 
-// TestDeltaByZstd checks that the zstd program reads the frames of [WriteDelta], and that [UnpackDelta] reads those of
+// TestDeltaByZstd checks that the program zstd reads the frames of [WriteDelta], and that [UnpackDelta] reads frames of
 // zstd.
 func TestDeltaByZstd(t *testing.T) {
 	t.Parallel()
@@ -110,12 +110,12 @@ func TestDeltaByZstd(t *testing.T) {
 	}
 	for name, tc := range deltaCases() {
 		if len(tc.from) < 100 {
-			continue // --patch-from needs a file with some content
+			continue // zstd's --patch-from needs a file that is not almost empty
 		}
 		var theirs bytes.Buffer
 		frames, i := makeDelta(t, tc.from, tc.to), 0
 		for to := range slices.Chunk(tc.to, deltaChunk) {
-			// The test computes the dictionary by itself, as the format defines it, and does not use [window].
+			// The test computes the dictionary from the definition of the format. It does not use [window], which it checks.
 			end := min(len(tc.from), (i+1)*deltaChunk+deltaMargin)
 			dict := filepath.Join(dir, "dict")
 			if err := os.WriteFile(dict, tc.from[max(0, end-deltaChunk-2*deltaMargin):end], 0o600); err != nil {
@@ -144,7 +144,7 @@ func TestDeltaByZstd(t *testing.T) {
 	}
 }
 
-// layerPair returns two packed layers and an unpacked copy of the first.
+// layerPair returns two packed layers, and the first one also unpacked.
 func layerPair(t *testing.T) (former *os.Root, from, to Layer) {
 	t.Helper()
 	module := string(noise(6, 3<<20))
@@ -261,7 +261,7 @@ func TestUnpackDeltaStops(t *testing.T) {
 	}
 }
 
-// readRecorder records whether it was read.
+// readRecorder records whether somebody read from it.
 type readRecorder struct{ read bool }
 
 func (r *readRecorder) Read([]byte) (int, error) {
@@ -269,7 +269,8 @@ func (r *readRecorder) Read([]byte) (int, error) {
 	return 0, io.ErrUnexpectedEOF
 }
 
-// If a file cannot be written, the rest of the delta is not fetched, and the error is not about the delta.
+// TestUnpackDeltaCannotWrite checks a delta whose files cannot be written. UnpackDelta must not read the rest of the
+// delta, and its error must not say that the delta is wrong.
 func TestUnpackDeltaCannotWrite(t *testing.T) {
 	t.Parallel()
 	former, from, to := layerPair(t)
@@ -292,7 +293,7 @@ func TestUnpackDeltaCannotWrite(t *testing.T) {
 	}
 }
 
-// FuzzDelta checks that no delta makes more than one chunk for each frame.
+// FuzzDelta checks that the output of a delta has at most one chunk for each frame.
 func FuzzDelta(f *testing.F) {
 	from := noise(7, 5<<20)
 	for _, to := range [][]byte{nil, from[:1000], from[:deltaChunk+5], noise(8, 3000)} {

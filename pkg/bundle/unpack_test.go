@@ -33,7 +33,7 @@ func compress(t testing.TB, plain []byte) []byte {
 	return enc.EncodeAll(plain, nil)
 }
 
-// archive returns a tar with these headers. The content of a regular file is its name.
+// archive returns a tar with the given headers. The content of a regular file is its own name.
 func archive(t testing.TB, headers ...*tar.Header) []byte {
 	t.Helper()
 	var buf bytes.Buffer
@@ -93,7 +93,7 @@ func (c *counter) Read(p []byte) (int, error) {
 func TestUnpackStopsReading(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "a"), nil, 0o644); err != nil { // file a cannot be made again
+	if err := os.WriteFile(filepath.Join(dir, "a"), nil, 0o644); err != nil { // so Unpack cannot make this file
 		t.Fatal(err)
 	}
 	root, err := os.OpenRoot(dir)
@@ -165,7 +165,9 @@ func TestUnpackEntries(t *testing.T) {
 	}
 }
 
-// The compressor is the program zstd. Its option wlog is the binary logarithm of the window in bytes (zstd(1)).
+// TestUnpackBoundsTheWindow checks that Unpack refuses a layer that needs much memory to decompress. The test
+// compresses with the program zstd, whose option wlog is the binary logarithm of the window's size in bytes (see
+// zstd(1)).
 func TestUnpackBoundsTheWindow(t *testing.T) {
 	t.Parallel()
 	zstd, err := exec.LookPath("zstd")
@@ -179,7 +181,7 @@ func TestUnpackBoundsTheWindow(t *testing.T) {
 		"24": false,
 	} {
 		cmd := exec.CommandContext(t.Context(), zstd, "--zstd=wlog="+wlog, "-c")
-		cmd.Stdin = struct{ io.Reader }{bytes.NewReader(plain)} // a pipe, so that zstd does not fit the window to the size
+		cmd.Stdin = struct{ io.Reader }{bytes.NewReader(plain)} // a pipe has no size to which zstd could fit the window
 		packed, err := cmd.Output()
 		if err != nil {
 			t.Fatal(err)

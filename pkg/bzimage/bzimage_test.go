@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bzImage returns an image in the layout of a kernel build: boot sector, setup sector, code, compressed kernel, and its
-// size.
+// bzImage returns an image in the layout that the kernel's build makes: boot sector, setup sector, code, the compressed
+// kernel, and the size of the kernel.
 func bzImage(t testing.TB, linked []byte, size int) []byte {
 	t.Helper()
 	var packed bytes.Buffer
@@ -32,7 +32,7 @@ func bzImage(t testing.TB, linked []byte, size int) []byte {
 	return imageOf(packed.Bytes(), size)
 }
 
-// zstdOf compresses a kernel as newer kernels do, with zstd.
+// zstdOf compresses a kernel with zstd, as builds of newer kernels do.
 func zstdOf(t testing.TB, linked []byte) []byte {
 	t.Helper()
 	w, err := zstd.NewWriter(nil)
@@ -73,7 +73,8 @@ func TestLinked(t *testing.T) {
 	if err := errors.Join(err, zw.Close()); err != nil {
 		t.Fatal(err)
 	}
-	// gzip data ends with its own size. Linked must not read the bytes after it.
+	// gzip data ends with the size of its content, and in an image this field is the size of the kernel. Linked must not
+	// read the bytes after it.
 	got, err = Linked(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
 		t.Errorf("Linked(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))

@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// crashEnv makes this test program act as a process that is killed in the middle of its work; see TestMain.
+// crashEnv is an environment variable. If it is set, this test program runs [crash], and the test kills it.
 const crashEnv = "PREBAKE_CAS_TEST_CRASH"
 
 func TestMain(m *testing.M) {
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// crash begins a blob, a tree and a work folder, reports that, and waits to be killed.
+// crash begins a blob, a tree and a work folder in the cache dir. Then it prints "ready" and waits until it is killed.
 func crash(dir string) {
 	c, err := cas.Open(dir)
 	if err != nil {
@@ -59,7 +59,7 @@ func crash(dir string) {
 	<-ready
 	<-ready
 	fmt.Println("ready")
-	time.Sleep(time.Hour) // the process is killed long before
+	time.Sleep(time.Hour) // the test kills the process long before
 }
 
 type blocker struct{ ready chan struct{} }
@@ -206,8 +206,7 @@ func TestTreeIsMadeOnce(t *testing.T) {
 	}
 }
 
-// TestDamagedTreeIsMadeAgain checks that any change of a tree is detected when the tree is used, and that the tree is
-// made again.
+// TestDamagedTreeIsMadeAgain checks that Tree notices any change of a tree and makes the tree again.
 func TestDamagedTreeIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -272,7 +271,7 @@ func TestDamagedTreeIsMadeAgain(t *testing.T) {
 	}
 }
 
-// TestTreeIsNotDamagedByCancelling checks that a cancelled call ends, and does not report the tree as damaged.
+// TestTreeIsNotDamagedByCancelling checks that a cancelled call of Tree ends, and does not take the tree for damaged.
 func TestTreeIsNotDamagedByCancelling(t *testing.T) {
 	t.Parallel()
 	c := open(t, t.TempDir())
@@ -408,11 +407,11 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 	if half != 2 {
 		t.Fatalf("%d unfinished files before the kill; want a blob and a tree's file", half)
 	}
-	_ = open(t, dir) // the owner is alive, so its files stay
+	_ = open(t, dir) // the process is still running, so Open must keep its files
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	_ = cmd.Wait() // killed
+	_ = cmd.Wait() // the process was killed, so its exit status has no meaning
 	c := open(t, dir)
 	for _, f := range files(t, dir) {
 		if strings.HasPrefix(f, "tmp/") || strings.HasPrefix(f, "blobs/") || strings.HasPrefix(f, "trees/") {
@@ -428,7 +427,7 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 	if err := cleanup(); err != nil {
 		t.Error(err)
 	}
-	// The kernel has released the dead process's lock on the tree.
+	// The kernel has released the lock that the killed process held on the tree.
 	if _, cached, err := c.Tree(t.Context(), "headers", "half",
 		func(context.Context, string) error { return nil }); err != nil || cached {
 		t.Errorf("Tree = %t, %v; want it made", cached, err)
@@ -457,7 +456,7 @@ func TestDigestTree(t *testing.T) {
 		return sum
 	}
 	base := make(func(string) error { return nil })
-	// Builders find published artifacts by digests of this scheme. If this digest changes, they find no older artifact.
+	// Builders search for published artifacts by such digests. If this digest changes, they find no older artifact.
 	if want := "sha256:2455ddcd1a936088c1f4af695e2e4c9ed47b9ac301187d189ed5793e79785096"; base != want {
 		t.Errorf("DigestTree = %s; want %s", base, want)
 	}

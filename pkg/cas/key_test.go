@@ -6,8 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// TestKey checks that keys differ if the same text is divided into other parts, and that MissReason names the part that
-// differs.
+// TestKey checks that two keys differ even if their parts, written one after the other, are the same text. MissReason
+// must name the part that differs.
 func TestKey(t *testing.T) {
 	t.Parallel()
 	base := func() *cas.Key { return cas.NewKey("k").Add("a", "1").Add("b", "2") }

@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The hint for another user's cache does not depend on the user of the test: root is never denied.
+// TestOpenDenied checks the hint for a cache that belongs to another user. It calls denied itself: the test may run as
+// root, to whom the kernel denies nothing.
 func TestOpenDenied(t *testing.T) {
 	t.Parallel()
 	err := denied(fmt.Errorf("open cache: %w", fs.ErrPermission))

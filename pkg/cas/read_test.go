@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestTreeIsReadOnce checks that only a change of the content makes a tree again, and that it does so even if size and
-// times are as before.
+// TestTreeIsReadOnce checks when Tree makes a tree again: only if the content of a file has changed. It must do so even
+// if the file's size and times are the same as before.
 func TestTreeIsReadOnce(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())
@@ -55,7 +55,7 @@ func TestTreeIsReadOnce(t *testing.T) {
 	if err := cache.Reread(t.Context(), dir); err != nil {
 		t.Error(err)
 	}
-	// The new content has the same size, and the file gets its old times.
+	// The new content has the size of the old content, and the file gets its old times again.
 	if err := os.WriteFile(file, []byte("CONTENT"), 0o644); err != nil {
 		t.Fatal(err)
 	}

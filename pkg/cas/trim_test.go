@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// fill makes a tree of 64 KiB.
+// fill fills a tree with one file of 64 KiB.
 func fill(_ context.Context, dir string) error {
 	return os.WriteFile(filepath.Join(dir, "a"), make([]byte, 64<<10), 0o644)
 }
@@ -34,7 +34,7 @@ func mustTree(t *testing.T, c *cas.Cache, kind, key string) (path string, cached
 	return path, cached
 }
 
-// age sets the time at which an entry was last used.
+// age sets the time at which an entry was last used to a time in the past.
 func age(t *testing.T, dir, use string, ago time.Duration) {
 	t.Helper()
 	at := time.Now().Add(-ago)
@@ -65,7 +65,7 @@ func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
 	return m
 }
 
-// agedCache returns a cache with three trees and a blob, all unused. Tree 0 was unused for the longest time.
+// agedCache returns a cache with three trees and a blob that nobody uses. Nobody used tree 0 for the longest time.
 func agedCache(t *testing.T) (c *cas.Cache, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -90,7 +90,7 @@ func TestTrim(t *testing.T) {
 	rows := []struct {
 		name  string
 		limit func(size int64) cas.Limit
-		left  []string // trees by their number, and "blob"
+		left  []string // what must be left: trees by their number, and "blob"
 	}{
 		{"no limit", func(int64) cas.Limit { return cas.Limit{} }, []string{"0", "1", "2", "blob"}},
 		{"large enough", func(n int64) cas.Limit { return cas.Limit{Bytes: n} }, []string{"0", "1", "2", "blob"}},
@@ -127,7 +127,7 @@ func TestTrim(t *testing.T) {
 			if row.limit(size).DryRun && done.Removed != 4 {
 				t.Errorf("dry run = %+v; want 4 entries that Trim would remove", done)
 			}
-			// A tree that was removed is made again.
+			// Tree must make a tree again that Trim removed.
 			if _, cached := mustTree(t, c, "modules", "0"); cached != (len(left) == 4) {
 				t.Errorf("tree 0 is cached: %t", cached)
 			}
@@ -138,7 +138,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimLeavesWhatIsInUse checks that Trim leaves what another process or another piece of work has obtained.
+// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that is in use, be it by another process or by a
+// piece of work in this process.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -180,8 +181,8 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	}
 }
 
-// TestTrimAgainstUse trims a cache while others use it. Every caller of Tree must get a complete tree that stays until
-// the caller's piece of work ends.
+// TestTrimAgainstUse trims a cache while others use it. Each caller of Tree must get a complete tree, which must stay
+// until the caller's piece of work ends.
 func TestTrimAgainstUse(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -207,7 +208,7 @@ func TestTrimAgainstUse(t *testing.T) {
 		users.Go(func() {
 			for n := 0; n < 60 || removed.Load() == 0 && ctx.Err() == nil; n++ { // until Trim removed something
 				end := c.Begin()
-				// At most three of the five trees are in use at any time.
+				// The cache has five trees, and at most three of them are in use at the same time.
 				path, _, err := c.Tree(t.Context(), "headers", fmt.Sprint((n+user)%5), fill)
 				if err != nil {
 					t.Error(err)
@@ -223,8 +224,9 @@ func TestTrimAgainstUse(t *testing.T) {
 	trims.Wait()
 }
 
-// TestTrimWithoutStamps checks a cache without stamps, as older versions of the program made it. Kinds and a dry run
-// must create no stamps, so that a later Trim uses the entries' own times.
+// TestTrimWithoutStamps checks a cache without stamps, the files that record when an entry was last used. Older
+// versions of the program wrote none. Kinds and a dry run must not create stamps, because a later Trim must use the
+// entries' own times.
 func TestTrimWithoutStamps(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -252,7 +254,7 @@ func TestTrimWithoutStamps(t *testing.T) {
 	}
 }
 
-// TestTrimFactsLast checks that facts are removed last, because they are small and took long to find out.
+// TestTrimFactsLast checks that Trim removes facts last. Facts are small, and it took long to find them out.
 func TestTrimFactsLast(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -278,7 +280,7 @@ func TestTrimFactsLast(t *testing.T) {
 	}
 }
 
-// TestTrimIsBusy checks that only one process trims at a time.
+// TestTrimIsBusy checks that Trim does nothing while another process trims the same cache.
 func TestTrimIsBusy(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -295,8 +297,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks that Kinds counts the files in folders that do not belong to the cache, and that Trim removes
-// none of them.
+// TestTrimForeign checks files in folders that do not belong to the cache. Kinds must count them, and Trim must not
+// remove them.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -341,7 +343,8 @@ func TestTrimForeign(t *testing.T) {
 	}
 }
 
-// Foreign files do not count against the limit: otherwise they would push all entries out.
+// TestTrimLimitWithoutForeign checks that files in foreign folders do not count against the size limit. Otherwise Trim
+// would remove all entries.
 func TestTrimLimitWithoutForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -354,7 +357,8 @@ func TestTrimLimitWithoutForeign(t *testing.T) {
 	}
 }
 
-// Open refuses a folder with other files, so that nobody gives the parent of the cache by mistake.
+// TestOpenRefusesOtherFolders checks that Open refuses a folder with other files, such as the parent of a cache that
+// somebody gives by mistake.
 func TestOpenRefusesOtherFolders(t *testing.T) {
 	t.Parallel()
 	for name, refused := range map[string]bool{

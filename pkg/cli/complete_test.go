@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// completions returns the program's completions of the last word.
+// completions returns what the program offers as completions of the last word.
 func completions(t *testing.T, words ...string) []string {
 	t.Helper()
 	nothing := func(context.Context, *ucli.Command) error { t.Error("completion ran the command"); return nil }
@@ -47,7 +47,7 @@ func TestComplete(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		words []string
-		want  []string // each is the value and its description
+		want  []string // each has a value, a tab, and the description
 	}{
 		{"commands", []string{""}, []string{"make\tmake a thing", "lists\tkeep lists",
 			"completion\tprint a completion script for bash, zsh or fish", "value---0\t"}},

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// configuredProgram returns a program with a command that reads a file and prints its settings.
+// configuredProgram returns a program whose command work reads a configuration file and prints its settings.
 func configuredProgram() *ucli.Command {
 	url := cli.String("url", "", "`URL` of things")
 	url.Validator = func(s string) error {
@@ -72,7 +72,7 @@ func runConfigured(t *testing.T, text string, args ...string) (code int, stdout,
 	return code, clean(out.String()), clean(errs.String())
 }
 
-// TestConfig checks the order of precedence: flag, variable, file, default.
+// TestConfig checks which setting wins: a flag, then an environment variable, then the file, then the default.
 func TestConfig(t *testing.T) {
 	t.Setenv("PREBAKE_COUNT", "5")
 	const text = "name: 535.10\nto: [a, \"b,c\"]\nquick: true\ncount: 7\n"
@@ -172,7 +172,7 @@ func TestConfigMistakes(t *testing.T) {
 	}
 }
 
-// TestConfigRest checks that an error that belongs to no line of the file keeps its kind and its hint.
+// TestConfigRest checks that an error that no line of the file causes keeps its kind and its hint.
 func TestConfigRest(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ text, args string }{
@@ -187,7 +187,8 @@ func TestConfigRest(t *testing.T) {
 	}
 }
 
-// TestConfigEmptyVariable checks that an empty variable does not override the file, but an empty flag does.
+// TestConfigEmptyVariable checks that an empty environment variable does not override the file, and that an empty flag
+// does.
 func TestConfigEmptyVariable(t *testing.T) {
 	t.Setenv("PREBAKE_NAME", "")
 	for args, want := range map[string]string{
@@ -201,7 +202,8 @@ func TestConfigEmptyVariable(t *testing.T) {
 	}
 }
 
-// TestEarlierVariable checks a variable with an earlier name. The command refuses the two if both are set and differ.
+// TestEarlierVariable checks an environment variable under its earlier name. If the variables with the new and the
+// earlier name are both set and differ, the command must refuse them.
 func TestEarlierVariable(t *testing.T) {
 	t.Setenv("PREBAKE_DATA", "/old")
 	if code, _, errs := runConfigured(t, "", "work"); code != 0 {
@@ -222,7 +224,7 @@ func TestEarlierVariable(t *testing.T) {
 	}
 }
 
-// TestConfigShowSecrets checks that no secret is printed, also not in a list.
+// TestConfigShowSecrets checks that "config show" prints no secret, not even one inside a list.
 func TestConfigShowSecrets(t *testing.T) {
 	t.Parallel()
 	_, out, errs := runConfigured(t, "name: x\n", "config", "show", "FILE", "--", "--token", "pw",

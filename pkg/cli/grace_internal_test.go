@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// TestGracePeriod checks that work may continue for the grace period.
+// TestGracePeriod checks that work may continue during the grace period, and that it ends afterwards.
 func TestGracePeriod(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -28,7 +28,7 @@ func TestGracePeriod(t *testing.T) {
 	})
 }
 
-// TestGraceSignals checks that work continues after one signal and ends at the second.
+// TestGraceSignals checks that work continues after the first stop signal, and ends at the second.
 func TestGraceSignals(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -81,7 +81,7 @@ variable.
 	}
 }
 
-// TestHelpEnvironment checks that the help lists exactly the environment variables that exist.
+// TestHelpEnvironment checks that the help names an environment variable for exactly those flags that have one.
 func TestHelpEnvironment(t *testing.T) {
 	t.Parallel()
 	plain := func(name string) ucli.Flag { return &ucli.BoolFlag{Name: name} }

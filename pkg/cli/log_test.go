@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// TestLoggedDurations checks that logs show durations as text, also in JSON.
+// TestLoggedDurations checks that a log shows a duration as text such as 1m30s, also in the format JSON.
 func TestLoggedDurations(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{"json": `"grace":"1m30s"`, "text": "grace=1m30s"} {

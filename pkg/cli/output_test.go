@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// printOutput returns the output of a command that prints a value.
+// printOutput runs a command that prints the value v, and returns the output.
 func printOutput(t *testing.T, v any, args ...string) string {
 	t.Helper()
 	root := &ucli.Command{Name: "tool", Commands: []*ucli.Command{
@@ -37,7 +37,8 @@ func printOutput(t *testing.T, v any, args ...string) string {
 	return out.String()
 }
 
-// TestYAML checks that YAML has the same keys as JSON, in the same order, and that texts stay texts.
+// TestYAML checks that YAML output has the keys of JSON output in the same order. A string that looks like a number
+// must stay a string.
 func TestYAML(t *testing.T) {
 	t.Parallel()
 	type inner struct {
@@ -68,7 +69,7 @@ func TestYAML(t *testing.T) {
 	if err := json.Unmarshal([]byte(printOutput(t, v, "show", "-o", "json")), &fromJSON); err != nil {
 		t.Fatal(err)
 	}
-	// JSON's numbers become floats here, so the test compares both values after encoding.
+	// Go decodes JSON's numbers into floats here. So the test encodes both values again and compares the texts.
 	a, err := json.Marshal(fromYAML)
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +84,7 @@ func TestYAML(t *testing.T) {
 	}
 }
 
-// TestPrintOne checks that each of several results is one line of JSON or one document of YAML.
+// TestPrintOne checks a command that prints several results: each is one line of JSON, or one document of YAML.
 func TestPrintOne(t *testing.T) {
 	t.Parallel()
 	v := map[string]int{"n": 1}

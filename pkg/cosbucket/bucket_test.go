@@ -47,7 +47,7 @@ var objects = map[string]string{
 	"17800.0.50/lakitu-arm64/kernel_commit":           "nonsense\n",
 	"17800.0.50/lakitu-arm64/big":                     strings.Repeat("x", 5000),
 	"notabuild/lakitu/kernel_commit":                  "x",
-	// This build has the former layout, and has its list of drivers only in serialized form.
+	// This build has the former layout. Its list of drivers exists only as a serialized protocol buffer.
 	"17412.0.9/kernel_commit":           strings.Repeat("cd", 20) + "\n",
 	"17412.0.9/gpu_driver_versions.bin": "\x0a\x1f\x0a\x08\x0a\x06OTHERS\x12\x13\x0a\x07DEFAULT\x12\x08470.82.1",
 	"17412.0.9/gpu_R470_version":        "470.256.02\n",
@@ -88,7 +88,7 @@ func open(t *testing.T, rawURL string) *cosbucket.Bucket {
 	return b
 }
 
-// conform checks the behaviour that every kind of bucket must have.
+// conform checks what every kind of bucket must do.
 func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 	t.Helper()
 	ctx := t.Context()
@@ -196,7 +196,7 @@ func TestFolder(t *testing.T) {
 	if _, _, err := b.Get(t.Context(), "17800.0.47/lakitu/kernel_commit/x"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(below a file) = %v; want input-missing", err)
 	}
-	// An error of the file system does not mean that an object is missing.
+	// Another error of the file system must not count as a missing object.
 	if _, _, err := b.Get(t.Context(), strings.Repeat("x", 300)); err == nil || fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(name that the file system refuses) = %v; want another error than input-missing", err)
 	}
@@ -228,7 +228,8 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// flaky is a web server that fails the first requests for each object, and breaks the first download of the big object.
+// flaky is a web server that fails the first requests for each object. It breaks the first download of the object
+// "big".
 type flaky struct {
 	dir http.Handler
 
@@ -278,7 +279,7 @@ func TestWeb(t *testing.T) {
 	}
 }
 
-// TestWebBrokenFile checks that a broken download that cannot be resumed ends with an error, and not with a short file.
+// TestWebBrokenFile breaks a download that cannot be resumed. The reader must get an error, and not a shorter file.
 func TestWebBrokenFile(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -305,7 +306,8 @@ func TestWebCancelled(t *testing.T) {
 	}
 }
 
-// TestSilence checks that a read fails if the bucket sends nothing for a long time, but not if the reader is slow.
+// TestSilence checks that a read fails if the bucket sends nothing for a long time. A slow reader must not cause this
+// error.
 func TestSilence(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// openQuick opens a bucket with short waits between retries.
+// openQuick opens a bucket that waits only a millisecond before it tries again.
 func openQuick(t *testing.T, rawURL string) *cosbucket.Bucket {
 	t.Helper()
 	b, err := cosbucket.OpenWithWait(t.Context(), rawURL, time.Millisecond)
@@ -45,7 +45,7 @@ func TestChoose(t *testing.T) {
 		{"R470", "470.256.2", 0},
 		{"R580", "", fault.Unsupported},
 		{"580.1.2", "580.1.2", 0},
-		{"470.256.2-grid", "470.256.2-grid", 0}, // only by its exact name
+		{"470.256.2-grid", "470.256.2-grid", 0}, // an edition is chosen only by its exact version
 		{"nonsense", "", fault.Usage},
 	}
 	for _, test := range tests {
@@ -103,7 +103,7 @@ func FuzzParseDriverVersionsBin(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) { checkList(t, cosbucket.ParseDriverVersionsBin, data) })
 }
 
-// checkList checks the properties that every parsed list must have.
+// checkList checks what must be true for every list that parse accepts.
 func checkList(t *testing.T, parse func([]byte) (cosbucket.DriverList, error), text []byte) {
 	list, err := parse(text)
 	if err != nil {
@@ -133,7 +133,8 @@ func FuzzParseVersionFile(f *testing.F) {
 	})
 }
 
-// TestChooseByGPU uses an invented list with the schema of Google's repository cos/tools.
+// TestChooseByGPU checks wishes for a GPU type, such as default@NVIDIA_B200. The list is invented, with the schema that
+// Google's repository cos/tools defines.
 func TestChooseByGPU(t *testing.T) {
 	t.Parallel()
 	entry := func(gpu string, versions ...string) string {
@@ -162,7 +163,8 @@ func TestChooseByGPU(t *testing.T) {
 	}
 }
 
-// TestGPUTypesAreBounded checks the format and the number of GPU types, because they come from a bucket and are stored.
+// TestGPUTypesAreBounded checks that ParseDriverVersions limits the names and the number of GPU types. They come from a
+// bucket, and the server stores them.
 func TestGPUTypesAreBounded(t *testing.T) {
 	t.Parallel()
 	list := func(names ...string) (text string) {

@@ -6,18 +6,18 @@ import (
 	"time"
 )
 
-// OpenWithWait opens a bucket with this wait before the first retry.
+// OpenWithWait opens a bucket that waits for the given time before it tries a request for the second time.
 func OpenWithWait(ctx context.Context, rawURL string, wait time.Duration) (*Bucket, error) {
 	return open(ctx, rawURL, wait)
 }
 
-// Split is split, for tests.
+// Split gives tests access to split.
 var Split = split
 
-// StallLimit is stallLimit, for tests.
+// StallLimit gives tests access to stallLimit.
 const StallLimit = stallLimit
 
-// RetryMax is retryMax, for tests.
+// RetryMax gives tests access to retryMax.
 const RetryMax = retryMax
 
 // OpenSilent opens a bucket that sends two bytes of an object and then nothing.

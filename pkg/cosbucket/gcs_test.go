@@ -29,19 +29,19 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// proxy is a proxy in front of an emulator, which alters responses as a faulty network would. Its tests are not
-// parallel, because the library reads the server's address from the environment.
+// proxy stands between the client and an emulator of Google's storage, and alters responses as a faulty network would.
+// Its tests are not parallel, because the client reads the server's address from an environment variable.
 type proxy struct {
 	*gcs.Server
 	next *httputil.ReverseProxy
 
 	mu       sync.Mutex
-	content  []string // requests for an object's bytes: range and generation
+	content  []string // requests for the bytes of an object: each has a range and a generation
 	requests int
 	auth     bool
-	// spoil may replace the writer of the nth response with an object's bytes. It may be nil.
+	// If spoil is not nil, it may replace the writer of the nth response that has an object's bytes.
 	spoil func(n int, w http.ResponseWriter) http.ResponseWriter
-	// page is the maximum number of entries in each page of a listing. "" means no limit.
+	// page is the maximum number of entries in one page of a listing. "" means no limit.
 	page string
 }
 
@@ -118,7 +118,7 @@ func TestEmulator(t *testing.T) {
 		p.Put(t, "cos-tools", name, []byte(text))
 		p.Put(t, "cos-tools-eu", "below/"+name, []byte(text))
 	}
-	// The package must not ask the metadata server: its token may be refused even for public buckets.
+	// The client must not ask the metadata server for a token. Google may refuse the token even for a public bucket.
 	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the metadata server was asked")
 	}))
@@ -154,7 +154,7 @@ func TestEmulator(t *testing.T) {
 	if p.sentAuth() {
 		t.Error("an Authorization header was sent to a bucket that nobody gave credentials for")
 	}
-	// storage.googleapis.com serves the same objects by HTTPS, without the API.
+	// storage.googleapis.com also serves the objects as plain files over HTTPS.
 	t.Run("plain web", func(t *testing.T) {
 		web := openQuick(t, p.Endpoint+"/cos-tools")
 		conform(t, web, false)
@@ -171,8 +171,8 @@ func TestEmulator(t *testing.T) {
 	})
 }
 
-// If an object is stored compressed, the API delivers the stored bytes, which match the sums. Plain HTTPS delivers the
-// decompressed bytes, which do not match.
+// TestEmulatorStoredCompressed has an object that is stored with Content-Encoding: gzip. The API delivers the stored
+// bytes, which match the checksums. Plain HTTPS delivers the decompressed bytes, which do not match them.
 func TestEmulatorStoredCompressed(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -195,7 +195,7 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 	}
 }
 
-// The package sends credentials to Google if they are configured.
+// TestEmulatorCredentials checks that the client sends credentials to Google if they are configured.
 func TestEmulatorCredentials(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -237,7 +237,7 @@ func TestEmulatorCredentials(t *testing.T) {
 	}
 }
 
-// cutAt breaks each of the first responses after this many bytes.
+// cutAt breaks each of the first responses after the given number of bytes.
 func cutAt(answers, bytes int) func(int, http.ResponseWriter) http.ResponseWriter {
 	return func(n int, w http.ResponseWriter) http.ResponseWriter {
 		if n < answers {
@@ -275,7 +275,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 		name  string
 		spoil func(int, http.ResponseWriter) http.ResponseWriter
 		kind  fault.Kind
-		asked []string // nil: not checked
+		asked []string // nil means that the test does not check the requests
 	}{
 		{name: "nothing", asked: []string{"pinned"}},
 		{name: "breaks twice", spoil: cutAt(2, 50_000),
@@ -313,7 +313,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 	}
 }
 
-// replacingWriter breaks a response and replaces the object at the same moment.
+// replacingWriter breaks a response, and replaces the object at the same moment.
 type replacingWriter struct {
 	cutter
 	replace func()
@@ -326,7 +326,7 @@ func (r *replacingWriter) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// TestEmulatorManyBuilds checks that BuildIDs costs one listing, and BuildsOf one for each COS build.
+// TestEmulatorManyBuilds checks that BuildsOf sends one request for each COS build, even if the bucket has many builds.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -361,7 +361,8 @@ func TestEmulatorManyBuilds(t *testing.T) {
 	}
 }
 
-// Two buckets are mirrors, and the second replaces the first when the first is down.
+// TestEmulatorMirrors checks two buckets that are mirrors. If the first one keeps failing, the client must read from
+// the second.
 func TestEmulatorMirrors(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// FuzzListing parses a bucket's listing, one name per line. Each result must be in the listing, and only once.
+// FuzzListing parses a bucket's listing with one name per line. Each result must come from the listing, and only once.
 func FuzzListing(f *testing.F) {
 	f.Add("17800.66.78", "17800.66.78/lakitu/kernel_commit\n17800.66.78/kernel_commit\n17800.66.78/lakitu-arm64/kernel_commit")
 	f.Add("17800.66.78", "17800.66.78/../kernel_commit\n17800.66.78//kernel_commit\n/\n")

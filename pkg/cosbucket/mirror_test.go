@@ -21,10 +21,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// mirror is a web server that sends the same sums as Google's. Its fields say how it fails.
+// mirror is a web server that sends the same checksums as Google's. Its fields say how it fails.
 type mirror struct {
 	objects map[string]string
-	sums    map[string]string // bytes whose sums the mirror sends instead of the sums of the object's bytes
+	sums    map[string]string // for some objects, other bytes, whose checksums the mirror sends
 	down    bool
 	cut     int // break each response after this many bytes; 0 means never
 
@@ -61,7 +61,7 @@ func (m *mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, name, time.Time{}, strings.NewReader(text))
 }
 
-// cutter breaks the connection after this many bytes.
+// cutter breaks the connection after it has written left bytes.
 type cutter struct {
 	http.ResponseWriter
 	left int
@@ -142,7 +142,8 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-// TestMirrorStays checks that after a failure, the mirror that answered is asked first.
+// TestMirrorStays has a first mirror that is down. After the client has read from the second mirror, it must ask the
+// second mirror first.
 func TestMirrorStays(t *testing.T) {
 	t.Parallel()
 	down, up := &mirror{down: true}, &mirror{objects: map[string]string{"a": "a\n", "b": "b\n"}}
@@ -168,7 +169,8 @@ func TestMirrorStays(t *testing.T) {
 	}
 }
 
-// An error about the content of an object has the URL of the object on the mirror that had it.
+// TestMirrorInErrors checks an error about the content of an object. It must have the object's URL on the mirror that
+// had the object.
 func TestMirrorInErrors(t *testing.T) {
 	t.Parallel()
 	commit, version := cosbucket.CommitName(kernel47), cosbucket.DefaultVersionName(kernel47)
@@ -184,7 +186,7 @@ func TestMirrorInErrors(t *testing.T) {
 	}
 }
 
-// A resumed download requests only the missing bytes.
+// TestResumption checks that a resumed download requests only the missing bytes.
 func TestResumption(t *testing.T) {
 	t.Parallel()
 	m := &mirror{objects: map[string]string{"a": long}, cut: 6000}
@@ -198,8 +200,8 @@ func TestResumption(t *testing.T) {
 	}
 }
 
-// TestMirrorThatLists checks that the next mirror lists if the first one is a web server. The web server is still asked
-// first for objects.
+// TestMirrorThatLists has a web server, which cannot list objects, as the first mirror. The client must list the second
+// mirror, and still ask the web server first for objects.
 func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}

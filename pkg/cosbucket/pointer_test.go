@@ -116,7 +116,8 @@ func FuzzParsePointer(f *testing.F) {
 	})
 }
 
-// For each kind of bucket, a sibling is opened by the same protocol, on the same server or in the same parent folder.
+// TestSibling checks Sibling for each kind of bucket. The sibling must have the same protocol, and be on the same
+// server or in the same parent folder.
 func TestSibling(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -6,8 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestClassesOfBuilds checks that the classes of a failed build do not change: users' scripts, dashboards and the queue
-// depend on them.
+// TestClassesOfBuilds checks that the fault classes of failed builds stay as they are. Users' scripts, dashboards and
+// the queue depend on them.
 func TestClassesOfBuilds(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

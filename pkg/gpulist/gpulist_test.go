@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The text has the format of NVIDIA's supported-gpus.json. The products are real, and the boards are invented.
+// file has the format of NVIDIA's supported-gpus.json. The products in it are real, and the boards are invented.
 const file = `{
   "chips": [
     {"devid": "0x1EB8", "name": "Tesla T4", "features": ["runtimepm", "vdpaufeaturesetJ", "kernelopen"]},
@@ -36,7 +36,7 @@ func parse(t testing.TB, text string) *gpulist.List {
 	return l
 }
 
-// shortForm returns the short form of a list after it was written into a statement and read again.
+// shortForm writes the short form of a list into a statement, reads it again, and returns the result.
 func shortForm(t testing.TB, l *gpulist.List) *gpulist.List {
 	t.Helper()
 	raw, err := json.Marshal(l.Short())
@@ -176,7 +176,7 @@ func TestDrives(t *testing.T) {
 	}
 }
 
-// TestParseLeavesOut checks that ParseFile skips an unreadable entry and keeps the others.
+// TestParseLeavesOut checks that ParseFile leaves out an entry that it cannot read, and keeps the others.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
 	odd := strings.Replace(file, `"chips": [`,
@@ -230,7 +230,7 @@ func FuzzParseFile(f *testing.F) {
 			}
 			return
 		}
-		// The full list and its short form must give the same answers. Shortening a short form must change nothing.
+		// The short form of a list must give the same answers as the list. The short form of a short form must be the same.
 		s := shortForm(t, l)
 		if diff := cmp.Diff(s, shortForm(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)

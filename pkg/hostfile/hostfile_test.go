@@ -61,7 +61,7 @@ func TestCopy(t *testing.T) {
 	}
 }
 
-// TestCopyFails checks that an incomplete copy returns an error and no checksum.
+// TestCopyFails checks that a copy that could not be completed returns an error and no checksum.
 func TestCopyFails(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

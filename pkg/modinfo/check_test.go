@@ -137,7 +137,7 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestRealModules checks real modules against a real kernel. These variables configure it:
+// TestRealModules checks real modules against a real kernel. These environment variables configure the test:
 //
 //	PREBAKE_MODULES          folder with *.ko and the kernel's Module.symvers
 //	PREBAKE_MODULES_RELEASE  the kernel's release; optional

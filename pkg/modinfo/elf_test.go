@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// sample is a small module that the tests write as an ELF file.
+// sample describes a small module. Method bytes makes an ELF file of it.
 type sample struct {
 	info     []string // .modinfo entries
 	versions map[string]uint32
@@ -26,7 +26,7 @@ type sample struct {
 	linux    string            // content of the section with the kernel's own notes
 	stamp    string            // content of the section with the builder's stamp
 
-	cutVersions int // number of bytes that are missing at the end of __versions
+	cutVersions int // number of bytes to cut off at the end of __versions
 }
 
 // goodModule returns a module nvidia that exports one symbol.
@@ -41,7 +41,7 @@ func goodModule() sample {
 	}
 }
 
-// sibling returns a module nvidia-uvm that needs the symbol of goodModule.
+// sibling returns a module nvidia-uvm, which needs the symbol that goodModule exports.
 func sibling() sample {
 	return sample{
 		info: []string{"license=Dual MIT/GPL", "depends=nvidia", "name=nvidia_uvm",

@@ -89,7 +89,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// goodBytes returns the file of goodModule after one edit.
+// goodBytes applies an edit to goodModule, and returns the module's file.
 func goodBytes(edit func(*sample)) []byte {
 	s := goodModule()
 	edit(&s)
@@ -134,7 +134,7 @@ func TestReadRefuses(t *testing.T) {
 	}
 }
 
-// brokenReader fails when the byte at one offset is read, as a disk with a broken sector does.
+// brokenReader fails if a read touches the byte at offset at, as a disk with a broken sector does.
 type brokenReader struct {
 	r  io.ReaderAt
 	at int64
@@ -147,7 +147,8 @@ func (b brokenReader) ReadAt(p []byte, off int64) (int, error) {
 	return b.r.ReadAt(p, off)
 }
 
-// An error of the disk says nothing about the module, so it must not count as a failed check.
+// TestReadBrokenDisk checks that an error of the disk does not count as a failed check, because it says nothing about
+// the module.
 func TestReadBrokenDisk(t *testing.T) {
 	t.Parallel()
 	plain := goodModule().bytes()
@@ -159,7 +160,7 @@ func TestReadBrokenDisk(t *testing.T) {
 				fault.Of(err))
 		}
 	}
-	// io.EOF is an error of the content: the file is shorter than its size.
+	// io.EOF is no error of the disk: the file is shorter than its size says, so the check fails.
 	if _, err := modinfo.Read(bytes.NewReader(plain[:size/2]), size); !fault.Is(err, fault.CheckFailed) {
 		t.Errorf("a file that was cut: Read = %v; want check-failed", err)
 	}
@@ -261,7 +262,7 @@ func FuzzReadSymvers(f *testing.F) {
 	})
 }
 
-// FuzzModinfoSection varies only the .modinfo section of a module that is otherwise valid.
+// FuzzModinfoSection varies the .modinfo section of a module. The rest of the module is valid.
 func FuzzModinfoSection(f *testing.F) {
 	f.Add("name=nvidia\x00vermagic=6.1 SMP\x00depends=a,b")
 	f.Add("name=\x00=x\x00\x00vermagic")

@@ -23,7 +23,7 @@ const imageMap = `{"creation_time": "2026-11-01", "entries": [
 	{"gke_version": "1.37.1-gke.1", "image": "ubuntu-gke-2404-1-33"}
 ]}`
 
-// world is a fake bucket with a list of COS builds and their driver lists.
+// world is a fake bucket: a list of COS builds, and the list of drivers for each of them.
 type world struct {
 	builds  []string
 	err     error
@@ -92,7 +92,7 @@ func real109() world {
 	}
 }
 
-// planText returns a plan as text, with one line for each cell.
+// planText prints a plan, with one line for each cell.
 func planText(p *plan.Plan) string {
 	var lines []string
 	for _, c := range p.Cells {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestExample checks that the documented example is a valid wish list, and means what its comments say.
+// TestExample checks that the example in docs is a valid wish list, and that it means what its comments say.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join("..", "..", "docs", "examples", "wish.yaml")
@@ -49,7 +49,7 @@ func TestExample(t *testing.T) {
 	}
 }
 
-// TestParse reads the shortest wish list, and numbers in all spellings that YAML allows.
+// TestParse reads the shortest wish list, and versions that YAML takes for numbers.
 func TestParse(t *testing.T) {
 	t.Parallel()
 	got, err := plan.Parse("w.yaml",
@@ -73,7 +73,7 @@ func TestMistakes(t *testing.T) {
 	const head, tail = "version: 1\nkernels: [{latest: 1}]\n", "drivers: [default]\n"
 	rows := []struct {
 		name, text string
-		want       string // the lines after the first one
+		want       string // the lines of the error after the first line
 	}{
 		{"empty", "", "w:1:1: found an empty file; want version, kernels and drivers"},
 		{"only a comment", "# nothing\n", "w:1:1: found an empty file; want version, kernels and drivers"},

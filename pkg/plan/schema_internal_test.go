@@ -32,7 +32,7 @@ func TestVersionPattern(t *testing.T) {
 	}
 }
 
-// generate makes the schema from the types, their tags and their comments.
+// generate makes the JSON schema of wish lists from the types, their tags and their comments.
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
@@ -76,7 +76,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// TestSchema checks that the embedded schema and the schema in docs match the types.
+// TestSchema checks that the embedded schema and the schema in docs are those that generate makes.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
@@ -99,7 +99,7 @@ func TestSchemaFields(t *testing.T) {
 				continue
 			}
 			name, _, _ := bytes.Cut([]byte(f.Tag.Get("json")), []byte(","))
-			text := string(name) + ": [[]]\n" // no field accepts a list of lists, so a known field gives another mistake
+			text := string(name) + ": [[]]\n" // no field accepts a list of lists, so the error for a known field is another one
 			if where != "" {
 				text = where + ":\n- " + text
 			}

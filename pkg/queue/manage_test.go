@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// insert puts builds 1 to 3 into the queue, each with its priority.
+// insert puts those of builds 1 to 3 into the queue that have a priority in the map.
 func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	t.Helper()
 	for _, build := range []int64{1, 2, 3} {
@@ -24,7 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// runWorker runs one worker until it has got n builds, and returns them in this order.
+// runWorker runs one worker until it has taken n builds. It returns them in the order in which the worker took them.
 func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -44,8 +44,8 @@ func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// TestPriorities checks that a build that somebody waits for comes before a build of a wish list, in any order of
-// insertion.
+// TestPriorities checks that a worker takes a build for which somebody waits before a build of a wish list, in whatever
+// order they were inserted.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -54,7 +54,7 @@ func TestPriorities(t *testing.T) {
 		if err := q.SetPriority(t.Context(), 3, queue.PriorityAsked); err != nil {
 			t.Fatal(err)
 		}
-		if err := q.SetPriority(t.Context(), 3, queue.PriorityWanted); err != nil { // does not lower the priority
+		if err := q.SetPriority(t.Context(), 3, queue.PriorityWanted); err != nil { // this must not lower the priority
 			t.Fatal(err)
 		}
 		if err := q.SetPriority(t.Context(), 99, queue.PriorityAsked); err != nil {
@@ -66,7 +66,8 @@ func TestPriorities(t *testing.T) {
 	})
 }
 
-// TestCancel checks that no worker gets a cancelled build. An ended or unknown build can be cancelled without an error.
+// TestCancel checks that no worker gets a cancelled build. Cancel must accept a build that has ended, and an unknown
+// one.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -90,8 +91,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestRelease checks that Release makes a dead worker's running job available to any worker, and changes no waiting
-// job.
+// TestRelease checks that Release makes the running job of a dead worker available to any worker. It must not change a
+// waiting job.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -107,7 +108,7 @@ func TestRelease(t *testing.T) {
 			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended during the build"},
 			2: {Found: true, State: "available", Priority: 1},
 		} {
-			// The only worker is busy, so it does not take the job again.
+			// The only worker hangs in its build, so it does not take the released job.
 			if got, err := q.Lookup(t.Context(), build); err != nil || got != want {
 				t.Errorf("Lookup(%d) = %+v, %v; want %+v", build, got, err, want)
 			}
@@ -116,8 +117,8 @@ func TestRelease(t *testing.T) {
 	})
 }
 
-// TestReleasedWorkerComesBack checks a worker that returns after its job was released. It must not end the successor's
-// job.
+// TestReleasedWorkerComesBack has a slow worker whose job was released and given to another worker. When the slow
+// worker ends its build, it must not end the other worker's job.
 func TestReleasedWorkerComesBack(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]error{"success": nil,
@@ -151,13 +152,13 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 						return nil
 					}
 					close(back)
-					if err := <-gone; err != nil { // the slow worker's result is in the database now
+					if err := <-gone; err != nil { // now the slow worker's result is in the database
 						t.Error(err)
 					}
 					if s, err := q.Lookup(ctx, 1); err != nil || s.State != "running" || attempt != 2 {
 						t.Errorf("attempt %d; Lookup() = %+v, %v; want attempt 2, running", attempt, s, err)
 					}
-					return fault.New(fault.Transient, "mirror is away", "") // a retryable error, so that another attempt follows
+					return fault.New(fault.Transient, "mirror is away", "") // an error that is retried, so another attempt follows
 				})
 				if err != nil {
 					t.Fatal(err)
@@ -170,8 +171,8 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 	}
 }
 
-// TestDeadWorkersBuildIsNext checks that a dead worker's build comes before all waiting builds, after a release and
-// after a restart of the worker.
+// TestDeadWorkersBuildIsNext checks that the build of a dead worker comes before all waiting builds: after Release, and
+// after the worker has started again.
 func TestDeadWorkersBuildIsNext(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"release", "same name"} {
@@ -180,13 +181,13 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 			eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 				dead := open(t)
 				for build := range int64(3) {
-					// SQLite stores milliseconds, and builds of one millisecond have no order.
+					// SQLite stores times in milliseconds, and builds of the same millisecond have no order.
 					insert(t, dead, map[int64]int{build + 1: 1})
 					time.Sleep(2 * time.Millisecond)
 				}
 				id := "dead"
 				if name == "same name" {
-					id = "w1" // the name that worked uses
+					id = "w1" // the name of runWorker's worker
 				}
 				wake := hang(t, dead, id, queue.Requeue(context.Canceled))
 				q := open(t)
@@ -204,7 +205,8 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 	}
 }
 
-// TestEnd checks that End ends a job that waits, that runs with a dead worker, or that has ended already.
+// TestEnd checks that End ends a job that waits, and a job that runs with a dead worker. It must accept a job that has
+// ended already.
 func TestEnd(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

@@ -11,14 +11,15 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// TestHearOwn listens to a channel, once with a pooler that swallows what is sent.
+// TestHearOwn sends a notice to a PostgreSQL channel and waits for it. In one row the notice is lost, as behind a
+// connection pooler that does not support LISTEN.
 func TestHearOwn(t *testing.T) {
 	t.Parallel()
 	raw := freshSchema(t)
 	for _, row := range []struct {
 		name      string
 		swallowed bool
-		want      fault.Kind // Internal means none
+		want      fault.Kind // kind of the error; Internal means no error
 	}{{"heard", false, fault.Internal}, {"swallowed", true, fault.Usage}} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// eachDatabase runs a test with every available database. The test can open several queues.
+// eachDatabase runs a test with SQLite and with PostgreSQL. The test can open several queues in the same database.
 func eachDatabase(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
@@ -34,7 +34,7 @@ func eachDatabase(t *testing.T, f func(t *testing.T, open func(t *testing.T) *qu
 	})
 }
 
-// freshSchema makes an empty schema in the test database, and returns a URL for it.
+// freshSchema makes an empty schema in the PostgreSQL database for tests, and returns a URL of the schema.
 func freshSchema(t *testing.T) string {
 	t.Helper()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -115,7 +115,7 @@ func TestWorkVerdicts(t *testing.T) {
 			if attempt == 1 && seen.Add(1) == 6 {
 				stop()
 			}
-			if j.Build == 2 { // its second attempt must come after the first attempts of all other builds
+			if j.Build == 2 { // the second attempt of build 2 must come after the first attempts of all other builds
 				<-ctx.Done()
 			}
 			return results[j.Build]
@@ -155,8 +155,8 @@ func TestWorkVerdicts(t *testing.T) {
 	})
 }
 
-// TestStopHandsBack checks that a stopped worker gives its running build back. Another worker gets it as the same
-// attempt.
+// TestStopHandsBack checks that a stopped worker gives its running build back to the queue. The next worker must get
+// the build with the same attempt number.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -177,8 +177,8 @@ func TestStopHandsBack(t *testing.T) {
 	})
 }
 
-// hang starts a worker that takes a build and hangs in it. After wake, the build ends with this result, and the worker
-// takes no other one.
+// hang starts a worker that takes a build and hangs in it. After wake, the build ends with the given result, and the
+// worker takes no other build.
 func hang(t *testing.T, q *queue.Queue, id string, result error) (wake func()) {
 	t.Helper()
 	started, gone, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
@@ -201,12 +201,12 @@ func hang(t *testing.T, q *queue.Queue, id string, result error) (wake func()) {
 	}
 }
 
-// TestKilledWorker checks the running job of a killed worker. Only the next process with the same id gets the job
-// again.
+// TestKilledWorker checks the job that was running in a killed worker. The next worker with the same id must get the
+// job again, as a second attempt.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
-		// The first process hangs in the build, and its database is closed, as after a kill.
+		// The first worker hangs in the build and is never told to stop, as if it had been killed.
 		dead := open(t)
 		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
@@ -224,7 +224,7 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expectBuild runs a worker named w1 until it gets the build. It checks the number of the attempt.
+// expectBuild runs a worker named w1 until it gets the given build. The attempt must have the given number.
 func expectBuild(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -245,7 +245,7 @@ func expectBuild(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	}
 }
 
-// TestOpenTogether checks that a server and builders may open a new queue at the same moment.
+// TestOpenTogether checks that a server and several builders can open a new queue at the same moment.
 func TestOpenTogether(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

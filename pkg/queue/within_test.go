@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// TestWithin checks writes to the queue inside a transaction of the caller: they share its commit and its rollback.
+// TestWithin checks writes to the queue inside a transaction of the caller. They must take effect if the transaction
+// commits, and not if it is rolled back.
 func TestWithin(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -88,7 +89,7 @@ func within(t *testing.T, driver, rawURL string) {
 	stands("a rollback", 1, "available")
 	step("Cancel(1)", true, out)
 	stands("a commit", 1, "cancelled")
-	if driver == "pgx" { // SQLite's transaction refuses such a write itself
+	if driver == "pgx" { // SQLite itself refuses a write outside its transaction
 		err := q.Within(conn, nil).Insert(t.Context(), job(5), queue.PriorityAsked)
 		if !fault.Is(err, fault.Internal) {
 			t.Errorf("Insert(5) without a transaction = %v; want %v", err, fault.Internal)
@@ -98,8 +99,8 @@ func within(t *testing.T, driver, rawURL string) {
 	step("SetPriority(3)", false, func(w queue.Within) error { return w.SetPriority(t.Context(), 3, queue.PriorityAsked) })
 	step("SetPriority(2)", true, up)
 
-	// A worker gets the stored builds by priority: first build 2, which was raised, and then build 3, whose raise was
-	// rolled back. After that, it gets each new build.
+	// A worker gets the waiting builds by priority. Build 2 comes first, because its raised priority was committed. The
+	// raised priority of build 3 was rolled back. After that, the worker gets each new build.
 	begun := make(chan int64, 9)
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)

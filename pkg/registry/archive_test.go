@@ -33,7 +33,7 @@ func file(name, body string) entry {
 	return entry{tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(body))}, body}
 }
 
-// pack writes a tar and returns its path.
+// pack writes a tar with the given entries and returns its path.
 func pack(t testing.TB, entries ...entry) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "layout.tar")
@@ -62,7 +62,7 @@ func packed(t testing.TB, entries ...entry) []byte {
 	return b.Bytes()
 }
 
-// folderEntries returns a folder's files as tar entries, with the names that tar -C FOLDER . gives them.
+// folderEntries returns the files of a folder as entries of a tar. Their names are those that tar -C FOLDER . gives.
 func folderEntries(t testing.TB, dir string) (all []entry) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -87,7 +87,7 @@ func folderEntries(t testing.TB, dir string) (all []entry) {
 	return all
 }
 
-// publishSample publishes a sample in a new folder.
+// publishSample publishes a signed sample in a new layout, and returns the layout's folder.
 func publishSample(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key) {
 	t.Helper()
 	key = testkit.NewKey(t)
@@ -97,7 +97,7 @@ func publishSample(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key
 	return dir, s, key
 }
 
-// TestLayoutRepairsLayers checks that publishing again replaces layers that a disk fault damaged, whatever their size.
+// TestLayoutRepairsLayers checks that publishing again replaces damaged layers, whether or not their size has changed.
 func TestLayoutRepairsLayers(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := publishSample(t)
@@ -111,7 +111,7 @@ func TestLayoutRepairsLayers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if raw[0] == '{' { // not a layer
+		if raw[0] == '{' { // a layer is no JSON
 			continue
 		}
 		if raw[0] ^= 1; layers%2 == 1 {
@@ -154,7 +154,7 @@ func TestArchive(t *testing.T) {
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve of what is not there = %v; want kind no-artifact", err)
 	}
-	// Attachments are found if only the index lists them, and if only the list under a tag does.
+	// An attachment must be found even if only the index lists it, or only the list under a tag.
 	for name, keep := range map[string]func(d v1.Descriptor) bool{
 		"entries alone": func(d v1.Descriptor) bool {
 			return !strings.HasPrefix(d.Annotations[registry.AnnotationRefName], "sha256-")
@@ -201,7 +201,7 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// split makes a whole bundle and a delta from a folder. The callback selects the blobs of the delta.
+// split makes a complete bundle and a delta from a layout. inDelta selects the blobs of the delta.
 func split(t *testing.T, dir string, inDelta func(name string) bool) (base, delta string, baseIndex string) {
 	t.Helper()
 	var first, second []entry
@@ -274,7 +274,7 @@ func TestArchiveDelta(t *testing.T) {
 	}
 }
 
-// TestHostileArchives reads tars that are damaged or made to do harm.
+// TestHostileArchives reads tars that are damaged, or that attack the reader.
 func TestHostileArchives(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := publishSample(t)
@@ -361,7 +361,7 @@ func replaced(e entry, suffix, body string) entry {
 	return file(e.Name, body)
 }
 
-// sparse returns a tar with a file in the old GNU sparse format, type 'S' (GNU tar, "Sparse Formats").
+// sparse returns a tar with a file of type 'S': the old GNU sparse format (GNU tar manual, "Sparse Formats").
 func sparse(t *testing.T) []byte {
 	t.Helper()
 	raw := packed(t, file("blobs/sha256/"+strings.Repeat("b", 64), "x"))
@@ -381,7 +381,7 @@ func sparse(t *testing.T) []byte {
 	return raw
 }
 
-// refusesArchive checks that reading the sample's manifest fails as unverified.
+// refusesArchive checks that the manifest of the sample cannot be read from the tar, with an error of kind unverified.
 func refusesArchive(t *testing.T, path string, s testkit.Sample) {
 	t.Helper()
 	raw, err := open(t, "oci-archive:"+path).Manifest(t.Context(), s.Digest)
@@ -390,7 +390,7 @@ func refusesArchive(t *testing.T, path string, s testkit.Sample) {
 	}
 }
 
-// A reader refuses a blob whose bytes do not match its digest.
+// TestArchiveAlteredBlob checks that Copy refuses a blob whose bytes do not have the blob's digest.
 func TestArchiveAlteredBlob(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := publishSample(t)
@@ -415,7 +415,7 @@ func isDriver(_ v1.Descriptor, m *v1.Manifest) bool {
 	return m.Annotations[bundle.AnnotationFormat] != ""
 }
 
-// A copy has the same digests, tags and attachments as the source, in each kind of repository.
+// TestCopyTagged checks that a copy in each kind of repository has the digests, tags and attachments of its source.
 func TestCopyTagged(t *testing.T) {
 	t.Parallel()
 	dir, s, key := publishSample(t)
@@ -423,7 +423,7 @@ func TestCopyTagged(t *testing.T) {
 	for name, to := range places(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for range 2 { // the second time the target has everything already
+			for range 2 { // the second time, the target has everything already
 				got, err := registry.CopyTagged(t.Context(), from, to, isDriver, nil)
 				if err != nil {
 					t.Fatal(err)
@@ -467,7 +467,8 @@ func digests(list []v1.Descriptor) (all []string) {
 	return all
 }
 
-// An attached manifest cannot get a tag when it is copied into a layout.
+// TestCopyLetsNoReferrerNameTags copies an attachment whose annotation names a tag into a layout. In a layout, this
+// annotation sets a tag. The attachment must not get the tag.
 func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 	t.Parallel()
 	_, s, _ := publishSample(t)

@@ -42,8 +42,8 @@ func pushRandom(t *testing.T, repo *registry.Repository, size, layers int64) v1.
 	return d
 }
 
-// crowd pushes an image and attaches many manifests of kind match, one manifest of kind plan, and some without this
-// annotation.
+// crowd pushes an image with attachments: more of kind match than a client reads, one of kind plan, and one without
+// annotations.
 func crowd(t *testing.T, repo *registry.Repository) (digest string) {
 	t.Helper()
 	subject := pushRandom(t, repo, 64, 1)
@@ -89,7 +89,7 @@ func TestAttachedOfMany(t *testing.T) {
 
 			got := attached(t, repo, digest, plan, match)
 			if name == "lists no annotations" {
-				slices.Sort(got) // without annotations any attachment may match, so there is no order
+				slices.Sort(got) // without annotations each attachment may match, so they have no order
 			} else {
 				slices.Sort(got[2:])
 			}
@@ -101,7 +101,7 @@ func TestAttachedOfMany(t *testing.T) {
 				t.Errorf("Attached(plan, match 7) (-want +got):\n%s", diff)
 			}
 
-			// Many attachments of one kind do not hide those of another kind.
+			// Many attachments of one kind must not hide an attachment of another kind.
 			got = attached(t, repo, digest, map[string]string{"kind": "match"}, plan)
 			if name != "lists no annotations" && !slices.Contains(got[:2], "plan") {
 				t.Errorf("Attached(every match, plan) begins with %q; want the plan in it", got[:2])
@@ -116,15 +116,15 @@ func TestAttachedOfMany(t *testing.T) {
 	}
 }
 
-// removeAnnotations removes the annotations from a list.
+// removeAnnotations removes the annotations of all entries in a page of a list.
 func removeAnnotations(page *v1.IndexManifest, _ http.Header) {
 	for i := range page.Manifests {
 		page.Manifests[i].Annotations = nil
 	}
 }
 
-// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. The callback may alter a
-// page.
+// newPaged starts a registry that lists at most 40 referrers in a page, and returns its host:port. If change is not
+// nil, it may alter each page.
 func newPaged(t *testing.T, change func(page *v1.IndexManifest, h http.Header)) string {
 	t.Helper()
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: testkit.Registry(t, true)})
@@ -177,7 +177,7 @@ func TestHostilePages(t *testing.T) {
 	}
 	rows := map[string]struct {
 		change func(page *v1.IndexManifest, h http.Header)
-		words  string // in the error
+		words  string // text that the error must contain
 	}{
 		"endless":         {endlessPages(0), "more than 256 pages"},
 		"too long":        {endlessPages(registry.MaxManifest / 10), "too long"},
@@ -214,7 +214,7 @@ func TestHostilePages(t *testing.T) {
 	}
 }
 
-// endlessPages makes each page of a list name a further page. The pages have this number of additional bytes.
+// endlessPages makes each page of a list name a next page. Each page gets the given number of additional bytes.
 func endlessPages(padding int) func(page *v1.IndexManifest, h http.Header) {
 	var n atomic.Int64
 	return func(page *v1.IndexManifest, h http.Header) {
@@ -225,7 +225,7 @@ func endlessPages(padding int) func(page *v1.IndexManifest, h http.Header) {
 	}
 }
 
-// TestAttachedIf checks that useless, missing and broken attachments do not hide a useful one.
+// TestAttachedIf checks that useless, missing and damaged attachments do not hide the useful ones.
 func TestAttachedIf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -272,8 +272,8 @@ func TestAttachedIf(t *testing.T) {
 	}
 }
 
-// TestAttachedIfFailsHalfway checks that the payloads that were read before an error are returned, and that the error
-// names those that were listed and not read.
+// TestAttachedIfFailsHalfway lets an error occur in the middle of a list. AttachedIf must return the payloads that it
+// has read, and its error must name the listed attachments that it has not read.
 func TestAttachedIfFailsHalfway(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -345,8 +345,8 @@ func TestAttachedIfFailsHalfway(t *testing.T) {
 	}
 }
 
-// TestAttachedOfCutList checks that a list that ends in the middle is not taken for the whole list, nor for none: the
-// payloads of the first page are returned with an error that says that there may be more.
+// TestAttachedOfCutList breaks the second page of a list. Such a list is neither complete nor empty. AttachedIf must
+// return the payloads of the first page, and an error that says that there may be more.
 func TestAttachedOfCutList(t *testing.T) {
 	t.Parallel()
 	status := func(code int) func(http.ResponseWriter, *http.Request) bool {
@@ -417,8 +417,8 @@ func TestAttachedOfCutList(t *testing.T) {
 	}
 }
 
-// TestAttachedOfLostRegistry lets a registry go away behind the first page of a list. What that page listed is unread,
-// and there may be more.
+// TestAttachedOfLostRegistry has a registry that no longer answers after the first page of a list. The error must name
+// the attachments of this page as unread, and say that there may be more.
 func TestAttachedOfLostRegistry(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusForbidden} {
@@ -443,7 +443,8 @@ func TestAttachedOfLostRegistry(t *testing.T) {
 	}
 }
 
-// TestAttachedOfLongList checks that a list that is too long blocks nobody: who may push can make it so.
+// TestAttachedOfLongList checks a list that is too long. Anybody with the right to push can cause it. So it must count
+// like a repository that lists nothing, and must not block the caller.
 func TestAttachedOfLongList(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*v1.IndexManifest, http.Header){

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestAttachedIfOfDenied checks that an attachment that a repository lists and denies is not taken for a missing one:
-// the others are read, and the error names it.
+// TestAttachedIfOfDenied has an attachment that the repository lists but does not let this client read. It must not
+// count as missing: AttachedIf must read the others, and its error must name the denied one.
 func TestAttachedIfOfDenied(t *testing.T) {
 	t.Parallel()
 	for name, ref := range map[string]string{
@@ -94,7 +94,8 @@ func payloadOf(t *testing.T, repo *registry.Repository, d v1.Descriptor) string 
 	return m.Layers[0].Digest.Hex
 }
 
-// removeLists removes the lists of referrers from the index of an image layout, as other programs write none.
+// removeLists removes the lists of referrers from the index of an image layout. Other programs write layouts without
+// such lists.
 func removeLists(t *testing.T, dir string) {
 	t.Helper()
 	file := filepath.Join(dir, "index.json")

@@ -16,7 +16,8 @@ import (
 
 const kindFiles = "application/vnd.test.files"
 
-// filesLayout makes an artifact of files with the content "text", and returns its digest. The file "lost" has no blob.
+// filesLayout makes an artifact of files, and returns its digest. Each file has the content "text". The file "lost" has
+// no blob.
 func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	t.Helper()
 	body := "text"
@@ -44,7 +45,7 @@ func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 		at(manifest), at(config), at([]byte(body)))), digestOf(manifest)
 }
 
-// SaveFiles writes nothing outside its folder.
+// TestSaveFiles checks that SaveFiles writes the files, and that it writes nothing outside its folder.
 func TestSaveFiles(t *testing.T) {
 	t.Parallel()
 	repo, digest := filesLayout(t, "a.json", "targets/b.json")
@@ -75,13 +76,13 @@ func TestSaveFiles(t *testing.T) {
 	}
 }
 
-// TestSaveFilesInTheWay checks that SaveFiles writes nothing if one of the files cannot be written.
+// TestSaveFilesInTheWay checks that SaveFiles writes no file at all if one of the files cannot be written.
 func TestSaveFilesInTheWay(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
 	for name, row := range map[string]struct {
 		last string // name of the last of the artifact's three files
-		// setUp creates what is in the folder before SaveFiles is called.
+		// setUp fills the folder before SaveFiles is called.
 		setUp func(dir string) error
 		kind  fault.Kind
 	}{
@@ -116,7 +117,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	}
 }
 
-// filesIn lists the files and folders below a folder, without the folders that SaveFiles made for a file.
+// filesIn lists the files and folders below dir, except the folders that SaveFiles makes for a file.
 func filesIn(t testing.TB, dir string) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// TestLayoutHas checks that Has returns false for a blob that is too short or too long. Otherwise a delta would leave
-// out that blob.
+// TestLayoutHas checks that Has returns false for a blob with too few or too many bytes. Otherwise a delta would leave
+// out the blob, although the layout does not have it.
 func TestLayoutHas(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := publishSample(t)
@@ -50,7 +50,7 @@ func TestLayoutHas(t *testing.T) {
 	}
 }
 
-// TestHasBlob checks that each kind of repository tells a blob that it has from one that it lacks.
+// TestHasBlob checks that HasBlob is right about a blob that the repository has, and about one that it lacks.
 func TestHasBlob(t *testing.T) {
 	t.Parallel()
 	all := places(t)

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// The newest attachments are read first, so the bound on their number leaves out old ones only. The time of an
-// attachment does not decide whether it matches.
+// TestAttachedNewestFirst checks that Attached reads the newest attachments first, so that its limit leaves out only
+// old ones. The time of an attachment must not decide whether it matches.
 func TestAttachedNewestFirst(t *testing.T) {
 	t.Parallel()
 	repo := open(t, "oci:"+t.TempDir())

@@ -28,15 +28,15 @@ func FuzzNextPage(f *testing.F) {
 	})
 }
 
-// TestNextPage checks the forms of a Link header in RFC 8288. A header that may name a next page must not be taken for
-// the end of the list.
+// TestNextPage checks the forms that RFC 8288 allows for a Link header. If a header may name a next page, the list must
+// not count as complete.
 func TestNextPage(t *testing.T) {
 	t.Parallel()
 	const path = "/v2/a/referrers/sha256:0"
 	from := &url.URL{Scheme: "https", Host: "h", Path: path}
 	for _, row := range []struct {
 		headers []string
-		want    string // the query of the next page; "" means the last page, and "error" an error
+		want    string // query of the next page; "" means the last page, and "error" means an error
 	}{
 		{nil, ""},
 		{[]string{`<?n=2>; rel="next"`}, "n=2"},
@@ -78,8 +78,8 @@ func TestNextPage(t *testing.T) {
 	}
 }
 
-// TestNextPageLong checks that a long Link header is refused before it is read: the response of a registry may have
-// megabytes of headers.
+// TestNextPageLong checks that a long Link header is refused before it is parsed. A registry can send megabytes of
+// headers.
 func TestNextPageLong(t *testing.T) {
 	t.Parallel()
 	from := &url.URL{Scheme: "https", Host: "h", Path: "/v2/a/tags/list"}

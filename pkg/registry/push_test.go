@@ -14,7 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// CheckPush finds out whether a repository may be written, and stores nothing.
+// TestCheckPush checks that CheckPush finds out whether this client may write to a repository, and that it stores
+// nothing.
 func TestCheckPush(t *testing.T) {
 	t.Parallel()
 	var puts int

@@ -27,8 +27,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// startProxy puts a proxy in front of a registry. The first callback may respond in the registry's place. The second
-// may alter the registry's response. The proxy logs nothing, also if a connection breaks.
+// startProxy starts a proxy in front of a registry. If answer returns true, it has answered in the registry's place.
+// change may alter the registry's response. The proxy logs nothing, even if a connection breaks.
 func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
 	change func(*http.Response) error) string {
 	t.Helper()
@@ -45,8 +45,8 @@ func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r 
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// TestOddReferrers checks that attestations are attached and found if a registry without the referrers API does not
-// answer 404. The responses are not recorded from real registries.
+// TestOddReferrers has registries without the referrers API that do not answer 404 to a request for referrers.
+// Attestations must be attached and found nevertheless. The answers are invented.
 func TestOddReferrers(t *testing.T) {
 	t.Parallel()
 	hosts := map[string]string{}
@@ -86,8 +86,8 @@ func TestOddReferrers(t *testing.T) {
 	}
 }
 
-// TestOddReferrersTag checks that a list under the referrers tag may lack its media type, and that a list never
-// replaces an image under that tag.
+// TestOddReferrersTag checks a list of referrers under a tag. The list may lack its media type. If the tag belongs to
+// an image, a list must not replace the image.
 func TestOddReferrersTag(t *testing.T) {
 	t.Parallel()
 	put := func(host, tag, kind string, body []byte) {
@@ -141,7 +141,8 @@ func TestOddReferrersTag(t *testing.T) {
 	}
 }
 
-// TestRetryAfter checks that the client waits as long as the registry asks, or not at all above the bound.
+// TestRetryAfter checks that the client waits as long as the registry asks. If the registry asks for more than the
+// client's limit, the client must not wait at all.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]struct {
@@ -190,8 +191,8 @@ func attachOne(t *testing.T, repo *registry.Repository, s testkit.Sample) error 
 	return err
 }
 
-// TestLayoutConventions checks both ways in which a layout lists attachments: entries of the index, as oras uses them,
-// and a list under a tag, as regclient does (regctl image copy --referrers to ocidir://).
+// TestLayoutConventions checks the two ways in which a layout lists attachments. oras reads and writes entries of the
+// index. regclient uses a list under a tag (regctl image copy --referrers to ocidir://).
 func TestLayoutConventions(t *testing.T) {
 	t.Parallel()
 	const refName = "org.opencontainers.image.ref.name"
@@ -232,7 +233,7 @@ func TestLayoutConventions(t *testing.T) {
 		})
 	}
 
-	// An image under that tag is not replaced.
+	// A list must not replace an image that has the list's tag.
 	dir := t.TempDir()
 	repo := open(t, "oci:"+dir)
 	if _, err := repo.Push(t.Context(), s.Image); err != nil {
@@ -247,7 +248,8 @@ func TestLayoutConventions(t *testing.T) {
 	}
 }
 
-// TestLayoutListIsBounded checks that an attachment that makes the list too long is refused and changes nothing.
+// TestLayoutListIsBounded checks that an attachment is refused if the list of attachments would become too long. A
+// refused attachment must change nothing.
 func TestLayoutListIsBounded(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -280,7 +282,7 @@ func TestLayoutListIsBounded(t *testing.T) {
 	}
 }
 
-// edit removes the entries of an index for which the callback returns false. The callback may change an entry.
+// edit removes the entries of an index for which keep returns false. keep may change an entry.
 func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	t.Helper()
 	raw, err := os.ReadFile(file)
@@ -309,8 +311,8 @@ func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	}
 }
 
-// TestTagsLink checks that a list of tags ends where no link names a next page, and that the error of a wrong link
-// names the header.
+// TestTagsLink checks where a list of tags ends: at the first page without a link to a next page. The error about a
+// wrong Link header must name the header.
 func TestTagsLink(t *testing.T) {
 	t.Parallel()
 	for header, want := range map[string][]string{
@@ -346,7 +348,7 @@ func TestTagsLink(t *testing.T) {
 				t.Errorf("Tags = %v (%v), hint %q; want unverified with the next step for the Link header", err, fault.Of(err),
 					fault.Hint(err))
 			}
-			// This asks for one tag, and reads no further page.
+			// AnonymousAccess asks for one tag. It must not read a further page.
 			if got, err := repo.AnonymousAccess(t.Context(), ""); err != nil || !got.Reads {
 				t.Errorf("AnonymousAccess = %+v, %v; want that everybody reads", got, err)
 			}

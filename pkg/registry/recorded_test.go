@@ -19,10 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Users of these registries recorded the responses in this file. Each test's comment cites the issue with the response.
-// Fields that no client reads are left out.
+// Users of these registries recorded the responses in this file, and published them in issues. The comment of each test
+// cites the issue. Fields that no client reads are left out.
 
-// inProcess is a registry without a network, for tests with a fake clock.
+// inProcess returns a transport that leads to a registry in this process, without a network. So a test can use a fake
+// clock. If answer returns a response, it replaces the registry's.
 func inProcess(referrers bool, answer func(r *http.Request) *http.Response) http.RoundTripper {
 	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
 		ggcr.WithReferrersSupport(referrers))
@@ -47,8 +48,8 @@ type transport func(*http.Request) (*http.Response, error)
 
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
 
-// GitLab has no referrers API. It takes the referrers tag for the digest, and answers with the artifact itself
-// (oras-project/oras-go#1396, 2026-09-05).
+// TestRecordedGitLab checks GitLab, which has no referrers API. A request for the tag that should have the list of
+// referrers returns the artifact itself (oras-project/oras-go#1396, 2026-09-05).
 func TestRecordedGitLab(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -84,8 +85,8 @@ func TestRecordedGitLab(t *testing.T) {
 	}
 }
 
-// Quay lists referrers from a cache that is up to a minute old. So a new referrer may be missing (quay/quay#6510,
-// 2026-07-14).
+// TestRecordedQuayCache checks Quay, whose lists of referrers come from a cache that is up to a minute old. So a list
+// may lack a new referrer (quay/quay#6510, 2026-07-14).
 func TestRecordedQuayCache(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -118,7 +119,8 @@ func TestRecordedQuayCache(t *testing.T) {
 	})
 }
 
-// Quay answers 400 to a request for the referrers of a manifest that it does not have (quay/quay#3071, 2024-07-23).
+// TestRecordedQuayUnknownManifest checks that Quay's answer 400 counts as an empty list. Quay sends it for the
+// referrers of a manifest that it does not have (quay/quay#3071, 2024-07-23).
 func TestRecordedQuayUnknownManifest(t *testing.T) {
 	t.Parallel()
 	tr := inProcess(true, func(r *http.Request) *http.Response {
@@ -139,7 +141,7 @@ func TestRecordedQuayUnknownManifest(t *testing.T) {
 	}
 }
 
-// Registries refuse a push in different ways:
+// TestRecordedRefusals checks how registries refuse a push:
 //
 //   - Harbor answers 401 to a user without rights, and also for a missing project (goharbor/harbor#13115, 2020-09-21).
 //   - Amazon ECR answers 404 to a read from a missing repository (plexsystems/sinker#55, 2022-01-13).
@@ -148,7 +150,7 @@ func TestRecordedRefusals(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		host   string
-		status int // 0 closes the connection
+		status int // 0 means that the registry closes the connection
 		body   string
 		kind   fault.Kind
 		hint   string

@@ -37,7 +37,7 @@ func open(t testing.TB, ref string) *registry.Repository {
 	return r
 }
 
-// places returns one empty repository of each kind.
+// places returns one empty repository of each kind that this package supports.
 func places(t testing.TB) map[string]*registry.Repository {
 	return map[string]*registry.Repository{
 		"registry with referrers":    open(t, testkit.Registry(t, true)+"/prebake/driver"),
@@ -65,7 +65,7 @@ func TestRoundTrip(t *testing.T) {
 				t.Errorf("Referrers before publishing = %v, %v", list, err)
 			}
 			s.Publish(t, repo)
-			s.Publish(t, repo) // the second time adds nothing
+			s.Publish(t, repo) // the second time, Publish adds nothing
 			other.Bundles = nil
 			d, err := repo.Push(ctx, other.Image)
 			if err != nil {
@@ -203,7 +203,7 @@ func TestLayoutIsOneForOthers(t *testing.T) {
 	} else if l, err := img.Layers(); err != nil || len(l) != 3 {
 		t.Errorf("Layers = %v, %v", l, err)
 	}
-	// The next writer removes the temporary file of a writer that died.
+	// A writer must remove the temporary file that a killed writer left.
 	stale := filepath.Join(dir, ".prebake.tmp-1")
 	if err := os.WriteFile(stale, []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
@@ -228,7 +228,7 @@ func TestLayoutManyWriters(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, s := range samples {
 		wg.Go(func() {
-			s.Publish(t, open(t, "oci:"+dir)) // each writer opens the folder itself, as processes do
+			s.Publish(t, open(t, "oci:"+dir)) // each writer opens the folder itself, as separate processes do
 		})
 	}
 	wg.Wait()
@@ -282,7 +282,7 @@ func TestDamagedLayout(t *testing.T) {
 	}
 }
 
-// answer is a transport that answers every request itself.
+// answer is an HTTP transport. It answers every request itself, without a network.
 type answer func(*http.Request) (*http.Response, error)
 
 func (a answer) RoundTrip(r *http.Request) (*http.Response, error) { return a(r) }

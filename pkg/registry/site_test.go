@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// publishLayout makes a layout with an image tagged v1 and two attachments. It returns the folder and the image's
-// digest.
+// publishLayout makes a layout with an image, which has the tag v1, and two attachments. It returns the layout's folder
+// and the image's digest.
 func publishLayout(t *testing.T) (dir, digest string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -86,7 +86,7 @@ func TestSite(t *testing.T) {
 			t.Errorf("%s %s with %q", r.Method, r.URL, r.Header.Get("Authorization"))
 		}
 		if strings.Contains(r.URL.Path, "/blobs/") && r.Header.Get("Range") == "" && cut.Add(1)%5 == 4 {
-			w = &half{ResponseWriter: w} // each fifth blob breaks off
+			w = &half{ResponseWriter: w} // the connection breaks in each fifth blob
 		}
 		files.ServeHTTP(w, r)
 	}))
@@ -131,7 +131,8 @@ func (h *half) Write(p []byte) (int, error) {
 	panic(http.ErrAbortHandler)
 }
 
-// go-containerregistry writes a tag into a layout as the same annotation as this package does.
+// TestSiteByOthers reads a layout that the library go-containerregistry wrote. The library stores a tag in the same
+// annotation as this package.
 func TestSiteByOthers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -168,7 +169,8 @@ func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
 	return authn.FromConfig(authn.AuthConfig{Username: k.user, Password: k.password}), nil
 }
 
-// TestSiteCredentials checks that credentials go only to a server that asks for them, in a form that it accepts.
+// TestSiteCredentials checks that the client authenticates in the form that the server accepts: with a bearer token of
+// Google, or with a user name and password.
 func TestSiteCredentials(t *testing.T) {
 	t.Parallel()
 	dir, digest := publishLayout(t)
@@ -238,8 +240,8 @@ func TestSiteNames(t *testing.T) {
 	}
 }
 
-// TestSiteKeepsCredentials checks that credentials are not sent over plain HTTP, or after a redirect to another server
-// or scheme.
+// TestSiteKeepsCredentials checks that the client sends no credentials over plain HTTP to another machine, and none
+// after a redirect to another server.
 func TestSiteKeepsCredentials(t *testing.T) {
 	t.Parallel()
 	dir, _ := publishLayout(t)
@@ -270,7 +272,7 @@ func TestSiteKeepsCredentials(t *testing.T) {
 			t.Errorf("the other server saw %q at hop %d", got, hop)
 		}
 	}
-	// A host that is not loopback, over plain HTTP.
+	// This host is another machine, and the protocol is plain HTTP.
 	asked := 0
 	repo := openRef(
 		t,
@@ -296,7 +298,8 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// TestSiteOfMany checks that only some manifests are read from a site with very many and no list of referrers.
+// TestSiteOfMany has a site with 3000 manifests and no list of referrers. The client must read only a part of the
+// manifests.
 func TestSiteOfMany(t *testing.T) {
 	t.Parallel()
 	var index strings.Builder
@@ -332,8 +335,8 @@ func TestSiteOfMany(t *testing.T) {
 	}
 }
 
-// TestSiteWithoutListBlob checks that a list of referrers that the index names and the site lacks counts as damaged, so
-// that a node asks the next repository.
+// TestSiteWithoutListBlob has a site whose index names a list of referrers, but which lacks the list's blob. The site
+// must count as damaged, so that a node asks the next repository.
 func TestSiteWithoutListBlob(t *testing.T) {
 	t.Parallel()
 	dir, digest := publishLayout(t)

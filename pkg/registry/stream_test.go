@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// noise pushes a blob of 4 MiB to the registry's repository "x".
+// noise pushes a blob of 4 MiB of random bytes to the repository "x" of a registry.
 func noise(t *testing.T, host string) (data []byte, digest string) {
 	t.Helper()
 	data = make([]byte, 4<<20)
@@ -48,7 +48,8 @@ func noise(t *testing.T, host string) (data []byte, digest string) {
 	return data, fmt.Sprintf("sha256:%x", sha256.Sum256(data))
 }
 
-// cut starts a proxy that breaks the connection of each response with a blob after this many bytes.
+// cut starts a proxy that breaks the connection of each response with a blob after the given number of bytes. asked
+// counts the requests for blobs, and ranges counts those that were answered with a part.
 func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
 	t.Helper()
 	asked, ranges = new(atomic.Int64), new(atomic.Int64)
@@ -65,7 +66,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	return proxy, asked, ranges
 }
 
-// breakingBody is a response body whose connection breaks after a number of bytes.
+// breakingBody is the body of a response. Its connection breaks after left bytes.
 type breakingBody struct {
 	io.ReadCloser
 	left int64
@@ -84,8 +85,8 @@ type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
 
-// TestResume checks that a broken download continues at the same offset. It uses the registry of the distribution
-// project, because that is independent of Prebake's code.
+// TestResume checks that the client continues a broken download at the same offset. The test uses Debian's
+// docker-registry, which is independent of Prebake's code.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
@@ -108,7 +109,8 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// TestResumeWithoutRanges checks that the client discards the bytes that a registry without ranges sends again.
+// TestResumeWithoutRanges has a registry that ignores the header Range and sends the whole blob again. The client must
+// discard the bytes that it has already.
 func TestResumeWithoutRanges(t *testing.T) {
 	t.Parallel()
 	host := testkit.Registry(t, true)
@@ -139,7 +141,8 @@ func TestResumeWithoutRanges(t *testing.T) {
 	}
 }
 
-// silentNetwork is a network on which a blob stops in the middle, once or always.
+// silentNetwork is a network on which the first responses with a blob stop after two bytes, without an end. times is
+// the number of these responses.
 type silentNetwork struct {
 	data  []byte
 	times int
@@ -204,7 +207,7 @@ func TestSilentRegistry(t *testing.T) {
 			}
 		})
 	}
-	// If the network stays silent, the error comes after a bounded time.
+	// If the registry never answers, the client must return an error after some time.
 	synctest.Test(t, func(t *testing.T) {
 		dead := &dead{}
 		repo, err := registry.Open("registry.example/x", registry.Options{Transport: dead})
@@ -218,7 +221,7 @@ func TestSilentRegistry(t *testing.T) {
 	})
 }
 
-// dead is a network that never responds.
+// dead is a network on which no request gets an answer.
 type dead struct{}
 
 func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -251,7 +254,8 @@ func (s trickle) Read(p []byte) (int, error) {
 	return s.Reader.Read(p[:min(len(p), 1)])
 }
 
-// A registry that sends a byte now and then is given up like a silent one.
+// TestTricklingRegistry checks that the client gives up a registry that sends one byte every 40 seconds, as if the
+// registry sent nothing.
 func TestTricklingRegistry(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -274,8 +278,8 @@ func TestTricklingRegistry(t *testing.T) {
 	})
 }
 
-// Large registries redirect the reader of a blob to a bucket. The client requests the rest of the blob from the
-// bucket, too. It does not send the registry's credentials there.
+// TestResumeBehindRedirect has a registry that redirects requests for blobs to a bucket, as large registries do. The
+// client must request the missing bytes from the bucket too.
 func TestResumeBehindRedirect(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -12,7 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestWebPage checks that a web page in place of an answer has a kind of its own, and that only a page has it.
+// TestWebPage checks that a web page in place of the registry's answer gives an error of the kind WebPage, and that
+// nothing else gives this kind.
 func TestWebPage(t *testing.T) {
 	t.Parallel()
 	img, err := random.Image(64, 1)
@@ -63,8 +64,8 @@ func TestWebPage(t *testing.T) {
 	}
 }
 
-// TestWebPageHidesNoAttachment checks that a web page in place of an attachment does not count as a damaged attachment,
-// which would be skipped.
+// TestWebPageHidesNoAttachment checks that a web page in place of an attachment does not count as a damaged attachment.
+// The client would skip a damaged one.
 func TestWebPageHidesNoAttachment(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

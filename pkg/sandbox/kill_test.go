@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// holdLock is an environment variable with the folder of the file that a helper process locks inside a sandbox.
+// holdLock is an environment variable. If it is set, this program only locks a file inside a sandbox. The value is the
+// folder of that file.
 const holdLock = "PREBAKE_TEST_HOLD_LOCK"
 
 func TestMain(m *testing.M) {
@@ -48,7 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestDiesWithParent checks that everything in the sandbox ends if SIGKILL ends the process that made the sandbox.
+// TestDiesWithParent checks that all processes in a sandbox end if the process that made the sandbox is killed with
+// SIGKILL.
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -79,7 +81,7 @@ func TestDiesWithParent(t *testing.T) {
 	if err := helper.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	// Flock blocks while a process in the sandbox lives.
+	// A process in the sandbox holds the lock, so Flock waits until that process has ended.
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		t.Errorf("flock: %v", err)
 	}
@@ -88,7 +90,7 @@ func TestDiesWithParent(t *testing.T) {
 	}
 }
 
-// If a sandbox is cancelled during its setup, no process of it is left.
+// TestCalledOffEarly cancels a sandbox during its setup. No process of the sandbox may be left.
 func TestCalledOffEarly(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -119,7 +121,7 @@ func TestCalledOffEarly(t *testing.T) {
 	}
 }
 
-// findProcesses returns the processes whose command line contains a word.
+// findProcesses returns the folders in /proc of all processes that have the word in their command line.
 func findProcesses(t *testing.T, word string) (found []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// runLimited runs a script within limits and returns what it printed.
+// runLimited runs a shell script within the limits. It returns the script's output, and what the sandbox used.
 func runLimited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bind) (string, sandbox.Usage, error) {
 	t.Helper()
 	needBubblewrap(t)
@@ -32,18 +32,18 @@ func runLimited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.
 	return out.String(), usage, err
 }
 
-// grab is a script that uses 60 MB of memory, because tail must keep the last bytes until the input ends.
+// grab is a script that uses 60 MB of memory: until the input ends, tail must keep the last 60 MB.
 const grab = `head -c 60000000 /dev/zero | tail -c 60000000 | wc -c`
 
-// A program cannot get more memory than its limit, with or without a control group.
+// TestMemory checks that a program cannot get more memory than its limit, with or without a control group.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	out, _, err := runLimited(t, sandbox.Limits{Memory: 32 << 20}, grab)
 	if strings.Contains(out, "60000000") {
 		t.Errorf("%s printed %q; want it refused", grab, out)
 	}
-	// With a limit per process, the allocation fails and the program prints an error, which package compile reads. With a
-	// control group, the kernel kills the program.
+	// Without a control group, each process has a limit. The allocation fails, and the program prints an error, which
+	// package compile recognises. With a control group, the kernel kills the program.
 	if sandbox.SupportedLimits().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
@@ -53,14 +53,14 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// TestTogether runs two programs, each within its limit, that exceed the common limit. One of them must end with an
-// error that says so.
+// TestTogether runs two sandboxes. Each stays within its own limit, but together they exceed the common limit. One of
+// them must end with an error that says so.
 func TestTogether(t *testing.T) {
 	t.Parallel()
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
 		t.Skip(m.Reason)
 	}
-	// /tmp is in memory. Each run keeps 24 MB there until the other run does, too.
+	// /tmp in a sandbox is in memory. Each of the two fills 24 MB there and waits until the other has done so.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
 		script := fmt.Sprintf(`head -c 24000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
 		_, _, err := runLimited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
@@ -81,7 +81,7 @@ func TestTogether(t *testing.T) {
 	}
 }
 
-// The growth of the writable folders is bounded, even if no single file is large.
+// TestDisk checks that the growth of the writable folders has a limit, even if no single file is large.
 func TestDisk(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -89,7 +89,7 @@ func TestDisk(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "before"), make([]byte, 40<<20), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// The script writes until it is killed, because bytes before the first measurement do not count.
+	// Bytes that the script writes before the first measurement do not count. So it writes until it is killed.
 	script := `i=0; while :; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); [ $i -lt 30 ] || sleep 0.2; done`
 	_, usage, err := runLimited(t, sandbox.Limits{Disk: 32 << 20}, script,
 		sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
@@ -107,7 +107,7 @@ func TestLargeFile(t *testing.T) {
 	}
 }
 
-// If a disk is nearly full, the run fails before the program starts.
+// TestMinFree checks that Run fails before the program starts if a disk has too little free space.
 func TestMinFree(t *testing.T) {
 	t.Parallel()
 	out, _, err := runLimited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`,
@@ -131,7 +131,7 @@ func TestProcesses(t *testing.T) {
 	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {
 		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.SupportedLimits().Reason)
 	}
-	// Without a control group, other processes of this user count, too.
+	// Without a control group, the limit also counts other processes of this user.
 	out, _, err := runLimited(t, sandbox.Limits{Processes: 16},
 		`i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
 	if err == nil || strings.Contains(out, "all") {
@@ -142,7 +142,7 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
-// If there is no control group, SupportedLimits says what is missing and how to get it.
+// TestBoundsSayWhy checks that SupportedLimits says why there is no control group, with a hint how to get one.
 func TestBoundsSayWhy(t *testing.T) {
 	t.Parallel()
 	m := sandbox.SupportedLimits()
@@ -151,7 +151,7 @@ func TestBoundsSayWhy(t *testing.T) {
 	}
 }
 
-// asUser is an environment variable with the name of the test that this program runs as another user.
+// asUser is an environment variable. It tells this program that TestAsOrdinaryUser runs it as another user.
 const asUser = "PREBAKE_TEST_AS_USER"
 
 // TestAsOrdinaryUser checks that the tests of the sandbox's isolation pass without root.
@@ -165,7 +165,7 @@ func TestAsOrdinaryUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "sandbox-user-") // only root can read testing's own folders
+	dir, err := os.MkdirTemp("", "sandbox-user-") // another user cannot enter the folders of t.TempDir
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,10 +11,12 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/memorygroup"
 )
 
-// memoryVariable makes the test binary print what it knows about its memory.
+// memoryVariable is an environment variable. If it is set, TestMemoryProcess prints what this process knows about its
+// memory.
 const memoryVariable = "PREBAKE_TEST_MEMORY"
 
-// TestMemoryProcess is the child process in a control group. Without the variable it does nothing.
+// TestMemoryProcess is no test of its own. It is the process that TestMemoryLimit runs in a control group. Without the
+// variable it does nothing.
 func TestMemoryProcess(t *testing.T) {
 	if os.Getenv(memoryVariable) == "" {
 		return
@@ -24,14 +26,14 @@ func TestMemoryProcess(t *testing.T) {
 	fmt.Printf("MEMORY limit %d, kills %d, %v\n", sandbox.MemoryLimit(), sandbox.MemoryKills()-before, err)
 }
 
-// TestMemoryLimit checks that a process finds the memory limit of its control group, and the number of processes that
-// the kernel killed for it.
+// TestMemoryLimit checks that a process finds the memory limit of its control group, and how many processes the kernel
+// has killed because of this limit.
 func TestMemoryLimit(t *testing.T) {
 	t.Parallel()
 	procs := memorygroup.New(t, 96<<20)
 	cmd := exec.CommandContext(t.Context(), "sh", "-c", `echo $$ >"$0" && exec "$1" -test.run='^TestMemoryProcess$'`,
 		procs, os.Args[0])
-	cmd.Env = append(os.Environ(), memoryVariable+"=1", inGuest+"=") // the guest is prepared already
+	cmd.Env = append(os.Environ(), memoryVariable+"=1", inGuest+"=") // enterGuest has run already
 	out, err := cmd.CombinedOutput()
 	if want := fmt.Sprintf("MEMORY limit %d, kills 1, signal: killed\n", 96<<20); err != nil ||
 		!strings.Contains(string(out), want) {

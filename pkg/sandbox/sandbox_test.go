@@ -23,7 +23,7 @@ func needBubblewrap(t *testing.T) {
 	}
 }
 
-// shell runs a script in the sandbox and returns its output.
+// shell runs a shell script in a sandbox and returns its output.
 func shell(t *testing.T, script string, binds ...sandbox.Bind) (string, error) {
 	t.Helper()
 	needBubblewrap(t)
@@ -66,7 +66,7 @@ func TestInside(t *testing.T) {
 	}
 }
 
-// No process inside has the host's paths in its command line or environment.
+// TestNoHostPaths checks that no process in the sandbox has a path of the host in its command line or environment.
 func TestNoHostPaths(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -77,7 +77,8 @@ func TestNoHostPaths(t *testing.T) {
 	}
 }
 
-// A program in the sandbox cannot reach a server on the host's loopback interface, which this test can reach.
+// TestNoNetwork checks that a program in the sandbox cannot reach a server on the host's loopback interface. Outside
+// the sandbox, the same program must reach it.
 func TestNoNetwork(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("perl"); err != nil {
@@ -155,7 +156,8 @@ func TestMissingBubblewrap(t *testing.T) {
 	}
 }
 
-// When the context ends, everything inside the sandbox ends, and Run returns the context's cause.
+// TestCancel checks that Run ends when its context ends, although programs in the sandbox sleep. It must return the
+// context's cause.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -172,7 +174,8 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// A program that prints without end is killed, the error says why, and no more than the bound is passed on.
+// TestFlood checks a program that prints without end. Run must kill it, say why, and pass on no more than MaxOutput
+// bytes.
 func TestFlood(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)

@@ -18,10 +18,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// inFilter is an environment variable that makes this program try system calls instead of running its tests.
+// inFilter is an environment variable. If it is set, this program tries system calls and runs no tests.
 const inFilter = "PREBAKE_TEST_SECCOMP"
 
-// tryCalls prints the kernel's answer to each system call: nothing if it is allowed, or the error's name.
+// tryCalls prints the result of each system call: the name of the error, or nothing after the call's name if the kernel
+// allows the call.
 func tryCalls() {
 	call := func(name string, number uintptr, args ...uintptr) {
 		var a [6]uintptr
@@ -54,7 +55,8 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Without a sandbox, most of the calls have another result. So the filter refuses them, and not this machine's kernel.
+	// Without a sandbox, most of these calls have other results. So it is the filter that refuses them, and not this
+	// machine's kernel.
 	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Env = []string{inFilter + "=1"}
 	bare, err := cmd.Output()
@@ -96,7 +98,7 @@ socket 17 EAFNOSUPPORT`
 	}
 }
 
-// TestOtherABI checks that a program with the 32-bit system call ABI is refused.
+// TestOtherABI checks that the filter refuses system calls by the 32-bit ABI of x86.
 func TestOtherABI(t *testing.T) {
 	t.Parallel()
 	if runtime.GOARCH != "amd64" {
@@ -115,8 +117,8 @@ func TestOtherABI(t *testing.T) {
 	}
 }
 
-// oldCall returns a 64-bit program that calls getpid by int $0x80. It exits with the error's number, or 0. The header
-// is from elf(5), and the machine code from Intel's manual.
+// oldCall returns a 64-bit program that calls getpid with int $0x80, the 32-bit ABI. Its exit status is the number of
+// the error, or 0. The file's header follows elf(5), and the machine code follows Intel's manual.
 func oldCall() []byte {
 	const base = 0x400000
 	code := []byte{

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestDigestTools checks that another content of `make`, or no `make`, changes the digest, and another time stamp does
-// not.
+// TestDigestTools checks that the digest changes if `make` has other content or is missing. Another time stamp of
+// `make` must not change it.
 func TestDigestTools(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -42,7 +42,8 @@ func TestDigestTools(t *testing.T) {
 	}
 }
 
-// HostTools returns a digest on this machine, and it covers the C library.
+// TestHostTools checks that HostTools returns a digest on this machine. The files that a program needs must include the
+// loader and the C library.
 func TestHostTools(t *testing.T) {
 	t.Parallel()
 	start := time.Now()

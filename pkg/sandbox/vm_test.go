@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// inGuest is an environment variable that makes this program prepare its virtual machine before it runs its tests. The
-// value says in which control group the tests run:
+// inGuest is an environment variable. If it is set, this program prepares the virtual machine in which it runs, before
+// it runs its tests. The value says in which control group the tests run:
 //
 //   - root: the root group of the machine
 //   - unit: a separate group, as systemd makes for a service
@@ -58,7 +58,7 @@ func TestInVirtualMachine(t *testing.T) {
 		vm.File{Name: "/usr/src"})
 	for _, where := range []string{"root", "unit", "user"} {
 		tests := "Inside|Exit|Memory|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved"
-		if where != "user" { // who may not make a control group
+		if where != "user" { // an ordinary user may not make the control group that this test needs
 			tests += "|MemoryLimit"
 		}
 		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
@@ -81,8 +81,8 @@ func TestInVirtualMachine(t *testing.T) {
 	}
 }
 
-// TestGroupsAreRemoved checks that a run leaves no control group behind. It is not parallel, because it would find the
-// groups of other tests.
+// TestGroupsAreRemoved checks that Run leaves no control group behind. It is not parallel, because it would also find
+// the control groups of other tests.
 func TestGroupsAreRemoved(t *testing.T) {
 	needBubblewrap(t)
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
@@ -90,7 +90,7 @@ func TestGroupsAreRemoved(t *testing.T) {
 	}
 	_, usage, err := runLimited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
 	if err != nil || usage.PeakMemory < 20_000_000 || usage.PeakMemory > 200_000_000 {
-		// Kernels before 5.19 do not report the peak.
+		// Kernels before 5.19 do not report the peak of the memory.
 		if err != nil || usage.PeakMemory != 0 {
 			t.Errorf("Run = %v, usage %+v; want a peak of some 20 MB", err, usage)
 		}
@@ -103,8 +103,8 @@ func TestGroupsAreRemoved(t *testing.T) {
 	}
 }
 
-// enterGuest mounts a new root, because bubblewrap's pivot_root does not work on an initramfs. It mounts control groups
-// there, and moves into the group where the tests run.
+// enterGuest mounts a new root file system, because bubblewrap uses pivot_root, which does not work on an initramfs.
+// There it mounts the control groups, and moves this process into the group in which the tests run.
 func enterGuest(where string) error {
 	const root = "/new"
 	steps := []error{os.MkdirAll(root, 0o755), unix.Mount("tmpfs", root, "tmpfs", 0, "mode=755")}
@@ -128,7 +128,7 @@ func enterGuest(where string) error {
 	if err != nil || where == "unit" {
 		return err
 	}
-	// systemd delegates these files.
+	// These are the files that systemd delegates to the user of a service.
 	for _, file := range []string{"", "/cgroup.procs", "/cgroup.subtree_control", "/cgroup.threads"} {
 		if err := os.Chown(unit+file, 65532, 65532); err != nil {
 			return err

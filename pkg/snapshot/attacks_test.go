@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// editSigned changes the signed part of a JSON file, and keeps the file's signatures.
+// editSigned changes the part of a JSON file that is signed, and keeps the file's signatures, which are then invalid.
 func editSigned(t testing.TB, data []byte, change func(signed map[string]any)) []byte {
 	t.Helper()
 	var m map[string]any
@@ -26,10 +26,11 @@ func editSigned(t testing.TB, data []byte, change func(signed map[string]any)) [
 	return out
 }
 
-// futureVersion is a version of the timestamp that is higher than any that the node has seen.
+// futureVersion is a version of the timestamp above all versions that the node has seen.
 var futureVersion = start.AddDate(0, 0, 1).Unix()
 
-// forgeTimestamp writes a timestamp that is newer than all others, for this version of the snapshot.
+// forgeTimestamp writes a timestamp, signed with the farm's key, that is newer than all others. It names the given
+// version of the snapshot.
 func forgeTimestamp(t testing.TB, f *snapshots.Farm, dir string, snapshotVersion int64) {
 	t.Helper()
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
@@ -37,8 +38,8 @@ func forgeTimestamp(t testing.TB, f *snapshots.Farm, dir string, snapshotVersion
 	sign(t, stamp, f.Stamps, dir, "timestamp.json")
 }
 
-// forgeSnapshot writes version 9 of the snapshot, for this version of the targets. It has no hashes, so anybody can
-// forge the files that it lists.
+// forgeSnapshot writes version 9 of the snapshot, which names the given version of the targets. It has no hashes, so it
+// would allow any file as the targets.
 func forgeSnapshot(t testing.TB, key signature.Signer, dir string, targetsVersion int64) {
 	t.Helper()
 	snap := metadata.Snapshot(start.AddDate(0, 1, 0))
@@ -46,8 +47,8 @@ func forgeSnapshot(t testing.TB, key signature.Signer, dir string, targetsVersio
 	sign(t, snap, key, dir, "9.snapshot.json")
 }
 
-// TestAttacks checks that a node with list 2 refuses each attack with its own error, and keeps its state. The attacker
-// has every file that was ever published, and in some rows also keys.
+// TestAttacks checks attacks on a node that knows list 2. The node must refuse each with an error of its own, and keep
+// its state. The attacker has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
 	first := snapshots.New(t, start)
@@ -192,7 +193,7 @@ func TestAttacks(t *testing.T) {
 			newest := first.Copy(t)
 			ahead := &snapshots.Farm{Dir: newest, Root: first.Root, Targets: first.Targets, Snapshot: first.Snapshot,
 				Stamps: first.Stamps}
-			if row.later == 0 { // publishes a third list, which the node has not seen
+			if row.later == 0 { // a third list, which the node has not seen
 				publish(t, ahead, start.Add(40*time.Minute), snapshot.Yanked)
 			}
 			n.now = n.now.Add(row.later)
@@ -214,7 +215,7 @@ func TestAttacks(t *testing.T) {
 	}
 }
 
-// list returns the path of the file with the list of this version.
+// list returns the path of the file with the list of the given version.
 func list(t testing.TB, dir string, version int) string {
 	t.Helper()
 	targets, err := metadata.Targets().FromBytes(read(t, dir, string(rune('0'+version))+".targets.json"))

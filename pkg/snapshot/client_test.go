@@ -32,7 +32,7 @@ var (
 	digest = func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 )
 
-// publish makes a list in which artifact 1 is published, and artifact 2 has the given state.
+// publish publishes a list. In it, artifact 1 is published, and artifact 2 has the given state.
 func publish(t testing.TB, f *snapshots.Farm, at time.Time, second snapshot.State) {
 	t.Helper()
 	f.Publish(t, at, snapshot.Artifact{Digest: digest("2"), State: second, Reason: "panics on unload"},
@@ -51,7 +51,7 @@ func write(t testing.TB, data []byte, parts ...string) {
 	check(t, os.WriteFile(filepath.Join(parts...), data, 0o644))
 }
 
-// node is a client with a state file and a clock of its own.
+// node is a client with its own state file and its own clock.
 type node struct {
 	state, root string
 	now         time.Time
@@ -71,8 +71,8 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
-// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. If former is true, it knows only
-// the withdrawn artifacts.
+// checkList checks that a node that starts again still knows list 1, in which artifact 2 is yanked. If former is true,
+// the node must know only the withdrawn artifacts of that list.
 func (n *node) checkList(t testing.TB, from string, former bool) {
 	t.Helper()
 	last, err := n.client(t, from).Last()
@@ -95,7 +95,8 @@ func serve(t testing.TB, dir string) string {
 	return server.URL
 }
 
-// TestRefresh reads a list from a folder and from a web server. The node then knows the list without them.
+// TestRefresh reads a list from a folder and from a web server. Afterwards the node must know the list without the
+// source.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -157,7 +158,7 @@ func TestGoesOn(t *testing.T) {
 	f.Refresh(t, n.now)
 	refresh(snapshot.Quarantined, 2, n.now, 0)
 
-	f.Stamps = snapshots.NewSigner(t) // the old key leaked, so a new one replaces it
+	f.Stamps = snapshots.NewSigner(t) // a new key replaces the old one, as after a leak
 	f.WriteRoot(t, start, f.Root[0], f.Root[1])
 	publish(t, f, n.now, snapshot.Yanked)
 	refresh(snapshot.Yanked, 3, n.now, 1)
@@ -173,7 +174,7 @@ func TestGoesOn(t *testing.T) {
 	refresh(snapshot.Yanked, 9, n.now, 7)
 }
 
-// TestEndlessData checks that the client stops reading an endless answer at the size limit of the file.
+// TestEndlessData has a server whose answer does not end. The client must stop at the size limit of the file.
 func TestEndlessData(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -204,13 +205,14 @@ func TestEndlessData(t *testing.T) {
 		}
 		<-done
 		server.Close()
-		if most := 64 << 20; sent > most { // allows for data in the kernel's buffers
+		if most := 64 << 20; sent > most { // more than the limit, because the kernel also buffers data
 			t.Errorf("the server sent %d bytes of %s; want at most %d", sent, name, most)
 		}
 	}
 }
 
-// TestAway checks that an unreachable source is an error of kind Transient, and no attack.
+// TestAway checks that a source that cannot be reached causes an error of the kind Transient, and does not count as an
+// attack.
 func TestAway(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -238,7 +240,7 @@ func TestAway(t *testing.T) {
 	}
 }
 
-// TestRootStays checks that a node keeps a new root even if the rest of the answer is refused.
+// TestRootStays checks that a node keeps a new root even if it refuses the other files of the source.
 func TestRootStays(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -255,7 +257,7 @@ func TestRootStays(t *testing.T) {
 		t.Errorf("Refresh = %v; want the signature refused", err)
 	}
 	n.checkList(t, f.Dir, false)
-	// An attacker who has the old key hides the new root.
+	// An attacker with the old timestamp key serves the old folder, which lacks the new root.
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
 	check(t, err)
@@ -267,7 +269,7 @@ func TestRootStays(t *testing.T) {
 	n.checkList(t, old, false)
 }
 
-// TestState checks that a node does not trust its own state file either.
+// TestState checks that a node verifies its own state file.
 func TestState(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -286,7 +288,7 @@ func TestState(t *testing.T) {
 			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
 		}
 	}
-	// With another configured root the node starts anew, but still knows the withdrawn artifacts.
+	// With another configured root, the node must start anew, but it must still know the withdrawn artifacts.
 	write(t, whole, n.state)
 	other := snapshots.New(t, start)
 	publish(t, other, start, snapshot.Published)
@@ -299,7 +301,7 @@ func TestState(t *testing.T) {
 		}
 		n.checkList(t, from, true)
 	}
-	// The owner configures the first root again, and the whole list is valid again.
+	// The owner configures the first root again. The node must know its whole list again.
 	second := n.root
 	n.root = first
 	n.checkList(t, "/nowhere", false)
@@ -337,8 +339,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestDecode checks that malformed lists are refused, and a list that decompresses to more than [snapshot.MaxText]
-// bytes.
+// TestDecode checks that Decode refuses malformed lists, and a list with more than [snapshot.MaxText] bytes of text.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,

@@ -13,16 +13,16 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// bytesOf is the buffer into which the foreign client writes a target.
+// bytesOf is a buffer. The other client writes a downloaded file into it.
 type bytesOf struct{ bytes.Buffer }
 
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
-// TestForeignClient reads the folder with another implementation of a TUF client, go-tuf 0.7. It shares only the
-// encoder of canonical JSON with the library that writes the folder.
+// TestForeignClient reads the folder with another TUF client, go-tuf 0.7. It has no code in common with the library
+// that writes the folder, except the encoder of canonical JSON.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
-	now := time.Now().UTC() // the foreign client always uses the system clock
+	now := time.Now().UTC() // this client always uses the system's clock
 	f := snapshots.New(t, now)
 	publish(t, f, now, snapshot.Yanked)
 	store, err := foreign.HTTPRemoteStore(serve(t, f.Dir), nil, nil)
@@ -41,7 +41,7 @@ func TestForeignClient(t *testing.T) {
 	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
-	// The foreign client refuses a changed timestamp. Its format is valid, so the reason is the signature.
+	// The other client must refuse a changed timestamp. Its format is valid, so only its signature can be the reason.
 	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
 		editSigned(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestLargeFarm checks that the list of a large farm has at most half of the allowed sizes, and that a client accepts
+// TestLargeFarm checks that the list of a large farm needs at most half of the allowed sizes, and that a client accepts
 // it.
 func TestLargeFarm(t *testing.T) {
 	t.Parallel()

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. The new folder needs
-// only the old roots and a list version above the last one.
+// TestLostFolder replaces a lost folder in the way that docs/how-to/snapshot.md describes. The new folder needs only
+// the old roots, and a version of the list above the last one.
 func TestLostFolder(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -36,14 +36,14 @@ func TestLostFolder(t *testing.T) {
 		t.Errorf("Refresh = version %d, timestamp %d, %+v; want 2, %d, yanked", s.Version, s.Refreshed, a, n.now.Unix())
 	}
 
-	// The version of the timestamp grows even if the signer's clock goes back or stands still.
+	// The version of the timestamp must grow even if the signer's clock goes back.
 	f.Refresh(t, start)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())
 	if err != nil || s.Refreshed != n.now.Unix()+1 {
 		t.Errorf("Refresh after the clock went back = %+v, %v; want timestamp %d", s, err, n.now.Unix()+1)
 	}
-	// The requested version also applies to the timestamp. The last timestamp's version may come from a clock that is
-	// ahead.
+	// The lowest version that the operator asks for must also apply to the timestamp. The lost folder's last timestamp may
+	// have a higher version than the clock gives now, because that signer's clock was ahead.
 	f.Least = n.now.Unix() + 100
 	publish(t, f, n.now, snapshot.Yanked)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())

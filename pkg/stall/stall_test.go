@@ -12,7 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// link is a connection that brings a number of bytes in each Read, after a pause. The end of the context breaks it.
+// link is a connection. Each Read returns a number of bytes after a pause. The end of the context breaks the
+// connection.
 type link struct {
 	ctx   context.Context
 	pause time.Duration
@@ -36,15 +37,15 @@ func (l *link) Read(p []byte) (int, error) {
 
 func (*link) Close() error { return nil }
 
-// TestWatch checks which streams count as stalled. It uses the clock of a synctest bubble.
+// TestWatch checks which streams count as stalled. It runs on the fake clock of package synctest.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	const limit = 45 * time.Second
 	for name, row := range map[string]struct {
 		pause time.Duration
-		bytes int // of one Read
-		size  int // of the stream
-		// reader is the time that the reader needs between two reads.
+		bytes int // number of bytes that one Read returns
+		size  int // number of bytes in the whole stream
+		// reader is the time that the reader of the stream takes between two reads.
 		reader  time.Duration
 		watch   func(io.ReadCloser, string, time.Duration, context.CancelFunc) *stall.Reader
 		stalled bool
@@ -71,7 +72,7 @@ func TestWatch(t *testing.T) {
 				for n := 0; err == nil; {
 					n, err = r.Read(make([]byte, 64<<10))
 					if n > 0 {
-						time.Sleep(row.reader) // on the clock of the bubble
+						time.Sleep(row.reader) // on the fake clock
 					}
 				}
 				if row.stalled != fault.Is(err, fault.Transient) || !row.stalled && !errors.Is(err, io.EOF) {

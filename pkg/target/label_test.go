@@ -12,7 +12,7 @@ func TestLabel(t *testing.T) {
 		label string
 		wish  target.Wish
 		fits  string // a version that may have the label
-		not   string // a version that may not
+		not   string // a version that must not have the label
 	}{
 		{"DEFAULT", target.Default, "535.261.03", ""},
 		{"LATEST", target.Latest, "580.1.1", ""},

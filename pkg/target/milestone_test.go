@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The rows come from the names of published images.
+// TestMilestone checks the milestone of a BUILD_ID. The rows come from names of published COS images.
 func TestMilestone(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -39,12 +39,12 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Authority is a private Sigstore deployment. It issues certificates and time stamps, for any time that a test needs.
+// Authority is a private Sigstore deployment. A test can get certificates and time stamps for any time.
 type Authority struct {
-	// CA issues certificates with CAKey.
+	// CA is the certificate with which the authority issues others. CAKey is its private key.
 	CA    *x509.Certificate
 	CAKey *ecdsa.PrivateKey
-	// Lifetime is the lifetime of the certificates that the authority issues.
+	// Lifetime is how long the certificates that the authority issues are valid.
 	Lifetime time.Duration
 
 	stampRoot, stamper *x509.Certificate
@@ -114,7 +114,8 @@ func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Id
 	}, a.CA, pub, a.CAKey)
 }
 
-// Root returns the trusted root as trusted_root.json. It lists the given logs; the authority writes nothing to them.
+// Root returns the trusted root of the deployment, in the format of trusted_root.json. It lists the given logs. The
+// authority writes no entries to them.
 func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
 	t.Helper()
 	from := a.CA.NotBefore
@@ -185,8 +186,9 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// readRequest reads a request to Fulcio for a certificate that binds a public key to the holder of a token. It verifies
-// the signature over the holder's mail address, which proves possession of the private key.
+// readRequest reads a request to Fulcio. The request asks for a certificate that binds a public key to the holder of an
+// identity token. readRequest verifies the signature over the holder's mail address, which proves that the sender has
+// the private key.
 func readRequest(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
@@ -250,7 +252,7 @@ func SigningConfig(t testing.TB, ca string, stamps ...string) string {
 	return path
 }
 
-// ServeTime starts a timestamp authority, and returns its URL. The authority ends with the test.
+// ServeTime starts a timestamp authority, and returns its URL. It runs until the test ends.
 func (a *Authority) ServeTime(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

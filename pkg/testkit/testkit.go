@@ -1,5 +1,5 @@
-// Package testkit holds small real parts for tests: a registry in this process, a key pair, and a signed sample
-// artifact. Only test files import it.
+// Package testkit has small real parts for tests: a registry in this process, a key pair, and a signed sample artifact.
+// Only test files import it.
 package testkit
 
 import (
@@ -130,7 +130,7 @@ func (k *Key) Provenance(t testing.TB, digest string, p trust.Parameters) []byte
 	return k.Statement(t, digest, trust.PredicateProvenance, ProvenancePredicate(p))
 }
 
-// ProvenancePredicate returns the predicate of a valid provenance, which tests may change before they sign it.
+// ProvenancePredicate returns the predicate of a valid provenance. A test may change it before it signs it.
 func ProvenancePredicate(p trust.Parameters) map[string]any {
 	return map[string]any{
 		"buildDefinition": map[string]any{
@@ -152,7 +152,7 @@ func (k *Key) KernelMatch(t testing.TB, digest string, m trust.KernelMatch) []by
 	return k.Statement(t, digest, trust.PredicateKernelMatch, m)
 }
 
-// keypair has the methods by which the library that makes Sigstore bundles signs with a Key.
+// keypair lets the library that makes Sigstore bundles sign with a Key.
 type keypair struct {
 	k    *Key
 	hint string
@@ -186,7 +186,7 @@ type Sample struct {
 	Image    v1.Image
 	Digest   string
 	Identity bundle.Identity
-	// Kernel is the COS build that the statements are for.
+	// Kernel is the COS build about which the statements are.
 	Kernel target.Kernel
 	Layers []bundle.Layer
 	// Bundles are the Sigstore bundles with the signed statements.
@@ -201,8 +201,8 @@ func SampleKernel(patch string) target.Kernel {
 	}
 }
 
-// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Each
-// salt gives another artifact with the same [bundle.Identity].
+// NewSample makes an artifact for a kernel and a driver, with statements that key signs. Its module files are not real
+// modules. Artifacts with different salts have different digests and the same [bundle.Identity].
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()
 	return NewSampleOf(t, key, k, d, map[string]string{
@@ -213,7 +213,7 @@ func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt st
 // Vermagic returns the vermagic string that a sample's modules must have, as package modinfo reads it.
 func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions" }
 
-// NewSampleOf works as [NewSample] does, with the contents of the modules by path.
+// NewSampleOf is like [NewSample], with the given modules. The map has their contents by path.
 func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
 	t.Helper()
 	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))
@@ -269,7 +269,7 @@ func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modul
 	return s
 }
 
-// Expect returns the values that a node with the sample's kernel expects of the sample.
+// Expect returns what a node with the sample's kernel expects of the sample.
 func (s Sample) Expect() trust.Expect {
 	return trust.Expect{Digest: s.Digest, Kernel: s.Kernel, Driver: s.Identity.Driver, Identity: s.Identity}
 }
@@ -293,8 +293,8 @@ func (s Sample) Publish(t testing.TB, repo *registry.Repository) {
 	}
 }
 
-// AttachJunk attaches as many useless statements to an artifact as a client reads of one kind. Their labels say that
-// they are of this type and newer than all others.
+// AttachJunk attaches useless statements to an artifact, as many as a client reads of one kind. Their labels say that
+// they are of the given type, and that they are newer than all others.
 func AttachJunk(t testing.TB, repo *registry.Repository, digest, predicateType string) {
 	t.Helper()
 	subject, err := repo.Resolve(t.Context(), digest)

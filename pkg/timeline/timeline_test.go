@@ -64,7 +64,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// TestTotal checks that a part of a phase is printed, but not counted a second time.
+// TestTotal checks that a part of a phase is printed, but that its time is not added to the total a second time.
 func TestTotal(t *testing.T) {
 	t.Parallel()
 	phases := []timeline.Phase{

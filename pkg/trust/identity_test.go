@@ -49,7 +49,7 @@ func verifier(t testing.TB, p trust.Policy) *trust.Verifier {
 	return v
 }
 
-// payloads returns the two statements that an artifact needs, without signatures.
+// payloads returns the two statements that every artifact needs, without signatures.
 func payloads(t testing.TB, s testkit.Sample) (provenance, match []byte) {
 	t.Helper()
 	return testkit.Payload(t, s.Digest, trust.PredicateProvenance,
@@ -107,7 +107,7 @@ func TestIdentitiesRefused(t *testing.T) {
 	trusting := func(root []byte, who ...trust.Identity) *trust.Verifier {
 		return verifier(t, trust.Policy{Root: parseRoot(t, root), Identities: who})
 	}
-	// The certificate is the farm's, and the timestamp is that of another signer's bundle.
+	// The certificate and signature are the farm's. The timestamp is from the bundle of another signer.
 	stolen := func() []byte {
 		mine, theirs := map[string]any{}, map[string]any{}
 		for raw, into := range map[string]*map[string]any{string(signed): &mine,
@@ -175,14 +175,14 @@ func TestIdentitiesRefused(t *testing.T) {
 				row.text, row.hint)
 		}
 	}
-	// The timestamp does not fit a changed signature.
+	// A timestamp is for one signature. It does not fit if the signature changes.
 	if _, err := trusting(plain, someone()).Statement(flip(t, signed, "signature")); !errors.Is(err, trust.ErrNoTime) &&
 		!errors.Is(err, trust.ErrChanged) {
 		t.Errorf("Statement(signature changed) = %v; want it refused", err)
 	}
 }
 
-// someLog returns a log without entries.
+// someLog returns a transparency log that has no entries.
 func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	t.Helper()
 	key := testkit.NewKey(t).Private()
@@ -199,8 +199,8 @@ func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	}}
 }
 
-// TestPublicSigstore verifies a provenance that GitHub signed with a certificate of the public Sigstore deployment. The
-// provenance and the trusted root are files in the source of sigstore-go.
+// TestPublicSigstore verifies a provenance that GitHub signed with a certificate of Sigstore's public deployment. The
+// provenance and the trusted root are files in the source of the library sigstore-go.
 func TestPublicSigstore(t *testing.T) {
 	t.Parallel()
 	dir, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}",
@@ -220,7 +220,7 @@ func TestPublicSigstore(t *testing.T) {
 	if err := b.UnmarshalJSON(read("bundles/sigstore.js@2.0.0-provenance.sigstore.json")); err != nil {
 		t.Fatal(err)
 	}
-	b.MediaType = trust.ArtifactTypeBundle // the current format, with one certificate and no chain
+	b.MediaType = trust.ArtifactTypeBundle // the current format, which has one certificate and no chain
 	material := b.GetVerificationMaterial()
 	material.Content =
 		&protobundle.VerificationMaterial_Certificate{Certificate: material.GetX509CertificateChain().GetCertificates()[0]}
@@ -311,7 +311,7 @@ func FuzzParseRoot(f *testing.F) {
 			}
 			return
 		}
-		// A root that ParseRoot accepts must be usable in a verifier, whatever is in it.
+		// A verifier must be able to use every root that ParseRoot accepts, whatever the root contains.
 		_, _ = verifier(t, trust.Policy{Root: r, Identities: []trust.Identity{someone()}}).Statement(signed)
 	})
 }

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Readers find the newest provenance by its label.
+// TestLabels checks the labels of a provenance. A client finds the newest provenance by its time label.
 func TestLabels(t *testing.T) {
 	t.Parallel()
 	for predicate, want := range map[string]map[string]string{

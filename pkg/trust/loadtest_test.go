@@ -85,7 +85,8 @@ func TestLoadTestDecides(t *testing.T) {
 	}
 }
 
-// TestLoadTestRejections checks that Verify always reports the same of several rejections, in any order of statements.
+// TestLoadTestRejections checks an artifact with several rejections. Verify must always report the same one of them, in
+// whatever order the statements come.
 func TestLoadTestRejections(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

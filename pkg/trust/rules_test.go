@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestRules uses a policy with two parties, as a node's owner may write it.
+// TestRules checks rules for statements of two roles, farm and rebuilder, as a node's owner may write them into a
+// policy.
 func TestRules(t *testing.T) {
 	t.Parallel()
 	farm, farm2, rebuilder, stranger := testkit.NewKey(t), testkit.NewKey(t), testkit.NewKey(t), testkit.NewKey(t)
@@ -75,7 +76,7 @@ func TestRules(t *testing.T) {
 		change  func(*trust.Policy)
 		bundles [][]byte
 		now     time.Time
-		is      error // nil if accepted
+		is      error // expected error; nil means that Verify must accept the artifact
 		text    string
 		hint    string // the end of the hint
 	}{
@@ -216,7 +217,8 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// VerifyBefore takes the kernel match that is to be signed for given, and nothing else.
+// TestVerifyBefore checks an artifact before its kernel match is signed. VerifyBefore must treat this kernel match as
+// if it existed, and still require everything else.
 func TestVerifyBefore(t *testing.T) {
 	t.Parallel()
 	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -275,8 +277,8 @@ func least(versions ...string) func(*trust.Policy) {
 	return func(p *trust.Policy) { p.MinVersions = versions }
 }
 
-// TestPolicyThatCannotBe checks that NewVerifier refuses a policy that lacks a required rule, or that no artifact can
-// satisfy.
+// TestPolicyThatCannotBe checks that NewVerifier refuses a policy without a required rule, and a policy that no
+// artifact can satisfy.
 func TestPolicyThatCannotBe(t *testing.T) {
 	t.Parallel()
 	k := testkit.NewKey(t).Public(t)

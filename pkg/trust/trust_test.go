@@ -34,7 +34,7 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// flipByte changes the nth byte of the data that a base64 text encodes.
+// flipByte changes byte n of the data that a base64 text encodes.
 func flipByte(t *testing.T, text string, n int) string {
 	t.Helper()
 	raw, err := base64.StdEncoding.DecodeString(text)
@@ -45,7 +45,7 @@ func flipByte(t *testing.T, text string, n int) string {
 	return base64.StdEncoding.EncodeToString(raw)
 }
 
-// flip changes one byte in a field of the envelope.
+// flip changes one byte in the given field of a bundle's envelope.
 func flip(t *testing.T, raw []byte, field string) []byte {
 	t.Helper()
 	var b map[string]any
@@ -270,8 +270,8 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
-// p384 is an example of a P-384 key, truncated. It was made with: openssl ecparam -name secp384r1 -genkey | openssl ec
-// -pubout
+// p384 is the beginning of a P-384 public key. The key was made with: openssl ecparam -name secp384r1 -genkey | openssl
+// ec -pubout
 const p384 = `-----BEGIN PUBLIC KEY-----
 MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAE
 -----END PUBLIC KEY-----
@@ -304,7 +304,7 @@ func FuzzParsePublicKeys(f *testing.F) {
 	})
 }
 
-// FuzzVerify checks that only bundles verify that were made with the key or the identity.
+// FuzzVerify checks that only bundles verify that the trusted key or the trusted identity signed.
 func FuzzVerify(f *testing.F) {
 	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")

@@ -18,7 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bootFolder returns the folder with a real kernel in PREBAKE_BOOT, which the end-to-end run sets.
+// bootFolder returns the folder that PREBAKE_BOOT names. The folder has a real kernel; the end-to-end tests set the
+// variable.
 func bootFolder(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PREBAKE_BOOT")
@@ -28,8 +29,8 @@ func bootFolder(t *testing.T) string {
 	return dir
 }
 
-// bootArch returns the architecture of a kernel. An Arm image has a magic number at byte 56
-// (Documentation/arm64/booting.rst).
+// bootArch returns the architecture of a kernel. An image for arm64 has a magic number at byte 56
+// (Documentation/arch/arm64/booting.rst in the kernel's source).
 func bootArch(t *testing.T, boot string) target.Arch {
 	t.Helper()
 	f, err := os.Open(filepath.Join(boot, vm.BootKernel))
@@ -122,14 +123,15 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	}
 }
 
-// TestBootWithDisk checks that a disk outlives its machine. Only data that was flushed is there at the next boot.
+// TestBootWithDisk checks that a disk keeps its data after the machine was switched off. At the next boot it must have
+// only the data that was flushed.
 func TestBootWithDisk(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	if bootArch(t, boot) != target.AMD64 {
 		t.Skip("this test runs the host's shell in the machine, so it needs a kernel for amd64")
 	}
-	image := filepath.Join(t.TempDir(), "a,disk.img") // the comma tests how commas are quoted on qemu's command line
+	image := filepath.Join(t.TempDir(), "a,disk.img") // the comma checks how commas are quoted on qemu's command line
 	if err := errors.Join(os.WriteFile(image, nil, 0o644), os.Truncate(image, 64<<20)); err != nil {
 		t.Fatal(err)
 	}
@@ -166,8 +168,9 @@ func TestBootWithDisk(t *testing.T) {
 	}
 }
 
-// TestBootWithoutSerialDriver checks the events on a kernel that has no driver for their serial port, as COS's kernels
-// for Arm. A kernel argument disables the driver. On amd64 the machine gets the PCI serial port of arm64.
+// TestBootWithoutSerialDriver checks that events arrive from a kernel that has no driver for their serial port, such as
+// COS's kernels for arm64. A kernel argument disables the driver. On amd64, the machine gets the PCI serial port of
+// arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
@@ -211,7 +214,7 @@ func TestBootCrashIsReported(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
-	// The kernel panics when process 1 ends, so any static program that ends will do.
+	// The kernel panics when process 1 ends. So any static program that ends is a suitable init.
 	res, err := vm.Run(t.Context(),
 		vm.Config{Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/testdata/quitter", string(arch)),
 			Timeout: 2 * time.Minute})

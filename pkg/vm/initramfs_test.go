@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// sampleConfig creates a boot folder of small files and returns a config for it.
+// sampleConfig makes a boot folder of small files, and returns a config with this folder.
 func sampleConfig(t *testing.T) Config {
 	t.Helper()
 	dir := t.TempDir()
@@ -46,7 +46,7 @@ func sampleConfig(t *testing.T) Config {
 	}.WithDefaults()
 }
 
-// listing prints an archive, one line per entry.
+// listing returns the entries of a cpio archive as text, one per line.
 func listing(t *testing.T, archive []byte) string {
 	t.Helper()
 	var out strings.Builder

@@ -172,7 +172,8 @@ func TestRunWithoutEmulator(t *testing.T) {
 	}
 }
 
-// TestRunReportsWhatQEMUSays uses a program that fails in the way qemu does.
+// TestRunReportsWhatQEMUSays checks that Run's error has the message of qemu. A script in place of qemu fails as qemu
+// does.
 func TestRunReportsWhatQEMUSays(t *testing.T) {
 	t.Parallel()
 	c := sampleConfig(t)

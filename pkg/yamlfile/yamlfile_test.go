@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// read reads a file that has a number, a boolean and a list of words.
+// read reads a YAML file that may have a number, a boolean and a list of words.
 func read(text string) error {
 	r := yamlfile.Reader{Name: "f.yaml"}
 	if top, ok := r.Document([]byte(text), 1000, "count"); ok {
@@ -20,7 +20,7 @@ func read(text string) error {
 	return r.Err("read file", "")
 }
 
-// TestMistakes checks that one error lists all mistakes of a file, each with its place.
+// TestMistakes checks that one error lists all mistakes in a file, each with its line and column.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// cell parses KERNEL VERSION-FLAVOUR.
+// cell parses text such as "1.0.1 5.1-open": a BUILD_ID, a driver version and a flavour.
 func cell(text string) plan.Cell {
 	id, rest, _ := strings.Cut(text, " ")
 	version, flavour, _ := strings.Cut(rest, "-")
@@ -43,8 +43,8 @@ func cells(texts ...string) *plan.Plan {
 	return p
 }
 
-// world is a fake of all functions that a batch calls. A kernel's fingerprint is the first number of its BUILD_ID.
-// Driver 9.9 has no open flavour.
+// world is a fake of all functions that a batch calls. A kernel's fingerprint is the first number of its BUILD_ID:
+// kernels 1.0.1 and 1.0.2 share one. Driver 9.9 has no open flavour.
 type world struct {
 	t *testing.T
 
@@ -148,7 +148,7 @@ func (w *world) Remember(_ context.Context, c plan.Cell, f batch.Failure) error 
 	return nil
 }
 
-// states returns a report as one line for each cell.
+// states returns one line of text for each cell of a report.
 func states(r *batch.Report) []string {
 	var lines []string
 	for _, j := range r.Jobs {
@@ -170,7 +170,7 @@ func states(r *batch.Report) []string {
 	return lines
 }
 
-// waitASecond delays each input by a second, so that the plan's first cell starts first.
+// waitASecond delays each input by a second of the test's fake clock, so that the plan's first cell starts first.
 func waitASecond(string) error {
 	time.Sleep(time.Second)
 	return nil
@@ -178,8 +178,9 @@ func waitASecond(string) error {
 
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
-// A failed cell does not block any other cell. Cells of the same build share their outcome. Published cells and stored
-// failures do not start.
+// TestRun checks four rules. A failed cell does not block any other cell. Cells with the same fingerprint and driver
+// share one build and its outcome. A cell that is already published does not start. A cell with a stored failure does
+// not start.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, testRun)
@@ -216,15 +217,15 @@ func testRun(t *testing.T) {
 	if diff := cmp.Diff(want, states(r)); diff != "" {
 		t.Errorf("states (-want +got):\n%s", diff)
 	}
-	// The cells start kernel by kernel. Cell "1.0.2 5.1-open" does not start, because the same build failed for kernel
-	// 1.0.1.
+	// The cells start kernel by kernel. Cell "1.0.2 5.1-open" does not start: kernels 1.0.1 and 1.0.2 have one
+	// fingerprint, and driver 5.1-open failed for kernel 1.0.1.
 	if diff := cmp.Diff([]string{"1.0.1 5.1-proprietary", "1.0.1 5.1-open", "1.0.2 5.1-proprietary",
 		"1.0.1 9.9-proprietary"}, w.began); diff != "" {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// Run may or may not fetch kernel 2.0.1. Its only cell fails at once if driver 9.9, which lacks the flavour, arrives
-	// first.
+	// Run may or may not fetch kernel 2.0.1. Only cell "2.0.1 9.9-open" needs it, and this cell fails at once if Run
+	// learns first that driver 9.9 has no open flavour.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)
@@ -243,7 +244,7 @@ func testRun(t *testing.T) {
 	if text, err := os.ReadFile(r.Jobs[0].Log); err != nil || string(text) != "log of 1.0.1 5.1-proprietary\n" {
 		t.Errorf("log = %q, %v", text, err)
 	}
-	// The second run starts nothing.
+	// In the second run no cell starts.
 	w.began, w.fetched = nil, nil
 	for _, j := range r.Jobs {
 		if j.State == batch.Published {
@@ -255,7 +256,7 @@ func testRun(t *testing.T) {
 		r.States[batch.Unavailable] != 2 {
 		t.Errorf("second run begins %v, fetches %v, %v", w.began, w.fetched, r.States)
 	}
-	// Status makes nothing.
+	// Status builds nothing.
 	w.published = nil
 	r, err := batch.Status(t.Context(), cfg, p)
 	if err != nil || len(w.began)+len(w.fetched) != 0 || r.States[batch.Missing] != 4 {
@@ -263,7 +264,8 @@ func testRun(t *testing.T) {
 	}
 }
 
-// If a destination does not answer, Status returns an error, and Run makes the cell.
+// TestUnknown has a destination that does not answer, so nobody knows whether the cell is published. Status must return
+// an error, and Run must build the cell.
 func TestUnknown(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}
@@ -284,8 +286,8 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// After a temporary failure, Run pauses and tries the cell again; other cells run meanwhile. A cell that ran out of
-// memory runs alone.
+// TestAgain checks that Run pauses after a temporary failure, and then tries the cell again, while other cells run. A
+// cell that ran out of memory must run alone in its next attempt.
 func TestAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -327,7 +329,8 @@ func TestAgain(t *testing.T) {
 	})
 }
 
-// A failed fetch fails only the cells that need the input. A temporary failure is tried again.
+// TestFetchTrouble checks that a failed fetch fails only the cells that need the input. Run must fetch again after a
+// temporary failure.
 func TestFetchTrouble(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -355,7 +358,7 @@ func TestFetchTrouble(t *testing.T) {
 	})
 }
 
-// When the context ends, running cells are cancelled and no other cell starts.
+// TestCancel checks that running cells are cancelled and no other cell starts when the context ends.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -374,7 +377,7 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// After the stop signal, running cells finish and no other cell starts.
+// TestStopping checks that running cells finish and no other cell starts after the stop signal.
 func TestStopping(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -391,7 +394,7 @@ func TestStopping(t *testing.T) {
 	})
 }
 
-// After the stop signal, Run does not wait for inputs that no cell will use.
+// TestStoppingFetch checks that Run does not wait for inputs after the stop signal, because no cell will use them.
 func TestStoppingFetch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -412,7 +415,8 @@ func TestStoppingFetch(t *testing.T) {
 	})
 }
 
-// The exit code is the code of the failures' class. Several classes have one common code. Early warnings do not count.
+// TestErr checks the error that decides the exit code. If all failures have one fault class, the error has this class.
+// If they have several classes, the error has the class Several. A failed cell that is an early warning does not count.
 func TestErr(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -447,7 +451,8 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// Events arrive one at a time, with the counts of their time.
+// TestEvents checks that Watch gets one event after the other. Each event has the number of cells that are finished at
+// that moment.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}

@@ -39,7 +39,8 @@ func put(t *testing.T, r *registry.Repository, key *testkit.Key, s testkit.Sampl
 	}
 }
 
-// A cell counts as published if every destination has it, for this COS build, signed with our key.
+// TestPublished checks that a cell counts as published only if every destination has the same artifact for this COS
+// build and driver, signed with the farm's own key.
 func TestPublished(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -74,7 +75,7 @@ func TestPublished(t *testing.T) {
 		buckets []*tarball.Bucket
 		cell    plan.Cell
 		want    string
-		kind    fault.Kind // kind of the error; Usage means that there is none
+		kind    fault.Kind // class of the expected error; Usage means no error
 	}{
 		{"one place", repos{mine}, nil, here, s.Digest, fault.Usage},
 		{"two places", repos{mine, layout}, nil, here, s.Digest, fault.Usage},
@@ -99,7 +100,8 @@ func TestPublished(t *testing.T) {
 	}
 }
 
-// An artifact whose newest build is older than the policy allows counts as not published.
+// TestPublishedTooOld checks that a cell counts as not published if the policy limits the age of builds, and the
+// artifact's newest build is older.
 func TestPublishedTooOld(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -124,7 +126,8 @@ func TestPublishedTooOld(t *testing.T) {
 	}
 }
 
-// Useless statements, which anybody who may push can attach, do not make a cell count as not published.
+// TestPublishedBesideJunk attaches invalid statements to an artifact, as anybody with the right to push can. The cell
+// must still count as published.
 func TestPublishedBesideJunk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -140,7 +143,7 @@ func TestPublishedBesideJunk(t *testing.T) {
 	}
 }
 
-// If the registry lost a layer of an artifact, the cell does not count as published.
+// TestPublishedLostLayer has a registry that lost a layer of an artifact. The cell must not count as published.
 func TestPublishedLostLayer(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -175,7 +178,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// files is a bucket of small files, and facts is a cache.
+// files is a fake bucket: the content of small objects by name.
 type files map[string]string
 
 func (f files) ReadSmall(_ context.Context, name string, _ int64) ([]byte, error) {
@@ -186,6 +189,7 @@ func (f files) ReadSmall(_ context.Context, name string, _ int64) ([]byte, error
 	return []byte(text), nil
 }
 
+// facts is a fake of the builder's cache.
 type facts map[string][]byte
 
 func (f facts) PutFact(kind, key string, value []byte) error {
@@ -198,7 +202,8 @@ func (f facts) Fact(kind, key string) ([]byte, bool) {
 	return v, ok
 }
 
-// Find finds a stored failure for the same inputs, even with another BUILD_ID. It does not find it for changed inputs.
+// TestMemory checks that Find returns a stored failure for cells with the same inputs, even if the BUILD_ID differs. If
+// any input has changed, Find must return nothing.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	cos := func(build string) files {
@@ -234,7 +239,7 @@ func TestMemory(t *testing.T) {
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "2"}, c)
 	forgotten("other settings",
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "1", Settings: "signed"}, c)
-	// If the bucket has new or other signatures, Find does not find the failure.
+	// Module signatures in the bucket are inputs too. If they are new or have changed, Find must return nothing.
 	signed := &batch.FailureStore{Facts: facts{}, Kernels: kernels, Drivers: drivers, Version: "1",
 		Signatures: func(k target.Kernel, version string) []string {
 			return []string{k.BuildID + "/" + version + ".tgz"}
@@ -261,14 +266,15 @@ func TestMemory(t *testing.T) {
 	forgotten("another runfile",
 		&batch.FailureStore{Facts: cache, Kernels: kernels,
 			Drivers: files{"sha256/NVIDIA-Linux-x86_64-5.1.run.sha256": "dd\n"}, Version: "1"}, c)
-	// A bucket without checksums gives no key for a failure.
+	// The key of a failure contains the checksums of the inputs. Without a checksum, the store neither stores nor finds a
+	// failure.
 	delete(kernels, "1.0.1/lakitu/kernel-headers.tgz.md5")
 	before := len(cache)
 	if err := m.Remember(t.Context(), c, known); err != nil || len(cache) != before {
 		t.Errorf("Remember without checksums = %v, %d facts; want none more than %d", err, len(cache), before)
 	}
 	forgotten("no checksum", m, c)
-	// A damaged entry of the cache does not count as a stored failure.
+	// Find must ignore a damaged entry of the cache.
 	for k := range cache {
 		cache[k] = []byte("{")
 	}

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fakeCOS is a fake COS release bucket: the version with the label DEFAULT for each BUILD_ID. "down" stands for a
-// bucket that does not answer.
+// fakeCOS is a fake of Google's COS release bucket. It has, for each BUILD_ID, the driver version that Google labels
+// DEFAULT. The version "down" means that the bucket does not answer.
 type fakeCOS map[string]string
 
 func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
@@ -34,8 +34,9 @@ func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverLi
 	}
 }
 
-// The labels of a wish list are set for every COS build in every bucket. Labels that the wish list no longer contains
-// are removed.
+// TestLabel checks the labels of published tarballs, such as LATEST, which are files named gpu_latest_version. Label
+// must write the labels of a wish list for every COS build in every bucket, and remove labels that the wish list no
+// longer has.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

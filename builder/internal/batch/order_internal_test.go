@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestOrder checks the order in which several workers start cells. A cell waits while a running cell is the first with
-// the same kernel or driver, if another cell can start. Each step ends a running cell, if there is one, and starts a
-// cell.
+// TestOrder checks the order in which several workers start cells. The first cell with a kernel or a driver puts
+// results into the cache. While it runs, other cells with this kernel or driver wait, if another cell can start. Each
+// step ends one running cell, if the step names one, and then starts one cell.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	p := &plan.Plan{}
@@ -40,11 +40,11 @@ func TestOrder(t *testing.T) {
 		byName[name(j)] = j
 	}
 	for i, step := range []struct{ end, begin string }{
-		{"", "1.0.1 5.1"},          // nothing is warm: the plan's order
+		{"", "1.0.1 5.1"},          // no cell has finished, so the plan's order counts
 		{"", "2.0.1 6.1"},          // a different kernel and a different driver
-		{"1.0.1 5.1", "1.0.2 5.1"}, // the same build, whose results are in the cache
-		{"1.0.2 5.1", "3.0.1 5.1"}, // neither kernel 2 nor driver 6.1: the running cell is the first with both
-		{"2.0.1 6.1", "1.0.1 6.1"}, // kernel and driver are warm
+		{"1.0.1 5.1", "1.0.2 5.1"}, // the same fingerprint and driver as 1.0.1 5.1, whose results are in the cache
+		{"1.0.2 5.1", "3.0.1 5.1"}, // kernel 2.0.1 and driver 6.1 wait: the first cell with each of them still runs
+		{"2.0.1 6.1", "1.0.1 6.1"}, // finished cells had this kernel and this driver, so their results are in the cache
 		{"3.0.1 5.1", "2.0.1 5.1"},
 		{"1.0.1 6.1", "3.0.1 6.1"}, // the early warning 1.0.2 6.1 starts last
 		{"2.0.1 5.1", "1.0.2 6.1"},
@@ -68,7 +68,8 @@ func TestOrder(t *testing.T) {
 
 var errBreak = fault.New(fault.APIBreak, "x.c:1: error: no such field", "")
 
-// A cell whose kernel arrives after the same build has failed does not start.
+// TestLateTwin has two cells with the same fingerprint and driver, which are one build. The first cell fails before the
+// second cell's kernel arrives. The second cell must then fail without an attempt.
 func TestLateTwin(t *testing.T) {
 	t.Parallel()
 	cell := func(kernel string) plan.Cell {
@@ -89,7 +90,8 @@ func TestLateTwin(t *testing.T) {
 	}
 }
 
-// A failure that depends on the COS build says nothing about the other cells of the same build.
+// TestTwinTriesItself checks which failures count for all cells with the same fingerprint and driver. A failed
+// compilation does. A failure that depends on the COS build does not, so the other cell must start.
 func TestTwinTriesItself(t *testing.T) {
 	t.Parallel()
 	phases := func(failed string) *pipeline.Result {
@@ -135,7 +137,9 @@ func TestTwinTriesItself(t *testing.T) {
 	}
 }
 
-// While one attempt ends, another worker must start neither the same cell nor another cell of the same build.
+// TestNothingIsBegunMeanwhile checks which cell another worker can start at the moment when an attempt ends. It must
+// not start the same cell again. It may start a cell with the same fingerprint and driver only if the attempt
+// succeeded.
 func TestNothingIsBegunMeanwhile(t *testing.T) {
 	t.Parallel()
 	var cells []plan.Cell
@@ -148,7 +152,7 @@ func TestNothingIsBegunMeanwhile(t *testing.T) {
 		err    error
 		state  State
 		digest string
-		twin   bool // the next cell is of the same build
+		twin   bool // whether the other cell, with the same fingerprint and driver, starts next
 	}{
 		{"made", nil, Published, "sha256:1", true},
 		{"failed", errBreak, Failed, "", false},

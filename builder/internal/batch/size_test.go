@@ -20,9 +20,9 @@ func TestSize(t *testing.T) {
 		{0, 0, 2, 8 * gib, 1, 2},
 		{0, 0, 8, 64 * gib, 2, 4},
 		{0, 0, 16, 64 * gib, 4, 4},
-		{0, 0, 16, 8 * gib, 2, 8}, // limited by memory
+		{0, 0, 16, 8 * gib, 2, 8}, // memory limits the number of cells
 		{0, 0, 16, gib, 1, 16},
-		{3, 0, 8, gib, 3, 2}, // a given number is used
+		{3, 0, 8, gib, 3, 2}, // the user's number of cells is used as it is
 		{0, 6, 16, 0, 4, 6},
 		{9, 0, 2, 0, 9, 1},
 	}
@@ -43,7 +43,7 @@ func TestAhead(t *testing.T) {
 		want            int
 	}{
 		{0, 1, 8 * gib, 1},
-		{0, 1, 6 * gib, 0}, // no room for two load tests
+		{0, 1, 6 * gib, 0}, // memory has no room for a second cell
 		{0, 1, 0, 0},       // memory is unknown
 		{1, 1, 64 * gib, 0},
 		{0, 4, 18 * gib, 1},
@@ -81,14 +81,15 @@ func TestFreeMemory(t *testing.T) {
 	want(4096 << 10)
 	write("sys/fs/cgroup/memory.max", "3000\n")
 	want(2000)
-	// The names of the lines are from cgroup-v2.rst in the kernel's documentation.
+	// The format is from Documentation/admin-guide/cgroup-v2.rst in the kernel's source.
 	stat := "anon 500\nfile 400\ninactive_anon 0\nactive_anon 500\ninactive_file 300\nactive_file 100\n"
 	write("sys/fs/cgroup/memory.stat", stat)
 	want(2300)
-	write("sys/fs/cgroup/memory.stat", "inactive_file 5000\n") // the two files were read at different moments
+	// inactive_file exceeds memory.current, because the two files were read at different moments.
+	write("sys/fs/cgroup/memory.stat", "inactive_file 5000\n")
 	want(3000)
 	write("sys/fs/cgroup/memory.stat", "anon 500\n")
-	for _, used := range []string{"3000\n", "4000\n"} { // nothing is left
+	for _, used := range []string{"3000\n", "4000\n"} { // no memory is left: 1 byte, because 0 would mean unknown
 		write("sys/fs/cgroup/memory.current", used)
 		want(1)
 	}

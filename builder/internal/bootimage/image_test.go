@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
-// TestEntry checks that the embedded code is the assembled entry.S.
+// TestEntry checks that entry.bin, which the program embeds, is what as and ld make from entry.S.
 func TestEntry(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"as", "ld"} {
@@ -29,7 +29,7 @@ func TestEntry(t *testing.T) {
 			t.Skip(tool + " is missing: apt-get install binutils")
 		}
 	}
-	inputs.Files(t, "entry.S") // only the assembler reads it
+	inputs.Files(t, "entry.S") // as reads entry.S in another process, which Go's cache of test results does not notice
 	object, flat := filepath.Join(t.TempDir(), "entry.o"), filepath.Join(t.TempDir(), "entry.bin")
 	for _, argv := range [][]string{
 		{"as", "--64", "-o", object, "entry.S"},
@@ -49,8 +49,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel makes an ELF file with the banner, and its first segment at the given address. A real x86 kernel is at
-// 0x1000000.
+// kernel links a small ELF file that stands for a vmlinux. It has the banner, and its first segment is at the given
+// address. By default an x86 kernel is linked to the physical address 0x1000000 (CONFIG_PHYSICAL_START).
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -94,7 +94,7 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
 	"UTC 2025"
 
-// TestWrite checks the kernel's segments, the entry code and the note in the image.
+// TestWrite checks that the image has the kernel's segments, the entry code, and the PVH note with the entry's address.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	vmlinux := kernel(t, banner, "0x1000000")
@@ -155,13 +155,13 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// part is a segment of a vmlinux for a test.
+// part is one segment of an ELF file that stands for a vmlinux.
 type part struct {
 	at, memory uint64
 	data       []byte
 }
 
-// linkSegments returns an ELF file for arm64 with these segments, one after the other.
+// linkSegments returns an ELF file for arm64 with the given segments in the given order.
 func linkSegments(parts ...part) []byte {
 	var out bytes.Buffer
 	put := func(v any) { _ = binary.Write(&out, binary.LittleEndian, v) }
@@ -185,7 +185,8 @@ func linkSegments(parts ...part) []byte {
 	return out.Bytes()
 }
 
-// arm64Head returns the beginning of an Image: a branch, the size of the needed memory, and the magic number.
+// arm64Head returns the beginning of an Image: a branch, the size of the memory that it needs, and the magic number.
+// The format is from Documentation/arch/arm64/booting.rst in the kernel's source.
 func arm64Head(memory uint64) []byte {
 	b := make([]byte, 0x1000)
 	copy(b, "\x01\x00\x00\x14")
@@ -194,15 +195,16 @@ func arm64Head(memory uint64) []byte {
 	return b
 }
 
-// arm64Base is an address to which arm64 kernels are linked.
+// arm64Base is one of the addresses to which arm64 kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// TestWriteFlat checks that an Image has each segment at its place, with zeros between. Memory without data in the file
-// is not part of the Image, because the kernel clears it.
+// TestWriteFlat checks the Image, the flat file that a boot loader loads as it is. Each segment must be at its place,
+// with zeros between segments. Memory without data in the ELF file, such as .bss, must not be in the Image: the kernel
+// clears this memory itself.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
-	// The segments are not in the order of memory. The last one has no data in the file.
+	// The segments are not in the order of their addresses. The last segment has no data in the file.
 	out, err := image(t, linkSegments(part{arm64Base + 0x3000, 0x400, data}, part{arm64Base, 0x1000, text},
 		part{arm64Base + 0x4000, 0x4000, nil}), target.ARM64)
 	if err != nil {
@@ -233,7 +235,8 @@ func TestWriteFlat(t *testing.T) {
 	}
 }
 
-// TestWriteFlatAsObjcopy compares the Image with the output of objcopy, which the kernel's own Makefile uses.
+// TestWriteFlatAsObjcopy compares the Image with objcopy's output for the same vmlinux. The kernel's own Makefile makes
+// its Image with objcopy.
 func TestWriteFlatAsObjcopy(t *testing.T) {
 	t.Parallel()
 	const prefix = "aarch64-linux-gnu-"
@@ -257,7 +260,7 @@ start:	wfi
 	.bss
 	.zero	70000
 `,
-		// As in arch/arm64/kernel/vmlinux.lds.S, the address in memory is the linked address.
+		// As in arch/arm64/kernel/vmlinux.lds.S, each segment's physical address is its virtual address.
 		"k.lds": `ENTRY(_text)
 SECTIONS {
 	. = 0xffff800008000000;
@@ -347,7 +350,8 @@ func headers(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// TestCheck uses a banner that a COS node printed.
+// TestCheck compares a vmlinux with kernel headers of the same kernel and of other kernels. The banner is one that a
+// COS node printed.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	facts, err := bootimage.ReadFacts(bytes.NewReader(kernel(t, banner, "0x1000000")))
@@ -407,8 +411,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestConfigInside reads the configuration inside a vmlinux. A configuration that is too large is refused, because its
-// first part alone would look like another kernel's configuration.
+// TestConfigInside reads the configuration that CONFIG_IKCONFIG puts into a vmlinux. ReadFacts must refuse a
+// configuration that is too large, because the first part alone would look like another kernel's configuration.
 func TestConfigInside(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -34,8 +34,8 @@ func edit(data []byte, index int, value uint32) []byte {
 	return out
 }
 
-// first is the index of the first word after the header. The first type is an int of four words: name, kind with number
-// of parts, size, bits. The second type begins at the index pointer.
+// first and pointer are indexes of 32-bit words in the test data. The first type begins at first, after the header. It
+// is an int of four words: name, kind with number of parts, size, bits. The second type, a pointer, begins at pointer.
 const first, pointer = 6, 10
 
 func TestCheck(t *testing.T) {
@@ -53,7 +53,7 @@ func TestCheck(t *testing.T) {
 		if err := binary.Write(&added, binary.LittleEndian, append(head, words...)); err != nil {
 			t.Fatal(err)
 		}
-		// The new type replaces the first pointer, which is as long as its head.
+		// The new type replaces the type at index pointer, which has three words, as many as the new type's head.
 		return append(out[:4*pointer:4*pointer], append(added.Bytes(), out[4*pointer+12:]...)...)
 	}
 	for _, row := range []struct {

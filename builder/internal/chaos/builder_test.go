@@ -32,7 +32,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asBuilder is the environment variable that makes this test program a builder. Its value is a [builder] as JSON.
+// asBuilder is an environment variable. If it is set, this test program runs as a builder. Its value is a [builder] in
+// JSON.
 const asBuilder = "PREBAKE_CHAOS_BUILDER"
 
 func TestMain(m *testing.M) {
@@ -46,10 +47,10 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// builder has the settings of a builder.
+// builder has the settings of one builder process.
 type builder struct {
 	ID, State, Queue, Server, Token string
-	// Events is the folder with the file of notes, to which all builders write.
+	// Events is the folder with the file "notes", to which all builders write.
 	Events string
 	// Phase is the maximum duration of one phase. A build has three phases.
 	Phase time.Duration
@@ -68,12 +69,12 @@ func runBuilder(text string) error {
 	return err
 }
 
-// note is one line of the file of notes: a builder began or ended a build.
+// note is one line of the file "notes". It says that a builder began or ended a build.
 type note struct {
 	Cell string
 	Pid  int
 	At   time.Time
-	// What is begin, end or broken. broken means that the build ended without an artifact.
+	// What is begin, end or broken; broken means that the build ended without an artifact.
 	What string
 }
 
@@ -107,7 +108,7 @@ func number(buildID string) int {
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
-// build replaces the pipeline. Each artifact has random content, so a second artifact of a cell has another digest.
+// build replaces the pipeline. Each artifact has random content, so a cell that is built twice has two digests.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID
@@ -198,7 +199,7 @@ func (b builder) publish(ctx context.Context, cell string) (digest string, err e
 	return "", fault.Wrap(fault.Transient, fmt.Errorf("push %s: %w", ref, err), "")
 }
 
-// tagOf returns a cell's tag in the server's registry. Tags of that registry never move.
+// tagOf returns a cell's tag in the server's registry. That registry never moves a tag to another artifact.
 func tagOf(server, cell string) (name.Tag, error) {
 	return name.NewTag(strings.TrimPrefix(server, "http://")+"/prebake/driver:"+cell, name.Insecure)
 }

@@ -20,19 +20,19 @@ import (
 
 // size is the configuration of a run.
 type size struct {
-	// workers is the number of builders.
+	// jobs is the number of cells. workers is the number of builders.
 	jobs, workers int
 	// phase is the maximum duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// If long is true, some builders end for good, and others stop until the farm considers them dead. After these faults
-	// the farm needs up to a minute.
+	// If long is true, some builders end for good, and others are frozen until the farm considers them dead. After these
+	// faults the farm needs up to a minute.
 	long bool
 }
 
-// shortRun is the size of the run among the other tests.
+// shortRun is the size of a run without the environment variable PREBAKE_CHAOS.
 var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
-// TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
+// TestChaos kills processes of a working farm at random, and fills their disks. At the end every cell must be published
 // once, or have failed with a reason.
 func TestChaos(t *testing.T) {
 	t.Parallel()
@@ -89,8 +89,8 @@ func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// injectFaults requests all cells, injects faults in rounds, and waits for the remaining cells. A long run has rounds
-// until at most one cell in twenty is open.
+// injectFaults requests all cells, injects faults in rounds, and waits for the remaining cells. A short run has one
+// round. A long run has rounds until at most one cell in twenty is open.
 func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -133,7 +133,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// requestCells requests every cell until the server accepts the request.
+// requestCells requests every cell. It repeats a request until the server accepts it.
 func (s *faultRun) requestCells(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
@@ -188,7 +188,7 @@ func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 		}
 		return pid != 0
 	}
-	some := func() *process { // returns a builder that is not frozen
+	some := func() *process { // returns a random builder that is not frozen
 		for {
 			if p := s.builders[rng.IntN(len(s.builders))]; p != s.cold {
 				return p
@@ -243,7 +243,7 @@ func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 		})
 	}
 	all = append(all, lose)
-	// With SQLite, a builder that is frozen while it writes would keep the file locked for all others.
+	// With SQLite no builder is frozen: a process that is frozen during a write would keep the file locked for all others.
 	if s.postgres != nil {
 		all = append(all, freeze)
 	}

@@ -21,7 +21,7 @@ import (
 
 const token = "token-of-the-chaos-run"
 
-// farm has all processes that the test can kill.
+// farm has the processes of a farm, which the test can kill.
 type farm struct {
 	dir      string
 	url      string // of the server
@@ -30,7 +30,7 @@ type farm struct {
 	server   *process
 	postgres *process // nil with SQLite
 	builders []*process
-	disks    []string // folders of small file systems; the last part of each path is the program's name, such as builder-3
+	disks    []string // folders of small file systems; the base name is the name of its program, such as builder-3
 	phase    time.Duration
 	started  int // number of builders started so far
 }
@@ -68,7 +68,8 @@ func freeAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// disk makes a folder on a small file system of its own, which the test can fill.
+// disk makes a folder on a small file system of its own, which the test can fill. Without root rights, the folder is on
+// the common file system.
 func (f *farm) disk(t *testing.T, name, size string) string {
 	t.Helper()
 	dir := filepath.Join(f.dir, name)
@@ -118,7 +119,8 @@ func (f *farm) startPostgres(t *testing.T) string {
 		t.Skip("PostgreSQL is not installed: make setup does it")
 	}
 	bin := filepath.Dir(found[len(found)-1])
-	// The path of a socket must be short, and PostgreSQL's user must have access to it.
+	// t.TempDir does not suit the socket: its path may have more than the 107 bytes that a socket's path can have, and
+	// PostgreSQL's user cannot enter the folder.
 	socket, err := os.MkdirTemp("", "prebake-chaos-")
 	if err != nil {
 		t.Fatal(err)
@@ -149,7 +151,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	if err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	// fsync can be off: a killed process loses nothing that it wrote, because the machine keeps running.
+	// fsync can be off: a killed process loses nothing that it wrote, because the kernel keeps running.
 	f.postgres = launch(t, f.dir, "postgres", func() *exec.Cmd {
 		return command("postgres", "-D", data, "-c", "listen_addresses=", "-c", "unix_socket_directories="+socket,
 			"-c", "fsync=off", "-c", "min_wal_size=2MB", "-c", "max_wal_size=32MB", "-c", "max_connections=60")
@@ -186,7 +188,7 @@ func (f *farm) drop(p *process) {
 	f.disks = slices.DeleteFunc(f.disks, func(dir string) bool { return filepath.Base(dir) == p.name })
 }
 
-// disksOf returns the disks that the test can fill, of one part of the farm.
+// disksOf returns the small file systems of one part of the farm: "server", "PostgreSQL" or "builder".
 func (f *farm) disksOf(part string) (dirs []string) {
 	for _, dir := range f.disks {
 		if name, _, _ := strings.Cut(filepath.Base(dir), "-"); name == part {

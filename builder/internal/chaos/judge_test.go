@@ -18,16 +18,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// verdict is the result of a run.
+// verdict is what the test found out about a run.
 type verdict struct {
 	jobs, published, failed int
-	// doubled cells were published more than once. lost cells are neither published nor failed with a reason. left is the
-	// number of jobs in the queue at the end.
+	// doubled has the cells that were published more than once. lost has the cells that are neither published nor failed
+	// with a reason. left is the number of jobs in the queue at the end.
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // number of failures by class
-	// interrupted is the number of running attempts that a fault hit. resume is the longest time from a fault until the
-	// cell continued or finished. slowest is the cell and fault of this time.
+	// interrupted is the number of attempts that ran in a process when a fault hit it. resume is the longest time from a
+	// fault until the cell continued or finished. slowest names the cell and the fault with this longest time.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -96,7 +96,7 @@ func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	v.published++
 }
 
-// countAnnounced returns how often each build became published, according to the server's log.
+// countAnnounced returns how many times each build became published, according to the server's log.
 func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
@@ -118,7 +118,7 @@ func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	return times
 }
 
-// findResumes finds the attempts that faults hit, and the times at which their cells continued.
+// findResumes finds the attempts that a fault hit, and the time from each fault until the cell continued or finished.
 func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
@@ -143,7 +143,7 @@ func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api
 				func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
 			_ = found // a note with the time of the fault counts as written before the fault
 			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
-				// The attempt ran in another builder, or it had ended without an artifact.
+				// The attempt ran in another process, or it had ended without an artifact before the fault.
 				continue
 			}
 			var on time.Time // when the cell continued or finished
@@ -211,7 +211,7 @@ func (v *verdict) check(t *testing.T, run size) {
 	if v.reasons[fault.APIBreak.String()] > breaks {
 		t.Errorf("%d cells failed as an API break; want at most %d", v.reasons[fault.APIBreak.String()], breaks)
 	}
-	// A short run shares the machine with other tests, so a minute is not guaranteed.
+	// A short run shares the machine with other tests, so it may take more than a minute.
 	if run.long && v.resume > time.Minute {
 		t.Errorf("a build continued %v after a fault (%s); want at most a minute", v.resume, v.slowest)
 	}

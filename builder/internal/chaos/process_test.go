@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// process is a program that is started again whenever it ends, as systemd or Kubernetes would do.
+// process is a program that starts again whenever it ends, as systemd or Kubernetes would start it.
 type process struct {
 	name string
 	make func() *exec.Cmd
@@ -104,8 +104,8 @@ func (p *process) retire() int {
 	return pid
 }
 
-// smallDisk mounts a small file system of the given size in MiB, which the test can fill. Without the right to mount,
-// the folder stays a plain folder, and full is false.
+// smallDisk mounts a tmpfs of the given size in MiB on dir, so that the test can fill it, and returns true. If the test
+// may not mount, dir stays a plain folder, and smallDisk returns false.
 func smallDisk(t *testing.T, dir, size string) (full bool) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// toyWithTests returns a request like toy's. Its driver has a conftest.sh with tests.
+// toyWithTests returns toy's request with another driver: its makefiles and its conftest.sh have the formats of
+// NVIDIA's, with a few conftest tests (see package testdriver).
 func toyWithTests(t *testing.T) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -35,7 +36,8 @@ func headers(t *testing.T, dir, release, crc string) {
 	write(t, dir, testdriver.Headers(release, crc))
 }
 
-// compileModule compiles, and returns the module's bytes and the notes of the phases.
+// compileModule compiles the driver. It returns the bytes of nvidia.ko, and how much the phases conftest and compile
+// reused, such as "6 tests, 6 remembered; 3 files, 2 reused".
 func compileModule(t *testing.T, r compile.Request) ([]byte, string) {
 	t.Helper()
 	var log bytes.Buffer
@@ -60,15 +62,15 @@ func compileModule(t *testing.T, r compile.Request) ([]byte, string) {
 	return data, strings.Join(notes, "; ")
 }
 
-// A new file of the next driver may come before the file that an object was compiled with. Then the object must not be
-// reused, although the files that it was made from are unchanged.
+// TestCacheHiddenHeader adds a file to the next release of a driver. If the compiler finds the new file before a header
+// that a stored object was made from, the cache must not return the object, although that header is unchanged.
 func TestCacheHiddenHeader(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
 		name   string
-		source string // of a file of the driver, which includes common.h of the first release
+		source string // content of nvidia/user.c, which includes the first release's common.h
 		adds   map[string]string
-		notes  string // of the second release
+		notes  string // what compileModule returns for the second release
 	}{
 		{"no new file", `#include "common.h"`, nil, "6 tests, 6 remembered; 3 files, 2 reused"},
 		{"another name", `#include "common.h"`, map[string]string{"nvidia/uncommon.h": "#define COMMON 2\n"},
@@ -113,7 +115,8 @@ func TestCacheHiddenHeader(t *testing.T) {
 	}
 }
 
-// A build with a cache makes the same module as a build without a cache, and it uses the stored results.
+// TestCache checks that a build with a cache makes the same module as a build without one, and that it uses the stored
+// results of all inputs that did not change.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -139,7 +142,7 @@ func TestCache(t *testing.T) {
 		}
 	}
 	step("empty cache", "6 tests; 2 files")
-	// Both source files include the kernel's release. Only version.c uses it, so its object is never stored.
+	// Both source files include the kernel's release. Only version.c uses the release, so only its object is never stored.
 	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
 	step("the same again", all)
 	headers(t, r.Headers, "6.1.0-56", "0x22222222")
@@ -152,7 +155,7 @@ func TestCache(t *testing.T) {
 	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "return h->size",
 		"return h->length", 1)})
 	r.SourceDigest = "third source"
-	// nv.c does not contain the macro whose question changed.
+	// The changed test decides a macro that nv.c does not contain, so the object of nv.c is reused.
 	step("driver with one other question", "6 tests, 5 remembered; 2 files, 1 reused")
 
 	write(t, r.Headers, map[string]string{"Module.symvers": "0x22222222\tb\tvmlinux\tEXPORT_SYMBOL\t\n"})
@@ -201,8 +204,8 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. Its failure must not become
-// an answer of conftest. gcc and clang print the messages in the rows.
+// TestTroubleIsNoAnswer has a compiler that is killed, crashes, or has no memory or disk space. Its failure says
+// nothing about the kernel, so it must not become an answer of conftest. gcc and clang print the messages in the rows.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -228,7 +231,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 			if remembers {
 				r.Cache = cache
 			}
-			// The compiler fails for one of the questions.
+			// The compiler fails for one of conftest's test programs.
 			gcc := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
 			if err := os.Remove(gcc); err != nil {
 				t.Fatal(err)
@@ -250,7 +253,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 	}
 }
 
-// Several builds that share one cache folder do not disturb each other.
+// TestCacheShared checks that several builds can use one cache folder at the same time. All make the same module.
 func TestCacheShared(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -281,7 +284,8 @@ func TestCacheShared(t *testing.T) {
 	}
 }
 
-// If a driver's makefiles have an unknown format, `make` itself runs conftest, and the module is the same.
+// TestOtherShapes changes a driver's makefiles or scripts to formats that the builder does not know. `make` itself must
+// then run conftest.sh, and the module must be the same.
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{

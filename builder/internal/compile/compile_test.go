@@ -18,7 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// toy returns a request that compiles in a moment. The driver's makefiles print the same lines as real ones.
+// toy returns a request for a tiny driver and kernel. The makefiles print lines of the same form as NVIDIA's and the
+// kernel's makefiles, for example for a compiled file.
 func toy(t *testing.T) compile.Request {
 	t.Helper()
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
@@ -136,7 +137,7 @@ TZ=UTC
 	}
 }
 
-// Another work folder and another number of jobs give the same bytes.
+// TestSameBytes checks that another work folder and another number of jobs do not change the bytes of the modules.
 func TestSameBytes(t *testing.T) {
 	t.Parallel()
 	r := toy(t)
@@ -235,7 +236,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// TestCancel cancels the build at the first line of output. The result must have the phases that ran.
+// TestCancel cancels the build when it reports progress for the first time. The result must have the phases that ran.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	r := toy(t)
@@ -267,8 +268,9 @@ func TestTimeLimit(t *testing.T) {
 	}
 }
 
-// Content that no fingerprint covers must not get into a module. Before Linux 6.1, NVIDIA's driver prints the number
-// and time of the kernel's build from compile.h.
+// TestHidesWhoCompiled checks that the number and time of the kernel's build do not get into a module. No fingerprint
+// covers them, so they would make modules of one fingerprint differ. Before Linux 6.1 they are in compile.h, and
+// NVIDIA's driver prints them.
 func TestHidesWhoCompiled(t *testing.T) {
 	t.Parallel()
 	var sums []string
@@ -298,7 +300,8 @@ func TestHidesWhoCompiled(t *testing.T) {
 	}
 }
 
-// If the kernel's build tools need a newer C library, the build fails before it compiles anything.
+// TestMachineTooOld checks that the build fails before it compiles anything, if the kernel's build tools (here fixdep)
+// need a newer C library than this machine has.
 func TestMachineTooOld(t *testing.T) {
 	t.Parallel()
 	r := toy(t)

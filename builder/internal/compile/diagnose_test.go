@@ -154,7 +154,8 @@ const quietMake = `make[1]: Entering directory '/prebake/kernel'
   BTF [M] /prebake/src/nvidia.ko
 make[1]: Leaving directory '/prebake/kernel'`
 
-// The watch gives the same result, however large the pieces are in which output arrives.
+// TestWatch checks that the watch finds the same phases and progress, whether make's output arrives at once or in
+// pieces.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	for _, piece := range []int{1, 7, len(quietMake)} {
@@ -199,7 +200,8 @@ type fullDisk struct{}
 
 func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no more") }
 
-// An error of the log does not stop the build's output; close returns it.
+// TestWatchLogTrouble checks a log that cannot be written. The build's output must go on, and close must return the
+// log's error.
 func TestWatchLogTrouble(t *testing.T) {
 	t.Parallel()
 	w := newWatch(fullDisk{}, func(string, int, int) {}, work{}, time.Now)

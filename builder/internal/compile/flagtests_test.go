@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// kernelMakefile tests flags as the kernel's scripts/Makefile.compiler does (Linux 6.1: TMPOUT, try-run, cc-option),
-// and prints the flags that passed.
+// kernelMakefile tests compiler flags in the way of the kernel's scripts/Makefile.compiler (TMPOUT, try-run and
+// cc-option of Linux 6.1), and prints the flags that passed.
 const kernelMakefile = `TMPOUT = $(if $(M),$(firstword $(M))/).tmp_$$$$
 try-run = $(shell set -e; TMP=$(TMPOUT)/tmp; trap "rm -rf $(TMPOUT)" EXIT; mkdir -p $(TMPOUT); if ($(1)) >/dev/null 2>&1; then echo "$(2)"; else echo "$(3)"; fi)
 cc-option = $(call try-run,$(CC) -Werror $(FLAGS) $(1) -c -x c /dev/null -o "$$TMP",$(1),-DNO)
@@ -25,7 +25,8 @@ tested := $(FLAGS)
 modules: ; @echo "TESTED $(tested)"
 `
 
-// The compiler answers the kernel's flag tests once. Later tests with equal arguments get the stored answer.
+// TestFlagTests checks that a build with a cache tests the kernel's flags in a sandbox without the driver, stores the
+// compiler's answers, and uses them in later builds. The driver must not be able to change a stored answer.
 func TestFlagTests(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -37,7 +38,7 @@ func TestFlagTests(t *testing.T) {
 	if err := os.Remove(compiler); err != nil {
 		t.Fatal(err)
 	}
-	// This compiler fails every flag test while a driver's files are in the sandbox.
+	// This compiler fails every flag test in a sandbox that has the driver's files.
 	write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in */dev/null*) [ " +
 		"! -e /prebake/src/conftest.sh ] || exit 1 ;; esac\nexec " + gcc + " \"$@\"\n"})
 	if err := os.Chmod(compiler, 0o755); err != nil {

@@ -18,8 +18,8 @@ import (
 
 const secret = "-----BEGIN PRIVATE KEY-----"
 
-// attack compiles a driver that attacks the builder, and returns the log together with the error's text. If the builder
-// hangs, the test fails.
+// attack compiles a driver that attacks the builder. It returns the log together with the error's text. If the builder
+// needs more than a minute, it hangs, and the test fails.
 func attack(t *testing.T, r compile.Request, cache *cas.Cache) (result *compile.Result, told string, err error) {
 	t.Helper()
 	var log bytes.Buffer
@@ -47,15 +47,15 @@ func newCache(t *testing.T) *cas.Cache {
 	return cache
 }
 
-// A hostile build leaves a link, a pipe or a folder in the place of an expected file. The builder must neither open a
-// file of the host nor hang.
+// TestHostileFiles compiles drivers that put a link, a pipe or a folder in the place of a file that the builder reads
+// after the sandbox. The builder must not open the host's file to which the link leads, and it must not hang.
 func TestHostileFiles(t *testing.T) {
 	t.Parallel()
 	host := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(host, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Each kind of file goes to each place. Each command takes the name of the file that it creates.
+	// The test puts each kind of file in each place. The name of the file is added to the command that makes it.
 	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir",
 		"a link to itself": "ln -s ."}
 	places := map[string]func(kbuild, script, make string) (string, string){
@@ -131,7 +131,8 @@ func TestHostileFiles(t *testing.T) {
 	}
 }
 
-// A hostile driver's conftest test cannot change the cached answers of another driver, or of another test.
+// TestHostileAnswers checks that a conftest test of a hostile driver cannot change the stored answers of another driver
+// or another test.
 func TestHostileAnswers(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -159,8 +160,8 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
-// A hostile driver's makefiles may compile other files than the driver's sources. Another driver with the same sources
-// must not get this object.
+// TestHostileObjects has a driver whose makefile compiles another file into the object of a source. Another driver with
+// the same source must not get this object from the cache.
 func TestHostileObjects(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -180,8 +181,9 @@ func TestHostileObjects(t *testing.T) {
 	}
 }
 
-// TestHiddenFileInObject puts a header that a view hides (see view.go) into an object. The cache must not keep the
-// object.
+// TestHiddenFileInObject has a source that puts utsrelease.h into its object. Stored objects do not depend on this
+// header, because it differs between sibling kernels (see view.go). So the cache must not return this object for a
+// sibling kernel.
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)
@@ -200,7 +202,8 @@ func TestHiddenFileInObject(t *testing.T) {
 	}
 }
 
-// The driver's sanity checks run before its questions, so an unsupported kernel fails at once.
+// TestChecksFirst checks that the driver's sanity checks run before its conftest tests, so a build for an unsupported
+// kernel fails at once.
 func TestChecksFirst(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)

@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// fakeClang is a script in place of clang. It logs its arguments and writes an object and a dependency list in clang's
-// order. A file that contains "bad" does not compile. A source that contains "late" compiles only without a precompiled
-// header.
+// fakeClang is a script that stands for clang. It logs its arguments, and writes an object and a dependency list in
+// clang's order. A file that contains "bad" does not compile. A source that contains "late" compiles only without a
+// precompiled header.
 const fakeClang = `#!/bin/sh
 echo "$*" >>@LOG@
 for arg; do
@@ -40,8 +40,8 @@ fi
 echo "object of $last" >"$out"
 `
 
-// setUp writes sources, precompiled headers and the wrapper script. The returned compile calls the compiler as kbuild
-// does.
+// setUp writes sources, the text of precompiled headers, and the builder's wrapper script around the compiler. compile
+// runs the wrapper as kbuild would.
 func setUp(t *testing.T, preamble, source string) (compile func(name string, more ...string) (said string, err error),
 	calls func() []string, dir string) {
 	t.Helper()
@@ -143,7 +143,7 @@ func TestPreambleScript(t *testing.T) {
 	}
 }
 
-// If the sources cannot be read, they are compiled without precompiled headers.
+// TestPreamblesLeftOut has a source file that is too large to read. The build must go on without precompiled headers.
 func TestPreamblesLeftOut(t *testing.T) {
 	t.Parallel()
 	var log strings.Builder
@@ -168,7 +168,8 @@ func TestPreamblesLeftOut(t *testing.T) {
 	}
 }
 
-// The dependency list must have the order of a plain compilation, because modpost's checksums depend on it.
+// TestPreambleDependencies checks the dependency list of a source that is compiled with a precompiled header. It must
+// have the order of a plain compilation, because modpost's checksums of sources depend on this order.
 func TestPreambleDependencies(t *testing.T) {
 	t.Parallel()
 	compile, _, dir := setUp(t, "", "int a;")

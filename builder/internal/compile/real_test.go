@@ -24,19 +24,20 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// onceMore is in the description of a build whose results are all in the cache already.
+// onceMore ends the name of a build for which the cache already has all results.
 const onceMore = " once more"
 
 // TestRealSameBytes compares modules of a real driver for a real kernel. Three builds must give the same bytes: a plain
-// build with debug information, a build with an empty cache, and a build with a filled cache. A plain build reuses and
-// precompiles nothing.
+// build with debug information, a build with an empty cache, and a build with a filled cache. A plain build has no
+// cache and no precompiled headers.
 //
 // PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one cache, and compares
-// each with a plain build. A cell after a "=" is compared with the previous cell instead.
+// each with a plain build of the cell. If a cell begins with "=", the test compares it with the plain build of the last
+// cell that has no "=".
 //
-// PREBAKE_REFERENCES is a cache folder with the results of plain builds, for the same inputs, tools and code of this
-// package. PREBAKE_FILLED is a cache folder that contains the cells already, in place of an empty one. With it, another
-// test must show that an empty cache gives the same bytes, as TestReproduce of deploy/e2e does.
+// PREBAKE_REFERENCES is a cache folder for the results of plain builds, so that a later run with the same inputs, tools
+// and code of this package uses them again. PREBAKE_FILLED is a cache folder that contains the cells already, in place
+// of an empty one. A run with it does not test the empty cache; TestReproduce of deploy/e2e does.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
@@ -117,8 +118,8 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-// fillObjects compiles a cell if the cache has its modules but not its objects. That is so if an earlier version of
-// this package, with other keys of objects, filled the cache.
+// fillObjects compiles a cell once before the test compares anything, so that the cache has the cell's objects. They
+// can be missing: an earlier version of this package, with other keys of objects, may have filled the cache.
 func fillObjects(t *testing.T, r compile.Request, cell string) {
 	t.Helper()
 	r.WorkDir, r.Log = t.TempDir(), io.Discard
@@ -133,8 +134,8 @@ func fillObjects(t *testing.T, r compile.Request, cell string) {
 	}
 }
 
-// byMakeAlone returns the result of compileReal for a plain build: without a cache of this package, and with debug
-// information. The given cache keeps the result.
+// byMakeAlone returns the result of compileReal for a plain build with debug information. references is a cache folder
+// that keeps the result for later runs.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()
@@ -183,7 +184,8 @@ func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell st
 	return modules, answers
 }
 
-// compileReal compiles the driver and returns its modules and conftest's answers.
+// compileReal compiles the driver and returns its modules and conftest's answers. Without r.Cache, the build is a plain
+// one.
 func compileReal(t *testing.T, r compile.Request, what string) (modules, answers map[string]string) {
 	t.Helper()
 	var log bytes.Buffer
@@ -200,7 +202,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 			t.Log(strings.TrimSpace(line))
 		}
 	}
-	// No other check notices that `make` runs conftest itself: the modules are the same.
+	// `make` makes the same modules if it runs conftest itself. So only the log shows that the builder gave up.
 	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest.sh itself") {
 		t.Errorf("%s: make has to run conftest.sh itself", what)
 	}
@@ -214,8 +216,8 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 	return result.Modules, readAnswers(t, filepath.Join(r.WorkDir, "src/conftest"))
 }
 
-// readAnswers reads the headers with conftest's answers. It sorts the lines, because `make` runs the tests in no fixed
-// order.
+// readAnswers reads the headers with conftest's answers. It sorts the lines of each header, because `make` runs the
+// tests in no fixed order.
 func readAnswers(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(dir, "*.h"))
@@ -240,7 +242,8 @@ func readAnswers(t *testing.T, dir string) map[string]string {
 	return answers
 }
 
-// checkReuse checks that a repeated build compiles only the few sources that contain the kernel's release.
+// checkReuse checks a build that repeats an earlier one. It may run at most 10 conftest tests again, and compile at
+// most 3 sources: those that contain the kernel's release.
 func checkReuse(t *testing.T, what string, result *compile.Result) {
 	t.Helper()
 	for _, p := range result.Phases {
@@ -258,8 +261,8 @@ func checkReuse(t *testing.T, what string, result *compile.Result) {
 	}
 }
 
-// checkPreambles fails the test if a precompiled header could not be made. No other check notices this: the modules are
-// the same.
+// checkPreambles fails the test if a precompiled header could not be made. Without the header the modules are the same,
+// so no other check notices its absence.
 func checkPreambles(t *testing.T, work string) {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(work, "preambles", "*.h"))

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// addTests gives the driver six tests that begin with the same header, in the formats that NVIDIA's conftest.sh uses. A
-// seventh test gives the compiler another flag.
+// addTests adds seven conftest tests to the driver, in the formats of NVIDIA's conftest.sh. Their programs begin with
+// the same header. The seventh test also gives the compiler another flag.
 func addTests(t *testing.T, r compile.Request, header string) {
 	t.Helper()
 	const preamble = `
@@ -55,7 +55,8 @@ compile_check_conftest() {
 	write(t, r.Headers, map[string]string{"include/linux/here.h": header})
 }
 
-// functionAnswers compiles the driver and returns conftest's answers about functions.
+// functionAnswers compiles the driver and returns conftest's answers about functions, which `make` writes into
+// functions.h.
 func functionAnswers(t *testing.T, r compile.Request) string {
 	t.Helper()
 	cache, err := cas.Open(t.TempDir())
@@ -93,8 +94,8 @@ func replaceCompiler(t *testing.T, r compile.Request, script string) {
 	program.Write(t, path, []byte("#!/bin/sh\n"+strings.ReplaceAll(script, "@GCC@", to)+"exec "+to+" \"$@\"\n"))
 }
 
-// Conftest programs that begin with the same headers share a precompiled header, unless the compiler gets other flags.
-// Without a precompiled header the answers are the same.
+// TestBeginnings checks that conftest programs that begin with the same headers share one precompiled header, unless a
+// program gives the compiler other flags. The answers must be the same without a precompiled header.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"
@@ -105,8 +106,8 @@ func TestBeginnings(t *testing.T) {
 		want   []string
 		header string
 	}{
-		// This compiler refuses a program with the header unless it uses the precompiled header. So the answers show which
-		// programs used it.
+		// This compiler refuses a program that includes linux/here.h but does not use the precompiled header. So the answers
+		// show which programs used the precompiled header.
 		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
 `, append(yes, "#undef NV_other_flags"), guarded},
 		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac
@@ -118,7 +119,7 @@ func TestBeginnings(t *testing.T) {
 		"a compiler that crashes over them": {`case "$*" in *c-header*) kill -SEGV $$ ;; esac
 `, append(yes, "#define NV_other_flags"), guarded},
 		"as it is": {"", append(yes, "#define NV_other_flags"), guarded},
-		// This header fails when a program includes it twice, so no program can use it precompiled.
+		// This header cannot be included twice. So no program can use it in precompiled form.
 		"a header without a guard": {"", append(yes, "#define NV_other_flags"), "struct here { int size; };\n"},
 	} {
 		t.Run(name, func(t *testing.T) {

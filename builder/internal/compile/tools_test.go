@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kit writes a kernel's .config and a toolchain of empty programs.
+// kit returns a request with the given .config of a kernel, and a toolchain whose programs are empty files.
 func kit(t *testing.T, config string, programs ...string) Request {
 	t.Helper()
 	dir := t.TempDir()
@@ -188,8 +188,8 @@ func TestFindToolsRefuses(t *testing.T) {
 	}
 }
 
-// TestFlags checks that the flags for clang turn an error back into a warning, unless a flag is -Werror with the name
-// of the warning.
+// TestFlags checks that KCFLAGS switches -Werror off for clang, and that it does not do so for gcc. clangFlags says
+// why.
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -15,10 +15,12 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// kernelTypes are the types of the toy kernel. A module that uses int has to refer to the kernel's type.
+// kernelTypes are the types in the BTF of the toy kernel. A module that uses int must refer to the kernel's int and not
+// define its own.
 var kernelTypes = []string{"int", "task_struct"}
 
-// typedToy is toy with a kernel that accepts BTF in modules.
+// typedToy returns toy's request with the kernel's BTF in Request.BTF, and with the given lines in the kernel's
+// .config.
 func typedToy(t *testing.T, config string) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -47,7 +49,8 @@ func typedToy(t *testing.T, config string) compile.Request {
 
 const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
 
-// The BTF of a module extends the kernel's BTF, and is the same each time. If Request.BTF is "", a module gets no BTF.
+// TestTypes checks that the BTF of a module refers to the kernel's types and has only the module's own types. A second
+// build, with debug information, must give the same bytes. If Request.BTF is "", a module gets no BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	var first []byte
@@ -157,7 +160,7 @@ func TestTypesRefused(t *testing.T) {
 	}
 }
 
-// If a program is killed, the kind of the error is fault.OutOfMemory.
+// TestTypesOutOfMemory checks that the error has the kind fault.OutOfMemory if a program of the BTF step is killed.
 func TestTypesOutOfMemory(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)
@@ -168,7 +171,8 @@ func TestTypesOutOfMemory(t *testing.T) {
 	}
 }
 
-// Since Linux 6.9 the kernel's makefiles contain pahole's flags.
+// TestTypesFlagsOfMakefiles has a kernel like those since Linux 6.9, whose scripts/Makefile.btf contains pahole's
+// flags. Older kernels have scripts/pahole-flags.sh instead.
 func TestTypesFlagsOfMakefiles(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)

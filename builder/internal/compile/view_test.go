@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// A view's digest covers everything except the differences between sibling kernels.
+// TestView checks the digest of a view, which is the header tree without what differs between sibling kernels. A change
+// of anything else in the tree must change the digest.
 func TestView(t *testing.T) {
 	t.Parallel()
 	files := map[string]string{
@@ -94,7 +95,8 @@ func TestView(t *testing.T) {
 	}
 }
 
-// The stripped and the unstripped module get the same build id, with and without debug sections.
+// TestBuildID checks that setBuildID gives the stripped and the unstripped module the same build id. The stripped
+// module must have the same bytes, however much debug information the compiler made.
 func TestBuildID(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -242,7 +244,8 @@ func FuzzParseCommand(f *testing.F) {
 	})
 }
 
-// If every object comes from the cache, the compile phase is still in the list of phases.
+// TestWatchReuse checks that the list of phases has the compile phase even if every object comes from the cache, so
+// that `make` prints no line about it.
 func TestWatchReuse(t *testing.T) {
 	t.Parallel()
 	var calls []string

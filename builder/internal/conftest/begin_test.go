@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/conftest"
 )
 
-// TestBeginnings uses tests as they occur in conftest.sh of NVIDIA's releases 515 to 595.
+// TestBeginnings checks the headers with which a test's program begins. The rows have the formats of conftest.sh in
+// NVIDIA's releases 515 to 595.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const frame = "#!/bin/sh\ncompile_check_conftest() {\n}\n\ncompile_test() {\n    case \"$1\" in\n@\n        *)\n    " +

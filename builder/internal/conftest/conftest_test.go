@@ -103,8 +103,9 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// TestPlanRules runs `make` with the rules. It must run the sanity checks, write the plan, and stop before the first
-// question. The makefile is a short version of NVIDIA's Kbuild files; deploy/e2e tests NVIDIA's own.
+// TestPlanRules runs `make` with makefile rules that print which tests a driver's makefile wants. `make` must run the
+// sanity checks, write this plan, and stop before the first test. The makefile here is a short version of NVIDIA's
+// Kbuild files; deploy/e2e tests NVIDIA's own.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("make"); err != nil {
@@ -147,7 +148,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-		// If `make` runs this test, the environment has variables that the test's own `make` must not see.
+		// If `make` started this test, the environment has variables for nested makes. The `make` below must not see them.
 		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
 		out, err := cmd.Output()
@@ -164,7 +165,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 			t.Errorf("%s: plan differs (-want +got):\n%s", name, diff)
 		}
 	}
-	// If a sanity check fails, `make` must end before it writes a plan.
+	// If a sanity check fails, `make` must stop before it writes a plan.
 	file := filepath.Join(t.TempDir(), "plan")
 	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
 	cmd.Stdin = strings.NewReader(strings.Replace(text, "@echo checked $@", "@exit 1", 1) + conftest.PlanRules(file))
@@ -214,7 +215,8 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// TestQuestion checks that a script with one test answers it as the whole script does, and answers no other test.
+// TestQuestion checks a script from which all tests but one are cut. It must answer this test as the whole script does.
+// It must not answer any other test.
 func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
@@ -287,7 +289,7 @@ func TestScriptShapes(t *testing.T) {
 		}
 		got, err := conftest.ParseScript([]byte(text))
 		if row.name == "a stanza that does not end" {
-			// The stanza of the test "one" then contains the stanza symbol_*, and its key covers both.
+			// This is no error: the stanza of test "one" then contains the stanza of symbol_*, and the key of "one" covers both.
 			if err != nil || got.Knows("symbol_x") {
 				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
 			}
@@ -299,7 +301,7 @@ func TestScriptShapes(t *testing.T) {
 	}
 }
 
-// TestKeys checks that the keys cover everything that decides an answer, and nothing else.
+// TestKeys checks that the keys of stored answers cover everything that decides an answer, and nothing else.
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	const headers = "#define NV_ASM_PAGE_H_PRESENT\n#undef NV_LINUX_B_H_PRESENT\n"
@@ -367,8 +369,9 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestKeyOfLinesInText compares two tests with the same line. For the first test the line is in headers.h. For the
-// second it is in the test's own text, where it is a comment of the shell. The keys must differ.
+// TestKeyOfLinesInText checks that a test cannot forge the key of another test. The first test sees a line in
+// headers.h. The second has the same line in its own text, where the shell ignores it as a comment. The two keys must
+// differ.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
@@ -394,7 +397,7 @@ func TestKeyOfLinesInText(t *testing.T) {
 	}
 }
 
-// TestFiles checks that Files returns what `make`'s rules would write.
+// TestFiles checks that Files returns the files that the rules of NVIDIA's makefile would write.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)

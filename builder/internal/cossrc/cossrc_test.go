@@ -115,7 +115,7 @@ func release(t testing.TB, headers, toolchain map[string]string, when time.Time,
 
 var day = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-// writeObjects writes the objects of a COS build, each with its .md5, into the bucket in folder dir.
+// writeObjects writes the objects of a COS build, and the MD5 checksum of each, into dir. dir stands for a bucket.
 func writeObjects(t testing.TB, dir, build string, objects map[string][]byte) {
 	t.Helper()
 	at := filepath.Join(dir, build, "lakitu")
@@ -137,7 +137,7 @@ type bench struct {
 	said   []string
 }
 
-// openEmpty opens a bucket and an empty cache, both until the test ends.
+// openEmpty opens a bucket and a new cache. The test's end closes both.
 func openEmpty(t testing.TB, bucketURL string) (*cosbucket.Bucket, *cas.Cache) {
 	t.Helper()
 	bucket, err := cosbucket.Open(t.Context(), bucketURL)
@@ -236,7 +236,8 @@ func TestFetch(t *testing.T) {
 	}
 }
 
-// TestFingerprint changes one input of a COS build at a time and compares the fingerprints.
+// TestFingerprint changes one input of a COS build at a time. Some inputs must change the fingerprint, and others must
+// not.
 func TestFingerprint(t *testing.T) {
 	t.Parallel()
 	set := func(name, body string) func(h, tc map[string]string, o map[string][]byte) {
@@ -296,7 +297,7 @@ func TestFingerprint(t *testing.T) {
 		}
 		objects := release(t, h, tc, r.when, r.uid)
 		for name, data := range changed {
-			if data == nil { // same content, compressed in another way
+			if data == nil { // same content, compressed with xz and not with gzip
 				data = txz(t, tarOf(t, h, r.when, r.uid))
 			}
 			objects[name] = data
@@ -315,7 +316,7 @@ func TestFingerprint(t *testing.T) {
 				in.Fingerprint == base, r.same)
 		}
 	}
-	// Nodes find published artifacts by this value. If it changes, they find none of the existing artifacts.
+	// Nodes search for published artifacts by the fingerprint. If it changes, no node finds an existing artifact.
 	if want :=
 		target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
 		t.Errorf("fingerprint = %s; want %s", base, want)
@@ -432,7 +433,7 @@ func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	for _, m := range first.Materials {
 		file, ok := b.cache.Blob(m.Digest)
 		if !ok {
-			continue // the cache does not keep small objects
+			continue // the cache keeps no small objects
 		}
 		if err := errors.Join(os.Chmod(file, 0o644), os.WriteFile(file, []byte("rot"), 0o644)); err != nil {
 			t.Fatal(err)

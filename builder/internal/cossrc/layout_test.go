@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// put writes objects below a root folder, each with its .md5. The names begin with the bucket's name.
+// put writes objects below root, and the MD5 checksum of each. The first part of an object's name is its bucket.
 func put(t testing.TB, root string, objects map[string][]byte) {
 	t.Helper()
 	for name, data := range objects {
@@ -31,7 +31,7 @@ func put(t testing.TB, root string, objects map[string][]byte) {
 			t.Fatal(err)
 		}
 		if _, own := objects[name+".md5"]; own || strings.HasSuffix(name, ".md5") {
-			continue // the test has its own checksum
+			continue // objects has a checksum for this object
 		}
 		if err := os.WriteFile(file+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)), 0o644); err != nil {
 			t.Fatal(err)
@@ -39,10 +39,10 @@ func put(t testing.TB, root string, objects map[string][]byte) {
 	}
 }
 
-// sdk is the toolchain's path in the rows below.
+// sdk is the object with the toolchain, in Google's bucket chromiumos-sdk.
 const sdk = "2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz"
 
-// layouts returns the same COS build in each layout that a bucket may have.
+// layouts returns the same COS build in each layout that Google's bucket has or had.
 func layouts(t testing.TB) []layout {
 	headers, toolchain, env, commit := "kernel-headers.tgz", "toolchain.tar.xz", "toolchain_env", "kernel_commit"
 	r := release(t, headerFiles(), toolchainFiles(), day, 0)
@@ -140,8 +140,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// TestEmulatorLayouts reads the layouts through Google's API. The emulator's buckets have no checksum files, so Fetch
-// uses the checksums in the metadata.
+// TestEmulatorLayouts reads each layout through Google's API, from an emulator. Its buckets have no checksum files, so
+// Fetch must use the checksums in the objects' metadata.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -191,7 +191,8 @@ func TestInfo(t *testing.T) {
 	}
 }
 
-// TestMissingObjects checks that an error about a missing object has its name, all places that were tried, and a hint.
+// TestMissingObjects checks the error about a missing object. It must have the object's name, each place where Fetch
+// looked, and a hint.
 func TestMissingObjects(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -238,7 +239,8 @@ func TestMissingObjects(t *testing.T) {
 	}
 }
 
-// TestPointersThatLie checks pointers to forbidden places, and pointers to objects that are no toolchain.
+// TestPointersThatLie checks a COS build with a pointer, a small file that names the toolchain's bucket and path. Fetch
+// must refuse a pointer to a forbidden place, and a pointer to an object that is damaged or no toolchain.
 func TestPointersThatLie(t *testing.T) {
 	t.Parallel()
 	rows := map[string]fault.Kind{

@@ -66,7 +66,7 @@ func TestMirror(t *testing.T) {
 	}
 }
 
-// TestEmulatorMirror checks that a COS build read through Google's API equals the one read from the folder.
+// TestEmulatorMirror checks that a COS build is the same, whether Fetch reads it from a folder or through Google's API.
 func TestEmulatorMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {

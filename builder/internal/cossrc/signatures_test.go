@@ -19,7 +19,8 @@ const (
 	oldArchive    = "extensions/gpu/" + signedVersion + ".signature.tar.gz"
 )
 
-// TestSignatures checks the new and the old names of Google's signatures and modules, in both layouts.
+// TestSignatures checks the names, new and old, that Google gave to module signatures and signed drivers, in both
+// layouts of the bucket.
 func TestSignatures(t *testing.T) {
 	t.Parallel()
 	const build, legacy = "17800.0.9/lakitu/", "17800.0.9/"
@@ -28,10 +29,10 @@ func TestSignatures(t *testing.T) {
 		name    string
 		board   string
 		objects map[string][]byte
-		archive string // expected archive; "" means none
+		archive string // content of the archive that must be found; "" means none
 		root    string
 		driver  string
-		kind    fault.Kind // error of both calls; 0 means none
+		kind    fault.Kind // kind of the error that both calls must return; 0 means none
 	}{
 		{name: "nothing", board: "lakitu"},
 		{name: "this layout", board: "lakitu", archive: "new", root: "root", driver: "tgz", objects: map[string][]byte{

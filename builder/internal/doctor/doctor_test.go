@@ -23,7 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// envBare makes this test program run the checks and print the report. TestBareMachine sets it.
+// envBare is an environment variable. If it is set, this test program runs the checks of doctor and prints the report.
+// TestBareMachine sets it.
 const envBare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
@@ -75,7 +76,8 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// TestFindings checks that each lacking thing gives a finding with the missing package or a remedy.
+// TestFindings checks that doctor reports each thing that a machine lacks, with the package to install or another
+// remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
 	lacking := func(names ...string) func(string) bool {
@@ -99,7 +101,7 @@ func TestFindings(t *testing.T) {
 		text    string
 		next    string
 		install string
-		err     fault.Kind // 0 is none
+		err     fault.Kind // 0 means no error
 	}{
 		{"no bubblewrap", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("bwrap") }, "sandbox", doctor.Fail,
 			"bubblewrap is missing", "apt-get install bubblewrap", "apt-get install bubblewrap", fault.Usage},
@@ -208,7 +210,8 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// TestNothingOutside checks that only configured mirrors, destinations and keys are tried.
+// TestNothingOutside checks that doctor tries only the mirrors, destinations and keys that its Config names. This
+// Config names none.
 func TestNothingOutside(t *testing.T) {
 	t.Parallel()
 	m := healthyMachine()
@@ -219,7 +222,7 @@ func TestNothingOutside(t *testing.T) {
 	}
 }
 
-// TestBareMachine runs the checks in a root file system with almost nothing but this test program.
+// TestBareMachine runs doctor's checks in a sandbox that has hardly any file except this test program.
 func TestBareMachine(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -231,7 +234,7 @@ func TestBareMachine(t *testing.T) {
 	}
 	args := []string{"--unshare-all", "--die-with-parent", "--tmpfs", "/", "--ro-bind", self, "/doctor.test",
 		"--proc", "/proc", "--dir", "/tmp", "--dir", "/usr/bin", "--ro-bind", "/usr/bin/sed", "/usr/bin/sed"}
-	libraries, err := vm.GlibcFiles(self) // none, unless the race detector is on
+	libraries, err := vm.GlibcFiles(self) // a program with the race detector needs these; otherwise the list is empty
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +272,7 @@ func TestBareMachine(t *testing.T) {
 	}
 }
 
-// TestRealPrograms compares the findings of [doctor.Real] with the files of this machine.
+// TestRealPrograms checks that [doctor.Real] finds the programs and libraries that this machine has, and no others.
 func TestRealPrograms(t *testing.T) {
 	t.Parallel()
 	m := doctor.Real(licence.Rule{}, nil)

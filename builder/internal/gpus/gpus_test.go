@@ -30,7 +30,8 @@ func release(t *testing.T, text string) string {
 	return dir
 }
 
-// TestStatement makes a statement from a release's list, and reads the list from the statement as a node does.
+// TestStatement makes the signed statement about GPUs from a release's list. Then it reads the list back from the
+// statement, as a node does.
 func TestStatement(t *testing.T) {
 	t.Parallel()
 	list, err := gpus.Read(release(t,

@@ -24,13 +24,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bucket has objects in memory. Get first returns the object's entries in bodies, one at each call, and then its data.
+// bucket is a fake bucket in memory. If bodies has entries for an object, the first calls of Get return these, one per
+// call. Later calls return the object's data.
 type bucket struct {
 	bodies map[string][]io.Reader
 	data   map[string]string
 	md5    map[string]string // returned as attributes
 	crc32c string            // returned as an attribute
-	mirror string            // returned as the place from which objects came
+	mirror string            // returned as the URL of the mirror that had the object
 	size   int64             // returned for every object; 0 means the true size
 	gets   int
 }
@@ -161,7 +162,7 @@ func TestBlobFollowsItsChecksum(t *testing.T) {
 	if _, err := get("o"); err != nil {
 		t.Fatal(err)
 	}
-	// The content is known already, although this object has another name in the bucket.
+	// The cache has this content already, so Get must not download it under its other name.
 	if m, err := get("p"); err != nil || b.gets != 1 || m.Name != "p" {
 		t.Errorf("same sum, other name: %+v, %v, %d downloads; want p and 1", m, err, b.gets)
 	}
@@ -228,7 +229,8 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 	}
 }
 
-// TestMaterialNamesTheMirror checks that the material has the URL of the mirror that had the object or its checksum.
+// TestMaterialNamesTheMirror checks that the material has the URL of the mirror from which the object, or its checksum,
+// came.
 func TestMaterialNamesTheMirror(t *testing.T) {
 	t.Parallel()
 	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"},

@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// lookupOf returns a function for Rule.Addresses that returns these addresses for every host. The real hosts of the
-// tests all have loopback addresses.
+// lookupOf returns a function for Rule.Addresses that returns the given addresses for every host. A real look-up would
+// return loopback addresses, because all hosts of these tests are this machine.
 func lookupOf(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
 	return func(context.Context, string) ([]netip.Addr, error) {
 		var all []netip.Addr
@@ -36,7 +36,7 @@ func lookupOf(addresses ...string) func(context.Context, string) ([]netip.Addr, 
 }
 
 const (
-	internet = "203.0.113.9" // RFC 5737
+	internet = "203.0.113.9" // an example address of RFC 5737
 	cluster  = "10.96.0.7"
 )
 
@@ -62,8 +62,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// startRegistry starts a registry of the library go-containerregistry behind a gate. The gate returns the HTTP status
-// of the answer, or 0 to let the registry answer.
+// startRegistry starts a registry of the library go-containerregistry. gate sees each request first. It returns 0 to
+// let the registry answer, or the HTTP status to answer with.
 func startRegistry(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -86,7 +86,8 @@ func password(r *http.Request) int {
 	return http.StatusUnauthorized
 }
 
-// TestRegistries uses Debian's registry and the registry of the library go-containerregistry.
+// TestRegistries checks which destinations Check allows, with two registries: Debian's docker-registry, and the
+// registry of the library go-containerregistry.
 func TestRegistries(t *testing.T) {
 	t.Parallel()
 	login := registry.Options{Username: distribution.User, Password: distribution.Password}
@@ -100,7 +101,7 @@ func TestRegistries(t *testing.T) {
 			name   string
 			repo   *registry.Repository
 			rule   licence.Rule
-			refuse string // "" for none
+			refuse string // "" means no error
 			hint   string
 		}{
 			{"on this machine", free, licence.Rule{}, "", ""},
@@ -167,8 +168,8 @@ func TestWhatTheOperatorSays(t *testing.T) {
 	}
 }
 
-// TestWhatTheServerSays uses a Prebake server that everybody can read over the internet. The server counts as private
-// only if its header calls it private.
+// TestWhatTheServerSays has a Prebake server that everybody on the internet can read. The server counts as private only
+// if its audience header says so.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,
@@ -189,8 +190,8 @@ func TestWhatTheServerSays(t *testing.T) {
 	}
 }
 
-// TestPublishedForEverybody uses a registry that hides its tags from a client without credentials, but not an artifact
-// whose name the client knows.
+// TestPublishedForEverybody has a registry that hides its list of tags from clients without credentials, but serves an
+// artifact to any client that knows its name. After the push, Published must refuse this registry.
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
@@ -224,7 +225,8 @@ func TestPublishedForEverybody(t *testing.T) {
 	}
 }
 
-// TestNoAnswer checks that a registry that cannot be examined is an error and does not count as private.
+// TestNoAnswer checks that Check returns an error if it cannot examine the registry. Such a registry must not count as
+// private.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	ref := startRegistry(t, func(*http.Request) int { return http.StatusMethodNotAllowed })
@@ -256,7 +258,7 @@ func TestFolders(t *testing.T) {
 	}
 }
 
-// TestBuckets uses an emulator that allows everybody everything, so its bucket is public.
+// TestBuckets uses an emulator of Google's storage, which grants all rights to everybody. So its bucket is public.
 func TestBuckets(t *testing.T) {
 	s := gcs.Start(t)
 	s.Use(t)

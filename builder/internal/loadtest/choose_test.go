@@ -95,7 +95,7 @@ func TestKernelModules(t *testing.T) {
 	}
 }
 
-// TestPlanWantsNVML checks that a runfile without NVML is refused: a node asks NVML whether the driver works.
+// TestPlanWantsNVML checks that a runfile without NVML is refused, because a node asks NVML whether the driver works.
 func TestPlanWantsNVML(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()

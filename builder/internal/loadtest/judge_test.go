@@ -14,7 +14,7 @@ import (
 
 const version, release, stamp = "535.261.03", "6.1.0-50-cloud-amd64", "sha256:11"
 
-// These logs are shortened copies of the logs of real machines.
+// These are shortened kernel logs of real machines.
 const (
 	logLoaded = `[    5.264406] nvidia-nvlink: Nvlink Core is being initialized, major device number 244
 [    5.308864] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  535.261.03  Sat Jun 14 16:05:50 UTC 2025
@@ -54,7 +54,7 @@ func testPlan() *plan {
 	return p
 }
 
-// goodRun returns a result in which every step of the plan succeeded, except the load of nvidia-peermem.
+// goodRun returns a result in which every step of the plan succeeded, except the load and unload of nvidia-peermem.
 func goodRun(p *plan) *vm.Result {
 	res := &vm.Result{KernelLog: logLoaded}
 	for _, s := range p.steps {
@@ -63,7 +63,7 @@ func goodRun(p *plan) *vm.Result {
 		case stepBefore:
 			r.Stdout = []byte(release + "\n4096\n")
 		case stepAfter:
-			r.Stdout = []byte("12289\n") // the flags P, O and E, which every NVIDIA module sets
+			r.Stdout = []byte("12289\n") // the kernel's taint flags P, O and E, which every NVIDIA module sets
 		case stepLoad + "nvidia":
 			r.KernelLog = logLoaded
 		case stepLoad + peermem:
@@ -86,8 +86,8 @@ func goodRun(p *plan) *vm.Result {
 
 func TestJudge(t *testing.T) {
 	t.Parallel()
-	// change returns a function that changes one step of a good run. If the step now fails, later steps are removed,
-	// because the machine would not run them.
+	// change returns a function that changes the result of one step of a good run. If the changed step fails, the function
+	// also removes the results of later steps, because the machine would not run these.
 	change := func(step string, f func(*vm.StepResult)) func(*vm.Result) {
 		return func(res *vm.Result) {
 			i := slices.IndexFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == step })
@@ -108,7 +108,7 @@ func TestJudge(t *testing.T) {
 		change func(*vm.Result)
 		state  string
 		loaded int
-		reason []string // each must be in the reason; an empty list means no reason
+		reason []string // each text must be in the reason; an empty list means no reason
 	}{
 		{"good", func(*vm.Result) {}, Loaded, 3, nil},
 		{"no GPU", change("load nvidia", fails(19, logNoGPU)), NoDevice, 1, []string{"NVRM: No NVIDIA GPU found."}},
@@ -222,7 +222,7 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 	}
 }
 
-// TestVerdictJSON checks that the JSON names do not change, because verdicts are stored and signed.
+// TestVerdictJSON checks that the JSON names stay as they are, because verdicts are stored and signed.
 func TestVerdictJSON(t *testing.T) {
 	t.Parallel()
 	v := Verdict{State: Rejected, Reason: "r", Release: "6.1", Machine: "m", EmulatedGPU: true, NVMLVersion: "1",
@@ -256,7 +256,7 @@ func TestIdleDRM(t *testing.T) {
 	}
 }
 
-// TestNotAsked checks that the verdict says why NVML was not asked if the probe is missing.
+// TestNotAsked has a builder without the program that asks NVML. The verdict must say why nobody asked NVML.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
 	p := &plan{version: version, release: release, modules: []string{"nvidia"},

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// liveConfig returns a Config with a real kernel and a driver for it, or skips the test. PREBAKE_BOOT is a boot folder.
-// PREBAKE_DRIVER is a folder with drivers/*.ko, lib64/ and possibly firmware/.
+// liveConfig returns a Config with a real kernel and a driver for this kernel, or skips the test. PREBAKE_BOOT is a
+// boot folder. PREBAKE_DRIVER is a folder with drivers/*.ko, lib64/ and possibly firmware/.
 func liveConfig(t *testing.T) Config {
 	t.Helper()
 	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
@@ -44,7 +44,7 @@ func liveConfig(t *testing.T) Config {
 	return c
 }
 
-// buildProgram compiles a program of this repository for an architecture. It returns the path that [Helper] takes.
+// buildProgram compiles a program of this repository for an architecture. It returns the path to give to [Helper].
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -106,8 +106,8 @@ func TestLiveDriverWithoutGPU(t *testing.T) {
 	}
 }
 
-// TestLiveWrongModule changes the word SMP in nvidia.ko's vermagic. A kernel with symbol versions would ignore another
-// release.
+// TestLiveWrongModule changes the word SMP in nvidia.ko's vermagic, so the kernel must refuse the module. A changed
+// release would not do: a kernel with symbol versions (CONFIG_MODVERSIONS) ignores the release in vermagic.
 func TestLiveWrongModule(t *testing.T) {
 	t.Parallel()
 	c := liveConfig(t)

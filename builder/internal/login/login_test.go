@@ -16,18 +16,19 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// gcloud is a program that prints a token as Google's gcloud does.
+// gcloud is a script that prints a token in the format of Google's gcloud.
 const gcloud = `#!/bin/sh
 echo '{"credential":{"access_token":"token-of-gcloud","token_expiry":"2999-01-01T00:00:00Z"}}'
 `
 
-// TestKeychain asks for credentials of Google's and other registries, with and without a Docker configuration.
+// TestKeychain checks the credentials for Google's and other registries. For some hosts the Docker configuration has
+// credentials, and for others it has none.
 func TestKeychain(t *testing.T) {
 	home := t.TempDir()
 	for name, value := range map[string]string{
 		"HOME": home, "DOCKER_CONFIG": home, "CLOUDSDK_CONFIG": home, "GOOGLE_APPLICATION_CREDENTIALS": "",
 		"REGISTRY_AUTH_FILE": "", "XDG_RUNTIME_DIR": home,
-		// The metadata server has no machine account.
+		// This metadata server has no service account, so the machine itself has no credentials.
 		"GCE_METADATA_HOST": noMetadata(t), "PATH": home,
 	} {
 		t.Setenv(name, value)
@@ -69,7 +70,7 @@ func TestKeychain(t *testing.T) {
 	}
 }
 
-// noMetadata runs a metadata server without an account.
+// noMetadata runs a metadata server that has no service account.
 func noMetadata(t *testing.T) string {
 	t.Helper()
 	s := httptest.NewServer(http.NotFoundHandler())

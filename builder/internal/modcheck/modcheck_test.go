@@ -24,8 +24,8 @@ const (
 	magic   = release + " SMP mod_unload"
 )
 
-// module returns the smallest relocatable file that the kernel's loader accepts as a module. Further sections are given
-// as name and content in turn.
+// module returns the smallest relocatable file that the kernel's loader accepts as a module. more has the names and
+// contents of further sections, in turn.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -65,7 +65,7 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes the files of a header tree that Check reads, with the content of COS's headers.
+// kernel writes the files of a header tree that Check reads. Their content is like that of COS's headers.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()
@@ -182,7 +182,7 @@ func TestStampRefuses(t *testing.T) {
 		}
 	}
 	err = Stamp(filepath.Join(t.TempDir(), "out"), filepath.Join(t.TempDir(), "in"), ours)
-	if err == nil || fault.Is(err, fault.CheckFailed) { // builders remember that kind
+	if err == nil || fault.Is(err, fault.CheckFailed) { // a builder would store a failure of this kind
 		t.Errorf("Stamp of no file = %v; want an error that is not about the module", err)
 	}
 	if _, err := Unstamped(filepath.Join(t.TempDir(), "in")); err == nil || fault.Is(err, fault.CheckFailed) {
@@ -217,11 +217,11 @@ func TestCheck(t *testing.T) {
 		magic  string
 		stamp  target.Fingerprint
 		change func(t *testing.T, k *Kernel)
-		want   string // "" passes
+		want   string // "" means no error
 	}{
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
-		// On COS, sibling kernels share one release, without symbol checksums and build salt. Only the stamp tells their
-		// modules apart.
+		// On COS, sibling kernels have the same release, no symbol checksums and no build salt. Only the stamp shows for
+		// which of them a module was compiled.
 		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for ABI fingerprint " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
@@ -281,7 +281,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 	}
 }
 
-// TestVermagic compares vermagicOf with the vermagic of real kernels.
+// TestVermagic compares vermagicOf with vermagic strings of real kernels.
 func TestVermagic(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

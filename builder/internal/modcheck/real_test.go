@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// kernels returns the oldest and the newest kernel of a mirror.
+// kernels returns the oldest and the newest kernel of the mirror that PREBAKE_MIRROR names.
 func kernels(t *testing.T) (older, newer *cossrc.Inputs) {
 	t.Helper()
 	mirror := os.Getenv("PREBAKE_MIRROR")
@@ -63,15 +63,15 @@ func facts(in *cossrc.Inputs) modcheck.Kernel {
 		Fingerprint: in.Fingerprint, Version: "1.2.3"}
 }
 
-// standIn compiles a small replacement for a driver and stamps it. A word of testdata/module says what the module does
-// at load.
+// standIn compiles a small module in place of a driver, and stamps it with the kernel's fingerprint. deed says what the
+// module does at load: OOPS, WARN or NOTHING (see testdata/module).
 func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	t.Helper()
 	return typedStandIn(t, in, deed, "")
 }
 
-// typedStandIn is standIn with BTF, made against the given file with the kernel's BTF. If the path is "", the module
-// gets no BTF.
+// typedStandIn is like standIn, but gives the module BTF. types is a file with the kernel's BTF. If types is "", the
+// module gets no BTF.
 func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -122,8 +122,8 @@ func replaceText(t *testing.T, file, old, text string) string {
 	return out
 }
 
-// exported is a symbol that the kernel exports and the test's module imports. No kernel exports unknown, which differs
-// by one letter.
+// exported is a symbol that the kernel exports and the test's module imports. unknown differs from it by one letter,
+// and no kernel exports it.
 const exported, unknown = "proc_create_single_data", "proc_create_zingle_data"
 
 // TestRealGate checks modules against real kernels. A module without a fault must pass. A module must be refused if it
@@ -142,7 +142,7 @@ func TestRealGate(t *testing.T) {
 
 	for _, row := range []struct {
 		name, file string
-		want       []string // none if the module passes
+		want       []string // texts that the errors must contain; none if the module must pass
 	}{
 		{"good", good, nil},
 		{"sibling kernel", foreign,

@@ -40,7 +40,7 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 }
 
 // TestRealTypes loads modules with BTF into a real kernel. The kernel must refuse BTF that was made against a sibling
-// kernel. The static check must decide in the same way.
+// kernel's BTF, and Check must refuse the same modules.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)
@@ -85,7 +85,7 @@ func TestRealTypes(t *testing.T) {
 	if !has("good") {
 		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
 	}
-	// If a module's BTF does not fit, Debian's kernels load the module without its BTF.
+	// If a module's BTF does not fit, a Debian kernel loads the module nevertheless, without the BTF.
 	if log := said["load foreign"].KernelLog; has("foreign") ||
 		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
 		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)

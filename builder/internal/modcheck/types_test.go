@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// TestTypes checks that Check accepts a module's BTF only if it continues the type numbers of the kernel's BTF.
+// TestTypes checks that Check accepts a module's BTF only if its type numbers begin after those of the kernel's BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	own, other := []string{"int", "task_struct"}, []string{"int", "task_struct", "file"}
@@ -18,7 +18,7 @@ func TestTypes(t *testing.T) {
 		name   string
 		kernel string
 		module []string
-		want   string // "" passes
+		want   string // "" means that Check must pass
 	}{
 		{"none", "", nil, ""},
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},

@@ -10,11 +10,12 @@ import (
 	"testing"
 )
 
-// TestUnstamped checks that Unstamped returns the bytes from before, for output of the compiler, the linker and strip.
+// TestUnstamped stamps files of the compiler, the linker and strip. Unstamped must return the bytes from before the
+// stamp.
 func TestUnstamped(t *testing.T) {
 	t.Parallel()
 	inputs := map[string][]byte{}
-	for extra := range stampAlign { // each possible padding
+	for extra := range stampAlign { // one row for each possible padding before the stamp
 		inputs[fmt.Sprintf("padding %d", extra)] = module(magic + string(bytes.Repeat([]byte{'x'}, extra)))
 	}
 	if _, err := exec.LookPath("gcc"); err == nil {

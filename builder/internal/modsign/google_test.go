@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// entry is a file of an archive.
+// entry is one file or folder of an archive.
 type entry struct {
 	name, data string
 	kind       byte
@@ -51,7 +51,8 @@ func tgz(t testing.TB, entries ...entry) []byte {
 	return buf.Bytes()
 }
 
-// google has a root that the kernel trusts, and a key for drivers that the root has certified.
+// google stands for Google: a root certificate that the kernel trusts, and a key for drivers whose certificate the root
+// signed.
 type google struct {
 	root, driver *pair
 	archive      []byte
@@ -191,7 +192,7 @@ func TestReadDetachedRefuses(t *testing.T) {
 	}
 }
 
-// withCertificate returns the module with a signature that contains the signer's certificate.
+// withCertificate returns the module with a signature by p that contains p's certificate.
 func withCertificate(t *testing.T, p *pair) []byte {
 	t.Helper()
 	sd, err := pkcs7.NewSignedData(module)
@@ -288,7 +289,7 @@ func FuzzReadDetached(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// Whatever the archive contains, only a signature by Google's own key may be valid.
+		// The archive may contain anything. Only a signature by Google's own key may be valid.
 		dst := filepath.Join(t.TempDir(), "x")
 		if err := d.Attach(dst, "nvidia", module); err == nil {
 			if _, err := modsign.VerifyFile(dst, []*x509.Certificate{g.driver.cert}); err != nil {

@@ -15,9 +15,9 @@ import (
 )
 
 // TestLive loads variants of a module into a real kernel that accepts only signed modules. The module comes from the
-// boot folder PREBAKE_BOOT. If it is signed, the kernel must accept it unchanged. The kernel must refuse all other
-// variants. The tests of deploy/internal/mirror load a module that is signed with a key that the kernel trusts (make
-// clang).
+// boot folder PREBAKE_BOOT. If the module is signed there, the kernel must accept it unchanged. The kernel must refuse
+// all other variants. No variant here has a new signature that the kernel accepts; the tests of deploy/internal/mirror
+// load such a module (make clang).
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -25,7 +25,7 @@ func TestLive(t *testing.T) {
 		t.Skip("PREBAKE_BOOT is not set: want the path of a boot folder, with vmlinuz and modules")
 	}
 	init := program.Build(t, "pkg/vm/guestinit", "")
-	// bare has the kernel without modules, because the steps load them.
+	// bare is a boot folder with the kernel alone, because the steps below load the modules.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
 	if err != nil {
@@ -52,12 +52,12 @@ func TestLive(t *testing.T) {
 	try("signed with a key that the kernel does not know", signModule(t, load(t, rsaPair(t)), unsigned, "sha256"),
 		syscall.EKEYREJECTED, "module with unavailable key is rejected")
 	broken := signModule(t, load(t, rsaPair(t)), unsigned, "sha256")
-	// The first byte of the trailer must be 0. Split refuses another value, too.
+	// The first byte of the trailer must be 0. Like the kernel, Split refuses other values.
 	broken[len(broken)-len("~Module signature appended~\n")-12] = 1
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")
 	if asShipped != nil {
 		try("signed by whoever built the kernel", asShipped, 0, "")
-		// This package must be able to read a signature from a real build.
+		// Verify must be able to read the signature of a real kernel build, even if it trusts no key.
 		if _, err := modsign.Verify(asShipped, nil); !errors.Is(err, modsign.ErrUnknownKey) {
 			t.Errorf("Verify(as shipped, nobody trusted) = %v; want an unknown key", err)
 		}
@@ -75,10 +75,11 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is a module of the kernel that stands in for a driver. It depends on no other module.
+// moduleName is a module of the kernel. The test uses it in place of a driver, because it depends on no other module.
 const moduleName = "failover"
 
-// plainModule returns the boot folder's module without a signature and, if it is signed, also unchanged.
+// plainModule returns the boot folder's module without its signature. If the module has a signature, asShipped is the
+// unchanged module.
 func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))

@@ -27,14 +27,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// pair is a key and its certificate, in memory and in files.
+// pair is a key and its certificate, both in memory and in files.
 type pair struct {
 	key           crypto.Signer
 	cert          *x509.Certificate
 	keyPath, path string
 }
 
-// newPair makes a certificate for a key. It is signed by the given pair, or by the key itself if that is nil.
+// newPair makes a certificate for a key. The key of by signs the certificate. If by is nil, the key signs it itself.
 func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pair {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
@@ -233,7 +233,7 @@ func TestLoadRefuses(t *testing.T) {
 	}
 }
 
-// TestKMS signs with a key that the Sigstore KMS interface provides.
+// TestKMS signs with a key in a key management service, through Sigstore's KMS interface.
 func TestKMS(t *testing.T) {
 	t.Parallel()
 	p := rsaPair(t)
@@ -248,7 +248,8 @@ func TestKMS(t *testing.T) {
 	}
 }
 
-// TestTrailer checks the trailer after a signature. The first example comes from the tests of COS's own installer.
+// TestTrailer checks the trailer that follows a signature. The first example comes from the tests of COS's own
+// installer.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
 	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +
@@ -288,8 +289,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL verifies signatures of this package with openssl. Verify must refuse the signatures by openssl that the
-// kernel refuses.
+// TestOpenSSL checks both directions: openssl must verify signatures of this package, and Verify must judge signatures
+// of openssl as the kernel does.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")
@@ -336,7 +337,7 @@ func TestOpenSSL(t *testing.T) {
 			"sha256", "-outform", "DER", "-out", out}, row.args...)
 		if err := run(args...); err != nil {
 			if strings.Contains(name, "identifier") {
-				continue // the certificate has no key identifier
+				continue // the certificate has no key identifier, so openssl cannot name the signer by it
 			}
 			t.Fatal(err)
 		}
@@ -431,7 +432,7 @@ func TestReadConfig(t *testing.T) {
 	}
 }
 
-// FuzzVerify looks for crashes, and for a signed module that anybody could make without the key.
+// FuzzVerify checks that Verify does not crash, and that it accepts no module that the test's key did not sign.
 func FuzzVerify(f *testing.F) {
 	p := rsaPair(f)
 	good := signModule(f, load(f, p), module, "sha256")

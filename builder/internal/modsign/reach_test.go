@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. It knows the key's path, and
-// searches the file system and the environment of every process that it sees.
+// TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. The makefile knows the key's path.
+// It searches the file system and the environment of every process that it sees, and must not find the key.
 func TestKeyIsOutOfReach(t *testing.T) {
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -50,7 +50,7 @@ func TestKeyIsOutOfReach(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Outside the sandbox, the same search must find the key.
+	// Outside the sandbox, the same search must find the key. Otherwise this test would prove nothing.
 	if out, _ := exec.CommandContext(t.Context(), "sh", "-c",
 		strings.Replace(search, "find / ", "find "+dir+" ", 1)).CombinedOutput(); !bytes.Contains(out, []byte(secret)) {
 		t.Fatalf("the search finds nothing outside of the sandbox either: %s", out)

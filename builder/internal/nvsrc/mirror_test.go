@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMirror reads every driver of a mirror that was made from real releases.
+// TestMirror reads every driver of the mirror that PREBAKE_MIRROR names. A mirror has real releases of NVIDIA.
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
@@ -50,7 +50,7 @@ func TestMirror(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		// Without the manifest, file names and SONAMEs must give the same user space.
+		// Some releases have no manifest. Then file names and SONAMEs alone must give the same user space.
 		r.Manifest = nil
 		plain := t.TempDir()
 		if err := r.StageUserspace(plain); err != nil {

@@ -155,8 +155,8 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	return b.Bytes()
 }
 
-// writeRunfile writes a runfile and its SHA-256 file into a folder that serves as a bucket. If the given sum is "", the
-// file has the real SHA-256.
+// writeRunfile writes a runfile and the file with its SHA-256 into dir, which stands for a bucket. If sum is "", the
+// second file has the true SHA-256.
 func writeRunfile(t testing.TB, dir, version string, file []byte, sum string) {
 	t.Helper()
 	name := "NVIDIA-Linux-x86_64-" + version + ".run"
@@ -172,7 +172,7 @@ func writeRunfile(t testing.TB, dir, version string, file []byte, sum string) {
 	}
 }
 
-// openEmpty opens a bucket and an empty cache, both until the test ends.
+// openEmpty opens a bucket and a new cache. The test's end closes both.
 func openEmpty(t testing.TB, bucketURL string) (*cosbucket.Bucket, *cas.Cache) {
 	t.Helper()
 	bucket, err := cosbucket.Open(t.Context(), bucketURL)
@@ -200,7 +200,7 @@ func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) 
 	return r, said, err
 }
 
-// fetchRunfile fetches a driver from a mirror with this runfile.
+// fetchRunfile writes the runfile into a new mirror, and fetches the driver from this mirror.
 func fetchRunfile(t testing.TB, file []byte) *nvsrc.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -285,7 +285,8 @@ func TestFetchAndStage(t *testing.T) {
 	}
 }
 
-// TestEdition checks a release with an edition suffix, which only the runfile's name has.
+// TestEdition checks a release with an edition, such as -grid. Only the runfile's name has this suffix. The files
+// inside have the plain version.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -317,7 +318,7 @@ func TestStageWithoutManifest(t *testing.T) {
 		if files[".manifest"] = text; text == "" {
 			delete(files, ".manifest")
 		}
-		delete(files, "libGL.so."+version) // only the manifest says that this is the variant for systems without libglvnd
+		delete(files, "libGL.so."+version) // only the manifest says that this one is for systems without libglvnd
 		files["nvidia-modprobe*"] = files["nvidia-modprobe"]
 		delete(files, "nvidia-modprobe")
 		r := fetchRunfile(t, runfile(t, files, false))
@@ -458,7 +459,7 @@ func TestFetchRefuses(t *testing.T) {
 	})
 }
 
-// TestStageIsTheSameForTheSameContent packs the same release in two ways and compares the results.
+// TestStageIsTheSameForTheSameContent packs the same release in two ways. The staged files must be the same.
 func TestStageIsTheSameForTheSameContent(t *testing.T) {
 	t.Parallel()
 	var digests, sources []string

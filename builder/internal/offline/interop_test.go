@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestStockTools checks that skopeo and oras read a bundle, that regctl reads the unpacked tar, and that they copy the
-// same bytes.
+// TestStockTools checks that skopeo and oras read a bundle, and that regctl reads the unpacked bundle. Each must copy
+// the same bytes.
 func TestStockTools(t *testing.T) {
 	t.Parallel()
 	for _, program := range []string{"skopeo", "oras", "regctl", "tar"} {
@@ -93,7 +93,7 @@ func TestStockTools(t *testing.T) {
 	must("regctl", "image", "copy", "--referrers", "ocidir://"+untar(t, file)+":"+tag, "ocidir://regctl:"+tag)
 	checkLayout(t, "oci:"+filepath.Join(dir, "regctl"), tag, f.key, s)
 
-	// The other direction: this package reads a tar of skopeo.
+	// This package must also read a tar that skopeo wrote.
 	must("skopeo", "--insecure-policy", "copy", "oci:"+filepath.Join(dir, "oras")+":"+tag, "oci-archive:theirs.tar:"+tag)
 	if d, err := open(t, "oci-archive:"+filepath.Join(dir, "theirs.tar")).Resolve(t.Context(), tag); err != nil ||
 		d.Digest.String() != s.Digest {
@@ -107,7 +107,7 @@ func digest(t *testing.T, file string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// checkFolder compares the folder that skopeo wrote with the sample.
+// checkFolder compares the folder that skopeo wrote with the sample's manifest and layers.
 func checkFolder(t *testing.T, dir string, s testkit.Sample) {
 	t.Helper()
 	if got := digest(t, filepath.Join(dir, "manifest.json")); got != s.Digest {
@@ -121,7 +121,7 @@ func checkFolder(t *testing.T, dir string, s testkit.Sample) {
 	}
 }
 
-// checkLayout compares a layout with the sample and verifies the statements in the layout.
+// checkLayout compares an OCI image layout with the sample, and verifies the statements in the layout.
 func checkLayout(t *testing.T, ref, tag string, key *testkit.Key, s testkit.Sample) {
 	t.Helper()
 	repo := open(t, ref)

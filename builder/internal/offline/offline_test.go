@@ -88,8 +88,8 @@ func kernel(patch string) target.Kernel {
 	return target.Kernel{BuildID: k.BuildID, Board: k.Board, Arch: k.Arch}
 }
 
-// TestBundleAndDelta checks that a bundle and its delta together have everything in the registry. The delta must have
-// only what the bundle lacks.
+// TestBundleAndDelta checks that a bundle and its delta together contain everything that the registry has. The delta
+// must contain only what the bundle lacks.
 func TestBundleAndDelta(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -148,8 +148,8 @@ func read(t *testing.T, file string) []byte {
 	return raw
 }
 
-// TestBundleHoldsAll checks that another project's library finds the content of a bundle: snapshot, keys, an image for
-// two platforms, and an artifact with its statements. Debug symbols must not be in it.
+// TestBundleHoldsAll reads a bundle with another project's library. The library must find the snapshot, the keys, an
+// image for two platforms, and an artifact with its statements. The bundle must not contain debug symbols.
 func TestBundleHoldsAll(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -256,7 +256,7 @@ func TestBundleHoldsAll(t *testing.T) {
 	}
 }
 
-// TestWriteRefuses checks that a request that cannot be packed is refused with a reason.
+// TestWriteRefuses checks that Write returns an error with the reason if it cannot do what the Config asks for.
 func TestWriteRefuses(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -297,8 +297,8 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// TestWriteBesideJunk checks that useless statements, which anybody who may push can attach, do not keep an artifact
-// out of a bundle.
+// TestWriteBesideJunk attaches invalid statements to an artifact, as anybody with the right to push can. The bundle
+// must contain the artifact nevertheless.
 func TestWriteBesideJunk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -314,7 +314,7 @@ func TestWriteBesideJunk(t *testing.T) {
 	}
 }
 
-// TestWriteComparesBytes checks that bytes that differ from their digest are an error.
+// TestWriteComparesBytes checks that Write returns an error if a blob's bytes do not have the blob's digest.
 func TestWriteComparesBytes(t *testing.T) {
 	t.Parallel()
 	dir, key := t.TempDir(), testkit.NewKey(t)
@@ -334,7 +334,8 @@ func TestWriteComparesBytes(t *testing.T) {
 	}
 }
 
-// TestDeltaUnpackedOverBase checks that a delta unpacked over its base is the complete later layout.
+// TestDeltaUnpackedOverBase unpacks a bundle, and then its delta into the same folder. The folder must be the complete
+// later layout.
 func TestDeltaUnpackedOverBase(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// untar unpacks the bundles in order into one new folder with GNU tar, and returns the folder.
+// untar unpacks the bundles with GNU tar, one after the other, into one new folder. It returns the folder.
 func untar(t *testing.T, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()

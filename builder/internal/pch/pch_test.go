@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// kernel returns the include lines for minWeight kernel headers.
+// kernel returns #include lines for minWeight kernel headers, the fewest that are worth a precompiled header.
 func kernel() string {
 	var b strings.Builder
 	for i := range minWeight {
@@ -36,7 +36,7 @@ func find(t *testing.T, files map[string]string) []Header {
 	return all
 }
 
-// four adds the sources m/NAME0.c to m/NAME3.c.
+// four adds four sources with the same text: m/NAME0.c to m/NAME3.c.
 func four(files map[string]string, name, text string) map[string]string {
 	for i := range 4 {
 		files[fmt.Sprintf("m/%s%d.c", name, i)] = text + fmt.Sprintf("\nint %s%d;\n", name, i)
@@ -107,8 +107,8 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestThrough checks sources that include a header through different other headers. They share the precompiled header
-// if the order of reading does not matter.
+// TestThrough has sources that include base.h through two other headers, one.h and two.h. They may share a precompiled
+// base.h only if it does not matter whether the compiler reads base.h before the rest.
 func TestThrough(t *testing.T) {
 	t.Parallel()
 	ways := func(one, base string) map[string]string {

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// linkedKernel returns a vmlinux for amd64 with one segment, at the address of real kernels.
+// linkedKernel returns a vmlinux for amd64 with one segment at 0x1000000, which is the default of x86 kernels.
 func linkedKernel(t *testing.T) []byte {
 	t.Helper()
 	const address, size = 0x1000000, 0x1000
@@ -41,8 +41,8 @@ func linkedKernel(t *testing.T) []byte {
 	return out.Bytes()
 }
 
-// If the emulated GPU does not compile, a build that requires the load test fails. A boot folder without the GPU may be
-// in the cache.
+// TestBootFolderWithoutGPU has a kernel for which the emulated GPU does not compile. A build that requires the load
+// test must fail, even if the cache has a boot folder without the GPU. Other builds use this boot folder.
 func TestBootFolderWithoutGPU(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"bwrap", "make"} {

@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// If only one cell may compile at a time, a second cell waits until the first compile ends, even by an error.
+// TestCompiling lets only one cell compile at a time. A second cell must wait until the first compile ends, even if it
+// ends with an error.
 func TestCompiling(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -48,7 +49,7 @@ func TestCompiling(t *testing.T) {
 	if !cfg.Compiling.TryAcquire(1) {
 		t.Fatal("after the compile no other cell can begin")
 	}
-	// If the context ends, the cell stops waiting.
+	// A cell whose context ends must stop waiting.
 	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()

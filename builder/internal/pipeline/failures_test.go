@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// refusingRegistry starts an empty registry, which responds to every write with this status and body.
+// refusingRegistry starts an empty registry. It answers every write with the given status and body.
 func refusingRegistry(t *testing.T, status int, body string) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -35,7 +35,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/reference/faults.md anew")
 
-// The faults that the tests cause in a build, each at the start of every phase.
+// Each of these faults happens once at the start of each phase of a build.
 const (
 	faultKill    = "killed"
 	faultDisk    = "disk full"
@@ -45,35 +45,39 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 
-// order describes one build that runs in its own process. The process reads it from the environment.
+// order describes one build that runs in its own process. The process reads the order from the environment.
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
-	// Fault happens when Phase begins or, if Text is not "", when the load test's console prints Text. "" means no fault.
+	// Fault happens when Phase begins. If Text is not "", it happens when the load test's console prints Text instead. ""
+	// means no fault.
 	Fault, Phase, Text string
-	// If Warm is not "", the process first fills the cache by a build with this load test mode for another destination.
+	// If Warm is not "", the process first runs a build with this load test mode for another destination, to fill the
+	// cache.
 	Warm pipeline.LoadTest
-	// Parts are the folders of the cache that the fault damages; empty means all.
+	// Parts are the folders of the cache whose files the fault damages. An empty list means all folders.
 	Parts []string
 	// Init and Probe are the programs for the load test.
 	Init, Probe string
-	// Control is a URL. A request to it cuts the network off.
+	// Control is a URL. A request to this URL cuts the network off.
 	Control string
 }
 
 // outcome is the result that the build's process prints.
 type outcome struct {
-	Class  string // "" is success
+	Class  string // "" means success
 	Error  string
 	Digest string
 	// Machines are the process ids of the virtual machines that ran when the build was killed.
 	Machines []int
-	// Again is the outcome of a second build in the same process. It runs after a full disk has room again.
+	// Again is the outcome of a second build in the same process. If the fault is a full disk, it runs after the disk has
+	// free space again.
 	Again *outcome
 }
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is not a test, but the process in which a build with a fault runs. Without an order it does nothing.
+// TestFaultProcess is no test of its own. It is the process in which a build with a fault runs. Without an order in the
+// environment it does nothing.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -168,7 +172,8 @@ func (o order) strike() error {
 	return nil
 }
 
-// damage flips a bit in every cached file below the given folders of the cache, or in all folders. It must find a file.
+// damage flips one bit in every file below the given folders of the cache. If parts is empty, it does so in all
+// folders. If it finds no file, it returns an error.
 func damage(dir string, parts []string) error {
 	changed := 0
 	all := parts
@@ -188,7 +193,7 @@ func damage(dir string, parts []string) error {
 				return err
 			}
 			data[len(data)/2] ^= 1
-			// Write in place, as a failing disk would: a process that has the file open sees the change.
+			// A failing disk changes the file itself, so a process that has the file open sees the change.
 			f, err := os.OpenFile(path, os.O_WRONLY, 0)
 			if err != nil {
 				return err
@@ -207,8 +212,8 @@ func damage(dir string, parts []string) error {
 	return nil
 }
 
-// wire is the network between the build and its servers. A test can cut it off, and can call a function before each
-// write to the registry.
+// wire is the network between a build and its servers. A test can cut the network off, and can set a function that runs
+// before each write to the registry.
 type wire struct {
 	*httptest.Server
 	down    atomic.Bool
@@ -223,7 +228,7 @@ func newWire(t *testing.T, f *farm) *wire {
 		t.Fatal(err)
 	}
 	registry := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: repo.RegistryStr()})
-	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // the errors of killed clients
+	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // killed clients cause errors
 	files := http.FileServer(http.Dir(f.dir))
 	w := &wire{}
 	w.Server = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -248,7 +253,7 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is a build farm in which one test causes one fault.
+// theatre is a farm in which one test causes one fault.
 type theatre struct {
 	f    *farm
 	wire *wire
@@ -268,7 +273,8 @@ func newTheatre(t *testing.T, f *farm) *theatre {
 	}}
 }
 
-// process returns the command that runs a build in its own process.
+// process returns the command that runs a build in its own process. If the fault is a full disk, the process has a
+// small disk of its own.
 func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	t.Helper()
 	th.Fault, th.Phase = fault, phase
@@ -286,7 +292,7 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	return cmd
 }
 
-// killed is the class of a build that was killed before it could report the class of an error.
+// killed is the class of a build that was killed. Such a build cannot report the class of an error.
 const killed = "killed"
 
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
@@ -294,7 +300,8 @@ func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	return runProcess(t, th.process(t, fault, phase), func() {})
 }
 
-// runProcess starts a build, calls the callback, waits for the build's end, and returns the outcome that it printed.
+// runProcess starts a build and then calls started. It waits for the build's end, and returns the outcome that the
+// build printed.
 func runProcess(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
 	var buffer bytes.Buffer
@@ -321,7 +328,7 @@ func runProcess(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	return got
 }
 
-// tags returns the digest behind each tag in the registry.
+// tags returns the digest to which each tag in the registry points.
 func (th *theatre) tags(t *testing.T) map[string]string {
 	t.Helper()
 	repo, err := name.NewRepository(th.f.repo)
@@ -344,7 +351,7 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 }
 
 // checkAfterwards checks that each tag points at the right artifact, and that the next build succeeds. If the next
-// build has run already, the caller gives its outcome.
+// build has run already, again is its outcome.
 func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
@@ -371,8 +378,8 @@ func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	}
 }
 
-// buildUnderFault builds with a fault and then without. It returns the first build's class of error, or "published".
-// The given digest is the right artifact's.
+// buildUnderFault builds with a fault, and then without one. It returns the class of the first build's error, or
+// "published". want is the digest of the right artifact.
 func (th *theatre) buildUnderFault(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)
@@ -407,8 +414,8 @@ func referenceDigest(t *testing.T) string {
 	return got.Digest
 }
 
-// TestFaults causes every fault at the start of every phase. Nothing wrong may be published, the error must have the
-// right class, and the next build must succeed. The results are the table in docs/reference/faults.md.
+// TestFaults causes every fault at the start of every phase. No wrong artifact may be published, the error must have
+// the right class, and the next build must succeed. The results must be those in the table of docs/reference/faults.md.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	want := referenceDigest(t)
@@ -433,7 +440,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestKilledWhilePublishing kills the build with kill -9 at every single write to the registry.
+// TestKilledWhilePublishing kills the build with SIGKILL at its n-th write to the registry, for every n. The next build
+// must publish the right artifact.
 func TestKilledWhilePublishing(t *testing.T) {
 	t.Parallel()
 	want := referenceDigest(t)
@@ -454,7 +462,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 			pull := func(n int64) {
 				if n == at+1 {
 					<-started
-					_ = cmd.Process.Kill() // the build may have ended already
+					_ = cmd.Process.Kill() // an error means that the build has ended already
 				}
 			}
 			th.wire.trigger.Store(&pull)

@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// google has a key and its certificate, with which a test signs modules in Google's place.
+// google has a key and its certificate. With the key, a test signs modules in Google's place.
 type google struct {
 	key, certPath string
 	certs         []*x509.Certificate
@@ -43,7 +43,7 @@ func newGoogle(t *testing.T) google {
 	return g
 }
 
-// sign returns the modules with signatures appended.
+// sign returns the given modules with signatures of the key appended.
 func (g google) sign(t *testing.T, modules map[string][]byte) map[string][]byte {
 	t.Helper()
 	signer, err := modsign.Load(t.Context(), g.key, g.certPath)
@@ -66,7 +66,7 @@ func (g google) sign(t *testing.T, modules map[string][]byte) map[string][]byte 
 	return signed
 }
 
-// files returns the files of a signature archive for these modules.
+// files returns the files of a signature archive for the given modules, as Google publishes it.
 func (g google) files(t *testing.T, modules map[string][]byte) map[string]string {
 	t.Helper()
 	files := map[string]string{"gpu-driver-cert.der": string(g.certs[0].Raw), "gsp_tu10x.bin.sig": "\x03\x02ima"}
@@ -130,7 +130,7 @@ func (f *farm) materialsOf(t *testing.T, res *pipeline.Result) (names []string) 
 	return names
 }
 
-// unstampedModules returns the modules of an artifact without the stamp, as the compiler made them.
+// unstampedModules returns the modules of an artifact without Prebake's stamp, as the compiler made them.
 func (f *farm) unstampedModules(t *testing.T, res *pipeline.Result) map[string][]byte {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(filepath.Dir(f.module(t, res)), "*.ko"))
@@ -146,7 +146,7 @@ func (f *farm) unstampedModules(t *testing.T, res *pipeline.Result) map[string][
 	return all
 }
 
-// twoModules is a release with two modules; the second one does not need the first.
+// twoModules returns the files of a release with two modules. Neither module needs the other.
 func twoModules() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Kbuild"] += "obj-m += nvidia-uvm.o\n"
@@ -163,7 +163,8 @@ const (
 
 var wholeSigned = slices.Insert(slices.Clone(whole), 3, signPhase)
 
-// Google's signatures are attached if they were made for exactly these modules. Equal inputs give the same artifact.
+// TestGoogleSignatures checks that Google's signatures are attached if Google signed exactly these modules. Equal
+// inputs must give the same artifact.
 func TestGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -178,7 +179,7 @@ func TestGoogleSignatures(t *testing.T) {
 	f.put(t, lakitu9+"extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
 	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
 
-	// A tag never points at another artifact later, so an artifact with unsigned modules stays published.
+	// The first build published the artifact with unsigned modules. It stays published, because a tag never moves.
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused || again.Digest != plain.Digest {
 		t.Errorf("published before the signatures came: %+v; want it reused", again)
 	}
@@ -208,7 +209,7 @@ func TestGoogleSignatures(t *testing.T) {
 		t.Errorf("the provenance has the inputs %q; want Google's signatures and root among them", got)
 	}
 
-	// From an empty cache, Make makes both artifacts again, with and without signatures.
+	// With an empty cache, Make must make both artifacts again: the signed one and the unsigned one.
 	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
 		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")
@@ -226,8 +227,8 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 	}
 
-	// Two sibling kernels have the first kernel's fingerprint. 17800.0.10 has no signatures by Google. 17800.0.11 was
-	// built with another root certificate.
+	// Two sibling kernels have the same fingerprint as the first kernel. For 17800.0.10 there are no signatures by Google.
+	// 17800.0.11 has another root certificate.
 	f.kernel(t, "17800.0.10", headerFiles())
 	f.kernel(t, "17800.0.11", headerFiles())
 	f.put(t, "cos/17800.0.11/lakitu/extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
@@ -251,7 +252,8 @@ func TestGoogleSignatures(t *testing.T) {
 	}
 }
 
-// If Google's signatures do not fit, the artifact is the same as without signatures.
+// TestGoogleSignaturesLeftOut has signatures by Google that do not fit the modules. The artifact must be the same as
+// without signatures.
 func TestGoogleSignaturesLeftOut(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -305,7 +307,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 	}
 }
 
-// A signature archive with forged content ends the build.
+// TestHostileGoogleSignatures checks that a signature archive with forged content ends the build.
 func TestHostileGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -343,7 +345,8 @@ func TestHostileGoogleSignatures(t *testing.T) {
 	}
 }
 
-// Google's modules are published unchanged, and nothing is compiled.
+// TestGoogleModules checks a build that takes Google's modules. They must be published unchanged, and nothing may be
+// compiled.
 func TestGoogleModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -368,7 +371,7 @@ func TestGoogleModules(t *testing.T) {
 	refused("none there", request("17800.0.9"), fault.InputMissing, "without --google-modules")
 	archive := tgz(t, map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]),
 		"firmware/nvidia/" + version + "/gsp_tu10x.bin": "gsp"})
-	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // all three have one fingerprint
+	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // all three kernels have one fingerprint
 		f.kernel(t, build, headerFiles())
 		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", archive)
 	}
@@ -404,8 +407,8 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("Make = %s, %v; want %s", got, err, res.Digest)
 	}
 
-	// A sibling kernel with another archive by Google can use the published artifact if both kernels trust the same root
-	// certificate.
+	// For a sibling kernel Google published another archive. The build can use the published artifact if both kernels
+	// trust the same root certificate.
 	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
 	f.put(t, "cos/17800.0.10/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
 	f.put(t, "cos/17800.0.10/lakitu/trusted_key.pem", g.certs[0].Raw)
@@ -414,7 +417,7 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("a sibling with the same root: %+v; want it reused", again)
 	}
 	refused("the same archive, but another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
-	// A build that asks for compiled modules does not reuse an artifact with Google's modules.
+	// A build that compiles modules must not reuse an artifact with Google's modules.
 	cfg.GoogleModules = false
 	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
 		t.Errorf("a build of compiled modules, where an artifact with Google's modules is: %v; want it refused", err)

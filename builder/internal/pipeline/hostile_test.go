@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// putTestDriver writes a driver whose conftest.sh compiles test programs, and a kernel with the headers for them. It
-// replaces a text in one file of the driver.
+// putTestDriver writes a driver whose conftest.sh compiles test programs, and a kernel with the headers for them. In
+// one file of the driver it replaces the text from by the text to.
 func (f *farm) putTestDriver(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}
@@ -37,8 +37,9 @@ func (f *farm) putTestDriver(t *testing.T, file, from, to string) {
 	f.kernel(t, "17800.0.9", tree)
 }
 
-// A hostile driver in the sandbox must not reach the signing key or the published log. It must not make the builder
-// hang, or leave results for later builds. If it kills the compiler, the error must have its own class.
+// TestHostileDriver compiles drivers that attack the builder from inside the sandbox. A driver must not reach the
+// signing key or the published log, make the builder hang, or leave results for later builds. If the driver kills the
+// compiler, the error must have a class that says so.
 func TestHostileDriver(t *testing.T) {
 	t.Parallel()
 	const question = "        has_size)\n"

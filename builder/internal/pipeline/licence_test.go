@@ -14,17 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// publicRegistries returns a licence rule for which every registry has a public address. The test's registries run on
-// this machine.
+// publicRegistries returns a licence rule that gives every registry a public address. Otherwise all registries would
+// count as private, because they run on this machine.
 func publicRegistries(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {
-			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // a documentation address of RFC 5737
+			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // an example address of RFC 5737
 		}}
 }
 
-// A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build must end before the
-// compile, with a hint.
+// TestLicenceRule checks that a flavour under NVIDIA's licence does not go to a registry that everybody can read. The
+// build must end before the compile, with a hint.
 func TestLicenceRule(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// If any input of the load test changes, the verdict's key must change.
+// TestKeyOfVerdict checks that the key of a stored verdict changes if any input of the load test changes.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {
@@ -43,7 +43,8 @@ func TestKeyOfVerdict(t *testing.T) {
 	}
 }
 
-// A stored verdict without NVML's answer is reused only while the NVML probe is missing.
+// TestVerdictWithoutNVML stores a verdict of a load test that could not ask NVML, because the builder had no probe
+// program. The verdict must be reused only as long as the builder has no probe program.
 func TestVerdictWithoutNVML(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())

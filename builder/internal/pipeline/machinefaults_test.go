@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults happen. At the second moment the console prints bootText, at the third
-// driverText.
+// These are the moments of a load test at which faults happen. At momentBoot the console prints bootText. At
+// momentDriver it prints driverText.
 const (
 	momentStart  = "load test begins"
 	momentBoot   = "machine boots"
@@ -36,7 +36,8 @@ const (
 
 var moments = []string{momentStart, momentBoot, momentDriver}
 
-// Every fault happens while a real kernel from PREBAKE_MIRROR boots in a virtual machine and loads a module.
+// TestMachineFaults causes every fault at every moment of a load test. The load test boots a real kernel of
+// PREBAKE_MIRROR in a virtual machine and loads a module.
 func TestMachineFaults(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -58,10 +59,11 @@ func TestMachineFaults(t *testing.T) {
 					t.Parallel()
 					th := newTheatre(t, s.farm(t))
 					s.equip(th)
-					// The cache has all inputs already, so a full disk first shows in the load test's own files.
+					// The cache has all inputs already. So on a full disk, the first write to fail is one of the load test itself.
 					th.Warm, th.Text = pipeline.LoadTestOff, text
 					if text != "" {
-						// On the same disk, the end of the virtual machine would free space for the verdict.
+						// The temporary files are on another disk. Otherwise the end of the virtual machine would free space on the full
+						// disk, and the verdict could be stored.
 						th.tmp = t.TempDir()
 					}
 					cell := th.buildUnderFault(t, kind, "load test", first.Digest)
@@ -81,8 +83,8 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
-// An input of the load test is damaged in the cache before its use. The build must not rely on it, and the next build
-// must publish the right test result.
+// TestMachineInputsDamaged damages an input of the load test in the cache. The build must not use the damaged input,
+// and the next build must publish the right test result.
 func TestMachineInputsDamaged(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -90,7 +92,7 @@ func TestMachineInputsDamaged(t *testing.T) {
 		name  string
 		warm  pipeline.LoadTest
 		parts []string
-		class string // class of the first build
+		class string // class of the first build's error; "" means success
 	}{
 		{"kept verdict", pipeline.LoadTestAuto, []string{"facts"}, ""},
 		{"kernel and boot files", pipeline.LoadTestOff, []string{"trees/boot-v1"}, "transient"},
@@ -137,7 +139,7 @@ func newStage(t *testing.T) *stage {
 	kernel := filepath.Dir(found[0])
 	s := &stage{init: goProgram(t, "pkg/vm/guestinit", false), probe: goProgram(t, "fetcher/nvmlprobe", true)}
 
-	// The boot archive contains only the kernel, because the virtual machine then boots faster.
+	// The boot archive here has only the kernel, so the virtual machine boots faster.
 	boot := unpacked(t, filepath.Join(kernel, "prebake-boot.tgz"))
 	var small bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": text(t, filepath.Join(boot, "vmlinuz"))}, gzip.NewWriter(&small))
@@ -148,7 +150,7 @@ func newStage(t *testing.T) *stage {
 	if err != nil || len(trees) != 1 {
 		t.Fatalf("header trees: %v, %v", trees, err)
 	}
-	// The test needs only the files that the checks read: standIn compiles with the whole tree.
+	// standIn compiles with the whole header tree. The build needs only the files that its checks read.
 	s.headers = map[string]string{}
 	for _, name := range []string{"Makefile", ".config", "Module.symvers", "include/config/kernel.release"} {
 		s.headers["usr/src/"+filepath.Base(trees[0])+"/"+name] = text(t, filepath.Join(trees[0], name))
@@ -173,7 +175,7 @@ func (s *stage) farm(t *testing.T) *farm {
 
 func (s *stage) equip(th *theatre) { th.Init, th.Probe = s.init, s.probe }
 
-// checkTestResult checks that exactly one test result is published and that its content is right.
+// checkTestResult checks that exactly one test result is published, and that its content is right.
 func (th *theatre) checkTestResult(t *testing.T, digest string) {
 	t.Helper()
 	repo, err := registry.Open(th.f.repo, registry.Options{})
@@ -194,7 +196,7 @@ func (th *theatre) checkTestResult(t *testing.T, digest string) {
 	}
 }
 
-// standIn compiles a small module that replaces a driver. It shows its version as NVIDIA's driver does.
+// standIn compiles a small module in place of a driver. The module shows its version in /proc, as NVIDIA's driver does.
 func standIn(t *testing.T, headers string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -225,7 +227,7 @@ MODULE_VERSION("`+version+`");
 	return filepath.Join(dir, "nvidia.ko")
 }
 
-// standInNVML compiles the functions of NVML that the probe needs.
+// standInNVML compiles a library with those functions of NVML that the probe program calls.
 func standInNVML(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -281,7 +283,7 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// alarm is a writer that calls ring when its text is written for the first time.
+// alarm is a writer that calls ring when text appears in its input for the first time.
 type alarm struct {
 	text, last []byte
 	ring       func()
@@ -300,7 +302,7 @@ func (a *alarm) Write(p []byte) (int, error) {
 
 const machineWord = "MACHINE "
 
-// tellMachines prints the process ids of this process's virtual machines.
+// tellMachines prints the process ids of this process's children, which are its virtual machines.
 func tellMachines() error {
 	all, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -334,7 +336,7 @@ func machinesIn(t *testing.T, out []byte) (pids []int) {
 	return pids
 }
 
-// adoptOrphans makes this process the parent of virtual machines whose builder died.
+// adoptOrphans makes this process the parent of virtual machines whose builder died, so that it can wait for their end.
 func adoptOrphans(t *testing.T) {
 	t.Helper()
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -342,7 +344,7 @@ func adoptOrphans(t *testing.T) {
 	}
 }
 
-// checkKilled checks that a virtual machine was killed when its builder died.
+// checkKilled checks that a virtual machine was killed with SIGKILL when its builder died.
 func checkKilled(t *testing.T, pid int) {
 	t.Helper()
 	var status unix.WaitStatus

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// moduleKey makes an RSA key and a certificate that a kernel could trust.
+// moduleKey makes an RSA key and a certificate. The kernel could use the certificate to verify modules.
 func moduleKey(t *testing.T) (key, cert string) {
 	t.Helper()
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -56,7 +56,8 @@ func moduleKey(t *testing.T) (key, cert string) {
 	return write("modules.key", "PRIVATE KEY", pkcs8), write("modules.crt", "CERTIFICATE", der)
 }
 
-// The modules are signed outside the sandbox. Signed modules give another artifact than unsigned modules.
+// TestSignedModules checks that a build with a module key signs the modules with the kernel's CONFIG_MODULE_SIG_HASH,
+// and that the artifact differs from that with unsigned modules.
 func TestSignedModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -84,7 +85,7 @@ func TestSignedModules(t *testing.T) {
 		t.Errorf("VerifyFile of the published module = %+v, %v; want a signature over sha512", got, err)
 	}
 
-	// The same inputs give the same bytes with another cache, including the signatures.
+	// With another cache, the same inputs must give the same bytes, including the signatures.
 	other := cfg
 	other.Cache, other.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "again")}
 	if again := must(t, other, request("17800.0.9")); again.Digest != signed.Digest {
@@ -93,12 +94,12 @@ func TestSignedModules(t *testing.T) {
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused {
 		t.Errorf("the same build again: %+v; want it reused", again)
 	}
-	// The signed and the unsigned artifact do not replace each other.
+	// A build of unsigned modules must not replace the artifact with signed modules.
 	cfg.ModuleKey, cfg.ModuleCert = "", ""
 	if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
 		t.Errorf("without the key: %+v, %v; want it refused", res, err)
 	}
-	// If the kernel does not check signatures, the build ends before the compile.
+	// If the kernel has no support for module signatures, the build must end before the compile.
 	f.kernel(t, "17800.0.10", headerFiles())
 	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
 	res, _, err := build(t, cfg, request("17800.0.10"))
@@ -131,7 +132,7 @@ func (f *farm) module(t *testing.T, res *pipeline.Result) string {
 	return filepath.Join(dir, "drivers", "nvidia.ko")
 }
 
-// If a kernel loads signed modules only, a build without a key ends before the compile.
+// TestForcedSignatures has a kernel that loads only signed modules. A build without a key must end before the compile.
 func TestForcedSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -149,7 +150,7 @@ func TestForcedSignatures(t *testing.T) {
 	must(t, cfg, request("17800.0.9"))
 }
 
-// The build succeeds even if the release's list of GPUs is invalid.
+// TestOddListOfGPUs checks that a build succeeds even if the release's list of GPUs is invalid.
 func TestOddListOfGPUs(t *testing.T) {
 	t.Parallel()
 	for text, attached := range map[string]int{"{": 4,

@@ -56,7 +56,7 @@ func toolchainFiles() map[string]string {
 	return files
 }
 
-// driverFiles returns a release with one module. Its modinfo has the fields of a real module.
+// driverFiles returns the files of a release with one module. The module's .modinfo has the fields of a real module.
 func driverFiles() map[string]string {
 	return map[string]string{
 		"kernel-open/Kbuild":   "obj-m += nvidia.o\n",
@@ -155,7 +155,7 @@ func (f *farm) driver(t *testing.T, files map[string]string) {
 	f.putEdition(t, version, files)
 }
 
-// putEdition writes an NVIDIA release into the bucket, under a version that may have a suffix.
+// putEdition writes an NVIDIA release into the bucket. The version may have an edition's suffix, such as -grid.
 func (f *farm) putEdition(t *testing.T, version string, files map[string]string) {
 	t.Helper()
 	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
@@ -234,8 +234,8 @@ func phases(res *pipeline.Result) (names []string) {
 	return names
 }
 
-// checkArtifact checks that a node of this COS build would accept the artifact, and the number of its attached
-// statements.
+// checkArtifact checks that a node of this COS build would accept the artifact. attached is the number of statements
+// that the artifact must have.
 func (f *farm) checkArtifact(t *testing.T, res *pipeline.Result, attached int) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -297,8 +297,8 @@ var (
 	reused = []string{"source", "look up", "publish"}
 )
 
-// The first build compiles. The second takes the modules from the cache. Later builds with empty caches reuse the
-// artifact in the registry.
+// TestBuild checks how builds reuse results. The first build compiles. The second takes the modules from the cache.
+// Later builds have empty caches and reuse the artifact in the registry.
 func TestBuild(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -319,7 +319,7 @@ func TestBuild(t *testing.T) {
 			first.Digest)
 	}
 
-	// If a cell has to be compiled again, the note of the compile phase says which input changed.
+	// If a cell must be compiled again, the note of the compile phase must say which input changed.
 	changed := headerFiles()
 	changed[headers+"include/linux/new.h"] = "#define NEW\n"
 	other := newFarm(t)
@@ -331,7 +331,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
 	}
 
-	// With empty caches, the published artifact also serves another COS build with the same kernel.
+	// With an empty cache, a build for another COS build with the same kernel must reuse the published artifact.
 	twin := headerFiles()
 	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
 	f.kernel(t, "17800.1.9", twin)
@@ -349,8 +349,8 @@ func TestBuild(t *testing.T) {
 	}
 }
 
-// Google's buckets have editions of a release, such as one for guests of vGPU. An edition is a separate artifact whose
-// modules have the version of the plain release.
+// TestEdition checks an edition of a release. Google's buckets have such editions, for example one for guests of vGPU.
+// An edition must be an artifact of its own. Its modules have the version of the plain release.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -369,13 +369,13 @@ func TestEdition(t *testing.T) {
 	f.checkArtifact(t, res, 4)
 }
 
-// A published artifact is reused only if a compile would certainly give the same bytes.
+// TestNotReused checks that a published artifact is reused only if a compile would certainly give the same bytes.
 func TestNotReused(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
 		name   string
 		change func(t *testing.T, f *farm, cfg *pipeline.Config)
-		kind   fault.Kind // of the outcome; Internal means success
+		kind   fault.Kind // kind of the build's error; Internal means success
 	}{
 		{"signed with another key", func(t *testing.T, f *farm, cfg *pipeline.Config) { f.newKey(t); cfg.Key = f.key },
 			fault.Internal},

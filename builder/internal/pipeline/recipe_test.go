@@ -25,8 +25,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// newOldFarm returns a farm whose registry and bucket have the artifact of an earlier builder, with the first recipe
-// for layers. A second COS build has the same fingerprint and a boot image.
+// newOldFarm returns a farm whose registry and bucket have an artifact that an earlier builder packed, with the first
+// recipe for layers. A second COS build has the same fingerprint and also a boot image.
 func newOldFarm(t *testing.T) (f *farm, cfg pipeline.Config, folder string, first *pipeline.Result) {
 	t.Helper()
 	f = newFarm(t)
@@ -38,7 +38,7 @@ func newOldFarm(t *testing.T) (f *farm, cfg pipeline.Config, folder string, firs
 	tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
 	f.putChecked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	files := driverFiles()
-	// The load test ends before it boots, because the bucket lacks the module drm.
+	// This driver needs the module drm, which the bucket lacks. So the load test ends before it boots a machine.
 	files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "depends=", "depends=drm", 1)
 	files["nvidia-smi*"] = strings.Repeat("ELF\n", 1<<16) // zstd writes the window into archives of more than 128 KiB
 	f.driver(t, files)
@@ -59,7 +59,8 @@ func newOldFarm(t *testing.T) (f *farm, cfg pipeline.Config, folder string, firs
 	return f, cfg, folder, first
 }
 
-// An artifact that an earlier builder packed gets the same bytes when it is made again. Its tag admits no others.
+// TestPackedAsPublished makes an artifact again that an earlier builder packed with an old recipe. The new artifact
+// must have the same bytes, because the tag exists already and never moves to another artifact.
 func TestPackedAsPublished(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -99,7 +100,8 @@ func TestPackedAsPublished(t *testing.T) {
 	}
 }
 
-// An artifact that is made again gets no second set of debug symbols.
+// TestSymbolsPackedAsPublished makes an artifact with debug symbols again. The symbols must be packed by the artifact's
+// old recipe too, so that no second set of symbols is published.
 func TestSymbolsPackedAsPublished(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -144,7 +146,8 @@ func TestSymbolsPackedAsPublished(t *testing.T) {
 	}
 }
 
-// Each provenance says which recipe gives its artifact, so that a second party can reproduce it.
+// TestPackedAsPublishedSaysSo checks that each provenance names the recipe with which a second party can reproduce the
+// artifact.
 func TestPackedAsPublishedSaysSo(t *testing.T) {
 	t.Parallel()
 	f, cfg, _, first := newOldFarm(t)
@@ -170,7 +173,7 @@ func TestPackedAsPublishedSaysSo(t *testing.T) {
 }
 
 // publishWith makes an artifact, and publishes it in a new repository with a provenance that has the given facts. It
-// returns the Config for that repository.
+// returns cfg with this repository as its destination.
 func (f *farm) publishWith(t *testing.T, cfg pipeline.Config, facts map[string]string) pipeline.Config {
 	t.Helper()
 	made, err := pipeline.Make(t.Context(), cfg, request("17800.0.9"), emptyCache(t), io.Discard, &timeline.Run{})
@@ -207,8 +210,8 @@ func (f *farm) publishWith(t *testing.T, cfg pipeline.Config, facts map[string]s
 	return cfg
 }
 
-// checkRefusedEarly checks that a build ended before the compile, because it could not publish. The error must contain
-// the cause, and the hint must contain the next step. It returns the hint.
+// checkRefusedEarly checks that a build ends before the compile, because it could not publish. The error must contain
+// cause, and the hint must contain next. It returns the hint.
 func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) string {
 	t.Helper()
 	res, _, err := build(t, cfg, request("17800.0.9"))
@@ -220,7 +223,8 @@ func checkRefusedEarly(t *testing.T, cfg pipeline.Config, cause, next string) st
 	return fault.Hint(err)
 }
 
-// If this builder cannot make the published artifact again, the build ends before the compile.
+// TestUnknownRecipe has an artifact that was made by a recipe of another builder. This builder cannot make it again, so
+// the build must end before the compile.
 func TestUnknownRecipe(t *testing.T) {
 	t.Parallel()
 	for step, recipe := range map[string]string{"pack": "tar-zstd-9", "image": "image-9"} {
@@ -235,7 +239,8 @@ func TestUnknownRecipe(t *testing.T) {
 			}
 			cfg.RebuildAfter = time.Nanosecond
 			hint := checkRefusedEarly(t, cfg, recipe, "v7.7")
-			// A newer builder knows the recipe of older layers, but not that of an older image.
+			// Newer builders know the older recipes of layers, but no older recipe of an image. So an upgrade of the builder
+			// helps only in the first case.
 			if got := strings.Contains(hint, "upgrade"); got != (step == "pack") {
 				t.Errorf("hint %q; want an upgrade in it: %t", hint, step == "pack")
 			}
@@ -243,7 +248,8 @@ func TestUnknownRecipe(t *testing.T) {
 	}
 }
 
-// Another recipe of the layout ends the build before the compile, but only if it gives this release other bytes.
+// TestOtherStage has an artifact that was made with another recipe for its layout. The build must end before the
+// compile, but only if this recipe gives the release other bytes.
 func TestOtherStage(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -255,7 +261,7 @@ func TestOtherStage(t *testing.T) {
 		t.Errorf("%+v; want it made again, because both recipes give the same layout", res)
 	}
 
-	other := newFarm(t) // the same driver without one of the programs
+	other := newFarm(t) // publishes a driver with another program, as if the older recipe had chosen that program
 	files := driverFiles()
 	delete(files, "nvidia-smi*")
 	files["nvidia-debugdump*"] = "ELF"
@@ -267,8 +273,9 @@ func TestOtherStage(t *testing.T) {
 	checkRefusedEarly(t, cfg, "stage-0", "v7.7")
 }
 
-// Another version of pahole often gives the same bytes, so the artifact is made again. A build without BTF ends before
-// the compile if the COS build is published with it.
+// TestOtherBTF checks an artifact whose BTF another version of pahole made. Two versions often give the same bytes, so
+// the build makes the artifact again. A build without BTF must end before the compile, because the published artifact
+// has BTF.
 func TestOtherBTF(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)
@@ -289,8 +296,9 @@ func TestOtherBTF(t *testing.T) {
 	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
 }
 
-// If another version of pahole makes other bytes, the first build finds out, and later ones end before the compile.
-// Both say which version to install. A builder of another version tries again, and so does RetryRefused.
+// TestOtherBTFRefused checks a case where another version of pahole gives other bytes. The first build compiles and is
+// then refused. Later builds must end before the compile. Both errors must say which version to install. A builder of
+// another version must compile again, and so must a build with RetryRefused.
 func TestOtherBTFRefused(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)
@@ -326,7 +334,8 @@ func TestOtherBTFRefused(t *testing.T) {
 	first("with RetryRefused", cfg)
 }
 
-// If one repository has other bytes than this build made, no repository gets them.
+// TestOtherBytesPublishedNowhere has two repositories, one of which has other bytes than this build makes. The build
+// must publish in neither.
 func TestOtherBytesPublishedNowhere(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -348,7 +357,7 @@ func TestOtherBytesPublishedNowhere(t *testing.T) {
 	}
 }
 
-// tagRequests counts the requests for tags of each repository.
+// tagRequests counts, for each repository, the requests for its tags.
 type tagRequests map[string]int
 
 func (c tagRequests) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -358,7 +367,8 @@ func (c tagRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-// A repository gets no more requests for its tags if the same artifact is reused in a second one, too.
+// TestReuseAsksForTagsOnce checks that a reused artifact in a second repository adds no requests for tags to the first
+// repository.
 func TestReuseAsksForTagsOnce(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

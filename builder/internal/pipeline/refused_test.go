@@ -21,7 +21,7 @@ import (
 // compiled reports whether a build began to compile.
 func compiled(res *pipeline.Result) bool { return slices.Contains(phases(res), "compile") }
 
-// age makes the only refusal that the cache remembers older.
+// age changes the time of the cache's only refusal to an earlier time: it subtracts by.
 func age(t *testing.T, cfg pipeline.Config, by time.Duration) {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "facts", "refused-v1", "*"))
@@ -50,8 +50,8 @@ func age(t *testing.T, cfg pipeline.Config, by time.Duration) {
 	}
 }
 
-// A build because of age that a destination refused is not compiled again in each run, but only after some time, or if
-// the user asks for it.
+// TestRenewRefusedIsRemembered builds an old artifact again, and the destination refuses the result. Later runs must
+// not compile it again until some days have passed, unless the user asks for it with RetryRefused.
 func TestRenewRefusedIsRemembered(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -101,13 +101,13 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 			if !row.bytes {
 				cfg.RebuildAfter, cfg.Registry = time.Nanosecond, nil
 				cfg.Destinations = []string{f.repo + "/other"}
-				must(t, cfg, request("17800.0.9")) // another destination has refused nothing
+				must(t, cfg, request("17800.0.9")) // this destination has refused nothing yet
 			}
 		})
 	}
 }
 
-// readOnly is a registry that lets nobody write a manifest.
+// readOnly answers 403 to each upload of a manifest.
 type readOnly struct{}
 
 func (readOnly) RoundTrip(r *http.Request) (*http.Response, error) {

@@ -28,8 +28,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// An artifact that is older than RebuildAfter is compiled again, even with a full cache, and gets a new provenance. A
-// run that reuses the artifact claims no new build.
+// TestRenew checks that an artifact older than RebuildAfter is compiled again, even with a full cache, and gets a
+// second provenance. A run that reuses the artifact must not add a provenance.
 func TestRenew(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -60,7 +60,8 @@ func TestRenew(t *testing.T) {
 	}
 }
 
-// A provenance by a wrong clock, with a time in the future, does not make an old artifact young for ever.
+// TestRenewWrongClock adds a provenance with a time in the future, as by a builder with a wrong clock. The artifact
+// must nevertheless count as old.
 func TestRenewWrongClock(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -101,7 +102,8 @@ func TestRenewWrongClock(t *testing.T) {
 	}
 }
 
-// Useless statements, which anybody who may push can attach, do not make a young artifact old.
+// TestRenewBesideJunk attaches invalid statements to an artifact, as anybody with the right to push can. The artifact
+// must still count as young.
 func TestRenewBesideJunk(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -120,7 +122,9 @@ func TestRenewBesideJunk(t *testing.T) {
 	}
 }
 
-// A run that builds again publishes only bytes that it made itself: no product of other modules comes from the cache.
+// TestRenewOtherBytes builds an old artifact again with a driver that gives other bytes in each compile. The build must
+// publish only what it made itself. If it took a product of the earlier modules from the cache, the bytes would not
+// differ.
 func TestRenewOtherBytes(t *testing.T) {
 	t.Parallel()
 	for _, signed := range []bool{false, true} {
@@ -145,7 +149,7 @@ func TestRenewOtherBytes(t *testing.T) {
 	}
 }
 
-// A run that builds again does not take compiled objects from the cache.
+// TestRenewWithoutObjects checks that a build because of age takes no compiled object from the cache.
 func TestRenewWithoutObjects(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -154,7 +158,7 @@ func TestRenewWithoutObjects(t *testing.T) {
 		cfg := f.config(t, emptyCache(t))
 		cfg.RebuildAfter = after
 		must(t, cfg, request("17800.0.9"))
-		// Package compile keeps a fact about the headers wherever it may keep objects.
+		// If package compile may store objects in the cache, it stores this fact about the headers first.
 		kept, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "facts", "header-view-*"))
 		if err != nil {
 			t.Fatal(err)
@@ -166,8 +170,8 @@ func TestRenewWithoutObjects(t *testing.T) {
 	}
 }
 
-// newSiblings returns a farm with a driver whose objects can be shared, and two COS builds whose kernels differ only in
-// the checksum of a symbol.
+// newSiblings returns a farm with a driver whose objects can be shared, and two COS builds. Their kernels differ only
+// in the checksum of a symbol.
 func newSiblings(t *testing.T) (f *farm, builds []string) {
 	t.Helper()
 	f = newFarm(t)
@@ -190,7 +194,7 @@ func newSiblings(t *testing.T) (f *farm, builds []string) {
 	return f, []string{"17800.0.9", "17800.1.9"}
 }
 
-// notes returns the notes of the compile's parts, and of the phase package without sizes.
+// notes returns the notes of the parts of a compile, and the note of the phase package without the sizes in it.
 func notes(res *pipeline.Result) (all []string) {
 	for _, p := range res.Phases {
 		switch {
@@ -204,8 +208,8 @@ func notes(res *pipeline.Result) (all []string) {
 	return all
 }
 
-// The cells that one pass builds again share objects and layers. They take nothing from an earlier pass or from the
-// cache, and nothing of the pass is left.
+// TestRenewShares checks the cells that one pass builds again because of their age. They share objects and layers with
+// each other. They must take nothing from an earlier pass or from the cache, and must leave nothing behind.
 func TestRenewShares(t *testing.T) {
 	t.Parallel()
 	f, builds := newSiblings(t)
@@ -243,7 +247,7 @@ func TestRenewShares(t *testing.T) {
 			t.Errorf("the pass left its cache: %v", err)
 		}
 	}
-	// Without a cache of the pass, each build has its own.
+	// Without a cache for the pass, each build has a cache of its own, so it shares nothing.
 	cfg.Fresh = nil
 	for i, build := range builds {
 		if diff := cmp.Diff(alone, notes(must(t, cfg, request(build)))); diff != "" {
@@ -255,8 +259,8 @@ func TestRenewShares(t *testing.T) {
 	}
 }
 
-// The cache of a pass keeps no modules of a build that has ended: their provenance is about that build, so no other
-// build uses them.
+// TestRenewKeepsNoModules checks that the cache of a pass keeps no modules after a build. The modules' provenance is
+// about that one build, so no other build could use them.
 func TestRenewKeepsNoModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -289,7 +293,8 @@ func TestRenewKeepsNoModules(t *testing.T) {
 	}
 }
 
-// A second attempt in the same pass, after a failure to publish, compiles again and so renews the artifact too.
+// TestRenewSecondAttempt cuts the first attempt off while it publishes. A second attempt in the same pass must compile
+// again, and so publish a second provenance.
 func TestRenewSecondAttempt(t *testing.T) {
 	t.Parallel()
 	f, builds := newSiblings(t)
@@ -323,7 +328,8 @@ func TestRenewSecondAttempt(t *testing.T) {
 	}
 }
 
-// A killed run leaves its cache of the pass. The next Open of the cache removes it before anybody reads it.
+// TestOpenFreshAfterKill checks that the next Open of a cache removes the pass's cache that a killed run left inside
+// it.
 func TestOpenFreshAfterKill(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -345,7 +351,7 @@ func TestOpenFreshAfterKill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dead := t.TempDir() // a copy has no locks, as after a kill
+	dead := t.TempDir() // a copy has no locks, as if the run had been killed
 	if err := os.CopyFS(dead, os.DirFS(dir)); err != nil {
 		t.Fatal(err)
 	}
@@ -365,8 +371,9 @@ func TestOpenFreshAfterKill(t *testing.T) {
 	}
 }
 
-// After a change of the key, the age of an artifact is unknown. The build says so, takes nothing from the cache, and
-// signs by the new key. After that the artifact is young.
+// TestRenewAfterKeyChange changes the signing key. The verifier of the new key trusts no statement about the artifact's
+// age, so the age is unknown. The build must say so, take nothing from the cache, and sign with the new key. After that
+// the artifact counts as young.
 func TestRenewAfterKeyChange(t *testing.T) {
 	t.Parallel()
 	f, builds := newSiblings(t)
@@ -405,7 +412,8 @@ func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-// A run that was cut off between two statements is completed by the next run, also for a sibling of a published cell.
+// TestRetryAddsTestResult cuts a run off before one of its two statements for a sibling kernel. The next run must add
+// what is missing.
 func TestRetryAddsTestResult(t *testing.T) {
 	t.Parallel()
 	for n := int64(1); n <= 2; n++ {
@@ -420,7 +428,7 @@ func TestRetryAddsTestResult(t *testing.T) {
 			files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "depends=", "depends=drm", 1)
 			f.driver(t, files)
 			cfg := f.config(t, emptyCache(t))
-			cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it needs them
+			cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it starts these programs
 			must(t, cfg, request("17800.0.9"))
 			var boot bytes.Buffer
 			tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
@@ -434,7 +442,7 @@ func TestRetryAddsTestResult(t *testing.T) {
 			}
 			cfg.Registry = nil
 			res := must(t, cfg, request("17800.1.9"))
-			f.checkArtifact(t, res, 6) // a kernel match and a test result more than the first build's
+			f.checkArtifact(t, res, 6) // the second COS build adds a kernel match and a test result
 		})
 	}
 }

@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Signing returns another text for each way to sign modules.
+// TestSigning checks that Signing returns a different text for each way to sign modules, and the names of Google's
+// objects on which the result depends.
 func TestSigning(t *testing.T) {
 	t.Parallel()
 	k := target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A bucket gets a tarball for each COS build, even if two share the artifact. If another file has the tarball's name,
-// the build fails and the file stays.
+// TestTarballTwins checks that a bucket gets one tarball for each COS build, even if two COS builds share the artifact.
+// If the tarball's name belongs to another file, the build must fail and the file must stay.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -50,7 +50,7 @@ func TestTarballTwins(t *testing.T) {
 		t.Errorf("another COS build with the same fingerprint: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
-	// If a file has the tarball's name and other content, it stays unchanged.
+	// A file with the tarball's name and other content must stay unchanged.
 	if err := os.RemoveAll(filepath.Join(folder, "17800.0.9")); err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,8 @@ func TestTarballTwins(t *testing.T) {
 	}
 }
 
-// The driver gets COS's labels and the configured labels, even if its tarball exists already.
+// TestLabels checks that the driver gets the labels of COS's list and the configured labels, even if its tarball exists
+// already.
 func TestLabels(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -109,7 +110,7 @@ func TestLabels(t *testing.T) {
 	}
 }
 
-// Debug symbols are published as a referrer. They do not change the artifact.
+// TestDebugSymbols checks that debug symbols are published as a referrer, and that they do not change the artifact.
 func TestDebugSymbols(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -128,7 +129,7 @@ func TestDebugSymbols(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Anybody who may push can attach something that is called debug symbols.
+	// Anybody with the right to push can attach data of this artifact type. It must not count as debug symbols.
 	if _, err := repo.Attach(t.Context(), subject, symbols.ArtifactType, []byte("junk"), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -142,8 +143,8 @@ func TestDebugSymbols(t *testing.T) {
 	}
 }
 
-// TestBucketIsCheckedBeforeTheCompile runs a server that answers as Google does. The path and the bodies are from
-// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
+// TestBucketIsCheckedBeforeTheCompile checks the bucket's permissions with a server that stands for Google's. The path
+// and the bodies are from https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
 func TestBucketIsCheckedBeforeTheCompile(t *testing.T) {
 	for _, row := range []struct {
 		name           string

@@ -22,7 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// typedKernel writes a COS build whose kernel accepts BTF in modules.
+// typedKernel writes a COS build whose kernel accepts BTF in modules. text is the content of the vmlinux's section
+// .text.
 func (f *farm) typedKernel(t *testing.T, build, text string) {
 	t.Helper()
 	files := headerFiles()
@@ -59,7 +60,7 @@ func newTypedFarm(t *testing.T) *farm {
 	return f
 }
 
-// typedDriver returns the files of a driver that has types.
+// typedDriver returns the files of a driver whose module has types, so that the module can have BTF.
 func typedDriver() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Makefile"] =
@@ -75,8 +76,8 @@ func salted(files map[string]string) map[string]string {
 	return files
 }
 
-// A build with BTF makes another artifact than a build without. COS builds with the same kernel share the artifact with
-// BTF. The provenance names the version of pahole, with which Make makes the same artifact again.
+// TestBTF checks that a build with BTF makes another artifact than a build without BTF. COS builds with the same kernel
+// share the artifact. The provenance names the version of pahole, with which Make must make the same artifact again.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)

@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// If a COS build has its own boot image, a reused artifact must first pass a load test on its kernel.
+// TestNotReusedUntested has a COS build with a boot image of its own. Before a published artifact is reused for it, the
+// artifact must pass a load test on this kernel.
 func TestNotReusedUntested(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -23,7 +24,7 @@ func TestNotReusedUntested(t *testing.T) {
 	tarOf(t, map[string]string{"vmlinuz": "none"}, gzip.NewWriter(&boot))
 	f.putChecked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
-	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // without this program, the virtual machine cannot start
+	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // without this program, no virtual machine can start
 	res, _, err := build(t, cfg, request("17800.1.9"))
 	if err == nil || res.Reused {
 		t.Errorf("Run = %+v, %v; want the load test's failure", res, err)
@@ -37,7 +38,8 @@ func TestNotReusedUntested(t *testing.T) {
 	}
 }
 
-// If no bucket has the kernel's modules that the driver needs, the build fails only in the mode LoadTestRequire.
+// TestLackingModules has a driver that needs a module of the kernel, which no bucket has. The build must fail only in
+// the mode LoadTestRequire.
 func TestLackingModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -51,7 +53,7 @@ func TestLackingModules(t *testing.T) {
 	tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
 	f.putChecked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
-	cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it needs them
+	cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it starts these programs
 	res := must(t, cfg, request("17800.0.9"))
 	var note string
 	for _, p := range res.Phases {

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// code returns incompressible data that the modules of sibling kernels share.
+// code returns random data, which does not compress. All sibling kernels' modules of these tests contain it.
 func code() string {
 	b := make([]byte, 200_000)
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // Read never returns an error
@@ -30,7 +30,7 @@ func publishBuild(t *testing.T, repo *registry.Repository, key *testkit.Key, num
 	return s
 }
 
-// builds returns the BUILD_IDs from which deltas were made.
+// builds makes deltas to the sample, and returns the BUILD_IDs from which they lead.
 func builds(t *testing.T, repo *registry.Repository, s testkit.Sample, count int) []string {
 	t.Helper()
 	made, err := publish.Deltas(t.Context(), repo, s.Digest, s.Kernel, driver, count)
@@ -57,7 +57,7 @@ func TestDeltas(t *testing.T) {
 			for _, number := range []string{"9", "47", "48", "60"} {
 				publishBuild(t, repo, key, number, code()+number)
 			}
-			// Build 49 has the kernel of build 48. The layer of build 40 has nothing in common with the others.
+			// Build 49 has the same kernel as build 48. The layer of build 40 has nothing in common with the other layers.
 			again := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, code()+"48")
 			again.Kernel.BuildID = id("49")
 			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, signAgain(t, key, again))); err != nil {
@@ -69,7 +69,7 @@ func TestDeltas(t *testing.T) {
 			if diff := cmp.Diff([]string{id("49"), id("47")}, builds(t, repo, s, 2)); diff != "" {
 				t.Errorf("deltas (-want +got):\n%s", diff)
 			}
-			// Deltas makes no delta that exists already, and no delta that would save little.
+			// Deltas must skip a delta that exists already, and a delta that would save little.
 			if diff := cmp.Diff([]string{id("9")}, builds(t, repo, s, 4)); diff != "" {
 				t.Errorf("deltas of a second call (-want +got):\n%s", diff)
 			}
@@ -77,7 +77,7 @@ func TestDeltas(t *testing.T) {
 				t.Errorf("Deltas(0) = %q", got)
 			}
 
-			// A node with the layer of build 47 applies the delta and gets the layer of build 50.
+			// A node that has the layer of build 47 applies the delta, and must get the layer of build 50.
 			former := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, code()+"47").Layers[0]
 			layer := s.Layers[0]
 			found, err := repo.Payloads(

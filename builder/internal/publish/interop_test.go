@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// tool returns a function that runs another project's program. If the program is missing, the test is skipped.
+// tool returns a function that runs another project's program. If the program is missing, it skips the test.
 func tool(t *testing.T, name string) func(args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -63,7 +63,8 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 	return path
 }
 
-// publishSample signs a sample with a key file and publishes it to a registry with or without the referrers API.
+// publishSample signs a sample with a key file and publishes it in a registry. referrers says whether the registry has
+// the referrers API.
 func publishSample(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
 	signer, err := sign.LoadSigner(t.Context(), key)
@@ -113,7 +114,7 @@ func publishedBy(t *testing.T, referrers bool, signer *sign.Signer) (ref, digest
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
-		Modules: map[string]string{"nvidia": s.Layers[0].Path}}) // any file will do, because each has a digest
+		Modules: map[string]string{"nvidia": s.Layers[0].Path}}) // any file will do, because only its digest counts
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +167,7 @@ func TestCosignVerifies(t *testing.T) {
 		{"RSA", rsa2048, nil},
 		{"Ed25519", ed, nil},
 	} {
-		// Use a registry without the referrers API: the sample registry with that API reports no artifact types.
+		// The sample registry with the referrers API reports no artifact types, which cosign needs. So use the other one.
 		ref, digest, pub, _ := publishSample(t, false, keyFile(t, row.key))
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
 			verify := func(key string) (string, error) {
@@ -196,7 +197,7 @@ func TestCranePulls(t *testing.T) {
 	if err != nil || !json.Valid([]byte(raw)) {
 		t.Errorf("crane manifest = %v", err)
 	}
-	// --fast is needed, because crane's full check reads gzip layers only.
+	// Without --fast, crane reads all layers, and it can read gzip layers only.
 	if _, err := crane("validate", "--fast", "--remote", tagged); err != nil {
 		t.Errorf("crane validate = %v", err)
 	}
@@ -218,7 +219,7 @@ func TestCranePulls(t *testing.T) {
 	}
 }
 
-// TestVerifyPage runs the commands of the page exactly as the page shows them.
+// TestVerifyPage runs the commands of docs/how-to/verify.md exactly as the page shows them.
 func TestVerifyPage(t *testing.T) {
 	t.Parallel()
 	const begin = "$ cosign verify-attestation --key "

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// login is a minimal OpenID Connect issuer that Fulcio accepts.
+// login is a minimal OpenID Connect issuer, which the certificate authority Fulcio accepts.
 type login struct {
 	url string
 	key *ecdsa.PrivateKey
@@ -50,7 +50,7 @@ func newLogin(t *testing.T) *login {
 	return l
 }
 
-// token returns an identity token for an audience, signed by key.
+// token returns an identity token for the given audience, signed with key.
 func (l *login) token(t *testing.T, key *ecdsa.PrivateKey, audience string) []byte {
 	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
@@ -75,8 +75,8 @@ func (l *login) token(t *testing.T, key *ecdsa.PrivateKey, audience string) []by
 	return []byte(text)
 }
 
-// startFulcio runs the certificate authority Fulcio and returns its URL. It accepts the login's identity tokens, signs
-// with the farm's keys, and writes no log of certificates.
+// startFulcio runs the certificate authority Fulcio and returns its URL. Fulcio accepts the identity tokens of l, signs
+// certificates with the farm's keys, and writes no log of certificates.
 func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -98,7 +98,7 @@ func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login
 		"--fileca-key-passwd=none", "--fileca-key=" + keyFile(t, farm.CAKey),
 		"--fileca-cert=" + file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: farm.CA.Raw}))}
 	var said string
-	for range 5 { // retries, because another process may have taken the free port
+	for range 5 { // tries again, because another process may have taken the free port
 		var address string
 		if address, said = runFulcio(t, program, args); address != "" {
 			return "http://" + address
@@ -136,7 +136,7 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 		_ = cmd.Wait() // the program was killed, so its exit status has no meaning
 	}()
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // or it has ended already
+		_ = cmd.Process.Kill() // an error means that the program has ended already
 		<-ended
 	})
 	for look := time.NewTicker(10 * time.Millisecond); ; {
@@ -154,7 +154,8 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 	}
 }
 
-// TestCosignVerifiesKeyless signs with certificates that a real Fulcio issued.
+// TestCosignVerifiesKeyless signs with certificates of a real Fulcio. cosign must verify the statements for the right
+// identity and root only.
 func TestCosignVerifiesKeyless(t *testing.T) {
 	t.Parallel()
 	cosign := tool(t, "cosign")
@@ -220,7 +221,7 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 		{"another root", other, who.Subject, who.Issuer, false},
 	} {
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, "spdxjson"} {
-			// This deployment has no transparency log, but it has a trusted timestamp authority.
+			// This deployment has a timestamp authority, but no transparency log.
 			out, err := cosign("verify-attestation", "--trusted-root", row.root, "--certificate-identity", row.who,
 				"--certificate-oidc-issuer", row.issuer,
 				"--use-signed-timestamps", "--insecure-ignore-tlog", "--insecure-ignore-sct", "--allow-http-registry", "--type",

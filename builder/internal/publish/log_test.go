@@ -32,7 +32,7 @@ func pack(t testing.TB, log io.Reader) (packed []byte, digest string) {
 
 func TestPackLog(t *testing.T) {
 	t.Parallel()
-	noise := func(n int) string { // hardly compressible
+	noise := func(n int) string { // noise hardly compresses
 		raw := make([]byte, n/2)
 		_, _ = rand.NewChaCha8([32]byte{1}).Read(raw)
 		return hex.EncodeToString(raw)
@@ -72,8 +72,9 @@ func FuzzUnpackLog(f *testing.F) {
 	})
 }
 
-// TestLogThatProvenanceNames publishes an artifact in two runs with different logs. The first run is complete, or ends
-// after it attached its log. The registry must have the log whose digest is in the attached provenance.
+// TestLogThatProvenanceNames publishes an artifact in two runs with different logs. In one row the first run is
+// complete; in the other it ends after it attached its log. The registry must have the log that the attached provenance
+// names.
 func TestLogThatProvenanceNames(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestManyKernels checks an artifact with more kernel matches than a client reads. A node of each COS build must find
-// its own match and the provenance, also if old statements have no labels. No statement may be attached twice.
+// TestManyKernels has an artifact with more kernel matches than a client reads. A node of each COS build must find its
+// own match and the provenance, even beside old statements without labels. No statement may be attached twice.
 func TestManyKernels(t *testing.T) {
 	t.Parallel()
 	const most, old = 200, 40
@@ -34,7 +34,7 @@ func TestManyKernels(t *testing.T) {
 			t.Parallel()
 			all := most
 			if name == "layout" {
-				all = registry.MaxAttachments + old // fewer, because each one is synced to disk
+				all = registry.MaxAttachments + old // fewer, because a layout syncs each attachment to disk
 			}
 			repo := open(t, ref, nil)
 			before := s
@@ -50,7 +50,7 @@ func TestManyKernels(t *testing.T) {
 			if err != nil || len(list) != 1+all {
 				t.Errorf("%d statements attached, %v; want the provenance and %d matches, each once", len(list), err, all)
 			}
-			for i := 0; i < all; i += 8 { // this tries kernel matches with labels, and those without
+			for i := 0; i < all; i += 8 { // some of these kernel matches have labels, and some have none
 				k := kernel(i)
 				bundles, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle, trust.Wanted(k)...)
 				if err != nil {

@@ -16,10 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// onPush runs a registry that creates a repository when a client with push rights asks for a token. Until then it
-// denies everything. The token exchange follows the distribution project's token specification. Status, challenge and
-// scopes are Quay's, from helm/helm#31567 (2025-11-25) and helm/helm#32144 (2026-05-22): a client that kept its token
-// for reading could not push.
+// onPush runs a registry that creates a repository when a client with push rights asks for a token to push. Until then
+// it denies every request. The token exchange follows the token specification of the distribution project. Status,
+// challenge and scopes are those of Quay, from helm/helm#31567 (2025-11-25) and helm/helm#32144 (2026-05-22). In these
+// issues a client that went on to use its token for reading could not push.
 func onPush(t *testing.T) string {
 	t.Helper()
 	var made atomic.Bool
@@ -54,7 +54,7 @@ func onPush(t *testing.T) string {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// TestPublishMakesRepository checks that the first artifact creates the repository in a registry that makes it on push.
+// TestPublishMakesRepository checks that Publish works with a registry that creates a repository at the first push.
 func TestPublishMakesRepository(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

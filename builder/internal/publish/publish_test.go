@@ -44,7 +44,7 @@ func artifact(t testing.TB, key *testkit.Key, s testkit.Sample) publish.Artifact
 		Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
 }
 
-// signAgain returns the sample with newly signed statements, as from a second build.
+// signAgain returns the sample with new signatures of the same statements, as from a second build.
 func signAgain(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
 	t.Helper()
 	s.Bundles = [][]byte{
@@ -54,7 +54,7 @@ func signAgain(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample 
 	return s
 }
 
-// check fails the test if a repository does not have exactly this sample.
+// check fails the test if the repository does not have this sample with this number of statements.
 func check(t testing.TB, repo *registry.Repository, key *testkit.Key, s testkit.Sample, bundles int) {
 	t.Helper()
 	for _, tag := range []string{bundle.Tag(s.Identity), bundle.KernelTag(s.Kernel, driver)} {
@@ -100,7 +100,7 @@ func TestPublish(t *testing.T) {
 			check(t, repo, key, s, 2)
 
 			twin := s
-			twin.Kernel.BuildID = "17800.1.47" // the same kernel in another COS build
+			twin.Kernel.BuildID = "17800.1.47" // another COS build with the same kernel
 			twin = signAgain(t, key, twin)
 			if got, existed, err := publish.Publish(ctx, repo, artifact(t, key, twin)); err != nil || !existed ||
 				got != s.Digest {
@@ -121,7 +121,8 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// TestRenew attaches a new provenance only for a run that built again, and only if the newest present one is old.
+// TestRenew checks when Publish attaches a second provenance: the run must have built the artifact again, and the
+// newest provenance in the registry must be old.
 func TestRenew(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -131,7 +132,7 @@ func TestRenew(t *testing.T) {
 	rows := []struct {
 		name, finished string
 		after          time.Duration
-		statements     int // attached afterwards
+		statements     int // number of attached statements afterwards
 	}{
 		{"first", "2026-01-01T00:00:00Z", 30 * day, 2},
 		{"not old yet", "2026-01-30T00:00:00Z", 30 * day, 2},
@@ -160,8 +161,8 @@ func TestRenew(t *testing.T) {
 	}
 }
 
-// TestPublishBesideJunk checks that useless statements, which anybody who may push can attach, do not make a publisher
-// attach its own ones again.
+// TestPublishBesideJunk attaches invalid statements to an artifact, as anybody with the right to push can. A second run
+// must not attach its own statements again.
 func TestPublishBesideJunk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -205,8 +206,8 @@ func TestPublishRefusesForeignStatements(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// cutter passes n requests and fails all others. The first failed request still reaches the registry; only its answer
-// is lost. So all values of n cover every state in which the registry can be left.
+// cutter passes n requests and fails all others. The first failed request still reaches the registry, and only the
+// answer is lost. So the values of n lead to every state in which the registry can be left.
 type cutter struct{ n atomic.Int64 }
 
 func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -224,8 +225,8 @@ func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, errCut
 }
 
-// TestCutOffAnywhere fails the n-th request for every n, checks that nobody finds an incomplete artifact, and publishes
-// again.
+// TestCutOffAnywhere fails the n-th request for every n. Nobody may find an incomplete artifact, and a second run must
+// complete it.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -256,7 +257,7 @@ func TestCutOffAnywhere(t *testing.T) {
 				if _, ok, err := publish.Existing(t.Context(), whole, bundle.Tag(s.Identity)); err != nil {
 					t.Errorf("n=%d: Existing = %v", n, err)
 				} else if ok {
-					// The tag is written last, so the artifact to which it refers must be complete.
+					// Publish writes the tag last, so the artifact of an existing tag must be complete.
 					attached, err := whole.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
 					if err != nil {
 						t.Errorf("n=%d: Attached = %v", n, err)

@@ -17,8 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// overwrite removes the log or a statement from the list of attachments under the tag, as another builder does that
-// read the list before the entry was there. what is the log's artifact type or the statement's predicate type.
+// overwrite removes the log or a statement from the list of attachments under the tag. Another builder does the same if
+// it read the list before the entry was there, and writes it afterwards. what is the log's artifact type or the
+// statement's predicate type.
 func overwrite(t *testing.T, ref, digest, what string) {
 	t.Helper()
 	tag, err := name.ParseReference(ref+":"+strings.Replace(digest, ":", "-", 1), name.Insecure)
@@ -45,7 +46,8 @@ func overwrite(t *testing.T, ref, digest, what string) {
 	}
 }
 
-// Without the referrers API, a publisher attaches again what another builder's write has removed from the list.
+// TestSharedList checks a registry without the referrers API, where builders overwrite each other's list of
+// attachments. Publish must attach its entries again if another builder's write removed them.
 func TestSharedList(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -54,8 +56,8 @@ func TestSharedList(t *testing.T) {
 	for _, row := range []struct {
 		name   string
 		api    bool
-		lost   []string // the entry that is lost in each pause
-		pauses int      // in all
+		lost   []string // the entry that is removed in each pause of Publish; "" means none
+		pauses int      // how many times Publish must pause
 		fails  bool
 	}{
 		{"referrers API", true, nil, 0, false},

@@ -12,7 +12,7 @@ import (
 
 func TestCompareTrees(t *testing.T) {
 	t.Parallel()
-	program, err := os.ReadFile("/proc/self/exe") // any ELF file will do; this is the test's own program
+	program, err := os.ReadFile("/proc/self/exe") // any ELF file will do, such as this test program
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ var (
 	}
 )
 
-// farm is a repository with one published artifact, and the keys of the parties.
+// farm is a repository with one published artifact, and the keys of its builder and of a second party.
 type farm struct {
 	cfg             reproduce.Config
 	sample          testkit.Sample
@@ -52,7 +52,7 @@ func signer(t *testing.T) *sign.Signer {
 	return s
 }
 
-// signed returns a signed statement.
+// signed returns the statement with a signature by the given key.
 func signed(t *testing.T, by *sign.Signer, st sign.Statement, err error) []byte {
 	t.Helper()
 	if err != nil {
@@ -65,7 +65,7 @@ func signed(t *testing.T, by *sign.Signer, st sign.Statement, err error) []byte 
 	return raw
 }
 
-// provenance returns the provenance of a build with these recipes that ended at this Unix time.
+// provenance returns the provenance of a build that used the given recipes and ended at the given Unix time.
 func provenance(t *testing.T, builder *sign.Signer, s testkit.Sample, ended int64, recipes map[string]string) []byte {
 	t.Helper()
 	st, err := sign.Provenance(s.Digest, sign.BuildFacts{
@@ -75,7 +75,7 @@ func provenance(t *testing.T, builder *sign.Signer, s testkit.Sample, ended int6
 	return signed(t, builder, st, err)
 }
 
-// newFarm publishes a sample with provenance by a builder with these recipes.
+// newFarm publishes a sample with the provenance of a builder that used the given recipes.
 func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	t.Helper()
 	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "farm"), registry.Options{})
@@ -99,8 +99,8 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	}}
 }
 
-// rebuild returns a function for Config.Make that returns the given image. It checks that the request is for the
-// sample's cell, packed by the newest recipe.
+// rebuild returns a function for Config.Make that returns the given image. The function checks that the request is for
+// the sample's cell, and for the newest recipe to pack layers.
 func rebuild(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
@@ -156,15 +156,16 @@ func TestIdentical(t *testing.T) {
 	if said != 1 {
 		t.Errorf("%d statements of the second party; want one", said)
 	}
-	// The artifact has the statement already, so a second run must not attach another one. Useless statements, which
-	// anybody who may push can attach, change nothing.
+	// The artifact has the statement already, so a second run must not attach another one. Invalid statements, which
+	// anybody with the right to push can attach, must not change this.
 	testkit.AttachJunk(t, f.cfg.Repo, s.Digest, trust.PredicateReproduced)
 	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
 		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
 	}
 }
 
-// TestNewestProvenance adds a second provenance, which is listed first. The newest one that verifies counts.
+// TestNewestProvenance adds a second provenance, which the registry lists first. The newest provenance that verifies
+// must count.
 func TestNewestProvenance(t *testing.T) {
 	t.Parallel()
 	s, other := sample(t, ""), sample(t, "")
@@ -172,12 +173,12 @@ func TestNewestProvenance(t *testing.T) {
 	old := map[string]string{"compile": "compile-0", "builder": "v3"}
 	for _, row := range []struct {
 		name           string
-		present, added map[string]string // recipes; the present build ended at second 2
+		present, added map[string]string // recipes of two builds; the present build ended at Unix time 2
 		about          testkit.Sample
-		ended          int64 // when the added build ended
+		ended          int64 // Unix time at which the added build ended
 		kind           fault.Kind
 		builtOn        int64
-		junk           bool // that is listed before the added one
+		junk           bool // whether the registry also has junk that it lists before the added provenance
 	}{
 		{"the added one is older", facts(), old, s, 1, -1, 2, false},
 		{"the added one is newer", old, facts(), s, 3, -1, 3, false},
@@ -191,7 +192,7 @@ func TestNewestProvenance(t *testing.T) {
 			t.Fatal(err)
 		}
 		raw := provenance(t, f.builder, row.about, row.ended, row.added)
-		// Attachments with annotations are listed before those without.
+		// The registry lists attachments with annotations before those without.
 		if _, err := f.cfg.Repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, raw,
 			trust.OfType(trust.PredicateProvenance)); err != nil {
 			t.Fatal(err)
@@ -214,8 +215,8 @@ func TestNewestProvenance(t *testing.T) {
 	}
 }
 
-// TestGoogle checks that Make is asked for Google's signatures or modules if the provenance says that the artifact has
-// them.
+// TestGoogle checks that Run asks Make for Google's signatures or Google's modules if the provenance says that the
+// artifact has them.
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{
@@ -240,8 +241,8 @@ func TestGoogle(t *testing.T) {
 	}
 }
 
-// An artifact of an earlier builder is packed by that builder's recipe. A recipe that this builder does not know is
-// refused.
+// TestPackRecipe has an artifact of an earlier builder. Run must ask Make for the recipe that this builder used to pack
+// layers, and must refuse a recipe that is unknown.
 func TestPackRecipe(t *testing.T) {
 	t.Parallel()
 	s, old := sample(t, ""), bundle.PackRecipes()[1]

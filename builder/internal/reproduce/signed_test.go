@@ -11,7 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// TestCompareSigned checks that signatures are ignored only if the provenance says that the modules are signed.
+// TestCompareSigned checks that the comparison ignores the modules' signatures only if the provenance says that the
+// modules are signed.
 func TestCompareSigned(t *testing.T) {
 	t.Parallel()
 	a, b := t.TempDir(), t.TempDir()

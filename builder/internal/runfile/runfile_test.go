@@ -54,7 +54,8 @@ func payload(t testing.TB, format archive.Format) []byte {
 	return b.Bytes()
 }
 
-// script returns a runfile's header of n lines, one of which is the skip line.
+// script returns the shell part of a runfile, with n lines. One of them is the given line, which says how many lines to
+// skip.
 func script(skip string, n int) string {
 	lines := []string{"#!/bin/sh", "# made for a test", "CRCsum=\"1\"", skip}
 	for len(lines) < n {
@@ -129,7 +130,7 @@ func TestPayloadRefuses(t *testing.T) {
 	}
 }
 
-// TestPayloadOfMakeself reads a runfile that makeself itself packed.
+// TestPayloadOfMakeself reads runfiles that the program makeself packed. NVIDIA packs its runfiles with makeself.
 func TestPayloadOfMakeself(t *testing.T) {
 	t.Parallel()
 	tool, err := exec.LookPath("makeself")

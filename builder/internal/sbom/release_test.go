@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sbom"
 )
 
-// TestRelease checks that a Go module in two programs is listed once, and that its package URL is found.
+// TestRelease checks that a Go module that is in two programs is listed once, and that the list has its package URL.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	module := sbom.Part{Name: "golang.org/x/sys", Version: "v0.1.0", PURL: "pkg:golang/golang.org/x/sys@v0.1.0"}

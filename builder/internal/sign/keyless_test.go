@@ -25,7 +25,7 @@ func farmToken(t *testing.T) func() ([]byte, error) {
 	}
 }
 
-// deployment runs a Sigstore deployment in this process.
+// deployment returns a Sigstore deployment inside this process, and the root that trusts it.
 func deployment(t *testing.T) (farm *testkit.Authority, r *trust.Root) {
 	t.Helper()
 	farm = testkit.NewAuthority(t)
@@ -41,7 +41,7 @@ func keylessRef(t *testing.T, ca string, stamps ...string) string {
 	return sign.PrefixKeyless + testkit.SigningConfig(t, ca, stamps...)
 }
 
-// withLog adds a transparency log to a signing configuration.
+// withLog adds a transparency log to the signing configuration to which ref points.
 func withLog(t *testing.T, ref, url string) string {
 	t.Helper()
 	path := strings.TrimPrefix(ref, sign.PrefixKeyless)
@@ -102,7 +102,8 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
-// TestKeylessRenews checks that a certificate is not used shortly before it expires.
+// TestKeylessRenews has an authority whose certificates are valid for 50 seconds. The signer must get a new certificate
+// for each statement, because it uses no certificate that expires soon.
 func TestKeylessRenews(t *testing.T) {
 	t.Parallel()
 	farm, r := deployment(t)

@@ -28,7 +28,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// keys returns one key of each kind that may sign.
+// keys returns one key of each kind with which a farm may sign.
 func keys(t testing.TB) map[string]crypto.Signer {
 	t.Helper()
 	all := map[string]crypto.Signer{}
@@ -58,7 +58,7 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// checkSigner signs a sample. The signer's public key must verify it, and another key must not.
+// checkSigner signs a sample. The signer's public key must verify the signature, and another key must not.
 func checkSigner(t *testing.T, name string, signer *sign.Signer) {
 	t.Helper()
 	public, err := signer.PublicPEM()
@@ -105,7 +105,7 @@ func TestKindsOfKeys(t *testing.T) {
 	}
 }
 
-// vault answers like the transit engine of HashiCorp Vault, for one key.
+// vault is a server that answers for one key as the transit engine of HashiCorp Vault does.
 func vault(t *testing.T, key *ecdsa.PrivateKey) string {
 	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -152,7 +152,8 @@ func vault(t *testing.T, key *ecdsa.PrivateKey) string {
 	return s.URL
 }
 
-// TestVault is not parallel, because it sets environment variables that the library reads.
+// TestVault signs with a key in HashiCorp Vault. It is not parallel, because it sets environment variables for the
+// client.
 func TestVault(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -186,8 +187,8 @@ func TestVault(t *testing.T) {
 	}
 }
 
-// TestGoogleWithoutCredentials checks that the client of Google's KMS is linked in, and that its error has a useful
-// hint.
+// TestGoogleWithoutCredentials checks that the program contains the client of Google's KMS, and that its error has a
+// useful hint.
 func TestGoogleWithoutCredentials(t *testing.T) {
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "none"))
 	_, err := sign.LoadSigner(t.Context(), "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1")
@@ -200,8 +201,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 	}
 }
 
-// TestPlugin signs through a small program that uses Sigstore's KMS plugin protocol, like a plugin for a PKCS #11
-// token.
+// TestPlugin signs through a program that follows Sigstore's KMS plugin protocol, as a plugin for a PKCS #11 token
+// would.
 func TestPlugin(t *testing.T) {
 	plugin := program.Build(t, "builder/internal/sign/testdata/sigstore-kms-filekey", "")
 	t.Setenv("PATH", filepath.Dir(plugin)+":"+os.Getenv("PATH"))

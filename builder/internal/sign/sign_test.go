@@ -152,7 +152,7 @@ func TestProvenanceIsStable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// protojson varies its white space on purpose, so one comparison would prove nothing.
+	// The library protojson varies its white space on purpose, so one comparison would prove nothing.
 	for range 20 {
 		again, err := sign.Provenance(s.Digest, facts(s))
 		if err != nil || string(one.JSON()) != string(again.JSON()) {
@@ -309,7 +309,8 @@ func TestLoadSignerFiles(t *testing.T) {
 	}
 }
 
-// TestEncryptedKeys gives keys with a password, as cosign and openssl make them. The hint must lead to a usable key.
+// TestEncryptedKeys loads keys with a password, as cosign and openssl make them. The error's hint must lead to a usable
+// key.
 func TestEncryptedKeys(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

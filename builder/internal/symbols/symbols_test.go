@@ -32,7 +32,8 @@ __attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
 int answer(int x) { return x + %d; }
 `
 
-// compileObject makes an object with debug information and a build id. It returns the object and a stripped copy.
+// compileObject makes an object with debug information and a build id. It returns the object, and a copy without debug
+// information, which stands for the published module.
 func compileObject(t *testing.T, name string, salt int) (debug, published string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -67,7 +68,7 @@ func newSigner(t *testing.T) *sign.Signer {
 	return s
 }
 
-// newSet returns the symbols of two modules.
+// newSet returns three published modules and the symbols of two of them.
 func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.Set {
 	t.Helper()
 	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s,
@@ -75,12 +76,12 @@ func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.
 	for _, name := range []string{"nvidia", "nvidia-uvm"} {
 		set.Debug[name], set.Published[name] = compileObject(t, name, salt)
 	}
-	// nvidia-drm has no symbols, because symbols may be missing for a published module.
+	// A published module may have no symbols. Here nvidia-drm has none.
 	_, set.Published["nvidia-drm"] = compileObject(t, "nvidia-drm", salt)
 	return set
 }
 
-// pushSample pushes an artifact, without symbols, to the repository at ref.
+// pushSample pushes an artifact without symbols to the repository at ref.
 func pushSample(t *testing.T, ref string) (*registry.Repository, testkit.Sample, v1.Descriptor) {
 	t.Helper()
 	repo, err := registry.Open(ref, registry.Options{})
@@ -119,7 +120,7 @@ func TestPublish(t *testing.T) {
 				t.Errorf("Publish again = %v, %v, %v; want %s, existed", again, existed, err, d.Digest)
 			}
 			check(t, repo, sample.Digest, d, set)
-			if name == "registry" { // anybody who may push can attach useless statements
+			if name == "registry" { // anybody with the right to push can attach invalid statements
 				testkit.AttachJunk(t, repo, d.Digest.String(), symbols.PredicateType)
 				if _, existed, err := symbols.Publish(ctx, repo, sample.Digest, set); err != nil || !existed {
 					t.Errorf("Publish beside junk: existed %v, %v; want that nothing is signed again", existed, err)
@@ -138,7 +139,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// check fetches the symbols from the registry and uses them as a person with a crash dump does.
+// check fetches the symbols from the registry, and finds them by build id as a person with a crash dump does.
 func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descriptor, set symbols.Set) {
 	t.Helper()
 	ctx := t.Context()
@@ -201,7 +202,7 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 	}
 }
 
-// TestStranger checks that symbols of an untrusted signer are ignored and do not prevent publishing.
+// TestStranger checks that Publish ignores symbols of an untrusted signer and publishes its own symbols beside them.
 func TestStranger(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -218,7 +219,7 @@ func TestStranger(t *testing.T) {
 	}
 }
 
-// have checks what Have reports about the symbols by a signer.
+// have checks the result of Have for a verifier that trusts only the given signer.
 func have(t *testing.T, repo *registry.Repository, digest string, s *sign.Signer, want bool, when string) {
 	t.Helper()
 	v, err := s.Verifier()
@@ -230,8 +231,8 @@ func have(t *testing.T, repo *registry.Repository, digest string, s *sign.Signer
 	}
 }
 
-// TestHave checks that only symbols count that a trusted signer made for this artifact, and whose layer is there. Junk
-// neither counts nor hides them.
+// TestHave checks which symbols count: a trusted signer signed them for this artifact, and the registry has their
+// layer. Invalid attachments must not count, and must not hide valid symbols.
 func TestHave(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -256,7 +257,7 @@ func TestHave(t *testing.T) {
 	}
 	have(t, repo, sample.Digest, signer, false, "beside junk and a stranger's symbols")
 
-	// The signer's symbols of another artifact do not count.
+	// Symbols that the signer signed for another artifact must not count.
 	set := newSet(t, sample.Identity, signer, 2)
 	other := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "other")
 	if _, err := repo.Push(ctx, other.Image); err != nil {
@@ -288,7 +289,7 @@ func TestHave(t *testing.T) {
 	have(t, repo, sample.Digest, signer, false, "without the layer")
 }
 
-// blobRequests counts the requests for one blob by method. If noHead is true, the registry does not allow HEAD for it.
+// blobRequests counts the requests for one blob by HTTP method. If noHead is true, it answers 405 to HEAD requests.
 type blobRequests struct {
 	digest string
 	noHead bool
@@ -307,8 +308,8 @@ func (b *blobRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-// TestHaveTransfersNoLayer checks that Have requests only the headers of the layer, which may have hundreds of
-// megabytes.
+// TestHaveTransfersNoLayer checks that Have requests only the headers of the layer's response, because the layer may
+// have hundreds of megabytes.
 func TestHaveTransfersNoLayer(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

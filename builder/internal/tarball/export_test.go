@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Form is one of the two file formats of gpu_driver_versions.
+// Form is one of the two file formats of COS's list gpu_driver_versions.
 type Form struct {
 	Name      string
 	edit      func(have []byte, change edit) ([]byte, error)
@@ -36,7 +36,8 @@ func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
 	return f.edit(have, withLabels(drop, give))
 }
 
-// Pack packs a release's files. xattr replaces the test's file system, which may lack extended attributes.
+// Pack packs a release's files. xattr replaces the function that reads extended attributes, which the test's file
+// system may lack. nil means the real function.
 func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, string) ([]byte, error)) (digest string,
 	err error) {
 	files, err := r.sources()
@@ -50,7 +51,7 @@ func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, strin
 	return o.sha256, err
 }
 
-// OpenFolder opens a folder as a destination. flush replaces (*os.File).Sync for folders.
+// OpenFolder opens a folder as a destination. It syncs folders with flush, in place of (*os.File).Sync.
 func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	f, err := openFolder(&url.URL{Scheme: "file", Path: dir}, flush)
 	if err != nil {
@@ -59,8 +60,8 @@ func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	return &Bucket{f}, nil
 }
 
-// Breaking returns a destination whose calls can fail. Each call first runs the first callback. A call that writes runs
-// the second callback at its end. The callback's error is the error of the call.
+// Breaking returns a destination whose calls can fail. Each call runs before at its start. A call that writes also runs
+// after at its end. If one of them returns an error, the call returns this error.
 func Breaking(b *Bucket, before, after func() error) *Bucket {
 	return &Bucket{&breaking{b.s, before, after}}
 }
@@ -114,7 +115,7 @@ func (b *breaking) remove(ctx context.Context, name, token string) error {
 	return b.after()
 }
 
-// Memory is a destination in memory, for tests that publish often.
+// Memory is a destination in memory, which is fast enough for tests that publish many times.
 type Memory struct {
 	objects map[string][]byte
 	state   int

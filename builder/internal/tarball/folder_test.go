@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// After a crash, a folder may lack names that were added after its last fsync. So Publish must sync a folder after its
-// last new name.
+// TestNamesSurviveACrash checks that Publish syncs each folder after it has added the folder's last name. Without the
+// fsync, a name could be gone after a crash.
 func TestNamesSurviveACrash(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -37,7 +37,7 @@ func TestNamesSurviveACrash(t *testing.T) {
 			return err
 		case !certain[name]:
 			t.Errorf("%s can be lost", name)
-		case d.Name() == ".prebake": // the lock in it may be lost
+		case d.Name() == ".prebake": // the lock inside it need not survive
 			return fs.SkipDir
 		case d.Type().IsRegular():
 			objects++

@@ -29,7 +29,7 @@ const (
 
 type labels = map[string]string
 
-// publishAll publishes these versions of the open flavour.
+// publishAll publishes drivers with the given versions and the open flavour.
 func publishAll(t testing.TB, b *tarball.Bucket, s *sign.Signer, versions ...string) {
 	t.Helper()
 	for _, v := range versions {
@@ -40,14 +40,14 @@ func publishAll(t testing.TB, b *tarball.Bucket, s *sign.Signer, versions ...str
 	}
 }
 
-// labelling returns a complete labelling by builder "a".
+// labelling returns a complete labelling by the builder https://example.com/a: the declared labels, and those of COS.
 func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 	return tarball.Labelling{Kernel: kernel, Builder: "https://example.com/a", Declared: declared, FromCOS: said,
 		Complete: true, Signer: s}
 }
 
-// withoutStates returns the objects without the signatures of lists and index. The signatures of old states stay in the
-// bucket.
+// withoutStates returns the objects without the signatures of the lists and of the index. A signature is for one state
+// of an object, and signatures of former states stay in the bucket.
 func withoutStates(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {
@@ -56,7 +56,8 @@ func withoutStates(all map[string]string) map[string]string {
 	return all
 }
 
-// rowsOf returns one line for each label in gpu_driver_versions: row, label and version. Both formats must agree.
+// rowsOf returns one line for each label in gpu_driver_versions, with row, label and version, and one for each label's
+// own object. The text and the binary format must agree.
 func rowsOf(t testing.TB, all map[string]string) []string {
 	t.Helper()
 	var forms [2][]string
@@ -86,7 +87,8 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 	return forms[0]
 }
 
-// The labels in a bucket follow the declared labels and COS's labels. An unwanted label disappears completely.
+// TestLabels checks that SetLabels gives a bucket the declared labels and COS's labels, and that it removes all traces
+// of other labels.
 func TestLabels(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -161,7 +163,7 @@ func TestLabels(t *testing.T) {
 	})
 }
 
-// checkSigned checks that each object that changes has a signature of its present state.
+// checkSigned checks that the lists and the labels' own objects have a signature of their present state.
 func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	t.Helper()
 	v := verifier(t, s)
@@ -178,7 +180,8 @@ func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	}
 }
 
-// A build that sets labels itself moves only the labels that it wants.
+// TestLabelsOfOneBuild checks labellings that are not complete, as single builds make them. Each moves only its own
+// labels. A label of COS must not replace one that an earlier build declared.
 func TestLabelsOfOneBuild(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -200,14 +203,15 @@ func TestLabelsOfOneBuild(t *testing.T) {
 	give(false, nil, labels{"DEFAULT": v261}, v261)
 	give(false, nil, labels{"DEFAULT": v309}, v309)
 	give(false, labels{"DEFAULT": v261}, nil, v261)
-	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // DEFAULT was declared before
+	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // an earlier build declared DEFAULT
 	if got := rowsOf(t, content(t, dest)); !slices.Contains(got, "OTHERS R535 "+v309) {
 		t.Errorf("labels = %q; want R535 beside DEFAULT", got)
 	}
 	give(true, nil, labels{"DEFAULT": v309}, v309)
 }
 
-// Labels from COS's own list or from another builder stay.
+// TestLabelsOfOthers checks that SetLabels keeps labels that are in a copy of COS's own list, and those of another
+// builder.
 func TestLabelsOfOthers(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -240,7 +244,7 @@ func TestLabelsOfOthers(t *testing.T) {
 		}
 	}
 	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label already, for OTHERS, set by somebody else")
-	// A label from COS is set unless somebody else set this label on another version.
+	// SetLabels sets a label of COS, unless the label is already on another version and somebody else put it there.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
 
@@ -260,7 +264,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	refused(other(labels{"R535": v309}), "535.1.1 has this label already, in the label's own object")
 }
 
-// A version gets a label only if its tarball is complete and signed.
+// TestLabelsNeedTarballs checks that a version gets a label only if its tarball is complete and signed.
 func TestLabelsNeedTarballs(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -291,8 +295,8 @@ func TestLabelsNeedTarballs(t *testing.T) {
 	}
 }
 
-// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket. The index must have every label
-// that is in the lists.
+// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket. After each interruption, the
+// index must have every label that the lists have.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -328,7 +332,8 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 	}
 }
 
-// No entry and no label is lost if several builders publish and set labels at the same time.
+// TestLabelsSideBySide checks that no entry and no label is lost if several builders publish and set labels at the same
+// time.
 func TestLabelsSideBySide(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -358,7 +363,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		// All builders want the same label, and only one of them gets it.
+		// Each builder also sets DEFAULT to its own version. Only one of them may succeed.
 		won := 0
 		for i, err := range refused {
 			switch {
@@ -397,7 +402,7 @@ func TestLabellingRefuses(t *testing.T) {
 	}
 }
 
-// FuzzRelabel sets labels in an arbitrary list and removes them again. The entries must be as before.
+// FuzzRelabel sets labels in an arbitrary list and removes them again. The entries must then be the same as before.
 func FuzzRelabel(f *testing.F) {
 	f.Add([]byte(cosText))
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { version: "535.261.03" } supported_driver_versions { label: "R535" version: "535.261.03" } }`))
@@ -418,7 +423,7 @@ func FuzzRelabel(f *testing.F) {
 			{Label: "R535", GPUType: "OTHERS", Version: v261}}
 		for _, l := range give {
 			if strings.Contains(string(before), `"`+l.Label+`"`) {
-				return // the label exists already, and would be removed
+				return // the list has this label already, so Relabel would remove it
 			}
 		}
 		for _, row := range []struct {

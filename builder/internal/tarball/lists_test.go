@@ -20,7 +20,7 @@ import (
 
 func none(string) bool { return false }
 
-// cosText is a list in the known format of COS's own gpu_driver_versions.
+// cosText is a list in the format of COS's own gpu_driver_versions.
 const cosText = `gpu_driver_version_info {
   gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
   supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
@@ -101,7 +101,7 @@ gpu_driver_version_info {
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
 		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
-	t.Run("protoc", func(t *testing.T) { // an independent writer of both formats
+	t.Run("protoc", func(t *testing.T) { // protoc is an independent reader of the text and writer of the binary
 		program, err := exec.LookPath("protoc")
 		if err != nil {
 			t.Skip("protoc is missing: apt-get install protobuf-compiler")
@@ -113,7 +113,8 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	})
-	// This program keeps unknown fields in the binary format. In the text format it cannot, so it refuses the change.
+	// The binary format keeps a field that this package does not know. The text format cannot keep it, so the change is
+	// refused.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {
@@ -214,8 +215,8 @@ func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList
 	}
 }
 
-// TestForeignEntries publishes beside entries that no trusted key signed. The lists keep these entries, and have no
-// signature from then on.
+// TestForeignEntries publishes a driver in a bucket whose lists have entries that no trusted key signed. The lists must
+// keep these entries, and have no signature from then on.
 func TestForeignEntries(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser is a proxy in front of the emulator. For each suffix in names, it drops one answer to an upload or removal that
-// takes effect.
+// loser is a proxy in front of the storage emulator. For each suffix in names, it forwards one upload or removal of an
+// object with this suffix and drops the answer.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -50,8 +50,8 @@ func (l *loser) loses(name string) bool {
 	return false
 }
 
-// TestLostAnswers loses the answer to an upload that took effect. The library's second attempt fails its precondition.
-// Publish must recognize its own object and succeed.
+// TestLostAnswers loses the answer to an upload that succeeded. The library sends the upload again, and this time its
+// precondition fails. Publish must recognize its own object and succeed.
 func TestLostAnswers(t *testing.T) {
 	s := gcs.Start(t)
 	u, err := url.Parse(s.Endpoint)

@@ -15,10 +15,10 @@ import (
 
 var update = flag.Bool("update", false, "write the sample bucket that the server's test reads")
 
-// sampleBucket is a bucket for a test of the server. That test must not import this package.
+// sampleBucket is a folder with a bucket, which a test of the server reads. The server must not import this package.
 const sampleBucket = "../../../server/testdata/bucket"
 
-// TestSampleBucket checks that sampleBucket has the format that this package writes.
+// TestSampleBucket checks that sampleBucket has the format that this package writes today.
 func TestSampleBucket(t *testing.T) {
 	t.Parallel()
 	index := tarball.IndexName(kernel)

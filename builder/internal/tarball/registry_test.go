@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestAnotherRegistry publishes an artifact twice to a registry program without a referrers API. It then publishes
-// another artifact for the same cell, which Publish must refuse.
+// TestAnotherRegistry publishes an artifact twice in Debian's docker-registry, which has no referrers API. Then it
+// publishes another artifact for the same cell, which Publish must refuse.
 func TestAnotherRegistry(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -67,7 +67,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the salt.
+// newRelease returns a release of a driver. Its modules contain the salt, so another salt gives another tarball.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -95,7 +95,7 @@ func openBucket(t testing.TB, dest string) *tarball.Bucket {
 	return b
 }
 
-// content returns every object by name, as a reader of COS buckets gets it.
+// content returns the content of every object by name. It reads the bucket with the client for COS buckets.
 func content(t testing.TB, dest string) map[string]string {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -125,7 +125,7 @@ func content(t testing.TB, dest string) map[string]string {
 	return all
 }
 
-// eachStore runs a test twice: with a folder, and with a bucket in an emulator of Cloud Storage.
+// eachStore runs a test twice: with a folder, and with a bucket in an emulator of Google's Cloud Storage.
 func eachStore(t *testing.T, test func(t *testing.T, dest string)) {
 	t.Run("folder", func(t *testing.T) { test(t, "file://"+filepath.Join(t.TempDir(), "bucket")) })
 	t.Run("bucket", func(t *testing.T) {
@@ -136,8 +136,8 @@ func eachStore(t *testing.T, test func(t *testing.T, dest string)) {
 	})
 }
 
-// check verifies a bucket whose index is complete. Every listed object must exist, match and be signed for this COS
-// build.
+// check verifies the bucket's index, if there is one. Every listed object must exist, match its digest and be signed
+// for this COS build. If want is not empty, the index must list these drivers.
 func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...target.Driver) {
 	t.Helper()
 	text, ok := all[tarball.IndexName(kernel)]
@@ -188,7 +188,7 @@ func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...targe
 	}
 }
 
-// newReleaseAgain returns the same release with other folders, times and modes, as from another machine.
+// newReleaseAgain returns the same release in other folders, with other times and modes, as on another machine.
 func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	t.Helper()
 	for _, dir := range []*string{&r.Modules, &r.Firmware} {
@@ -204,7 +204,7 @@ func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	return r
 }
 
-// checkReaders reads the bucket in the same way as COS's installer, Prebake's builder and GNU tar.
+// checkReaders reads the bucket as COS's installer, Prebake's builder and GNU tar read it.
 func checkReaders(t *testing.T, dest string) {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -247,7 +247,7 @@ func checkReaders(t *testing.T, dest string) {
 	}
 }
 
-// cosign runs the program cosign, which must verify the objects offline and refuse another key and other bytes.
+// cosign runs the program cosign. It must verify the objects without a network, and refuse another key and other bytes.
 func cosign(t *testing.T, all map[string]string, pub string) {
 	t.Helper()
 	program, err := exec.LookPath("cosign")

@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// ima returns a signature for every firmware file. It contains binary bytes, as a real one does.
+// ima returns a security.ima attribute for every firmware file. The value contains binary bytes, as a real one does.
 func ima(f *os.File, name string) ([]byte, error) {
 	if !strings.HasSuffix(f.Name(), ".bin") {
 		return nil, nil
@@ -26,7 +26,8 @@ func ima(f *os.File, name string) ([]byte, error) {
 	return []byte("\x03\x02\x04\x00signature of " + name), nil
 }
 
-// TestPackIsPinned compares tarballs with fixed digests. Whoever changes the packing must also change [tarball.Recipe].
+// TestPackIsPinned compares tarballs with fixed digests. Whoever changes how a tarball is packed must also change
+// [tarball.Recipe].
 func TestPackIsPinned(t *testing.T) {
 	t.Parallel()
 	if tarball.Recipe != "tgz-1" {
@@ -118,8 +119,8 @@ func TestPackLayout(t *testing.T) {
 	}
 }
 
-// TestXattr packs the attribute of a real file, and GNU tar unpacks it. The test needs a user that may set the
-// attribute.
+// TestXattr packs a file that has the extended attribute security.ima, and unpacks it with GNU tar. The test needs the
+// right to set this attribute.
 func TestXattr(t *testing.T) {
 	t.Parallel()
 	r := newRelease(t, nil, open, "")

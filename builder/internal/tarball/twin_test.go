@@ -41,7 +41,7 @@ func TestPublish(t *testing.T) {
 		first := content(t, dest)
 		check(t, first, v, open)
 
-		// A second run packs and signs again, and changes nothing.
+		// A second run packs and signs again, but must change nothing in the bucket.
 		report, err = tarball.Publish(ctx, b, newReleaseAgain(t, r))
 		if err != nil || !report.Existed {
 			t.Fatalf("Publish again = %+v, %v; want existed", report, err)
@@ -50,7 +50,7 @@ func TestPublish(t *testing.T) {
 			t.Fatalf("publishing again changed (-before +after):\n%s", diff)
 		}
 
-		// Publish must refuse other bytes under the same name, another artifact with the same bytes, and another key.
+		// Publish must refuse other bytes under the same name, the same bytes for another artifact, and another key.
 		stranger, _ := newSigner(t)
 		other := r
 		other.Artifact = digestOf([]byte("x"))
@@ -66,7 +66,7 @@ func TestPublish(t *testing.T) {
 			}
 		}
 
-		// A new key signs, and the old one is still trusted.
+		// The farm signs with a new key, and its verifier still trusts the old key.
 		rotated := r
 		rotated.Signer = stranger
 		if rotated.Verifier, err = trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{s.PublicKey(),
@@ -77,7 +77,7 @@ func TestPublish(t *testing.T) {
 			t.Errorf("Publish with a new key = %+v, %v; want existed", report, err)
 		}
 
-		// More drivers, one of them with NVIDIA's runfile.
+		// Publish two more drivers, one of them with a copy of NVIDIA's runfile.
 		newer := newRelease(t, s, target.Driver{Version: "535.309.01", Flavour: target.Open}, "")
 		newer.Runfile.Copy = true
 		for _, r := range []tarball.Release{newRelease(t, s, proprietary, ""), newer} {
@@ -97,7 +97,7 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// cutAfter returns a function that succeeds n times, and then fails.
+// cutAfter returns a function that returns nil n times, and then always errCut.
 func cutAfter(n int) func() error {
 	return func() error {
 		if n--; n < 0 {
@@ -107,7 +107,7 @@ func cutAfter(n int) func() error {
 	}
 }
 
-// TestCutOffAnywhere interrupts publishing at every call to the bucket. The index must not list a missing object, and a
+// TestCutOffAnywhere interrupts Publish at every call to the bucket. The index must never list a missing object, and a
 // second run must complete the bucket.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
@@ -167,7 +167,7 @@ func TestSideBySide(t *testing.T) {
 	})
 }
 
-// TestLarge publishes a tarball that the library sends in several parts.
+// TestLarge publishes a tarball that is so large that the storage library sends it in several parts.
 func TestLarge(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -197,7 +197,8 @@ func TestLarge(t *testing.T) {
 	})
 }
 
-// TestSameTwice lets two machines publish the same driver at the same time. Both must succeed.
+// TestSameTwice publishes the same driver from four machines at the same time. All must succeed, and only one may have
+// made the tarball.
 func TestSameTwice(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -227,7 +228,7 @@ func TestSameTwice(t *testing.T) {
 	})
 }
 
-// TestFromArtifact makes a tarball from an artifact in a registry.
+// TestFromArtifact makes a tarball from an artifact in a repository.
 func TestFromArtifact(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -292,7 +293,7 @@ func TestRefusesForeignIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	signed := content(t, dest)
-	// An index with a foreign signature, and one without a signature.
+	// In one bucket the index has a stranger's signature. In the other it has no signature.
 	unsigned := "file://" + t.TempDir()
 	write(t, filepath.Join(strings.TrimPrefix(unsigned, "file://"), tarball.IndexName(kernel)),
 		signed[tarball.IndexName(kernel)])
@@ -356,7 +357,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// If the bucket does not exist, the error says so.
+// TestNoBucket checks that the error has a hint if the bucket does not exist.
 func TestNoBucket(t *testing.T) {
 	gcs.Start(t).Use(t)
 	s, _ := newSigner(t)
@@ -380,7 +381,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// The release's list of GPUs decides which rows of gpu_driver_versions get the version.
+// TestRows checks that the release's list of GPUs decides which rows of gpu_driver_versions get the version.
 func TestRows(t *testing.T) {
 	t.Parallel()
 	list, err := gpulist.ParseFile("570.1", []byte(`{"chips":[

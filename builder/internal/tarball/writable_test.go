@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestCheckWriteBucket runs a server that answers as Google does; the emulator does not know permissions. Path and
-// bodies are from https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
+// TestCheckWriteBucket runs a server that answers as Google does, because the emulator does not know permissions. The
+// path and the bodies are from https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
 func TestCheckWriteBucket(t *testing.T) {
 	const kind = `"kind":"storage#testIamPermissionsResponse"`
 	for _, row := range []struct {
@@ -57,7 +57,8 @@ func TestCheckWriteBucket(t *testing.T) {
 	}
 }
 
-// TestCheckWriteEmulator checks that CheckWrite accepts an emulator's bucket, and refuses a missing one.
+// TestCheckWriteEmulator checks that CheckWrite accepts a bucket of the emulator, and refuses a bucket that does not
+// exist.
 func TestCheckWriteEmulator(t *testing.T) {
 	server := gcs.Start(t)
 	server.Use(t)
@@ -70,7 +71,7 @@ func TestCheckWriteEmulator(t *testing.T) {
 	}
 }
 
-// TestCheckWriteFolder checks that CheckWrite makes no folder, and refuses a folder that publishing could not write.
+// TestCheckWriteFolder checks that CheckWrite makes no folder, and that it refuses a folder to which nobody can write.
 func TestCheckWriteFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -87,7 +88,7 @@ func TestCheckWriteFolder(t *testing.T) {
 		fault.Hint(err) == "" {
 		t.Errorf("CheckWrite() = %v, hint %q below a file; want a refusal", err, fault.Hint(err))
 	}
-	// Root may write into every folder. So the test uses a link to itself, which nobody can write.
+	// Root may write to every folder. So the test replaces the folder by a link to itself, which even root cannot open.
 	for _, closed := range []string{"", ".prebake", ".prebake/lock", ".prebake/part"} {
 		dest := filepath.Join(t.TempDir(), "bucket")
 		openBucket(t, "file://"+dest)

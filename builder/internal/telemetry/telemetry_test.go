@@ -58,7 +58,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// all returns all received spans by name, and the attributes of the resource.
+// all returns all received spans by name, and the attributes of the resource that sent them.
 func (r *receiver) all() (byName map[string]*spans.Span, about map[string]string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,7 +88,7 @@ func attributes(s *spans.Span) map[string]string {
 	return m
 }
 
-// build runs a build of three phases. If the given error is not nil, the last phase fails with it.
+// build runs a build with three phases. If fail is not nil, the last phase fails with this error.
 func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error) {
 	t.Helper()
 	clock := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -114,7 +114,7 @@ func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error)
 
 var cell = telemetry.Cell{Kernel: "17800.0.47/lakitu", Driver: "535.261.03", Flavour: "open", Build: 7, Attempt: 2}
 
-// TestSpans checks that a collector gets each phase as a span below the span of the build.
+// TestSpans checks that an OTLP collector gets a span for the build, and below it a span for each phase.
 func TestSpans(t *testing.T) {
 	r := newReceiver(t)
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", r.URL)
@@ -169,7 +169,7 @@ func TestSpans(t *testing.T) {
 	}
 }
 
-// TestCollectorAway checks that there is no error if the collector cannot be reached.
+// TestCollectorAway checks that a collector that cannot be reached causes no error.
 func TestCollectorAway(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
 	t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "100")
@@ -235,7 +235,7 @@ func scrape(t *testing.T, address string) map[string]*dto.MetricFamily {
 	return families
 }
 
-// series returns the values of one metric family by their labels.
+// series returns the values of one family of metrics by their labels.
 func series(f *dto.MetricFamily) map[string]float64 {
 	m := map[string]float64{}
 	for _, s := range f.GetMetric() {
@@ -302,7 +302,7 @@ func TestMetrics(t *testing.T) {
 	if series(got["prebake_cache_bytes"])["kind=fact:verdict"] <= 0 {
 		t.Errorf("cache bytes = %v; want the bytes of the fact", series(got["prebake_cache_bytes"]))
 	}
-	// The server has no other page.
+	// The server must serve no other page.
 	if res, err := http.Get("http://" + tel.Address() + "/debug/pprof/"); err != nil ||
 		res.StatusCode != http.StatusNotFound {
 		t.Errorf("GET /debug/pprof/ = %v, %v; want 404", res, err)
@@ -326,7 +326,7 @@ func withMetrics(t *testing.T) *telemetry.Telemetry {
 	return tel
 }
 
-// TestEveryClassIsCounted checks that each class of failure has a counter of its own.
+// TestEveryClassIsCounted checks that failures of each fault class have a counter of their own.
 func TestEveryClassIsCounted(t *testing.T) {
 	t.Parallel()
 	tel := withMetrics(t)
@@ -341,7 +341,7 @@ func TestEveryClassIsCounted(t *testing.T) {
 	}
 }
 
-// TestMetricsOfABrokenQueue checks that the other metrics are still served if the queue does not answer.
+// TestMetricsOfABrokenQueue checks that the server still serves the other metrics if the queue does not answer.
 func TestMetricsOfABrokenQueue(t *testing.T) {
 	t.Parallel()
 	tel := withMetrics(t)
@@ -360,7 +360,7 @@ func TestAddressTaken(t *testing.T) {
 	}
 }
 
-// TestNil checks that code that uses telemetry works with a nil Telemetry, too.
+// TestNil checks that all methods accept a nil Telemetry and do nothing.
 func TestNil(t *testing.T) {
 	t.Parallel()
 	var tel *telemetry.Telemetry

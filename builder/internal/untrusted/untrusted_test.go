@@ -35,7 +35,8 @@ func symlink(t *testing.T, to, path string) {
 	}
 }
 
-// TestHostile replaces a file by hostile entries. The package must return no byte of the host and must not wait.
+// TestHostile replaces a file by links, pipes and other entries that attack the reader. The package must not return any
+// byte of the host's files, and must not wait.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	top := t.TempDir()
@@ -90,7 +91,7 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// TestCopy checks that a copy goes to a new file only, and never through a link.
+// TestCopy checks that a copy is a new file: Copy must not overwrite a file or follow a link.
 func TestCopy(t *testing.T) {
 	t.Parallel()
 	top := t.TempDir()

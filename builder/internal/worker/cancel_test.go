@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestCompileHearsOfItsEnd checks that a running compile ends when the server reports the build cancelled or taken
-// over.
+// TestCompileHearsOfItsEnd checks that the context of a running build ends when the server says that the build is
+// cancelled, or that another attempt has begun.
 func TestCompileHearsOfItsEnd(t *testing.T) {
 	t.Parallel()
 	for name, tell := range map[string]func(s *server){

@@ -1,10 +1,10 @@
 package worker
 
-// These constants are the bounds of the logs that a worker keeps.
+// These constants limit the logs that a worker keeps for later: their number, and their total size in bytes.
 const (
 	MaxKept      = maxKept
 	MaxKeptBytes = maxKeptBytes
 )
 
-// QueueName returns the name of a worker in the queue.
+// QueueName returns the name under which a worker takes builds from the queue.
 func (cfg Config) QueueName() (string, error) { return cfg.queueName() }

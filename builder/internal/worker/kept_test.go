@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestOutcomeOnFullDisk checks that the server hears of the outcome although its disk has no room for the log. The
-// worker sends the log as soon as there is room again, without a restart.
+// TestOutcomeOnFullDisk has a server whose disk has no space for logs. The server must get the build's outcome
+// nevertheless. The worker must send the log as soon as the disk has space again, without a restart.
 func TestOutcomeOnFullDisk(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, fails(fault.New(fault.Unsupported, "no such driver", "")))
@@ -29,7 +29,7 @@ func TestOutcomeOnFullDisk(t *testing.T) {
 	r.server.build = api.Build{ID: 7, State: api.Failed, Worker: "w1", Attempt: 1}
 	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
 		if u.State == api.Failed {
-			time.AfterFunc(50*time.Millisecond, func() { // the log is kept before there is room
+			time.AfterFunc(50*time.Millisecond, func() { // so the worker keeps the log first
 				r.server.mu.Lock()
 				defer r.server.mu.Unlock()
 				r.server.noLog = 0
@@ -53,8 +53,8 @@ func TestOutcomeOnFullDisk(t *testing.T) {
 	}
 }
 
-// TestKilledAfterOutcome checks that a worker on a full server that is killed right after an outcome loses no log. Its
-// next start sends the log.
+// TestKilledAfterOutcome has a server whose disk has no space for logs. A worker is killed right after it reported an
+// outcome. The next worker in the same folder must send the log.
 func TestKilledAfterOutcome(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, fails(fault.New(fault.Unsupported, "no such driver", "")))
@@ -82,7 +82,7 @@ func TestKilledAfterOutcome(t *testing.T) {
 	}
 }
 
-// buildFiles returns the names of the logs in the state folder.
+// buildFiles returns the paths of the logs in the worker's state folder.
 func (r *rig) buildFiles(t *testing.T) []string {
 	t.Helper()
 	left, err := filepath.Glob(filepath.Join(r.cfg.State, "build-*"))
@@ -92,7 +92,8 @@ func (r *rig) buildFiles(t *testing.T) []string {
 	return left
 }
 
-// newRigWithKept returns a rig whose worker has stopped and has kept the log of a build. The server's disk is full.
+// newRigWithKept returns a rig whose worker has stopped and has kept the log of a build, because the server's disk is
+// full. path is the log's path.
 func newRigWithKept(t *testing.T) (r *rig, path string) {
 	t.Helper()
 	r = newRig(t, fails(fault.New(fault.Unsupported, "no such driver", "")))
@@ -108,7 +109,7 @@ func newRigWithKept(t *testing.T) (r *rig, path string) {
 	return r, kept[0]
 }
 
-// runUntil runs the worker until the callback returns true, or for a minute.
+// runUntil runs the worker until done returns true, but at most a minute.
 func (r *rig) runUntil(t *testing.T, done func() bool) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -126,8 +127,8 @@ func (r *rig) runUntil(t *testing.T, done func() bool) {
 	}
 }
 
-// TestKeptLog checks which kept logs a later worker in the same folder sends: only that of the build's last attempt,
-// whatever the later worker's ID is.
+// TestKeptLog checks which kept logs a later worker in the same folder sends: only the log of the build's last attempt.
+// The later worker may have another ID.
 func TestKeptLog(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -162,14 +163,14 @@ func TestKeptLog(t *testing.T) {
 	}
 }
 
-// TestKeptLogsAreBounded checks that a worker keeps only the newest logs while the server's disk is full. A log that is
-// too large takes no older ones with it.
+// TestKeptLogsAreBounded checks that a worker keeps only the newest logs while the server's disk is full. If one log is
+// too large, the worker must still keep older logs that have space.
 func TestKeptLogsAreBounded(t *testing.T) {
 	t.Parallel()
 	const full = worker.MaxKeptBytes / api.MaxBuildLog
 	for _, row := range []struct {
 		name  string
-		sizes []int64 // of the logs, the newest first
+		sizes []int64 // sizes of the logs in bytes, the newest log first
 		kept  func(i int) bool
 	}{
 		{"many", slices.Repeat([]int64{1}, worker.MaxKept+5), func(i int) bool { return i < worker.MaxKept }},

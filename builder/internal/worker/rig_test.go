@@ -25,12 +25,13 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// server serves the part of the API that a worker uses.
+// server is a fake of the server. It has the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
 	// refuse returns the error for an update, or nil to accept it. Tests also use it to react to an update.
 	refuse func(u api.BuildUpdate) *api.Problem
-	// noRead is the kind of error of each GET of a build, unless it is 0. noLog is that of each PUT of a log.
+	// noRead is the kind of the error that each GET of a build returns. noLog is that of each PUT of a log. 0 means no
+	// error.
 	noRead, noLog fault.Kind
 
 	mu     sync.Mutex
@@ -120,7 +121,7 @@ func answer(w http.ResponseWriter, status int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // if the answer is lost, the test fails later
 }
 
-// makeFunc takes the place of the pipeline in one attempt at a build, and returns the result.
+// makeFunc stands for the pipeline in one attempt at a build.
 type makeFunc func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 
 // rig is a worker with one build in its queue.
@@ -173,7 +174,7 @@ func newRig(t *testing.T, tries ...makeFunc) *rig {
 	return r
 }
 
-// run runs the worker until the server has received this number of updates with a state, or for a minute.
+// run runs the worker until the server has received the given number of updates with a state, but at most a minute.
 func (r *rig) run(t *testing.T, states int) error {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -228,7 +229,7 @@ func (r *rig) checkQueue(t *testing.T, want queue.JobState) {
 	}
 }
 
-// checkNoLogs checks that the worker has sent and removed all logs.
+// checkNoLogs checks that no log is left in the worker's state folder.
 func (r *rig) checkNoLogs(t *testing.T) {
 	t.Helper()
 	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "*.log")); err != nil || len(left) > 0 {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestStopInMidBuild checks a build during a stop of the worker. If it ends within the grace period, its result counts.
-// Otherwise it is cancelled and goes back to the queue, and the attempt is not counted.
+// TestStopInMidBuild stops the worker during a build. If the build ends within the grace period, its result counts.
+// Otherwise it is cancelled and goes back to the queue, and the attempt does not count.
 func TestStopInMidBuild(t *testing.T) {
 	t.Parallel()
 	waits := func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
@@ -26,8 +26,8 @@ func TestStopInMidBuild(t *testing.T) {
 		}
 		return &pipeline.Result{}, context.Cause(ctx)
 	}
-	// goesOn returns a makeFunc that fails if a stop alone cancels the build. It begins a phase after the stop and waits
-	// for its report to the server. Then it continues with the given makeFunc.
+	// goesOn returns a makeFunc for a build that must not be cancelled at once by the stop. After the stop, the build
+	// begins a phase and waits until the server has heard of it. Then it continues with the given makeFunc.
 	goesOn := func(then makeFunc, heard <-chan struct{}) makeFunc {
 		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			err := line.Do("goes on", func() (string, error) {
@@ -87,7 +87,7 @@ func TestStopInMidBuild(t *testing.T) {
 				}
 				return nil
 			}
-			// A second build waits in the queue. Nobody may begin it.
+			// A second build waits in the queue. The worker that stops must not begin it.
 			if err := r.queue.Insert(t.Context(),
 				api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"},
 				0); err != nil {

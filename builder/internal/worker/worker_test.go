@@ -59,7 +59,7 @@ func TestOutcomes(t *testing.T) {
 			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 	}
 	for _, row := range rows {
-		for i := range row.want { // the final update has the number of its attempt
+		for i := range row.want { // a final update has the attempt's number of the update before it
 			if i > 0 && row.want[i].State != api.Building {
 				row.want[i].Attempt = row.want[i-1].Attempt
 			}
@@ -96,10 +96,11 @@ func TestPhasesAreTold(t *testing.T) {
 	}
 }
 
-// TestLastAttempt checks that the last failed attempt is reported as a failure: the queue then drops the job.
+// TestLastAttempt checks that the worker reports a failure if the last attempt fails, because the queue then drops the
+// job.
 func TestLastAttempt(t *testing.T) {
 	t.Parallel()
-	// The earlier attempts were lost together with their workers.
+	// Earlier attempts were lost together with their workers, so the next attempt is the last one.
 	r := newRig(t, fails(fault.New(fault.OutOfMemory, "killed", "")))
 	loseAttempts(t, r, queue.MaxAttempts-1)
 	if err := r.run(t, 2); err != nil {
@@ -112,7 +113,8 @@ func TestLastAttempt(t *testing.T) {
 	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// loseAttempts uses up attempts of a build. In each, a worker begins the build and loses the queue's database.
+// loseAttempts uses up attempts of a build. In each attempt, a worker begins the build and then loses its connection to
+// the queue's database.
 func loseAttempts(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
@@ -129,7 +131,7 @@ func loseAttempts(t *testing.T, r *rig, attempts int) {
 		}
 		started := make(chan struct{})
 		ended.Go(func() {
-			// Work returns an error, because its database is closed.
+			// Work returns an error, because the test closes the queue's database.
 			_ = q.Work(ctx, name, 1, func(context.Context, api.BuildJob, int) error {
 				close(started)
 				<-gone
@@ -144,8 +146,8 @@ func loseAttempts(t *testing.T, r *rig, attempts int) {
 	t.Cleanup(func() { stop(); close(gone); ended.Wait() })
 }
 
-// TestStopHandsBack checks that a stopped worker hands its build back. The build is queued again, and the attempt does
-// not count, whatever error the build returned.
+// TestStopHandsBack checks that a stopped worker gives its build back to the queue. The build must be queued again, and
+// the attempt must not count, whatever error the build returned.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
 	var stop context.CancelFunc
@@ -174,8 +176,8 @@ func TestStopHandsBack(t *testing.T) {
 	}
 }
 
-// TestServerAway checks a server that does not answer. Before the build, no attempt is counted. After the build, the
-// build runs again and the second result is reported.
+// TestServerAway has a server that does not answer. If it does not answer before a build, no attempt may count. If it
+// does not answer after a build, the build runs again, and the worker reports the second result.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	t.Run("at the start", func(t *testing.T) {
@@ -196,7 +198,7 @@ func TestServerAway(t *testing.T) {
 		t.Parallel()
 		broken := fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", ""))
 		r := newRig(t, broken, broken)
-		r.cfg.ServerTimeout = 1900 * time.Millisecond // shorter than the pause before a report is repeated
+		r.cfg.ServerTimeout = 1900 * time.Millisecond // shorter than the pause before the worker repeats a report
 		lost := false
 		r.server.refuse = func(u api.BuildUpdate) *api.Problem {
 			if u.State == api.Failed && !lost {
@@ -216,7 +218,8 @@ func TestServerAway(t *testing.T) {
 	})
 }
 
-// TestServerRefusesBuild checks that a refused build does not begin and is not offered again.
+// TestServerRefusesBuild checks that a build that the server refuses does not begin, and that the queue does not offer
+// it again.
 func TestServerRefusesBuild(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -229,7 +232,7 @@ func TestServerRefusesBuild(t *testing.T) {
 	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1})
 }
 
-// TestWrongTokenEndsWorker checks that a worker with a wrong token ends and uses up no attempt of a build.
+// TestWrongTokenEndsWorker checks that a worker with a wrong token ends, and that it uses up no attempt of a build.
 func TestWrongTokenEndsWorker(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -259,8 +262,8 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 }
 
-// TestSameIDElsewhere checks two workers on one machine with the same ID and different folders. The second must not
-// take over the builds of the first.
+// TestSameIDElsewhere runs two workers on one machine with the same ID and different folders. The second must not take
+// over the builds of the first.
 func TestSameIDElsewhere(t *testing.T) {
 	t.Parallel()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -271,7 +274,7 @@ func TestSameIDElsewhere(t *testing.T) {
 		second.State = t.TempDir()
 		ctx2, other := context.WithCancel(ctx)
 		defer other()
-		// The second worker is stopped after it has had time to ask the queue twice.
+		// The second worker stops after it has had time to ask the queue twice.
 		second.Log = slog.New(onStart{slog.DiscardHandler, func() { time.AfterFunc(time.Second, other) }})
 		if err := worker.Run(ctx2, second); err != nil && ctx2.Err() == nil {
 			t.Errorf("second worker: %v", err)
@@ -307,8 +310,8 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
-// if another worker has had the build since then.
+// TestLogOfKilledBuild checks the log of a build during which the worker was killed. The worker's next start must send
+// it, unless another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -316,7 +319,7 @@ func TestLogOfKilledBuild(t *testing.T) {
 		build  api.Build
 		noRead fault.Kind
 		want   string
-		kept   bool // the worker keeps the log for its next start
+		kept   bool // whether the worker keeps the log for its next start
 	}{
 		{"still ours", api.Build{ID: 7, State: api.Building, Worker: "w1"}, 0, "last words", false},
 		{"another's", api.Build{ID: 7, State: api.Building, Worker: "w2"}, 0, "", false},
@@ -353,7 +356,7 @@ func TestLogOfKilledBuild(t *testing.T) {
 	}
 }
 
-// TestLongLog checks that the worker sends only the end of a log that is longer than the server accepts.
+// TestLongLog checks that the worker sends only the end of a log if the log is longer than the server accepts.
 func TestLongLog(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
@@ -374,8 +377,8 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
-// TestLogWhileUnderWay checks that the log of a running build is sent. A server that lost its copy gets the whole log
-// again.
+// TestLogWhileUnderWay checks that the worker sends the log of a running build in parts. A server that lost its copy
+// must get the whole log again.
 func TestLogWhileUnderWay(t *testing.T) {
 	t.Parallel()
 	var r *rig
@@ -413,7 +416,8 @@ func (r *rig) live() string {
 	return string(r.server.live)
 }
 
-// TestServerStartsAgain checks that a restart of the server before a build costs no attempt and no place in the queue.
+// TestServerStartsAgain restarts the server before a build. This must cost the build no attempt and no place in the
+// queue.
 func TestServerStartsAgain(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, works)

@@ -1,5 +1,5 @@
-// Package btfsample makes small type descriptions in BTF (BPF Type Format, the kernel's format), and ELF files that
-// contain them, for tests.
+// Package btfsample makes small samples of BTF (BPF Type Format), the kernel's format for the description of types, and
+// ELF files that contain BTF. Only test files import it.
 package btfsample
 
 import (
@@ -15,7 +15,7 @@ func Kernel(names ...string) []byte { return describe(0, 1, names) }
 func Module(kernel []string, names ...string) []byte {
 	size := uint32(1)
 	for _, name := range kernel {
-		size += uint32(len(name)) + 1 //nolint:gosec // a test's words
+		size += uint32(len(name)) + 1 //nolint:gosec // the names in tests are short
 	}
 	return describe(2*uint32(len(kernel)), size, names) //nolint:gosec // as above
 }
@@ -29,7 +29,7 @@ func describe(lastID, firstString uint32, names []string) []byte {
 		firstString = 0
 	}
 	for _, name := range names {
-		at := firstString + uint32(len(text)) //nolint:gosec // a test's words
+		at := firstString + uint32(len(text)) //nolint:gosec // the names in tests are short
 		types = append(types, at, 1<<24, 4, 32)
 		lastID++
 		types = append(types, 0, 2<<24, lastID)

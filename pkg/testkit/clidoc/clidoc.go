@@ -17,7 +17,7 @@ import (
 )
 
 // Check compares the file with the help of all commands of a program. If update is true, it writes the file instead.
-// The callback returns a new command tree at each call.
+// program must return a new command tree at each call.
 func Check(t *testing.T, file string, update bool, program func() *ucli.Command) {
 	t.Helper()
 	want, err := page(program)

@@ -73,7 +73,7 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.waitReady()
-	// In a real cluster, a controller makes this service account in each namespace.
+	// In a real cluster, a controller makes this service account in each namespace. Here no controller runs.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -181,7 +181,7 @@ func (c *Cluster) as(token, method, path string, in any) ([]byte, error) {
 	return raw, err
 }
 
-// Must works as Do does, and decodes the answer into out. An error fails the test.
+// Must is like Do, but decodes the answer into out, and fails the test if there is an error.
 func (c *Cluster) Must(method, path string, in, out any) {
 	c.t.Helper()
 	raw, err := c.Do(method, path, in)
@@ -220,7 +220,7 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	return stdout.String() + stderr.String(), nil
 }
 
-// Environ returns the environment for a script whose kubectl is the administrator of this cluster.
+// Environ returns the environment for a script. In this environment, kubectl is the administrator of this cluster.
 func (c *Cluster) Environ() []string {
 	c.t.Helper()
 	c.write("ca.crt", string(c.CA))
@@ -235,8 +235,8 @@ users: [{name: admin, user: {token: %q}}]
 		"KUBECONFIG=" + filepath.Join(c.dir, "admin.conf")}
 }
 
-// Account makes a pod of a service account on a node, which must exist. It returns a token as kubelet gives it to the
-// pod.
+// Account makes a pod that uses a service account and runs on a node. The node must exist. Account returns a token like
+// the one that kubelet gives to the pod.
 func (c *Cluster) Account(namespace, account, node string) string {
 	c.t.Helper()
 	pod := "pod-" + strings.ToLower(rand.Text())

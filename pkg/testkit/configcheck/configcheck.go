@@ -14,12 +14,12 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Row is one mistake. The test writes the text Put in place of the text Instead, or at the end if Instead is "". The
-// error must have Want directly after "FILE:", where FILE is the path of the checked file. If Want is "", there must be
-// no error. In Want, LAST is the number of the first line after the example, and LAST+1 of the next.
+// Row is one mistake. Check writes the text Put in place of the text Instead, or at the end if Instead is "". The error
+// must have Want directly after "FILE:", where FILE is the path of the checked file. If Want is "", there must be no
+// error. In Want, LAST means the number of the first line after the example, and LAST+1 the number of the next line.
 type Row = struct{ Name, Put, Instead, Want string }
 
-// Check runs the program's "config check" on the example, once with each mistake. The callback returns a new command
+// Check runs the program's "config check" on the example, once with each mistake. program must return a new command
 // tree at each call.
 func Check(t *testing.T, example string, program func() *ucli.Command, rows []Row) {
 	t.Helper()

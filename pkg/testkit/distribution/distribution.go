@@ -1,5 +1,5 @@
-// Package distribution runs Debian's package of the distribution project's registry, for tests with a foreign registry.
-// Its version 2.8 has no referrers API. Only test files import the package.
+// Package distribution runs the registry of the distribution project, from Debian's package docker-registry. Tests use
+// it as a registry that is not Prebake's own. Its version 2.8 has no referrers API. Only test files import the package.
 package distribution
 
 import (
@@ -15,7 +15,8 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// Program is the registry's program on PATH, and its Debian package. Without it, tests that need it are skipped.
+// Program is the name of the registry's program and of its Debian package. If it is not on PATH, tests that need it are
+// skipped.
 const Program = "docker-registry"
 
 const config = `version: 0.1
@@ -37,7 +38,7 @@ const (
 	Password = "a password of this test"
 )
 
-// StartProtected works as [Start] does. The registry answers only requests with User and Password.
+// StartProtected is like [Start], but the registry answers only requests with User and Password.
 func StartProtected(t testing.TB) string {
 	t.Helper()
 	hash, err := bcrypt.GenerateFromPassword([]byte(Password), bcrypt.MinCost)
@@ -57,14 +58,14 @@ func Start(t testing.TB) string {
 	return start(t, "")
 }
 
-// StartMirror works as Start does. The registry fetches missing content from the registry at this URL and stores it
-// (the distribution project's "pull through cache").
+// StartMirror is like [Start], but the registry fetches content that it lacks from the registry at the given URL, and
+// stores it (the distribution project's "pull through cache").
 func StartMirror(t testing.TB, of string) string {
 	t.Helper()
 	return start(t, fmt.Sprintf("proxy: {remoteurl: %q}\n", of))
 }
 
-// start runs a registry with additional settings.
+// start runs a registry with additional lines in its configuration.
 func start(t testing.TB, more string) string {
 	t.Helper()
 	program, err := exec.LookPath(Program)
@@ -92,7 +93,7 @@ func start(t testing.TB, more string) string {
 			t.Errorf("stop the registry: %v", err)
 		}
 		<-rest
-		_ = cmd.Wait() // it was killed
+		_ = cmd.Wait() // the registry was killed, so its exit status has no meaning
 		_ = r.Close()
 	}
 	// The program prints its address when it begins to listen. If it cannot listen, it ends.

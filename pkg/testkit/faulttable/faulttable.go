@@ -1,5 +1,6 @@
-// Package faulttable is for tests that inject faults into phases. It compares the results with a table in docs, or
-// writes the table. Only test files import it. The only fault that it can make is a full disk.
+// Package faulttable is for tests that cause faults in phases of a program. It compares the results of a test with a
+// table in docs, or writes that table. Fill causes the fault "full disk"; the tests cause other faults themselves. Only
+// test files import the package.
 package faulttable
 
 import (
@@ -35,10 +36,10 @@ func Fill(dir string) error {
 	}
 }
 
-// Table is a table in a document, between the marks "NAMEtable: begin" and "NAMEtable: end".
+// Table is a table in a document. It is between the comments "NAMEtable: begin" and "NAMEtable: end".
 type Table struct {
 	File, Name string
-	// Head is the heading of the first column. Columns are the faults, and Rows are the phases.
+	// Head is the heading of the first column, which has the rows' names. Columns are the faults, and Rows are the phases.
 	Head    string
 	Columns []string
 	Rows    []string

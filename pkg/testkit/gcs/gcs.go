@@ -1,5 +1,5 @@
-// Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. Only test files import it. The
-// emulator allows everything, so tests say nothing about Google's permissions.
+// Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. The emulator allows every
+// request, so a test with it says nothing about permissions. Only test files import the package.
 package gcs
 
 import (
@@ -18,7 +18,7 @@ import (
 	"testing"
 )
 
-// Tool is the pinned version of the emulator, for deploy/tool.sh.
+// Tool names the emulator and its version, as deploy/tool.sh expects it.
 const Tool = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
 // Env is the environment variable with the path of the emulator. Without it, tests that need the emulator are skipped.
@@ -30,7 +30,7 @@ type Server struct {
 	Endpoint string
 }
 
-// ports is how many ports Start tries. Another process may take a port that was free a moment ago.
+// ports is the number of ports that Start tries. Another process may take a free port before the emulator does.
 const ports = 5
 
 // Start runs an empty emulator until the test ends.
@@ -61,7 +61,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		return "", err
 	}
 	_, port, _ := net.SplitHostPort(address)
-	// The public host is the host in the URLs of plain downloads. These URLs do not begin with the path of the API.
+	// The public host is the host in the URLs of plain downloads. These URLs have no path of the API.
 	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port,
 		"-public-host", address)
 	cmd.Env = []string{"HOME=/nonexistent"}
@@ -75,7 +75,7 @@ func start(t testing.TB, program string) (address string, err error) {
 	stop := func() error {
 		kill := cmd.Process.Kill()
 		_, drain := io.Copy(io.Discard, stderr)
-		_ = cmd.Wait() // it was killed
+		_ = cmd.Wait() // the emulator was killed, so its exit status has no meaning
 		return errors.Join(kill, drain)
 	}
 	// The emulator prints this text when it begins to listen. If it cannot listen, it ends.
@@ -92,7 +92,7 @@ func start(t testing.TB, program string) (address string, err error) {
 					t.Errorf("stop the emulator: %v", err)
 				}
 				<-done
-				_ = cmd.Wait() // it was killed
+				_ = cmd.Wait() // the emulator was killed, so its exit status has no meaning
 			})
 			return address, nil
 		}
@@ -101,8 +101,8 @@ func start(t testing.TB, program string) (address string, err error) {
 	return "", errors.Join(fmt.Errorf("the emulator ended and printed %q", said), stop())
 }
 
-// Use makes this process's Google Cloud Storage clients use the emulator, without credentials, until the test ends. The
-// test cannot be parallel.
+// Use makes the Google Cloud Storage clients of this process use the emulator, without credentials, until the test
+// ends. The test cannot be parallel, because Use sets environment variables.
 func (s *Server) Use(t testing.TB) {
 	t.Helper()
 	t.Setenv("STORAGE_EMULATOR_HOST", s.Endpoint)
@@ -126,7 +126,7 @@ func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores gzip data and sets Content-Encoding: gzip, so that clients get the uncompressed data.
+// PutGzip stores gzip data with Content-Encoding: gzip, so that a plain download returns the uncompressed data.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})

@@ -8,7 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestEmulator checks that clients and plain downloads find a stored object. Two emulators must share no objects.
+// TestEmulator checks that the API and a plain download return a stored object, and that two emulators share no
+// objects.
 func TestEmulator(t *testing.T) {
 	t.Parallel()
 	s, other := gcs.Start(t), gcs.Start(t)

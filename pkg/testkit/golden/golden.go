@@ -1,5 +1,5 @@
-// Package golden compares generated files with the output of a test. Only test files import it. It changes a file only
-// on request.
+// Package golden compares files in the repository with the output that a test made. It changes a file only if the test
+// asks for it. Only test files import the package.
 package golden
 
 import (

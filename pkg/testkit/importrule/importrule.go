@@ -1,5 +1,5 @@
-// Package importrule tests import rules that the compiler does not enforce. Only test files import it. Every rule needs
-// a reason.
+// Package importrule checks rules about imports that the compiler does not enforce. Every rule needs a reason. Only
+// test files import the package.
 package importrule
 
 import (
@@ -17,8 +17,8 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// belongsTo reports whether a package is in a module or in a folder. A package of the standard library is not a folder:
-// packages below it do not belong to it.
+// belongsTo reports whether a package is the given one, or is below it. Nothing counts as below a package of the
+// standard library, whose name has no dot.
 func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
@@ -38,15 +38,15 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 	}
 }
 
-// Owner is a heavy library with the only package that may import it.
+// Owner is a rule: only one package may import a heavy library.
 type Owner struct {
 	// Lib is the library. Package is the path of the package that may import it, below the current folder; "" means none.
 	Lib, Package string
 	Reason       string
 }
 
-// CheckOwners fails if a package below the current folder imports a library of another owner. own is the import path of
-// the current folder.
+// CheckOwners fails the test if a package below the current folder imports a library that another package owns. own is
+// the import path of the current folder.
 func CheckOwners(t *testing.T, own string, homes []Owner) {
 	t.Helper()
 	for line := range strings.Lines(list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")) {

@@ -1,10 +1,11 @@
-// Package inputs tells Go's cache of test results which files a test depends on. The cache notices the environment
-// variables that a test reads, and the files of this module that it opens. It does not notice what a child process
-// reads: the sources of a program that the test compiles, a script, a program in bin/. A test that uses such files
-// names them here, or else it counts as passed after they have changed. See `go help test`. Only test files import it.
+// Package inputs tells Go's cache of test results on which files a test depends. The cache notices the environment
+// variables that a test reads, and the files of this module that the test opens. It does not notice what a child
+// process reads: the sources of a program that the test compiles, a script, a program in bin/. A test with such files
+// must name them here. Otherwise the cache would return an old result after they have changed. See `go help test`. Only
+// test files import the package.
 //
-// The cache looks at the files after the run. So a file that somebody edits during the run would count as tested, and
-// the functions here fail the test then.
+// The cache looks at the files after the run. So a file that somebody edits during the run would count as tested.
+// Therefore the functions here fail the test if a file has changed at its end.
 package inputs
 
 import (
@@ -17,8 +18,8 @@ import (
 	"testing"
 )
 
-// Files names files, and folders with all that is in them, except folders named .git. It fails the test if a file
-// cannot be read, or has changed when the test ends.
+// Files names files to the cache. A folder stands for everything in it, except folders named .git. Files fails the test
+// if a file cannot be read, or has changed when the test ends.
 //
 // Call it while a test runs. Before m.Run, as at the start of TestMain, the testing package records nothing.
 func Files(t testing.TB, names ...string) {
@@ -43,7 +44,7 @@ func (s State) watch(t testing.TB) {
 // State is the state of files and folders at one time. The time of a folder changes when a file is added or removed.
 type State map[string]fs.FileInfo
 
-// Look returns the state of files, and of folders with all that is in them, except folders named .git.
+// Look returns the state of the named files. A folder stands for everything in it, except folders named .git.
 func Look(names ...string) (State, error) {
 	s := State{}
 	for _, name := range names {
@@ -63,8 +64,9 @@ func Look(names ...string) (State, error) {
 	return s, nil
 }
 
-// add adds a file or folder. It opens a file, since the cache takes no result of a test that opened a file younger than
-// two seconds. It takes one of a test that only asked for the metadata.
+// add adds a file or folder to the state. It opens a file: the cache keeps no result of a test that opened a file
+// younger than two seconds, because such a file may change again unnoticed. If a test only asks for a file's metadata,
+// the cache keeps the result.
 func (s State) add(name string) error {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -81,7 +83,7 @@ func (s State) add(name string) error {
 	return f.Close()
 }
 
-// Unchanged returns an error that names a file which has changed since.
+// Unchanged returns an error with the name of a file that has changed since Look.
 func (s State) Unchanged() error {
 	for name, was := range s {
 		now, err := os.Stat(name)
@@ -120,7 +122,7 @@ func Sources(t testing.TB, env []string, patterns ...string) {
 		}
 		err := s.add(name)
 		if err == nil && filepath.Base(name) != "go.mod" {
-			err = s.add(filepath.Dir(name)) // its time changes with a new source or embedded file
+			err = s.add(filepath.Dir(name)) // the folder's time changes if a source or embedded file is added
 		}
 		if err != nil {
 			t.Fatalf("name the inputs of a test: %v", err)

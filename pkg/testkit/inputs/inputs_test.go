@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/inputs"
 )
 
-// files are the files of a module whose test runs a program and a script that Go's cache does not notice. %s is this
-// repository.
+// files are the files of a small module. Its test runs a program and a script, which Go's cache of test results does
+// not notice. %s is the path of this repository.
 var files = map[string]string{
 	"go.mod": "module example.com/m\n\ngo 1.26\n\nrequire github.com/prebake/prebake v0.0.0\n\n" +
 		"replace github.com/prebake/prebake => %s\n",
@@ -52,8 +52,9 @@ func Test(t *testing.T) {
 }
 `
 
-// TestCache runs the test of a small module again after a change, with the real go command. The test of package unnamed
-// does not name its inputs, and shows that the cache does not notice them otherwise.
+// TestCache runs the tests of a small module after each change, with the real go command. Package tested names its
+// inputs, so its test must run again. Package unnamed does not, and its test shows that the cache then returns an old
+// result.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	repo, err := filepath.Abs("../../..")
@@ -92,7 +93,8 @@ func TestCache(t *testing.T) {
 	run("list", "-deps", "-test", "./...") // adds requirements to go.mod
 	aged(t, filepath.Join(dir, "go.mod"))
 	got := map[string][2]bool{}
-	// test notes whether the results of the two packages come from the cache after a change.
+	// test runs the tests of both packages after a change. It records for each package whether the result came from the
+	// cache.
 	test := func(change string) {
 		t.Helper()
 		var named, unnamed bool
@@ -122,7 +124,7 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// aged gives a file an old time. The cache takes no result of a test that opened a file younger than two seconds.
+// aged gives a file an old time. Go's cache keeps no result of a test that opened a file younger than two seconds.
 func aged(t *testing.T, file string) {
 	t.Helper()
 	old := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -131,7 +133,7 @@ func aged(t *testing.T, file string) {
 	}
 }
 
-// TestUnchanged checks that each change of a file in a folder is noticed.
+// TestUnchanged checks that Unchanged notices each kind of change to a file in a folder.
 func TestUnchanged(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

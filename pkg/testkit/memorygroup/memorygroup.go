@@ -1,4 +1,4 @@
-// Package memorygroup limits the memory of a test's child processes by a real control group.
+// Package memorygroup limits the memory of a test's child processes with a real control group.
 package memorygroup
 
 import (
@@ -11,21 +11,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// New makes a control group with a memory limit in bytes. It returns the file into which a process writes its id to
-// enter the group. It skips the test if this process may not make a group.
+// New makes a control group with a memory limit in bytes. It returns the path of the group's cgroup.procs: a process
+// that writes its id into this file enters the group. New skips the test if this process may not make a control group.
 func New(t testing.TB, limit int64) (procs string) {
 	t.Helper()
 	const root = "/sys/fs/cgroup"
-	top, file := filepath.Join(root, "memory"), "memory.limit_in_bytes" // version 1
+	top, file := filepath.Join(root, "memory"), "memory.limit_in_bytes" // for control groups of version 1
 	var st unix.Statfs_t
 	if err := unix.Statfs(root, &st); err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
 		top, file = root, "memory.max"
-		_ = write(filepath.Join(root, "cgroup.subtree_control"), "+memory") // after an error, the file is missing below
+		_ = write(filepath.Join(root, "cgroup.subtree_control"), "+memory") // if this fails, memory.max is missing below
 	}
 	dir, err := os.MkdirTemp(top, "prebake-test-*")
 	if err == nil {
 		t.Cleanup(func() {
-			if err := os.Remove(dir); err != nil { // the kernel's files in the folder go with it
+			if err := os.Remove(dir); err != nil { // the kernel removes its files in the folder too
 				t.Errorf("remove control group: %v", err)
 			}
 		})
@@ -37,7 +37,7 @@ func New(t testing.TB, limit int64) (procs string) {
 	return filepath.Join(dir, "cgroup.procs")
 }
 
-// write writes a file that the kernel made.
+// write writes a value to a file that the kernel made.
 func write(name, value string) error {
 	f, err := os.OpenFile(name, os.O_WRONLY, 0)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package ondisk checks that files were flushed to the disk, so that they outlive a power cut.
+// Package ondisk checks that a program has flushed files to the disk, so that a power cut does not lose them.
 package ondisk
 
 import (
@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Check reports an error if a file has content that is only in memory. It skips the rest of the test if the kernel or
-// the file system does not tell. Call it at once after the write: the kernel itself flushes a file after some seconds.
+// Check fails the test if a part of a file is only in memory. If the kernel or the file system cannot tell, Check skips
+// the rest of the test. Call it directly after the write, because the kernel flushes every file after some seconds.
 func Check(t testing.TB, path string) {
 	t.Helper()
-	// A file that nobody flushed shows whether the file system counts such pages. A tmpfs does not.
+	// A new file that nobody flushed shows whether the file system counts such pages. A tmpfs does not.
 	control := filepath.Join(t.TempDir(), "control")
 	if err := os.WriteFile(control, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)

@@ -1,4 +1,4 @@
-// Package program writes and compiles programs that a test can run at once. Only test files import it.
+// Package program compiles and writes programs that a test can run immediately. Only test files import it.
 package program
 
 import (
@@ -13,8 +13,8 @@ import (
 )
 
 // Compile compiles a program of this module for an architecture, and names its sources to Go's cache of test results.
-// pkg is the folder of its package, as in pkg/vm/guestinit; out is the path of the program. With cgo, a program for
-// arm64 on another machine is linked by Debian's cross compiler.
+// pkg is the folder of the program's package, such as pkg/vm/guestinit. out is the path of the compiled program. If cgo
+// is true and the program is for arm64 on another machine, Debian's cross compiler links it.
 func Compile(t testing.TB, out, pkg, arch string, cgo bool) {
 	t.Helper()
 	env := append(os.Environ(), "GOARCH="+arch, "CGO_ENABLED=0")
@@ -45,15 +45,16 @@ func Build(t testing.TB, pkg, arch string) string {
 	return out
 }
 
-// Write writes a program that everybody may run. After a plain os.WriteFile, a child that another test forks may hold
-// the file open, and the kernel does not run the file ("text file busy", https://go.dev/issue/22315).
+// Write writes a program that everybody may run. After a plain os.WriteFile, a child process that another test forks
+// may still have the file open for writing. The kernel then refuses to run the file ("text file busy",
+// https://go.dev/issue/22315).
 func Write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	syscall.ForkLock.RLock()
 	err := os.WriteFile(path, content, 0o600)
 	syscall.ForkLock.RUnlock()
 	if err == nil {
-		err = os.Chmod(path, 0o755) // independent of the umask
+		err = os.Chmod(path, 0o755) // whatever the umask is
 	}
 	if err != nil {
 		t.Fatal(err)

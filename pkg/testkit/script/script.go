@@ -1,4 +1,4 @@
-// Package script holds commands for the test scripts of several programs. Only test files import it.
+// Package script has commands for the test scripts of several programs. Only test files import it.
 package script
 
 import (
@@ -8,8 +8,8 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// Exits is a command for [testscript.Params.Cmds]. It runs a program and compares its exit status: exits 16 server
-// resolve.
+// Exits is a command for [testscript.Params.Cmds]. It runs a program and checks its exit status, for example: exits 16
+// server resolve.
 func Exits(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")

@@ -1,5 +1,5 @@
-// Package snapshots makes snapshots for tests, and hands out all their keys. Only test files import it. It checks
-// nothing.
+// Package snapshots makes signed snapshots for tests, and gives the tests all keys. It verifies nothing. Only test
+// files import it.
 package snapshots
 
 import (
@@ -19,12 +19,13 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot/maker"
 )
 
-// Farm makes snapshots in the folder Dir. Its root requires the signatures of two of its three keys.
+// Farm publishes snapshots in the folder Dir. Its root has three keys and requires the signatures of two of them.
 type Farm struct {
 	Dir                       string
 	Root                      [3]signature.Signer
 	Targets, Snapshot, Stamps signature.Signer
-	// Least is the lowest version of the next list, for tests of a lost folder; 0 means the next version.
+	// Least is the lowest version that the next list may have, for tests of a lost folder. 0 means one more than the last
+	// version.
 	Least int64
 }
 
@@ -77,7 +78,7 @@ func (f *Farm) Publish(t testing.TB, at time.Time, artifacts ...snapshot.Artifac
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Refresh signs the newest list's timestamp for another week.
+// Refresh signs the timestamp of the newest list again, for another week.
 func (f *Farm) Refresh(t testing.TB, at time.Time) {
 	t.Helper()
 	r := f.Open(t, at)

@@ -34,7 +34,7 @@ func TestWriteTo(t *testing.T) {
 	}
 }
 
-// KernelArg must be the argument that the module's source expects.
+// TestKernelArg checks that KernelArg returns the kernel argument for which the module's source looks.
 func TestKernelArg(t *testing.T) {
 	t.Parallel()
 	text, err := fs.ReadFile(Sources(), "emugpu.c")

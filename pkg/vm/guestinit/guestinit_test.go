@@ -91,7 +91,7 @@ func FuzzCharMajors(f *testing.F) {
 	})
 }
 
-// runSteps runs a script on this host and returns the events that the guest would send.
+// runSteps runs steps on this host, and returns the events that a guest would send for them.
 func runSteps(t *testing.T, steps []wire.Step, extra map[string]builtin) []wire.Event {
 	t.Helper()
 	all := builtins()

@@ -11,12 +11,13 @@ import (
 	"time"
 )
 
-// fakeUART is a 16550A with the registers that guestinit uses. As in the device, bytes for a full FIFO are lost.
+// fakeUART is a serial port of the type 16550A, with the registers that guestinit uses. As in a real one, bytes that
+// are written to a full FIFO are lost.
 type fakeUART struct {
 	fifo  []byte
 	on    bool
 	sent  bytes.Buffer
-	slow  int   // number of reads of the status until the FIFO is sent; -1 means never
+	slow  int   // number of reads of the status register until the FIFO is sent; -1 means never
 	asked int   // number of reads since the FIFO was sent
 	lost  int   // number of lost bytes
 	err   error // returned by each access
@@ -146,7 +147,7 @@ func TestOpenUART(t *testing.T) {
 	if err != nil || strings.TrimSpace(string(enabled)) != "1" {
 		t.Errorf("enable = %q, %v; want 1", enabled, err)
 	}
-	const want = "b\x00\x01\x00\x00\x60\x00\x00" // the last byte, and the FIFO control register
+	const want = "b\x00\x01\x00\x00\x60\x00\x00" // the last byte in the data register, and then the FIFO control register
 	if got, err := os.ReadFile(filepath.Join(dir, "resource0")); err != nil || string(got) != want {
 		t.Errorf("registers = %q, %v; want %q", got, err, want)
 	}

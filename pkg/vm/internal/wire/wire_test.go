@@ -25,7 +25,7 @@ func TestWriteRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	stream.WriteString("\r\n{\"type\":\"by") // the power went off in the middle of a line
+	stream.WriteString("\r\n{\"type\":\"by") // the machine was switched off in the middle of a line
 	var got []Event
 	if err := Read(&stream, func(e Event) error { got = append(got, e); return nil }); err != nil {
 		t.Fatalf("Read() = %v", err)
