@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination starts the in-memory registry of the library go-containerregistry. Each response has the given audience
-// in the audience header, unless audience is empty. If hidden is true, only clients with credentials may list tags.
+// destination starts the in-memory registry of the library go-containerregistry. If audience is not empty, each
+// response has it in the header registry.AudienceHeader. If hidden is true, only clients with credentials may list tags.
 // writes counts the requests that change the registry.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()

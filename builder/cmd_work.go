@@ -35,7 +35,7 @@ func workCommand() *ucli.Command {
 	grace.DefaultText = "10m with --wish, 0 with --queue"
 	return cli.WithConfig(&ucli.Command{
 		Name:  "work",
-		Usage: "take builds from the queue, or keep a wish list published",
+		Usage: "take builds from the queue, or build what a wish list asks for",
 		Description: `Example:
   builder work --queue URL --config work.yaml`,
 		Flags: slices.Concat(

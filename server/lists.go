@@ -186,7 +186,7 @@ func buildsCommand() *ucli.Command {
 
 func cellsCommand() *ucli.Command {
 	return pagedList[api.Resolution]{
-		name: "cells", usage: "list cells and their states, newest kernel first",
+		name: "cells", usage: "list kernels with their drivers (cells) and states, newest kernel first",
 		description: `A cell is a kernel with a driver. The list has the cells that were built or
 requested.`,
 		what: "kernels", of: "the cells of ", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },

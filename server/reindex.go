@@ -75,7 +75,7 @@ func signerFlags() []ucli.Flag {
 // first: it makes an empty one.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "reindex", Usage: "compare the catalogue with a registry, and record what the catalogue lacks",
+		Name: "reindex", Usage: "compare the catalogue with a registry, and add artifacts that only the registry has",
 		Description: `reindex reads each tagged artifact of a repository with its attestations, and
 verifies them as a node does. Then it lists the differences between repository
 and catalogue, each with its kind:

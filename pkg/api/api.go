@@ -60,7 +60,7 @@ type GPUDrivers struct {
 	Branches map[string]string `json:"branches,omitempty"`
 }
 
-// DriverRelease is a driver version of the catalogue.
+// DriverRelease is a driver version that the catalogue lists.
 type DriverRelease struct {
 	Version string `json:"version"`
 	Branch  string `json:"branch"`

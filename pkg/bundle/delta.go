@@ -48,7 +48,7 @@ func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) erro
 		}
 		dict, err := win.next()
 		if err != nil {
-			return fmt.Errorf("make delta: read former layer: %w", err)
+			return fmt.Errorf("make delta: read the layer that the delta starts from: %w", err)
 		}
 		// The frame needs no checksum, because the diff ID is verified. One thread makes equal bytes on any machine.
 		options := []zstd.EOption{
@@ -142,7 +142,7 @@ func (d *deltaReader) chunk() error {
 	}
 	dict, err := d.win.next()
 	if err != nil {
-		return fmt.Errorf("read former layer: %w", err)
+		return fmt.Errorf("read the layer that the delta starts from: %w", err)
 	}
 	if d.made++; d.win.ended && d.made*deltaChunk > 2*d.win.size()+deltaSlack {
 		return fault.Errorf(

@@ -10,7 +10,7 @@
 //   - the folders that the caller binds
 //   - the host name "prebake"
 //   - no home folder
-//   - of /etc only the folder alternatives, for links in /usr/bin, and the loader's cache
+//   - from /etc only the folder alternatives, because links in /usr/bin lead there, and the loader's cache
 //
 // It runs as user and group 1000, without capabilities, and cannot create namespaces. A filter refuses system calls
 // that no build needs. Memory, processes, time, disk space, output and /tmp are limited; see [Limits].

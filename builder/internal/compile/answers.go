@@ -184,7 +184,7 @@ func (a *answerer) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // [diagnose] reads this error together with the findings of the watch
 	}
-	return fmt.Errorf("%w: make wrote no plan; the last line that make printed: %s", errUseMake, f.lastLine)
+	return fmt.Errorf("%w: make printed no list of conftest questions; its last line was: %s", errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {

@@ -36,7 +36,7 @@ type Kernel struct {
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint in the stamp of every module. It is "" for modules that Google signed, because a
+	// Fingerprint is the ABI fingerprint. Every module has it in its stamp, a section that the builder adds. It is "" for modules that Google signed, because a
 	// stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
 	// Version is the driver's version. If it is "", the versions of the modules are not checked.

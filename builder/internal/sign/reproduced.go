@@ -21,11 +21,11 @@ func Reproduced(digest string, built trust.Parameters, f ReproducedFacts) (State
 		"kernel": built.Kernel, "fingerprint": built.Fingerprint, "driver": built.Driver, "recipes": f.Recipes,
 	})
 	if err != nil {
-		return Statement{}, fmt.Errorf("make the statement of the reproduction: %w", err)
+		return Statement{}, fmt.Errorf("write the statement that the build was reproduced: %w", err)
 	}
 	s, err := newStatement(digest, built.Driver, trust.PredicateReproduced, predicate)
 	if err != nil {
-		return Statement{}, fmt.Errorf("make the statement of the reproduction: %w", err)
+		return Statement{}, fmt.Errorf("write the statement that the build was reproduced: %w", err)
 	}
 	return s, nil
 }

@@ -139,7 +139,7 @@ func (s nodeState) put(set *install.Set) decision {
 	case !s.ownLoaded() && !s.replaceForeign:
 		return decision{do: refuse,
 			err: fault.New(fault.Busy,
-				fmt.Sprintf("foreign driver %s is loaded: another installer put it on this node", s.facts.Driver),
+				fmt.Sprintf("driver %s is loaded, which another installer put on this node", s.facts.Driver),
 				"add --foreign replace to unload the foreign driver, or remove the installer that loads it and reboot the node")}
 	}
 	if s.closed != "" {

@@ -107,13 +107,13 @@ func readAll(file fs.File) ([]byte, error) {
 func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {
-			return fmt.Errorf("load foreign driver %s again: found no file on this node for module %s; reboot the node, or run "+
+			return fmt.Errorf("load driver %s, which another installer installed, again: found no file on this node for module %s; reboot the node, or run "+
 				"the installer of that driver",
 				f.driver, strings.Join(f.unknown, ", "))
 		}
 	}
 	if _, err := a.loader.Load(ctx, f.images); err != nil {
-		return fmt.Errorf("load foreign driver %s again: %w", f.driver, err)
+		return fmt.Errorf("load driver %s, which another installer installed, again: %w", f.driver, err)
 	}
 	r.did("loaded %s again, which was there before", f.driver)
 	if len(f.unknown) > 0 {

@@ -138,7 +138,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
-			return fmt.Errorf("keep the file %s of another installer: %w", cacheFile, err)
+			return fmt.Errorf("copy the file %s, which another installer wrote: %w", cacheFile, err)
 		}
 		have = nil
 	}

@@ -110,7 +110,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	}
 	return "", fault.Wrap(
 		fault.Unverified,
-		fmt.Errorf("%w with version %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
+		fmt.Errorf("%w: snapshot %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
 		"if the artifact is newer than the snapshot, make a new snapshot: builder snapshot make; else install another "+
 			"driver: --driver VERSION",
 	)

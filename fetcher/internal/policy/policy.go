@@ -292,7 +292,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	if identities != (p.Root != nil) {
-		return p, errors.New("want both trustedRoot and a role with identities, or neither")
+		return p, errors.New("trustedRoot and a role with identities go together: give both, or neither")
 	}
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]

@@ -109,7 +109,7 @@ type Config struct {
 	Tokens tokenStore
 	// Issuers are the issuers whose OpenID Connect tokens are accepted; see [ReadIssuers].
 	Issuers *Issuers
-	// Log gets the errors that do not refuse a caller; nil means none.
+	// Log receives errors that do not make a request fail. If Log is nil, nobody sees these errors.
 	Log *slog.Logger
 	// Now returns the current time; nil means time.Now.
 	Now func() time.Time

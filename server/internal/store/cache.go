@@ -158,7 +158,7 @@ func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all [
 	return all, next, nil
 }
 
-// listen receives the notifications of other processes, until ctx is done.
+// listen receives notifications from other processes, until ctx is done.
 func (s *Store) listen(ctx context.Context, url string) {
 	pause := backoff.NewExponentialBackOff()
 	pause.MaxInterval = 10 * time.Second
