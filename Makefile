@@ -14,6 +14,8 @@ GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
 ARGS ?=
+# STATE is the folder that keeps mirror, caches and results between runs. The programs find it in the same way.
+STATE = $${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}
 TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
 # Build, test and lint use the same flags, so that Go compiles each package once.
@@ -65,6 +67,7 @@ demo: setup-run build ## run the main job end to end: real kernel, real driver, 
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
 	deploy/postgres.sh $(GO) test -timeout 80m $(SUITE)
+	@! [[ -f "$(STATE)/passed/last-run.txt" ]] || cat "$(STATE)/passed/last-run.txt"
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones
@@ -212,8 +215,8 @@ clean: ## remove what was built here; the user's cache folder stays
 # --cache. That cache has read-only folders, so chmod makes them writable first.
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
-	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
-	  for name in mirror packages build demo browser images references release tools; do \
+	@state="$(STATE)"; \
+	  for name in passed mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \
 	    du -sh "$$state/$$name"; chmod -R u+rwX "$$state/$$name"; rm -rf "$${state:?}/$$name"; \
 	  done

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
@@ -46,7 +45,9 @@ func run(m *testing.M) (code int) {
 	}
 	// TestInputs runs together with whatever tests -run selects, or else their results would be cached without inputs.
 	flag.Parse()
-	if selected := flag.Lookup("test.run"); selected.Value.String() != "" {
+	selected := flag.Lookup("test.run")
+	whole := selected.Value.String() == ""
+	if !whole {
 		if err := selected.Value.Set("^TestInputs$|" + selected.Value.String()); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e: -run:", err)
 			return 1
@@ -64,7 +65,8 @@ func run(m *testing.M) (code int) {
 	if err == nil {
 		var repo string
 		if repo, err = filepath.Abs("../.."); err == nil {
-			shared.passes, err = newPasses(repo, shared.mirror.Dir, filepath.Join(shared.State, "passed"), before)
+			shared.passes, err = newPasses(context.Background(), repo, shared.mirror.Dir,
+				filepath.Join(shared.State, "passed"), os.Environ(), testPrograms)
 		}
 	}
 	if err != nil {
@@ -83,26 +85,29 @@ func run(m *testing.M) (code int) {
 			}
 		}
 	}()
+	shared.passes.off = whyAll(before, flag.CommandLine)
 	code = m.Run()
 	err = before.Unchanged()
 	if err == nil {
-		err = shared.passes.save()
+		err = shared.passes.save(context.Background())
 	}
-	if err != nil {
+	report, rerr := shared.passes.report(whole)
+	fmt.Print(report)
+	if err := errors.Join(err, rerr); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
-	}
-	if kept := shared.passes.kept; len(kept) > 0 {
-		fmt.Printf("e2e: not run again, since they passed in the last %s with the same content (%s=1 runs them):\n%s\n",
-			keepPassed, againEnv, strings.Join(kept, "\n"))
 	}
 	return code
 }
 
+// programsInBin are all programs in bin that tests run. bin may have more files.
+var programsInBin = []string{"../../bin/builder", "../../bin/server", "../../bin/fetcher", "../../bin/nvmlprobe",
+	"../../bin/guestinit", "../../bin/mirror"}
+
 // suiteInputs are the files that the tests of this package depend on. They run the programs in bin, scripts, and the
 // tests of other packages.
-var suiteInputs = []string{"../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
-	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}
+var suiteInputs = append([]string{"../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
+	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}, programsInBin...)
 
 // TestInputs names the inputs of all tests of this package to Go's cache of test results.
 func TestInputs(t *testing.T) { inputs.Files(t, suiteInputs...) }

@@ -94,7 +94,7 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 // TestKilledBuilderReproduces kills a builder with empty caches of its own in the middle of a compile. After a restart
 // it must finish the build. The result must be identical to the artifact of the shared worker.
 func TestKilledBuilderReproduces(t *testing.T) {
-	if shared.passes.remembered(t, "builder", "server") {
+	if shared.passes.remembered(t, "builder", "server", "fetcher/nvmlprobe") {
 		return
 	}
 	k := shared.kernel(1)

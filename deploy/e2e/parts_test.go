@@ -39,10 +39,12 @@ var oneProcessor = map[string]bool{
 // dependOn has the folders that the longest parts depend on, besides those of all tests. Other parts always run.
 var dependOn = map[string][]string{
 	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
-	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"inputs out of an emulated bucket":   {"builder", "deploy/tool.sh"},
+	"same bytes with caches and without": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
-	"a cluster's API server": {"server", "fetcher", "deploy"},
+	"a cluster's API server":  {"server", "fetcher", "deploy"},
+	"components on a cluster": {"server", "fetcher", "deploy"},
 }
 
 // TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Here all

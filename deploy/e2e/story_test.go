@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -185,8 +187,16 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 // link copies a folder with hard links. The copy can then get more files.
 func link(t *testing.T, from, to string) {
 	t.Helper()
+	linkFiles(t, from, to, false)
+}
+
+// linkFiles copies a folder with hard links. If gone is true, a file or folder may be removed meanwhile.
+func linkFiles(t *testing.T, from, to string, gone bool) {
+	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
+		if gone && errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
 			return err
 		}
 		rel, err := filepath.Rel(from, path)
@@ -196,9 +206,38 @@ func link(t *testing.T, from, to string) {
 		if d.IsDir() {
 			return os.MkdirAll(filepath.Join(to, rel), 0o755)
 		}
-		return os.Link(path, filepath.Join(to, rel))
+		err = os.Link(path, filepath.Join(to, rel))
+		if gone && errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// linkCache returns a new cache that has all blobs of the shared build cache, and its trees and facts of those kinds
+// whose names begin with one of the words. The files are hard links. A builder writes only new files to its cache, so
+// the shared one does not change.
+func linkCache(t *testing.T, words ...string) string {
+	t.Helper()
+	from, to := shared.BuildCache(), filepath.Join(t.TempDir(), "cache")
+	names := []string{"blobs"}
+	// The seals come after the trees, because a tree without a seal counts as damaged.
+	for _, folder := range []string{"trees", "seals", "facts"} {
+		kinds, err := os.ReadDir(filepath.Join(from, folder))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, kind := range kinds {
+			if slices.ContainsFunc(words, func(word string) bool { return strings.HasPrefix(kind.Name(), word) }) {
+				names = append(names, filepath.Join(folder, kind.Name()))
+			}
+		}
+	}
+	for _, name := range names { // other builds of this run may remove old entries meanwhile
+		linkFiles(t, filepath.Join(from, name), filepath.Join(to, name), true)
+	}
+	return to
 }
