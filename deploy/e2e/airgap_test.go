@@ -37,6 +37,7 @@ func TestAirGap(t *testing.T) {
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(60)()
 	before, k := shared.kernel(0), shared.kernel(1)
 	first := mustBuild(t, shared.srv, before, shared.driver(), target.Proprietary)
 	second := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)

@@ -24,6 +24,7 @@ func TestDemo(t *testing.T) {
 	if shared.passes.remembered(t, "builder", "server", "fetcher", "deploy/demo") {
 		return
 	}
+	defer shared.turns.take(50)()
 	if err := os.RemoveAll(filepath.Join(shared.State, "demo", "node.img")); err != nil {
 		t.Fatal(err)
 	}

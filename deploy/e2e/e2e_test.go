@@ -28,6 +28,7 @@ type stage struct {
 	srv    *testbed.Server
 	worker *testbed.Process
 	passes *passes
+	turns  *turns
 }
 
 var shared *stage // set by TestMain before any test runs, and not changed afterwards
@@ -86,6 +87,14 @@ func run(m *testing.M) (code int) {
 		}
 	}()
 	shared.passes.off = whyAll(before, flag.CommandLine)
+	// All parallel tests start, and then wait for their turns.
+	if shared.turns, err = newTurns(); err == nil {
+		err = flag.Set("test.parallel", "1000")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: set up:", err)
+		return 1
+	}
 	code = m.Run()
 	err = before.Unchanged()
 	if err == nil {

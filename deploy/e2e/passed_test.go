@@ -383,8 +383,8 @@ func TestPasses(t *testing.T) {
 func TestPassesReport(t *testing.T) {
 	t.Parallel()
 	p := &passes{dir: filepath.Join(t.TempDir(), "records"), kept: []string{"TestB", "TestA/of a"}, off: "it rains"}
-	want := "e2e: no result is remembered, because it rains\ne2e: 2 tests were left out, since they passed in the last 7 " +
-		"days with the same content (PREBAKE_AGAIN=1 runs them):\n  TestA/of a\n  TestB\n"
+	want := "e2e: no result is remembered, because it rains\ne2e: 2 tests were left out, since they passed in the last " +
+		"7 days with the same content (PREBAKE_AGAIN=1 runs them):\n  TestA/of a\n  TestB\n"
 	if got, err := p.report(true); err != nil || got != want {
 		t.Errorf("report = %q, %v; want %q", got, err, want)
 	}

@@ -17,12 +17,14 @@ import (
 )
 
 // TestLoadTestOnVMLinux uses a bucket with vmlinux and without a boot archive, like COS's. The load test must boot
-// exactly that vmlinux, with Prebake's own entry code, and the signed result must say so. The build uses no verdict of an earlier run.
+// exactly that vmlinux, with Prebake's own entry code, and the signed result must say so. The build uses no verdict of
+// an earlier run.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(30)()
 	k, other := shared.kernel(1), shared.kernel(0)
 	abi := func(id string) string {
 		_, after, _ := strings.Cut(id, ".")

@@ -30,6 +30,8 @@ type matrixReport struct {
 // TestWishList builds every flavour of every driver version for several kernels with one command. Only the cell with a
 // real API break may fail, and must show its first error line. A second run must build nothing.
 func TestWishList(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(15)()
 	dir := t.TempDir()
 	var wish strings.Builder
 	wish.WriteString("version: 1\nkernels:\n")
