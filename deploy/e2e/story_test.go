@@ -24,13 +24,18 @@ import (
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
 // and is announced. The server plans both flavours of a wish list, and two builders build one flavour each. A node that
-// asked before anything was published gets its driver.
+// asked before anything was published gets its driver. The same node then runs the command of a page, and changes its
+// flavour, with the drivers of the shared server.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(70)()
 	k := shared.kernel(1)
+	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
+	command := nodeCommand(t, k, shared.driver(), target.Proprietary)
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
@@ -78,8 +83,8 @@ func TestReleaseToNode(t *testing.T) {
 	go func() {
 		var err error
 		res, err = s.RunNode(ctx,
-			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
-			[]vm.Step{waitStep(srv), testbed.ModulesStep()})
+			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 30 * time.Minute},
+			append([]vm.Step{waitStep(srv), testbed.ModulesStep()}, flavourSteps(command)...))
 		done <- err
 	}()
 	waitAsked(t, srv, done)
@@ -114,7 +119,8 @@ func TestReleaseToNode(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	node(t, res, digests)
+	t.Run("first driver", func(t *testing.T) { node(t, res, digests) })
+	t.Run("flavours", func(t *testing.T) { checkFlavours(t, res, proprietary.Digest, open.Digest) })
 	release, err = srv.Client.Release(t.Context(), k.BuildID)
 	if err != nil || release.Ready != 2 || release.Open != 0 || release.Times.Count != 2 || release.Times.P50 <= 0 ||
 		release.Times.Max < release.Times.P50 {
