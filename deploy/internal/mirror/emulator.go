@@ -117,7 +117,7 @@ func pickEmulator(name string) string {
 // closure returns the named packages and their dependencies, in the versions that apt would install on an empty
 // machine.
 func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
-	out, err := a.run(ctx, "", "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
+	out, err := a.ask(ctx, "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
 		"-o", "Dir::State::status=/dev/null"}, names...)...)
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing,
