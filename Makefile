@@ -22,9 +22,10 @@ TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 # -trimpath keeps the path of this checkout out of the programs. grpcnotrace
 # leaves out gRPC's debug pages, whose HTML templates each node would download
 # with the fetcher. The linker's flag -s leaves out symbols and debug information, so
-# that a test is linked in half the time. Only nvmlprobe needs cgo; it is off for all
-# other programs.
-export GOFLAGS := -trimpath -tags=grpcnotrace -ldflags=-s $(GOFLAGS)
+# that a test is linked in half the time; therefore the compiler makes no debug
+# information. A panic still names files and lines. builder/release compiles with the
+# same flags (goFlags). Only nvmlprobe needs cgo; it is off for all other programs.
+export GOFLAGS := -trimpath -tags=grpcnotrace -gcflags=all=-dwarf=false -ldflags=-s $(GOFLAGS)
 export CGO_ENABLED := 0
 # go-nvml calls C functions that its own header marks as deprecated, so the
 # warning about them is off. The other two flags are Go's default.

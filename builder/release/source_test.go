@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,6 +24,23 @@ func TestNotes(t *testing.T) {
 	}
 	if got, err := releaseNotes([]byte("# Changes\n"), "v1"); !fault.Is(err, fault.Usage) {
 		t.Errorf("releaseNotes of nothing = %q, %v; want %v", got, err, fault.Usage)
+	}
+}
+
+// TestFlags checks that the Makefile compiles with the flags of a release. Otherwise each package that a program uses is
+// compiled twice in a run of all tests.
+func TestFlags(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "\nexport GOFLAGS := ")
+	line, _, _ := strings.Cut(after, "\n")
+	for flag := range strings.FieldsSeq(goFlags) {
+		if !slices.Contains(strings.Fields(line), flag) {
+			t.Errorf("the Makefile's GOFLAGS are %q; want %s among them, as in goFlags", line, flag)
+		}
 	}
 }
 
