@@ -64,10 +64,12 @@ build: ## build all programs into bin/
 demo: setup-run build ## run the main job end to end: real kernel, real driver, virtual node
 	$(GO) run ./deploy/demo $(ARGS)
 
+# Tests also wait, for machines, timers and other programs. So one package more runs than there
+# are processors.
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
-	deploy/postgres.sh $(GO) test -timeout 80m $(SUITE)
+	deploy/postgres.sh $(GO) test -p $$(($$(nproc) + 1)) -timeout 80m $(SUITE)
 	@! [[ -f "$(STATE)/passed/last-run.txt" ]] || cat "$(STATE)/passed/last-run.txt"
 
 .PHONY: unit
