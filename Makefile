@@ -14,14 +14,18 @@ GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
 ARGS ?=
+# STATE is the folder that keeps mirror, caches and results between runs. The programs find it in the same way.
+STATE = $${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}
 TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
-# Build, test and lint use the same flags, so that Go compiles each package once. -trimpath keeps
-# the path of this checkout out of the programs. grpcnotrace leaves out gRPC's debug pages, whose
-# HTML templates would make the fetcher larger. The linker's flag -s leaves out symbols and debug
-# information, so that a test is linked in half the time. Only nvmlprobe needs cgo; it is off for
-# all other programs.
-export GOFLAGS := -trimpath -tags=grpcnotrace -ldflags=-s $(GOFLAGS)
+# Build, test and lint use the same flags, so that Go compiles each package once.
+# -trimpath keeps the path of this checkout out of the programs. grpcnotrace
+# leaves out gRPC's debug pages, whose HTML templates each node would download
+# with the fetcher. The linker's flag -s leaves out symbols and debug information, so
+# that a test is linked in half the time; therefore the compiler makes no debug
+# information. A panic still names files and lines. builder/release compiles with the
+# same flags (goFlags). Only nvmlprobe needs cgo; it is off for all other programs.
+export GOFLAGS := -trimpath -tags=grpcnotrace -gcflags=all=-dwarf=false -ldflags=-s $(GOFLAGS)
 export CGO_ENABLED := 0
 # go-nvml calls C functions that its own header marks as deprecated, so the
 # warning about them is off. The other two flags are Go's default.
@@ -60,10 +64,13 @@ build: ## build all programs into bin/
 demo: setup-run build ## run the main job end to end: real kernel, real driver, virtual node
 	$(GO) run ./deploy/demo $(ARGS)
 
+# Tests also wait, for machines, timers and other programs. So one package more runs than there
+# are processors.
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
-	deploy/postgres.sh $(GO) test -timeout 80m $(SUITE)
+	deploy/postgres.sh $(GO) test -p $$(($$(nproc) + 1)) -timeout 80m $(SUITE)
+	@! [[ -f "$(STATE)/passed/last-run.txt" ]] || cat "$(STATE)/passed/last-run.txt"
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones
@@ -211,8 +218,8 @@ clean: ## remove what was built here; the user's cache folder stays
 # The build cache has read-only folders, so chmod first makes them writable.
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
-	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
-	  for name in mirror packages build demo browser images references release tools; do \
+	@state="$(STATE)"; \
+	  for name in passed mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \
 	    du -sh "$$state/$$name"; chmod -R u+rwX "$$state/$$name"; rm -rf "$${state:?}/$$name"; \
 	  done

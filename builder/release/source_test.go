@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -26,8 +27,24 @@ func TestNotes(t *testing.T) {
 	}
 }
 
-// TestRemovable checks that checkRemovable allows the release to replace a folder only if the folder is empty or is
-// itself a release.
+// TestFlags checks that the Makefile compiles with the flags of a release. Otherwise each package that a program uses is
+// compiled twice in a run of all tests.
+func TestFlags(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "\nexport GOFLAGS := ")
+	line, _, _ := strings.Cut(after, "\n")
+	for flag := range strings.FieldsSeq(goFlags) {
+		if !slices.Contains(strings.Fields(line), flag) {
+			t.Errorf("the Makefile's GOFLAGS are %q; want %s among them, as in goFlags", line, flag)
+		}
+	}
+}
+
+// TestRemovable checks that a folder with content is replaced only if it is a release.
 func TestRemovable(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

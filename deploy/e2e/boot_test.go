@@ -42,6 +42,7 @@ func TestNodeBootConfiguration(t *testing.T) {
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(20)()
 	k := shared.kernel(1)
 	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)

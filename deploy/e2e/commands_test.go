@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
@@ -49,10 +48,14 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 	return all
 }
 
-// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. One of them is
-// for a node. The others need the public key and a token in the current folder.
+// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. They need the
+// public key and a token in the current folder. The command for a node is part of TestReleaseToNode.
 func TestCommandsOfPages(t *testing.T) {
 	t.Parallel()
+	if shared.passes.remembered(t, "builder", "server", "fetcher", "deploy/tool.sh") {
+		return
+	}
+	defer shared.turns.take(15)()
 	k, driver := shared.kernel(0), shared.driver()
 	mustBuild(t, shared.srv, k, driver, target.Open)
 	dir := t.TempDir()
@@ -77,7 +80,6 @@ func TestCommandsOfPages(t *testing.T) {
 			t.Errorf("%s: %v; want exit status %d\n%s", command, err, status, out)
 		}
 	}
-	node := ""
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, driver, target.Open) {
 		if !strings.HasPrefix(command, "fetcher install") {
 			run(command, 0)
@@ -107,39 +109,17 @@ func TestCommandsOfPages(t *testing.T) {
 	if got := strings.Join(slices.Compact(programs), " "); got != "cosign crane fetcher server" {
 		t.Errorf("the pages show commands of %s; want cosign, crane, fetcher and server", got)
 	}
+}
 
-	host := "10.0.2.2:" + shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
-	for _, command := range commandsOf(t, shared.srv, host, k, driver, target.Open) {
-		if strings.HasPrefix(command, "fetcher install") {
-			node = command
+// nodeCommand returns the command for a node on a cell's page. The node has no shell that would find the program.
+func nodeCommand(t *testing.T, k target.Kernel, version string, f target.Flavour) []string {
+	t.Helper()
+	host := vm.HostAddress + shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":"):]
+	for _, command := range commandsOf(t, shared.srv, host, k, version, f) {
+		if args, ok := strings.CutPrefix(command, "fetcher "); ok && strings.HasPrefix(args, "install") {
+			return append([]string{"/usr/bin/fetcher"}, strings.Fields(args)...)
 		}
 	}
-	boot, err := shared.Boot(t.Context(), shared.mirror, k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := testbed.New(shared.Bin, t.TempDir(), os.Stderr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	argv := strings.Fields(node)
-	if len(argv) == 0 {
-		t.Fatal("the page shows no command for nodes")
-	}
-	argv[0] = "/usr/bin/fetcher" // the node has no shell that searches PATH for the program
-	res, err := s.RunNode(t.Context(),
-		testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
-		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, testbed.ModulesStep()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	step, err := testbed.StepNamed(res, "install")
-	if want := fault.Unusable.ExitCode(); err != nil || step.ExitCode != want {
-		t.Errorf("%s on a node: exit status %d, %v; want %d, since its GPU is emulated\n%s%s", node, step.ExitCode, err, want,
-			step.Stdout, step.Stderr)
-	}
-	if step, err = testbed.StepNamed(res, testbed.ModulesStep().Name); err != nil ||
-		!slices.Contains(testbed.Live(step.Stdout), "nvidia") {
-		t.Errorf("live in the node: %v, %v; want nvidia among them", testbed.Live(step.Stdout), err)
-	}
+	t.Fatalf("the page of %s %s-%s shows no command for nodes", k, version, f)
+	return nil
 }

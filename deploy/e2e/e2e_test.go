@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
@@ -29,6 +28,7 @@ type stage struct {
 	srv    *testbed.Server
 	worker *testbed.Process
 	passes *passes
+	turns  *turns
 }
 
 var shared *stage // set by TestMain before any test runs, and not changed afterwards
@@ -47,7 +47,9 @@ func run(m *testing.M) (code int) {
 	// TestInputs must run together with all tests that -run selects. Otherwise Go would cache their results without their
 	// input files.
 	flag.Parse()
-	if selected := flag.Lookup("test.run"); selected.Value.String() != "" {
+	selected := flag.Lookup("test.run")
+	whole := selected.Value.String() == ""
+	if !whole {
 		if err := selected.Value.Set("^TestInputs$|" + selected.Value.String()); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e: -run:", err)
 			return 1
@@ -65,7 +67,8 @@ func run(m *testing.M) (code int) {
 	if err == nil {
 		var repo string
 		if repo, err = filepath.Abs("../.."); err == nil {
-			shared.passes, err = newPasses(repo, shared.mirror.Dir, filepath.Join(shared.State, "passed"), before)
+			shared.passes, err = newPasses(context.Background(), repo, shared.mirror.Dir,
+				filepath.Join(shared.State, "passed"), os.Environ(), testPrograms)
 		}
 	}
 	if err != nil {
@@ -84,26 +87,37 @@ func run(m *testing.M) (code int) {
 			}
 		}
 	}()
+	shared.passes.off = whyAll(before, flag.CommandLine)
+	// All parallel tests start, and then wait for their turns.
+	if shared.turns, err = newTurns(); err == nil {
+		err = flag.Set("test.parallel", "1000")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: set up:", err)
+		return 1
+	}
 	code = m.Run()
 	err = before.Unchanged()
 	if err == nil {
-		err = shared.passes.save()
+		err = shared.passes.save(context.Background())
 	}
-	if err != nil {
+	report, rerr := shared.passes.report(whole)
+	fmt.Print(report)
+	if err := errors.Join(err, rerr); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
-	}
-	if kept := shared.passes.kept; len(kept) > 0 {
-		fmt.Printf("e2e: not run again, since they passed in the last %s with the same content (%s=1 runs them):\n%s\n",
-			keepPassed, againEnv, strings.Join(kept, "\n"))
 	}
 	return code
 }
 
-// suiteInputs are the files that the tests of this package depend on. The tests run the programs in bin, scripts, and
+// programsInBin are all programs in bin that tests run. bin may have more files.
+var programsInBin = []string{"../../bin/builder", "../../bin/server", "../../bin/fetcher", "../../bin/nvmlprobe",
+	"../../bin/guestinit", "../../bin/mirror"}
+
+// suiteInputs are the files that the tests of this package depend on. They run the programs in bin, scripts, and the
 // tests of other packages.
-var suiteInputs = []string{"../../bin", "../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
-	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}
+var suiteInputs = append([]string{"../../builder", "../../deploy", "../../fetcher", "../../pkg", "../../server",
+	"../../docs", "../../README.md", "../../go.mod", "../../go.sum"}, programsInBin...)
 
 // TestInputs tells Go's cache of test results on which files the tests of this package depend.
 func TestInputs(t *testing.T) { inputs.Files(t, suiteInputs...) }

@@ -76,6 +76,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 // TestTwinBuildSharesArtifact checks that a second COS build with the same kernel gets the artifact of the first one.
 // The server must offer this artifact to nodes of both COS builds.
 func TestTwinBuildSharesArtifact(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(5)()
 	twin, of := shared.twin(t)
 	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
 	second := mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
@@ -91,16 +93,20 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// TestKilledBuilderReproduces starts a builder with empty caches, and kills it in the middle of a compile. After a
-// restart, the builder must finish the build. The result must be identical to the artifact of the shared builder.
+// TestKilledBuilderReproduces kills a builder with a cache of its own in the middle of a compile. After a restart it
+// must finish the build. The result must be identical to the artifact of the shared worker. The cache has the inputs
+// and the answers of conftest, but nothing that was compiled. TestReproduce asks conftest again.
 func TestKilledBuilderReproduces(t *testing.T) {
-	if shared.passes.remembered(t, "builder", "server") {
+	t.Parallel()
+	if shared.passes.remembered(t, "builder", "server", "fetcher/nvmlprobe") {
 		return
 	}
+	defer shared.turns.take(150)()
 	k := shared.kernel(1)
 	want := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 
 	dir := t.TempDir()
+	cache := linkCache(t, "driver-", "headers-", "toolchain-", "fetched-", "tree-digest-", "header-view-", "conftest-")
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +117,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	}
 	defer srv.Stop()
 	start := func() *testbed.Process {
-		w, err := s.StartWorker(srv, shared.mirror, shared.key, filepath.Join(dir, "empty", "cache"))
+		w, err := s.StartWorker(srv, shared.mirror, shared.key, cache)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -123,7 +129,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	work := filepath.Join(dir, "empty", "cache", "work")
+	work := filepath.Join(cache, "work")
 	deadline := time.Now().Add(10 * time.Minute)
 	for objects(work) < 5 {
 		if time.Now().After(deadline) {
@@ -182,6 +188,8 @@ func objects(dir string) (n int) {
 
 // TestHonestFailures checks that API and command line report a failed build's class, first error line and log.
 func TestHonestFailures(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(10)()
 	broken := corruptHeaders(t, shared.mirror, shared.kernel(0))
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
@@ -294,6 +302,8 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 // TestStockCrane checks that the standard crane program pulls an artifact from the embedded registry and from another
 // one.
 func TestStockCrane(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(15)()
 	k := shared.kernel(1)
 	b := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	second := craneRegistry(t) + "/drivers/nvidia"

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -17,46 +18,35 @@ import (
 
 func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 
-// TestNodeWithGPU installs a driver on a node with the emulated GPU, and then changes the flavour. The modules must be
-// in the node's kernel each time.
-func TestNodeWithGPU(t *testing.T) {
-	t.Parallel()
-	if shared.passes.remembered(t, "builder", "server", "fetcher") {
-		return
-	}
-	k := shared.kernel(1)
-	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
-	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
-	boot, err := shared.Boot(t.Context(), shared.mirror, k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	install := func(name string, args ...string) vm.Step {
-		step := testbed.InstallStep(shared.srv, append([]string{"--driver", shared.driver()}, args...)...)
+// flavourSteps returns the steps of a node that has a driver already. argv is the command on the page of the
+// proprietary flavour. The node then asks again, and changes to the open flavour.
+func flavourSteps(argv []string) []vm.Step {
+	install := func(name, flavour string) vm.Step {
+		step := testbed.InstallStep(shared.srv, "--driver", shared.driver(), "--flavour", flavour)
 		step.Name = name
 		return step
 	}
 	modules := func(name string) vm.Step {
 		return vm.Step{Name: name, Argv: []string{"@cat", "/proc/modules"}, KeepGoing: true}
 	}
-	res, err := shared.RunNode(t.Context(), testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub"},
-		[]vm.Step{
-			install("install", "--flavour", "proprietary"), modules("modules 1"),
-			install("again", "--flavour", "proprietary"),
-			install("change", "--flavour", "open"), modules("modules 2"),
-			{Name: "status", Argv: []string{"/usr/bin/fetcher", "status", "--install-dir", testbed.InstallDir}, KeepGoing: true},
-		})
-	if err != nil {
-		t.Fatal(err)
+	return []vm.Step{
+		{Name: "page", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append(argv, "--output", "json")},
+		modules("modules 1"),
+		install("again", "proprietary"),
+		install("change", "open"), modules("modules 2"),
+		{Name: "status", Argv: []string{"/usr/bin/fetcher", "status", "--install-dir", testbed.InstallDir}, KeepGoing: true},
 	}
-	var first, again, change testbed.Report
-	for name, r := range map[string]*testbed.Report{"install": &first, "again": &again, "change": &change} {
-		step, err := testbed.StepNamed(res, name)
-		if err != nil {
-			t.Fatal(err)
-		}
+}
+
+// checkFlavours checks the results of flavourSteps. The step install came before them, and installed either flavour.
+func checkFlavours(t *testing.T, res *vm.Result, proprietary, open string) {
+	t.Helper()
+	reports := map[string]testbed.Report{}
+	for _, name := range []string{"install", "page", "again", "change"} {
+		var r testbed.Report
+		step := stepNamed(t, res, name)
 		t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
-		if err := testbed.Decode(step, r); err != nil {
+		if err := testbed.Decode(step, &r); err != nil {
 			t.Fatal(err)
 		}
 		if want := fault.Unusable.ExitCode(); step.ExitCode != want {
@@ -65,31 +55,35 @@ func TestNodeWithGPU(t *testing.T) {
 		if r.Verdict.NVML.Version != shared.driver() || r.Verdict.PCIGPUs != 1 || r.Verdict.UsableGPUs != 0 {
 			t.Errorf("%s: verdict %+v; want NVML %s, one GPU on PCI, none usable", name, r.Verdict, shared.driver())
 		}
+		reports[name] = r
 	}
-	if first.Verdict.Digest != proprietary.Digest || change.Verdict.Digest != open.Digest {
-		t.Errorf("installed %s then %s; want %s then %s", first.Verdict.Digest, change.Verdict.Digest, proprietary.Digest,
-			open.Digest)
+	first, page, again, change := reports["install"], reports["page"], reports["again"], reports["change"]
+	if page.Verdict.Digest != proprietary || change.Verdict.Digest != open {
+		t.Errorf("installed %s then %s; want %s then %s", page.Verdict.Digest, change.Verdict.Digest, proprietary, open)
 	}
-	if !first.Changed || again.Changed || again.FetchedBytes != 0 || !change.Changed {
-		t.Errorf("changed: %v, %v (%d bytes), %v; want true, false (0 bytes), true", first.Changed, again.Changed,
-			again.FetchedBytes, change.Changed)
+	both := first.Verdict.Digest == open // and so the node changed its flavour twice
+	if !first.Changed || page.Changed != both || again.Changed || again.FetchedBytes != 0 || !change.Changed {
+		t.Errorf("changed: %v, %v, %v (%d bytes), %v; want true, %v, false (0 bytes), true", first.Changed, page.Changed,
+			again.Changed, again.FetchedBytes, change.Changed, both)
 	}
-	// The flavours differ only in the modules, so the node fetches only the modules layer.
-	m := manifest(t, shared.srv, open.Digest)
-	if want := layer(t, m, bundle.LayerModules).Size; change.FetchedBytes != want {
-		t.Errorf("changing the flavour fetched %d bytes; want the modules layer alone, %d", change.FetchedBytes, want)
+	// The flavours differ only in the modules, so the node fetches only the modules layer, at the first change.
+	digest, fetched := open, change.FetchedBytes
+	if both {
+		digest, fetched = proprietary, page.FetchedBytes
+	}
+	if want := layer(t, manifest(t, shared.srv, digest), bundle.LayerModules).Size; fetched != want {
+		t.Errorf("changing the flavour fetched %d bytes; want the modules layer alone, %d", fetched, want)
 	}
 	for _, name := range []string{"modules 1", "modules 2"} {
-		step, err := testbed.StepNamed(res, name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		live := testbed.Live(step.Stdout)
+		live := testbed.Live(stepNamed(t, res, name).Stdout)
 		for _, want := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
 			if !slices.Contains(live, want) {
 				t.Errorf("%s: %v lacks %s", name, live, want)
 			}
 		}
+	}
+	if status := stepNamed(t, res, "status"); !strings.Contains(string(status.Stdout), shared.driver()) {
+		t.Errorf("status = %d, %s%s; want driver %s", status.ExitCode, status.Stdout, status.Stderr, shared.driver())
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 
 // TestPages runs the code blocks that pages mark with "run". Each command must print the output that the page shows.
 func TestPages(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(15)()
 	names, err := filepath.Glob("../../docs/*/*.md")
 	if err != nil {
 		t.Fatal(err)

@@ -29,27 +29,31 @@ const (
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor has the rows of TestPartsOnRealInputs that use only one processor, such as emulated machines. They run
-// in parallel.
-var oneProcessor = map[string]bool{
-	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
-	"virtual machine": true, "load test": true, "faults while a machine runs": true,
-	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
+// takes has how long the longest parts take on two processors, in seconds. Longer parts start first.
+var takes = map[string]int{
+	"power cuts": 140, "sandbox under control groups": 110, "mirror twice": 100, "faults while a machine runs": 90,
+	"kernel inputs": 40, "the gate": 40, "clusters and registry clients": 40, "a cluster's API server": 35,
+	"virtual machine": 30, "load test": 30, "same bytes with caches and without": 25,
 }
 
 // dependOn maps the slowest rows of TestPartsOnRealInputs to the folders that they depend on, besides those in always.
 // If nothing has changed there, such a row does not run again. Other rows always run.
 var dependOn = map[string][]string{
-	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
-	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"kernel inputs": {"builder", "deploy/tool.sh"}, "driver inputs": {"builder"}, "mirror twice": {},
+	"same bytes with caches and without": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
-	"a cluster's API server": {"server", "fetcher", "deploy"},
+	"a cluster's API server":        {"server", "fetcher", "deploy"},
+	"clusters and registry clients": {"server", "fetcher", "deploy"},
 }
 
 // TestPartsOnRealInputs runs those tests of other packages that need a real kernel, a real driver or another project's
 // program. Here all of these exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
+	t.Parallel()
+	// The longest parts wait for this function, so it comes first.
+	end := shared.turns.take(1000)
+	defer end()
 	k := shared.kernel(1)
 	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
@@ -83,7 +87,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 		name, pkg, run string
 		env            []string
 	}{
-		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
+		// From a folder, and out of an emulated bucket.
+		{"kernel inputs", "./builder/internal/cossrc", "TestMirror|TestEmulatorMirror", []string{emulator, mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
 		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes",
@@ -94,7 +99,6 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
 		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket ./pkg/registry ./builder/internal/licence",
 			"GCS|Emulator|Buckets", []string{emulator}},
-		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator", []string{emulator, mirror}},
 		// The pattern leaves out TestXattr, which needs root.
 		{"tarballs in an emulated bucket", "./builder/internal/tarball", "Test[^X]", []string{emulator, tools}},
 		{"modules against their kernel", "./pkg/modinfo", "TestRealModules",
@@ -108,21 +112,20 @@ func TestPartsOnRealInputs(t *testing.T) {
 		// The pattern leaves out the tests TestGPU…, which need a GPU.
 		{"a cluster's API server", "./fetcher/internal/kube ./server/internal/auth", "Test[^G]",
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
-		{"components on a cluster", "./deploy", "TestCluster",
-			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
-		{"stock registry clients", "./deploy", "TestStockClients|TestCarriers", []string{tools}},
+		// The components on a cluster, and stock clients of the server's registry.
+		{"clusters and registry clients", "./deploy", "TestCluster|TestStockClients|TestCarriers",
+			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh"), tools}},
 		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
 		{"a release's signature in cosign", "./builder/release", "TestCosign", []string{tools}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|VerifyPage", []string{tools}},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			if oneProcessor[row.name] {
-				t.Parallel()
-			}
+			t.Parallel()
 			if folders, ok := dependOn[row.name]; ok && shared.passes.remembered(t, folders...) {
 				return
 			}
+			defer shared.turns.take(takes[row.name])()
 			cmd := exec.CommandContext(t.Context(), "go",
 				append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
 			cmd.Dir = "../.."

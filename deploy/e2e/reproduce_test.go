@@ -20,9 +20,11 @@ import (
 // second party signs that the result is the same. `builder reproduce` must also find a changed byte in an artifact that
 // a trusted key has signed.
 func TestReproduce(t *testing.T) {
+	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server") {
 		return
 	}
+	defer shared.turns.take(100)()
 	k := shared.kernel(1)
 	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
 	insider := testkit.NewKey(t)

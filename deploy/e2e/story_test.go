@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,15 +22,20 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestReleaseToNode runs all steps from a COS release to a node's driver, without manual work. A COS build appears in
-// the mirror and is announced. The server plans both flavours of a wish list, and two builders build one flavour each.
-// A node that asked before anything was published gets its driver.
+// TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
+// and is announced. The server plans both flavours of a wish list, and two builders build one flavour each. A node that
+// asked before anything was published gets its driver. The same node then runs the command of a page, and changes its
+// flavour, with the drivers of the shared server.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(70)()
 	k := shared.kernel(1)
+	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
+	command := nodeCommand(t, k, shared.driver(), target.Proprietary)
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
@@ -76,8 +83,8 @@ func TestReleaseToNode(t *testing.T) {
 	go func() {
 		var err error
 		res, err = s.RunNode(ctx,
-			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
-			[]vm.Step{waitStep(srv), testbed.ModulesStep()})
+			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 30 * time.Minute},
+			append([]vm.Step{waitStep(srv), testbed.ModulesStep()}, flavourSteps(command)...))
 		done <- err
 	}()
 	waitAsked(t, srv, done)
@@ -112,7 +119,8 @@ func TestReleaseToNode(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	node(t, res, digests)
+	t.Run("first driver", func(t *testing.T) { node(t, res, digests) })
+	t.Run("flavours", func(t *testing.T) { checkFlavours(t, res, proprietary.Digest, open.Digest) })
 	release, err = srv.Client.Release(t.Context(), k.BuildID)
 	if err != nil || release.Ready != 2 || release.Open != 0 || release.Times.Count != 2 || release.Times.P50 <= 0 ||
 		release.Times.Max < release.Times.P50 {
@@ -187,8 +195,16 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 // appear in the original.
 func link(t *testing.T, from, to string) {
 	t.Helper()
+	linkFiles(t, from, to, false)
+}
+
+// linkFiles copies a folder with hard links. If gone is true, a file or folder may be removed meanwhile.
+func linkFiles(t *testing.T, from, to string, gone bool) {
+	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
+		if gone && errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
 			return err
 		}
 		rel, err := filepath.Rel(from, path)
@@ -198,9 +214,38 @@ func link(t *testing.T, from, to string) {
 		if d.IsDir() {
 			return os.MkdirAll(filepath.Join(to, rel), 0o755)
 		}
-		return os.Link(path, filepath.Join(to, rel))
+		err = os.Link(path, filepath.Join(to, rel))
+		if gone && errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// linkCache returns a new cache that has all blobs of the shared build cache, and its trees and facts of those kinds
+// whose names begin with one of the words. The files are hard links. A builder writes only new files to its cache, so
+// the shared one does not change.
+func linkCache(t *testing.T, words ...string) string {
+	t.Helper()
+	from, to := shared.BuildCache(), filepath.Join(t.TempDir(), "cache")
+	names := []string{"blobs"}
+	// The seals come after the trees, because a tree without a seal counts as damaged.
+	for _, folder := range []string{"trees", "seals", "facts"} {
+		kinds, err := os.ReadDir(filepath.Join(from, folder))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, kind := range kinds {
+			if slices.ContainsFunc(words, func(word string) bool { return strings.HasPrefix(kind.Name(), word) }) {
+				names = append(names, filepath.Join(folder, kind.Name()))
+			}
+		}
+	}
+	for _, name := range names { // other builds of this run may remove old entries meanwhile
+		linkFiles(t, filepath.Join(from, name), filepath.Join(to, name), true)
+	}
+	return to
 }

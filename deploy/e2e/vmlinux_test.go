@@ -13,15 +13,18 @@ import (
 
 	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestLoadTestOnVMLinux uses a bucket that, like COS's, has a vmlinux but no boot archive. The load test must boot this
-// vmlinux, with Prebake's own entry code. The signed result must have the digest of this vmlinux.
+// TestLoadTestOnVMLinux uses a bucket with vmlinux and without a boot archive, like COS's. The load test must boot
+// exactly that vmlinux, with Prebake's own entry code, and the signed result must say so. The build uses no verdict of
+// an earlier run.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	if shared.passes.remembered(t, "builder", "server", "fetcher") {
 		return
 	}
+	defer shared.turns.take(30)()
 	k, other := shared.kernel(1), shared.kernel(0)
 	abi := func(id string) string {
 		_, after, _ := strings.Cut(id, ".")
@@ -41,17 +44,24 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	if _, err := os.Stat(at(k.BuildID, "prebake-boot.tgz")); !os.IsNotExist(err) {
 		t.Fatalf("the bucket has an archive to boot from: %v", err)
 	}
+	// The cache has the modules, but no verdict of an earlier load test and nothing that was made of vmlinux.
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	cache := linkCache(t, "driver-", "headers-", "toolchain-", "modules", "userspace", "firmware", "layer-", "fetched-",
+		"tree-digest-")
 	layout := filepath.Join(t.TempDir(), "layout")
 	build := func() (*testbed.Result, error) {
 		return shared.Run(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver",
 			shared.driver(), "--flavour", "proprietary",
-			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache",
-			shared.BuildCache(),
-			"--key", shared.key, "--to", "oci:"+layout, "--load-test", "require", "--output", "json")
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(),
+			"--cache", cache, "--key", shared.key, "--to", "oci:"+layout, "--load-test", "require", "--output", "json")
 	}
 	res, err := build()
 	if err != nil || res.Code != 0 {
 		t.Fatalf("build = %d, %v\n%s", res.Code, err, res.Stderr)
+	}
+	// The cache now has the verdict of a load test, so this build booted a machine.
+	if verdicts, err := os.ReadDir(filepath.Join(cache, "facts", "loadtest")); err != nil || len(verdicts) != 1 {
+		t.Errorf("after the build the cache has %d verdicts, %v; want one", len(verdicts), err)
 	}
 	var got struct {
 		LoadTest struct {
@@ -73,7 +83,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 
 	inspect := func() (*testbed.Result, error) {
 		return shared.Run(t.Context(), "builder", "inspect", "--build-id", k.BuildID, "--board", k.Board, "--vmlinux",
-			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--cache", shared.BuildCache())
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--cache", cache)
 	}
 	if res, err = inspect(); err != nil || res.Code != 0 ||
 		!strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {

@@ -31,6 +31,8 @@ type matrixReport struct {
 // real API break may fail. The report must show the compiler's first error line for this cell. A second run must build
 // nothing.
 func TestWishList(t *testing.T) {
+	t.Parallel()
+	defer shared.turns.take(15)()
 	dir := t.TempDir()
 	var wish strings.Builder
 	wish.WriteString("version: 1\nkernels:\n")

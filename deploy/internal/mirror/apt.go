@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -46,6 +48,8 @@ type apt struct {
 	progress func(string)
 	// fresh is true if this run has fetched the index.
 	fresh bool
+	// fetched is when the index was fetched.
+	fetched time.Time
 }
 
 // openApt prepares apt's own folders under dir, for the machine's Debian release or the next one. It fetches the
@@ -97,8 +101,14 @@ Acquire::Retries "3";
 	stamp := filepath.Join(dir, "updated")
 	info, err := os.Stat(stamp)
 	have := err == nil
+	if have {
+		a.fetched = info.ModTime()
+	}
 	if have && !refresh && bytes.Equal(before, sources) && time.Since(info.ModTime()) < indexAge {
 		return a, nil
+	}
+	if err := os.RemoveAll(filepath.Join(dir, answersDir)); err != nil {
+		return nil, err
 	}
 	say("fetching the package index of Debian's " + codename + " for " + string(p.arch) + " (contrib and non-free too)")
 	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
@@ -109,7 +119,35 @@ Acquire::Retries "3";
 		return nil, fault.Wrap(fault.Transient, err, "check the machine's network and apt sources, then run again")
 	}
 	a.fresh = true
-	return a, os.WriteFile(stamp, nil, 0o644)
+	if err := os.WriteFile(stamp, nil, 0o644); err != nil {
+		return nil, err
+	}
+	if info, err = os.Stat(stamp); err != nil {
+		return nil, err
+	}
+	a.fetched = info.ModTime()
+	return a, nil
+}
+
+// answersDir has apt's answers about the index, below apt's own folder.
+const answersDir = "answers"
+
+// ask runs a program of apt that answers from the index alone, and keeps the answer until the index is fetched again.
+// Without this, each question takes half a second.
+func (a *apt) ask(ctx context.Context, name string, args ...string) ([]byte, error) {
+	sum := sha256.Sum256([]byte(strings.Join(append([]string{name}, args...), "\x00")))
+	file := filepath.Join(a.dir, answersDir, hex.EncodeToString(sum[:16]))
+	if info, err := os.Stat(file); err == nil && !info.ModTime().Before(a.fetched) {
+		return os.ReadFile(file)
+	}
+	out, err := a.run(ctx, "", name, args...)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return nil, err
+	}
+	return out, putFile(file, string(out))
 }
 
 func (a *apt) run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
@@ -144,7 +182,7 @@ func firstLine(err error) string {
 
 // packageNames returns the packages whose names begin with prefix.
 func (a *apt) packageNames(ctx context.Context, prefix string) ([]string, error) {
-	out, err := a.run(ctx, "", "apt-cache", "pkgnames", prefix)
+	out, err := a.ask(ctx, "apt-cache", "pkgnames", prefix)
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +193,7 @@ func (a *apt) packageNames(ctx context.Context, prefix string) ([]string, error)
 
 // versions returns the versions of each package in the index, newest first.
 func (a *apt) versions(ctx context.Context, names ...string) (map[string][]string, error) {
-	out, err := a.run(ctx, "", "apt-cache", append([]string{"madison"}, names...)...)
+	out, err := a.ask(ctx, "apt-cache", append([]string{"madison"}, names...)...)
 	if err != nil {
 		return nil, err
 	}

@@ -6,8 +6,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
@@ -61,9 +65,46 @@ func TestDownloadGoesOn(t *testing.T) {
 	}
 }
 
-// TestClangCachedNeedsNoCompiler checks that Make with ClangCached does not need the tools for compiling a kernel: it
-// goes on to apt, which fails in this test. Without ClangCached, Make first returns an error that names the missing
-// tools.
+// TestAnswers checks that apt answers a question again only after the index was fetched.
+func TestAnswers(t *testing.T) {
+	bin, dir, asked := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "asked")
+	program.Write(t, filepath.Join(bin, "apt-get"), []byte("#!/bin/sh\nexit $BROKEN\n"))
+	program.Write(t, filepath.Join(bin, "apt-cache"), []byte("#!/bin/sh\necho \"$@\" >>\"$ASKED\"\nwc -l <\"$ASKED\"\n"))
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	t.Setenv("ASKED", asked)
+	// names returns the number of questions that apt had answered when it gave this answer.
+	names := func(refresh bool, broken, prefix string) string {
+		t.Helper()
+		t.Setenv("BROKEN", broken)
+		a, err := openApt(t.Context(), dir, platforms[target.AMD64], false, refresh, func(string) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := a.packageNames(t.Context(), prefix)
+		if err != nil || len(got) != 1 {
+			t.Fatalf("packageNames = %v, %v", got, err)
+		}
+		return got[0]
+	}
+	got := []string{names(false, "0", "a"), names(false, "0", "a"), names(false, "0", "b"), names(false, "0", "a"),
+		names(true, "0", "a"), names(false, "0", "a"), names(true, "100", "a"), names(false, "0", "a")}
+	// A refused fetch may have changed a part of the index.
+	want := []string{"1", "1", "2", "1", "3", "3", "4", "4"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("which call of apt gave each answer (-want +got):\n%s", diff)
+	}
+	// A mirror of an older version fetches the index, and knows of no answers.
+	later := time.Now().Add(time.Minute)
+	if err := os.Chtimes(filepath.Join(dir, "updated"), later, later); err != nil {
+		t.Fatal(err)
+	}
+	if got := names(false, "0", "a"); got != "5" {
+		t.Errorf("after a fetch without this function, answer %s is used; want a new one", got)
+	}
+}
+
+// TestClangCachedNeedsNoCompiler checks that a machine without the tools for compiling a kernel gets as far as asking
+// apt, if a kernel of an earlier run is wanted. Without ClangCached, the missing tools are named before anything else.
 func TestClangCachedNeedsNoCompiler(t *testing.T) {
 	bin := t.TempDir()
 	for _, tool := range tools {

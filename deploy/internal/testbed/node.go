@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -83,18 +85,27 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	return append(append(files, libs...), n.Files...), nil
 }
 
-// Boot unpacks the mirror's files for booting the kernel of a COS build, and returns their folder.
+// Boot unpacks the mirror's files for booting the kernel of a COS build, and returns their folder. It may be called
+// concurrently.
 func (s *Scene) Boot(ctx context.Context, m *Mirror, k target.Kernel) (string, error) {
 	dir := filepath.Join(s.Dir, "boot", k.BuildID)
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return "", err
+	}
+	unpacked, err := os.MkdirTemp(s.Dir, "boot-")
+	if err != nil {
 		return "", err
 	}
 	file := filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "prebake-boot.tgz")
-	if _, err := archive.UnpackFile(ctx, file, dir, archive.Options{}); err != nil {
+	if _, err := archive.UnpackFile(ctx, file, unpacked, archive.Options{}); err != nil {
 		return "", fmt.Errorf("unpack boot files: %w", err)
+	}
+	// If two callers unpack at the same time, the folder of the first one to end stays.
+	if err := os.Rename(unpacked, dir); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
 	}
 	return dir, nil
 }
