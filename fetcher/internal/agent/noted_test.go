@@ -38,17 +38,19 @@ func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.
 	return n, ref, newer, po, pn
 }
 
-// fillDisk makes the write of each small file fail, or succeed again.
+// fillDisk makes the write of each small file fail, or succeed again. It also takes the space that was reserved.
 func (n *node) fillDisk(t *testing.T, full bool) {
 	t.Helper()
-	// Every small file is first written under this name.
-	name := filepath.Join(n.root, installDir, ".prebake/tmp-file")
-	err := os.RemoveAll(name)
-	if full {
-		err = errors.Join(err, os.Mkdir(name, 0o755))
-	}
-	if err != nil {
-		t.Fatal(err)
+	// Every small file is first written under one of these names.
+	for _, name := range []string{"tmp-file", "attempts.json.spare", "verdict.json.spare"} {
+		name = filepath.Join(n.root, installDir, ".prebake", name)
+		err := os.RemoveAll(name)
+		if full {
+			err = errors.Join(err, os.Mkdir(name, 0o755))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
