@@ -41,8 +41,16 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return err
 	}
+	aside, err := store.Aside() // of former activations
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
+	}
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
+		if a.uncounted != nil && at.BootID != a.bootID() {
+			return fmt.Errorf("load driver %s again: its last load took the node down, which could not be recorded: %w",
+				set.Driver, a.uncounted)
+		}
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
 			before, pointers, begun = set, at.Before, true
 		}
@@ -139,12 +147,28 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	default:
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
-	// After end, which frees space on a full disk.
-	err = errors.Join(err, a.remember(r, store, r.Verdict))
+	// After end, which may free space on a full disk.
+	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
+		if r.Verdict.Err() == nil {
+			a.removeAside(ctx, store, aside)
+		}
 	}
 	return err
+}
+
+// removeAside removes what earlier activations found in place of a link in .prebake. It is no longer needed: the driver
+// works without it.
+func (a *Agent) removeAside(ctx context.Context, store *install.Store, aside []string) {
+	if len(aside) == 0 {
+		return
+	}
+	if err := store.RemoveAside(aside); err != nil { // the next activation tries again
+		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", aside, "err", err)
+		return
+	}
+	a.parts.Log.InfoContext(ctx, "removed what was in place of a link in .prebake, from .prebake/adopted", "names", aside)
 }
 
 // verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing
@@ -217,129 +241,12 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 	return err
 }
 
-// revertPlan says what an activation has changed, and what to restore.
-type revertPlan struct {
-	set, before *install.Set
-	to          install.Pointers
-	changed     bool
-	foreign     *foreignFiles // the foreign driver that was unloaded
-	blame       bool          // whether the failure counts against the driver
-}
-
-// revert restores files and modules after a failed activation. If the failed driver cannot be unloaded, it stays
-// active. The returned error includes the given cause.
-func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
-	cause error) error {
-	before := t.before
-	if fault.Is(cause, fault.NoDevice) {
-		// The driver found no device, although a GPU is on the PCI bus.
-		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
-			"check that this driver supports the GPU; if not, set another version or flavour: --driver, --flavour")
-	}
-	// The agent must not unload a foreign driver that it has only adopted (see nodeState.put).
-	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
-	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
-	var errs []error
-	if reload {
-		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
-			return fmt.Errorf("%w; the rollback then had errors: %w", cause,
-				errors.Join(fmt.Errorf("roll back driver %s, which stays active: %w", t.set.Driver, err),
-					a.end(store, t.set.Digest, cause, t.blame)))
-		}
-	}
-	if t.changed {
-		if err := restore(store, t.to, before); err != nil {
-			errs = append(errs, fmt.Errorf("roll back installed files: %w", err))
-		} else {
-			r.Changed = false
-			r.did("rolled the install back")
-		}
-	}
-	errs = append(errs, a.restoreFirmwarePath(s.facts))
-	r.Verdict = gpucheck.Verdict{}
-	if !t.foreign.stillRuns(a) {
-		if err := t.foreign.reload(ctx, a, r); err != nil {
-			errs = append(errs, err)
-		} else {
-			reload = false
-		}
-	}
-	if reload {
-		proved, err := a.verifySet(ctx, store, before, s.facts)
-		if reload = err == nil; reload {
-			before = proved
-		} else {
-			errs = append(errs, err)
-		}
-	}
-	if reload {
-		mark := a.loader.Mark()
-		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore())); err != nil {
-			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
-		} else {
-			r.did("loaded %s again", before.Driver)
-			errs = append(errs, a.makeNodes())
-			a.xids = xidWatch{begun: true, mark: mark}
-			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
-				errs = append(errs, err)
-			} else {
-				r.Verdict = v
-				errs = append(errs, a.remember(r, store, v))
-			}
-		}
-	}
-	a.describeGPUs(ctx, r.Verdict)
-	errs = append(errs, a.end(store, t.set.Digest, cause, t.blame))
-	if t.blame {
-		a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
-	}
-	if lost := errors.Join(errs...); lost != nil {
-		return fmt.Errorf("%w; the rollback then had errors: %w", cause, lost)
-	}
-	return cause
-}
-
-// paramsBefore returns the module parameters with which the former driver was loaded.
-func (a *Agent) paramsBefore() map[string]string {
-	if rec := a.readRecord(); rec != nil {
-		return rec.Params
-	}
-	return a.cfg.ModuleParams
-}
-
-// stillRuns reports whether all modules of f are loaded.
-func (f *foreignFiles) stillRuns(a *Agent) bool {
-	now, err := host.LoadedModules(a.node)
-	if err != nil {
-		return true // assume that all are loaded
-	}
-	for _, m := range f.modules {
-		if !slices.ContainsFunc(now,
-			func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
-			return false
-		}
-	}
-	return true
-}
-
 // lacks reports whether a module that the agent should load for this driver is not in the kernel.
 func (s nodeState) lacks(set *install.Set) bool {
 	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
 		return isLoaded(m.Name) &&
 			!slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == modinfo.Canonical(m.Name) })
 	})
-}
-
-// unloadOf unloads a driver whose activation failed, unless it is also the former driver.
-func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
-	facts, err := host.Observe(a.node)
-	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
-		return err
-	}
-	if err := idle(facts); err != nil {
-		return err
-	}
-	return a.unload(ctx, r, facts)
 }
 
 // nvmlLibrary is the path of NVML's library below the install folder.
@@ -429,6 +336,9 @@ const execFile = ".prebake/exec-mount"
 
 const recordFile = ".prebake/verdict.json"
 
+// recordSize is the space for recordFile, in bytes, that is reserved on the disk. A record of 16 GPUs needs less.
+const recordSize = 32 << 10
+
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
 		xidRecord: a.xids.record(a.xids.lines)}
@@ -457,7 +367,7 @@ func writeRecord(store *install.Store, rec record) error {
 	if err != nil {
 		return err
 	}
-	return store.WriteFile(recordFile, append(raw, '\n'))
+	return store.WriteReserved(recordFile, append(raw, '\n'), recordSize)
 }
 
 // bootID returns the id of the present boot, or "" if the kernel does not report one.

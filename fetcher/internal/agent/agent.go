@@ -47,6 +47,10 @@ type Agent struct {
 	unverified sync.Map
 	// holds is the store whose lock this run holds, or nil.
 	holds *install.Store
+	// uncounted is the reason why recover could not record that the node went down during a load, or nil.
+	uncounted error
+	// suspects has this run's failures that do not count yet.
+	suspects []suspect
 }
 
 // New returns an agent.
@@ -99,7 +103,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	return r, err
 }
 
-// forget begins a new run: checked layers become seen layers, and unverified drivers are checked again.
+// forget begins a new run: checked layers become seen layers, unverified drivers are checked again, and nothing failed.
 func (a *Agent) forget() {
 	a.checked.Range(func(digest, layer any) bool {
 		a.seen.Store(digest, layer)
@@ -107,6 +111,7 @@ func (a *Agent) forget() {
 	})
 	a.checked.Clear()
 	a.unverified.Clear()
+	a.suspects = nil
 }
 
 func (a *Agent) run(ctx context.Context, r *Report) (err error) {
@@ -218,6 +223,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		a.parts.Log.WarnContext(ctx, "found files of others in place of links in .prebake; the next switch puts them aside, "+
 			"into .prebake/adopted", "names", names)
 	}
+	a.reserve(ctx, store)
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}
@@ -420,15 +426,25 @@ func (a *Agent) observe(r *Report) (*host.Facts, error) {
 // openStore opens the install folder, and creates it if it is missing. With DryRun it creates nothing, and returns nil
 // if the folder is missing.
 func (a *Agent) openStore() (*install.Store, error) {
-	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, !a.cfg.DryRun)
+	store, err := a.open(!a.cfg.DryRun)
 	if a.cfg.DryRun && errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return store, err
 }
 
-func (a *Agent) openInstalled() (*install.Store, error) {
-	return install.Open(a.parts.Node, a.cfg.InstallDir, false)
+func (a *Agent) openInstalled() (*install.Store, error) { return a.open(false) }
+
+func (a *Agent) open(create bool) (*install.Store, error) {
+	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, create)
+	if err != nil {
+		return nil, err
+	}
+	store.PutAside = func(path string) {
+		a.parts.Log.Warn("moved what was in place of a link in .prebake; the next run that loads or changes the driver "+
+			"removes it", "path", path)
+	}
+	return store, nil
 }
 
 func currentSet(store *install.Store) (*install.Set, error) {

@@ -20,6 +20,9 @@ import (
 // attemptsFile has a record of each driver with a failed or unfinished activation.
 const attemptsFile = ".prebake/attempts.json"
 
+// attemptsSize is the space for attemptsFile, in bytes, that is reserved on the disk. maxAttempts records need less.
+const attemptsSize = 128 << 10
+
 // maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
@@ -94,6 +97,15 @@ func readAttempts(store *install.Store) (attempts, error) {
 	return all, nil
 }
 
+// reserve reserves disk space for the next records. Otherwise a full disk would lose the count of crashes, and a node
+// would load a driver that takes it down again and again.
+func (a *Agent) reserve(ctx context.Context, store *install.Store) {
+	if err := errors.Join(store.Reserve(attemptsFile, []byte("{}\n"), attemptsSize),
+		store.Reserve(recordFile, nil, recordSize)); err != nil {
+		a.parts.Log.WarnContext(ctx, "could not reserve disk space for the records of activations", "err", err)
+	}
+}
+
 // writeAttempts writes the records, at most maxAttempts. At worst, a driver whose record is dropped is tried maxTries
 // times again, if the farm offers it again at all.
 func (a *Agent) writeAttempts(store *install.Store, all attempts) error {
@@ -110,7 +122,7 @@ func (a *Agent) writeAttempts(store *install.Store, all attempts) error {
 	if err != nil {
 		return err
 	}
-	return store.WriteFile(attemptsFile, append(raw, '\n'))
+	return store.WriteReserved(attemptsFile, append(raw, '\n'), attemptsSize)
 }
 
 // maxRecent is the number of the newest records that are always kept. Otherwise a node that needs maxAttempts records
@@ -207,9 +219,9 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
 // only with blame. Some errors say nothing about the driver, and never count.
 //
-// If the disk is full, an open record would count as a crash after the next boot, so end deletes the whole file. But
-// the file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]). Then end
-// returns the error, and the next run writes the file again.
+// If the file cannot be written, an open record would count as a crash after the next boot, so end deletes the whole
+// file. But the file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]).
+// Then end returns the error, and the next run writes the file again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -245,15 +257,20 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
 		if blame {
-			at.Failures++
-			at.Reason = strings.ToValidUTF8(failed.Error(), "?")
-			at.Reason = at.Reason[:min(len(at.Reason), 2000)]
+			at.failed(failed)
 		}
 	})
 	if err != nil && open && !all.precious() {
 		err = errors.Join(err, store.RemoveFile(attemptsFile))
 	}
 	return err
+}
+
+// failed counts a failure.
+func (a *attempt) failed(why error) {
+	a.Failures++
+	a.Reason = strings.ToValidUTF8(why.Error(), "?")
+	a.Reason = a.Reason[:min(len(a.Reason), 2000)]
 }
 
 // blames reports whether an error of an activation says something about the driver.
@@ -350,8 +367,10 @@ func (a *Agent) setAttempt(store *install.Store, digest string, at *attempt) err
 }
 
 // recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in this boot
-// stays. Otherwise recover restores the former state.
+// stays. Otherwise recover restores the former state. If it cannot record a crash, the driver must not be loaded again
+// (see Agent.uncounted).
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
+	a.uncounted = nil
 	all, err := readAttempts(store)
 	if err != nil { // an unreadable record must not endanger the active driver
 		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
@@ -409,6 +428,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	if len(open) > 0 {
 		if err := a.writeAttempts(store, all); err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
+			a.uncounted = err
 		}
 	}
 	return nil

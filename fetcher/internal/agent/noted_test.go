@@ -39,17 +39,19 @@ func noted(t *testing.T) (n *node, ref string, newer sample.Cell, po, pn sample.
 	return n, ref, newer, po, pn
 }
 
-// fillDisk simulates a full disk: the write of each small file fails. With full = false, writing succeeds again.
+// fillDisk makes the write of each small file fail, or succeed again. It also takes the space that was reserved.
 func (n *node) fillDisk(t *testing.T, full bool) {
 	t.Helper()
-	// The agent first writes each small file under this name, and then renames it. A folder of this name makes that fail.
-	name := filepath.Join(n.root, installDir, ".prebake/tmp-file")
-	err := os.RemoveAll(name)
-	if full {
-		err = errors.Join(err, os.Mkdir(name, 0o755))
-	}
-	if err != nil {
-		t.Fatal(err)
+	// Every small file is first written under one of these names.
+	for _, name := range []string{"tmp-file", "attempts.json.spare", "verdict.json.spare"} {
+		name = filepath.Join(n.root, installDir, ".prebake", name)
+		err := os.RemoveAll(name)
+		if full {
+			err = errors.Join(err, os.Mkdir(name, 0o755))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -443,6 +443,13 @@ func TestCopiedFolder(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(ours, "adopted/current/set.json")); err != nil {
 			t.Errorf("reboots %t: the copy: %v; want it kept", reboots, err)
 		}
+		n.reboot(t) // the next load shows that the copies are not needed
+		if _, err := n.runAs(t); err != nil {
+			t.Errorf("reboots %t: Run = %v", reboots, err)
+		}
+		if left, err := os.ReadDir(filepath.Join(ours, "adopted")); err != nil || len(left) > 0 {
+			t.Errorf("reboots %t: adopted has %v, %v; want nothing left", reboots, left, err)
+		}
 		if r, err := n.uninstall(); err != nil || !r.Changed {
 			t.Errorf("reboots %t: Uninstall = %v", reboots, err)
 		}

@@ -127,8 +127,9 @@ func Judge(f Facts) Verdict {
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
 		PCIGPUs: len(f.GPUs), NVRM: f.NVRM,
 	}
-	missing, reasons := f.missing()
-	v.UsableGPUs = v.PCIGPUs - len(missing)
+	missing, reasons, gone := f.missing()
+	broken, marked := f.broken(gone)
+	v.UsableGPUs = max(0, v.PCIGPUs-len(missing)-marked)
 	if v.NVML.Devices == nil {
 		v.NVML.Devices = []Device{} // JSON then has an empty list and not null
 	}
@@ -158,14 +159,13 @@ func Judge(f Facts) Verdict {
 			f.Driver.Version)
 	case len(missing) > 0:
 		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs,
-			strings.Join(append(missing, reasons...), ", "))
+			strings.Join(slices.Concat(missing, reasons, broken), ", "))
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
-	if reasons, broken := f.broken(); len(reasons) > 0 {
-		v.UsableGPUs = max(0, v.PCIGPUs-broken)
+	if len(broken) > 0 {
 		v.OnlyReset = len(FatalXids(f.Since)) == 0
-		return is(Unusable, "%s", strings.Join(reasons, "; "))
+		return is(Unusable, "%s", strings.Join(broken, "; "))
 	}
 	if waiting := f.fabricless(); len(waiting) > 0 {
 		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before "+
@@ -175,13 +175,17 @@ func Judge(f Facts) Verdict {
 }
 
 // broken returns why GPUs that answer must not be used: fatal errors in the kernel log, and NVML's recovery actions.
-// The log may have dropped the error that led to such an action. gpus is the number of these GPUs.
-func (f Facts) broken() (reasons []string, gpus int) {
+// The log may have dropped the error that led to such an action. gpus is the number of these GPUs. It leaves out the
+// slots of GPUs that do not answer.
+func (f Facts) broken(gone []string) (reasons []string, gpus int) {
 	wanted, slots := f.NVML.demands()
+	var lines []string
 	for _, line := range KeepXids(f.Since) {
-		slots = append(slots, slot(XidGPU(line)))
+		if at := slot(XidGPU(line)); !slices.Contains(gone, at) {
+			lines, slots = append(lines, line), append(slots, at)
+		}
 	}
-	if fatal := FatalXids(f.Since); len(fatal) > 0 {
+	if fatal := FatalXids(lines); len(fatal) > 0 {
 		reasons = append(reasons, "the driver reports "+strings.Join(fatal, "; "))
 	}
 	if len(wanted) > 0 {
@@ -191,9 +195,9 @@ func (f Facts) broken() (reasons []string, gpus int) {
 	return reasons, len(slices.Compact(slots))
 }
 
-// missing returns the GPUs that NVML does not list as healthy. A healthy device without a PCI address counts for one of
-// them. The errors of other devices without an address are in reasons.
-func (f Facts) missing() (missing, reasons []string) {
+// missing returns the GPUs that NVML does not list as healthy, and their slots. A healthy device without a PCI address
+// counts for one of them. The errors of other devices without an address are in reasons.
+func (f Facts) missing() (missing, reasons, gone []string) {
 	nameless := 0
 	listed := map[string]string{} // from address to error
 	for _, d := range f.NVML.Devices {
@@ -215,14 +219,14 @@ func (f Facts) missing() (missing, reasons []string) {
 		switch {
 		case ok && said == "":
 		case ok:
-			missing = append(missing, gpu+": "+said)
+			missing, gone = append(missing, gpu+": "+said), append(gone, slot(gpu))
 		case nameless > 0:
 			nameless--
 		default:
-			missing = append(missing, gpu+" is not listed")
+			missing, gone = append(missing, gpu+" is not listed"), append(gone, slot(gpu))
 		}
 	}
-	return missing, reasons
+	return missing, reasons, gone
 }
 
 // fabricless returns the GPUs that wait for NVIDIA's fabric manager, on machines with NVSwitches. Until it has

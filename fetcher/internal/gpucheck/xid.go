@@ -41,11 +41,17 @@ const instanceMark = " GPU-I:"
 // recoveryAction matches the numbers of the former and the new recovery action in a line.
 var recoveryAction = regexp.MustCompile(`from 0x([0-9a-fA-F]+).* to 0x([0-9a-fA-F]+)`)
 
-// noReset are the recovery actions that include no reset and no reboot (nvmlDeviceGpuRecoveryAction_t in nvml.h): none,
-// to stop peer-to-peer traffic, and to recover the IMEX domain. An action that is not known here counts as a reset.
+// noReset are the recovery actions that include no reset and no reboot (nvmlDeviceGpuRecoveryAction_t in nvml.h): none
+// (0), to stop peer-to-peer traffic (3), and to recover the IMEX domain (5), which is a service of several nodes and
+// not a part of the GPU. After action 3, the driver reports another action as soon as the traffic has stopped. If that
+// is a reset, it counts then. An action that is not known here counts as a reset.
 var noReset = []int64{0, 3, 5}
 
-// needs maps the other recovery actions to what a GPU needs.
+// needs maps the other recovery actions to what a GPU needs. New programs can use the GPU only after that. After action
+// 4, the GPU has less capacity, and programs that run may end their work. The source is NVIDIA's guide GPU Memory Error
+// Management, "Error Recovery and Response Flags"
+// (docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt/error-recovery-and-response-flags.html). The actions from 5 on are
+// only in nvml.h.
 var needs = map[int64]string{1: "a reset", 2: "a reboot of the node", 4: "a reset when its programs have ended",
 	6: "a reset of its PCIe bus", 7: "a reboot of the machine"}
 

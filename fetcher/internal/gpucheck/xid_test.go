@@ -202,6 +202,27 @@ func TestJudgeRecovery(t *testing.T) {
 	}
 }
 
+// TestJudgeCountsBoth checks that a GPU that must not be used, and another one that NVML does not list, are both not
+// usable. Otherwise a driver that loses the second one would look as good as the former driver.
+func TestJudgeCountsBoth(t *testing.T) {
+	t.Parallel()
+	f := gpucheck.Facts{
+		Driver:  target.Driver{Version: "580.159.04", Flavour: target.Open},
+		GPUs:    []string{"0000:2b:00.0", "0000:2c:00.0", "0000:2d:00.0", "0000:2e:00.0"},
+		Modules: map[string]string{"nvidia": "580.159.04", "nvidia_uvm": "580.159.04"},
+		Since: []string{"NVRM: Xid (PCI:0000:2c:00): 79, GPU has fallen off the bus.",
+			"NVRM: Xid (PCI:0000:2d:00): 119, pid=1, Timeout"},
+		NVML: gpucheck.NVML{Version: "580.159.04", Devices: []gpucheck.Device{
+			{PCIBusID: "00000000:2B:00.0", Recovery: new(int64(1))}, {PCIBusID: "00000000:2D:00.0"},
+			{PCIBusID: "00000000:2E:00.0"}}},
+	}
+	const reason = "1 of 4 GPUs usable: 0000:2c:00.0 is not listed, the driver reports Xid 119 of GPU 0000:2d:00: " +
+		"pid=1, Timeout, NVML reports that GPU 00000000:2B:00.0 needs a reset"
+	if v := gpucheck.Judge(f); v.UsableGPUs != 1 || v.Reason != reason || v.OnlyReset {
+		t.Errorf("Judge = %d usable, %q, only a reset %t; want 1, %q", v.UsableGPUs, v.Reason, v.OnlyReset, reason)
+	}
+}
+
 // TestAnswers checks that a GPU is found by its PCI address, which the kernel log and NVML write in different forms.
 func TestAnswers(t *testing.T) {
 	t.Parallel()

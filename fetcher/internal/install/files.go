@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
@@ -71,11 +74,14 @@ func (s *Store) Sweep(extra ...string) error {
 		if err != nil {
 			return err
 		}
-		set, err := s.readSet(pointer)
+		if to == "" {
+			continue
+		}
+		set, err := s.readSet(to)
 		if err != nil {
 			return err
 		}
-		if set == nil {
+		if set == nil { // removed just now
 			continue
 		}
 		keep[to] = true
@@ -206,4 +212,83 @@ func (s *Store) WriteFile(name string, data []byte) error {
 		return diskFault(fmt.Errorf("write %s: %w", name, err))
 	}
 	return nil
+}
+
+// Reserve prepares a small file for [Store.WriteReserved] with this size in bytes: it makes a second file, the spare,
+// whose space the next content takes. A missing file gets the given content; nil means that it stays missing.
+func (s *Store) Reserve(name string, content []byte, size int) error {
+	have, err := s.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	if have == nil {
+		have = content
+	}
+	if have != nil && len(have) < size { // it becomes the next spare
+		if err := s.WriteFile(name, padded(have, size)); err != nil {
+			return err
+		}
+	}
+	spare := spareOf(name)
+	if info, err := s.root.Lstat(spare); err == nil && info.Mode().IsRegular() && info.Size() >= int64(size) {
+		return nil
+	}
+	return s.WriteFile(spare, padded(nil, size))
+}
+
+// WriteReserved replaces a small file atomically, as WriteFile does. If [Store.Reserve] was called before with this
+// size, and the content is not larger, a full disk is no obstacle: the content goes to the spare, which then changes
+// names with the file. The file ends with spaces.
+func (s *Store) WriteReserved(name string, data []byte, size int) error {
+	if len(data) > size || s.exchangeSpare(name, padded(data, size)) != nil {
+		return s.WriteFile(name, data)
+	}
+	return nil
+}
+
+// padded returns a text with spaces at its end, so that it has the given size.
+func padded(text []byte, size int) []byte {
+	return slices.Concat(text, bytes.Repeat([]byte{' '}, max(0, size-len(text))))
+}
+
+func spareOf(name string) string { return name + ".spare" }
+
+// exchangeSpare writes the spare of a file and then lets both change their names. A crash leaves the former or the new
+// content under the file's name.
+func (s *Store) exchangeSpare(name string, data []byte) error {
+	s.files.Lock()
+	defer s.files.Unlock()
+	spare := spareOf(name)
+	if info, err := s.root.Lstat(spare); err != nil || !info.Mode().IsRegular() || info.Size() < int64(len(data)) {
+		return errors.Join(err, fs.ErrInvalid)
+	}
+	f, err := s.root.OpenFile(spare, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, 0)
+	if err = errors.Join(err, f.Truncate(int64(len(data))), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if _, err := s.root.Lstat(name); err == nil {
+		err = s.exchange(spare, name)
+		if err == nil {
+			return s.syncFolder(path.Dir(name))
+		}
+		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) {
+			return err
+		}
+	}
+	if err := s.root.Rename(spare, name); err != nil { // the file system cannot exchange names, or there is no file
+		return err
+	}
+	return s.syncFolder(path.Dir(name))
+}
+
+func (s *Store) syncFolder(name string) error {
+	d, err := s.root.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -4,7 +4,7 @@
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
 //	.prebake/current, previous  links to sets; a rename of "current" is the switch
-//	.prebake/adopted/<name>     the file or folder that was at <name> before
+//	.prebake/adopted/<name>     the file or folder that was at <name> before, or at .prebake/<name>
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
 // All links are relative, so the tree works wherever it is mounted. The package verifies nothing. It gives a layer or a
@@ -100,6 +100,8 @@ type Store struct {
 	root *os.Root
 	// files is held by WriteFile.
 	files sync.Mutex
+	// PutAside is called with the path of what had the name of a pointer, after it was moved there. It may be nil.
+	PutAside func(path string)
 }
 
 // Open opens the install folder of a node. If create is true, it creates a missing folder.
@@ -330,10 +332,18 @@ func (s *Store) LinksHold(set Set) error {
 }
 
 // Current returns the active set, or nil if there is none.
-func (s *Store) Current() (*Set, error) { return s.readSet("current") }
+func (s *Store) Current() (*Set, error) { return s.pointed("current") }
 
 // Previous returns the set that was active before the current one, or nil.
-func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
+func (s *Store) Previous() (*Set, error) { return s.pointed("previous") }
+
+func (s *Store) pointed(name string) (*Set, error) {
+	to, err := s.link(name)
+	if err != nil || to == "" {
+		return nil, err
+	}
+	return s.readSet(to)
+}
 
 // Set returns the set with the artifact's digest, or nil if it is not staged.
 func (s *Store) Set(digest string) (*Set, error) {
@@ -376,22 +386,16 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 // maxSet is the maximum size of set.json in bytes. A real file has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads the set at a path below ownFolder. If set.json cannot be read, the result has only the digest. It fits
-// no node, so it is never loaded.
-func (s *Store) readSet(link string) (*Set, error) {
-	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
+// readSet reads the set at a path of [Pointers]. If set.json cannot be read, the result has only the digest. It fits no
+// node, so it is never loaded.
+func (s *Store) readSet(to string) (*Set, error) {
+	raw, err := s.readFile(path.Join(ownFolder, to, "set.json"), maxSet)
 	if err == nil && raw == nil {
 		return nil, nil
 	}
 	var set Set
 	if err == nil && json.Unmarshal(raw, &set) == nil && set.Digest != "" {
 		return &set, nil
-	}
-	to := link
-	if !strings.HasPrefix(link, "sets/") {
-		if to, err = s.link(link); err != nil {
-			return nil, err
-		}
 	}
 	return &Set{Digest: "sha256:" + path.Base(to), Damaged: true}, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -34,10 +35,13 @@ func (s *Store) Switch(digest string) error {
 	case was != "" && was != next:
 		err = s.point(previous, was)
 	case !s.isOther(previous):
-	case s.copied(previous) != "":
-		err = s.point(previous, s.copied(previous))
-	default:
-		err = s.removePointer("previous")
+	default: // a folder or a file has the name of the link
+		var to string
+		if to, err = s.link("previous"); err == nil && to != "" {
+			err = s.point(previous, to)
+		} else if err == nil {
+			err = s.removePointer("previous")
+		}
 	}
 	if err != nil {
 		return err
@@ -72,16 +76,29 @@ func (s *Store) Restore(before Pointers) error {
 }
 
 // Recover completes a deactivation that was killed: it removes dangling top-level links, and restores what another
-// installer had.
+// installer had. If somebody put a folder in place of the link current, the top-level links that lead to its files
+// stay, because programs use these files.
 func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove the folder %s: %w", removed, err)
 	}
 	set, err := s.Current()
-	if err != nil || set != nil {
+	if err != nil || set != nil || s.isOther(path.Join(ownFolder, "current")) && s.exposed() {
 		return err
 	}
 	return s.withdraw()
+}
+
+// exposed reports whether a top-level link of this program leads to files.
+func (s *Store) exposed() bool {
+	return slices.ContainsFunc(names, func(name string) bool {
+		to, err := s.root.Readlink(name)
+		if err != nil || !strings.HasPrefix(to, ownFolder+"/") {
+			return false
+		}
+		_, err = s.root.Stat(name)
+		return err == nil
+	})
 }
 
 // Pointers has the current and the previous set as paths below ownFolder, or "".
@@ -106,37 +123,38 @@ func (s *Store) Pointers() (p Pointers, err error) {
 	return p, err
 }
 
-// link reads the pointer current or previous. It returns "" if the pointer does not exist. Somebody may have copied the
+// link says which set is the current or the previous one, as a path below ownFolder. All other functions ask it. It
+// returns "" if there is none: no pointer, or a pointer to a set that is not on the disk. Somebody may have copied the
 // install folder without its links, so a folder has a pointer's name. It then counts as a link to the set that it is a
-// copy of, or else as no pointer.
+// copy of.
 func (s *Store) link(name string) (string, error) {
 	at := path.Join(ownFolder, name)
 	to, err := s.root.Readlink(at)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return "", nil
-	}
-	if err != nil {
-		if s.isOther(at) {
-			return s.copied(at), nil
+	case err == nil:
+		return s.present("sha256:" + path.Base(to)), nil
+	case s.isOther(at):
+		raw, err := s.readFile(path.Join(at, "set.json"), maxSet)
+		var set Set
+		if err != nil || json.Unmarshal(raw, &set) != nil {
+			return "", nil
 		}
-		return "", fmt.Errorf("read %s: %w", name, err)
+		return s.present(set.Digest), nil
 	}
-	return to, nil
+	return "", fmt.Errorf("read %s: %w", name, err)
 }
 
-// copied returns the pointer to the set of which this folder is a copy, or "" if the set is not on the disk.
-func (s *Store) copied(folder string) string {
-	raw, err := s.readFile(path.Join(folder, "set.json"), maxSet)
-	var set Set
-	if err != nil || json.Unmarshal(raw, &set) != nil {
-		return ""
-	}
-	name, err := hexOf(set.Digest)
+// present returns the path of a set, as it is in a pointer, or "" if the set is not on the disk. A set that cannot be
+// read is on the disk.
+func (s *Store) present(digest string) string {
+	name, err := hexOf(digest)
 	if err != nil {
 		return ""
 	}
 	to := path.Join("sets", name)
-	if _, err := s.root.Stat(path.Join(ownFolder, to, "set.json")); err != nil {
+	if _, err := s.root.Stat(path.Join(ownFolder, to, "set.json")); errors.Is(err, fs.ErrNotExist) {
 		return ""
 	}
 	return to
@@ -165,9 +183,11 @@ func (s *Store) point(name, to string) error {
 		return nil
 	}
 	if s.isOther(name) {
-		if err := s.swap(name, to, s.asideOf(name)); err != nil {
+		aside := s.asideOf(name)
+		if err := s.swap(name, to, aside); err != nil {
 			return fmt.Errorf("put %s aside, which is no link: %w", name, err)
 		}
+		s.moved(aside)
 		return nil
 	}
 	tmp := path.Join(ownFolder, "tmp-link")
@@ -186,7 +206,10 @@ func (s *Store) point(name, to string) error {
 // removePointer removes a pointer. A file or a folder that has its name is put aside.
 func (s *Store) removePointer(name string) (err error) {
 	if at := path.Join(ownFolder, name); s.isOther(at) {
-		err = s.root.Rename(at, s.asideOf(at))
+		aside := s.asideOf(at)
+		if err = s.root.Rename(at, aside); err == nil {
+			s.moved(aside)
+		}
 	} else {
 		err = s.root.Remove(at)
 	}
@@ -206,6 +229,43 @@ func (s *Store) asideOf(name string) string {
 		}
 		aside = fmt.Sprintf("%s-%d", first, i)
 	}
+}
+
+// moved calls PutAside with the path of a file or folder below the install folder.
+func (s *Store) moved(aside string) {
+	if s.PutAside != nil {
+		s.PutAside(path.Join(s.dir, aside))
+	}
+}
+
+// asideNames matches the names of [Store.asideOf] in the folder adopted.
+var asideNames = regexp.MustCompile(`^(current|previous)(-[0-9]+)?$`)
+
+// Aside returns the names, in the folder adopted, of what had the name of a pointer.
+func (s *Store) Aside() (all []string, err error) {
+	entries, err := fs.ReadDir(s.root.FS(), path.Join(ownFolder, "adopted"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list what was put aside: %w", err)
+	}
+	for _, e := range entries {
+		if asideNames.MatchString(e.Name()) {
+			all = append(all, e.Name())
+		}
+	}
+	return all, nil
+}
+
+// RemoveAside removes names that Aside returned.
+func (s *Store) RemoveAside(all []string) (err error) {
+	for _, name := range all {
+		if rerr := s.root.RemoveAll(path.Join(ownFolder, "adopted", name)); rerr != nil {
+			err = errors.Join(err, fmt.Errorf("remove what was put aside: %w", rerr))
+		}
+	}
+	return err
 }
 
 // swap makes a link at a name, and renames what has this name to the free name aside, in one step if the file system

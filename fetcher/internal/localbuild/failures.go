@@ -32,10 +32,32 @@ type failure struct {
 	Text    string     `json:"text"`
 	Hint    string     `json:"hint,omitempty"`
 	At      time.Time  `json:"at"`
+	// Tries counts the compiles in a row that ended with this kind.
+	Tries int `json:"tries,omitempty"`
 }
 
 // failureAge is how long a failure is remembered, because mirrors and builders change.
 const failureAge = 24 * time.Hour
+
+// firstPause is how long a full disk or an exceeded time limit is remembered the first time. Each further time, the
+// pause doubles, up to failureAge. Otherwise a node whose disk or time never suffices would compile at each restart of
+// the pod.
+const firstPause = 10 * time.Minute
+
+// pause returns how long this failure is remembered.
+func (f failure) pause() time.Duration {
+	if !pauses(f.Kind) {
+		return failureAge
+	}
+	pause := firstPause
+	for i := 1; i < f.Tries && pause < failureAge; i++ {
+		pause *= 2
+	}
+	return min(pause, failureAge)
+}
+
+// pauses reports whether the compile may succeed later, but not soon.
+func pauses(kind fault.Kind) bool { return kind == fault.DiskFull || kind == fault.TimedOut }
 
 func (b Builder) failures() failures {
 	f := failures{file: filepath.Join(b.StateDir, "failed.json"), running: filepath.Join(b.StateDir, "compiling.json"),
@@ -52,45 +74,81 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// lastError returns the error of the last failed compile if it had the same cell and builder, and is younger than
-// failureAge. Otherwise it returns nil.
-func (f failures) lastError(q resolve.Question) error {
+// last returns the last failed compile. It is zero if that compile had another cell or builder, or a time in the
+// future.
+func (f failures) last(q resolve.Question) (last failure) {
 	raw, err := os.ReadFile(f.file)
-	var last failure
-	if err != nil || json.Unmarshal(raw, &last) != nil {
-		return nil
-	}
-	if last.Cell != cell(q) || last.Builder != f.builder || time.Since(last.At) > failureAge ||
+	if err != nil || json.Unmarshal(raw, &last) != nil || last.Cell != cell(q) || last.Builder != f.builder ||
 		time.Since(last.At) < 0 {
+		return failure{}
+	}
+	return last
+}
+
+// lastError returns the error of the last failed compile if it had the same cell and builder, and its pause is not
+// over. Otherwise it returns nil.
+func (f failures) lastError(q resolve.Question) error {
+	last := f.last(q)
+	if last.At.IsZero() || time.Since(last.At) > last.pause() {
 		return nil
 	}
-	return fault.New(
-		last.Kind,
-		fmt.Sprintf(
-			"%s (failed at %s; this node compiles again after a day, or with \"fetcher install --retry\")",
-			last.Text,
-			last.At.Format(time.RFC3339),
-		),
-		last.Hint,
-	)
+	return fault.New(last.Kind, fmt.Sprintf(
+		"%s (failed at %s; this node compiles again after %s, or with \"fetcher install --retry\")", last.Text,
+		last.At.Format(time.RFC3339), last.At.Add(last.pause()).Format(time.RFC3339)), last.Hint)
 }
 
 // store writes an error into the file, unless the next compile may succeed. An error of kind Internal may come from a
 // broken machine. A builder that did not start may have lacked memory.
-func (f failures) store(q resolve.Question, err error) error {
-	if err == nil || fault.Of(err).Retryable() || fault.Is(err, fault.Internal) || errors.Is(err, errNotStarted) {
+//
+// If the disk is full, the text takes the space of the file about the compile that runs, and that file is renamed. But
+// it stays if it is needed: last is the compile before, as [failures.tries] returns it.
+func (f failures) store(q resolve.Question, err error, last compiling) error {
+	kind := fault.Of(err)
+	if err == nil || kind.Retryable() && !pauses(kind) || kind == fault.Internal || errors.Is(err, errNotStarted) {
 		return nil
 	}
-	raw, merr := json.Marshal(
-		failure{cell(q), f.builder, fault.Of(err), err.Error(), fault.Hint(err), time.Now().UTC()},
-	)
+	now := failure{Cell: cell(q), Builder: f.builder, Kind: kind, Text: clip(err.Error(), 2000),
+		Hint: clip(fault.Hint(err), 1000), At: time.Now().UTC(), Tries: 1}
+	if was := f.last(q); was.Kind == kind && now.At.Sub(was.At) < 2*failureAge {
+		now.Tries = was.Tries + 1
+	}
+	raw, merr := json.Marshal(now)
 	if merr != nil {
 		return merr
 	}
-	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil {
+	werr := overwrite(f.file, raw)
+	if fault.NoSpace(werr) && last.Tries == 0 {
+		if werr = overwrite(f.running, raw); werr == nil {
+			werr = os.Rename(f.running, f.file)
+		}
+	}
+	if werr != nil {
 		return fmt.Errorf("store the error of the failed compile: %w", werr)
 	}
 	return nil
+}
+
+// forget removes the last failure of a driver that could be compiled.
+func (f failures) forget(q resolve.Question) error {
+	if f.last(q).At.IsZero() {
+		return nil
+	}
+	return os.Remove(f.file)
+}
+
+// overwrite gives a file new content, first in the space that the file has.
+func overwrite(name string, raw []byte) error {
+	file, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.WriteAt(raw, 0)
+	return errors.Join(err, file.Truncate(int64(len(raw))), file.Close())
+}
+
+// clip shortens a text to this many bytes.
+func clip(text string, size int) string {
+	return strings.ToValidUTF8(text[:min(len(text), size)], "")
 }
 
 // compiling describes a compile that runs, or that lacked memory.
@@ -168,7 +226,7 @@ func (f failures) writeRunning(c compiling) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(f.running, raw, 0o600)
+	return overwrite(f.running, raw)
 }
 
 // lackedMemory reports whether a compile ended for lack of memory. A builder that was killed counts, too: if this

@@ -1,10 +1,16 @@
 package localbuild_test
 
 import (
+	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -54,9 +60,10 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	for body, remembered := range map[string]bool{
 		"exit 20": true, "exit 21": true, "exit 22": true, "exit 23": true, "exit 24": true,
+		"exit 27": true, "exit 28": true, // for some time (see TestPauses)
 		"exit 1":    false,
-		"echo done": false, // the answer has no digest
-		"exit 10":   false, "exit 26": false, "exit 27": false, "exit 28": false, "exit 30": false,
+		"echo done": false, // an answer without a digest
+		"exit 10":   false, "exit 26": false, "exit 30": false,
 		"kill -9 $$": false,
 	} {
 		b := script(t, body)
@@ -67,6 +74,122 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 				t.Errorf("%s, compile %d: Build = %v; want it remembered: %t", body, i, err, remembered)
 			}
 		}
+	}
+}
+
+// TestPauses checks that a compile that ended with a full disk or at its time limit is not repeated at once, also by
+// another process, and that the pause grows.
+func TestPauses(t *testing.T) {
+	t.Parallel()
+	for name, exit := range map[string]int{"disk full": 27, "timed out": 28} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := script(t, fmt.Sprintf(`echo "error: too little" >&2; exit %d`, exit))
+			dir := filepath.Dir(b.Program)
+			// ago moves the last failure into the past.
+			ago := func(age time.Duration) {
+				t.Helper()
+				file, record := filepath.Join(b.StateDir, "failed.json"), map[string]any{}
+				raw, err := os.ReadFile(file)
+				if err := errors.Join(err, json.Unmarshal(raw, &record)); err != nil {
+					t.Fatal(err)
+				}
+				record["at"] = time.Now().UTC().Add(-age)
+				if raw, err = json.Marshal(record); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(file, raw, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i, row := range []struct {
+				age   time.Duration // of the last failure
+				calls int
+			}{
+				{0, 1}, {0, 1}, {9 * time.Minute, 1}, {11 * time.Minute, 2}, {0, 2}, {11 * time.Minute, 2},
+				{21 * time.Minute, 3}, {21 * time.Minute, 3}, {41 * time.Minute, 4}, {81 * time.Minute, 5},
+				{161 * time.Minute, 6}, {321 * time.Minute, 7}, {641 * time.Minute, 8}, {1281 * time.Minute, 9},
+				{23 * time.Hour, 9}, {25 * time.Hour, 10}, {23 * time.Hour, 10},
+			} {
+				if i > 0 {
+					ago(row.age)
+				}
+				_, err := build(t.Context(), builderIn(dir), question)
+				if err == nil || fault.Of(err).ExitCode() != exit || !strings.Contains(err.Error(), "too little") {
+					t.Errorf("%d: Build = %v; want the same error", i, err)
+				}
+				if got := len(calls(t, dir)); got != row.calls {
+					t.Errorf("%d, %v after the last failure: compiled %d times; want %d", i, row.age, got, row.calls)
+				}
+			}
+			b.Retry = true
+			if _, err := build(t.Context(), b, question); err == nil || len(calls(t, dir)) != 11 {
+				t.Errorf("with Retry: Build = %v, compiled %d times; want 11", err, len(calls(t, dir)))
+			}
+		})
+	}
+}
+
+// fullVariable makes the test binary compile twice on a full disk, in the folder that the variable names.
+const fullVariable = "PREBAKE_TEST_FULL_DISK"
+
+// TestFullDiskProcess compiles twice. Without the variable it does nothing.
+func TestFullDiskProcess(t *testing.T) {
+	dir := os.Getenv(fullVariable)
+	if dir == "" {
+		return
+	}
+	for i := range 2 {
+		_, err := build(t.Context(), builderIn(dir), question)
+		if !fault.Is(err, fault.DiskFull) || (strings.Contains(err.Error(), "compiles again after")) != (i == 1) {
+			t.Errorf("Build %d = %v; want disk full, remembered: %t", i, err, i == 1)
+		}
+	}
+}
+
+// TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full.
+func TestPauseOnFullDisk(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("bwrap"); err != nil {
+		t.Skip("bwrap is missing: apt-get install bubblewrap")
+	}
+	dir := filepath.Dir(script(t, `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null || exit 27`).Program)
+	disk := filepath.Join(dir, "state")
+	if err := os.Mkdir(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(1<<20), "--tmpfs",
+		disk, "--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")
+	cmd.Env = append(os.Environ(), fullVariable+"="+dir)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestFullDiskProcess") {
+		t.Errorf("%v: %s", err, out)
+	}
+	if got := len(calls(t, dir)); got != 1 {
+		t.Errorf("compiled %d times; want 1", got)
+	}
+}
+
+// TestSuccessEndsPauses checks that the pause of the next failure is short again after a success.
+func TestSuccessEndsPauses(t *testing.T) {
+	t.Parallel()
+	b := script(t, `if [ -e "${0%/*}/works" ]; then echo '{"digest":"sha256:ab"}'; exit 0; fi; exit 27`)
+	b.Retry = true
+	for _, works := range []bool{false, false, true, false} {
+		name := filepath.Join(filepath.Dir(b.Program), "works")
+		err := os.RemoveAll(name)
+		if works {
+			err = os.WriteFile(name, nil, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := build(t.Context(), b, question); (err == nil) != works {
+			t.Fatalf("Build = %v; want success %t", err, works)
+		}
+	}
+	raw, err := os.ReadFile(filepath.Join(b.StateDir, "failed.json"))
+	if err != nil || !strings.Contains(string(raw), `"tries":1`) {
+		t.Errorf("the record is %s, %v; want the first try", raw, err)
 	}
 }
 

@@ -145,6 +145,9 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 			b.Progress("fetching the builder's image")
 		}
 		root, program, remove, uerr := b.Image.unpack(ctx, b.StateDir)
+		if fault.Is(uerr, fault.DiskFull) && ctx.Err() == nil { // otherwise each restart would pull the image again
+			uerr = errors.Join(uerr, failed.store(q, uerr, last))
+		}
 		if uerr != nil {
 			return resolve.Answer{}, uerr
 		}
@@ -165,13 +168,16 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 		return resolve.Answer{}, err
 	}
 	answer, err := b.compile(ctx, q, key)
-	if eerr := failed.end(last, err); err != nil { // this error must not cost the node a compiled driver
-		err = errors.Join(err, eerr)
-	}
+	var serr error
 	if ctx.Err() == nil {
-		err = errors.Join(err, failed.store(q, err))
+		serr = failed.store(q, err, last) // before end, which removes the file whose space this takes
 	}
-	return answer, err
+	eerr := failed.end(last, err)
+	if err != nil {
+		return answer, errors.Join(err, serr, eerr)
+	}
+	_ = failed.forget(q) // an error here, or in end, must not cost the node a compiled driver
+	return answer, nil
 }
 
 // compile runs the builder. It does all that costs time, so its errors are remembered.
