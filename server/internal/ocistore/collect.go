@@ -36,7 +36,7 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var notRestored error
-	out.Restored, notRestored = s.restore(ctx)
+	out.Restored, notRestored = s.restore(ctx, now)
 	var old []string
 	err = fs.WalkDir(s.root.FS(), "blobs", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
@@ -278,6 +278,9 @@ func (s *Store) dropRepaired(refs references) error {
 			}
 		}
 		err = errors.Join(err, s.root.Remove("damaged/"+name))
+		s.mu.Lock()
+		delete(s.reread, name)
+		s.mu.Unlock()
 	}
 	return err
 }

@@ -15,17 +15,19 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // verifyEvery is the minimum time between the beginnings of two passes over all blobs. While a pass runs, its place is
 // stored every placeEvery. Opening a file counts as reading openCost bytes, so that many small blobs do not keep the
-// disk busy.
+// disk busy. A pass keeps about cachedAtMost bytes of the blob that it reads in the page cache.
 const (
-	verifyEvery = 30 * 24 * time.Hour
-	placeEvery  = time.Minute
-	openCost    = 64 << 10
-	readAtOnce  = 256 << 10
-	placeFile   = "verified"
+	verifyEvery  = 30 * 24 * time.Hour
+	placeEvery   = time.Minute
+	openCost     = 64 << 10
+	readAtOnce   = 256 << 10
+	cachedAtMost = 8 << 20
+	placeFile    = "verified"
 )
 
 // Damage is a blob or a manifest whose content is damaged or lost. Its content was moved to the folder damaged, so that
@@ -361,13 +363,22 @@ func isUnread(cause error) bool { return cause != nil && !errors.As(cause, new(w
 
 // readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause says why the
 // content is not the one with the digest. The error is that of ctx.
+//
+// It reads the disk and not the page cache, in which the content may be intact. Afterwards the content is not in the
+// cache, in which the database needs the room more.
 func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n int64, cause, err error) {
 	seen := is.Algorithm().Digester()
 	buffer := make([]byte, readAtOnce)
+	uncache(r, 0, 0)
+	dropped := int64(0)
+	defer func() { uncache(r, dropped, 0) }()
 	for {
 		got, err := r.Read(buffer)
 		_, _ = seen.Hash().Write(buffer[:got]) // never fails, see hash.Hash
-		n += int64(got)
+		if n += int64(got); n-dropped >= cachedAtMost {
+			uncache(r, dropped, n-dropped)
+			dropped = n
+		}
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -382,6 +393,22 @@ func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n
 		return n, wrongDigest{d}, nil
 	}
 	return n, nil, nil
+}
+
+// uncache removes n bytes of a file from the page cache, from an offset on; with n = 0, all to the end. The kernel keeps
+// what is not written to the disk yet, and what a process has mapped. uncache does nothing with a reader that is not a
+// file.
+func uncache(r io.Reader, from, n int64) {
+	f, ok := r.(*os.File)
+	if !ok {
+		return
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return // the file is closed, and its reader gets the same error
+	}
+	// Errors do not matter, because this is only advice. Some file systems do not support it.
+	_ = conn.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), from, n, unix.FADV_DONTNEED) })
 }
 
 // pause waits as long as reading n bytes may take.
