@@ -259,6 +259,9 @@ func (s *Store) setAside(d digest.Digest) error {
 	case err != nil:
 		return err
 	}
+	s.mu.Lock()
+	delete(s.reread, d.Encoded())
+	s.mu.Unlock()
 	return s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded())
 }
 

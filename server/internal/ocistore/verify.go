@@ -115,7 +115,7 @@ type pass struct {
 	out   Verified
 	place place
 	// before has the paths that could not be read or moved before this call.
-	before []string
+	before map[string]bool
 	// failing is true if the file before this one could not be read.
 	failing bool
 	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
@@ -125,8 +125,12 @@ type pass struct {
 	more int
 }
 
-// maxKept is how many unreadable files and folders the error of Verify names.
-const maxKept = 10
+// maxKept is how many unreadable files and folders the error of Verify names. With more than maxUnread of them, a pass
+// ends at the next one: they have one cause, such as a wrong owner of all files.
+const (
+	maxKept   = 10
+	maxUnread = 1000
+)
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
@@ -134,7 +138,8 @@ const maxKept = 10
 //
 // Files and folders that it cannot open or move stay where they are. Verify passes each of them to the callback once,
 // goes on, and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a
-// row cannot be read, Verify ends there with an error. Pushes and collections may run at the same time.
+// row cannot be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. Pushes and
+// collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
 	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
@@ -145,7 +150,10 @@ func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Ver
 
 func (p *pass) run(ctx context.Context) error {
 	roots := []string{"blobs"}
-	p.before = p.place.Kept
+	p.before = map[string]bool{}
+	for _, name := range p.place.Kept {
+		p.before[name] = true
+	}
 	again := p.place.After == "" && len(p.place.Kept) > 0 && p.now().Before(p.place.Began.Add(verifyEvery))
 	switch {
 	case again:
@@ -223,6 +231,9 @@ func (p *pass) visit(ctx context.Context, name string) error {
 	}
 	p.out.Blobs++
 	p.keep(name, kept)
+	if kept != nil && !p.before[name] && p.keptPaths() > maxUnread {
+		return fmt.Errorf("stop after %d files and folders that cannot be read or moved: %w", maxUnread, kept)
+	}
 	if kept == nil || cause != nil { // a file that cannot be opened says nothing about the next one
 		p.failing = isUnread(cause)
 	}
@@ -247,9 +258,16 @@ func (p *pass) keep(name string, cause error) {
 		return
 	}
 	p.fail(cause)
-	if !slices.Contains(p.before, name) {
+	if !p.before[name] {
 		p.found(Damage{Kept: name, Cause: cause})
 	}
+}
+
+// keptPaths returns the number of paths that cannot be read or moved.
+func (p *pass) keptPaths() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.Store.kept)
 }
 
 // fail notes an error that does not end the pass.

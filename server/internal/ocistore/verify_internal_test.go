@@ -236,6 +236,39 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 }
 
+// TestAllUnreadable has files that all cannot be opened. Verify must stop, go on there later, and read all of them when
+// it can.
+func TestAllUnreadable(t *testing.T) {
+	t.Parallel()
+	s, _ := openFlaky(t, 0, 0)
+	const all = maxUnread + 5
+	for i := range all {
+		content := fmt.Appendf(nil, "%d", i)
+		file := s.root.Name() + "/" + blobPath(digest.FromBytes(content).Encoded())
+		if err := errors.Join(os.MkdirAll(path.Dir(file), 0o750), os.WriteFile(file, content, 0o640)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opened := s.openBlob
+	s.openBlob = func(string) (fs.File, error) { return nil, syscall.EACCES }
+	for i, want := range []int{maxUnread + 1, 1} {
+		found := 0
+		out, err := s.Verify(t.Context(), 1<<50, func(Damage) { found++ })
+		if !errors.Is(err, syscall.EACCES) || found != want || out.Damaged != 0 {
+			t.Errorf("pass %d = %+v, %v, reports %d; want EACCES and %d reports", i, out, err, found, want)
+		}
+	}
+	s.openBlob = opened
+	for range 2 { // the first pass reads the rest, and the second what the earlier ones could not
+		if _, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) }); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := s.Damaged(); n != 0 {
+		t.Errorf("Damaged() = %d; want 0", n)
+	}
+}
+
 // TestCollectBesideUnreadableManifest has a damaged manifest whose content was moved aside and cannot be read. A
 // collection must remove no blob, because nobody knows which ones the manifest needs, but it must still report all
 // damage.
