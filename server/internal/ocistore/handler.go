@@ -102,9 +102,10 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withFull(withRange(r))))
 }
 
-// hides reports whether a HEAD request for a manifest is answered as if the manifest were unknown. Many clients push
-// nothing if the registry has the manifest, and ask for it first. If it lacks a damaged or lost blob, it is unknown to
-// them, so that they ask for each blob, and a push brings back what is missing. Nodes may still read the rest.
+// hides reports whether a HEAD request for a manifest is answered as if the manifest were unknown. Clients of
+// go-containerregistry push nothing if the registry has the manifest, and ask for it first. If it lacks a damaged or
+// lost blob, it is unknown to them, so that they ask for each blob, and a push brings back what is missing. Nodes may
+// still read the rest.
 //
 // A client that asks for a tag may want to know whether the tag is free. It gets the truth, unless its token is one for
 // a push. If a push asks for a tag that refers to other content, the push of the tag is refused anyway.
