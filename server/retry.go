@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
 // maxRetries is the maximum number of builds that one run of the command retry requests.
@@ -48,9 +49,8 @@ Examples:
 				return err
 			}
 			class := cmd.String("class")
-			if meant := meantClass(class); meant != "" {
-				return fault.New(fault.Usage, fmt.Sprintf("choose failed cells: class %q is unknown", class),
-					"to choose class "+meant+", write --class "+meant)
+			if class != "" && catalogue.CheckClass(class) != nil {
+				return unknownClass(class)
 			}
 			if flavour := cmd.String("flavour"); flavour != "" {
 				if _, err := target.ParseFlavour(flavour); err != nil {
@@ -63,8 +63,7 @@ Examples:
 			}
 			// A newer builder may have reported a class that this program does not know.
 			if _, err := fault.Parse(class); class != "" && err != nil && len(builds) == 0 {
-				return fault.Wrap(fault.Usage, fmt.Errorf("choose failed cells: %w", err),
-					"take the class from the list of failed builds: server builds --state failed")
+				return unknownClass(class)
 			}
 			note := fmt.Sprintf("%d failed cells; to request their builds, run this command with --apply", len(builds))
 			var failed error
@@ -90,12 +89,17 @@ Examples:
 	}
 }
 
-// meantClass returns the known class of which a text seems to be a misspelling. It returns "" for a known class, and
-// for a text that may be the class of a newer builder.
-func meantClass(text string) string {
-	if _, err := fault.Parse(text); text == "" || err == nil {
-		return ""
+// unknownClass returns the error for a class that neither this program knows nor a failed cell has.
+func unknownClass(class string) error {
+	hint := "take the class from the list of failed builds: server builds --state failed"
+	if meant := meantClass(class); meant != "" {
+		hint = "to choose class " + meant + ", write --class " + meant
 	}
+	return fault.New(fault.Usage, fmt.Sprintf("choose failed cells: class %q is unknown", class), hint)
+}
+
+// meantClass returns the known class of which a text seems to be a misspelling, or "".
+func meantClass(text string) string {
 	meant, least := "", 3
 	for _, kind := range fault.Kinds() {
 		if n := editDistance(strings.ToLower(text), kind.String()); n < least {

@@ -376,7 +376,7 @@ func checkUpdate(u api.BuildUpdate) error {
 		return fmt.Errorf("the update of a published build needs a digest")
 	}
 	if u.Class != "" || u.State == api.Failed {
-		if err := checkClass(u.Class); err != nil {
+		if err := CheckClass(u.Class); err != nil {
 			return fmt.Errorf("the update of a failed build needs a class: %w", err)
 		}
 	}

@@ -46,9 +46,9 @@ const maxClass = 40
 // classPattern matches the names of classes of failures.
 var classPattern = regexp.MustCompile(`^[a-z]+(-[a-z]+)*$`)
 
-// checkClass returns an error unless a text may be the name of a class of failures. Builders and nodes may be newer
+// CheckClass returns an error unless a text may be the name of a class of failures. Builders and nodes may be newer
 // than this server, so the class need not be one of package fault.
-func checkClass(class string) error {
+func CheckClass(class string) error {
 	if len(class) > maxClass || !classPattern.MatchString(class) {
 		return fmt.Errorf("class %.80q: want 1 to %d lower-case letters and hyphens", class, maxClass)
 	}

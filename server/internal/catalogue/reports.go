@@ -121,7 +121,7 @@ func checkReport(r *api.NodeReport) error {
 	default:
 		return fmt.Errorf("outcome %.80q: want loaded, failed or fell-back", r.Outcome)
 	}
-	if err := checkClass(r.Class); err != nil {
+	if err := CheckClass(r.Class); err != nil {
 		return err
 	}
 	r.Message = firstLine(r.Message)

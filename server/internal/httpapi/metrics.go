@@ -105,8 +105,8 @@ func coverageDesc() *prometheus.Desc {
 }
 
 func inventoryDescs() (builds, artifacts, jobs *prometheus.Desc) {
-	return prometheus.NewDesc("prebake_builds", "Builds by state, without those that --keep-builds removed.",
-			[]string{"state"}, nil),
+	return prometheus.NewDesc("prebake_builds", "Builds by state, without those that --keep-builds removed. If more than "+
+			"10,000 have ended, the numbers of ended ones may be a minute old.", []string{"state"}, nil),
 		prometheus.NewDesc("prebake_artifacts", "Artifacts by state.", []string{"state"}, nil),
 		prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
 }

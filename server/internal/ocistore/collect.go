@@ -36,27 +36,7 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var notRestored error
-	out.Restored, notRestored = s.restore(ctx)
-	var old []string
-	err = fs.WalkDir(s.root.FS(), "blobs", func(p string, d fs.DirEntry, err error) error {
-		if err != nil || ctx.Err() != nil {
-			return errors.Join(err, ctx.Err())
-		}
-		if d.IsDir() {
-			return nil
-		}
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // it was damaged, and moved aside
-		}
-		if err == nil && now.Sub(info.ModTime()) > blobMinAge {
-			old = append(old, p)
-		}
-		return err
-	})
-	if err != nil {
-		return out, err
-	}
+	out.Restored, notRestored = s.restore(ctx, now)
 	refs, err := s.referencedBlobs(ctx)
 	out.Damaged = refs.damaged
 	s.noteAbsent(refs, err == nil)
@@ -65,26 +45,32 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	if err = errors.Join(err, derr); err == nil {
 		err = s.dropRepaired(refs)
 	}
-	if err != nil {
-		return out, fmt.Errorf("collect blobs: %w", errors.Join(notRestored, err))
+	if err == nil {
+		err = s.dropBlobs(ctx, refs, now, &out)
 	}
-	for _, p := range old {
-		if refs.names(path.Base(p)) {
-			continue
+	if err = errors.Join(notRestored, err); err != nil {
+		return out, fmt.Errorf("collect blobs: %w", err)
+	}
+	return out, nil
+}
+
+// dropBlobs removes old blobs that no manifest refers to, and counts them. A manifest that was pushed after the
+// references were read has made its blobs new.
+func (s *Store) dropBlobs(ctx context.Context, refs references, now time.Time, out *Collected) error {
+	return fs.WalkDir(s.root.FS(), "blobs", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		if d.IsDir() || refs.names(path.Base(p)) {
+			return nil
 		}
 		n, err := s.collect(p, now)
-		if err != nil {
-			return out, fmt.Errorf("collect blobs: %w", err)
-		}
-		if n >= 0 {
+		if err == nil && n >= 0 {
 			out.Blobs++
 			out.Bytes += n
 		}
-	}
-	if notRestored != nil {
-		return out, fmt.Errorf("collect blobs: %w", notRestored)
-	}
-	return out, ctx.Err()
+		return err
+	})
 }
 
 // collect removes a blob and returns its size. It returns -1 if the blob is gone or has become new. A blob becomes new
@@ -259,6 +245,9 @@ func (s *Store) setAside(d digest.Digest) error {
 	case err != nil:
 		return err
 	}
+	s.mu.Lock()
+	delete(s.reread, d.Encoded())
+	s.mu.Unlock()
 	return s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded())
 }
 
@@ -278,6 +267,9 @@ func (s *Store) dropRepaired(refs references) error {
 			}
 		}
 		err = errors.Join(err, s.root.Remove("damaged/"+name))
+		s.mu.Lock()
+		delete(s.reread, name)
+		s.mu.Unlock()
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"time"
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
@@ -18,15 +19,7 @@ import (
 func (s *Store) moveAside(f fs.File, d digest.Digest) (moved bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
-	read, err := f.Stat()
-	if err != nil {
-		return false, err
-	}
-	now, err := s.root.Stat(blobPath(d.Encoded()))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(read, now) {
-		return false, nil
-	}
-	if err != nil {
+	if same, err := s.isAt(f, blobPath(d.Encoded())); !same {
 		return false, err
 	}
 	if err := s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded()); err != nil {
@@ -37,7 +30,21 @@ func (s *Store) moveAside(f fs.File, d digest.Digest) (moved bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.absent[d.Encoded()] = true
+	delete(s.reread, d.Encoded())
 	return true, nil
+}
+
+// isAt reports whether an open file is the one at a path.
+func (s *Store) isAt(f fs.File, name string) (bool, error) {
+	opened, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	now, err := s.root.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(opened, now), err
 }
 
 // damages returns the damage of absent blobs, which are given by their hex digits, in the order of the digits. After
@@ -79,13 +86,17 @@ func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Dama
 	return all, errors.Join(first, err)
 }
 
+// rereadEvery is the minimum time between two reads of content in the folder damaged. Collections come every six hours.
+const rereadEvery = 23 * time.Hour
+
 // restore moves content of the folder damaged back to its path if its digest is right: the disk or the memory was at
-// fault for a moment. It returns the digests of this content. Content that a push has brought back stays.
-func (s *Store) restore(ctx context.Context) (back []string, err error) {
+// fault for a moment. It returns the digests of this content. Content that a push has brought back stays. restore reads
+// each content about once a day, because a damaged disk may take minutes for it.
+func (s *Store) restore(ctx context.Context, now time.Time) (back []string, err error) {
 	entries, err := fs.ReadDir(s.root.FS(), "damaged")
 	for _, e := range entries {
 		is := digest.NewDigestFromEncoded(algorithm(e.Name()), e.Name())
-		if is.Validate() != nil {
+		if is.Validate() != nil || !s.mayReread(e.Name(), now) {
 			continue
 		}
 		moved, rerr := s.restoreBlob(ctx, is)
@@ -97,20 +108,37 @@ func (s *Store) restore(ctx context.Context) (back []string, err error) {
 	return back, err
 }
 
+// mayReread reports whether content of the folder damaged may be read again, and records that it is.
+func (s *Store) mayReread(sum string, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if at, ok := s.reread[sum]; ok && now.Sub(at) < rereadEvery {
+		return false
+	}
+	s.reread[sum] = now
+	return true
+}
+
 // restoreBlob moves one blob or manifest back. Content that cannot be read stays, without an error.
 func (s *Store) restoreBlob(ctx context.Context, is digest.Digest) (moved bool, err error) {
 	from, to := "damaged/"+is.Encoded(), blobPath(is.Encoded())
-	f, err := s.root.Open(from)
+	if _, err := s.root.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	f, err := s.openBlob(from) // it stays open until the move, so that no other file gets its inode number
 	if err != nil {
 		return false, nil // it is known to be damaged
 	}
-	_, cause, err := readBlob(ctx, f, is, math.MaxInt64)
-	if err := errors.Join(err, f.Close()); err != nil || cause != nil {
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, cause, err := readBlob(ctx, f, is, math.MaxInt64); err != nil || cause != nil {
 		return false, err
 	}
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
 	if _, err := s.root.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if same, err := s.isAt(f, from); !same {
 		return false, err
 	}
 	return true, s.moveToFinal(from, to)
@@ -162,7 +190,8 @@ func (s *Store) isAbsent(sum string) bool {
 	return true
 }
 
-// lacks reports whether a manifest needs blobs that are known to be damaged or lost.
+// lacks reports whether a manifest needs content that is known to be damaged or lost: a blob, or for an index a manifest
+// or what that needs.
 func (s *Store) lacks(repo, tagOrDigest string) bool {
 	s.mu.Lock()
 	none := len(s.absent) == 0
@@ -177,15 +206,34 @@ func (s *Store) lacks(repo, tagOrDigest string) bool {
 			return false
 		}
 	}
+	return s.lacksAny(repo, d, map[ociregistry.Digest]bool{})
+}
+
+// lacksAny is lacks for a digest. It does not read the manifests in seen, because indexes may share them.
+func (s *Store) lacksAny(repo string, d ociregistry.Digest, seen map[ociregistry.Digest]bool) bool {
+	seen[d] = true
 	_, content, err := s.readManifest(repo, d)
 	var m manifest
 	if err != nil || json.Unmarshal(content, &m) != nil {
 		return false
 	}
+	if s.anyAbsent(append(m.blobs(), m.Manifests...)) {
+		return true
+	}
+	for _, desc := range m.Manifests {
+		if !seen[desc.Digest] && s.lacksAny(repo, desc.Digest, seen) {
+			return true
+		}
+	}
+	return false
+}
+
+// anyAbsent reports whether any of this content is known to be damaged or lost.
+func (s *Store) anyAbsent(content []ociregistry.Descriptor) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, desc := range m.blobs() {
-		if s.isAbsent(desc.Digest.Encoded()) {
+	for _, desc := range content {
+		if sum, err := hexOf(desc.Digest); err == nil && s.isAbsent(sum) {
 			return true
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 
 	"cuelabs.dev/go/oci/ociregistry"
@@ -21,6 +22,9 @@ const TokenPath = "/v2/token"
 
 // anonymousToken is the bearer token of clients that only read.
 const anonymousToken = "anonymous"
+
+// pushPrefix is before the secret in a token that a client asked for to push.
+const pushPrefix = "push~"
 
 // access finds the caller that a secret belongs to.
 type access interface {
@@ -53,6 +57,7 @@ type handler struct {
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(registry.AudienceHeader, h.store.audience())
 	secret, asked := auth.Secret(r)
+	secret, pushes := strings.CutPrefix(secret, pushPrefix)
 	var who auth.Principal
 	known := false
 	if asked && secret != anonymousToken {
@@ -87,18 +92,37 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if r.Method == http.MethodHead && known && auth.Need(who, auth.Push) == nil {
-		// Many clients push nothing if the registry has the manifest. They ask for it first, with their token. Without one
-		// of its blobs, it is unknown to them, so that a push brings back the blob. Nodes may still read the rest.
-		if repo, kind, ref := kindOf(r.URL.Path); kind == "manifests" && h.store.lacks(repo, ref) {
-			h.writeError(w, r, ociregistry.ErrManifestUnknown)
-			return
-		}
+	if r.Method == http.MethodHead && known && auth.Need(who, auth.Push) == nil && h.hides(r, pushes) {
+		h.writeError(w, r, ociregistry.ErrManifestUnknown)
+		return
 	}
 	if h.adapt(w, r) {
 		return
 	}
 	h.api.ServeHTTP(w, r.WithContext(withFull(withRange(r))))
+}
+
+// hides reports whether a HEAD request for a manifest is answered as if the manifest were unknown. Clients of
+// go-containerregistry push nothing if the registry has the manifest, and ask for it first. If it lacks a damaged or
+// lost blob, it is unknown to them, so that they ask for each blob, and a push brings back what is missing. Nodes may
+// still read the rest.
+//
+// A client that asks for a tag may want to know whether the tag is free. It gets the truth, unless its token is one for
+// a push. If a push asks for a tag that refers to other content, the push of the tag is refused anyway.
+func (h *handler) hides(r *http.Request, pushes bool) bool {
+	repo, kind, ref := kindOf(r.URL.Path)
+	return kind == "manifests" && (pushes || strings.Contains(ref, ":")) && h.store.lacks(repo, ref)
+}
+
+// wantsPush reports whether a request for a token is for a push, such as scope=repository:NAME:pull,push.
+func wantsPush(r *http.Request) bool {
+	for _, scope := range strings.Fields(strings.Join(r.URL.Query()["scope"], " ")) {
+		actions := scope[strings.LastIndex(scope, ":")+1:]
+		if slices.Contains(strings.Split(actions, ","), "push") {
+			return true
+		}
+	}
+	return false
 }
 
 // scopeOf returns the scope that a write needs. Deleting an upload is part of a push.
@@ -118,7 +142,8 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token.
+// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token. For
+// a push, it adds pushPrefix.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
 		// The registry does not support the protocol's OAuth2 form. After a 404, clients use GET.
@@ -127,6 +152,8 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	}
 	grant := anonymousToken
 	switch {
+	case known && wantsPush(r):
+		grant = pushPrefix + secret
 	case known:
 		grant = secret
 	case asked:

@@ -43,13 +43,8 @@ func TestRepair(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			dir := t.TempDir()
-			s := open(t, dir)
-			host := listen(t, s)
-			ref, img := reference(t, host, "prebake/driver:one"), image(t)
-			if err := remote.Write(ref, img, options(t)...); err != nil {
-				t.Fatal(err)
-			}
+			h := hold(t, "prebake/driver:one")
+			dir, host, s, ref, img := h.dir, h.host, h.s, h.ref, h.img
 			d := digestOf(t, img)
 			manifest := "/v2/prebake/driver/manifests/" + d.String()
 			good, err := img.RawManifest()
@@ -124,12 +119,8 @@ func TestRepair(t *testing.T) {
 // shows this damage, and the push must repair it.
 func TestRepairBeforeCollection(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	host := serve(t, dir)
-	img := image(t)
-	if err := remote.Write(reference(t, host, "a/x:1"), img, options(t)...); err != nil {
-		t.Fatal(err)
-	}
+	h := hold(t, "a/x:1")
+	dir, host, img := h.dir, h.host, h.img
 	good, err := img.RawManifest()
 	if err != nil {
 		t.Fatal(err)

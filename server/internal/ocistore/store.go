@@ -78,7 +78,7 @@ type Store struct {
 	*ociregistry.Funcs // methods that Store does not define return the error "unsupported"
 
 	root       *os.Root
-	openBlob   func(name string) (fs.File, error) // for a verification
+	openBlob   func(name string) (fs.File, error) // to read and verify a blob
 	createOnly func(repo, tag string) bool
 	forget     func(repo string, d ociregistry.Digest) error
 	checkFree  func() error
@@ -95,7 +95,9 @@ type Store struct {
 	// absent has the hex digits of damaged and lost content. It may still have some that was pushed again; see lacks.
 	absent map[string]bool
 	// kept has the paths of files and folders that a verification could not read or move.
-	kept   map[string]bool
+	kept map[string]bool
+	// reread has the times when content in the folder damaged was read again, by its hex digits.
+	reread map[string]time.Time
 	logged map[string]bool // damaged entries that the log has
 
 	// collecting is held for writing while a blob is deleted or moved to the folder damaged. It is held for reading while
@@ -149,6 +151,7 @@ func open(dir string, o Options) (*Store, error) {
 		owners:       map[string]string{},
 		absent:       map[string]bool{},
 		kept:         map[string]bool{},
+		reread:       map[string]time.Time{},
 		logged:       map[string]bool{},
 		public:       o.Public,
 		redistribute: o.Redistribute,

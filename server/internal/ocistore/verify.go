@@ -15,17 +15,19 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // verifyEvery is the minimum time between the beginnings of two passes over all blobs. While a pass runs, its place is
 // stored every placeEvery. Opening a file counts as reading openCost bytes, so that many small blobs do not keep the
-// disk busy.
+// disk busy. A pass keeps about cachedAtMost bytes of the blob that it reads in the page cache.
 const (
-	verifyEvery = 30 * 24 * time.Hour
-	placeEvery  = time.Minute
-	openCost    = 64 << 10
-	readAtOnce  = 256 << 10
-	placeFile   = "verified"
+	verifyEvery  = 30 * 24 * time.Hour
+	placeEvery   = time.Minute
+	openCost     = 64 << 10
+	readAtOnce   = 256 << 10
+	cachedAtMost = 8 << 20
+	placeFile    = "verified"
 )
 
 // Damage is a blob or a manifest whose content is damaged or lost. Its content was moved to the folder damaged, so that
@@ -113,7 +115,7 @@ type pass struct {
 	out   Verified
 	place place
 	// before has the paths that could not be read or moved before this call.
-	before []string
+	before map[string]bool
 	// failing is true if the file before this one could not be read.
 	failing bool
 	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
@@ -123,8 +125,12 @@ type pass struct {
 	more int
 }
 
-// maxKept is how many unreadable files and folders the error of Verify names.
-const maxKept = 10
+// maxKept is how many unreadable files and folders the error of Verify names. With more than maxUnread of them, a pass
+// ends at the next one: they have one cause, such as a wrong owner of all files.
+const (
+	maxKept   = 10
+	maxUnread = 1000
+)
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
@@ -132,7 +138,8 @@ const maxKept = 10
 //
 // Files and folders that it cannot open or move stay where they are. Verify passes each of them to the callback once,
 // goes on, and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a
-// row cannot be read, Verify ends there with an error. Pushes and collections may run at the same time.
+// row cannot be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. Pushes and
+// collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
 	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
@@ -143,7 +150,10 @@ func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Ver
 
 func (p *pass) run(ctx context.Context) error {
 	roots := []string{"blobs"}
-	p.before = p.place.Kept
+	p.before = map[string]bool{}
+	for _, name := range p.place.Kept {
+		p.before[name] = true
+	}
 	again := p.place.After == "" && len(p.place.Kept) > 0 && p.now().Before(p.place.Began.Add(verifyEvery))
 	switch {
 	case again:
@@ -221,6 +231,9 @@ func (p *pass) visit(ctx context.Context, name string) error {
 	}
 	p.out.Blobs++
 	p.keep(name, kept)
+	if kept != nil && !p.before[name] && p.keptPaths() > maxUnread {
+		return fmt.Errorf("stop after %d files and folders that cannot be read or moved: %w", maxUnread, kept)
+	}
 	if kept == nil || cause != nil { // a file that cannot be opened says nothing about the next one
 		p.failing = isUnread(cause)
 	}
@@ -245,9 +258,16 @@ func (p *pass) keep(name string, cause error) {
 		return
 	}
 	p.fail(cause)
-	if !slices.Contains(p.before, name) {
+	if !p.before[name] {
 		p.found(Damage{Kept: name, Cause: cause})
 	}
+}
+
+// keptPaths returns the number of paths that cannot be read or moved.
+func (p *pass) keptPaths() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.Store.kept)
 }
 
 // fail notes an error that does not end the pass.
@@ -361,13 +381,22 @@ func isUnread(cause error) bool { return cause != nil && !errors.As(cause, new(w
 
 // readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause says why the
 // content is not the one with the digest. The error is that of ctx.
+//
+// It reads the disk and not the page cache, in which the content may be intact. Afterwards the content is not in the
+// cache, in which the database needs the room more.
 func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n int64, cause, err error) {
 	seen := is.Algorithm().Digester()
 	buffer := make([]byte, readAtOnce)
+	uncache(r, 0, 0)
+	dropped := int64(0)
+	defer func() { uncache(r, dropped, 0) }()
 	for {
 		got, err := r.Read(buffer)
 		_, _ = seen.Hash().Write(buffer[:got]) // never fails, see hash.Hash
-		n += int64(got)
+		if n += int64(got); n-dropped >= cachedAtMost {
+			uncache(r, dropped, n-dropped)
+			dropped = n
+		}
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -382,6 +411,22 @@ func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n
 		return n, wrongDigest{d}, nil
 	}
 	return n, nil, nil
+}
+
+// uncache removes n bytes of a file from the page cache, from an offset on; with n = 0, all to the end. The kernel keeps
+// what is not written to the disk yet, and what a process has mapped. uncache does nothing with a reader that is not a
+// file.
+func uncache(r io.Reader, from, n int64) {
+	f, ok := r.(*os.File)
+	if !ok {
+		return
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return // the file is closed, and its reader gets the same error
+	}
+	// Errors do not matter, because this is only advice. Some file systems do not support it.
+	_ = conn.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), from, n, unix.FADV_DONTNEED) })
 }
 
 // pause waits as long as reading n bytes may take.

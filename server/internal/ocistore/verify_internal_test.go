@@ -94,7 +94,7 @@ func openFlaky(t *testing.T, n, fail int) (s *Store, paths []string) {
 	failed := map[string]int{}
 	s.openBlob = func(name string) (fs.File, error) {
 		f, err := s.root.Open(name)
-		if failed[name]++; err == nil && failed[name] <= fail {
+		if failed[name]++; err == nil && failed[name] <= fail && strings.HasPrefix(name, "blobs/") {
 			return flaky{f}, nil
 		}
 		return f, err
@@ -237,6 +237,39 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 	if next := s.NextPass(); time.Until(next) < 29*24*time.Hour {
 		t.Errorf("NextPass() after the repair = %v; want 30 days after the pass", next)
+	}
+}
+
+// TestAllUnreadable has files that all cannot be opened. Verify must stop, go on there later, and read all of them when
+// it can.
+func TestAllUnreadable(t *testing.T) {
+	t.Parallel()
+	s, _ := openFlaky(t, 0, 0)
+	const all = maxUnread + 5
+	for i := range all {
+		content := fmt.Appendf(nil, "%d", i)
+		file := s.root.Name() + "/" + blobPath(digest.FromBytes(content).Encoded())
+		if err := errors.Join(os.MkdirAll(path.Dir(file), 0o750), os.WriteFile(file, content, 0o640)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opened := s.openBlob
+	s.openBlob = func(string) (fs.File, error) { return nil, syscall.EACCES }
+	for i, want := range []int{maxUnread + 1, 1} {
+		found := 0
+		out, err := s.Verify(t.Context(), 1<<50, func(Damage) { found++ })
+		if !errors.Is(err, syscall.EACCES) || found != want || out.Damaged != 0 {
+			t.Errorf("pass %d = %+v, %v, reports %d; want EACCES and %d reports", i, out, err, found, want)
+		}
+	}
+	s.openBlob = opened
+	for range 2 { // the first pass reads the rest, and the second what the earlier ones could not
+		if _, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) }); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := s.Damaged(); n != 0 {
+		t.Errorf("Damaged() = %d; want 0", n)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
@@ -46,6 +47,27 @@ func flip(t *testing.T, file string) {
 	if err := errors.Join(os.Remove(file), os.WriteFile(file, content, 0o640)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// held is a registry in a folder, with one image.
+type held struct {
+	dir, host string
+	s         *ocistore.Store
+	ref       name.Reference
+	img       v1.Image
+}
+
+// hold starts a registry, and pushes an image with three layers as REPOSITORY:TAG.
+func hold(t *testing.T, at string) held {
+	t.Helper()
+	dir := t.TempDir()
+	s := open(t, dir)
+	host := listen(t, s)
+	h := held{dir, host, s, reference(t, host, at), image(t)}
+	if err := remote.Write(h.ref, h.img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	return h
 }
 
 func blobFile(dir, sum string) string { return filepath.Join(dir, "blobs/sha256", sum[:2], sum) }
@@ -81,13 +103,8 @@ func TestDamagedBlob(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			dir := t.TempDir()
-			s := open(t, dir)
-			host := listen(t, s)
-			ref, img := reference(t, host, "prebake/driver:one"), image(t)
-			if err := remote.Write(ref, img, options(t)...); err != nil {
-				t.Fatal(err)
-			}
+			h := hold(t, "prebake/driver:one")
+			dir, host, s, ref, img := h.dir, h.host, h.s, h.ref, h.img
 			if found := verify(t, s); len(found) != 0 || s.Damaged() != 0 {
 				t.Fatalf("Verify() of an intact registry found %+v, Damaged() = %d", found, s.Damaged())
 			}
@@ -245,14 +262,10 @@ func TestVerifyContinues(t *testing.T) {
 // three.
 func TestDamageTogether(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	s := open(t, dir)
-	host := listen(t, s)
-	img := image(t)
-	for _, name := range []string{"a/x:1", "b/y:1"} {
-		if err := remote.Write(reference(t, host, name), img, options(t)...); err != nil {
-			t.Fatal(err)
-		}
+	h := hold(t, "a/x:1")
+	dir, s, img := h.dir, h.s, h.img
+	if err := remote.Write(reference(t, h.host, "b/y:1"), img, options(t)...); err != nil {
+		t.Fatal(err)
 	}
 	layers := blobs(t, img)[2:]
 	var want []ocistore.Damage

@@ -241,9 +241,3 @@ UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6
 	}
 	return tx.chooseCounted(ctx, CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver})
 }
-
-// CountBuilds counts builds by state.
-func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
-	counts, err := s.count(ctx, "builds")
-	return counts, classify("count the builds", err)
-}

@@ -322,7 +322,7 @@ func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	return counts, classify("count the artifacts", err)
 }
 
-func (s *Store) count(ctx context.Context, table string) (map[api.State]int, error) {
+func (s *Store) count(ctx context.Context, from string) (map[api.State]int, error) {
 	counts := map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
 		var state api.State
@@ -330,6 +330,6 @@ func (s *Store) count(ctx context.Context, table string) (map[api.State]int, err
 		err := row(&state, &n)
 		counts[state] = n
 		return err
-	}, `SELECT state, COUNT(*) FROM `+table+` GROUP BY state`)
+	}, `SELECT state, COUNT(*) FROM `+from+` GROUP BY state`)
 	return counts, err
 }

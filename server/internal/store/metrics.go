@@ -4,10 +4,60 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"maps"
+	"sync"
 	"time"
 
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/queue"
 )
+
+// A count of builds reads an index with one entry for each build. Ended builds are therefore counted once in countEvery
+// if there are more than countedAlways of them.
+const (
+	countEvery    = time.Minute
+	countedAlways = 10_000
+)
+
+// openBuilds are the builds that have not ended.
+const openBuilds = `builds WHERE state IN ('queued', 'building')`
+
+// counts has the numbers of ended builds.
+type counts struct {
+	mu    sync.Mutex
+	at    time.Time // zero if nothing was counted
+	ended map[api.State]int
+}
+
+// CountBuilds counts builds by state. If there are many ended builds, their numbers may be a minute old.
+func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
+	counts, err := s.countBuilds(ctx, time.Now())
+	return counts, classify("count the builds", err)
+}
+
+func (s *Store) countBuilds(ctx context.Context, now time.Time) (map[api.State]int, error) {
+	s.counts.mu.Lock()
+	defer s.counts.mu.Unlock()
+	counted := 0
+	for _, n := range s.counts.ended {
+		counted += n
+	}
+	if counted <= countedAlways || now.Sub(s.counts.at) >= countEvery {
+		all, err := s.count(ctx, "builds")
+		if err != nil {
+			return nil, err
+		}
+		s.counts.at, s.counts.ended = now, maps.Clone(all)
+		delete(s.counts.ended, api.Queued)
+		delete(s.counts.ended, api.Building)
+		return all, nil
+	}
+	open, err := s.count(ctx, openBuilds)
+	if err == nil {
+		maps.Copy(open, s.counts.ended)
+	}
+	return open, err
+}
 
 // CountFailures counts failed builds by class, without builds that only early-warning entries want. Of each cell, it
 // counts only the first failure of a class since the cell's last published build, so that repeated builds of one cause

@@ -2,15 +2,18 @@ package store_test
 
 import (
 	"database/sql"
+	"errors"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -126,5 +129,50 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 		if d := cmp.Diff([]int{2, 1, 1, 1, 2, 1}, got); d != "" { // from the newest build to the oldest
 			t.Errorf("tries of COS build %s (-want +got):\n%s", id, d)
 		}
+	}
+}
+
+// TestNewerSchema has a database that a newer server has migrated. Neither may this server start with it, nor may it
+// write, if it was at work before. It may read.
+func TestNewerSchema(t *testing.T) {
+	t.Parallel()
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		file := filepath.Join(t.TempDir(), "catalogue.db")
+		newerSchema(t, "sqlite", file, "sqlite://"+file)
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		url := newPostgres(t, "newer")
+		newerSchema(t, "pgx", url, url)
+	})
+}
+
+func newerSchema(t *testing.T, driver, dsn, url string) {
+	t.Helper()
+	s := open(t, url)
+	add(t, s, "1.2.3")
+	db, err := sql.Open(driver, dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = db.ExecContext(t.Context(), `INSERT INTO goose_db_version (version_id, is_applied) VALUES (1000, TRUE)`)
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Open(t.Context(), url); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "1000") {
+		t.Errorf("Open() of a newer database = %v; want kind usage, and its schema", err)
+	}
+	if driver == "sqlite" { // no other server can use the database meanwhile
+		return
+	}
+	err = s.Write(t.Context(), func(tx *store.Tx) error {
+		return tx.PutKernel(t.Context(), api.Kernel{Kernel: kernelOf("9.9.9")})
+	})
+	if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "1000") {
+		t.Errorf("Write() to a newer database = %v; want kind transient, and its schema", err)
+	}
+	if _, known, err := s.Kernel(t.Context(), "9.9.9", "lakitu"); known || err != nil {
+		t.Errorf("Kernel() after the refused write = %t, %v; want no kernel", known, err)
 	}
 }

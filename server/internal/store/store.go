@@ -39,6 +39,9 @@ type Store struct {
 	cache    *cache
 	stop     func() // ends the listener; nil without one
 	log      *slog.Logger
+	// schema is the number of the newest migration that this program knows.
+	schema int64
+	counts counts
 }
 
 // reader is a database that is only read.
@@ -64,9 +67,10 @@ func OpenLogged(ctx context.Context, rawURL string, log *slog.Logger) (*Store, e
 	}
 	s.log = log
 	if err := s.migrate(ctx); err != nil {
-		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the server can reach the database and may write to it, and that no newer server has used it"),
-			s.Close())
+		if !fault.Is(err, fault.Usage) {
+			err = fault.Wrap(fault.Transient, err, "check that the server can reach the database and may write to it")
+		}
+		return nil, errors.Join(fmt.Errorf("migrate catalogue: %w", err), s.Close())
 	}
 	if !s.postgres {
 		s.cache.setListening(true) // no other process writes
@@ -158,7 +162,8 @@ func fillSortKeys(ctx context.Context, tx *sql.Tx) error {
 	return nil
 }
 
-// migrate runs the embedded migrations that the database lacks.
+// migrate runs the embedded migrations that the database lacks. If a newer server has migrated the database, the error
+// has kind Usage.
 func (s *Store) migrate(ctx context.Context) error {
 	names, err := fs.Glob(migrations, "migrations/*.sql")
 	if err != nil {
@@ -182,6 +187,7 @@ func (s *Store) migrate(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("migration %s: %w", name, err)
 		}
+		s.schema = max(s.schema, version)
 		text, err := migrations.ReadFile(name)
 		if err != nil {
 			return err
@@ -200,8 +206,25 @@ func (s *Store) migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = provider.Up(ctx)
+	if _, err := provider.Up(ctx); err != nil {
+		return err
+	}
+	is, err := schemaOf(ctx, s.db)
+	if err == nil && is > s.schema {
+		err = fault.New(fault.Usage, newerSchema(is, s.schema),
+			"start the newer server, or restore the backup from before the upgrade, as docs/how-to/upgrade.md says")
+	}
 	return err
+}
+
+// schemaOf returns the number of the newest migration of a database.
+func schemaOf(ctx context.Context, q querier) (is int64, err error) {
+	err = q.QueryRowContext(ctx, `SELECT MAX(version_id) FROM goose_db_version`).Scan(&is)
+	return is, err
+}
+
+func newerSchema(is, known int64) string {
+	return fmt.Sprintf("a newer server has migrated the database to schema %d, and this server knows schema %d", is, known)
 }
 
 // Close closes the database.
@@ -291,12 +314,31 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	if err == nil {
 		err = t.notify(ctx, notes)
 	}
+	if err == nil {
+		err = t.checkSchema(ctx, s.schema)
+	}
 	if err != nil {
 		return classify("write to catalogue", errors.Join(err, tx.Rollback()))
 	}
 	err = tx.Commit()
 	s.cache.forget(notes...) // after an error, too: the commit may have succeeded
 	return classify("write to catalogue", err)
+}
+
+// checkSchema returns an error if a newer server has migrated the database since this one started: this one does not
+// know what else it must write. A migration waits for the transactions that write to its tables. So a transaction that
+// checks this last is complete before the migration begins, or finds its result.
+//
+// Only one server at a time can use an SQLite database.
+func (tx *Tx) checkSchema(ctx context.Context, known int64) error {
+	if !tx.postgres {
+		return nil
+	}
+	is, err := schemaOf(ctx, tx)
+	if err == nil && is > known {
+		err = fault.New(fault.Transient, newerSchema(is, known), "stop this server, and use the newer one")
+	}
+	return err
 }
 
 // snapshot calls f with a transaction that reads the state of one moment, whatever others write meanwhile.
