@@ -91,7 +91,7 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	if _, err := p.Verifier.Verify(attached, expect); err != nil {
 		return err
 	}
-	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
+	for _, l := range content.Layers {
 		if err := p.checkLayer(ctx, repo, l); err != nil {
 			return err
 		}
@@ -109,11 +109,7 @@ func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository
 	if seen {
 		return nil
 	}
-	blob, err := repo.Blob(ctx, l.Digest, l.Size)
-	if err != nil {
-		return err
-	}
-	if err := blob.Close(); err != nil {
+	if err := publish.CheckLayer(ctx, repo, l); err != nil {
 		return err
 	}
 	p.mu.Lock()

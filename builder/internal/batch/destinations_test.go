@@ -3,10 +3,14 @@ package batch_test
 import (
 	"context"
 	"net/http"
+	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -168,6 +172,42 @@ func TestPublishedLostLayer(t *testing.T) {
 	p := &batch.Destinations{Repositories: []*registry.Repository{forgetful}, Verifier: key.Verifier(t)}
 	if got, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); got != "" || err != nil {
 		t.Errorf("Published = %q, %v; want nothing", got, err)
+	}
+}
+
+// Published asks once for each layer, and transfers none.
+func TestPublishedTransfersNoLayer(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	ref := testkit.Registry(t, true) + "/prebake/driver"
+	put(t, repository(t, ref), key, s)
+	want, got := map[string]int{}, map[string]int{}
+	for _, l := range s.Layers {
+		want["HEAD "+l.Digest] = 1
+	}
+	var mu sync.Mutex
+	counted, err := registry.Open(ref,
+		registry.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if name := path.Base(r.URL.Path); want["HEAD "+name] > 0 {
+				got[r.Method+" "+name]++
+			}
+			return http.DefaultTransport.RoundTrip(r)
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &batch.Destinations{Repositories: []*registry.Repository{counted}, Verifier: key.Verifier(t)}
+	for range 2 {
+		if digest, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); digest != s.Digest ||
+			err != nil {
+			t.Fatalf("Published = %q, %v; want %s", digest, err, s.Digest)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("requests for layers (-want +got):\n%s", diff)
 	}
 }
 
