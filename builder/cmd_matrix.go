@@ -263,7 +263,7 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 			p.Buckets = append(p.Buckets, b)
 			continue
 		}
-		repo, err := registry.Open(dest, cfg.Registry(dest))
+		repo, err := registry.Open(dest, cfg.RegistryOptions(dest))
 		if err != nil {
 			return nil, errors.Join(err, p.Close())
 		}

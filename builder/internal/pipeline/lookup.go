@@ -130,7 +130,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 			to.buckets = append(to.buckets, b)
 			continue
 		}
-		repo, err := registry.Open(dest, r.cfg.Registry(dest))
+		repo, err := registry.Open(dest, r.cfg.RegistryOptions(dest))
 		if err != nil {
 			return err
 		}
