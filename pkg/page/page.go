@@ -1,5 +1,5 @@
-// Package page finds the next page of a list that an HTTP server sends in parts, by its Link header (RFC 8288). It never
-// takes a header that it cannot read for the end of the list. It sends no requests.
+// Package page finds the next page of a list that an HTTP server sends in parts, by its Link header (RFC 8288). It
+// never takes a header that it cannot read for the end of the list. It sends no requests.
 package page
 
 import (

@@ -104,7 +104,8 @@ func TestNextLong(t *testing.T) {
 	from := &url.URL{Scheme: "https", Host: "h", Path: "/v2/a/tags/list"}
 	const last = `<?n=2>; rel="next"`
 	padded := func(size int) string { return strings.Repeat(",", size-len(last)) + last }
-	if to, err := Next(from, http.Header{"Link": {padded(MaxLink)}}, never); err != nil || to == nil || to.RawQuery != "n=2" {
+	if to, err := Next(from, http.Header{"Link": {padded(MaxLink)}}, never); err != nil || to == nil ||
+		to.RawQuery != "n=2" {
 		t.Errorf("Next of %d bytes = %v, %v; want the next page", MaxLink, to, err)
 	}
 	for name, headers := range map[string][]string{

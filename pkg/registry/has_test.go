@@ -51,7 +51,7 @@ func TestLayoutHas(t *testing.T) {
 	}
 }
 
-// TestHasBlobWithoutHead checks that GET decides where a registry's HEAD knows no blob. Users recorded both statuses for
+// TestHasBlobWithoutHead checks that GET decides where a registry's HEAD knows no blob. Users recorded such answers for
 // blobs that GET returned: 404 (artifact-keeper/artifact-keeper#3605, 2026-08-31) and 403 (ECR Public,
 // SgtSilvio/gradle-oci#154, 2026-09-11).
 func TestHasBlobWithoutHead(t *testing.T) {

@@ -152,13 +152,13 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 // with 403 for a missing object, too, if the caller may read objects but not list them (Amazon S3 API, "GetObject").
 func (s *site) deniedError(at *url.URL, status int) error {
 	err := fmt.Errorf("get %s: %w: HTTP %d %s", at, errDenied, status, http.StatusText(status))
-	hint := "in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer on " +
-		"the bucket; on another server, log in: docker login " + at.Host
+	hint := "in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer " +
+		"on the bucket; on another server, log in: docker login " + at.Host
 	if status == http.StatusForbidden {
 		err = fmt.Errorf("%w; the file is missing, or may not be read", err)
-		hint = "check that the address is right and the file exists: if it is missing, copy the image layout there again; if " +
-			"it exists, permit this machine to read it: in Amazon S3, s3:GetObject, and s3:ListBucket so that S3 tells which " +
-			"files are missing; " + hint
+		hint = "check that the address is right and the file exists: if it is missing, copy the image layout there again; " +
+			"if it exists, permit this machine to read it: in Amazon S3, s3:GetObject, and s3:ListBucket so that S3 tells " +
+			"which files are missing; " + hint
 	}
 	return fault.Wrap(fault.Usage, err, hint)
 }

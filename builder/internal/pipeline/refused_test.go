@@ -108,8 +108,8 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 	}
 }
 
-// A build because of age that fails before it is published is not compiled again in each run either, but only after some
-// time, with other inputs or settings, or if the user asks for it.
+// A build because of age that fails before it is published is not compiled again in each run either, but only after
+// some time, with other inputs or settings, or if the user asks for it.
 func TestRenewFailedIsRemembered(t *testing.T) {
 	t.Parallel()
 	boot := func(t *testing.T, f *farm) {
