@@ -79,9 +79,9 @@ type Config struct {
 	// RebuildAfter is the age from which on a published artifact is built again, so that it gets a new provenance. 0 means
 	// that a published artifact is reused at any age. If no provenance by Key says the age, the artifact counts as old.
 	RebuildAfter time.Duration
-	// RetryRefused builds an old artifact again also if that failed, or a destination refused it, a short time ago.
-	// Without it, such a build ends before the compile.
-	RetryRefused bool
+	// RetrySince decides about an old artifact whose build failed, or was refused by a destination, a short time ago. Such
+	// a build ends before the compile, except if the failure is older than RetrySince.
+	RetrySince time.Time
 	// Fresh is the cache for the products of each build that RebuildAfter causes. Such a build takes nothing that an
 	// earlier pass made. [OpenFresh] makes it for one pass. If Fresh is nil, each such build makes an empty cache of its
 	// own.

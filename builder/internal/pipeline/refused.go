@@ -64,9 +64,6 @@ func (r *run) testSettings(in *inputs) string {
 // checkRefused returns the error of an earlier build that failed, as long as the cache remembers it. The digest is that
 // of the published artifact.
 func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
-	if r.cfg.RetryRefused {
-		return nil
-	}
 	for _, tested := range []string{"", r.testSettings(in)} {
 		for _, cosBuild := range []string{"", in.kernel.Kernel.String()} {
 			raw, ok := r.cfg.Cache.Fact(refusalKind, r.refusalKey(in, to, digest, cosBuild, tested))
@@ -75,8 +72,8 @@ func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
 				continue
 			}
 			until := known.At.Add(time.Duration(known.For) * time.Second)
-			if r.started.Before(known.At) || !r.started.Before(until) { // before: the clock was wrong
-				continue
+			if r.started.Before(known.At) || !r.started.Before(until) || known.At.Before(r.cfg.RetrySince) {
+				continue // if r.started comes before, the clock was wrong
 			}
 			r.res.Remembered = true
 			what := "failed"
@@ -115,7 +112,8 @@ func (r *run) keepRefused(in *inputs, to *publication, digest string, failed err
 		if slices.ContainsFunc(r.line.Phases(), func(p timeline.Phase) bool { return p.Name == "compile" && p.Failed }) {
 			cosBuild, tested = "", "" // COS builds with the same fingerprint share the compile
 		}
-	case kind == fault.PublishRefused, kind == fault.LoadTestFailed, kind == fault.InputMissing, kind == fault.Usage:
+	case kind == fault.PublishRefused, kind == fault.LoadTestFailed:
+	case digest == "" && (kind == fault.InputMissing || kind == fault.Usage):
 	default:
 		return
 	}

@@ -93,9 +93,10 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 			age(t, cfg, 2*time.Hour)
 			try("after its end", true)
 			try("after that", false)
-			cfg.RetryRefused = true
-			try("with RetryRefused", true)
-			cfg.RetryRefused, cfg.RebuildAfter = false, time.Hour
+			cfg.RetrySince = time.Now()
+			try("with RetrySince", true)
+			try("after that, with the same RetrySince", false)
+			cfg.RetrySince, cfg.RebuildAfter = time.Time{}, time.Hour
 			if res := must(t, cfg, request("17800.0.9")); !res.Reused {
 				t.Errorf("the artifact is young: %+v; want it reused", res)
 			}
@@ -160,9 +161,9 @@ func TestRenewFailedIsRemembered(t *testing.T) {
 			age(t, cfg, 2*time.Hour)
 			try("after its end", true)
 			try("after that", false)
-			cfg.RetryRefused = true
-			try("with RetryRefused", true)
-			cfg.RetryRefused = false
+			cfg.RetrySince = time.Now()
+			try("with RetrySince", true)
+			cfg.RetrySince = time.Time{}
 			row.mend(t, f, &cfg)
 			if res, log, err := build(t, cfg, request("17800.0.9")); !compiled(res) {
 				t.Errorf("after the mend: Run = %v, phases %v; want it compiled\n%s", err, phases(res), log)
