@@ -27,7 +27,7 @@ type Destinations struct {
 	Signer *sign.Signer
 
 	mu   sync.Mutex
-	seen map[string]bool // REPOSITORY@DIGEST of each layer that was found in its repository
+	seen map[string]time.Time // when each layer was found in its repository, by REPOSITORY@DIGEST
 }
 
 // Published returns the digest of a cell's artifact if every destination has the artifact, otherwise "". This means:
@@ -99,14 +99,17 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// checkLayer returns an error if a repository does not have a layer. It asks only once for each digest, because many
-// artifacts share a layer.
+// seenFor is how long a layer that was found is not looked for again. A registry may lose it later.
+const seenFor = 24 * time.Hour
+
+// checkLayer returns an error if a repository does not have a layer. It asks only once a day for each digest, because
+// many artifacts share a layer.
 func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()
-	seen := p.seen[name]
+	at, seen := p.seen[name]
 	p.mu.Unlock()
-	if seen {
+	if seen && time.Since(at) < seenFor {
 		return nil
 	}
 	if err := publish.CheckLayer(ctx, repo, l); err != nil {
@@ -115,8 +118,8 @@ func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.seen == nil {
-		p.seen = map[string]bool{}
+		p.seen = map[string]time.Time{}
 	}
-	p.seen[name] = true
+	p.seen[name] = time.Now()
 	return nil
 }

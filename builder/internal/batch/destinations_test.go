@@ -2,15 +2,19 @@ package batch_test
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"path"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
 
 	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -209,6 +213,45 @@ func TestPublishedTransfersNoLayer(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("requests for layers (-want +got):\n%s", diff)
 	}
+}
+
+// A worker that runs for long notices when a registry loses a layer.
+func TestPublishedLostLater(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
+		ggcr.WithReferrersSupport(true))
+	synctest.Test(t, func(t *testing.T) {
+		lost := false
+		repo, err := registry.Open("registry.example.com/x", registry.Options{Username: "u", Password: "p",
+			Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				w, got := httptest.NewRecorder(), r.Clone(r.Context())
+				if got.Body == nil {
+					got.Body = http.NoBody
+				}
+				if lost && strings.HasSuffix(r.URL.Path, s.Layers[0].Digest) {
+					w.WriteHeader(http.StatusNotFound)
+				} else {
+					handler.ServeHTTP(w, got)
+				}
+				resp := w.Result()
+				resp.Request = r
+				return resp, nil
+			})})
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(t, repo, key, s)
+		p := &batch.Destinations{Repositories: []*registry.Repository{repo}, Verifier: key.Verifier(t)}
+		for _, want := range []string{s.Digest, s.Digest, ""} {
+			if got, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); got != want || err != nil {
+				t.Errorf("Published after the loss %t = %q, %v; want %q", lost, got, err, want)
+			}
+			lost = true
+			time.Sleep(13 * time.Hour)
+		}
+	})
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)
