@@ -277,7 +277,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg.Labels, cfg.RetryRefused = labels, true // whoever names a cell wants it built
+	cfg.Labels, cfg.RetrySince = labels, time.Now() // whoever names a cell wants it built
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	if err := checkPlaces(ctx, cfg); err != nil {
 		return err

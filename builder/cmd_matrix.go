@@ -154,7 +154,6 @@ type matrix struct {
 	kernels, drivers *cosbucket.Bucket
 	destinations     *batch.Destinations
 	telemetry        *telemetry.Telemetry // if nil, nothing is recorded
-	failures         *batch.FailureStore  // is also batch.Failures; nil if nothing is stored
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -195,7 +194,10 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m.retryFailed(cmd.Bool("retry-failed"), failures)
+	m.batch.Failures = failures
+	if failures.Forget = cmd.Bool("retry-failed"); failures.Forget {
+		m.cfg.RetrySince = time.Now()
+	}
 	// Labels depend on all cells together, so the method setLabels sets them after the last build.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
@@ -230,14 +232,6 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// retryFailed sets the store of failures, and whether the next pass builds again what failed or was refused with the
-// same inputs.
-func (m *matrix) retryFailed(again bool, failures *batch.FailureStore) {
-	m.cfg.RetryRefused = again
-	m.failures, m.batch.Failures = failures, failures
-	failures.Forget = again
-}
-
 // openDestinations opens the destinations and loads the signing key. A cell counts as published only if this key signed
 // the statements about its artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
@@ -263,7 +257,7 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 			p.Buckets = append(p.Buckets, b)
 			continue
 		}
-		repo, err := registry.Open(dest, cfg.Registry(dest))
+		repo, err := registry.Open(dest, cfg.RegistryOptions(dest))
 		if err != nil {
 			return nil, errors.Join(err, p.Close())
 		}
@@ -343,11 +337,7 @@ func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Repor
 			err = errors.Join(err, remove())
 		}()
 	}
-	report = batch.Run(ctx, m.batch, p)
-	if m.failures != nil { // later passes would try the same cells in vain
-		m.retryFailed(false, m.failures)
-	}
-	return report, nil
+	return batch.Run(ctx, m.batch, p), nil
 }
 
 // runPlan prints what a build would do, and builds nothing.

@@ -257,27 +257,32 @@ func (sums) ReadSmall(context.Context, string, int64) ([]byte, error) { return [
 func TestRetryFailedOnce(t *testing.T) {
 	t.Parallel()
 	m, p := newOneCell(t)
-	m.retryFailed(true, &batch.FailureStore{Facts: m.cfg.Cache, Kernels: sums{}, Drivers: sums{}})
-	made := 0
+	store := func(forget bool) *batch.FailureStore {
+		return &batch.FailureStore{Facts: m.cfg.Cache, Kernels: sums{}, Drivers: sums{}, Forget: forget}
+	}
+	broken := fault.Errorf(fault.APIBreak, "no such function")
+	outcome, made := broken, 0
+	m.batch.Attempts = 1
 	m.batch.Make = func(context.Context, plan.Cell, io.Writer, *timeline.Run) (*pipeline.Result, error) {
-		if made++; !m.cfg.RetryRefused {
-			t.Error("the first pass does not build refused artifacts again")
-		}
-		return &pipeline.Result{}, fault.Errorf(fault.APIBreak, "no such function")
+		made++
+		return &pipeline.Result{}, outcome
 	}
 	pass := func(known bool, when string) {
 		t.Helper()
+		before := made
 		report, err := m.runPass(t.Context(), p)
-		if err != nil || report.States[batch.Failed] != 1 || report.Jobs[0].Known != known {
-			t.Errorf("%s: runPass = %+v, %v; want one failed cell, known before: %t", when, report, err, known)
+		if err != nil || report.States[batch.Failed] != 1 || report.Jobs[0].Known != known || (made == before) != known {
+			t.Errorf("%s: runPass = %+v, %v, built %d times; want one failed cell, known before: %t", when, report, err,
+				made-before, known)
 		}
 	}
+	m.batch.Failures = store(false)
 	pass(false, "the first pass")
 	pass(true, "the second pass")
-	if m.cfg.RetryRefused || made != 1 {
-		t.Errorf("after two passes: RetryRefused %t, built %d times; want false, once", m.cfg.RetryRefused, made)
-	}
-	m.retryFailed(true, m.failures)
-	pass(false, "a first pass with a known failure")
-	pass(true, "the pass after that")
+	m.batch.Failures = store(true)
+	outcome = fault.Errorf(fault.Transient, "connection reset")
+	pass(false, "a first pass with --retry-failed and without a network")
+	outcome = broken
+	pass(false, "the pass after that")
+	pass(true, "a further pass")
 }

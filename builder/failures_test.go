@@ -39,15 +39,19 @@ func TestKeepFailure(t *testing.T) {
 	apiBreak := fault.New(fault.APIBreak, "x.c:1: error", "newer")
 	source, compile := timeline.Phase{Name: "source"}, timeline.Phase{Name: "compile"}
 	for name, row := range map[string]struct {
-		err    error
-		phases []timeline.Phase
-		kept   bool
+		err     error
+		phases  []timeline.Phase
+		renewal bool
+		kept    bool
 	}{
-		"API break":          {apiBreak, []timeline.Phase{source, compile}, true},
-		"in the load test":   {apiBreak, []timeline.Phase{source, compile, {Name: "load test", Failed: true}}, false},
-		"before inputs came": {apiBreak, []timeline.Phase{source}, false},
-		"something that may pass": {fault.New(fault.Transient, "connection reset", ""), []timeline.Phase{source, compile},
+		"API break": {apiBreak, []timeline.Phase{source, compile}, false, true},
+		// What was built before is tried again after some time.
+		"API break of a published artifact": {apiBreak, []timeline.Phase{source, compile}, true, false},
+		"in the load test": {apiBreak, []timeline.Phase{source, compile, {Name: "load test", Failed: true}}, false,
 			false},
+		"before inputs came": {apiBreak, []timeline.Phase{source}, false, false},
+		"something that may pass": {fault.New(fault.Transient, "connection reset", ""), []timeline.Phase{source, compile},
+			false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -58,7 +62,7 @@ func TestKeepFailure(t *testing.T) {
 			t.Cleanup(func() { _ = cache.Close() })
 			cfg := pipeline.Config{KernelMirror: "file://" + dir + "/cos", DriverMirror: "file://" + dir + "/drivers",
 				Cache: cache}
-			res := &pipeline.Result{Kernel: kernel, Driver: driver, Phases: row.phases}
+			res := &pipeline.Result{Kernel: kernel, Driver: driver, Phases: row.phases, Renewal: row.renewal}
 			if err := keepFailure(t.Context(), cfg, res, row.err); err != nil {
 				t.Fatal(err)
 			}

@@ -2,13 +2,14 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strconv"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/page"
 )
 
 // Bounds on a list that the client reads page by page. A page has at most pageLimit entries, or the cells of at most
@@ -56,31 +57,34 @@ func (f Filter) query(largest int) url.Values {
 	return query
 }
 
-// nextLink matches the server's Link header if there is a next page. The server writes the header in no other form.
-var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
-
 // readPages reads a list page by page. After an error, it yields the error and stops.
 func readPages[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
 		at := path + "?" + query.Encode()
 		for range maxPages {
-			var page []T
-			header, err := c.answer(ctx, http.MethodGet, at, nil, &page)
+			var entries []T
+			header, err := c.answer(ctx, http.MethodGet, at, nil, &entries)
 			if err != nil {
 				yield(none, err)
 				return
 			}
-			for _, entry := range page {
+			for _, entry := range entries {
 				if !yield(entry, nil) {
 					return
 				}
 			}
-			next := nextLink.FindStringSubmatch(header.Get("Link"))
+			// The link has only a path, because the server does not know the address under which clients reach it.
+			next, err := page.Next(&url.URL{Path: path}, header, func(url string) bool { return url == at })
+			if err != nil {
+				yield(none, fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read the next page: %w", c.base, path, err),
+					"configure the proxy in front of the server so that it sends the server's Link header as it is"))
+				return
+			}
 			if next == nil {
 				return
 			}
-			at = next[1]
+			at = next.String()
 		}
 		yield(none, fault.Errorf(fault.TooLarge, "GET %s%s: the list has more than %d pages", c.base, path, maxPages))
 	}

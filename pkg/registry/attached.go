@@ -24,6 +24,9 @@ const (
 	MaxAttachment = 1 << 20
 	// maxManifests is the maximum number of manifests that one search reads.
 	maxManifests = 1024
+	// maxOwn is the maximum number of attachments with all wanted annotations that [Options.Own] puts first. The others
+	// keep a part of MaxAttachments, because a newer one may be by another program.
+	maxOwn = MaxAttachments / 2
 	// maxOthers is the maximum number of useless payloads that [Repository.AttachedIf] returns.
 	maxOthers = 8
 )
@@ -34,7 +37,8 @@ const (
 //
 // Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
 // Each set begins with the newest ones (see annotationCreated). Then come attachments that lack an annotation but
-// contradict none, because a registry may list attachments without annotations.
+// contradict none, because a registry may list attachments without annotations. In each group, those that [Options.Own]
+// names come first, up to a bound.
 //
 // Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
 // payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
@@ -64,6 +68,7 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 	}
 	s := search{r: r, digest: digest, artifactType: artifactType, useful: useful, wanted: wanted, known: map[string]bool{}}
 	complete, incomplete := sortOut(list, wanted)
+	complete, incomplete = r.ownFirst(digest, complete, maxOwn), r.ownFirst(digest, incomplete, len(incomplete))
 	all, err := s.payloads(ctx, complete) // if a manifest of the list was not read yet, this reads it
 	var more [][]byte
 	if err != nil {
@@ -281,6 +286,7 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	s := search{r: r, digest: digest, artifactType: artifactType, useful: func([]byte) string { return "" },
 		wanted: wanted}
 	complete, incomplete := sortOut(list, wanted)
+	complete, incomplete = r.ownFirst(digest, complete, maxOwn), r.ownFirst(digest, incomplete, len(incomplete))
 	var payloads []v1.Descriptor
 	for _, d := range append(complete, incomplete...) {
 		if !mayBe(d, artifactType) {

@@ -1,6 +1,7 @@
 package registry_test
 
 import (
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -46,6 +47,39 @@ func TestLayoutHas(t *testing.T) {
 			if got, err := l.Has(t.Context(), d); err != nil || got != row.want {
 				t.Errorf("Has of a blob that is %s in %s = %t, %v; want %t", name, ref, got, err, row.want)
 			}
+		}
+	}
+}
+
+// TestHasBlobWithoutHead checks that GET decides where a registry's HEAD knows no blob. Users recorded such answers for
+// blobs that GET returned: 404 (artifact-keeper/artifact-keeper#3605, 2026-08-31) and 403 (ECR Public,
+// SgtSilvio/gradle-oci#154, 2026-09-11).
+func TestHasBlobWithoutHead(t *testing.T) {
+	t.Parallel()
+	behind := testkit.Registry(t, true)
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	if _, err := open(t, behind+"/x").Push(t.Context(), sample.Image); err != nil {
+		t.Fatal(err)
+	}
+	for _, status := range []int{http.StatusNotFound, http.StatusForbidden, http.StatusMethodNotAllowed} {
+		repo := open(t, startProxy(t, behind, func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method != http.MethodHead || !strings.Contains(r.URL.Path, "/blobs/") {
+				return false
+			}
+			w.WriteHeader(status)
+			return true
+		}, nil)+"/x")
+		present, err := v1.NewHash(sample.Layers[0].Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := v1.Descriptor{Digest: present, Size: sample.Layers[0].Size}
+		if has, err := repo.HasBlob(t.Context(), d); err != nil || !has {
+			t.Errorf("status %d to HEAD: HasBlob of a layer = %t, %v; want true", status, has, err)
+		}
+		d.Digest.Hex = strings.Repeat("0", 64)
+		if has, err := repo.HasBlob(t.Context(), d); err != nil || has {
+			t.Errorf("status %d to HEAD: HasBlob of another blob = %t, %v; want false", status, has, err)
 		}
 	}
 }

@@ -2,21 +2,19 @@ package registry
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
-	"regexp"
-	"slices"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/page"
 )
 
 const (
@@ -25,9 +23,6 @@ const (
 	maxList = 32 << 20
 	// maxAnnotation is the maximum size in bytes of one annotation: key and value together.
 	maxAnnotation = 1 << 10
-	// maxLink is the maximum size in bytes of the Link headers of one response, together. net/http accepts megabytes, and
-	// their syntax takes a multiple of that to read.
-	maxLink = 16 << 10
 )
 
 // maxPages is the maximum number of pages of one list of referrers.
@@ -65,14 +60,14 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		read = &pagesRead{}
 	}
 	left := int64(maxList)
-	for page := 1; ; page++ {
+	for number := 1; ; number++ {
 		part, n, err := readPage(resp.Body, left)
 		if err != nil {
-			err = fmt.Errorf("read page %d of the referrers: %w", page, err)
+			err = fmt.Errorf("read page %d of the referrers: %w", number, err)
 			switch {
 			case errors.Is(err, errTooLong): // a pusher can make such a list, and must not block the nodes
 				*read = pagesRead{}
-			case page > 1:
+			case number > 1:
 				*read = pagesRead{err, whole.Manifests}
 			}
 			return nil, err
@@ -81,10 +76,7 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		whole.Manifests = append(whole.Manifests, dropLong(part.Manifests)...)
 		part.Manifests = whole.Manifests
 		whole = part
-		at, err := nextPage(req.URL, resp.Header)
-		if err == nil && at != nil && asked[at.String()] {
-			err = errSamePage(req.URL, at)
-		}
+		at, err := nextPage(req.URL, resp.Header, func(u string) bool { return asked[u] })
 		if err != nil {
 			err = fmt.Errorf("read the referrers: %w", err)
 			*read = pagesRead{err, whole.Manifests}
@@ -94,7 +86,7 @@ func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 			break
 		}
 		asked[at.String()] = true
-		if page == maxPages {
+		if number == maxPages {
 			*read = pagesRead{}
 			return nil, damaged(fmt.Errorf("read the referrers: the list has more than %d pages", maxPages))
 		}
@@ -147,26 +139,23 @@ func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, 
 }
 
 // ErrLink is in the chain of each error of a Link header that names no usable next page.
-var ErrLink = errors.New("wrong Link header")
+var ErrLink = page.ErrLink
 
-// linkError returns the error of a Link header in the response for a list. Such a list is not complete.
-func linkError(list *url.URL, format string, args ...any) error {
-	return fault.Wrap(fault.Unverified, fmt.Errorf("%w: %w", ErrLink, fmt.Errorf(format, args...)),
-		"configure the registry, or the proxy in front of it, so that the Link header names the next page as a relative "+
-			"path, or as "+list.Scheme+"://"+list.Host+list.Path+"?…; until then, use another registry")
-}
-
-func errSamePage(list, page *url.URL) error {
-	return linkError(list, "it names a page as the next one that was read already: %.100q", page)
+// nextPage is [page.Next], with a next step in the error. A list with such an error is not complete.
+func nextPage(list *url.URL, h http.Header, wasRead func(url string) bool) (*url.URL, error) {
+	at, err := page.Next(list, h, wasRead)
+	if err != nil {
+		err = fault.Wrap(fault.Unverified, err,
+			"configure the registry, or the proxy in front of it, so that the Link header names the next page as a relative "+
+				"path, or as "+list.Scheme+"://"+list.Host+list.Path+"?…; until then, use another registry")
+	}
+	return at, err
 }
 
 // checkTagsLink leaves only a Link header that the client library can follow: the link to the next page, if there is
 // one.
 func checkTagsLink(req *http.Request, resp *http.Response) (*http.Response, error) {
-	at, err := nextPage(req.URL, resp.Header)
-	if err == nil && at != nil && at.String() == req.URL.String() {
-		err = errSamePage(req.URL, at)
-	}
+	at, err := nextPage(req.URL, resp.Header, func(u string) bool { return u == req.URL.String() })
 	if err != nil {
 		_ = resp.Body.Close() // the page is not needed
 		return nil, fmt.Errorf("read the tags: %w", err)
@@ -176,78 +165,4 @@ func checkTagsLink(req *http.Request, resp *http.Response) (*http.Response, erro
 		resp.Header.Set("Link", "<"+at.String()+`>; rel="next"`)
 	}
 	return resp, nil
-}
-
-// The syntax of a Link header (RFC 8288, 3). linkValue matches the first link: its target, and its parameters.
-// linkParam matches a parameter that has a value.
-var (
-	linkValue = regexp.MustCompile(`^[\s,]*<([^<>]*)>((?:\s*;\s*(?:[^\s;,="<>]+(?:\s*=\s*` +
-		`(?:"(?:[^"\\]|\\.)*"|[^\s;,"<>]+))?)?)*)\s*(?:,|$)`)
-	linkParam = regexp.MustCompile(`;\s*([^\s;,="<>]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"<>]+))`)
-)
-
-// nextTarget returns the target of the link with relation "next" in a Link header. It returns false without such a
-// link. If it cannot read the header, and the header has this word, it returns an error: the list may have more pages.
-func nextTarget(header string) (target string, ok bool, err error) {
-	for rest := header; rest != ""; {
-		m := linkValue.FindStringSubmatch(rest)
-		if m == nil && strings.Contains(strings.ToLower(rest), "next") {
-			return "", false, fmt.Errorf("%.100q is not of the form <URL>; rel=\"next\"", header)
-		}
-		if m == nil {
-			return "", false, nil
-		}
-		for _, param := range linkParam.FindAllStringSubmatch(m[2], -1) {
-			if !strings.EqualFold(param[1], "rel") {
-				continue
-			}
-			if slices.ContainsFunc(strings.Fields(param[2]+param[3]),
-				func(word string) bool { return strings.EqualFold(word, "next") }) {
-				return m[1], true, nil
-			}
-			break // only the first rel counts
-		}
-		rest = rest[len(m[0]):]
-	}
-	return "", false, nil
-}
-
-// nextPage returns the URL of the next page of a list, or nil after the last page. The URL must have the scheme, host
-// and path of the list, because the request carries credentials. An error has [ErrLink] in its chain.
-func nextPage(list *url.URL, h http.Header) (*url.URL, error) {
-	size := 0
-	for _, header := range h.Values("Link") {
-		size += len(header)
-	}
-	if size > maxLink {
-		return nil, linkError(list, "it has %d bytes, and the maximum is %d", size, maxLink)
-	}
-	for _, header := range h.Values("Link") {
-		target, ok, err := nextTarget(header)
-		if err != nil {
-			return nil, linkError(list, "%w", err)
-		}
-		if !ok {
-			continue
-		}
-		to, err := list.Parse(target)
-		if err != nil {
-			return nil, linkError(list, "the next page %.100q is not a URL", target)
-		}
-		if to.Scheme != list.Scheme || !sameHost(to, list) || to.Path != list.Path || to.User != nil {
-			return nil, linkError(list, "the next page %.100q has another scheme, host or path than the list, and must not get "+
-				"this registry's credentials", target)
-		}
-		to.Host, to.Fragment, to.RawFragment = list.Host, "", ""
-		return to, nil
-	}
-	return nil, nil
-}
-
-// sameHost reports whether two URLs of the same scheme have the same host and port.
-func sameHost(a, b *url.URL) bool {
-	port := func(u *url.URL) string {
-		return cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
-	}
-	return strings.EqualFold(a.Hostname(), b.Hostname()) && port(a) == port(b)
 }

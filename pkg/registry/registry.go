@@ -43,6 +43,11 @@ type Options struct {
 	UserAgent string
 	// Transport replaces the default HTTP transport. Nil means the default.
 	Transport http.RoundTripper
+	// Attached is called with the digest of each manifest that was attached to a subject. Own returns those digests. The
+	// attachments that Own names are read before all others, so that many attachments of others do not hide them. Both may
+	// be nil.
+	Attached func(subject, digest string)
+	Own      func(subject string) []string
 }
 
 // store is implemented by a registry ([remoteStore]) and by an image layout ([layoutStore]).
@@ -63,8 +68,9 @@ type store interface {
 
 // Repository is one repository. Its methods are safe for concurrent use.
 type Repository struct {
-	name string
-	s    store
+	name    string
+	s       store
+	options Options
 }
 
 // Open returns the repository with this reference. A reference has one of these forms:
@@ -96,7 +102,7 @@ func Open(ref string, o Options) (*Repository, error) {
 				"oci:https://HOST/PATH for a web server, or oci:gs://BUCKET/PATH for a bucket",
 		)
 	}
-	return &Repository{name: ref, s: s}, nil
+	return &Repository{name: ref, s: s, options: o}, nil
 }
 
 // Name returns the name under which the repository was opened.
@@ -177,7 +183,8 @@ func (r *Repository) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
 }
 
 // Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the
-// list has only manifests of that type.
+// list has only manifests of that type, and those that [Options.Own] names come first. A registry may list no types.
+// Then Referrers reads at most maxManifests manifests, and leaves out the others.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
 	all, err := r.list(ctx, digest, false)
 	if err != nil {
@@ -187,13 +194,40 @@ func (r *Repository) Referrers(ctx context.Context, digest, artifactType string)
 		return all, nil
 	}
 	var list []v1.Descriptor
-	for _, d := range all {
-		if mayBe(d, artifactType) && (d.ArtifactType == artifactType || r.attachedAs(ctx, d, artifactType)) {
+	looks := 0
+	for _, d := range r.ownFirst(digest, all, len(all)) {
+		is := d.ArtifactType == artifactType
+		if !is && mayBe(d, artifactType) && looks < maxManifests {
+			looks++
+			is = r.attachedAs(ctx, d, artifactType)
+		}
+		if is {
 			d.ArtifactType = artifactType
 			list = append(list, d)
 		}
 	}
 	return list, nil
+}
+
+// ownFirst moves the first attachments that Options.Own names to the front of a list, at most count of them. It keeps
+// the order otherwise.
+func (r *Repository) ownFirst(subject string, list []v1.Descriptor, count int) []v1.Descriptor {
+	if r.options.Own == nil {
+		return list
+	}
+	own := map[string]bool{}
+	for _, digest := range r.options.Own(subject) {
+		own[digest] = true
+	}
+	var first, others []v1.Descriptor
+	for _, d := range list {
+		if own[d.Digest.String()] && len(first) < count {
+			first = append(first, d)
+		} else {
+			others = append(others, d)
+		}
+	}
+	return append(first, others...)
 }
 
 // list returns all manifests that are attached to a manifest, sorted by their digests. The error and unread are as in
@@ -333,6 +367,9 @@ func (r *Repository) AttachLayer(
 	}
 	if err != nil {
 		return v1.Descriptor{}, fmt.Errorf("attach to %s in %s: %w", subject.Digest, r.name, err)
+	}
+	if r.options.Attached != nil {
+		r.options.Attached(subject.Digest.String(), a.desc.Digest.String())
 	}
 	return a.desc, nil
 }

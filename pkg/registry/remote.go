@@ -129,16 +129,20 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return b, nil
 }
 
-// has implements [store]. As in resolve, GET decides if HEAD gives no clear result.
+// has implements [store]. GET decides if HEAD finds no blob or gives no clear result. Some registries answer HEAD with
+// 404 or 403 for a blob that GET returns: artifact-keeper/artifact-keeper#3605, SgtSilvio/gradle-oci#154 (ECR Public).
 func (s *remoteStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	layer, err := s.puller.Layer(ctx, s.repo.Digest(d.Digest.String()))
 	if err == nil {
 		var has bool
-		if has, err = partial.Exists(layer); err == nil {
-			return has, nil
+		if has, err = partial.Exists(layer); has {
+			return true, nil
 		}
 	}
-	if err = s.readError(ctx, err); ctx.Err() != nil || fault.Is(err, fault.Transient) {
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	if err = s.readError(ctx, err); fault.Is(err, fault.Transient) {
 		return false, err
 	}
 	blob, err := s.blob(ctx, d.Digest.String(), d.Size)

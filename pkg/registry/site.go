@@ -101,6 +101,7 @@ func (r resource) RegistryStr() string { return string(r) }
 // get requests a file. It sends credentials only after the server has refused a request without them.
 func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	at := s.base.JoinPath(name)
+	denied := 0 // the last status 401 or 403
 	for _, known := range []bool{false, true} {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 		if err != nil {
@@ -128,6 +129,7 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 		case status == http.StatusNotFound:
 			return nil, errors.Join(&fs.PathError{Op: "get", Path: at.String(), Err: fs.ErrNotExist}, resp.Body.Close())
 		case status == http.StatusUnauthorized || status == http.StatusForbidden:
+			denied = status
 			if err := resp.Body.Close(); err != nil {
 				return nil, err
 			}
@@ -143,12 +145,22 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 			)
 		}
 	}
-	return nil, fault.Wrap(
-		fault.Usage,
-		fmt.Errorf("get %s: %w", at, errDenied),
-		"in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer on the "+
-			"bucket; on another server, log in: docker login "+at.Host,
-	)
+	return nil, s.deniedError(at, denied)
+}
+
+// deniedError returns the error for a file that the server denied with this status. Amazon S3 and Cloud Storage answer
+// with 403 for a missing object, too, if the caller may read objects but not list them (Amazon S3 API, "GetObject").
+func (s *site) deniedError(at *url.URL, status int) error {
+	err := fmt.Errorf("get %s: %w: HTTP %d %s", at, errDenied, status, http.StatusText(status))
+	hint := "in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer " +
+		"on the bucket; on another server, log in: docker login " + at.Host
+	if status == http.StatusForbidden {
+		err = fmt.Errorf("%w; the file is missing, or may not be read", err)
+		hint = "check that the address is right and the file exists: if it is missing, copy the image layout there again; " +
+			"if it exists, permit this machine to read it: in Amazon S3, s3:GetObject, and s3:ListBucket so that S3 tells " +
+			"which files are missing; " + hint
+	}
+	return fault.Wrap(fault.Usage, err, hint)
 }
 
 // login adds the credentials for the host to a request, and reports whether there are any.

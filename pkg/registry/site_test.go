@@ -205,6 +205,45 @@ func TestSiteCredentials(t *testing.T) {
 	}
 }
 
+// TestSiteDenied checks that the error of a status 403 names both possible causes. Buckets that may be read but not
+// listed answer so for a missing file, too. A status 401 has one cause.
+func TestSiteDenied(t *testing.T) {
+	t.Parallel()
+	dir, digest := publishLayout(t)
+	for _, status := range []int{http.StatusForbidden, http.StatusUnauthorized} {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if _, err := os.Stat(filepath.Join(dir, r.URL.Path)); err != nil {
+				w.WriteHeader(status)
+				return
+			}
+			http.FileServer(http.Dir(dir)).ServeHTTP(w, r)
+		}))
+		t.Cleanup(srv.Close)
+		repo := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: token{}})
+		checkLayout(t, repo, digest)
+		both := status == http.StatusForbidden
+		for name, err := range map[string]error{
+			"a missing manifest": func() error {
+				_, err := repo.Manifest(t.Context(), "sha256:"+strings.Repeat("0", 64))
+				return err
+			}(),
+			"a missing layout": func() error {
+				_, err := openRef(t, "oci:"+srv.URL+"/elsewhere", registry.Options{Keychain: token{}}).Resolve(t.Context(), "v1")
+				return err
+			}(),
+		} {
+			if !fault.Is(err, fault.Usage) || !registry.Denied(err) ||
+				!strings.Contains(err.Error(), fmt.Sprintf("HTTP %d", status)) ||
+				strings.Contains(err.Error(), "the file is missing, or may not be read") != both ||
+				strings.Contains(fault.Hint(err), "check that the address is right and the file exists") != both ||
+				strings.Contains(fault.Hint(err), "s3:ListBucket") != both ||
+				!strings.Contains(fault.Hint(err), "service account") {
+				t.Errorf("status %d for %s: %v, hint %q; want what both causes are: %t", status, name, err, fault.Hint(err), both)
+			}
+		}
+	}
+}
+
 // TestSiteGCS reads a layout from an emulated bucket.
 func TestSiteGCS(t *testing.T) {
 	srv := gcs.Start(t)

@@ -18,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -87,9 +88,13 @@ func FailureOf(err error) Failure {
 }
 
 // Permanent reports whether the same inputs would fail in the same way each time. A failed load test is never
-// permanent: the virtual machine may have been too slow, or other settings may need no load test.
+// permanent: the virtual machine may have been too slow, or other settings may need no load test. Nor is the failure of
+// a renewal, because the inputs were built before; the pipeline remembers it for some time.
 func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	if res != nil {
+		if res.Renewal || res.Remembered {
+			return false
+		}
 		for _, p := range res.Phases {
 			if p.Name == "load test" && p.Of == "" && p.Failed {
 				return false
@@ -302,8 +307,13 @@ func (f *runner) make(ctx context.Context, j *job) {
 	f.endAttempt(ctx, j, res, err, time.Since(begin))
 }
 
-// makeLogged makes one cell, writes its log to a file and reports its phases.
+// makeLogged makes one cell, writes its log to a file and reports its phases. It keeps the log of the attempt before
+// until it knows whether this attempt needs one.
 func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
+	before := strings.TrimSuffix(j.Log, ".log") + ".before.log"
+	if err := os.Rename(j.Log, before); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fault.Disk(fmt.Errorf("keep log: %w", err), "free space on the disk of the log")
+	}
 	log, err := os.OpenFile(j.Log, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 	if errors.Is(err, os.ErrNotExist) {
 		if err = os.MkdirAll(filepath.Dir(j.Log), 0o755); err == nil {
@@ -315,6 +325,13 @@ func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, 
 	}
 	defer func() {
 		err = errors.Join(err, log.Close())
+		// A build that only repeats an earlier failure does not replace the log of that failure. Errors are ignored: at worst
+		// one log too many stays, or one is missing.
+		if res != nil && res.Remembered {
+			_ = os.Rename(before, j.Log)
+		} else {
+			_ = os.Remove(before)
+		}
 	}()
 	line := &timeline.Run{Watch: func(e timeline.Event) { f.emit(Event{Job: j.Job, Kind: Phase, Phase: e}) }}
 	return f.cfg.Make(ctx, j.Cell, log, line)

@@ -27,7 +27,7 @@ type Destinations struct {
 	Signer *sign.Signer
 
 	mu   sync.Mutex
-	seen map[string]bool // REPOSITORY@DIGEST of each layer that was found in its repository
+	seen map[string]time.Time // when each layer was found in its repository, by REPOSITORY@DIGEST
 }
 
 // Published returns the digest of a cell's artifact if every destination has the artifact, otherwise "". This means:
@@ -91,7 +91,7 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	if _, err := p.Verifier.Verify(attached, expect); err != nil {
 		return err
 	}
-	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
+	for _, l := range content.Layers {
 		if err := p.checkLayer(ctx, repo, l); err != nil {
 			return err
 		}
@@ -99,28 +99,27 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// checkLayer returns an error if a repository does not have a layer. It asks only once for each digest, because many
-// artifacts share a layer.
+// seenFor is how long a layer that was found is not looked for again. A registry may lose it later.
+const seenFor = 24 * time.Hour
+
+// checkLayer returns an error if a repository does not have a layer. It asks only once a day for each digest, because
+// many artifacts share a layer.
 func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()
-	seen := p.seen[name]
+	at, seen := p.seen[name]
 	p.mu.Unlock()
-	if seen {
+	if seen && time.Since(at) < seenFor {
 		return nil
 	}
-	blob, err := repo.Blob(ctx, l.Digest, l.Size)
-	if err != nil {
-		return err
-	}
-	if err := blob.Close(); err != nil {
+	if err := publish.CheckLayer(ctx, repo, l); err != nil {
 		return err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.seen == nil {
-		p.seen = map[string]bool{}
+		p.seen = map[string]time.Time{}
 	}
-	p.seen[name] = true
+	p.seen[name] = time.Now()
 	return nil
 }

@@ -2,11 +2,19 @@ package batch_test
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
+	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
 
 	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/publish"
@@ -172,6 +180,81 @@ func TestPublishedLostLayer(t *testing.T) {
 	if got, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); got != "" || err != nil {
 		t.Errorf("Published = %q, %v; want nothing", got, err)
 	}
+}
+
+// Published asks once for each layer, and transfers none.
+func TestPublishedTransfersNoLayer(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	ref := testkit.Registry(t, true) + "/prebake/driver"
+	put(t, repository(t, ref), key, s)
+	want, got := map[string]int{}, map[string]int{}
+	for _, l := range s.Layers {
+		want["HEAD "+l.Digest] = 1
+	}
+	var mu sync.Mutex
+	counted, err := registry.Open(ref,
+		registry.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if name := path.Base(r.URL.Path); want["HEAD "+name] > 0 {
+				got[r.Method+" "+name]++
+			}
+			return http.DefaultTransport.RoundTrip(r)
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &batch.Destinations{Repositories: []*registry.Repository{counted}, Verifier: key.Verifier(t)}
+	for range 2 {
+		if digest, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); digest != s.Digest ||
+			err != nil {
+			t.Fatalf("Published = %q, %v; want %s", digest, err, s.Digest)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("requests for layers (-want +got):\n%s", diff)
+	}
+}
+
+// A worker that runs for long notices when a registry loses a layer.
+func TestPublishedLostLater(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
+		ggcr.WithReferrersSupport(true))
+	synctest.Test(t, func(t *testing.T) {
+		lost := false
+		repo, err := registry.Open("registry.example.com/x", registry.Options{Username: "u", Password: "p",
+			Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				w, got := httptest.NewRecorder(), r.Clone(r.Context())
+				if got.Body == nil {
+					got.Body = http.NoBody
+				}
+				if lost && strings.HasSuffix(r.URL.Path, s.Layers[0].Digest) {
+					w.WriteHeader(http.StatusNotFound)
+				} else {
+					handler.ServeHTTP(w, got)
+				}
+				resp := w.Result()
+				resp.Request = r
+				return resp, nil
+			})})
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(t, repo, key, s)
+		p := &batch.Destinations{Repositories: []*registry.Repository{repo}, Verifier: key.Verifier(t)}
+		for _, want := range []string{s.Digest, s.Digest, ""} {
+			if got, err := p.Published(t.Context(), plan.Cell{Kernel: s.Kernel, Driver: driver}); got != want || err != nil {
+				t.Errorf("Published after the loss %t = %q, %v; want %q", lost, got, err, want)
+			}
+			lost = true
+			time.Sleep(13 * time.Hour)
+		}
+	})
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)

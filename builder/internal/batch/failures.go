@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"sync"
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -47,8 +48,12 @@ type FailureStore struct {
 	// Signatures returns the names of the objects in the kernel bucket that may have signatures for a driver's modules.
 	// The objects may change later, so the key covers their checksums. Nil means no objects.
 	Signatures func(k target.Kernel, version string) []string
-	// If Forget is true, Find finds no failure. Remember still stores failures.
+	// If Forget is true, Find finds only failures that Remember got since the store was made. So each cell is tried once
+	// more, in a later pass if an earlier one did not get to it.
 	Forget bool
+
+	mu  sync.Mutex
+	own map[string]bool // keys that Remember got
 }
 
 // key returns the key of a cell's failure. It is "" if a bucket does not answer or lacks a needed checksum.
@@ -90,11 +95,11 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 
 // Find returns the stored failure of a cell with the same inputs. It returns false if there is none.
 func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
-	if m.Forget {
-		return Failure{}, false
-	}
 	key := m.key(ctx, c)
-	if key == "" {
+	m.mu.Lock()
+	forgotten := m.Forget && !m.own[key]
+	m.mu.Unlock()
+	if key == "" || forgotten {
 		return Failure{}, false
 	}
 	raw, ok := m.Facts.Fact(failureKind, key)
@@ -115,5 +120,11 @@ func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) err
 	if err != nil {
 		return err
 	}
+	m.mu.Lock()
+	if m.own == nil {
+		m.own = map[string]bool{}
+	}
+	m.own[key] = true
+	m.mu.Unlock()
 	return m.Facts.PutFact(failureKind, key, raw)
 }

@@ -257,6 +257,7 @@ func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, e
 	j.Seconds += took.Seconds()
 	if res != nil {
 		j.Phases = res.Phases
+		j.Known = err != nil && res.Remembered
 	}
 	if err == nil {
 		state := Published

@@ -41,7 +41,7 @@ func (r *run) startFresh() (end func(), err error) {
 			return nil, err
 		}
 	}
-	r.products, r.again = fresh, true
+	r.products, r.again, r.res.Renewal = fresh, true, true
 	release := fresh.Begin()
 	return func() {
 		for _, cleanup := range r.modulesMade {

@@ -130,7 +130,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 			to.buckets = append(to.buckets, b)
 			continue
 		}
-		repo, err := registry.Open(dest, r.cfg.Registry(dest))
+		repo, err := registry.Open(dest, r.cfg.RegistryOptions(dest))
 		if err != nil {
 			return err
 		}
@@ -287,12 +287,8 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 				"the modules of artifact %s are %s; this build makes modules with other signatures, or with none", digest, have)
 		}
 	}
-	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
-		blob, err := p.repo.Blob(ctx, l.Digest, l.Size)
-		if err != nil {
-			return content, false, err
-		}
-		if err := blob.Close(); err != nil {
+	for _, l := range content.Layers {
+		if err := publish.CheckLayer(ctx, p.repo, l); err != nil {
 			return content, false, err
 		}
 	}

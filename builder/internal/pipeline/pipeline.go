@@ -79,9 +79,9 @@ type Config struct {
 	// RebuildAfter is the age from which on a published artifact is built again, so that it gets a new provenance. 0 means
 	// that a published artifact is reused at any age. If no provenance by Key says the age, the artifact counts as old.
 	RebuildAfter time.Duration
-	// RetryRefused builds an old artifact again also if a destination refused that a short time ago. Without it, such a
-	// build ends before the compile.
-	RetryRefused bool
+	// RetrySince decides about an old artifact whose build failed, or was refused by a destination, a short time ago. Such
+	// a build ends before the compile, except if the failure is older than RetrySince.
+	RetrySince time.Time
 	// Fresh is the cache for the products of each build that RebuildAfter causes. Such a build takes nothing that an
 	// earlier pass made. [OpenFresh] makes it for one pass. If Fresh is nil, each such build makes an empty cache of its
 	// own.
@@ -156,7 +156,11 @@ type Result struct {
 	Tarballs []tarball.Report `json:"twins,omitempty"`
 	// Labels are the labels of this COS build in each bucket.
 	Labels []tarball.Labelled `json:"labels,omitempty"`
-	Phases []timeline.Phase   `json:"phases"`
+	// Renewal is true if the build replaces a published artifact because of Config.RebuildAfter. Remembered is true if
+	// such a build ended before the compile, because an earlier one failed in this way.
+	Renewal    bool             `json:"-"`
+	Remembered bool             `json:"-"`
+	Phases     []timeline.Phase `json:"phases"`
 }
 
 // withDefaults returns the settings for one request, with defaults filled in.

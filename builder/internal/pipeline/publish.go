@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // publish sends the artifact and its statements to each destination that lacks them.
@@ -15,12 +17,9 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
 		Verifier: to.verifier, Log: a.log, RenewAfter: r.renewAfter(in, m),
 		Pause: pause}
-	// Otherwise the destinations before the one that refuses would get an artifact of their own.
-	if len(to.destinations) > 1 && !a.wasPublished() {
-		for _, p := range to.destinations {
-			if err := publish.CheckTags(ctx, p.repo, a.digest, all); err != nil {
-				return "", fmt.Errorf("publish to %s: %w", p.name, err)
-			}
+	if !a.wasPublished() {
+		if err := to.checkTaken(ctx, in, all, a.digest); err != nil {
+			return "", err
 		}
 	}
 	r.res.Existed = true
@@ -64,6 +63,32 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		note += ", published there before"
 	}
 	return note, nil
+}
+
+// checkTaken returns an error if one of several destinations has another artifact under this name, and so would refuse
+// this one. Otherwise those before it would get an artifact of their own.
+func (o *publication) checkTaken(ctx context.Context, in *inputs, all publish.Artifact, digest string) error {
+	if len(o.destinations)+len(o.buckets) < 2 {
+		return nil
+	}
+	for _, p := range o.destinations {
+		if err := publish.CheckTags(ctx, p.repo, digest, all); err != nil {
+			return fmt.Errorf("publish to %s: %w", p.name, err)
+		}
+	}
+	for _, b := range o.buckets {
+		have, err := tarball.ArtifactOf(ctx, b, in.kernel.Kernel, in.driver)
+		if err != nil {
+			return err
+		}
+		if have != "" && have != digest {
+			return fault.New(fault.PublishRefused,
+				fmt.Sprintf("%s already has driver %s from artifact %s; this build made %s",
+					b.URL(tarball.IndexName(in.kernel.Kernel)), in.driver, have, digest),
+				"equal inputs give equal digests; to see what differs, run \"builder reproduce\" on the published artifact")
+		}
+	}
+	return nil
 }
 
 // pause waits for two to four seconds, so that builders that met once do not meet again.

@@ -330,30 +330,38 @@ func TestOtherBTFRefused(t *testing.T) {
 			t.Errorf("hint %q; want --retry-failed in it", hint)
 		}
 	}
-	cfg.RetryRefused = true
-	first("with RetryRefused", cfg)
+	cfg.RetrySince = time.Now()
+	first("with RetrySince", cfg)
 }
 
 // TestOtherBytesPublishedNowhere has two repositories, one of which has other bytes than this build makes. The build
 // must publish in neither.
 func TestOtherBytesPublishedNowhere(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.driver(t, salted(driverFiles()))
-	first := must(t, f.config(t, emptyCache(t)), request("17800.0.9"))
-	cfg := f.config(t, emptyCache(t))
-	fresh := "oci:" + filepath.Join(t.TempDir(), "layout")
-	cfg.Destinations = append([]string{fresh}, cfg.Destinations...)
-	res, log, err := build(t, cfg, request("17800.0.9"))
-	if !fault.Is(err, fault.PublishRefused) || res.Digest == first.Digest {
-		t.Fatalf("Run = %v, digest %s; want another digest than %s refused\n%s", err, res.Digest, first.Digest, log)
-	}
-	repo, err := registry.Open(fresh, registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
-		t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+	for name, bucket := range map[string]bool{"repository": false, "bucket": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			f.driver(t, salted(driverFiles()))
+			cfg := f.config(t, emptyCache(t))
+			if bucket {
+				cfg.Destinations = []string{"file://" + filepath.Join(t.TempDir(), "bucket")}
+			}
+			first := must(t, cfg, request("17800.0.9"))
+			fresh := "oci:" + filepath.Join(t.TempDir(), "layout")
+			cfg.Destinations, cfg.Cache = append([]string{fresh}, cfg.Destinations...), emptyCache(t)
+			res, log, err := build(t, cfg, request("17800.0.9"))
+			if !fault.Is(err, fault.PublishRefused) || res.Digest == first.Digest {
+				t.Fatalf("Run = %v, digest %s; want another digest than %s refused\n%s", err, res.Digest, first.Digest, log)
+			}
+			repo, err := registry.Open(fresh, registry.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if have, ok, err := publish.Existing(t.Context(), repo, first.Tag); ok || err != nil {
+				t.Errorf("the first repository has %s, %v; want nothing in it", have, err)
+			}
+		})
 	}
 }
 

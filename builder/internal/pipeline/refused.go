@@ -1,36 +1,44 @@
 package pipeline
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// A build because of age compiles everything again. If a destination then refuses the artifact, the published one stays
-// old, and each further run would compile it again in vain. So the cache remembers the refusal for some time.
+// A build because of age compiles everything again. If it fails, or a destination refuses the artifact, the published
+// one stays old, and each further run would compile it again in vain. So the cache remembers the failure for some time.
 const (
 	refusalKind = "refused-v1"
-	// otherBytesFor is how long a build that gave other bytes than the published ones is remembered. deniedFor is how long
-	// any other refusal is remembered. Its cause, such as a permission, is not among what the key covers.
-	otherBytesFor = 7 * 24 * time.Hour
-	deniedFor     = 24 * time.Hour
+	// sureFor is how long a failure is remembered whose cause is among what the key covers, such as a compile error, or
+	// other bytes than the published ones. It is not for ever: the machine may have made a mistake, while the published
+	// artifact proves that its inputs compile. otherFor is how long any other failure is remembered, such as a denied
+	// upload, or a failed load test, whose virtual machine may have been too slow.
+	sureFor  = 7 * 24 * time.Hour
+	otherFor = 24 * time.Hour
 )
 
-// refusal is what the cache remembers about a refused build.
+// refusal is what the cache remembers about a failed build.
 type refusal struct {
-	At    time.Time `json:"at"`
-	For   int64     `json:"seconds"` // how long it counts
-	Error string    `json:"error"`
-	Hint  string    `json:"hint"`
+	At    time.Time  `json:"at"`
+	For   int64      `json:"seconds"` // how long it counts
+	Class fault.Kind `json:"class"`   // Internal in facts of earlier versions, which remembered PublishRefused only
+	Error string     `json:"error"`
+	Hint  string     `json:"hint"`
 }
 
-// refusalKey returns the key of a refused build of the published artifact with this digest. It covers all that decides
-// the bytes, and the destinations. An empty COS build stands for all COS builds with the same fingerprint.
-func (r *run) refusalKey(in *inputs, to *publication, digest, cosBuild string) string {
+// refusalKey returns the key of a failed build of the published artifact with this digest. It covers all that decides
+// the bytes, and the destinations. An empty COS build stands for all COS builds with the same fingerprint. The last
+// argument has the settings of the load test, or is "" for a refusal by a destination.
+func (r *run) refusalKey(in *inputs, to *publication, digest, cosBuild, tested string) string {
 	how, _ := r.cfg.Signing()
 	key := cas.NewKey(refusalKind).Add("artifact", digest).Add("COS build", cosBuild).
 		Add("modules", r.modulesKey(in).String()).Add("release", in.release.Digest).Add("recipes", fmt.Sprint(Recipes())).
@@ -40,45 +48,80 @@ func (r *run) refusalKey(in *inputs, to *publication, digest, cosBuild string) s
 	if in.google != nil {
 		key.Add("Google's signatures", in.google.materials[0].Digest)
 	}
+	if tested != "" {
+		key.Add("load test", tested)
+	}
 	return key.String()
 }
 
-// checkRefused returns the error of an earlier build that a destination refused, as long as the cache remembers it. The
-// digest is that of the published artifact.
+// testSettings returns a text with what decides about the load test beside the modules, as far as it is known before
+// the compile.
+func (r *run) testSettings(in *inputs) string {
+	return fmt.Sprintf("%s, mode %s, boot image %q, vmlinux %t", loadtest.Recipe, r.cfg.LoadTest, in.kernel.BootDigest,
+		in.kernel.HasVMLinux)
+}
+
+// checkRefused returns the error of an earlier build that failed, as long as the cache remembers it. The digest is that
+// of the published artifact.
 func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
-	if r.cfg.RetryRefused {
-		return nil
-	}
-	for _, cosBuild := range []string{"", in.kernel.Kernel.String()} {
-		raw, ok := r.cfg.Cache.Fact(refusalKind, r.refusalKey(in, to, digest, cosBuild))
-		var known refusal
-		if !ok || json.Unmarshal(raw, &known) != nil {
-			continue
+	for _, tested := range []string{"", r.testSettings(in)} {
+		for _, cosBuild := range []string{"", in.kernel.Kernel.String()} {
+			raw, ok := r.cfg.Cache.Fact(refusalKind, r.refusalKey(in, to, digest, cosBuild, tested))
+			var known refusal
+			if !ok || json.Unmarshal(raw, &known) != nil {
+				continue
+			}
+			until := known.At.Add(time.Duration(known.For) * time.Second)
+			if r.started.Before(known.At) || !r.started.Before(until) || known.At.Before(r.cfg.RetrySince) {
+				continue // if r.started comes before, the clock was wrong
+			}
+			r.res.Remembered = true
+			what := "failed"
+			if known.Class = cmp.Or(known.Class, fault.PublishRefused); known.Class == fault.PublishRefused {
+				what = "was refused"
+			}
+			return fault.New(known.Class,
+				fmt.Sprintf("artifact %s is not built again before %s, because that %s at %s: %s", digest,
+					until.Format(time.RFC3339), what, known.At.Format(time.RFC3339), known.Error),
+				strings.TrimPrefix(known.Hint+"; to build it again now: --retry-failed", "; "))
 		}
-		until := known.At.Add(time.Duration(known.For) * time.Second)
-		if r.started.Before(known.At) || !r.started.Before(until) { // before: the clock was wrong
-			continue
-		}
-		return fault.New(fault.PublishRefused,
-			fmt.Sprintf("artifact %s is not built again before %s, because that was refused at %s: %s", digest,
-				until.Format(time.RFC3339), known.At.Format(time.RFC3339), known.Error),
-			strings.TrimPrefix(known.Hint+"; to build it again now: --retry-failed", "; "))
 	}
 	return nil
 }
 
-// keepRefused makes the cache remember that a destination refused this build. Only a build because of age needs that:
-// any other takes its modules from the cache.
-func (r *run) keepRefused(in *inputs, to *publication, a *artifact, refused error) error {
+// keepRefused makes the cache remember that this build failed. The digest is that of the artifact that a destination
+// refused, or "" if the build failed before. Only a build because of age needs that: any other takes its modules from
+// the cache. A failure that may pass soon is not remembered.
+func (r *run) keepRefused(in *inputs, to *publication, digest string, failed error) {
+	kind := fault.Of(failed)
+	if !r.again {
+		return
+	}
 	published := to.destinations[0].published // all have the same
-	known := refusal{At: r.started, For: int64(deniedFor.Seconds()), Error: refused.Error(), Hint: fault.Hint(refused)}
-	cosBuild := in.kernel.Kernel.String()
-	if a.digest != published {
-		known.For, cosBuild = int64(otherBytesFor.Seconds()), ""
+	known := refusal{At: r.started, For: int64(otherFor.Seconds()), Class: kind, Error: failed.Error(),
+		Hint: fault.Hint(failed)}
+	cosBuild, tested := in.kernel.Kernel.String(), ""
+	if digest == "" {
+		tested = r.testSettings(in)
+	}
+	switch {
+	case kind == fault.PublishRefused && digest != "" && digest != published:
+		known.For, cosBuild = int64(sureFor.Seconds()), ""
+	case kind == fault.APIBreak, kind == fault.CheckFailed, kind == fault.Unsupported:
+		known.For = int64(sureFor.Seconds())
+		if slices.ContainsFunc(r.line.Phases(), func(p timeline.Phase) bool { return p.Name == "compile" && p.Failed }) {
+			cosBuild, tested = "", "" // COS builds with the same fingerprint share the compile
+		}
+	case kind == fault.PublishRefused, kind == fault.LoadTestFailed:
+	case digest == "" && (kind == fault.InputMissing || kind == fault.Usage):
+	default:
+		return
 	}
 	raw, err := json.Marshal(known)
-	if err != nil {
-		return err
+	if err == nil {
+		err = r.cfg.Cache.PutFact(refusalKind, r.refusalKey(in, to, published, cosBuild, tested), raw)
 	}
-	return r.cfg.Cache.PutFact(refusalKind, r.refusalKey(in, to, published, cosBuild), raw)
+	if err != nil {
+		fmt.Fprintf(r.log, "failure not remembered: %v\n", err)
+	}
 }

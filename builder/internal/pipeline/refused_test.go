@@ -2,6 +2,7 @@ package pipeline_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -92,9 +93,10 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 			age(t, cfg, 2*time.Hour)
 			try("after its end", true)
 			try("after that", false)
-			cfg.RetryRefused = true
-			try("with RetryRefused", true)
-			cfg.RetryRefused, cfg.RebuildAfter = false, time.Hour
+			cfg.RetrySince = time.Now()
+			try("with RetrySince", true)
+			try("after that, with the same RetrySince", false)
+			cfg.RetrySince, cfg.RebuildAfter = time.Time{}, time.Hour
 			if res := must(t, cfg, request("17800.0.9")); !res.Reused {
 				t.Errorf("the artifact is young: %+v; want it reused", res)
 			}
@@ -102,6 +104,69 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 				cfg.RebuildAfter, cfg.Registry = time.Nanosecond, nil
 				cfg.Destinations = []string{f.repo + "/other"}
 				must(t, cfg, request("17800.0.9")) // this destination has refused nothing yet
+			}
+		})
+	}
+}
+
+// A build because of age that fails before it is published is not compiled again in each run either, but only after
+// some time, with other inputs or settings, or if the user asks for it.
+func TestRenewFailedIsRemembered(t *testing.T) {
+	t.Parallel()
+	boot := func(t *testing.T, f *farm) {
+		var archive bytes.Buffer
+		tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&archive))
+		f.putChecked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", archive.Bytes())
+	}
+	broken := driverFiles()
+	broken["kernel-open/nv.c"] = "int f(int a, int b);\nint nv(void) { return f(1); }\n"
+	for name, row := range map[string]struct {
+		spoil func(t *testing.T, f *farm, cfg *pipeline.Config) // before the build because of age
+		mend  func(t *testing.T, f *farm, cfg *pipeline.Config) // changes an input or a setting
+		kind  fault.Kind
+		after time.Duration
+	}{
+		"load test": {func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire },
+			func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestAuto },
+			fault.LoadTestFailed, 24 * time.Hour},
+		"load test, until there is a boot image": {
+			func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire },
+			func(t *testing.T, f *farm, _ *pipeline.Config) { boot(t, f) }, fault.LoadTestFailed, 24 * time.Hour},
+		"compile": {func(t *testing.T, f *farm, _ *pipeline.Config) { f.driver(t, broken) },
+			func(t *testing.T, f *farm, _ *pipeline.Config) { f.driver(t, driverFiles()) }, fault.APIBreak, 7 * 24 * time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			cfg := f.config(t, emptyCache(t))
+			first := must(t, cfg, request("17800.0.9"))
+			cfg.RebuildAfter = time.Nanosecond
+			row.spoil(t, f, &cfg)
+			try := func(when string, want bool) {
+				t.Helper()
+				res, log, err := build(t, cfg, request("17800.0.9"))
+				if !fault.Is(err, row.kind) || compiled(res) != want || res.Renewal != want || res.Remembered == want {
+					t.Fatalf("%s: Run = %v (%v), phases %v; want %v, compiled: %t\n%s", when, err, fault.Of(err), phases(res),
+						row.kind, want, log)
+				}
+				if !want && (!strings.Contains(err.Error(), first.Digest+" is not built again before ") ||
+					!strings.Contains(fault.Hint(err), "to build it again now: --retry-failed")) {
+					t.Errorf("%s: Run = %v, hint %q; want until when, and what to do", when, err, fault.Hint(err))
+				}
+			}
+			try("at first", true)
+			try("again", false)
+			age(t, cfg, row.after-time.Hour)
+			try("before its end", false)
+			age(t, cfg, 2*time.Hour)
+			try("after its end", true)
+			try("after that", false)
+			cfg.RetrySince = time.Now()
+			try("with RetrySince", true)
+			cfg.RetrySince = time.Time{}
+			row.mend(t, f, &cfg)
+			if res, log, err := build(t, cfg, request("17800.0.9")); !compiled(res) {
+				t.Errorf("after the mend: Run = %v, phases %v; want it compiled\n%s", err, phases(res), log)
 			}
 		})
 	}

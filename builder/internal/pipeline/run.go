@@ -10,7 +10,6 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -44,9 +43,6 @@ type run struct {
 // failure.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
 	cfg = cfg.withDefaults(req)
-	if cfg.Registry == nil {
-		cfg.Registry = func(string) registry.Options { return registry.Options{} }
-	}
 	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache,
 		recipe: cmp.Or(req.PackRecipe, bundle.PackRecipe)}
 	defer cfg.Cache.Begin()() // the cache keeps everything that this build uses until the build ends
@@ -86,6 +82,7 @@ func (r *run) runPhases(ctx context.Context) error {
 	a, m := to.found, (*modules)(nil)
 	if a == nil {
 		if a, m, err = r.makeArtifact(ctx, in, to); err != nil {
+			r.keepRefused(in, to, "", err)
 			return err
 		}
 	}
@@ -93,10 +90,8 @@ func (r *run) runPhases(ctx context.Context) error {
 		note, err = r.publish(ctx, in, to, m, a)
 		return struct{}{}, note, r.otherPahole.explain(a.digest, err)
 	})
-	if r.again && fault.Is(err, fault.PublishRefused) {
-		if kerr := r.keepRefused(in, to, a, err); kerr != nil {
-			fmt.Fprintf(r.log, "refusal not remembered: %v\n", kerr)
-		}
+	if err != nil {
+		r.keepRefused(in, to, a.digest, err)
 	}
 	return err
 }

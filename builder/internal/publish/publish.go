@@ -81,6 +81,20 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
+// CheckLayer returns a [fault.NoArtifact] error if a repository has lost a layer although it has the manifest. It
+// transfers no layer.
+func CheckLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
+	hash, err := v1.NewHash(l.Digest)
+	if err != nil {
+		return fault.Errorf(fault.Unverified, "look for a layer: %w", err)
+	}
+	has, err := repo.HasBlob(ctx, v1.Descriptor{Digest: hash, Size: l.Size})
+	if err == nil && !has {
+		err = fault.Errorf(fault.NoArtifact, "%s has lost the layer %s of an artifact", repo.Name(), l.Digest)
+	}
+	return err
+}
+
 // Publish stores an artifact. It returns the digest, and whether the artifact's tag referred to this digest before. In
 // that case, only missing parts are added. If a tag refers to another digest, the error is [fault.PublishRefused] and
 // nothing is changed.

@@ -166,6 +166,7 @@ const maxListed = 1024
 
 // eachSigned calls f with the manifest and the layer of all symbols of an artifact that have a trusted signature, until
 // f is done or returns an error. It skips all others, because anybody who may write to the repository can attach them.
+// Those that this builder attached come first, see [registry.Options.Own].
 func eachSigned(ctx context.Context, repo *registry.Repository, digest string, v *trust.Verifier,
 	f func(manifest, layer v1.Descriptor) (done bool, err error)) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
@@ -185,6 +186,9 @@ func eachSigned(ctx context.Context, repo *registry.Repository, digest string, v
 			continue
 		}
 		done, err := isSigned(ctx, repo, digest, d, v)
+		if unusable(err) { // whoever may push can make the list of its statements too long
+			continue
+		}
 		if err == nil && done {
 			done, err = f(d, layer)
 		}
