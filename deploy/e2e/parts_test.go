@@ -39,6 +39,7 @@ var oneProcessor = map[string]bool{
 // dependOn has the folders that the longest parts depend on, besides those of all tests. Other parts always run.
 var dependOn = map[string][]string{
 	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
+	"questions of all drivers":         {"builder"},
 	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
@@ -85,6 +86,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
 		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes",
 			[]string{mirror, cells, references, filled}},
+		{"questions of all drivers", "./builder/internal/conftest", "TestRealPlans", []string{mirror, filled}},
 		{"the gate", "./builder/internal/modcheck", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL",
 			[]string{"PREBAKE_BOOT=" + boot, packages}},
