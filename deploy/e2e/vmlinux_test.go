@@ -67,8 +67,9 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Fatal(err)
 	}
 	digest := sha256.Sum256(image)
-	if !strings.Contains(allBlobs(t, layout), hex.EncodeToString(digest[:])) {
-		t.Error("no signed statement has the digest of the vmlinux that was booted")
+	signed := allBlobs(t, layout)
+	if !strings.Contains(signed, hex.EncodeToString(digest[:])) || !strings.Contains(signed, "gnuBuildID") {
+		t.Error("no signed statement has the digest and the build id of the vmlinux that was booted")
 	}
 
 	inspect := func() (*testbed.Result, error) {

@@ -113,7 +113,7 @@ func untilFirstAnswer(t *testing.T, r compile.Request) string {
 	var log bytes.Buffer
 	asked := false
 	r.WorkDir, r.Log = t.TempDir(), &log
-	r.Progress = func(phase string, _, _ int) {
+	r.Progress = func(string, int, int) {
 		asked = true
 		cancel()
 	}

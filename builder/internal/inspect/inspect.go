@@ -85,7 +85,6 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	if err != nil {
 		l.fail("inputs", doctor.Fail, err)
 		l.contents(ctx, err, c)
-		in = nil
 	} else {
 		l.inputs(ctx, in)
 	}

@@ -101,9 +101,6 @@ func (l *inspection) listed(folder string, all []string) (own []string) {
 			func(at string) bool { return at == full }) && (!deeper || first == "extensions"):
 			// This is the former layout, without a folder for the board.
 		default:
-			if !deeper {
-				first = name
-			}
 			others[first]++
 			continue
 		}
