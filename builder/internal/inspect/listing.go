@@ -194,7 +194,10 @@ func (l *inspection) runfile(ctx context.Context, b *cosbucket.Bucket, version s
 		sums, files = append(sums, place.Sum), append(files, place.Runfile)
 	}
 	file, size, err := find(ctx, b, files...)
-	if err != nil {
+	if fault.Is(err, fault.InputMissing) {
+		return fmt.Errorf("the runfile is not at %s, nor at %d other places where a build looks: %w", b.URL(files[0]),
+			len(files)-1, err)
+	} else if err != nil {
 		return err
 	}
 	sum, _, err := find(ctx, b, sums...)
