@@ -23,9 +23,10 @@ func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
 		Usage: "check whether drivers can be built for one COS build, and list what is wrong",
-		Description: `inspect fetches the files of the COS build that a compile reads, and compiles
-nothing. Attach the output when you report that a COS build does not work. The
-exit status is the one of the first check that fails.`,
+		Description: `inspect lists what the buckets have, fetches the files of the COS build that a
+compile reads, and compiles nothing. If a build could not use a file, inspect
+says what the file contains. Attach the output when you report that a COS build
+does not work. The exit status is the one of the first check that fails.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				&ucli.StringFlag{Name: "build-id", Usage: "`BUILD_ID` of the COS build, such as 17800.66.78", Required: true,
@@ -33,7 +34,8 @@ exit status is the one of the first check that fails.`,
 				cli.String("board", "lakitu", "COS `BOARD`: lakitu or lakitu-arm64"),
 				&ucli.BoolFlag{Name: "vmlinux", Usage: "also fetch vmlinux (hundreds of MB), and compare it with the headers"},
 			),
-			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket")),
+			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket"),
+				cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; separate several by commas")),
 			cli.Group(groupOutput, cacheFlag(), cli.OutputFlag()),
 		),
 		Action: runInspect,
@@ -60,7 +62,7 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	defer func() { err = errors.Join(err, kernels.Close()) }()
 	report := inspect.Build(ctx, kernels, cache, kernel, inspect.Config{
-		VMLinux: cmd.Bool("vmlinux"), Progress: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
+		VMLinux: cmd.Bool("vmlinux"), DriverMirror: cmd.String("driver-mirror"), Progress: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
 	})
 	if err := cli.Print(cmd, report, func(w io.Writer) error {
 		_, err := io.WriteString(w, reportTable(report))

@@ -38,6 +38,7 @@ func TestPages(t *testing.T) {
 			symlink(t, shared.State, filepath.Join(dir, "home/.cache/prebake"))
 			env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PREBAKE_") })
 			env = append(env, "HOME="+filepath.Join(dir, "home"), "XDG_CACHE_HOME="+filepath.Join(dir, "home/.cache"),
+				"PATH="+shared.Bin+":"+os.Getenv("PATH"),
 				"PREBAKE_LISTEN=127.0.0.1:0") // another server may use the default port
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()

@@ -39,8 +39,9 @@ var takes = map[string]int{
 // dependOn maps the slowest rows of TestPartsOnRealInputs to the folders that they depend on, besides those in always.
 // If nothing has changed there, such a row does not run again. Other rows always run.
 var dependOn = map[string][]string{
-	"kernel inputs": {"builder", "deploy/tool.sh"}, "driver inputs": {"builder"}, "mirror twice": {},
-	"same bytes with caches and without": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
+	"questions of all drivers":         {"builder"},
+	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
 	"a cluster's API server":        {"server", "fetcher", "deploy"},
@@ -93,6 +94,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
 		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes",
 			[]string{mirror, cells, references, filled}},
+		{"questions of all drivers", "./builder/internal/conftest", "TestRealPlans", []string{mirror, filled}},
 		{"the gate", "./builder/internal/modcheck", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL",
 			[]string{"PREBAKE_BOOT=" + boot, packages}},

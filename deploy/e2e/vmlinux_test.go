@@ -77,13 +77,15 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Fatal(err)
 	}
 	digest := sha256.Sum256(image)
-	if !strings.Contains(allBlobs(t, layout), hex.EncodeToString(digest[:])) {
-		t.Error("no signed statement has the digest of the vmlinux that was booted")
+	signed := allBlobs(t, layout)
+	if !strings.Contains(signed, hex.EncodeToString(digest[:])) || !strings.Contains(signed, "gnuBuildID") {
+		t.Error("no signed statement has the digest and the build id of the vmlinux that was booted")
 	}
 
 	inspect := func() (*testbed.Result, error) {
 		return shared.Run(t.Context(), "builder", "inspect", "--build-id", k.BuildID, "--board", k.Board, "--vmlinux",
-			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--cache", cache)
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache",
+			shared.BuildCache())
 	}
 	if res, err = inspect(); err != nil || res.Code != 0 ||
 		!strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {

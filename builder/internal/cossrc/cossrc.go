@@ -167,12 +167,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return err
 	})
 	g.Go(func() (err error) {
-		// xz in Go takes more than a minute for a toolchain of gigabytes. The program xz is faster.
-		limits := toolchainLimits
-		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
-			limits.XZTool = ""
-		}
-		if toolchain, err = f.toolchain(gctx, limits); err != nil {
+		if toolchain, err = f.toolchain(gctx, unpackToolchain(withXZ(toolchainLimits))); err != nil {
 			return err
 		}
 		toolchain.digest, err = f.treeDigest(gctx, toolchainKind, toolchain.material.Digest,
@@ -202,6 +197,15 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		}
 	}
 	return in, nil
+}
+
+// withXZ adds the path of the program xz, if there is one. xz in Go takes more than a minute for a toolchain of
+// gigabytes; the program is faster.
+func withXZ(o archive.Options) archive.Options {
+	if tool, err := exec.LookPath("xz"); err == nil {
+		o.XZTool = tool
+	}
+	return o
 }
 
 // headersRoot returns the only usr/src/linux-headers-* folder of the archive.

@@ -161,9 +161,34 @@ func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucke
 	}
 }
 
-// toolchain fetches and unpacks the toolchain, from this bucket or else from the place in one of the pointers.
-func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error) {
-	p, none := f.unpack(ctx, cosbucket.ToolchainName(f.kernel), toolchainKind, o)
+// getter fetches one object with the given fetcher, and returns what it made of the object.
+type getter func(ctx context.Context, from *input.Fetcher, name string) (part, error)
+
+// unpackToolchain returns a getter that unpacks the toolchain into the cache.
+func unpackToolchain(o archive.Options) getter {
+	return func(ctx context.Context, from *input.Fetcher, name string) (part, error) {
+		return unpack(ctx, from, name, toolchainKind, o)
+	}
+}
+
+// getFile fetches an object into the cache without unpacking it.
+func getFile(ctx context.Context, from *input.Fetcher, name string) (p part, err error) {
+	sum, err := from.ChecksumFile(ctx, name)
+	if err != nil {
+		return p, err
+	}
+	if p.material, p.at, err = from.Blob(ctx, name, sum); err != nil {
+		return p, err
+	}
+	return p, from.Recheck(ctx, name, sum, p.material)
+}
+
+// toolchain gets the toolchain, from this bucket or else from the place in one of the pointers.
+func (f *fetcher) toolchain(ctx context.Context, get getter) (p part, err error) {
+	none := f.tryLayouts(cosbucket.ToolchainName(f.kernel), func(at string) error {
+		p, err = get(ctx, &f.Fetcher, at)
+		return err
+	})
 	if !fault.Is(none, fault.InputMissing) {
 		return p, none
 	}
@@ -179,20 +204,20 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 		if err != nil {
 			return part{}, fmt.Errorf("%s: %w", m.URI, err)
 		}
-		p, err := f.follow(ctx, m, places, o)
+		p, err := f.follow(ctx, m, places, get)
 		p.pointer = m
 		return p, err
 	}
 	return part{}, none
 }
 
-// follow fetches the toolchain from the first place that has it. The given pointer lists the places.
-func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
+// follow gets the toolchain from the first place that has it. The given pointer lists the places.
+func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, get getter) (part,
 	error) {
 	absent := fmt.Errorf("the toolchain is not at the place that %s names", pointer.URI)
 	for _, at := range places {
 		f.Progressf("%s: the toolchain is expected at %s", pointer.Name, at)
-		p, err := f.fetchAt(ctx, at, o)
+		p, err := f.getAt(ctx, at, get)
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
 		}
@@ -204,13 +229,13 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)), pointer.Name))
 }
 
-// fetchAt fetches the toolchain from one place in another bucket.
-func (f *fetcher) fetchAt(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
+// getAt gets the toolchain from one place in another bucket.
+func (f *fetcher) getAt(ctx context.Context, at cosbucket.Pointer, get getter) (_ part, err error) {
 	b, err := f.bucket.Sibling(ctx, at)
 	if err != nil {
 		return part{}, err
 	}
 	defer func() { err = errors.Join(err, b.Close()) }()
 	other := &input.Fetcher{Source: b, Cache: f.Cache, Progress: func(line string) { f.Progressf("%s", line) }}
-	return unpack(ctx, other, at.Path, toolchainKind, o)
+	return get(ctx, other, at.Path)
 }

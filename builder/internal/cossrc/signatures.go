@@ -88,14 +88,8 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 // fetchFile fetches an object into the cache without unpacking it.
 func (f *fetcher) fetchFile(ctx context.Context, name string) (p part, err error) {
 	err = f.tryLayouts(name, func(at string) error {
-		sum, err := f.ChecksumFile(ctx, at)
-		if err != nil {
-			return err
-		}
-		if p.material, p.at, err = f.Blob(ctx, at, sum); err != nil {
-			return err
-		}
-		return f.Recheck(ctx, at, sum, p.material)
+		p, err = getFile(ctx, &f.Fetcher, at)
+		return err
 	})
 	return p, err
 }

@@ -1,11 +1,15 @@
 // Package inspect examines one COS build in a bucket:
 //
-//   - which objects exist;
+//   - which objects exist, and which of them a build reads;
+//   - whether the driver bucket has the drivers that COS lists;
+//   - what the archives contain;
 //   - what the kernel's configuration says;
 //   - whether compiler and kernel fit each other and this machine;
+//   - whether Google's signatures are by a key that the kernel trusts;
 //   - whether a load test can boot the kernel.
 //
-// After a failure it continues where it can. The package never compiles and never writes to the bucket.
+// After a failure it continues where it can: if a build could not use the inputs, it says what each archive contains.
+// The package never compiles and never writes to the bucket.
 package inspect
 
 import (
@@ -35,6 +39,8 @@ type Config struct {
 	// VMLinux makes Build fetch vmlinux, the linked kernel, and compare it with the headers. vmlinux may have hundreds of
 	// megabytes.
 	VMLinux bool
+	// DriverMirror is the URL of the bucket with NVIDIA's runfiles.
+	DriverMirror string
 	// Progress receives one line at a time. It may be nil.
 	Progress func(string)
 }
@@ -70,23 +76,46 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	}
 	l := &inspection{bucket: b, cache: cache, kernel: k}
 	l.objects(ctx)
-	l.drivers(ctx)
-	l.googleDrivers(ctx)
+	own := l.listing(ctx)
+	wanted := l.drivers(ctx)
+	if err := l.runfiles(ctx, c.DriverMirror, wanted); err != nil {
+		l.fail("runfiles", doctor.Warn, err)
+	}
 	in, err := cossrc.Fetch(ctx, b, cache, k.BuildID, k.Board, c.Progress)
 	if err != nil {
 		l.fail("inputs", doctor.Fail, err)
-		return &l.Report
+		l.contents(ctx, err, c)
+	} else {
+		l.inputs(ctx, in)
 	}
+	l.signatures(ctx, own, wanted, c)
+	l.loadTest(ctx, in, c)
+	return &l.Report
+}
+
+// inputs reports what a build would use.
+func (l *inspection) inputs(ctx context.Context, in *cossrc.Inputs) {
 	l.ok("inputs", "kernel %s, commit %s; ABI fingerprint %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
 		in.Fingerprint.Short())
+	for _, m := range in.Materials {
+		if m.Unverified {
+			l.note("fetched", "%s, %s, not verified, because the bucket has no checksum for it", m.URI, bytes(m.Size))
+		} else {
+			l.ok("fetched", "%s, %s, with its checksum", m.URI, bytes(m.Size))
+		}
+	}
 	l.ok("headers", "%s", filepath.Base(in.Headers))
-	l.configuration(in.Headers)
+	if config, err := kconfig.ReadFile(filepath.Join(in.Headers, ".config")); err != nil {
+		l.fail("configuration", doctor.Fail, err)
+	} else {
+		l.configuration(config)
+	}
 	var env []string
 	for name, value := range in.Env {
 		env = append(env, name+"="+value)
 	}
 	slices.Sort(env)
-	l.ok("toolchain", "%s", strings.Join(env, " "))
+	l.ok("toolchain", "%s; at the archive's root: %s", strings.Join(env, " "), rootOf(in.Toolchain))
 	if err := compile.Check(ctx,
 		compile.Request{Headers: in.Headers, Toolchain: in.Toolchain, Env: in.Env, Arch: in.Kernel.Arch,
 			Release: in.Kernel.Release}); err != nil {
@@ -94,8 +123,23 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	} else {
 		l.ok("tools", "compiler and kernel fit each other and this machine")
 	}
-	l.loadTest(ctx, in, c)
-	return &l.Report
+}
+
+// rootOf returns the names in a folder, for people.
+func rootOf(dir string) string {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err.Error()
+	}
+	var names []string
+	for _, e := range entries {
+		name := e.Name()
+		if e.IsDir() {
+			name += "/"
+		}
+		names = append(names, name)
+	}
+	return some(names, maxNames)
 }
 
 func or(text, other string) string {
@@ -105,40 +149,39 @@ func or(text, other string) string {
 	return text
 }
 
+// readObjects returns the names of the objects that a build may read, without those of single drivers. A build needs
+// those in required.
+func (l *inspection) readObjects() (names []string, required map[string]bool) {
+	k := l.kernel
+	return []string{cosbucket.HeadersName(k), cosbucket.ToolchainEnvName(k), cosbucket.ToolchainName(k),
+			cosbucket.ToolchainPointerName(k), cosbucket.ToolchainPathName(k), cosbucket.ToolchainURLName(k),
+			cosbucket.VMLinuxName(k), cosbucket.CommitName(k), cosbucket.KernelInfoName(k), cosbucket.TrustedKeyName(k),
+			cosbucket.DriverVersionsName(k), cosbucket.DriverVersionsBinName(k), cosbucket.BootName(k)},
+		map[string]bool{cosbucket.HeadersName(k): true, cosbucket.ToolchainEnvName(k): true}
+}
+
 // objects reports which objects of the COS build exist, in which layout, and how large they are.
 func (l *inspection) objects(ctx context.Context) {
-	for _, o := range []struct {
-		name   string
-		needed bool
-	}{
-		{cosbucket.HeadersName(l.kernel), true}, {cosbucket.ToolchainEnvName(l.kernel), true},
-		{cosbucket.ToolchainName(l.kernel), false},
-		{cosbucket.ToolchainPointerName(l.kernel), false}, {cosbucket.ToolchainPathName(l.kernel), false},
-		{cosbucket.ToolchainURLName(l.kernel), false},
-		{cosbucket.VMLinuxName(l.kernel), false}, {cosbucket.CommitName(l.kernel), false},
-		{cosbucket.KernelInfoName(l.kernel), false},
-		{cosbucket.TrustedKeyName(l.kernel), false}, {cosbucket.DriverVersionsName(l.kernel), false},
-		{cosbucket.DriverVersionsBinName(l.kernel), false},
-		{cosbucket.BootName(l.kernel), false},
-	} {
-		at, size, err := l.find(ctx, o.name)
+	names, required := l.readObjects()
+	for _, name := range names {
+		at, size, err := find(ctx, l.bucket, cosbucket.Layouts(l.kernel, name)...)
 		switch {
 		case err == nil:
 			l.ok("object", "%s, %s", at, bytes(size))
-		case fault.Is(err, fault.InputMissing) && !o.needed:
-			l.note("object", "no %s", path.Base(o.name))
+		case fault.Is(err, fault.InputMissing) && !required[name]:
+			l.note("object", "no %s", path.Base(name))
 		default:
 			l.fail("object", doctor.Fail, err)
 		}
 	}
 }
 
-// find returns the path and size of an object in the first layout that has it. It does not read the object.
-func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
-	for _, at = range cosbucket.Layouts(l.kernel, name) {
+// find returns the path and size of the first object that the bucket has. It does not read the object.
+func find(ctx context.Context, b *cosbucket.Bucket, names ...string) (at string, size int64, err error) {
+	for _, at = range names {
 		var r io.ReadCloser
 		var attrs cosbucket.Attrs
-		if r, attrs, err = l.bucket.Get(ctx, at); err == nil {
+		if r, attrs, err = b.Get(ctx, at); err == nil {
 			return at, attrs.Size, r.Close()
 		}
 		if !fault.Is(err, fault.InputMissing) {
@@ -158,47 +201,6 @@ func bytes(n int64) string {
 	return fmt.Sprintf("%.1f MB", float64(n)/1e6)
 }
 
-func (l *inspection) drivers(ctx context.Context) {
-	list, err := l.bucket.Drivers(ctx, l.kernel)
-	if err != nil {
-		l.fail("drivers", doctor.Warn, err)
-		return
-	}
-	l.ok("drivers", "default version %s, latest version %s; all versions: %s", or(list.Default, "none"),
-		or(list.Latest, "none"), strings.Join(list.Versions, " "))
-	var gpus []string
-	for gpu, own := range list.GPUs {
-		gpus = append(gpus, fmt.Sprintf("%s (default %s)", gpu, or(own.Default, "none")))
-	}
-	if slices.Sort(gpus); len(gpus) > 0 {
-		l.ok("GPU types", "%s", strings.Join(gpus, ", "))
-	}
-}
-
-// googleDrivers reports which drivers Google compiled or signed for the COS build.
-func (l *inspection) googleDrivers(ctx context.Context) {
-	var found []string
-	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
-		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {
-			names, err := l.bucket.List(ctx, prefix)
-			if fault.Is(err, fault.Unsupported) {
-				l.note("signed", "it is unknown which drivers Google signed, because the bucket cannot be listed: %v", err)
-				return
-			}
-			if err != nil {
-				l.fail("signed", doctor.Warn, err)
-				return
-			}
-			found = append(found, names...)
-		}
-	}
-	if len(found) == 0 {
-		l.note("signed", "Google compiled or signed no driver for this COS build")
-		return
-	}
-	l.ok("signed", "%s", strings.Join(found, ", "))
-}
-
 // facts are the kernel's options that decide how modules are compiled, loaded and tested.
 var facts = []string{
 	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG",
@@ -207,22 +209,21 @@ var facts = []string{
 	"CONFIG_PREEMPT_RT", "CONFIG_WERROR", "CONFIG_LTO_NONE", "CONFIG_LOCALVERSION",
 }
 
-func (l *inspection) configuration(headers string) {
-	set, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
-	if err != nil {
-		l.fail("configuration", doctor.Fail, err)
-		return
-	}
-	var said []string
+func (l *inspection) configuration(config kconfig.Config) {
+	var values []string
 	for _, name := range facts {
-		said = append(said, strings.TrimPrefix(name, "CONFIG_")+"="+or(set[name], "unset"))
+		values = append(values, strings.TrimPrefix(name, "CONFIG_")+"="+or(config[name], "unset"))
 	}
-	l.ok("configuration", "%s", strings.Join(said, " "))
+	l.ok("configuration", "%s", strings.Join(values, " "))
 }
 
-// loadTest reports whether a load test can boot the kernel of the COS build, and from which object.
+// loadTest reports whether a load test can boot the kernel of the COS build, and from which object. Without inputs, it
+// only reads vmlinux.
 func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	switch {
+	case in == nil && !c.VMLinux:
+		return
+	case in == nil:
 	case in.Boot != "":
 		l.ok("load test", "boots prebake-boot.tgz")
 		return
@@ -235,7 +236,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		l.note("load test", "boots vmlinux; to fetch vmlinux and compare it with the headers, add --vmlinux")
 		return
 	}
-	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Progress)
+	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, l.kernel, c.Progress)
 	if err == nil {
 		err = l.vmlinux(file, in)
 	}
@@ -244,6 +245,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 	}
 }
 
+// vmlinux reports what vmlinux says. With inputs, it compares vmlinux with the headers and makes a kernel image of it.
 func (l *inspection) vmlinux(file string, in *cossrc.Inputs) (err error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -256,6 +258,9 @@ func (l *inspection) vmlinux(file string, in *cossrc.Inputs) (err error) {
 	}
 	l.ok("vmlinux", "%s; build id %s; configuration inside: %t", found.Banners[len(found.Banners)-1],
 		or(found.BuildID, "none"), found.Config != nil)
+	if in == nil {
+		return nil
+	}
 	if err := found.Check(in.Headers); err != nil {
 		return err
 	}

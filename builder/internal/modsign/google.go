@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"path/filepath"
 	"slices"
@@ -114,13 +115,46 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
-	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) &&
-		!isCertified(s.Signer, d.certificates, d.roots):
+	case !d.certified(s.Signer):
 		return fault.Errorf(fault.CheckFailed,
 			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
+}
+
+// certified reports whether the kernel's root certificate is a signer's own, or certified it. Without a root
+// certificate it is true.
+func (d *Detached) certified(signer *x509.Certificate) bool {
+	return len(d.roots) == 0 || slices.ContainsFunc(d.roots, signer.Equal) ||
+		isCertified(signer, d.certificates, d.roots)
+}
+
+// CheckSigners checks every signature without its module, and returns the names of the modules, without .ko. It returns
+// an error if a signature is malformed, or if none of its signers has a known certificate that the kernel's root
+// certificate certified. Only [Detached.Attach] can tell whether a signature fits a module.
+func (d *Detached) CheckSigners() ([]string, error) {
+	names := slices.Sorted(maps.Keys(d.modules))
+	known := slices.Concat(d.certificates, d.roots)
+	for _, name := range names {
+		p7, err := parse(d.modules[name])
+		if err != nil {
+			return names, fault.Wrap(fault.CheckFailed, fmt.Errorf("check Google's signature of %s: %w", name, err),
+				"replace the archive in the bucket, or build with --google-signatures off")
+		}
+		good := false
+		for _, s := range p7.Signers {
+			cert := trustedSigner(s.IssuerAndSerialNumber.IssuerName.FullBytes, s.IssuerAndSerialNumber.SerialNumber.String(),
+				p7.Certificates, known)
+			good = good || cert != nil && d.certified(cert)
+		}
+		if !good {
+			return names, fault.New(fault.CheckFailed,
+				"check Google's signature of "+name+": neither the archive nor trusted_key.pem has a certificate for the signer",
+				"replace the archive or trusted_key.pem in the bucket, or build with --google-signatures off")
+		}
+	}
+	return names, nil
 }
 
 // UnpackRecipe is the version of the files that [UnpackSigned] writes, and part of their cache keys.

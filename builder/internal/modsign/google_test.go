@@ -125,6 +125,12 @@ func TestAttach(t *testing.T) {
 			t.Errorf("%s: ReadDetached = %v", row.name, err)
 			continue
 		}
+		// Whoever signed is known without the module.
+		badSigner := row.refused != nil || strings.Contains(row.leftOut, "root certificate")
+		if names, err := d.CheckSigners(); fault.Is(err, fault.CheckFailed) != badSigner || !badSigner && err != nil ||
+			!slices.Equal(names, []string{"nvidia"}) {
+			t.Errorf("%s: CheckSigners = %v, %v; want an error: %t", row.name, names, err, badSigner)
+		}
 		dst := filepath.Join(t.TempDir(), "out.ko")
 		err = d.Attach(dst, row.file, row.module)
 		switch {

@@ -140,6 +140,7 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 	}
 	fmt.Fprintf(r.log, "the load test boots kernel image %s, made of %s with build id %s: %s\n", made.Image, from.URI,
 		made.BuildID, facts.Banners[len(facts.Banners)-1])
+	from.BuildID = made.BuildID
 	return boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/bootimage"
@@ -17,6 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/btfsample"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -39,6 +41,72 @@ func linkedKernel(t *testing.T) []byte {
 		}
 	}
 	return out.Bytes()
+}
+
+// TestFindBoot gives a build a vmlinux that does not fit its headers. A build that does not require the load test goes
+// on without it only if nothing is wrong with the modules.
+func TestFindBoot(t *testing.T) {
+	t.Parallel()
+	headers := t.TempDir()
+	for name, text := range map[string]string{
+		".config":                        "CONFIG_64BIT=y\n",
+		"include/generated/utsrelease.h": "#define UTS_RELEASE \"6.6.105+\"\n",
+		"include/generated/utsversion.h": "#define UTS_VERSION \"#1 SMP Sat Sep 27 08:48:45 UTC 2025\"\n",
+		"include/generated/compile.h": "#define LINUX_COMPILE_BY \"builder\"\n" +
+			"#define LINUX_COMPILE_HOST \"2832f747b46d\"\n",
+	} {
+		file := filepath.Join(headers, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const begin = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) "
+	for name, row := range map[string]struct {
+		vmlinux     []byte
+		auto        string // part of the reason with which a build goes on without a load test; "" means it fails
+		wantAuto    fault.Kind
+		wantRequire fault.Kind
+	}{
+		"of another run of make": {
+			vmlinux: btfsample.ELF(".rodata", begin+"#2 SMP Sun Sep 28 08:48:45 UTC 2025\x00"),
+			auto:    "vmlinux and the headers come from two runs of make", wantRequire: fault.Mismatch,
+		},
+		"of another release": {
+			vmlinux:  btfsample.ELF(".rodata", "Linux version 6.6.106+ (builder@2832f747b46d) (clang) #1 SMP\x00"),
+			wantAuto: fault.Mismatch, wantRequire: fault.Mismatch,
+		},
+		"that cannot be booted": {
+			vmlinux: btfsample.ELF(".rodata", begin+"#1 SMP Sat Sep 27 08:48:45 UTC 2025\x00"),
+			auto:    "vmlinux", wantRequire: fault.Unsupported,
+		},
+	} {
+		bucket := t.TempDir()
+		folder := filepath.Join(bucket, "17800.0.9", "lakitu")
+		if err := errors.Join(os.MkdirAll(folder, 0o755),
+			os.WriteFile(filepath.Join(folder, "vmlinux"), row.vmlinux, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		cache, err := cas.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cache.Close() })
+		in := &inputs{kernel: &cossrc.Inputs{Headers: headers, HasVMLinux: true,
+			Kernel: target.Kernel{BuildID: "17800.0.9", Board: "lakitu", Release: "6.6.105+", Arch: target.AMD64}}}
+		find := func(mode LoadTest) (boot, string, error) {
+			r := &run{cfg: Config{LoadTest: mode, Jobs: 1, Cache: cache, KernelMirror: "file://" + bucket}, log: io.Discard,
+				line: &timeline.Run{}}
+			return r.findBoot(t.Context(), in)
+		}
+		b, why, err := find(LoadTestAuto)
+		if b.dir != "" || row.auto != "" && (err != nil || !strings.Contains(why, row.auto)) ||
+			row.auto == "" && !fault.Is(err, row.wantAuto) {
+			t.Errorf("a vmlinux %s, auto: %+v, %q, %v; want the reason %q, or %v", name, b, why, err, row.auto, row.wantAuto)
+		}
+		if b, _, err := find(LoadTestRequire); !fault.Is(err, row.wantRequire) || b.dir != "" {
+			t.Errorf("a vmlinux %s, required: %+v, %v; want %v", name, b, err, row.wantRequire)
+		}
+	}
 }
 
 // TestBootFolderWithoutGPU has a kernel for which the emulated GPU does not compile. A build that requires the load
@@ -75,7 +143,7 @@ func TestBootFolderWithoutGPU(t *testing.T) {
 	makeBoot := func(mode LoadTest) (boot, error) {
 		r := &run{cfg: Config{LoadTest: mode, Jobs: 1, Cache: cache}, log: io.Discard, line: &timeline.Run{}}
 		return r.makeBoot(t.Context(), in, filepath.Join(dir, "vmlinux"), sign.Material{Digest: "sha256:v"},
-			bootimage.Facts{Banners: []string{"Linux version 6.1.0-9-test"}})
+			bootimage.Facts{Banners: []string{"Linux version 6.1.0-9-test"}, BuildID: "c0ffee"})
 	}
 	made, err := makeBoot(LoadTestAuto)
 	if err != nil {
@@ -83,6 +151,9 @@ func TestBootFolderWithoutGPU(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(made.dir, vm.BootGPU)); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("the boot folder has an emulated GPU (%v); want none", err)
+	}
+	if len(made.materials) != 2 || made.materials[0].BuildID != "c0ffee" || made.materials[1].BuildID != "" {
+		t.Errorf("the signed test result will name %+v; want vmlinux with its build id, and the image", made.materials)
 	}
 	if _, err := makeBoot(LoadTestRequire); !fault.Is(err, fault.APIBreak) {
 		t.Errorf("makeBoot with the load test required = %v; want %v", err, fault.APIBreak)

@@ -28,6 +28,8 @@ import (
 type Material struct {
 	Name, URI string
 	Digest    string // sha256:...
+	// BuildID is the GNU build id of an ELF file, in hex, or "". Only [TestResult] writes it.
+	BuildID string
 }
 
 // BuildFacts is everything that the provenance says about a build. The caller sets times and ids: this package reads no

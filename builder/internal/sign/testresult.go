@@ -40,6 +40,9 @@ const (
 // fieldLoadTest is Prebake's own field of the predicate, named by in-toto's rule: vendor, underscore, name.
 const fieldLoadTest = "prebake_loadTest"
 
+// annotationBuildID is the annotation of a file in the configuration that has its GNU build id.
+const annotationBuildID = "gnuBuildID"
+
 // TestResult makes the statement about the tests of the artifact with this manifest digest: in-toto's test-result v0.1.
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
@@ -101,6 +104,10 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 		rd, err := resource(m.Name, m.URI, m.Digest)
 		if err != nil {
 			return Statement{}, fmt.Errorf("configuration %s: %w", m.Name, err)
+		}
+		if m.BuildID != "" {
+			rd.Annotations = &structpb.Struct{Fields: map[string]*structpb.Value{
+				annotationBuildID: structpb.NewStringValue(m.BuildID)}}
 		}
 		p.Configuration = append(p.Configuration, rd)
 	}

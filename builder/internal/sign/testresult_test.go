@@ -22,7 +22,8 @@ func testFacts(s testkit.Sample) sign.TestFacts {
 			KernelLog:   "[    1.0] nvidia: loading\n",
 		},
 		Configuration: []sign.Material{{Name: "boot.tar", URI: "gs://x/boot.tar",
-			Digest: "sha256:" + strings.Repeat("9", 64)}},
+			Digest: "sha256:" + strings.Repeat("9", 64)}, {Name: "vmlinux", URI: "gs://x/vmlinux",
+			Digest: "sha256:" + strings.Repeat("8", 64), BuildID: "c0ffee"}},
 		URL: "https://example.com/builds/42",
 	}
 }
@@ -101,9 +102,12 @@ func TestTestResult(t *testing.T) {
 	}
 	config := predicateOf(t, st)["configuration"].([]any)
 	boot := config[1].(map[string]any)
-	if len(config) != 2 || boot["name"] != "boot.tar" ||
-		boot["digest"].(map[string]any)["sha256"] != strings.Repeat("9", 64) {
+	if len(config) != 3 || boot["name"] != "boot.tar" ||
+		boot["digest"].(map[string]any)["sha256"] != strings.Repeat("9", 64) || boot["annotations"] != nil {
 		t.Errorf("configuration = %v; want kernel and boot image by digest", config)
+	}
+	if linked, _ := config[2].(map[string]any)["annotations"].(map[string]any); linked["gnuBuildID"] != "c0ffee" {
+		t.Errorf("vmlinux in the configuration = %v; want its build id", config[2])
 	}
 }
 

@@ -24,7 +24,7 @@ const maxHistory = 200
 // These are the events in the life of a driver on this node.
 const (
 	eventInForce    = "activated"
-	eventReverted   = "taken back"
+	eventReverted   = "rolled back"
 	eventUnfinished = "unfinished"
 	eventRolledBack = "rolled back by hand"
 )

@@ -125,7 +125,7 @@ func TestHistory(t *testing.T) {
 		}
 		got = append(got, e.What+" "+e.Driver.Version)
 	}
-	want := []string{"activated " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion,
+	want := []string{"activated " + oldVersion, "rolled back " + newVersion, "unfinished " + newVersion,
 		"activated " + oldVersion}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("history (-want +got):\n%s", diff)
