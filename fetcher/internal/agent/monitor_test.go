@@ -26,6 +26,8 @@ type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
+func (w watcher) CheckStarted()             {}
+func (w watcher) CheckStopped()             {}
 
 // TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload one of its modules.
 func TestHeldInKernel(t *testing.T) {
