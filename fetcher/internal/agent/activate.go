@@ -23,7 +23,7 @@ import (
 )
 
 // loaded are the modules that the agent loads on every node. Tools of special hardware load others, such as
-// nvidia-peermem.
+// nvidia-peermem. The agent loads those only if it has parameters for them.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional has those modules of the list [loaded] that CUDA programs do not need.

@@ -365,6 +365,27 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
+// TestOptionalModule checks that parameters for nvidia-peermem load it, and that the driver is ready without it: most
+// kernels refuse it.
+func TestOptionalModule(t *testing.T) {
+	t.Parallel()
+	for _, refused := range []bool{false, true} {
+		n, ref, c, p := bare(t)
+		n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+		if refused {
+			n.kernel.refuse["nvidia_peermem "+newVersion] = syscall.EINVAL
+		}
+		r, err := n.run(t, ref, p.Digest, c.Driver)
+		if err != nil || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("refused %t: Run = %+v, %v; want ready", refused, r.Verdict, err)
+		}
+		want := append(loads(newVersion), "load nvidia_peermem "+newVersion+" peerdirect_support=0")
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+			t.Errorf("refused %t: system calls (-want +got):\n%s", refused, diff)
+		}
+	}
+}
+
 // TestRefusedLeavesNothing checks that a refused driver changes neither firmware path nor device files.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
