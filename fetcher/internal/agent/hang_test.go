@@ -16,15 +16,15 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 )
 
-// slow stands in for a probe. Each call takes the next time of the list, and the calls after the list take none. As
+// stalling stands in for a probe. Each call takes the next time of the list, and the calls after the list take none. As
 // [gpucheck.Prober] does, it gives up after two minutes, and while a stuck probe remains, calls fail at once.
-type slow struct {
+type stalling struct {
 	probe
 	takes []time.Duration
 	stuck time.Time // until when a probe is stuck
 }
 
-func (s *slow) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
+func (s *stalling) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
 	hung := fmt.Errorf("ask NVML: %w", gpucheck.ErrHung)
 	if time.Now().Before(s.stuck) {
 		return gpucheck.NVML{}, hung
@@ -67,7 +67,7 @@ func TestHangWhileWatched(t *testing.T) {
 		if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 			t.Fatal(err)
 		}
-		n.parts.Probe = &slow{probe: probe{n.root, 1}, takes: row.takes}
+		n.parts.Probe = &stalling{probe: probe{n.root, 1}, takes: row.takes}
 		synctest.Test(t, func(t *testing.T) {
 			const every = time.Minute
 			ctx, cancel := context.WithCancel(t.Context())
