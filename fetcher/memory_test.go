@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,13 +31,14 @@ func TestIdleMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := sample.NewCell(t, "17800.0.47", "535.261.03")
-	c.Bulk = 32 << 20
 	sample.Publish(t, "oci:"+layout, key, c)
 	cmd := exec.CommandContext(t.Context(), program, "run", "--registry", "oci:"+layout, "--key", keys, "--host-root",
 		sample.Root(t, c, 1), "--builder", "never", "--no-load", "--driver", c.Driver.Version, "--interval", "1s")
 	var stderr bytes.Buffer
 	watches := make(chan struct{})
-	cmd.Stdout, cmd.Stderr = &watcher{text: "staged", seen: func() { close(watches) }}, &stderr
+	// The structure hides the method ReadFrom of the buffer, which would pass by the watcher.
+	cmd.Stdout = struct{ io.Writer }{&watcher{text: "staged", seen: func() { close(watches) }}}
+	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

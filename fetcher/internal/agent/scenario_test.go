@@ -384,6 +384,19 @@ func TestOptionalModule(t *testing.T) {
 			t.Errorf("refused %t: system calls (-want +got):\n%s", refused, diff)
 		}
 	}
+	// Into a loaded driver, whose other modules are not verified again, it is not loaded. After a reboot it is.
+	n, ref, c, p := bare(t)
+	for _, want := range [][]string{loads(newVersion), nil,
+		append(loads(newVersion), "load nvidia_peermem "+newVersion+" peerdirect_support=0")} {
+		_, err := n.run(t, ref, p.Digest, c.Driver)
+		if got := strings.Join(n.kernel.calls, ", "); err != nil || got != strings.Join(want, ", ") {
+			t.Errorf("Run = %v, system calls %s; want %v", err, got, want)
+		}
+		if n.cfg.ModuleParams != nil {
+			n.reboot(t)
+		}
+		n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+	}
 }
 
 // TestRefusedLeavesNothing checks that a refused driver changes neither firmware path nor device files.
