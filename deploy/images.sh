@@ -14,6 +14,7 @@ cache=${PREBAKE_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}
 suite=bookworm
 images=(builder server fetcher)
 programs=(builder server fetcher nvmlprobe guestinit)
+fetcher_bytes=30000000
 
 if ((EUID != 0)); then
   # Only root can make a root file system with files of several owners and with devices.
@@ -118,6 +119,13 @@ starts() {
     { tail -n 20 "$work/smoke.log" >&2; say "$image: $* does not run inside the image"; exit 1; }
   say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
 }
+# fits BYTES checks the size of the unpacked image. Each node fetches the fetcher's image before
+# it has a driver.
+fits() {
+  local size
+  size=$(du -sb "$(buildah_ mount "$container")" | cut -f1)
+  ((size < $1)) || { say "$image: the image has $size bytes unpacked; want less than $1"; exit 1; }
+}
 # doctor_finds CHECK runs builder doctor with the image as the machine's root file system.
 # builder doctor must report CHECK as ok.
 doctor_finds() {
@@ -137,7 +145,8 @@ both_fetchers() {
   # The base image is for this machine's architecture. This does no harm, because the image takes
   # only the certificates from the base image.
   build fetcher-arm64 Dockerfile.fetcher --build-arg SUFFIX=-arm64
-  container=$(buildah_ from --pull=false localhost/prebake/fetcher-arm64)
+  enter fetcher-arm64
+  fits "$fetcher_bytes"
   buildah_ config --arch arm64 "$container"
   buildah_ commit -q --rm --timestamp 0 "$container" localhost/prebake/fetcher-arm64 >/dev/null
   buildah_ manifest create fetchers >/dev/null
@@ -255,6 +264,7 @@ starts /usr/local/bin/server version
 buildah_ rm "$container" >/dev/null
 enter fetcher
 starts /usr/local/bin/fetcher version
+fits "$fetcher_bytes"
 buildah_ rm "$container" >/dev/null
 
 sizes

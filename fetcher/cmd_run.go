@@ -193,6 +193,22 @@ func (l *listeners) Alive() {
 	}
 }
 
+// CheckStarted implements [agent.Watcher].
+func (l *listeners) CheckStarted() {
+	l.server.CheckStarted()
+	if l.cluster != nil {
+		l.cluster.CheckStarted()
+	}
+}
+
+// CheckStopped implements [agent.Watcher].
+func (l *listeners) CheckStopped() {
+	l.server.CheckStopped()
+	if l.cluster != nil {
+		l.cluster.CheckStopped()
+	}
+}
+
 // daemon installs the driver of a node, and then keeps watching it.
 type daemon struct {
 	node interface {

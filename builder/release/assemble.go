@@ -125,9 +125,19 @@ func (c *config) writeTexts(dir string) error {
 
 var imageName = regexp.MustCompile(regexp.QuoteMeta(imageHost) + `([a-z0-9-]+):latest`)
 
-// writeManifests copies the manifests and replaces the tag of each image by the image's digest.
+// archSelector matches the node selector for the architectures of the fetcher's image, with the comment behind it.
+var archSelector = regexp.MustCompile(`(\{key: kubernetes\.io/arch, operator: In, values: \[)[a-z0-9, ]+(\]\})( #.*)?`)
+
+// selectArches replaces the architectures on whose nodes the fetcher runs. It returns the number of replacements.
+func selectArches(text []byte, arches []string) ([]byte, int) {
+	n := len(archSelector.FindAll(text, -1))
+	return archSelector.ReplaceAll(text, []byte("${1}"+strings.Join(arches, ", ")+"${2}")), n
+}
+
+// writeManifests copies the manifests. It replaces the tag of each image by the image's digest, and the architectures
+// of the nodes by those of the images.
 func (c *config) writeManifests(ctx context.Context, dir string, made []madeImage) error {
-	digests, used := map[string]string{}, map[string]bool{}
+	digests, used, selectors := map[string]string{}, map[string]bool{}, 0
 	for _, m := range made {
 		digests[m.name] = m.digest
 	}
@@ -153,6 +163,8 @@ func (c *config) writeManifests(ctx context.Context, dir string, made []madeImag
 				used[image] = true
 				return []byte(imageHost + image + "@" + digests[image])
 			})
+			text, n := selectArches(text, c.arches)
+			selectors += n
 			err = errors.Join(unknown, os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, text, 0o644))
 			if err != nil {
 				return fmt.Errorf("write manifests: %w", err)
@@ -163,6 +175,9 @@ func (c *config) writeManifests(ctx context.Context, dir string, made []madeImag
 		if !used[m.name] {
 			return fault.New(fault.Internal, "write manifests: no manifest has "+imageHost+m.name+":latest", "")
 		}
+	}
+	if selectors == 0 {
+		return fault.New(fault.Internal, "write manifests: no manifest selects nodes by "+archSelector.String(), "")
 	}
 	var text bytes.Buffer
 	for _, m := range made {

@@ -255,11 +255,29 @@ func TestInstalls(t *testing.T) {
 	}
 }
 
+// TestSelectArches checks that the release's fetcher runs on nodes of all architectures of its image.
+func TestSelectArches(t *testing.T) {
+	t.Parallel()
+	base, err := os.ReadFile("../../deploy/kubernetes/base/fetcher.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, n := selectArches(base, []string{"amd64", "arm64"})
+	const want = "- {key: kubernetes.io/arch, operator: In, values: [amd64, arm64]}\n"
+	if n != 2 || bytes.Count(got, []byte(want)) != 2 {
+		t.Errorf("selectArches = %s, %d; want 2 times %q", got, n, want)
+	}
+}
+
 // TestManifestsNameTheImages checks that the rendered Kubernetes manifests name the release's images by digest.
 func TestManifestsNameTheImages(t *testing.T) {
 	t.Parallel()
 	dir, whole := folder(t)
 	digests := map[string]string{}
+	want := []string{runtime.GOARCH}
+	if whole {
+		want = []string{"amd64", "arm64"}
+	}
 	for _, im := range images {
 		archive := "oci-archive:" + filepath.Join(dir, "images", im.name+".tar")
 		raw, err := output(t.Context(), "", nil, "skopeo", "inspect", "--raw", archive)
@@ -276,10 +294,6 @@ func TestManifestsNameTheImages(t *testing.T) {
 			arches = append(arches, m.Platform.Architecture)
 			inspectImage(t, im, dir, archive, m.Platform.Architecture, whole)
 		}
-		want := []string{runtime.GOARCH}
-		if whole {
-			want = []string{"amd64", "arm64"}
-		}
 		if diff := cmp.Diff(want, arches); diff != "" {
 			t.Errorf("architectures of image %s (-want +got):\n%s", im.name, diff)
 		}
@@ -294,6 +308,10 @@ func TestManifestsNameTheImages(t *testing.T) {
 			filepath.Join(dir, "manifests/kubernetes/overlays", overlay))
 		if err != nil {
 			t.Fatal(err)
+		}
+		selector := "key: kubernetes.io/arch operator: In values: - " + strings.Join(want, " - ") + " - key:"
+		if got := strings.Count(strings.Join(strings.Fields(string(rendered)), " "), selector); got != 2 {
+			t.Errorf("overlay %s selects nodes %d times with %s; want 2 times:\n%s", overlay, got, selector, rendered)
 		}
 		for name, want := range digests {
 			if !strings.Contains(string(rendered), "image: "+want+"\n") {
@@ -353,6 +371,28 @@ func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool)
 	}
 	if whole && im.debian && arch == runtime.GOARCH {
 		checkStarts(t, to, m.Layers)
+	}
+	if im.name == "fetcher" {
+		checkSize(t, to, m.Layers)
+	}
+}
+
+// checkSize checks the size of the fetcher's unpacked image. Each node fetches the image before it has a driver. The
+// same bound is in deploy/images.sh.
+func checkSize(t *testing.T, dir string, layers []v1.Descriptor) {
+	t.Helper()
+	const bound = 30_000_000
+	size := 0
+	for _, l := range layers {
+		raw, err := output(t.Context(), "", nil, "gzip", "--decompress", "--stdout", "--suffix", "",
+			filepath.Join(dir, l.Digest.Hex))
+		if err != nil {
+			t.Fatal(err)
+		}
+		size += len(raw)
+	}
+	if size >= bound {
+		t.Errorf("the fetcher's image has %d bytes unpacked; want less than %d", size, bound)
 	}
 }
 

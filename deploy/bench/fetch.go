@@ -24,6 +24,7 @@ type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB
 	peak        []float64 // resident memory of the first install, in MiB
+	idle        []float64 // resident memory of "fetcher run" on the updated node, in MiB
 }
 
 // fetch publishes a driver for two kernels in a registry, and installs it into folders that look like the roots of
@@ -108,26 +109,11 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		if err := testbed.NodeRoot(root, c.kernel.Kernel); err != nil {
 			return err
 		}
-		cmd := exec.CommandContext(
-			ctx,
-			b.Program("fetcher"),
-			"install",
-			"--registry",
-			srv.Repository(),
-			"--host-root",
-			root,
-			"--key",
-			b.key+".pub",
-			"--driver",
-			c.driver,
-			"--flavour",
-			string(target.Proprietary),
-			"--no-load",
-			"--builder",
-			"never",
-			"--output",
-			"json",
-		)
+		args := []string{
+			"--registry", srv.Repository(), "--host-root", root, "--key", b.key + ".pub", "--driver", c.driver,
+			"--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json",
+		}
+		cmd := exec.CommandContext(ctx, b.Program("fetcher"), append([]string{"install"}, args...)...)
 		cmd.Stderr, cmd.SysProcAttr = b.Out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		start := time.Now()
 		out, err := cmd.Output()
@@ -156,9 +142,59 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		case 2:
 			b.fetching.delta.ours = append(b.fetching.delta.ours, float64(r.FetchedBytes)/1e3)
 			b.fetching.delta.theirs = append(b.fetching.delta.theirs, float64(layers[0].Size)/1e3)
+			idle, err := b.watch(ctx, args)
+			if err != nil {
+				return err
+			}
+			b.fetching.idle = append(b.fetching.idle, idle)
 		}
 	}
 	return nil
+}
+
+// watchTime is how long "fetcher run" watches before its memory is measured. It checks the driver each second.
+const watchTime = 10 * time.Second
+
+// watch runs "fetcher run" on a node that has its driver, and returns the program's resident memory in MiB.
+func (b *bench) watch(ctx context.Context, args []string) (mib float64, err error) {
+	cmd := exec.CommandContext(ctx, b.Program("fetcher"), append([]string{"run", "--interval", "1s"}, args...)...)
+	reported := make(reported, 1)
+	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = reported, b.Out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		return 0, fmt.Errorf("watch the driver: the program ended: %w", err)
+	case <-reported:
+	}
+	defer func() { err = errors.Join(err, cmd.Process.Signal(syscall.SIGTERM), <-ended) }()
+	select {
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	case <-time.After(watchTime):
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	_, rest, _ := strings.Cut(string(text), "\nVmRSS:")
+	var kib float64
+	_, err = fmt.Sscanf(rest, "%f kB", &kib)
+	return kib / 1024, err
+}
+
+// reported is a writer that reports its first use. "fetcher run" prints its report, and then watches the driver.
+type reported chan struct{}
+
+func (r reported) Write(p []byte) (int, error) {
+	select {
+	case r <- struct{}{}:
+	default:
+	}
+	return len(p), nil
 }
 
 // fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar,
@@ -246,5 +282,8 @@ func (b *bench) printFetch(out io.Writer) {
 			"        %.1f MiB peak resident memory of the install, with the program's own pages\n",
 			median(f.peak),
 		)
+	}
+	if len(f.idle) > 0 {
+		fmt.Fprintf(out, "        %.1f MiB resident memory of \"fetcher run\" while it watches the driver\n", median(f.idle))
 	}
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // loaded are the modules that the agent loads on every node. Tools of special hardware load others, such as
-// nvidia-peermem.
+// nvidia-peermem. The agent loads those only if it has parameters for them.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional has those modules of the list [loaded] that CUDA programs do not need.
@@ -239,6 +239,111 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 		err = errors.Join(err, store.WriteCacheFile(*before))
 	}
 	return err
+}
+
+// revertPlan says what an activation has changed, and what to restore.
+type revertPlan struct {
+	set, before *install.Set
+	to          install.Pointers
+	changed     bool
+	foreign     *foreignFiles // the foreign driver that was unloaded
+	blame       bool          // whether the failure counts against the driver
+}
+
+// revert restores files and modules after a failed activation. If the failed driver cannot be unloaded, it stays
+// active. The returned error includes the given cause.
+func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
+	cause error) error {
+	before := t.before
+	if fault.Is(cause, fault.NoDevice) {
+		// The driver found no device, although a GPU is on the PCI bus.
+		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
+			"check that this driver supports the GPU; if not, set another version or flavour: --driver, --flavour")
+	}
+	// The agent must not unload a foreign driver that it has only adopted (see nodeState.put).
+	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
+	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
+	var errs []error
+	if reload {
+		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
+			return fmt.Errorf("%w; the rollback then had errors: %w", cause,
+				errors.Join(fmt.Errorf("roll back driver %s, which stays active: %w", t.set.Driver, err),
+					a.end(store, t.set.Digest, cause, t.blame)))
+		}
+	}
+	if t.changed {
+		if err := restore(store, t.to, before); err != nil {
+			errs = append(errs, fmt.Errorf("roll back installed files: %w", err))
+		} else {
+			r.Changed = false
+			r.did("rolled the install back")
+		}
+	}
+	errs = append(errs, a.restoreFirmwarePath(s.facts))
+	r.Verdict = gpucheck.Verdict{}
+	if !t.foreign.stillRuns(a) {
+		if err := t.foreign.reload(ctx, a, r); err != nil {
+			errs = append(errs, err)
+		} else {
+			reload = false
+		}
+	}
+	if reload {
+		proved, err := a.verifySet(ctx, store, before, s.facts)
+		if reload = err == nil; reload {
+			before = proved
+		} else {
+			errs = append(errs, err)
+		}
+	}
+	if reload {
+		mark := a.loader.Mark()
+		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore(), false)); err != nil {
+			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
+		} else {
+			r.did("loaded %s again", before.Driver)
+			errs = append(errs, a.makeNodes())
+			a.xids = xidWatch{begun: true, mark: mark}
+			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
+				errs = append(errs, err)
+			} else {
+				r.Verdict = v
+				errs = append(errs, a.remember(r, store, v))
+			}
+		}
+	}
+	a.describeGPUs(ctx, r.Verdict)
+	errs = append(errs, a.end(store, t.set.Digest, cause, t.blame))
+	if t.blame {
+		a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
+	}
+	if lost := errors.Join(errs...); lost != nil {
+		return fmt.Errorf("%w; the rollback then had errors: %w", cause, lost)
+	}
+	return cause
+}
+
+// paramsBefore returns the module parameters with which the former driver was loaded.
+func (a *Agent) paramsBefore() map[string]string {
+	if rec := a.readRecord(); rec != nil {
+		return rec.Params
+	}
+	return a.cfg.ModuleParams
+}
+
+// stillRuns reports whether all modules of f are loaded.
+func (f *foreignFiles) stillRuns(a *Agent) bool {
+	now, err := host.LoadedModules(a.node)
+	if err != nil {
+		return true // assume that all are loaded
+	}
+	for _, m := range f.modules {
+		if !slices.ContainsFunc(now,
+			func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
+			return false
+		}
+	}
+	return true
 }
 
 // lacks reports whether a module that the agent should load for this driver is not in the kernel.

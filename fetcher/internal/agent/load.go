@@ -60,7 +60,8 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 			return "", err
 		}
 	}
-	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts, a.cfg.ModuleParams))
+	// If the driver was loaded before, the modules that are not loaded may be unverified (see verifyFor).
+	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts, a.cfg.ModuleParams, d.do != keep))
 	if err != nil {
 		return fault.Of(err).String(), err
 	}
@@ -112,14 +113,15 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 }
 
 // images returns those modules of a verified driver that must be loaded, in load order: those for every node, and those
-// that this node had loaded. At the load, the Bytes function compares each file with the verified digest again.
+// that this node had loaded. If wanted is true, also those that have parameters, because the owner wants them. At the
+// load, the Bytes function compares each file with the verified digest again.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
-	params map[string]string) []kmod.Image {
+	params map[string]string, wanted bool) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
 		had := slices.ContainsFunc(before.Modules,
 			func(old host.Module) bool { return old.Name == modinfo.Canonical(m.Name) })
-		if !isLoaded(m.Name) && !had {
+		if !isLoaded(m.Name) && !had && (!wanted || params[modinfo.Canonical(m.Name)] == "") {
 			continue
 		}
 		images = append(images, kmod.Image{

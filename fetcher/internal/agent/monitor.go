@@ -27,6 +27,10 @@ type Watcher interface {
 	// Report receives each verdict. Alive is called at the end of each check, even without a verdict.
 	Report(v gpucheck.Verdict)
 	Alive()
+	// CheckStarted is called at the start of each check. CheckStopped is called at the end of a check that says nothing
+	// about the driver. After a check that the driver does not answer in time, neither Report nor CheckStopped is called.
+	CheckStarted()
+	CheckStopped()
 }
 
 // Watch sets the watcher. During a run, it receives the state of the active driver.
@@ -73,7 +77,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		if n%trustChecks == 0 {
 			distrust = a.checkTrust(ctx)
 		}
-		v, err := a.checkDriver(ctx)
+		v, err := a.checkFor(ctx, w)
 		if ctx.Err() != nil {
 			return nil
 		}

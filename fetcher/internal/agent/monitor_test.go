@@ -26,6 +26,8 @@ type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
+func (w watcher) CheckStarted()             {}
+func (w watcher) CheckStopped()             {}
 
 // TestHeldInKernel checks that the agent unloads no module of a driver if the kernel cannot unload one of them.
 func TestHeldInKernel(t *testing.T) {

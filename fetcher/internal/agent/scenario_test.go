@@ -370,6 +370,40 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
+// TestOptionalModule checks that parameters for nvidia-peermem load it, and that the driver is ready without it: most
+// kernels refuse it.
+func TestOptionalModule(t *testing.T) {
+	t.Parallel()
+	for _, refused := range []bool{false, true} {
+		n, ref, c, p := bare(t)
+		n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+		if refused {
+			n.kernel.refuse["nvidia_peermem "+newVersion] = syscall.EINVAL
+		}
+		r, err := n.run(t, ref, p.Digest, c.Driver)
+		if err != nil || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("refused %t: Run = %+v, %v; want ready", refused, r.Verdict, err)
+		}
+		want := append(loads(newVersion), "load nvidia_peermem "+newVersion+" peerdirect_support=0")
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+			t.Errorf("refused %t: system calls (-want +got):\n%s", refused, diff)
+		}
+	}
+	// Into a loaded driver, whose other modules are not verified again, it is not loaded. After a reboot it is.
+	n, ref, c, p := bare(t)
+	for _, want := range [][]string{loads(newVersion), nil,
+		append(loads(newVersion), "load nvidia_peermem "+newVersion+" peerdirect_support=0")} {
+		_, err := n.run(t, ref, p.Digest, c.Driver)
+		if got := strings.Join(n.kernel.calls, ", "); err != nil || got != strings.Join(want, ", ") {
+			t.Errorf("Run = %v, system calls %s; want %v", err, got, want)
+		}
+		if n.cfg.ModuleParams != nil {
+			n.reboot(t)
+		}
+		n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+	}
+}
+
 // TestRefusedLeavesNothing checks a new driver that the kernel refuses. Afterwards, the firmware path and the device
 // files must be those of the former driver.
 func TestRefusedLeavesNothing(t *testing.T) {

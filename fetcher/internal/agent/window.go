@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -97,7 +98,7 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	if a.watcher == nil {
 		return
 	}
-	v, err := a.checkDriver(ctx)
+	v, err := a.checkFor(ctx, a.watcher)
 	if ctx.Err() != nil {
 		return
 	}
@@ -107,6 +108,16 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 		a.watcher.Report(v)
 	}
 	a.watcher.Alive()
+}
+
+// checkFor returns a verdict on the active driver, and tells the watcher how the check goes.
+func (a *Agent) checkFor(ctx context.Context, w Watcher) (gpucheck.Verdict, error) {
+	w.CheckStarted()
+	v, err := a.checkDriver(ctx)
+	if (err != nil || ctx.Err() != nil) && !errors.Is(err, gpucheck.ErrHung) {
+		w.CheckStopped()
+	}
+	return v, err
 }
 
 // waitIdle waits until no program uses the loaded driver, at most until the given end. It waits only after an error of

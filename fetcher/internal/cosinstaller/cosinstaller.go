@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -69,6 +70,15 @@ var ignoredFlags = map[string]string{
 	"gcs-download-prefix-nvidia": "set --driver-mirror to the bucket with the runfiles",
 }
 
+// ignoredVariables are environment variables of old versions of Google's program that the fetcher ignores, with the
+// reason to print. Source: cos-gpu-installer-docker/entrypoint.sh of GoogleCloudPlatform/cos-gpu-installer.
+var ignoredVariables = map[string]string{
+	"COS_DOWNLOAD_GCS": "set PREBAKE_KERNEL_MIRROR to the bucket that has BUILD_ID/BOARD, such as gs://cos-tools",
+	"GPU_INSTALLER_DOWNLOAD_URL": "set NVIDIA_DRIVER_VERSION, and publish that driver once: " +
+		"builder build --driver VERSION",
+	"NVIDIA_DRIVER_MD5SUM": "fetcher verifies each driver with the keys in its trust flags",
+}
+
 // refusedFlags are flags that ask for something that the fetcher does not do, each with a hint.
 var refusedFlags = map[string]string{
 	"nvidia-installer-url":      "set -version, and publish that driver once: builder build --driver VERSION",
@@ -79,13 +89,17 @@ var refusedFlags = map[string]string{
 }
 
 // Translate returns the fetcher's arguments for those of Google's program, both without a program name. The notes list
-// the ignored flags.
+// the ignored flags and environment variables.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {
 		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)
 	}
 	for len(args) > 0 && strings.HasPrefix(args[0], "-") { // Google's program accepts logging flags before the command
 		args = args[1:]
+	}
+	if len(args) > 0 && args[0] == "list" {
+		return usage("the command list is not supported", "to see which driver this node gets: fetcher resolve; to see "+
+			"the drivers that the farm knows: server drivers --server URL")
 	}
 	if len(args) == 0 || args[0] != "install" {
 		return usage(fmt.Sprintf("command %q is not supported", strings.Join(args[:min(len(args), 1)], "")),
@@ -130,6 +144,11 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 			notes = append(notes, fmt.Sprintf("the flag -%s is ignored: %s", given.Name, why))
 		}
 	})
+	for _, name := range slices.Sorted(maps.Keys(ignoredVariables)) {
+		if getenv(name) != "" {
+			notes = append(notes, fmt.Sprintf("the environment variable %s is ignored: %s", name, ignoredVariables[name]))
+		}
+	}
 	if len(wrong) > 0 {
 		return nil, nil, errors.Join(wrong...)
 	}

@@ -48,6 +48,14 @@ func TestTranslate(t *testing.T) {
 				"NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},
 			"install --host-root=/root --driver=535.261.03", "",
 		},
+		// Source: GoogleCloudPlatform/cos-gpu-installer, cos-gpu-installer-docker/entrypoint.sh.
+		"another source of older ones": {
+			"install", map[string]string{"COS_DOWNLOAD_GCS": "https://storage.googleapis.com/mirror/12105.0.0",
+				"GPU_INSTALLER_DOWNLOAD_URL": "https://example.com/NVIDIA-Linux-x86_64-418.67.run"},
+			"install --host-root=/root", "the environment variable COS_DOWNLOAD_GCS is ignored: set " +
+				"PREBAKE_KERNEL_MIRROR to the bucket that has BUILD_ID/BOARD, such as gs://cos-tools\nthe environment " +
+				"variable GPU_INSTALLER_DOWNLOAD_URL is ignored: ",
+		},
 	} {
 		ours, notes, err := cosinstaller.Translate(strings.Fields(row.line),
 			func(name string) string { return row.env[name] })
@@ -70,6 +78,10 @@ func TestTranslate(t *testing.T) {
 		if got := cosinstaller.Recognise(strings.Fields(line)); got != want {
 			t.Errorf("Recognise(%q) = %t; want %t", line, got, want)
 		}
+	}
+	if _, _, err := cosinstaller.Translate([]string{"list"}, func(string) string { return "" }); !strings.Contains(
+		fault.Hint(err), "fetcher resolve") {
+		t.Errorf("list: %v (%s); want a hint that names fetcher resolve", err, fault.Hint(err))
 	}
 	for line, want := range map[string]string{
 		"":     "is not supported",

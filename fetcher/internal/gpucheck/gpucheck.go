@@ -279,7 +279,8 @@ func (v Verdict) Err() error {
 				"(nvidia-smi --gpu-reset); if this verdict stays, reboot the node")
 	case Starting:
 		return is(fault.Unusable, text,
-			"start nvidia-fabricmanager in the version of this driver, then run: fetcher status")
+			"start NVIDIA's fabric manager in the version of this driver, which is no part of Prebake: docs/how-to/gke.md "+
+				"has who starts it; then run: fetcher status")
 	case Drifted:
 		return is(fault.Mismatch, text, "when the GPUs are idle, run: fetcher install")
 	case Absent:

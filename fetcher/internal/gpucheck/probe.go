@@ -41,6 +41,9 @@ type Prober struct {
 	since time.Time // when the running probe started; zero if none runs
 }
 
+// ErrHung is the error of a probe that did not answer in time.
+var ErrHung = errors.New("no answer")
+
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
 // probeTime is the longest time of one probe. On large machines, NVML's first call takes some seconds for each GPU.
@@ -93,7 +96,7 @@ func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML,
 }
 
 func hung(d time.Duration) error {
-	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(),
+	return fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w in %s", ErrHung, d.Round(time.Second)),
 		"read the kernel log: dmesg | grep NVRM")
 }
 

@@ -29,6 +29,8 @@ func TestConditionReason(t *testing.T) {
 		{"unusable", state{verdict: gpucheck.Verdict{State: gpucheck.Unusable}}, "False", "GPUUnusable"},
 		{"no check since", state{verdict: gpucheck.Verdict{State: gpucheck.Ready}, since: now.Add(-time.Hour)}, "Unknown",
 			"CheckFailed"},
+		{"a check hangs", state{verdict: gpucheck.Verdict{State: gpucheck.Ready}, since: now.Add(-time.Hour),
+			hung: now.Add(-time.Hour)}, "Unknown", "CheckHangs"},
 	} {
 		if c := n.condition(row.state, nil); c.Status != row.status || c.Reason != row.reason {
 			t.Errorf("%s: condition = %s, %s; want %s, %s", row.name, c.Status, c.Reason, row.status, row.reason)
@@ -51,10 +53,20 @@ func TestConditionOfReadyDriver(t *testing.T) {
 	}
 }
 
-// apiServer stands in for the API server. It answers all calls about a node, and records the reasons of the conditions.
-type apiServer struct{ reasons []string }
+// apiServer answers all calls about a node. It stores the reasons of the conditions that it received, and the labels
+// with the driver's state.
+type apiServer struct{ reasons, labels []string }
 
 func (a *apiServer) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Method == http.MethodPatch && !strings.HasSuffix(r.URL.Path, "/status") {
+		var in struct {
+			Metadata struct{ Labels map[string]string }
+		}
+		if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+			return nil, err
+		}
+		a.labels = append(a.labels, in.Metadata.Labels[labelState])
+	}
 	if strings.HasSuffix(r.URL.Path, "/status") {
 		var in struct {
 			Status struct{ Conditions []condition }
@@ -95,4 +107,47 @@ func TestVerdictsExpire(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHangShows checks that the cluster learns of a check that hangs some seconds after the first minute, and of the
+// end of the hang. The label must stay until the verdict expires: a DaemonSet that selects nodes by it would lose its
+// pods for one slow check. A check that is as slow as the one before it does not change the condition once more.
+func TestHangShows(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := &apiServer{}
+		n := &Node{name: "gpu-1", api: &client{base: "https://api", http: &http.Client{Transport: server}},
+			log: slog.New(slog.DiscardHandler), now: time.Now, changed: make(chan struct{}, 1)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- n.Run(ctx) }()
+		n.Watch(6 * time.Minute)
+		ready := gpucheck.Verdict{State: gpucheck.Ready}
+		n.Report(ready)
+		shows := func(after time.Duration, reasons, label string) {
+			t.Helper()
+			time.Sleep(after)
+			synctest.Wait()
+			got := strings.Join(server.reasons, " ")
+			if last := server.labels[len(server.labels)-1]; got != reasons || last != label {
+				t.Errorf("after %v: reasons %s, label %s; want %s, %s", after, got, last, reasons, label)
+			}
+		}
+		shows(time.Minute, "DriverReady", "ready")
+		n.CheckStarted()
+		shows(time.Minute, "DriverReady", "ready")
+		shows(ageCheck, "DriverReady CheckHangs", "ready")
+		n.Report(ready)
+		shows(time.Minute, "DriverReady CheckHangs DriverReady", "ready")
+		n.CheckStarted() // the check before it took 70 s
+		shows(70*time.Second, "DriverReady CheckHangs DriverReady", "ready")
+		n.Report(ready)
+		n.CheckStarted()
+		shows(130*time.Second, "DriverReady CheckHangs DriverReady CheckHangs", "ready")
+		shows(5*time.Minute, "DriverReady CheckHangs DriverReady CheckHangs CheckHangs", "unknown")
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -54,6 +54,7 @@ type Node struct {
 	verdict   gpucheck.Verdict
 	verdictAt time.Time     // when the verdict was reported
 	maxAge    time.Duration // how long a verdict is valid; 0 means without end
+	check     gpucheck.CheckTimer
 	pending   string
 	changed   chan struct{}
 
@@ -73,15 +74,17 @@ type state struct {
 	pending string
 	// since is the time of the last verdict if that verdict is no longer valid (see [Node.Watch]). Otherwise it is zero.
 	since time.Time
+	// hung is the start of the check that hangs, or zero.
+	hung time.Time
 }
 
-// ageCheck is the time between two comparisons of the last verdict's age.
-const ageCheck = time.Minute
+// ageCheck is the time between two comparisons of the last verdict's age, and of the time of the running check.
+const ageCheck = 10 * time.Second
 
 // same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
-	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State &&
-		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
+	return s.pending == o.pending && s.since.Equal(o.since) && s.hung.Equal(o.hung) &&
+		s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
 // New returns a reporter for a node. account is the folder of the service account ([AccountDir]). taint is the key of
@@ -111,6 +114,7 @@ func (n *Node) isOld() bool {
 func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
 	n.verdict, n.verdictAt = v, n.now()
+	n.check.Answer(n.verdictAt)
 	n.mu.Unlock()
 	n.wake()
 }
@@ -119,11 +123,26 @@ func (n *Node) Report(v gpucheck.Verdict) {
 // state unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := n.isOld()
+	unknown := n.isOld() || !n.check.HungSince(n.now()).IsZero()
 	n.mu.Unlock()
-	if old {
+	if unknown {
 		n.wake()
 	}
+}
+
+// CheckStarted tells the reporter that a check started. During a check that hangs, the cluster gets the condition
+// unknown, with or without [Node.Watch].
+func (n *Node) CheckStarted() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.check.Start(n.now())
+}
+
+// CheckStopped tells the reporter that a check ended and says nothing about the driver.
+func (n *Node) CheckStopped() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.check.Stop(n.now())
 }
 
 // Pending stores the reason why the node does not have the wanted driver, or nil if it has.
@@ -192,7 +211,7 @@ func (n *Node) write(ctx context.Context) error {
 	}
 	defer n.writing.Unlock()
 	n.mu.Lock()
-	s := state{verdict: n.verdict, pending: n.pending}
+	s := state{verdict: n.verdict, pending: n.pending, hung: n.check.HungSince(n.now())}
 	if n.isOld() {
 		s.since = n.verdictAt
 	}
@@ -260,7 +279,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return err
 	}
 	var held error // the condition does not wait for the taint either
-	if s.verdict.State == gpucheck.Ready && s.since.IsZero() {
+	if s.verdict.State == gpucheck.Ready && s.since.IsZero() && s.hung.IsZero() {
 		held = n.removeTaint(ctx, path, labelled)
 	}
 	status := map[string]any{"status": map[string]any{"conditions": []condition{now}}}
@@ -306,7 +325,8 @@ func (n *Node) isKnown(c condition) bool {
 		(first || c.Message == n.former.Message)
 }
 
-// metadata returns the labels and annotations. A null value removes an entry.
+// metadata returns the labels and annotations. A null value removes an entry. A hung check changes no label: node
+// selectors use them, and the check may only be slow. The label changes when the last verdict is no longer valid.
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
@@ -354,7 +374,11 @@ func (n *Node) condition(s state, have []condition) condition {
 		c.Message = fmt.Sprintf("driver %s, %d of %d GPUs usable; %s", v.Driver, v.UsableGPUs, v.PCIGPUs, v.Reason)
 		c.Message = strings.TrimSuffix(c.Message, "; ")
 	}
-	if !s.since.IsZero() {
+	switch {
+	case !s.hung.IsZero():
+		c.Status, c.Reason, c.Message = "Unknown", "CheckHangs", "the driver has not answered the check since "+
+			s.hung.UTC().Format(time.RFC3339)+"; before: "+c.Message
+	case !s.since.IsZero():
 		c.Status, c.Reason, c.Message = "Unknown", "CheckFailed", "no check of the driver has finished since "+
 			s.since.UTC().Format(time.RFC3339)+"; before: "+c.Message
 	}

@@ -33,24 +33,18 @@ type Server struct {
 	verdictAt time.Time // when the verdict was reported
 	alive     time.Time // when the last check ended, with any result
 	age       time.Duration
+	check     gpucheck.CheckTimer
 
-	ready, pci, usable prometheus.Gauge
-	info               *prometheus.GaugeVec
-	phases             *prometheus.HistogramVec
-	runs               *prometheus.CounterVec
+	info   *prometheus.GaugeVec
+	phases *prometheus.HistogramVec
+	runs   *prometheus.CounterVec
 }
 
 // New returns a server that is not ready, with the given clock.
 func New(now func() time.Time) *Server {
-	gauge := func(name, help string) prometheus.Gauge {
-		return prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: name, Help: help})
-	}
 	s := &Server{
-		mux:    http.NewServeMux(),
-		now:    now,
-		ready:  gauge("ready", "1 when every GPU of the node answers NVML with the installed driver."),
-		pci:    gauge("gpus_present", "NVIDIA GPUs on the PCI bus."),
-		usable: gauge("gpus_usable", "GPUs that answer NVML."),
+		mux: http.NewServeMux(),
+		now: now,
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "driver_info",
 			Help: "Always 1; the labels name the installed driver and the verdict on it."},
 			[]string{"version", "flavour", "digest", "verdict"}),
@@ -62,18 +56,55 @@ func New(now func() time.Time) *Server {
 			Help: "Installations that ended, by the class of their error; the class none means success."}, []string{"class"}),
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(s.ready, s.pci, s.usable, s.info, s.phases, s.runs)
+	registry.MustRegister(s.info, s.phases, s.runs,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "ready",
+			Help: "1 when every GPU of the node answers NVML with the installed driver."},
+			func() float64 {
+				if s.valid().State == gpucheck.Ready {
+					return 1
+				}
+				return 0
+			}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "gpus_present",
+			Help: "NVIDIA GPUs on the PCI bus."},
+			func() float64 { return float64(s.valid().PCIGPUs) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "gpus_usable",
+			Help: "GPUs that answer NVML."},
+			func() float64 { return float64(s.valid().UsableGPUs) }))
 	s.mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	s.mux.HandleFunc("GET /healthz", s.healthz)
 	s.mux.HandleFunc("GET /readyz", s.readyz)
 	return s
 }
 
+// valid returns the last verdict. If it is no longer valid, it has no state and no usable GPUs.
+func (s *Server) valid() gpucheck.Verdict {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.verdict
+	if s.unknown() != "" {
+		v.State, v.UsableGPUs = "", 0
+	}
+	return v
+}
+
+// unknown returns why the last verdict is no longer valid, or "". The caller holds mu.
+func (s *Server) unknown() string {
+	now := s.now()
+	if since := s.check.HungSince(now); !since.IsZero() {
+		return "the driver has not answered the check since " + since.UTC().Format(time.RFC3339)
+	}
+	if s.age > 0 && now.Sub(s.verdictAt) > s.age {
+		return "no check of the driver has finished"
+	}
+	return ""
+}
+
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
 // Watch tells the server that periodic checks begin. Without a new verdict within age, /readyz fails. Without the end
-// of a check within age, /healthz fails. Age 0 means no deadlines.
+// of a check within age, /healthz fails. Age 0 means no deadlines. During a check that hangs, /readyz always fails.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -87,17 +118,26 @@ func (s *Server) Alive() {
 	s.alive = s.now()
 }
 
+// CheckStarted tells the server that a check started.
+func (s *Server) CheckStarted() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.check.Start(s.now())
+}
+
+// CheckStopped tells the server that a check ended and says nothing about the driver.
+func (s *Server) CheckStopped() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.check.Stop(s.now())
+}
+
 // Report replaces the verdict.
 func (s *Server) Report(v gpucheck.Verdict) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.verdict, s.verdictAt = v, s.now()
-	s.ready.Set(0)
-	if v.State == gpucheck.Ready {
-		s.ready.Set(1)
-	}
-	s.pci.Set(float64(v.PCIGPUs))
-	s.usable.Set(float64(v.UsableGPUs))
+	s.check.Answer(s.verdictAt)
 	s.info.Reset()
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
@@ -121,14 +161,14 @@ func (s *Server) ReportRun(phases []timeline.Phase, err error) {
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	v := s.verdict
-	old := s.age > 0 && s.now().Sub(s.verdictAt) > s.age
-	if old {
-		v.Reason = fmt.Sprintf("last seen at %s: %s", s.verdictAt.UTC().Format(time.RFC3339),
+	why := s.unknown()
+	if why != "" {
+		v.Reason = fmt.Sprintf("%s; last seen at %s: %s", why, s.verdictAt.UTC().Format(time.RFC3339),
 			cmp.Or(v.Reason, string(v.State)))
 	}
 	s.mu.Unlock()
 	status := http.StatusServiceUnavailable
-	if v.State == gpucheck.Ready && !old {
+	if v.State == gpucheck.Ready && why == "" {
 		status = http.StatusOK
 	}
 	body, err := json.Marshal(v)

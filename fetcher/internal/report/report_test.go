@@ -56,6 +56,18 @@ func TestServer(t *testing.T) {
 	}
 	// With Watch, a verdict is valid only for a limited time.
 	s.Watch(time.Minute)
+	ages := func() string {
+		_, text := get(t, s, "/metrics")
+		var all []string
+		for line := range strings.Lines(text) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+			switch name {
+			case "prebake_fetcher_ready", "prebake_fetcher_gpus_present", "prebake_fetcher_gpus_usable":
+				all = append(all, value)
+			}
+		}
+		return strings.Join(all, " ") // present, usable, ready
+	}
 	for _, row := range []struct {
 		after          time.Duration
 		looked, told   bool
@@ -78,11 +90,53 @@ func TestServer(t *testing.T) {
 			!strings.Contains(body, "last seen at 2026-01-02T03:04:05Z") {
 			t.Errorf("%+v: readyz %d %s, healthz %d", row, ready, body, healthy)
 		}
+		want := "2 2 1"
+		if row.ready != http.StatusOK {
+			want = "2 0 0"
+		}
+		if got := ages(); got != want {
+			t.Errorf("%+v: GPUs present and usable, and ready = %s; want %s", row, got, want)
+		}
 	}
 	v.State = gpucheck.Unusable
 	s.Report(v)
 	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
 		t.Errorf("readyz of an unusable GPU = %d; want 503", code)
+	}
+}
+
+// TestHang checks that the server is not ready during a check that the driver does not answer, and stays alive. Only a
+// verdict makes it ready again.
+func TestHang(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	s := report.New(func() time.Time { return now })
+	s.Watch(6 * time.Minute)
+	s.Report(gpucheck.Verdict{State: gpucheck.Ready, PCIGPUs: 2, UsableGPUs: 2})
+	for i, row := range []struct {
+		do    func()
+		after time.Duration
+		ready int
+	}{
+		{s.CheckStarted, 59 * time.Second, 200},
+		{s.CheckStopped, 59 * time.Second, 200},
+		{s.CheckStarted, time.Minute, 200},
+		{func() {}, time.Second, 503},
+		{s.CheckStopped, 0, 503}, // a check that fails ends no hang
+		{s.Alive, 0, 503},
+		{s.CheckStarted, time.Second, 503},
+		{func() { s.Report(gpucheck.Verdict{State: gpucheck.Ready, PCIGPUs: 2, UsableGPUs: 2}) }, 0, 200},
+	} {
+		row.do()
+		now = now.Add(row.after)
+		ready, body := get(t, s, "/readyz")
+		healthy, _ := get(t, s, "/healthz")
+		_, metrics := get(t, s, "/metrics")
+		if ready != row.ready || healthy != http.StatusOK ||
+			ready == 503 && !strings.Contains(body, "the driver has not answered the check since 2026-01-02T03:06:03Z") ||
+			strings.Contains(metrics, "prebake_fetcher_ready 1\n") != (ready == 200) {
+			t.Errorf("step %d: readyz %d %s, healthz %d; want %d, 200; metrics:\n%s", i, ready, body, healthy, row.ready, metrics)
+		}
 	}
 }
 
