@@ -39,9 +39,9 @@ var takes = map[string]int{
 // dependOn maps the slowest rows of TestPartsOnRealInputs to the folders that they depend on, besides those in always.
 // If nothing has changed there, such a row does not run again. Other rows always run.
 var dependOn = map[string][]string{
-	"kernel inputs": {"builder"}, "driver inputs": {"builder"}, "mirror twice": {},
-	"questions of all drivers":         {"builder"},
-	"inputs out of an emulated bucket": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"kernel inputs": {"builder", "deploy/tool.sh"}, "driver inputs": {"builder"}, "mirror twice": {},
+	"same bytes with caches and without": {"builder"}, "module signatures": {"builder"}, "the gate": {"builder"},
+	"questions of all drivers":     {"builder"},
 	"sandbox under control groups": {}, "virtual machine": {}, "load test": {"builder", "server", "fetcher"},
 	"faults while a machine runs": {"builder", "fetcher"}, "power cuts": {"fetcher"},
 	"a cluster's API server":        {"server", "fetcher", "deploy"},

@@ -85,7 +85,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	inspect := func() (*testbed.Result, error) {
 		return shared.Run(t.Context(), "builder", "inspect", "--build-id", k.BuildID, "--board", k.Board, "--vmlinux",
 			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache",
-			shared.BuildCache())
+			cache)
 	}
 	if res, err = inspect(); err != nil || res.Code != 0 ||
 		!strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {
