@@ -16,7 +16,7 @@ import (
 )
 
 func privateFlag() ucli.Flag {
-	return cli.Strings("private", "`REF` or REF prefix that is private: only you can read it")
+	return cli.Strings("private", "`REF` or REF prefix that only you can read")
 }
 
 func redistributeFlag() ucli.Flag {

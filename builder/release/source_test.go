@@ -27,8 +27,8 @@ func TestNotes(t *testing.T) {
 	}
 }
 
-// TestFlags checks that the Makefile compiles with the flags of a release. Otherwise each package that a program uses is
-// compiled twice in a run of all tests.
+// TestFlags checks that the Makefile compiles with the flags of a release. Otherwise each package that a program uses
+// is compiled twice in a run of all tests.
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../Makefile")

@@ -27,8 +27,8 @@ func measurements() []string {
 	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch", "guest"}
 }
 
-// clangMeasurements returns the measurements that --clang makes. There is one kernel compiled by clang, so they are those
-// that need one kernel only.
+// clangMeasurements returns the measurements that --clang makes. There is one kernel compiled by clang, so they are
+// those that need one kernel only.
 func clangMeasurements() []string { return []string{"cold", "neighbour", "next"} }
 
 func main() {

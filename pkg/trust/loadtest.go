@@ -117,8 +117,8 @@ type loadTests struct {
 	static     bool
 }
 
-// testResults has, for each signer, the best passed load test and the failed one. A passed test cancels only a failed test
-// of the same signer.
+// testResults has, for each signer, the best passed load test and the failed one. A passed test cancels only a
+// failed test of the same signer.
 type testResults struct {
 	passed   map[string]string
 	rejected map[string]error

@@ -55,7 +55,8 @@ var (
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
-		return fault.Wrap(fault.Internal, fmt.Errorf("read the compiler errors that the compiler's wrapper recorded: %w", err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("read the errors that the compiler's wrapper recorded: %w", err),
+			hintLog)
 	}
 	text = bytes.TrimSpace(text)
 	if len(text) == 0 {

@@ -161,9 +161,9 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// isAnswerHeader reports whether sources include a file of the folder conftest/, as they do conftest/types.h. No compiler
-// reads the other files. There is one for each question, such as compile-tests/drm_available.h, and `make` builds the
-// headers from them.
+// isAnswerHeader reports whether sources include a file of the folder conftest/, as they do conftest/types.h. No
+// compiler reads the other files. There is one for each question, such as compile-tests/drm_available.h, and `make`
+// builds the headers from them.
 func isAnswerHeader(name string) bool { return path.Ext(name) == ".h" && !strings.Contains(name, "/") }
 
 // answersAbout returns the lines of conftest's answers that define or undefine one of the given macros. It also returns

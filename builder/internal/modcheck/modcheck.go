@@ -36,8 +36,8 @@ type Kernel struct {
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint. Every module has it in its stamp, a section that the builder adds. It is "" for modules that Google signed, because a
-	// stamp would change the signed bytes.
+	// Fingerprint is the ABI fingerprint. Every module has it in its stamp, a section that the builder adds. It is "" for
+	// modules that Google signed, because a stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
 	// Version is the driver's version. If it is "", the versions of the modules are not checked.
 	Version string

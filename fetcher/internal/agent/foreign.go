@@ -107,8 +107,8 @@ func readAll(file fs.File) ([]byte, error) {
 func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {
-			return fmt.Errorf("load driver %s, which another installer installed, again: found no file on this node for module %s; reboot the node, or run "+
-				"the installer of that driver",
+			return fmt.Errorf("load driver %s, which another installer installed, again: found no file on this node for "+
+				"module %s; reboot the node, or run the installer of that driver",
 				f.driver, strings.Join(f.unknown, ", "))
 		}
 	}

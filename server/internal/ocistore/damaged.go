@@ -190,8 +190,8 @@ func (s *Store) isAbsent(sum string) bool {
 	return true
 }
 
-// lacks reports whether a manifest needs content that is known to be damaged or lost: a blob, or for an index a manifest
-// or what that needs.
+// lacks reports whether a manifest needs content that is known to be damaged or lost: a blob, or for an index a
+// manifest or what that needs.
 func (s *Store) lacks(repo, tagOrDigest string) bool {
 	s.mu.Lock()
 	none := len(s.absent) == 0

@@ -142,8 +142,8 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token. For
-// a push, it adds pushPrefix.
+// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token.
+// For a push, it adds pushPrefix.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
 		// The registry does not support the protocol's OAuth2 form. After a 404, clients use GET.

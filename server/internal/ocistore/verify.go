@@ -413,9 +413,9 @@ func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n
 	return n, nil, nil
 }
 
-// uncache removes n bytes of a file from the page cache, from an offset on; with n = 0, all to the end. The kernel keeps
-// what is not written to the disk yet, and what a process has mapped. uncache does nothing with a reader that is not a
-// file.
+// uncache removes n bytes of a file from the page cache, from an offset on; with n = 0, all to the end. The kernel
+// keeps what is not written to the disk yet, and what a process has mapped. uncache does nothing with a reader that is
+// not a file.
 func uncache(r io.Reader, from, n int64) {
 	f, ok := r.(*os.File)
 	if !ok {
