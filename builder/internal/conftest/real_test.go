@@ -160,7 +160,7 @@ func checkPlan(t *testing.T, r compile.Request, plan *conftest.Plan) {
 		return
 	}
 	if len(plan.Headers) == 0 || !script.OneHeader() || len(plan.All()) < 100 {
-		t.Errorf("%s: the plan has %d headers and %d tests, and conftest.sh can test one header: %t; want 100 tests or more",
+		t.Errorf("%s: plan of %d headers and %d tests; conftest.sh can test one header: %t; want more than 100 tests",
 			r.Driver, len(plan.Headers), len(plan.All()), script.OneHeader())
 	}
 	for _, name := range append(plan.All(), "uts_release") {
