@@ -84,7 +84,8 @@ const ageCheck = 10 * time.Second
 // same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
 	return s.pending == o.pending && s.since.Equal(o.since) && s.hung.Equal(o.hung) &&
-		s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
+		s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason &&
+		s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
 // New returns a reporter for a node. account is the folder of the service account ([AccountDir]). taint is the key of

@@ -135,7 +135,8 @@ func TestHang(t *testing.T) {
 		if ready != row.ready || healthy != http.StatusOK ||
 			ready == 503 && !strings.Contains(body, "the driver has not answered the check since 2026-01-02T03:06:03Z") ||
 			strings.Contains(metrics, "prebake_fetcher_ready 1\n") != (ready == 200) {
-			t.Errorf("step %d: readyz %d %s, healthz %d; want %d, 200; metrics:\n%s", i, ready, body, healthy, row.ready, metrics)
+			t.Errorf("step %d: readyz %d %s, healthz %d; want %d, 200; metrics:\n%s", i, ready, body, healthy, row.ready,
+				metrics)
 		}
 	}
 }
