@@ -24,8 +24,8 @@ import (
 )
 
 // destination starts the in-memory registry of the library go-containerregistry. If audience is not empty, each
-// response has it in the header registry.AudienceHeader. If hidden is true, only clients with credentials may list tags.
-// writes counts the requests that change the registry.
+// response has it in the header registry.AudienceHeader. If hidden is true, only clients with credentials may list
+// tags. writes counts the requests that change the registry.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}

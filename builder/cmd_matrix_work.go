@@ -17,8 +17,8 @@ import (
 // queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
-// runWorkWish builds what a wish list asks for, and watches for new releases. After a stop signal it starts no more builds. A second signal cancels the
-// running builds.
+// runWorkWish builds what a wish list asks for, and watches for new releases. After a stop signal it
+// starts no more builds. A second signal cancels the running builds.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {

@@ -49,8 +49,9 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel links a small ELF file that stands for a vmlinux. The file contains the kernel's version banner (linux_banner), and its first segment is at the given
-// address. By default an x86 kernel is linked to the physical address 0x1000000 (CONFIG_PHYSICAL_START).
+// kernel links a small ELF file that stands for a vmlinux. The file contains the kernel's version banner
+// (linux_banner), and its first segment is at the given address. By default an x86 kernel is linked to the physical
+// address 0x1000000 (CONFIG_PHYSICAL_START).
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {

@@ -21,8 +21,8 @@ import (
 // the next driver.
 //
 // The answer depends on the compiler's arguments only. So this package stores the answers once:
-//   - The kernel's makefiles run in a sandbox without any source of a driver. There a wrapper around the compiler (guard.sh)
-//     records each answer.
+//   - The kernel's makefiles run in a sandbox without any source of a driver. There a wrapper around the compiler
+//     (guard.sh) records each answer.
 //   - In later sandboxes the wrapper returns the stored answer if the arguments are the same.
 //   - A driver's makefiles cannot write to the stored answers.
 const (
