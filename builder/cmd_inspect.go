@@ -35,7 +35,8 @@ does not work. The exit status is the one of the first check that fails.`,
 				&ucli.BoolFlag{Name: "vmlinux", Usage: "also fetch vmlinux (hundreds of MB), and compare it with the headers"},
 			),
 			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket"),
-				cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; separate several by commas")),
+				cli.String("driver-mirror", driverBucket,
+					"`URL` of the bucket with NVIDIA's runfiles; separate several by commas")),
 			cli.Group(groupOutput, cacheFlag(), cli.OutputFlag()),
 		),
 		Action: runInspect,
@@ -62,7 +63,8 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	defer func() { err = errors.Join(err, kernels.Close()) }()
 	report := inspect.Build(ctx, kernels, cache, kernel, inspect.Config{
-		VMLinux: cmd.Bool("vmlinux"), DriverMirror: cmd.String("driver-mirror"), Progress: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
+		VMLinux: cmd.Bool("vmlinux"), DriverMirror: cmd.String("driver-mirror"),
+		Progress: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
 	})
 	if err := cli.Print(cmd, report, func(w io.Writer) error {
 		_, err := io.WriteString(w, reportTable(report))
