@@ -326,7 +326,8 @@ func (r *replacingWriter) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// TestEmulatorManyBuilds checks that BuildsOf sends one request for each COS build, even if the bucket has many builds.
+// TestEmulatorManyBuilds checks that BuildIDs sends one request, and BuildsOf one for each COS build, even if the
+// bucket has many builds.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -338,23 +339,30 @@ func TestEmulatorManyBuilds(t *testing.T) {
 	}
 	p.Put(t, "cos-tools", "extensions/kernel_commit", commit)
 	b := openQuick(t, "gs://cos-tools")
+	// since returns the number of requests since the last call.
+	last := 0
+	since := func() int {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		n := p.requests - last
+		last = p.requests
+		return n
+	}
+	since()
 	ids, err := b.BuildIDs(t.Context())
 	if err != nil || len(ids) != builds || ids[0] != "17800.149.0" || ids[builds-1] != "17800.0.0" {
 		t.Fatalf("BuildIDs = %d, %v; want %d, newest first", len(ids), err, builds)
 	}
-	p.mu.Lock()
-	before := p.requests
-	p.mu.Unlock()
+	if n := since(); n != 1 {
+		t.Errorf("BuildIDs sent %d requests; want 1", n)
+	}
 	few, err := b.BuildsOf(t.Context(), ids[:3])
 	if err != nil || len(few) != 6 || few[0].String() != "17800.149.0/lakitu" ||
 		few[5].String() != "17800.147.0/lakitu-arm64" {
 		t.Errorf("BuildsOf = %v, %v; want the newest three with two boards each", few, err)
 	}
-	p.mu.Lock()
-	after := p.requests
-	p.mu.Unlock()
-	if after-before != 3 {
-		t.Errorf("BuildsOf sent %d requests; want 3", after-before)
+	if n := since(); n != 3 {
+		t.Errorf("BuildsOf sent %d requests; want 3", n)
 	}
 	if all, err := b.Builds(t.Context()); err != nil || len(all) != 2*builds {
 		t.Errorf("Builds = %d, %v; want %d", len(all), err, 2*builds)

@@ -9,9 +9,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -170,24 +172,31 @@ func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
 }
 
 // TestSiteCredentials checks that the client authenticates in the form that the server accepts: with a bearer token of
-// Google, or with a user name and password.
+// Google, or with a user name and password. It must send no credentials before the server has refused a request.
 func TestSiteCredentials(t *testing.T) {
 	t.Parallel()
 	dir, digest := publishLayout(t)
 	for name, tc := range map[string]struct {
 		keys   token
-		header string
+		header string // the header that the server requires; "" means none
 		ok     bool
 	}{
 		"Google's token": {token{"oauth2accesstoken", "ya29"}, "Bearer ya29", true},
 		"a user":         {token{"me", "secret"}, "Basic bWU6c2VjcmV0", true},
 		"nobody":         {token{}, "Bearer x", false},
 		"somebody else":  {token{"you", "x"}, "Basic bWU6c2VjcmV0", false},
+		"no need":        {token{"me", "secret"}, "", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			var refused sync.Map // paths that the server has refused
 			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.Header.Get("Authorization") != tc.header {
+				sent := r.Header.Get("Authorization")
+				if _, ok := refused.Load(r.URL.Path); sent != "" && !ok {
+					t.Errorf("%s had credentials although the server had not refused it", r.URL.Path)
+				}
+				if sent != tc.header {
+					refused.Store(r.URL.Path, true)
 					w.WriteHeader(http.StatusUnauthorized)
 					return
 				}
@@ -280,7 +289,7 @@ func TestSiteNames(t *testing.T) {
 }
 
 // TestSiteKeepsCredentials checks that the client sends no credentials over plain HTTP to another machine, and none
-// after a redirect to another server.
+// after a redirect to another server or from https to http.
 func TestSiteKeepsCredentials(t *testing.T) {
 	t.Parallel()
 	dir, _ := publishLayout(t)
@@ -330,6 +339,26 @@ func TestSiteKeepsCredentials(t *testing.T) {
 	)
 	if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) || asked != 1 {
 		t.Errorf("Resolve = %v after %d requests", err, asked)
+	}
+	// This host redirects from https to http. It has no file there.
+	var sent []string
+	repo = openRef(t, "oci:https://files.example/drivers", registry.Options{Keychain: keys,
+		Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			sent = append(sent, r.URL.Scheme+" "+r.Header.Get("Authorization"))
+			resp := &http.Response{StatusCode: http.StatusNotFound, Body: http.NoBody, Request: r, Header: http.Header{}}
+			if r.URL.Scheme == "https" {
+				resp.StatusCode = http.StatusUnauthorized
+				if r.Header.Get("Authorization") != "" {
+					resp.StatusCode = http.StatusFound
+					resp.Header.Set("Location", "http://"+r.URL.Host+r.URL.Path)
+				}
+			}
+			return resp, nil
+		})})
+	_, err := repo.Resolve(t.Context(), "v1")
+	want := []string{"https ", "https Bearer ya29", "http "}
+	if diff := cmp.Diff(want, sent); !fault.Is(err, fault.NoArtifact) || diff != "" {
+		t.Errorf("Resolve = %v; want no artifact. The requests and their credentials (-want +got):\n%s", err, diff)
 	}
 }
 

@@ -48,22 +48,32 @@ func noise(t *testing.T, host string) (data []byte, digest string) {
 	return data, fmt.Sprintf("sha256:%x", sha256.Sum256(data))
 }
 
-// cut starts a proxy that breaks the connection of each response with a blob after the given number of bytes. asked
-// counts the requests for blobs, and ranges counts those that were answered with a part.
-func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
+// cutter is a proxy that breaks the connection of each response with a blob.
+type cutter struct {
+	host string
+	// asked counts the requests for blobs, ranges those that were answered with a part, and authorized those with
+	// credentials.
+	asked, ranges, authorized atomic.Int64
+}
+
+// cut starts a cutter that breaks each connection after the given number of bytes.
+func cut(t *testing.T, host string, after int64) *cutter {
 	t.Helper()
-	asked, ranges = new(atomic.Int64), new(atomic.Int64)
-	proxy = startProxy(t, host, nil, func(r *http.Response) error {
+	c := &cutter{}
+	c.host = startProxy(t, host, nil, func(r *http.Response) error {
 		if strings.Contains(r.Request.URL.Path, "/blobs/") && r.Request.Method == http.MethodGet {
-			asked.Add(1)
+			c.asked.Add(1)
 			if r.StatusCode == http.StatusPartialContent {
-				ranges.Add(1)
+				c.ranges.Add(1)
+			}
+			if r.Request.Header.Get("Authorization") != "" {
+				c.authorized.Add(1)
 			}
 			r.Body = &breakingBody{r.Body, after}
 		}
 		return nil
 	})
-	return proxy, asked, ranges
+	return c
 }
 
 // breakingBody is the body of a response. Its connection breaks after left bytes.
@@ -91,8 +101,8 @@ func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
 	data, digest := noise(t, host)
-	proxy, asked, ranges := cut(t, host, 1<<20+1)
-	rc, err := open(t, proxy+"/x").Blob(t.Context(), digest, int64(len(data)))
+	proxy := cut(t, host, 1<<20+1)
+	rc, err := open(t, proxy.host+"/x").Blob(t.Context(), digest, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,9 +110,8 @@ func TestResume(t *testing.T) {
 	if err != nil || !bytes.Equal(got, data) {
 		t.Errorf("read %d bytes, %v; want the %d that were pushed", len(got), err, len(data))
 	}
-	if asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
-		t.Errorf("%d requests, %d of them with a range; want at least 4, all but the first with a range", asked.Load(),
-			ranges.Load())
+	if asked, ranges := proxy.asked.Load(), proxy.ranges.Load(); asked < 4 || ranges != asked-1 {
+		t.Errorf("%d requests, %d of them with a range; want at least 4, all but the first with a range", asked, ranges)
 	}
 	if err := rc.Close(); err != nil {
 		t.Error(err)
@@ -278,28 +287,35 @@ func TestTricklingRegistry(t *testing.T) {
 	})
 }
 
-// TestResumeBehindRedirect has a registry that redirects requests for blobs to a bucket, as large registries do. The
-// client must request the missing bytes from the bucket too.
+// TestResumeBehindRedirect has a registry that requires a password and redirects requests for blobs to a bucket, as
+// large registries do. The client must request the missing bytes from the bucket too, and must not send the password
+// there.
 func TestResumeBehindRedirect(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
 	data, digest := noise(t, host)
-	bucket, asked, ranges := cut(t, host, 1<<20+1)
-	proxy := startProxy(t, host, func(w http.ResponseWriter, r *http.Request) bool {
-		toBucket := strings.Contains(r.URL.Path, "/blobs/")
+	bucket := cut(t, host, 1<<20+1)
+	// The bucket has the blobs, so the protected registry only checks passwords.
+	proxy := startProxy(t, distribution.StartProtected(t), func(w http.ResponseWriter, r *http.Request) bool {
+		toBucket := strings.Contains(r.URL.Path, "/blobs/") && r.Header.Get("Authorization") != ""
 		if toBucket {
-			http.Redirect(w, r, "http://"+bucket+r.URL.Path, http.StatusTemporaryRedirect)
+			http.Redirect(w, r, "http://"+bucket.host+r.URL.Path, http.StatusTemporaryRedirect)
 		}
 		return toBucket
 	}, nil)
-	rc, err := open(t, proxy+"/x").Blob(t.Context(), digest, int64(len(data)))
+	keys := token{distribution.User, distribution.Password}
+	rc, err := openRef(t, proxy+"/x", registry.Options{Keychain: keys}).Blob(t.Context(), digest, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer rc.Close()
 	got, err := io.ReadAll(rc)
-	if err != nil || !bytes.Equal(got, data) || asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
+	asked, ranges := bucket.asked.Load(), bucket.ranges.Load()
+	if err != nil || !bytes.Equal(got, data) || asked < 4 || ranges != asked-1 {
 		t.Errorf("read %d bytes in %d requests, %d of them with a range, %v; want %d bytes in at least 4 requests, all but "+
-			"the first with a range", len(got), asked.Load(), ranges.Load(), err, len(data))
+			"the first with a range", len(got), asked, ranges, err, len(data))
+	}
+	if n := bucket.authorized.Load(); n > 0 {
+		t.Errorf("%d of %d requests to the bucket had credentials; want none", n, asked)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -157,20 +158,39 @@ func TestMissingBubblewrap(t *testing.T) {
 }
 
 // TestCancel checks that Run ends when its context ends, although programs in the sandbox sleep. It must return the
-// context's cause.
+// context's cause, and all programs in the sandbox must end.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
+	if _, err := exec.LookPath("flock"); err != nil {
+		t.Skip("flock is missing: apt-get install util-linux")
+	}
+	dir := t.TempDir()
+	lock, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
 	ctx, cancel := context.WithCancelCause(t.Context())
 	stop := errors.New("enough")
-	w := &onFirstWrite{do: func() { cancel(stop) }}
+	w := &onFirstWrite{do: func() {
+		if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			t.Error("the lock is free while the sandbox runs")
+		}
+		cancel(stop)
+	}}
 	started := time.Now()
-	err := sandbox.Run(ctx, sandbox.Config{
-		Argv: []string{"sh", "-c", "echo started; sleep 600 & sleep 600"}, Dir: "/", Output: w,
-		Env: map[string]string{"PATH": "/usr/bin:/bin"},
+	// Each program of the script has the lock's file open, so the lock is free only after all of them have ended.
+	err = sandbox.Run(ctx, sandbox.Config{
+		Argv: []string{"sh", "-c", "exec 9>>/b/lock; flock 9; sleep infinity & echo started; sleep infinity"}, Dir: "/",
+		Output: w, Env: map[string]string{"PATH": "/usr/bin:/bin"},
+		Binds: []sandbox.Bind{{Host: dir, Inside: "/b", Writable: true}},
 	})
 	if !errors.Is(err, stop) {
 		t.Errorf("Run = %v after %v; want the cause of the cancellation", err, time.Since(started))
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Errorf("flock: %v", err)
 	}
 }
 

@@ -188,29 +188,34 @@ func TestFindToolsRefuses(t *testing.T) {
 	}
 }
 
-// TestFlags checks that KCFLAGS switches -Werror off for clang, and that it does not do so for gcc. clangFlags says
-// why.
+// TestFlags checks every make variable with flags, for each compiler. Only for clang they switch -Werror off;
+// clangFlags says why. With debug information, gcc gets the kernel's flags unchanged.
 func TestFlags(t *testing.T) {
 	t.Parallel()
+	const lenient = "KCFLAGS=-Wno-error -Wno-error=strict-prototypes"
 	for _, row := range []struct {
-		cc   string
-		want bool
-	}{{"clang", true}, {"gcc", false}} {
-		r := kit(t, "CONFIG_LD_IS_LLD=y", amd64Prefix+row.cc, "llvm-strip")
-		r.Env["CC"] = amd64Prefix + row.cc
+		cc, config string
+		debug      bool
+		btf        string
+		want       []string
+	}{
+		{cc: "clang", want: []string{"KAFLAGS=-g0", lenient + " -g0"}},
+		{cc: "clang", debug: true, want: []string{lenient}},
+		{cc: "clang", config: " CONFIG_DEBUG_INFO_BTF_MODULES=y", btf: "vmlinux.btf",
+			want: []string{"CONFIG_DEBUG_INFO_BTF_MODULES=", lenient}},
+		{cc: "gcc", want: []string{"KAFLAGS=-g0", "KCFLAGS=-g0"}},
+		{cc: "gcc", debug: true},
+		{cc: "gcc", config: " CONFIG_DEBUG_INFO_BTF_MODULES=y",
+			want: []string{"CONFIG_DEBUG_INFO_BTF_MODULES=", "KAFLAGS=-g0", "KCFLAGS=-g0"}},
+	} {
+		r := kit(t, "CONFIG_LD_IS_LLD=y"+row.config, amd64Prefix+row.cc, "llvm-strip")
+		r.Env["CC"], r.Debug, r.BTF = amd64Prefix+row.cc, row.debug, row.btf
 		got, err := findTools(r)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var kcflags string
-		for _, v := range flagVariables(r, got) {
-			if rest, ok := strings.CutPrefix(v, "KCFLAGS="); ok {
-				kcflags = rest
-			}
-		}
-		has := strings.HasPrefix(kcflags, "-Wno-error -Wno-error=strict-prototypes")
-		if has != row.want || strings.Contains(kcflags, "-Wno-error") != row.want {
-			t.Errorf("KCFLAGS for %s = %q; want -Wno-error there: %v", row.cc, kcflags, row.want)
+		if diff := cmp.Diff(row.want, flagVariables(r, got)); diff != "" {
+			t.Errorf("flags for %s%s, debug %t, btf %q (-want +got):\n%s", row.cc, row.config, row.debug, row.btf, diff)
 		}
 	}
 }

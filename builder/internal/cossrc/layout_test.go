@@ -140,8 +140,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// TestEmulatorLayouts reads each layout through Google's API, from an emulator. Its buckets have no checksum files, so
-// Fetch must use the checksums in the objects' metadata.
+// TestEmulatorLayouts reads each layout from an emulator, through Google's API and by plain HTTP. The emulator's buckets
+// have no checksum files, so Fetch must use the checksums in the objects' metadata.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -153,10 +153,12 @@ func TestEmulatorLayouts(t *testing.T) {
 				bucket, object, _ := strings.Cut(name, "/")
 				s.Put(t, bucket, object, data)
 			}
-			if in, err := fetchFrom(t, "gs://cos-tools", l.board); err != nil {
-				t.Errorf("Fetch: %v", err)
-			} else {
-				l.check(t, "gs://cos-tools", in)
+			for _, bucketURL := range []string{"gs://cos-tools", s.Endpoint + "/cos-tools"} {
+				if in, err := fetchFrom(t, bucketURL, l.board); err != nil {
+					t.Errorf("Fetch from %s: %v", bucketURL, err)
+				} else {
+					l.check(t, bucketURL, in)
+				}
 			}
 		})
 	}

@@ -126,17 +126,31 @@ func replaceText(t *testing.T, file, old, text string) string {
 // and no kernel exports it.
 const exported, unknown = "proc_create_single_data", "proc_create_zingle_data"
 
-// TestRealGate checks modules against real kernels. A module without a fault must pass. A module must be refused if it
+// TestReal checks modules against two real kernels. Both parts use the same kernels, because it takes long to unpack
+// them.
+func TestReal(t *testing.T) {
+	t.Parallel()
+	own, other := kernels(t)
+	t.Logf("%s %s against %s %s", own.Kernel, own.Kernel.Release, other.Kernel, other.Kernel.Release)
+	t.Run("gate", func(t *testing.T) {
+		t.Parallel()
+		realGate(t, own, other)
+	})
+	t.Run("types", func(t *testing.T) {
+		t.Parallel()
+		realTypes(t, own, other)
+	})
+}
+
+// realGate checks modules against real kernels. A module without a fault must pass. A module must be refused if it
 //
 //   - was compiled for a sibling kernel,
 //   - needs a symbol that the kernel lacks,
 //   - has a wrong vermagic,
 //   - crashes the kernel, or
 //   - causes a warning of the kernel.
-func TestRealGate(t *testing.T) {
-	t.Parallel()
-	own, other := kernels(t)
-	t.Logf("%s %s against %s %s", own.Kernel, own.Kernel.Release, other.Kernel, other.Kernel.Release)
+func realGate(t *testing.T, own, other *cossrc.Inputs) {
+	t.Helper()
 	good, foreign := standIn(t, own, "NOTHING"), standIn(t, other, "NOTHING")
 	sibling := replaceText(t, foreign, "vermagic="+other.Kernel.Release, "vermagic="+own.Kernel.Release)
 

@@ -39,11 +39,10 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	return out
 }
 
-// TestRealTypes loads modules with BTF into a real kernel. The kernel must refuse BTF that was made against a sibling
+// realTypes loads modules with BTF into a real kernel. The kernel must refuse BTF that was made against a sibling
 // kernel's BTF, and Check must refuse the same modules.
-func TestRealTypes(t *testing.T) {
-	t.Parallel()
-	own, other := kernels(t)
+func realTypes(t *testing.T, own, other *cossrc.Inputs) {
+	t.Helper()
 	ownTypes, otherTypes := typesOf(t, own), typesOf(t, other)
 	good, again, foreign := typedStandIn(t, own, "NOTHING", ownTypes), typedStandIn(t, own, "NOTHING",
 		ownTypes), typedStandIn(t, own, "NOTHING", otherTypes)

@@ -88,6 +88,17 @@ func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
 	}
 }
 
+// xzTo returns a writer that compresses a small archive with xz. For the default dictionary of 8 MiB, the library
+// allocates 48 MB, and clears them, for each archive.
+func xzTo(t testing.TB, out io.Writer) io.WriteCloser {
+	t.Helper()
+	w, err := xz.WriterConfig{DictCap: 64 << 10}.NewWriter(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
 // farm is a build farm: two buckets, a signing key, and a repository in a registry.
 type farm struct {
 	dir, key string
@@ -129,11 +140,7 @@ func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
 	t.Helper()
 	var tree, tools bytes.Buffer
 	tarOf(t, files, gzip.NewWriter(&tree))
-	zw, err := xz.NewWriter(&tools)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tarOf(t, toolchainFiles(), zw)
+	tarOf(t, toolchainFiles(), xzTo(t, &tools))
 	for name, data := range map[string][]byte{
 		"kernel-headers.tgz": tree.Bytes(), "toolchain.tar.xz": tools.Bytes(),
 		"toolchain_env": []byte("CC=x86_64-cros-linux-gnu-gcc\n"), "kernel_commit": []byte(strings.Repeat("0a", 20) + "\n"),
@@ -159,7 +166,7 @@ func (f *farm) driver(t *testing.T, files map[string]string) {
 func (f *farm) putEdition(t *testing.T, version string, files map[string]string) {
 	t.Helper()
 	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
-	zw, err := zstd.NewWriter(run)
+	zw, err := zstd.NewWriter(run, zstd.WithWindowSize(128<<10), zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/ulikunitz/xz"
-
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/reproduce"
 	"github.com/prebake/prebake/pkg/fault"
@@ -32,11 +30,7 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	tools := toolchainFiles()
 	tools["bin/x86_64-cros-linux-gnu-objcopy*"] = "#!/bin/sh\nexec /usr/bin/objcopy \"$@\"\n"
 	var toolchain bytes.Buffer
-	zw, err := xz.NewWriter(&toolchain)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tarOf(t, tools, zw)
+	tarOf(t, tools, xzTo(t, &toolchain))
 	for name, data := range map[string][]byte{
 		"toolchain.tar.xz": toolchain.Bytes(),
 		"vmlinux":          btfsample.ELF(".text", text, ".BTF", string(btfsample.Kernel("int", "task_struct"))),

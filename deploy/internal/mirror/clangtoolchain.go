@@ -38,18 +38,17 @@ var (
 
 // makeClangToolchain makes the archive of clang, lld and LLVM's tools.
 func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, error) {
-	versions, err := toolVersions(ctx, "xz", "patchelf")
+	r, err := m.toolchainRecipe(ctx, "clang-toolchain.tar.xz", pkgs)
 	if err != nil {
 		return object{}, err
 	}
-	r := recipe{Kind: "clang-toolchain.tar.xz", Packages: pkgs, Tools: versions}
 	return m.object(ctx, "clang toolchain", r, func(ctx context.Context, w io.Writer) error {
 		return m.inWorkDir(func(dir string) error {
 			t, err := clangTree(ctx, m.apt, pkgs, dir)
 			if err != nil {
 				return err
 			}
-			return t.writeTarXZ(ctx, w)
+			return t.writeTarXZ(ctx, w, m.xzPreset)
 		})
 	})
 }

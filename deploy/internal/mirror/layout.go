@@ -78,18 +78,17 @@ func (m *maker) inWorkDir(f func(dir string) error) (err error) {
 }
 
 func (m *maker) makeToolchain(ctx context.Context) (object, error) {
-	versions, err := toolVersions(ctx, "xz", "patchelf")
+	r, err := m.toolchainRecipe(ctx, "toolchain.tar.xz", m.toolchainPkgs)
 	if err != nil {
 		return object{}, err
 	}
-	r := recipe{Kind: "toolchain.tar.xz", Packages: m.toolchainPkgs, Tools: versions}
 	return m.object(ctx, "toolchain for "+string(m.platform.arch), r, func(ctx context.Context, w io.Writer) error {
 		return m.inWorkDir(func(dir string) error {
 			t, err := toolchainTree(ctx, m.apt, m.platform, m.toolchainPkgs, dir)
 			if err != nil {
 				return err
 			}
-			return t.writeTarXZ(ctx, w)
+			return t.writeTarXZ(ctx, w, m.xzPreset)
 		})
 	})
 }

@@ -8,6 +8,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -75,6 +76,8 @@ type Config struct {
 	EmuGPURevision string
 	// Progress receives a line of text at each step; nil means no progress.
 	Progress func(string)
+	// xzPreset is xz's preset for toolchain archives; "" means -3.
+	xzPreset string
 }
 
 // WithDefaults returns c with its defaults filled in.
@@ -92,6 +95,7 @@ func (c Config) WithDefaults() Config {
 	if c.Progress == nil {
 		c.Progress = func(string) {}
 	}
+	c.xzPreset = cmp.Or(c.xzPreset, xzDefault)
 	return c
 }
 

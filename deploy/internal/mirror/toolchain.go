@@ -173,10 +173,24 @@ func (t tree) checkLibraries() error {
 	return nil
 }
 
-// writeTarXZ writes the tree as a tar.xz. xz compresses in blocks of a fixed size: by default, the bytes would depend
-// on the number of processors.
-func (t tree) writeTarXZ(ctx context.Context, w io.Writer) error {
-	cmd := exec.CommandContext(ctx, "xz", "-3", "-T2", "--block-size=8MiB", "--check=crc64", "-c")
+// xzDefault is the default preset of xz for toolchain archives.
+const xzDefault = "-3"
+
+// toolchainRecipe returns the recipe of a toolchain archive. It names the preset of xz only if that is not the default:
+// so the keys of older archives in the cache stay as they are.
+func (m *maker) toolchainRecipe(ctx context.Context, kind string, pkgs []pkg) (recipe, error) {
+	versions, err := toolVersions(ctx, "xz", "patchelf")
+	r := recipe{Kind: kind, Packages: pkgs, Tools: versions}
+	if m.xzPreset != xzDefault {
+		r.Params = []string{m.xzPreset}
+	}
+	return r, err
+}
+
+// writeTarXZ writes the tree as a tar.xz, with a preset of xz. xz compresses in blocks of a fixed size: by default, the
+// bytes would depend on the number of processors.
+func (t tree) writeTarXZ(ctx context.Context, w io.Writer, preset string) error {
+	cmd := exec.CommandContext(ctx, "xz", preset, "-T2", "--block-size=8MiB", "--check=crc64", "-c")
 	cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -33,7 +34,7 @@ func (n *node) reboot(t testing.TB) {
 	// COS sets this path on the kernel's command line.
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n")
 	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm",
-		"sys/module/nvidia_modeset"} {
+		"sys/module/nvidia_modeset", "sys/module/nvidia_drm"} {
 		if err := os.RemoveAll(filepath.Join(n.root, dir)); err != nil {
 			t.Fatal(err)
 		}
@@ -458,14 +459,22 @@ func TestUninstallKilled(t *testing.T) {
 	}
 }
 
-// TestHelperModule checks that the agent runs the node's modprobe for drm_kms_helper, which nvidia-drm needs, but only
-// if that module is not loaded yet.
+// TestHelperModule checks that the agent runs the node's modprobe for drm_kms_helper, which nvidia-drm needs, before it
+// loads nvidia-drm. It runs modprobe only if drm_kms_helper is not loaded yet.
 func TestHelperModule(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: modprobe runs in the node's root")
 	}
-	n, ref, c, p := bare(t)
+	key, ref := testkit.NewKey(t), layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	c.Modify = func(files map[string]string) {
+		files["drivers/nvidia-drm.ko"] = string(sample.Module("nvidia-drm", newVersion,
+			c.Kernel.Release+" SMP preempt mod_unload "))
+	}
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
 	out := filepath.Join(n.root, "asked")
 	inputs.Files(t, "testdata/modprobe.go")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"),
@@ -478,9 +487,13 @@ func TestHelperModule(t *testing.T) {
 		if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 			t.Fatal(err)
 		}
+		// If modprobe ran after the load of a module of the driver, its output has that module's line of /proc/modules.
 		raw, err := os.ReadFile(out)
 		if string(raw) != want || err != nil && want != "" {
 			t.Errorf("modprobe was asked for %q, %v; want %q", raw, err, want)
+		}
+		if !slices.Contains(n.kernel.calls, "load nvidia_drm "+newVersion) {
+			t.Errorf("system calls %v; want nvidia-drm loaded", n.kernel.calls)
 		}
 		n.reboot(t)
 		sample.Write(t, n.root, "sys/module/drm_kms_helper/refcnt", "0\n")

@@ -22,7 +22,7 @@ import (
 )
 
 // asks makes the node demand that the snapshot in the folder from lists a driver. The node then reads its former
-// snapshot from the disk, as after a restart of the program.
+// snapshot from the disk, as after a restart of the program. As in the program, a dry run writes no snapshot.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -30,7 +30,7 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 		t.Fatal(err)
 	}
 	client, err := snapshot.New(snapshot.Config{From: from, Root: root,
-		State: filepath.Join(n.root, "var/lib/prebake/snapshot.json"), Now: now})
+		State: filepath.Join(n.root, "var/lib/prebake/snapshot.json"), ReadOnly: n.cfg.DryRun, Now: now})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,8 +195,8 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// TestSnapshotDryRun checks that a dry run verifies the snapshot: both the run and Explain must say that the snapshot
-// does not list the driver.
+// TestSnapshotDryRun checks that a dry run verifies the snapshot but stores nothing. Both the run and Explain must say
+// that the snapshot does not list the driver.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -224,5 +224,10 @@ func TestSnapshotDryRun(t *testing.T) {
 	last := e.Findings[len(e.Findings)-1]
 	if last.Rule != "snapshot" || last.OK {
 		t.Errorf("Explain: last rule %+v; want the snapshot's refusal", last)
+	}
+	for _, dir := range []string{"var", installDir} {
+		if _, err := os.Stat(filepath.Join(n.root, dir)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a dry run made the folder %s: %v", dir, err)
+		}
 	}
 }

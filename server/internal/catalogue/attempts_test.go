@@ -72,16 +72,41 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
-// TestSecondAttemptStartsAfresh checks that a second attempt does not show the phase in which the first one was killed.
-func TestSecondAttemptStartsAfresh(t *testing.T) {
+// TestNextAttemptStartsAfresh checks that an attempt starts without phases and without an error, although the attempt
+// before it failed or was killed.
+func TestNextAttemptStartsAfresh(t *testing.T) {
 	t.Parallel()
-	c, _ := world(t)
-	b := request(t, c, first, v261, "open")
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1, Worker: "w1"})
-	update(t, c, b.ID, api.BuildUpdate{Phase: "compile"})
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 2, Worker: "w1"})
-	if got, err := c.Build(t.Context(), b.ID); err != nil || got.Attempt != 2 || got.Phase != "" {
-		t.Errorf("second attempt = %+v, %v; want no phase yet", got, err)
+	phases := []timeline.Phase{{Name: "source", Seconds: 2}}
+	failure := func(state api.State) api.BuildUpdate {
+		return api.BuildUpdate{State: state, Attempt: 1, Class: "transient", Error: "mirror is away", Hint: "wait",
+			Phases: phases}
+	}
+	for name, end := range map[string][]api.BuildUpdate{
+		"killed":             {{Phase: "compile", Phases: phases}},
+		"failed and retried": {failure(api.Queued)},
+		"failed":             {failure(api.Failed)},
+		"failed, and killed when it was retried": {failure(api.Queued), {State: api.Building, Attempt: 2, Worker: "w1"},
+			{Phase: "compile", Phases: phases}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, _ := world(t)
+			b := request(t, c, first, v261, "open")
+			update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1, Worker: "w1"})
+			for _, u := range end {
+				update(t, c, b.ID, u)
+			}
+			before, err := c.Build(t.Context(), b.ID)
+			if err != nil || before.Phase+before.Error == "" || len(before.Phases) == 0 {
+				t.Fatalf("the attempt before = %+v, %v; want a phase or an error, and phases", before, err)
+			}
+			update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: before.Attempt + 1, Worker: "w1"})
+			got, err := c.Build(t.Context(), b.ID)
+			if err != nil || got.Attempt != before.Attempt+1 || got.Phase != "" || len(got.Phases) > 0 ||
+				got.Class+got.Error+got.Hint != "" {
+				t.Errorf("the next attempt = %+v, %v; want no phases and no error yet", got, err)
+			}
+		})
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -381,13 +383,38 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// FuzzManifest pushes arbitrary manifests. PushManifest must return, and must not accept names with "..".
+// FuzzManifest pushes arbitrary manifests. PushManifest must return. It must not accept names with "..", and must not
+// write outside the store's folders. A manifest that it accepted must be there, under its digest and its tag.
 func FuzzManifest(f *testing.F) {
-	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
+	around := f.TempDir()
+	const inside = "a/b/c/store" // a path that leads up to three folders too high still ends below around
+	s, err := ocistore.Open(filepath.Join(around, inside), ocistore.Options{})
 	if err != nil {
 		f.Fatal(err)
 	}
+	f.Cleanup(func() { _ = s.Close() })
+	// list returns the entries of the folders around the store, and of its own folder.
+	list := func(t testing.TB) (names []string) {
+		t.Helper()
+		for dir := inside; ; dir = path.Dir(dir) {
+			entries, err := os.ReadDir(filepath.Join(around, dir))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range entries {
+				names = append(names, path.Join(dir, e.Name()))
+			}
+			if dir == "." {
+				return names
+			}
+		}
+	}
+	before := list(f)
 	kinds := []string{"application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json", "x"}
+	for _, names := range [][2]string{{"a/b", "latest"}, {"a/b", ""}, {"../../x", "t"}, {"../damaged/x", "t"},
+		{"a/../../../x", "t"}, {"a/b", "../../../../../t"}, {"/a", "t"}} {
+		f.Add([]byte(`{"manifests":[]}`), 1, names[0], names[1])
+	}
 	for i, seed := range []string{`{}`, `{"config":{"digest":"sha256:","size":-1}}`, `{"manifests":[{}]}`,
 		`{"subject":{"digest":"sha256:../.."}}`, `[`} {
 		f.Add([]byte(seed), i, "a/b", "latest")
@@ -396,9 +423,21 @@ func FuzzManifest(f *testing.F) {
 		if len(content) > 1<<16 {
 			return
 		}
-		_, err := s.PushManifest(t.Context(), repo, tag, content, kinds[uint(kind)%3])
-		if err == nil && strings.Contains(repo+tag, "..") {
+		desc, err := s.PushManifest(t.Context(), repo, tag, content, kinds[uint(kind)%3])
+		if diff := cmp.Diff(before, list(t)); diff != "" {
+			t.Fatalf("PushManifest(%q, %q) wrote outside the store's folders (-before +after)\n%s", repo, tag, diff)
+		}
+		if err != nil {
+			return
+		}
+		if strings.Contains(repo+tag, "..") {
 			t.Errorf("PushManifest(%q, %q) was accepted", repo, tag)
+		}
+		if _, err := s.ResolveManifest(t.Context(), repo, desc.Digest); err != nil || string(desc.Digest) != sum(string(content)) {
+			t.Errorf("ResolveManifest(%q, %q) = %v; want the accepted manifest %s", repo, desc.Digest, err, sum(string(content)))
+		}
+		if got, err := s.ResolveTag(t.Context(), repo, tag); tag != "" && (err != nil || got.Digest != desc.Digest) {
+			t.Errorf("ResolveTag(%q, %q) = %s, %v; want %s", repo, tag, got.Digest, err, desc.Digest)
 		}
 	})
 }

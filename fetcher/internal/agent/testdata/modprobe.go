@@ -1,4 +1,4 @@
-// Command modprobe writes its arguments to the file /asked.
+// Command modprobe writes its arguments and the loaded modules to the file /asked.
 package main
 
 import (
@@ -7,7 +7,12 @@ import (
 )
 
 func main() {
-	if err := os.WriteFile("/asked", []byte(strings.Join(os.Args[1:], " ")+"\n"), 0o644); err != nil {
+	loaded, err := os.ReadFile("/proc/modules")
+	if err != nil {
+		os.Exit(1)
+	}
+	text := strings.Join(os.Args[1:], " ") + "\n" + string(loaded)
+	if err := os.WriteFile("/asked", []byte(text), 0o644); err != nil {
 		os.Exit(1)
 	}
 }
