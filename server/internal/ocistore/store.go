@@ -249,7 +249,7 @@ func repoPath(repo string, parts ...string) (string, error) {
 }
 
 func tagPath(repo, tag string) (string, error) {
-	if !ociref.IsValidTag(tag) {
+	if tag == "" || !ociref.IsValidTag(tag) { // IsValidTag panics if the tag is empty
 		return "", fmt.Errorf("%w: tag %q", ociregistry.ErrManifestInvalid, tag)
 	}
 	return repoPath(repo, "_tags", tag)
