@@ -92,6 +92,9 @@ func TestJudge(t *testing.T) {
 			(!fault.Is(err, row.kind) || fault.Hint(err) == "") {
 			t.Errorf("%s: Judge = %q, Err = %v; want %q and %v with a hint", row.name, v.State, err, row.want, row.kind)
 		}
+		if hint := fault.Hint(err); row.want == gpucheck.Starting && !strings.Contains(hint, "docs/how-to/gke.md") {
+			t.Errorf("%s: hint %q; want the page that says who starts the fabric manager", row.name, hint)
+		}
 		if (row.kind == fault.NoDevice || row.kind == fault.Unusable) && !strings.Contains(err.Error(), "NVRM: quoted") {
 			t.Errorf("%s: Err = %v; want the kernel's line in it", row.name, err)
 		}
