@@ -140,8 +140,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// TestEmulatorLayouts reads each layout from an emulator, through Google's API and by plain HTTP. The emulator's buckets
-// have no checksum files, so Fetch must use the checksums in the objects' metadata.
+// TestEmulatorLayouts reads each layout from an emulator, through Google's API and by plain HTTP. The emulator's
+// buckets have no checksum files, so Fetch must use the checksums in the objects' metadata.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {

@@ -111,7 +111,7 @@ func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	all := map[string]*apt{}
 	for _, name := range []string{"own", "next"} {
-		all[name] = &apt{conf: filepath.Join(dir, name)}
+		all[name] = &apt{conf: filepath.Join(dir, name), dir: filepath.Join(dir, name+"-folder")}
 	}
 	files := map[string]string{}
 	for line := range strings.Lines(madison) {

@@ -52,8 +52,8 @@ func TestReal(t *testing.T) {
 	compileHidden(t, archives[0])
 }
 
-// linkPackages makes apt's folder own with the packages and the package index of another cache. Nothing that apt does in
-// own changes the other cache.
+// linkPackages makes apt's folder own with the packages and the package index of another cache. Nothing that apt does
+// in own changes the other cache.
 func linkPackages(t *testing.T, other, own string) {
 	t.Helper()
 	for _, pattern := range []string{"packages/*.deb", "lists/*_*"} {
