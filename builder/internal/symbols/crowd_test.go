@@ -44,7 +44,7 @@ func (l listing) RoundTrip(r *http.Request) (*http.Response, error) {
 func TestHaveInCrowd(t *testing.T) {
 	t.Parallel()
 	ref := testkit.Registry(t, true) + "/prebake/driver"
-	repo, sample, subject := pushSample(t, ref)
+	_, sample, subject := pushSample(t, ref)
 	signer := newSigner(t)
 	own := map[string][]string{}
 	remembers := registry.Options{
