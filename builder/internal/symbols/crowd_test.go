@@ -67,7 +67,8 @@ func TestHaveInCrowd(t *testing.T) {
 		}
 	}
 	remembers.Transport = listing{sample.Digest: many}
-	if repo, err = registry.Open(ref, remembers); err != nil {
+	repo, err := registry.Open(ref, remembers)
+	if err != nil {
 		t.Fatal(err)
 	}
 	have(t, repo, sample.Digest, signer, true, "beside much junk")
