@@ -34,7 +34,7 @@ func TestReal(t *testing.T) {
 		out = filepath.Join(t.TempDir(), strings.Repeat("deeper/", i), "mirror")
 		own := t.TempDir()
 		linkPackages(t, filepath.Join(cache, "debian"), filepath.Join(own, "debian"))
-		// Only the preset of xz differs from a `mirror` by an operator: -0 takes a fifth of the processor time.
+		// The preset of xz differs from the one of the command `mirror`, because -0 takes much less processor time.
 		c := Config{Out: out, Cache: own, OnlyKernels: true, Kernels: 2, Progress: func(line string) { t.Log(line) },
 			xzPreset: "-0"}
 		if _, err := Make(t.Context(), c); err != nil {
