@@ -36,7 +36,7 @@ import (
 // wishFlags returns the settings of the commands build and work that apply with --wish only.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
-		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
+		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry failed cells even if no input changed")),
 		cli.Group(groupResources,
 			cli.Range("parallel", 0, 0, 1000, "with --wish: build `COUNT` cells at once; 0 means as many as memory allows"),
 			cli.Range("attempts", 3, 1, 100, "with --wish: try a cell up to `COUNT` times if its failure is temporary"),

@@ -87,7 +87,7 @@ func keyRefs(cmd *ucli.Command, roles ...string) (map[string]string, error) {
 
 func snapshotKeysCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "keys", Usage: "make the signing keys of a snapshot in a folder", ArgsUsage: "FOLDER",
+		Name: "keys", Usage: "make keys that sign snapshots, and write them to a folder", ArgsUsage: "FOLDER",
 		Flags: []ucli.Flag{cli.Int("root-keys", 3, "`COUNT` of root keys to make")},
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")

@@ -100,7 +100,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"builder `PROGRAM` or image (HOST/NAME@DIGEST) that compiles here; \"never\" for none",
+		"builder that compiles on this node: a `PROGRAM`, an image (HOST/NAME@DIGEST) or \"never\"",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")

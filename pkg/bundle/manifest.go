@@ -179,7 +179,7 @@ func decode(data []byte, v any) error {
 		return err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("there is data behind the end of the document")
+		return errors.New("there is data after the end of the document")
 	}
 	return nil
 }

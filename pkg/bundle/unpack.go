@@ -125,7 +125,7 @@ func onlyZeros(r io.Reader) error {
 		n, err := r.Read(buf)
 		for _, b := range buf[:n] {
 			if b != 0 {
-				return fault.New(fault.Unverified, "there is data behind the end of the archive", "")
+				return fault.New(fault.Unverified, "there is data after the end of the archive", "")
 			}
 		}
 		if errors.Is(err, io.EOF) {

@@ -234,9 +234,9 @@ func TestUnpackVerifies(t *testing.T) {
 		{"empty", nil, sum(packed), sum(plain), int64(len(packed)), "stream has 0 bytes"},
 		{"another tar", packed, sum(packed), sum(padded), int64(len(packed)), "unpacked layer has digest"},
 		{"data behind the archive", compress(t, behind), sum(compress(t, behind)), sum(behind),
-			int64(len(compress(t, behind))), "behind the end"},
+			int64(len(compress(t, behind))), "after the end"},
 		{"junk behind the frame", junk, sum(junk), sum(plain), int64(len(junk)), "magic"},
-		{"a second archive", two, sum(two), sum(append(bytes.Clone(plain), plain...)), int64(len(two)), "behind the end"},
+		{"a second archive", two, sum(two), sum(append(bytes.Clone(plain), plain...)), int64(len(two)), "after the end"},
 		{"bomb", compress(t, bomb), sum(compress(t, bomb)), sum(bomb), int64(len(compress(t, bomb))), "unpacks to more than"},
 		{"not zstd", plain, sum(plain), sum(plain), int64(len(plain)), "magic"},
 	}

@@ -297,7 +297,7 @@ func (m *Module) readSymbols(f *elf.File) error {
 	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) ||
 		f.Sections[table.Link].Size > maxSection ||
 		(table.Flags|f.Sections[table.Link].Flags)&elf.SHF_COMPRESSED != 0 {
-		return errors.New("the symbol table is too large or compressed, or has no names")
+		return errors.New("the symbol table is compressed, is too large, or has no string table")
 	}
 	symbols, err := f.Symbols()
 	if err != nil {

@@ -248,8 +248,8 @@ func TestLayoutConventions(t *testing.T) {
 	}
 }
 
-// TestLayoutListIsBounded checks that an attachment is refused if the list of attachments would become too long. A
-// refused attachment must change nothing.
+// TestLayoutListIsBounded checks that the client refuses to attach a referrer if the list of referrers would become too
+// long. A refusal must change nothing.
 func TestLayoutListIsBounded(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

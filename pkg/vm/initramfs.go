@@ -107,7 +107,7 @@ func guestFiles(c Config) ([]File, error) {
 		}
 		files = append(files, tree...)
 	} else if !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("read boot folder: %w", err)
+		return nil, fmt.Errorf("read the folder with the machine's boot files: %w", err)
 	}
 	return append(files, c.Files...), nil
 }

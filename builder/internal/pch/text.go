@@ -35,7 +35,7 @@ const (
 	maxHead = 128     // directives
 )
 
-var errTooLarge = errors.New("the file is larger than any source file of a driver")
+var errTooLarge = errors.New("the file is too large for a source file of a driver")
 
 func readTree(sources fs.FS) (*tree, error) {
 	t := &tree{files: map[string]file{}, byBase: map[string][]string{}, closures: map[string]map[string]bool{}}

@@ -48,7 +48,8 @@ func (l Label) check(x Index) error {
 	return nil
 }
 
-// installable returns the entry of a version that Google's installer can use. It returns false if there is none.
+// installable returns, of the entries of a version, the one that Google's installer can use. It returns false if there
+// is none.
 func (x Index) installable(version string) (Entry, bool) {
 	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
 	if i < 0 {

@@ -92,7 +92,7 @@ func allowExec(dir string, beforeMount func()) (bool, error) {
 		return true, allowExecOld(dir, st.Flags)
 	}
 	if err != nil {
-		return false, fmt.Errorf("copy the mount of the install folder: %w", err)
+		return false, fmt.Errorf("clone the mount of the install folder: %w", err)
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC})
 	if err == nil {

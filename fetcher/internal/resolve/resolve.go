@@ -63,7 +63,8 @@ type Answer struct {
 	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 means none.
 	Build int64 `json:"build,omitempty"`
-	// Missing is the build that this node may ask the farm for, or nil.
+	// Missing is the build to request from the farm if no artifact fits this node. It is nil if one fits, or if the farm
+	// cannot build it.
 	Missing *api.BuildRequest `json:"-"`
 }
 

@@ -19,7 +19,8 @@ import (
 // builtin is a step that guestinit runs itself. An errno in its error becomes the step's exit status.
 type builtin func(ctx context.Context, args []string, stdout io.Writer) error
 
-// builtins returns all built-ins except @stop, which the runner handles.
+// builtins returns the commands that init runs itself, by name. @stop is not among them, because the loop over the
+// steps handles it.
 func builtins() map[string]builtin {
 	return map[string]builtin{
 		"@insmod": func(_ context.Context, args []string, _ io.Writer) error { // FILE [PARAMETER...]

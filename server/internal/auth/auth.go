@@ -157,8 +157,8 @@ func equalSecrets(given, secret string) bool {
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns the secret of a request: its Bearer token, or its password of HTTP Basic authentication, with any user
-// name. It reports whether there is one.
+// Secret returns the secret of a request: its Bearer token, or the password of its HTTP Basic authentication. The user
+// name does not matter. The second result is false if the request has no secret.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true

@@ -93,7 +93,7 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 }
 
 // ForgetAbsent removes a published artifact that a repository of this server lacks. Its cells can then be built again.
-// A withdrawn artifact stays, so that a later push of the same content is not handed out.
+// A yanked or quarantined artifact stays in the catalogue. Otherwise nodes would get the same content after a new push.
 func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
 	if !digestPattern.MatchString(digest) {
 		return badDigest(digest)
