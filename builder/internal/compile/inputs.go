@@ -161,8 +161,10 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	if w == nil {
 		return nil
 	}
-	if _, ok := k.answers[strings.TrimPrefix(rel, "conftest/")]; ok && strings.HasPrefix(rel, "conftest/") {
-		return &fileFacts{}
+	if name, ok := strings.CutPrefix(rel, "conftest/"); ok && isAnswerHeader(name) {
+		if _, ok := k.answers[name]; ok {
+			return &fileFacts{}
+		}
 	}
 	if _, err := os.Lstat(filepath.Join(k.r.Source, filepath.FromSlash(rel))); err == nil {
 		v.Files = append(v.Files, rel)

@@ -46,6 +46,7 @@ const (
 	maxPrograms = 24
 	maxFiles    = 8
 	maxSeen     = 10_000
+	maxName     = 4096 // bytes, as Linux's PATH_MAX
 )
 
 // HeadersContents fetches the header archive of a COS build into the cache and reads it without unpacking it. After an
@@ -112,6 +113,9 @@ func (c *Contents) read(ctx context.Context, in *tar.Reader, limit int) error {
 		}
 		if c.Entries++; c.Entries > limit {
 			return fmt.Errorf("the archive has more than %d entries", limit)
+		}
+		if len(h.Name) > maxName {
+			return fmt.Errorf("the archive has a name with %d bytes; want at most %d", len(h.Name), maxName)
 		}
 		name := path.Clean(h.Name)
 		folder := name

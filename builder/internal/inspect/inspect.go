@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/prebake/prebake/builder/internal/bootimage"
 	"github.com/prebake/prebake/builder/internal/compile"
@@ -52,12 +53,33 @@ type inspection struct {
 	kernel target.Kernel
 }
 
+// maxText is the maximum length of a finding's text, in bytes.
+const maxText = 64 << 10
+
+// add adds a finding. Much of its text comes from the bucket. Characters that a terminal may obey are replaced.
+func (l *inspection) add(f doctor.Finding) {
+	f.Text, f.Next = printable(f.Text), printable(f.Next)
+	l.Findings = append(l.Findings, f)
+}
+
+func printable(text string) string {
+	if len(text) > maxText {
+		text = text[:maxText] + " ..."
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) || r == '\n' || r == '\t' {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, text)
+}
+
 func (l *inspection) ok(check, format string, args ...any) {
-	l.Findings = append(l.Findings, doctor.Finding{Check: check, Level: doctor.OK, Text: fmt.Sprintf(format, args...)})
+	l.add(doctor.Finding{Check: check, Level: doctor.OK, Text: fmt.Sprintf(format, args...)})
 }
 
 func (l *inspection) note(check, format string, args ...any) {
-	l.Findings = append(l.Findings, doctor.Finding{Check: check, Level: doctor.Note, Text: fmt.Sprintf(format, args...)})
+	l.add(doctor.Finding{Check: check, Level: doctor.Note, Text: fmt.Sprintf(format, args...)})
 }
 
 func (l *inspection) fail(check string, level doctor.Level, err error) {
@@ -65,8 +87,7 @@ func (l *inspection) fail(check string, level doctor.Level, err error) {
 	if next == "" {
 		next = "report this error as a bug, with the whole output of this command"
 	}
-	l.Findings = append(l.Findings,
-		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
+	l.add(doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
 // Build examines one COS build and returns the findings. The objects that it fetches stay in the cache.

@@ -113,7 +113,7 @@ func (r *run) keepRefused(in *inputs, to *publication, digest string, failed err
 			cosBuild, tested = "", "" // COS builds with the same fingerprint share the compile
 		}
 	case kind == fault.PublishRefused, kind == fault.LoadTestFailed:
-	case digest == "" && (kind == fault.InputMissing || kind == fault.Usage):
+	case digest == "" && kind == fault.InputMissing:
 	default:
 		return
 	}

@@ -151,7 +151,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
-		if r.Verdict.Err() == nil {
+		if r.Verdict.State == gpucheck.Ready {
 			a.removeAside(ctx, store, aside)
 		}
 	}

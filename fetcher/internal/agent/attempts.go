@@ -235,13 +235,16 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 		}
 		delete(all, digest)
 		for _, at := range all { // other open or waiting activations are obsolete now
+			if at.Open && at.BootID != a.bootID() { // recover could not record that the node went down
+				at.Crashes++
+			}
 			at.Open, at.Next = false, false
 		}
 		err := a.writeAttempts(store, all)
 		switch {
 		case err == nil || !open:
 			return nil
-		case all.precious():
+		case all.precious(a.bootID()):
 			return fmt.Errorf("record the end of the activation: %w", err)
 		}
 		return store.RemoveFile(attemptsFile)
@@ -260,7 +263,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 			at.failed(failed)
 		}
 	})
-	if err != nil && open && !all.precious() {
+	if err != nil && open && !all.precious(a.bootID()) {
 		err = errors.Join(err, store.RemoveFile(attemptsFile))
 	}
 	return err
@@ -279,10 +282,11 @@ func blames(failed error) bool {
 		!errors.Is(failed, context.Canceled)
 }
 
-// precious reports whether a record has a rollback, a crash, or a foreign driver that must be loaded again.
-func (all attempts) precious() bool {
+// precious reports whether a record has a rollback, a crash that may not be counted yet, or a foreign driver that must
+// be loaded again.
+func (all attempts) precious(boot string) bool {
 	for _, at := range all {
-		if at.ByHand || at.Crashes > 0 || len(at.Foreign) > 0 {
+		if at.ByHand || at.Crashes > 0 || len(at.Foreign) > 0 || at.Open && at.BootID != boot {
 			return true
 		}
 	}

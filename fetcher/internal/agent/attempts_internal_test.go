@@ -55,3 +55,19 @@ func TestByNeed(t *testing.T) {
 		t.Errorf("with the clock in 1970, the new record is at place %d; want it among the first %d", i, maxRecent)
 	}
 }
+
+// TestPrecious checks which records must not be lost. An open record of another boot is a crash that is not counted yet.
+func TestPrecious(t *testing.T) {
+	t.Parallel()
+	for i, row := range []struct {
+		at   attempt
+		want bool
+	}{
+		{attempt{Failures: 1}, false}, {attempt{Open: true, BootID: "now"}, false}, {attempt{Crashes: 1}, true},
+		{attempt{Open: true, BootID: "before"}, true}, {attempt{ByHand: true}, true}, {attempt{BootID: "before"}, false},
+	} {
+		if got := (attempts{"sha256:ab": &row.at}).precious("now"); got != row.want {
+			t.Errorf("row %d: precious = %t; want %t", i, got, row.want)
+		}
+	}
+}

@@ -75,7 +75,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	}
 	if reload {
 		mark := a.loader.Mark()
-		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore(), false)); err != nil {
+		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore(), true)); err != nil {
 			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
 			could = usableAfter(err)
 		} else {

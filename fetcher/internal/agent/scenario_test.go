@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -399,6 +400,24 @@ func TestOptionalModule(t *testing.T) {
 			n.reboot(t)
 		}
 		n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+	}
+}
+
+// TestOptionalModuleAfterRollback checks that the former driver gets nvidia-peermem, too, if a new driver is refused
+// right after a boot, when no module is loaded.
+func TestOptionalModuleAfterRollback(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
+	n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
+	n.reboot(t)
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.reboot(t)
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+	_, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if err == nil || !slices.Contains(n.kernel.calls, "load nvidia_peermem "+oldVersion+" peerdirect_support=0") {
+		t.Errorf("Run = %v, system calls %q; want the former driver with nvidia-peermem", err, n.kernel.calls)
 	}
 }
 

@@ -191,6 +191,9 @@ func (f Facts) broken(gone []string) (reasons []string, gpus int) {
 	if len(wanted) > 0 {
 		reasons = append(reasons, "NVML reports that "+strings.Join(wanted, "; "))
 	}
+	slots = slices.DeleteFunc(slots, func(at string) bool { // a GPU that has left the bus is not among those present
+		return !slices.ContainsFunc(f.GPUs, func(gpu string) bool { return slot(gpu) == at })
+	})
 	slices.Sort(slots)
 	return reasons, len(slices.Compact(slots))
 }

@@ -223,6 +223,23 @@ func TestJudgeCountsBoth(t *testing.T) {
 	}
 }
 
+// TestJudgeGoneFromBus checks that an error of a GPU that is no longer on the PCI bus does not lower the number of usable
+// GPUs.
+func TestJudgeGoneFromBus(t *testing.T) {
+	t.Parallel()
+	f := gpucheck.Facts{
+		Driver:  target.Driver{Version: "580.159.04", Flavour: target.Open},
+		GPUs:    []string{"0000:2b:00.0", "0000:2d:00.0"},
+		Modules: map[string]string{"nvidia": "580.159.04", "nvidia_uvm": "580.159.04"},
+		Since:   []string{"NVRM: Xid (PCI:0000:2c:00): 79, GPU has fallen off the bus."},
+		NVML: gpucheck.NVML{Version: "580.159.04",
+			Devices: []gpucheck.Device{{PCIBusID: "00000000:2B:00.0"}, {PCIBusID: "00000000:2D:00.0"}}},
+	}
+	if v := gpucheck.Judge(f); v.UsableGPUs != 2 {
+		t.Errorf("Judge = %d usable, %q; want 2", v.UsableGPUs, v.Reason)
+	}
+}
+
 // TestAnswers checks that a GPU is found by its PCI address, which the kernel log and NVML write in different forms.
 func TestAnswers(t *testing.T) {
 	t.Parallel()

@@ -46,7 +46,7 @@ func New(now func() time.Time) *Server {
 		mux: http.NewServeMux(),
 		now: now,
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "driver_info",
-			Help: "Always 1; the labels name the installed driver and the verdict on it."},
+			Help: "Always 1; the labels name the installed driver and the last verdict on it."},
 			[]string{"version", "flavour", "digest", "verdict"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
 			Help:    "Duration of each step of an installation.",
