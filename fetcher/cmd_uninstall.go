@@ -18,8 +18,8 @@ func uninstallCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "uninstall",
 		Usage: "remove the driver, and restore what the node had before",
-		Description: `First stop "fetcher run". The command unloads the driver if Prebake loaded it and no
-program uses it. It restores the files of another installer, and removes
+		Description: `First stop "fetcher run". The command unloads the driver if Prebake loaded it
+and no program uses it. It restores the files of another installer, and removes
 Prebake's files from --install-dir. If uninstall was interrupted, run it again.
 On a node that compiled drivers, remove the folder of --state-dir yourself.`,
 		Flags: slices.Concat(hostFlags(), cli.Group(groupTo, cli.Bool("no-load", "do not unload the modules")),

@@ -100,7 +100,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"builder that compiles on this node: a `PROGRAM`, an image (HOST/NAME@DIGEST) or \"never\"",
+		"builder `PROGRAM` or image (HOST/NAME@DIGEST) to compile on this node; or \"never\"",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")

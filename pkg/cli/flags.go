@@ -113,7 +113,7 @@ func TrustFlags() []ucli.Flag {
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
-		String("certificate-identity", "", "trust the keyless signer `NAME` (a URL or a mail address)"),
+		String("certificate-identity", "", "trust the keyless signer `NAME`, a URL or mail address"),
 		String("certificate-oidc-issuer", "", "`URL` of the keyless signer's OpenID Connect issuer"),
 	}
 }

@@ -56,7 +56,8 @@ func TestByNeed(t *testing.T) {
 	}
 }
 
-// TestPrecious checks which records must not be lost. An open record of another boot is a crash that is not counted yet.
+// TestPrecious checks which records must not be lost. An open record of another boot is a crash that is not counted
+// yet.
 func TestPrecious(t *testing.T) {
 	t.Parallel()
 	for i, row := range []struct {

@@ -35,8 +35,8 @@ func (c *CheckTimer) Stop(now time.Time) {
 }
 
 // HungSince returns the start of the check that hangs, or zero. A check hangs after hangTime. If a check before was
-// slow, it hangs after twice CheckTimer.took, at most after probeTime: a machine with slow checks would otherwise change
-// its state in each of them.
+// slow, it hangs after twice CheckTimer.took, at most after probeTime: a machine with slow checks would otherwise
+// change its state in each of them.
 func (c *CheckTimer) HungSince(now time.Time) time.Time {
 	if c.since.IsZero() || now.Sub(c.since) <= max(hangTime, min(2*c.took, probeTime)) {
 		return time.Time{}

@@ -223,8 +223,8 @@ func TestJudgeCountsBoth(t *testing.T) {
 	}
 }
 
-// TestJudgeGoneFromBus checks that an error of a GPU that is no longer on the PCI bus does not lower the number of usable
-// GPUs.
+// TestJudgeGoneFromBus checks that an error of a GPU that is no longer on the PCI bus does not lower the number of
+// usable GPUs.
 func TestJudgeGoneFromBus(t *testing.T) {
 	t.Parallel()
 	f := gpucheck.Facts{

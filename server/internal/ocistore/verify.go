@@ -123,8 +123,6 @@ type pass struct {
 	// kept says what could not be read or moved, at most maxKept times. more is the number of further ones.
 	kept []error
 	more int
-	// fresh is the number of files and folders that this pass found to be unreadable, and an earlier one did not.
-	fresh int
 }
 
 // maxKept is how many unreadable files and folders the error of Verify names. With more than maxUnread of them, a pass
@@ -233,7 +231,7 @@ func (p *pass) visit(ctx context.Context, name string) error {
 	}
 	p.out.Blobs++
 	p.keep(name, kept)
-	if kept != nil && p.fresh > maxUnread {
+	if kept != nil && !p.before[name] && p.keptPaths() > maxUnread {
 		return fmt.Errorf("stop after %d files and folders that cannot be read or moved: %w", maxUnread, kept)
 	}
 	if kept == nil || cause != nil { // a file that cannot be opened says nothing about the next one
@@ -261,9 +259,15 @@ func (p *pass) keep(name string, cause error) {
 	}
 	p.fail(cause)
 	if !p.before[name] {
-		p.fresh++
 		p.found(Damage{Kept: name, Cause: cause})
 	}
+}
+
+// keptPaths returns the number of paths that cannot be read or moved.
+func (p *pass) keptPaths() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.Store.kept)
 }
 
 // fail notes an error that does not end the pass.
