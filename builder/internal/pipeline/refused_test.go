@@ -51,6 +51,22 @@ func age(t *testing.T, cfg pipeline.Config, by time.Duration) {
 	}
 }
 
+// tryOverTime calls try at the times when the answer to a build changes. The first failure must be remembered for as
+// long as after says, and the next one again. With RetrySince set to now, the build must be tried once more. try gets
+// whether the build must compile.
+func tryOverTime(t *testing.T, cfg *pipeline.Config, after time.Duration, try func(when string, compiles bool)) {
+	t.Helper()
+	try("at first", true)
+	try("again", false)
+	age(t, *cfg, after-time.Hour)
+	try("before its end", false)
+	age(t, *cfg, 2*time.Hour)
+	try("after its end", true)
+	try("after that", false)
+	cfg.RetrySince = time.Now()
+	try("with RetrySince", true)
+}
+
 // TestRenewRefusedIsRemembered builds an old artifact again, and the destination refuses the result. Later runs must
 // not compile it again until some days have passed, unless the user asks for it with RetryRefused.
 func TestRenewRefusedIsRemembered(t *testing.T) {
@@ -86,15 +102,7 @@ func TestRenewRefusedIsRemembered(t *testing.T) {
 					t.Errorf("%s: Run = %v, hint %q; want until when, and what to do", when, err, fault.Hint(err))
 				}
 			}
-			try("at first", true)
-			try("again", false)
-			age(t, cfg, row.after-time.Hour)
-			try("before its end", false)
-			age(t, cfg, 2*time.Hour)
-			try("after its end", true)
-			try("after that", false)
-			cfg.RetrySince = time.Now()
-			try("with RetrySince", true)
+			tryOverTime(t, &cfg, row.after, try)
 			try("after that, with the same RetrySince", false)
 			cfg.RetrySince, cfg.RebuildAfter = time.Time{}, time.Hour
 			if res := must(t, cfg, request("17800.0.9")); !res.Reused {
@@ -154,15 +162,7 @@ func TestRenewFailedIsRemembered(t *testing.T) {
 					t.Errorf("%s: Run = %v, hint %q; want until when, and what to do", when, err, fault.Hint(err))
 				}
 			}
-			try("at first", true)
-			try("again", false)
-			age(t, cfg, row.after-time.Hour)
-			try("before its end", false)
-			age(t, cfg, 2*time.Hour)
-			try("after its end", true)
-			try("after that", false)
-			cfg.RetrySince = time.Now()
-			try("with RetrySince", true)
+			tryOverTime(t, &cfg, row.after, try)
 			cfg.RetrySince = time.Time{}
 			row.mend(t, f, &cfg)
 			if res, log, err := build(t, cfg, request("17800.0.9")); !compiled(res) {
