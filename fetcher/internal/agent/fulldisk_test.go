@@ -1,6 +1,8 @@
 package agent_test
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
@@ -123,6 +126,50 @@ func TestUncountedCrash(t *testing.T) {
 	n.fillDisk(t, false)
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 		t.Errorf("then: Run = %s, %v; want the driver ready", r.Verdict.State, err)
+	}
+}
+
+// freeing is a finder that makes the full disk of a node writable again.
+type freeing struct {
+	finder
+	free func()
+}
+
+func (f freeing) Find(ctx context.Context, q resolve.Question) (resolve.Answer, error) {
+	f.free()
+	return f.finder.Find(ctx, q)
+}
+
+// TestCrashIsCountedLater checks a crash that the next run could not record at its start, because the disk was full. If
+// the run can write again when it activates another driver, it must count the crash then.
+func TestCrashIsCountedLater(t *testing.T) {
+	t.Parallel()
+	key, ref := testkit.NewKey(t), layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildB, newVersion)
+	other := sample.NewCell(t, buildB, "535.309.01")
+	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	px := sample.Publish(t, ref, key, other)
+	n := newNode(t, older, 1, key)
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	sample.RootAt(t, n.root, newer, 1)
+	n.reboot(t)
+	n.killed(t, ref, pn.Digest, newer, "nvidia")
+	n.reboot(t)
+	n.fillDisk(t, true)
+	n.answer(ref, px.Digest, other.Driver)
+	n.parts.Finder = freeing{n.parts.Finder.(finder), func() { n.fillDisk(t, false) }}
+	if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != px.Digest {
+		t.Fatalf("Run = %+v, %v; want the other driver ready", r.Verdict, err)
+	}
+	raw, err := os.ReadFile(filepath.Join(n.root, attemptsFile))
+	var all map[string]struct{ Crashes int }
+	if err := errors.Join(err, json.Unmarshal(raw, &all)); err != nil {
+		t.Fatal(err)
+	}
+	if all[pn.Digest].Crashes != 1 {
+		t.Errorf("attempts = %s; want one crash of the newer driver", raw)
 	}
 }
 

@@ -21,15 +21,22 @@ import (
 // each failed build its number since the last published build of the same cell.
 func TestTriesOfOldBuilds(t *testing.T) {
 	t.Parallel()
+	onBoth(t, "tries", migrateTries)
+}
+
+// onBoth runs a test with SQLite and with PostgreSQL, each with a database of its own. dsn is what package sql opens with
+// the driver, and url what package store opens.
+func onBoth(t *testing.T, name string, f func(t *testing.T, driver, dsn, url string)) {
+	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
 		file := filepath.Join(t.TempDir(), "catalogue.db")
-		migrateTries(t, "sqlite", file, "sqlite://"+file)
+		f(t, "sqlite", file, "sqlite://"+file)
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		url := newPostgres(t, "tries")
-		migrateTries(t, "pgx", url, url)
+		url := newPostgres(t, name)
+		f(t, "pgx", url, url)
 	})
 }
 
@@ -132,20 +139,11 @@ func migrateTries(t *testing.T, driver, dsn, url string) {
 	}
 }
 
-// TestNewerSchema has a database that a newer server has migrated. Neither may this server start with it, nor may it
-// write, if it was at work before. It may read.
+// TestNewerSchema checks a database that a newer server has migrated. This server must not start with it. If it was
+// running already, it must not write with PostgreSQL any more. It may read.
 func TestNewerSchema(t *testing.T) {
 	t.Parallel()
-	t.Run("sqlite", func(t *testing.T) {
-		t.Parallel()
-		file := filepath.Join(t.TempDir(), "catalogue.db")
-		newerSchema(t, "sqlite", file, "sqlite://"+file)
-	})
-	t.Run("postgres", func(t *testing.T) {
-		t.Parallel()
-		url := newPostgres(t, "newer")
-		newerSchema(t, "pgx", url, url)
-	})
+	onBoth(t, "newer", newerSchema)
 }
 
 func newerSchema(t *testing.T, driver, dsn, url string) {
