@@ -24,8 +24,8 @@ func TestTriesOfOldBuilds(t *testing.T) {
 	onBoth(t, "tries", migrateTries)
 }
 
-// onBoth runs a test with SQLite and with PostgreSQL, each with a database of its own. dsn is what package sql opens with
-// the driver, and url what package store opens.
+// onBoth runs a test with SQLite and with PostgreSQL, each with a database of its own. dsn is what package sql opens
+// with the driver, and url is what package store opens.
 func onBoth(t *testing.T, name string, f func(t *testing.T, driver, dsn, url string)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
