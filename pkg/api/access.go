@@ -36,7 +36,7 @@ type AuditEntry struct {
 	Method string    `json:"method"`
 	Path   string    `json:"path"`
 	Status int       `json:"status"`
-	// Request is the id of the request. The server also writes it into its log and into its answer.
+	// Request is the id of the HTTP request. The server also writes this id into its log and into its response.
 	Request string `json:"request"`
 	// Source is the network address of the caller.
 	Source string `json:"source"`
@@ -47,7 +47,7 @@ func (c *Client) Tokens(ctx context.Context) (all []Token, err error) {
 	return all, c.call(ctx, http.MethodGet, "/v1/tokens", nil, &all)
 }
 
-// CreateToken makes a token. No later call returns the token's secret.
+// CreateToken creates a token. No later call returns the token's secret.
 func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err error) {
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", n, &t)
 }

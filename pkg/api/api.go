@@ -19,12 +19,12 @@ const (
 	Published   State = "published"   // an artifact exists
 	Building    State = "building"    // a builder works on it
 	Queued      State = "queued"      // a build waits for a builder
-	Failed      State = "failed"      // the last build failed; Class says how
+	Failed      State = "failed"      // the last build failed; see Build.Class
 	Cancelled   State = "cancelled"   // the last build was cancelled
-	Unsupported State = "unsupported" // the cell can never be built; Reason says why
+	Unsupported State = "unsupported" // the cell can never be built; see Resolution.Reason
 	Yanked      State = "yanked"      // an artifact exists, but an operator yanked it
 	Quarantined State = "quarantined" // an artifact exists, but it did not load on several nodes
-	Unknown     State = "unknown"     // nobody has requested a build of the cell, or the kernel is not known; see Reason
+	Unknown     State = "unknown"     // nobody has requested a build of the cell, or the kernel is not known
 )
 
 // Withdrawn reports whether an artifact exists but must not be used. A node must then neither fetch the artifact
@@ -36,13 +36,13 @@ type Kernel struct {
 	target.Kernel
 	// Fingerprint is empty until a builder has read the kernel's headers.
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
-	// Default, Latest and Branches come from gpu_default_version, gpu_latest_version and gpu_driver_versions of the COS
-	// build.
+	// Default, Latest and Branches are driver versions from the files gpu_default_version, gpu_latest_version and
+	// gpu_driver_versions of the COS build.
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
-	// GPUs has the versions that gpu_driver_versions lists for single GPU types. The key is COS's name of the type, such
-	// as NVIDIA_L4.
+	// GPUs has the versions that gpu_driver_versions lists for individual GPU types. The key is COS's name of the type,
+	// such as NVIDIA_L4.
 	GPUs map[string]GPUDrivers `json:"gpus,omitempty"`
 	// GKE lists the GKE versions whose nodes boot this kernel, newest first.
 	GKE    []string  `json:"gke,omitempty"`
@@ -110,8 +110,8 @@ const (
 	MaxLiveLogPart = 256 << 10 // greatest size of one part that a builder appends
 )
 
-// HeartbeatInterval is the time between two reports of a builder on a build. If several reports are missing, the server
-// gives the build to another builder.
+// HeartbeatInterval is the time between two reports of a builder on a build. If several reports in a row are missing,
+// the server gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
 // BuildRequest asks the server to build a cell.
@@ -155,7 +155,7 @@ type Build struct {
 	LogRemovedAt *time.Time `json:"logRemovedAt,omitempty"`
 }
 
-// BuildUpdate is a builder's report about a build. A zero field changes nothing.
+// BuildUpdate is a builder's report about a build. A field with its zero value changes nothing.
 type BuildUpdate struct {
 	State       State              `json:"state,omitempty"`
 	Worker      string             `json:"worker,omitempty"`
@@ -171,10 +171,10 @@ type BuildUpdate struct {
 	Phases      []timeline.Phase   `json:"phases,omitempty"`
 }
 
-// Resolution is the answer to the question which driver a node with this kernel should run.
+// Resolution says which driver a node with this kernel should run, and whether the driver's artifact is published.
 type Resolution struct {
 	Kernel target.Kernel `json:"kernel"`
-	// Driver is the exact driver for the wish; empty if no driver fits.
+	// Driver is the exact driver that the requested wish stands for; empty if no driver fits.
 	Driver target.Driver `json:"driver"`
 	State  State         `json:"state"`
 	// Repository and Digest identify the artifact if State is published. A Repository that begins with "/" is on the
@@ -287,7 +287,7 @@ type PoolVerdict struct {
 	Resolution Resolution `json:"resolution"`
 }
 
-// Problem is the body of every error answer (RFC 9457, media type application/problem+json). Kind and Hint are
+// Problem is the body of every error response (RFC 9457, media type application/problem+json). Kind and Hint are
 // Prebake's own members.
 type Problem struct {
 	Title  string     `json:"title"`
@@ -304,7 +304,8 @@ type BuildJob struct {
 	Board   string `json:"board"`
 	Driver  string `json:"driver"` // an exact version
 	Flavour string `json:"flavour"`
-	// KernelMirror and DriverMirror are the URLs of the buckets with the inputs. "" means the builder's default.
+	// KernelMirror and DriverMirror are the URLs of the buckets with the kernels' and the drivers' files. "" means the
+	// builder's default.
 	KernelMirror string `json:"kernel_mirror,omitempty"`
 	DriverMirror string `json:"driver_mirror,omitempty"`
 }

@@ -21,33 +21,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on the answers that the client reads, in bytes. The server itself bounds the log of a build; see
+// Maximum sizes of the responses that the client reads, in bytes. The server itself bounds the log of a build; see
 // [MaxBuildLog].
 const (
-	maxAnswer  = 64 << 20 // of an answer in JSON
-	maxProblem = 1 << 20  // of an error answer, and of one event
+	maxAnswer  = 64 << 20 // of a JSON response
+	maxProblem = 1 << 20  // of an error response, and of one event
 )
 
-// Client calls a server. It is safe for concurrent use. An error has the kind in the server's answer. If the server
-// cannot be reached, the error is of kind Transient.
+// Client calls a server. It is safe for concurrent use. An error has the kind that the server's response names. If the
+// server cannot be reached, the error is of kind Transient.
 type Client struct {
 	base  string
 	token func() (string, error)
 	http  *http.Client
 }
 
-// Time limits. The transfer of a log has no total limit. It fails if no data moves for idleTimeout.
+// Time limits. The transfer of a log has no total limit, but fails if no data moves for idleTimeout.
 const (
-	callTime    = time.Minute // of a call whose answer is JSON
+	callTime    = time.Minute // of a call whose response is JSON
 	idleTimeout = time.Minute
 )
 
 // NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
-// only reads. If hc is nil, the client waits at most one minute for an answer to begin.
+// only reads. If hc is nil, the client waits at most one minute for a response to begin.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
-		transport.ResponseHeaderTimeout = idleTimeout // begins when the request's body is sent
+		transport.ResponseHeaderTimeout = idleTimeout // starts when the request's body has been sent
 		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
@@ -119,8 +119,8 @@ func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/resolve?"+values.Encode(), nil, &out)
 }
 
-// RequestBuild asks for the build of a cell. If a build is queued, running or published, it returns that build and
-// starts no other.
+// RequestBuild requests a build of a cell. If the cell has a build that is queued, running or published, RequestBuild
+// returns that build, and the server starts no other.
 func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
@@ -150,8 +150,8 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 }
 
 // Watch passes each new state of a build to the callback, until the build is over or the callback returns an error. If
-// the stream breaks, the error is of kind Transient: watch again. Watch is a function for the same reason as
-// [FollowLog].
+// the stream breaks, the error is of kind Transient, and the caller may call Watch again. Watch is a function for the
+// same reason as [FollowLog].
 func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
 	resp, err := c.request(ctx, http.MethodGet, path, "", nil)
@@ -189,8 +189,8 @@ func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, erro
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts", a, &out)
 }
 
-// ForgetArtifact removes a published artifact from the catalogue. The server refuses that if its registry still has the
-// artifact.
+// ForgetArtifact removes a published artifact from the catalogue. The server refuses the removal if its registry still
+// has the artifact.
 func (c *Client) ForgetArtifact(ctx context.Context, digest string) error {
 	return c.sendOnly(ctx, http.MethodDelete, "/v1/artifacts/"+url.PathEscape(digest), nil)
 }
@@ -213,7 +213,7 @@ func (c *Client) Unyank(ctx context.Context, digest string) (Artifact, error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/unyank", nil, &out)
 }
 
-// FreeTags allows other content for the tags of an artifact that was deleted from the server's registry.
+// FreeTags makes the server accept other content under the tags of an artifact that was deleted from its registry.
 func (c *Client) FreeTags(ctx context.Context, digest string) (FreedTags, error) {
 	var out FreedTags
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/free-tags", nil, &out)
@@ -262,11 +262,11 @@ func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, 
 	return out, c.call(ctx, http.MethodPost, "/v1/preflight", q, &out)
 }
 
-// YankRequest is the body of a yank.
+// YankRequest is the body of a request that yanks an artifact.
 type YankRequest struct {
 	Reason string `json:"reason"`
-	// Replacement is the digest of another published artifact; "" means none. It must have the same fingerprint, and the
-	// same driver or a newer one.
+	// Replacement is the digest of another published artifact; "" means none. The replacement must have the yanked
+	// artifact's fingerprint, and its driver or a newer one.
 	Replacement string `json:"replacement,omitempty"`
 }
 
@@ -277,13 +277,13 @@ type FreedTags struct {
 
 func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 10) }
 
-// call sends the value in as JSON, unless in is nil. It decodes the answer into out.
+// call sends the argument in as JSON, unless in is nil. It decodes the response into out.
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
 	_, err := c.answer(ctx, method, path, in, out)
 	return err
 }
 
-// answer is like call, and also returns the header of the answer.
+// answer is like call, and also returns the header of the response.
 func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -347,7 +347,7 @@ func drain(resp *http.Response) error {
 	return errors.Join(err, resp.Body.Close())
 }
 
-// request sends a request. An answer with an error status becomes an error; for status 416, see send.
+// request sends a request. A response with an error status becomes an error; for status 416, see send.
 func (c *Client) request(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response,
 	error) {
 	header := http.Header{}
@@ -357,8 +357,8 @@ func (c *Client) request(ctx context.Context, method, path, contentType string, 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send is like request, with these headers. For a request of a range, status 416 is not an error: a log that
-// [FollowLog] reads may have become shorter.
+// send is like request, and also sends the given headers. If one of them is Range, status 416 is not an error: a log
+// that [FollowLog] reads may have become shorter.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,
@@ -393,9 +393,9 @@ func (c *Client) send(
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
-// problem returns an error with a fault kind for an error answer. The status decides the kind if the answer is not the
-// server's own, but for example a proxy's. It also decides if a newer server names a kind that this program does not
-// know.
+// problem turns an error response into an error with a fault kind, which the response names. The HTTP status decides
+// the kind if the response is not from the server but, for example, from a proxy, or if a newer server names a kind
+// that this program does not know.
 func problem(resp *http.Response, fail func(error) error) error {
 	var p struct {
 		Problem
@@ -418,7 +418,7 @@ func problem(resp *http.Response, fail func(error) error) error {
 	return withRetryAfter(fault.New(kind, text, p.Hint), resp)
 }
 
-// kindOf returns the kind and the hint of an error answer of which only the status is known.
+// kindOf returns the kind and the hint for an error response of which only the status is known.
 func kindOf(status int) (kind fault.Kind, hint string) {
 	switch {
 	case status == http.StatusUnauthorized:

@@ -31,7 +31,7 @@ type CoverageCounts struct {
 	Failed    int `json:"failed"`
 	// Withdrawn is the number of cells whose artifact is yanked or in quarantine.
 	Withdrawn int `json:"withdrawn"`
-	// Unsupported is the number of cells that can never be built, as a builder has found out.
+	// Unsupported is the number of cells that can never be built, according to a builder.
 	Unsupported int `json:"unsupported"`
 	// Missing is the number of cells that are neither built nor queued, or whose build was cancelled.
 	Missing int `json:"missing"`

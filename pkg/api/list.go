@@ -143,15 +143,15 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 	return out, c.call(ctx, http.MethodGet, "/v1/artifacts/"+url.PathEscape(digest), nil, &out)
 }
 
-// ReadyTimes summarises how long cells took to become ready after the discovery of their kernel. It covers the cells
-// that became ready in this number of past days.
+// ReadyTimes summarises how long cells took to become ready after the discovery of their kernel. The summary covers the
+// cells that became ready in the given number of past days.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration
 	return out, c.call(ctx, http.MethodGet, "/v1/ready-times?days="+strconv.Itoa(days), nil, &out)
 }
 
-// ReportsOf returns the counts of the nodes' reports about an artifact, or about all artifacts of a COS build and
-// board. An empty argument means any value.
+// ReportsOf returns the counts of the nodes' reports. Each argument that is not empty selects only the reports with
+// this digest, BUILD_ID or board.
 func (c *Client) ReportsOf(ctx context.Context, digest, buildID, board string) ([]ReportCounts, error) {
 	query := url.Values{}
 	for name, value := range map[string]string{"digest": digest, "buildId": buildID, "board": board} {

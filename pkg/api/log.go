@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens the log of a build. For a running build, it has the part that exists now. The caller must close the
-// log.
+// BuildLog opens the log of a build. For a running build, the result is the part of the log that exists now. The caller
+// must close the log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	//nolint:bodyclose // the caller closes the log
@@ -27,9 +27,10 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.WatchSparse(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
-// FollowLog writes a build's log while it grows, until the build has ended. It pauses between two requests, and retries
-// if the server does not answer. If the log has become shorter, a new attempt has begun, and FollowLog writes the new
-// log from its beginning. It misses a new attempt whose log grows longer than the former log within one pause.
+// FollowLog copies a build's log to out while the log grows, until the build has ended. It pauses between two requests,
+// and retries if the server does not answer. If the log has become shorter, a new attempt of the build has begun, and
+// FollowLog writes the new log from its beginning. FollowLog does not notice a new attempt whose log becomes longer
+// than the former log within one pause.
 //
 // FollowLog is a function and not a method, so that a program that does not call it does not link it.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
@@ -56,7 +57,8 @@ func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, ou
 	}
 }
 
-// copyLog writes the part of a log that was not written yet. It returns how many bytes of the log are written now.
+// copyLog writes to out the part of a log after the first written bytes. It returns the number of bytes of the log that
+// are written now.
 func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (int64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -111,8 +113,8 @@ func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []by
 	return drain(resp)
 }
 
-// idleTimer restarts a timer with each read. The HTTP client reads only after it has sent the previous bytes, so the
-// timer runs out if the server takes nothing more.
+// idleTimer is a reader that restarts a timer at each read. The HTTP client reads only after it has sent the previous
+// bytes, so the timer runs out if the server stops reading.
 type idleTimer struct {
 	r     io.Reader
 	timer *time.Timer

@@ -19,7 +19,7 @@ const (
 	FellBack Outcome = "fell-back" // the driver does not work, and the node uses its former driver again
 )
 
-// NodeReport is a node's report about an artifact that it tried.
+// NodeReport is a node's report about an artifact that the node tried to activate.
 type NodeReport struct {
 	BuildID string        `json:"buildId"`
 	Board   string        `json:"board"`

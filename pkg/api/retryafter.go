@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// retryAfterError is an error answer with the header Retry-After.
+// retryAfterError is the error of a response with the Retry-After header.
 type retryAfterError struct {
 	error
 	wait time.Duration
@@ -15,8 +15,8 @@ type retryAfterError struct {
 
 func (e retryAfterError) Unwrap() error { return e.error }
 
-// RetryAfter returns how long the server wants the caller to wait before the next call; 0 means that it did not say.
-// The time is not bounded.
+// RetryAfter returns how long the server wants the caller to wait before the next call; 0 means no wait, or a response
+// without a valid Retry-After header. The time is not bounded.
 func RetryAfter(err error) time.Duration {
 	var e retryAfterError
 	if errors.As(err, &e) {
@@ -25,8 +25,8 @@ func RetryAfter(err error) time.Duration {
 	return 0
 }
 
-// withRetryAfter adds the header Retry-After (RFC 9110, 10.2.3) to an error. The header has a number of seconds, or a
-// date.
+// withRetryAfter adds the value of the response's Retry-After header (RFC 9110, 10.2.3) to an error. The value is a
+// number of seconds, or a date.
 func withRetryAfter(err error, resp *http.Response) error {
 	text := resp.Header.Get("Retry-After")
 	if n, bad := strconv.ParseUint(text, 10, 31); bad == nil {

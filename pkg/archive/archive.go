@@ -58,7 +58,7 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Stats has the numbers of what was unpacked.
+// Stats counts what was unpacked.
 type Stats struct {
 	Format               Format
 	Files, Links, Folder int
@@ -314,8 +314,8 @@ func (u *unpacker) symlink(name, target string) error {
 }
 
 // linkStays reports whether a link can never lead out of the folder, whatever other links the folder has. Each leading
-// ".." of the target leads to the parent of a real folder. A ".." after another name could climb out through a link of
-// that name, so linkStays refuses it.
+// ".." of the target leads to the parent of a real folder. A ".." after another name could lead out of the folder if
+// that name is a link, so linkStays returns false for such a target.
 func linkStays(name, target string, limit int) bool {
 	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
 		return false

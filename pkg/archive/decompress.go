@@ -97,13 +97,14 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 // dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
-// xzMemory limits the memory of an xz program. The limit is higher than xzDict because the program runs several
-// threads.
+// xzMemory is the option that limits the memory of an xz program. The limit is higher than xzDict because the program
+// runs several threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
-// checkXZ refuses a stream whose first block asks for a dictionary of more than xzDict bytes. The block header follows
-// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). It holds its own size, flags, up
-// to two optional sizes, and the filters. LZMA2 is filter 0x21, with one byte of properties.
+// checkXZ refuses a stream whose first block has another first filter than LZMA2, or a dictionary of more than xzDict
+// bytes. The block header follows the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1).
+// The block header has its own size, flags, up to two optional sizes, and the filters. LZMA2 is filter 0x21, with one
+// byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
@@ -122,7 +123,7 @@ func checkXZ(br *bufio.Reader) error {
 	if err != nil || id != 0x21 || n != 1 {
 		return refuse("read xz block header: the first filter is not LZMA2")
 	}
-	// Section 5.3.1: bit 0 of props chooses 2 or 3, and props/2 + 11 is the number of bits by which it is shifted left.
+	// Section 5.3.1: bit 0 of props chooses 2 or 3, and that number is shifted left by props/2 + 11 bits.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
 		return refuse("read xz block header: the dictionary is larger than %d bytes", xzDict)
 	}
@@ -172,7 +173,8 @@ func (p *xzProcess) Read(b []byte) (int, error) {
 	return n, p.err
 }
 
-// Close stops the program, which often still runs: a tar ends before its padding is read. That is no error.
+// Close stops the xz program. A program that still runs is not an error: the reader of a tar often stops before the
+// padding at its end.
 func (p *xzProcess) Close() error {
 	p.cancel()
 	if !p.done {

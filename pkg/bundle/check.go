@@ -18,7 +18,7 @@ import (
 )
 
 // Names returns the names of all files, folders and links below root, for [CheckTree]. If a name does not belong to a
-// layer of this kind, it returns an error.
+// layer of this kind, Names returns an error.
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
@@ -31,9 +31,9 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	return names, nil
 }
 
-// CheckTree checks that an unpacked layer below root still matches the signed config. It packs the named entries again
-// and compares the diff ID; nil means all entries. The names may come from an untrusted source: with wrong names the
-// diff ID does not match.
+// CheckTree checks that an unpacked layer below root still matches the signed config. It packs the entries with these
+// names again and compares the diff ID. If names is nil, it packs all entries. The names may come from an untrusted
+// source: with wrong names the diff ID does not match.
 //
 // For a layer of modules, CheckTree also returns the SHA-256 digest of each file, by name. If a file was changed or is
 // missing, the error is of kind Unverified. If memory or file handles ran out, the error is of kind Transient.
@@ -60,7 +60,7 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []stri
 	return files, diff.digest(), err
 }
 
-// packTree writes the archive of an unpacked layer to w.
+// packTree writes the archive of an unpacked layer to w. For a layer of modules, it also returns each file's digest.
 func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string, w io.Writer) (map[string]string,
 	error) {
 	var entries []entry

@@ -19,7 +19,7 @@ import (
 // (RFC 8878). The frame's dictionary is raw content without an ID: the former archive's bytes around the chunk, as
 // [window] defines. `zstd --patch-from` writes and reads these frames.
 const (
-	// ArtifactTypeDelta is the artifact type of a delta. It is attached to the artifact whose layer it makes.
+	// ArtifactTypeDelta is the artifact type of a delta. The delta is attached to the artifact that has the new layer.
 	ArtifactTypeDelta = "application/vnd.prebake.delta.v1"
 	// AnnotationDeltaFrom has the diff ID of the former layer.
 	AnnotationDeltaFrom = "dev.prebake.delta.from"
@@ -184,7 +184,7 @@ type window struct {
 	ended bool
 }
 
-// next returns the dictionary of the next chunk. It is valid until the next call.
+// next returns the dictionary of the next chunk. The dictionary is valid until the next call of next.
 func (w *window) next() ([]byte, error) {
 	if w.buf == nil {
 		w.buf, w.piece = make([]byte, 0, deltaChunk+2*deltaMargin), make([]byte, 256<<10)

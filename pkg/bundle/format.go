@@ -48,6 +48,6 @@ const annotationTitle = "org.opencontainers.image.title"
 // title returns the file name of a layer of this kind.
 func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
-// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it if equal layers get
-// another manifest.
+// ImageRecipe is the version of the code that makes a manifest and a config from layers. A change of that code must
+// also change ImageRecipe if the same layers would then give another manifest or config.
 const ImageRecipe = "image-3"

@@ -97,9 +97,10 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// For a manifest with [AnnotationFormat], the flavour in the annotations decides: for an artifact, and for an attached
-// manifest with the annotations of its artifact. Every other manifest is RedistributeNone. Nothing else in the manifest
-// can lower the level. If the manifest or the flavour cannot be parsed, the result is RedistributeAll.
+// If the manifest has [AnnotationFormat], the flavour in its annotations decides. Such a manifest is an artifact, or is
+// attached to an artifact and repeats its annotations. For every other manifest, the result is RedistributeNone.
+// Nothing else in the manifest can lower the level. If the manifest or the flavour cannot be parsed, the result is
+// RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

@@ -66,8 +66,9 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 	return id.Driver, nil
 }
 
-// ParseManifest parses an artifact's manifest and config. It refuses everything that this package would not have
-// written. The caller must have compared the manifest's bytes with the manifest's digest.
+// ParseManifest parses and checks an artifact's manifest and config. It refuses unknown fields, and layers whose
+// number, order, kind or media type is not that of [Image]. It ignores unknown annotations. The caller must have
+// compared the manifest's bytes with the manifest's digest.
 func ParseManifest(manifest, config []byte) (Content, error) {
 	c, err := parseManifest(manifest, config)
 	if err != nil {
@@ -120,7 +121,7 @@ func parseManifest(manifest, config []byte) (Content, error) {
 	return content, nil
 }
 
-// decodeManifest parses a manifest and checks everything but its identity.
+// decodeManifest parses a manifest and checks its config descriptor and its layers, but not its own annotations.
 func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 	var m v1.Manifest
 	if err := decode(manifest, &m); err != nil {

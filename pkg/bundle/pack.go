@@ -30,8 +30,9 @@ const (
 	windowSize = 8 << 20 // zstd's largest window for unpacking; it bounds the memory of unpacking
 )
 
-// PackRecipe is the recipe for new layers: the version of the code that packs them. If equal input gives other bytes,
-// add a recipe and keep the earlier ones, because the tags of published artifacts admit no other bytes.
+// PackRecipe is the recipe for new layers: the version of the code that packs them. A change of that code needs a new
+// recipe if equal input would then give other bytes. Keep the earlier recipes, because the tags of published artifacts
+// allow no other bytes.
 const PackRecipe = "tar-zstd-2"
 
 // packWindow returns zstd's window in bytes for a recipe. ok is false if this program does not know the recipe.
@@ -74,8 +75,8 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	return PackLayerAs(ctx, PackRecipe, srcDir, kind, dstFile)
 }
 
-// PackLayerAs is [PackLayer] with the given recipe. With the recipe of a published artifact, it gives the artifact's
-// bytes again.
+// PackLayerAs is [PackLayer] with the given recipe. With the recipe and the files of a published artifact, it writes
+// the bytes of the artifact's layer again.
 func PackLayerAs(ctx context.Context, recipe, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
 	defer func() {
 		if err != nil {
@@ -198,7 +199,7 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	return nil
 }
 
-// writeTar writes entries as an archive. The callback opens a regular file.
+// writeTar writes entries as an archive. It calls open for each regular file.
 func writeTar(ctx context.Context, w io.Writer, entries []entry, open func(entry) (io.ReadCloser, error)) error {
 	tw := tar.NewWriter(w)
 	for _, e := range entries {

@@ -64,8 +64,8 @@ func (m *meter) check(wantDigest string, size int64) error {
 		// The source failed, so an error of the parsers is only a consequence.
 		return fmt.Errorf("read the stream: %w", m.err)
 	}
-	// Bytes that were changed in transit first cause a parse error. Compare the digest nevertheless: its error says the
-	// cause.
+	// Bytes that were changed in transit first cause a parse error. Compare the digest nevertheless, because an error
+	// about the digest names the real cause.
 	if _, err := io.Copy(io.Discard, m); err != nil && !m.over {
 		return fmt.Errorf("read the stream: %w", err)
 	}

@@ -70,7 +70,7 @@ func Linked(image []byte) ([]byte, error) {
 		defer zr.Close()
 		packed = zr
 	case bytes.HasPrefix(payload, []byte{0x1f, 0x8b}):
-		// The last four bytes of a gzip stream are this size, so a kernel build appends no other size.
+		// The last four bytes of a gzip stream are the decompressed size, so a kernel build appends no further size.
 		zr, err := gzip.NewReader(bytes.NewReader(image[from : from+size]))
 		if err != nil {
 			return nil, bad("decompress the kernel: %v", err)

@@ -13,7 +13,7 @@
 // killed process.
 //
 // A caller must not write to a path that the cache returned. Trim removes entries that were unused for a long time, but
-// no entry that a living process has obtained.
+// no entry that a living process still uses; see [Cache.Begin].
 //
 // The package does not download, and does not decide which entries are worth keeping.
 package cas
@@ -50,7 +50,7 @@ const (
 	workDir   = "work"   // work/<owner>/… has the folders of TempDir
 	ownersDir = "owners" // <owner>.lock is locked by flock while the owner's process lives
 	locksDir  = "locks"  // one lock file for each tree that was ever made
-	usesDir   = "uses"   // <kind>@<key> is the stamp of a blob or tree; see use.go
+	usesDir   = "uses"   // <kind>@<key> records the last use of a blob or tree; see use.go
 	logsDir   = "logs"   // <name>.log is a build's log, which the builder writes
 )
 
@@ -199,9 +199,9 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	return nil
 }
 
-// Tree returns the folder of this kind and key. If there is none, or its content has changed, Tree passes an empty
-// folder to the callback, and then gives the folder its name. If several processes need the same tree at once, one
-// makes it, and the others wait.
+// Tree returns the folder of this kind and key. If the cache has no such tree, or the tree's content has changed, Tree
+// passes an empty folder to fill, and then renames that folder to the tree's path. If several processes need the same
+// tree at once, one makes it, and the others wait.
 //
 // cached is true if this call did not make the tree. Kind and key are file names of at most 200 characters. The prefix
 // "sha256:" is removed from the key.

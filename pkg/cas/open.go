@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Open opens the cache in dir, and makes the folder if it is missing. If the folder has files and is no cache, the
+// Open opens the cache in dir, and makes the folder if it is missing. If the folder has files and is not a cache, the
 // error is of kind Usage.
 func Open(dir string) (*Cache, error) {
 	c, err := openFolder(dir)
@@ -43,7 +43,7 @@ func openFolder(dir string) (*Cache, error) {
 	if err := checkFolder(dir); err != nil {
 		return nil, err
 	}
-	// The first of these folders marks the folder as a cache, even if this process is killed now.
+	// The first of these folders marks dir as a cache, even if this process is killed before it makes the others.
 	for _, d := range []string{ownersDir, blobsDir, treesDir, sealsDir, factsDir, tmpDir, workDir, locksDir, usesDir} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
@@ -59,8 +59,9 @@ func openFolder(dir string) (*Cache, error) {
 	return c, errors.Join(err, gate.Close())
 }
 
-// checkFolder returns an error if a folder has files and is no cache. Many programs have folders named blobs, tmp, work
-// or logs, so these mark no cache. Hidden files and lost+found belong to the file system or to the user's tools.
+// checkFolder returns an error if a folder has files and is not a cache. Many programs have folders named blobs, tmp,
+// work or logs, so these names do not mark a cache. Hidden files and lost+found belong to the file system or to the
+// user's tools.
 func checkFolder(dir string) error {
 	list, err := os.ReadDir(dir)
 	if err != nil {

@@ -9,9 +9,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recheck checks again that a tree still matches its seal. The tree is the one that contains path. Call Recheck at the
-// end of a long job that read the tree. If the tree was damaged meanwhile, Recheck removes it, and the error is of kind
-// Transient. A path outside of all trees gives no error.
+// Recheck checks again that the cached tree that contains path matches its seal. Call Recheck at the end of a long job
+// that read the tree. If the tree was damaged meanwhile, Recheck removes it, and the error is of kind Transient. For a
+// path outside of all trees, Recheck returns nil.
 func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }
 
 // Reread is like [Cache.Recheck], but reads every byte again. It finds errors of the disk that change no metadata. Call

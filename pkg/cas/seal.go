@@ -80,8 +80,8 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 
 // inodes returns a digest of the metadata of all files in a tree: device, inode, size, and the inode's change time,
 // which no program can set. While the digest stays the same, only the disk itself can have changed the files; see
-// [Cache.Reread]. state is "" if the metadata cannot be read. quiet is true if no file changed within the last tick: a
-// later change in the same step of the file system's clock would not show.
+// [Cache.Reread]. state is "" if the metadata cannot be read. quiet is true if no file changed within the last tick.
+// Otherwise a further change could get the same change time, and the digest would not show it.
 func inodes(dir string) (state string, quiet bool) {
 	h, begin, newest := sha256.New(), time.Now(), time.Time{}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

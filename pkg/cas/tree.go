@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme is hashed first for every tree digest. If digests are computed in another way some day, change it: a new
-// digest must not equal an old one.
+// treeScheme is hashed first for every tree digest. A change of the way in which digests are computed must also change
+// treeScheme, so that no new digest equals an old one.
 const treeScheme = "prebake tree 1\n"
 
 // maxWorkers is the maximum number of files that are hashed in parallel.
@@ -34,8 +34,8 @@ type treeEntry struct {
 
 // DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
 // covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
-// folders. The callback gets each slash-separated path, and returns true to leave the entry out. An entry that is no
-// folder, file or symbolic link is an error.
+// folders. If skip is not nil, DigestTree passes each slash-separated path to skip, and leaves the entry out if skip
+// returns true. An entry that is not a folder, file or symbolic link is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

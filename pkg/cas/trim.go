@@ -21,9 +21,9 @@ import (
 
 // Kind describes all entries of one kind.
 type Kind struct {
-	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or "logs". More names are for files that are no entries:
-	// "unfinished" (temporary files of running builds), "records" (locks, seals and stamps), and the name of each folder
-	// that does not belong to the cache.
+	// Name is "blob", the kind of a tree, "fact:" with the kind of a fact, or "logs". Other names are for files that
+	// are not entries: "unfinished" (temporary files of running builds), "records" (locks, seals and use files), and
+	// the name of each folder that does not belong to the cache.
 	Name    string `json:"kind"`
 	Entries int    `json:"entries"`
 	Bytes   int64  `json:"bytes"`
@@ -33,7 +33,7 @@ type Kind struct {
 	LastUse time.Time `json:"lastUse,omitzero"`
 }
 
-// Limit is what the cache must satisfy after Trim. A zero field sets no limit.
+// Limit has the bounds that Trim tries to meet. A field with its zero value sets no bound.
 type Limit struct {
 	// Bytes is the largest permitted size of the cache.
 	Bytes int64
@@ -41,7 +41,7 @@ type Limit struct {
 	MinFree int64
 	// OlderThan is the longest time for which an unused entry may stay.
 	OlderThan time.Duration
-	// DryRun removes nothing. The result says what would be removed.
+	// If DryRun is true, Trim removes nothing, and its result says what it would remove.
 	DryRun bool
 }
 
@@ -62,7 +62,7 @@ type Trimmed struct {
 // entry is a file or a folder of the cache that can be removed alone.
 type entry struct {
 	kind, path string
-	use        string // name of the stamp in uses/; "" means no stamp: the entry's own modification time is its last use
+	use        string // name of the use file in uses/; "" means none: the entry's own modification time is its last use
 	seal       string // path of the seal, which is removed together with the entry
 	used       time.Time
 	bytes      int64
@@ -107,8 +107,8 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	return kinds, nil
 }
 
-// hasStamp reports whether the entry has a stamp. Entries of older versions of the program have none. lockUse would
-// create one, and the entry would then count as used now.
+// hasStamp reports whether the entry has a use file. Entries of older versions of the program have none. A caller that
+// calls lockUse for such an entry would create the file, and the entry would then count as used now.
 func (c *Cache) hasStamp(e entry) bool {
 	if e.use == "" {
 		return false
@@ -141,7 +141,7 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 }
 
 // Trim removes the entries that were unused for the longest time, until the cache is within the limit. It never removes
-// an entry that a living process has obtained; see Begin. It never leaves an incomplete entry, even if the process is
+// an entry that a living process still uses; see Begin. It never leaves an incomplete entry, even if the process is
 // killed.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
@@ -237,8 +237,8 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// entries lists the entries that can be removed, and the totals of all other files: of the cache's own, and of the
-// folders that do not belong to it.
+// entries lists the entries that can be removed, and the totals of all other files: rest for the cache's own files, and
+// foreign for the folders that do not belong to the cache.
 func (c *Cache) entries(ctx context.Context) (all []entry, rest, foreign []Kind, err error) {
 	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
 	top, err := os.ReadDir(c.dir)

@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each blob and each tree has a stamp, which is a file in uses/:
+// Each blob and each tree has a use file, in the folder uses/:
 //
 //   - Its modification time is the time of the entry's last use.
 //   - Its content is the entry's size.
-//   - A shared flock on it means that a living process may be reading the entry.
+//   - A shared flock on the use file means that a living process may be reading the entry.
 //
-// A process that removes the entry locks the stamp exclusively, and removes the stamp last.
+// A process that removes the entry locks the use file exclusively, and removes the use file last.
 
 // Names of the kinds that are not kinds of trees.
 const (
@@ -67,8 +67,8 @@ func (c *Cache) Begin() (end func()) {
 	}
 }
 
-// markUsed sets the time of an entry's stamp to now, and locks the stamp, so that no process removes the entry.
-// Afterwards the caller must check that the entry exists: it may have been removed before the stamp was locked.
+// markUsed sets the time of an entry's use file to now, and locks the use file, so that no process removes the entry.
+// Afterwards the caller must check that the entry exists: it may have been removed before the use file was locked.
 func (c *Cache) markUsed(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -103,9 +103,9 @@ func (c *Cache) unpin() {
 // errInUse means that a process uses the entry, which therefore must not be removed now.
 var errInUse = errors.New("the entry is in use")
 
-// lockUse opens a stamp, or creates it, and locks it with these flags of flock. With unix.LOCK_NB, the error is
-// errInUse if another process has the lock. If the stamp was removed meanwhile, the lock protects nothing, and lockUse
-// starts again.
+// lockUse opens a use file, or creates it if it is missing, and locks it with these flags of flock. With unix.LOCK_NB,
+// the error is errInUse if another process has the lock. If the use file was removed meanwhile, the lock protects
+// nothing, and lockUse starts again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -150,9 +150,9 @@ func (c *Cache) size(name, path string) int64 {
 	n, _ := measure(path)
 	info, err := os.Stat(use)
 	if err != nil {
-		return n // an entry without a stamp: an older version of the program made it
+		return n // an entry without a use file: an older version of the program made it
 	}
-	// Write the stamp in place, because other processes may have locked this file. Then restore its time.
+	// Write the use file in place, because other processes may have locked this file. Then restore its time.
 	if err := os.WriteFile(use, []byte(strconv.FormatInt(n, 10)), 0o644); err == nil {
 		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // on failure, the entry only counts as used now
 	}

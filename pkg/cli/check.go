@@ -45,7 +45,8 @@ func CheckHelp(program func() *ucli.Command) error {
 	return errors.Join(problems...)
 }
 
-// eachCommand visits each command that is not hidden. The path holds the names of its parents and its own.
+// eachCommand visits each command that is not hidden. path has the names of the command's parents, from the root down,
+// and then the command's own name.
 func eachCommand(root *ucli.Command, f func(path []string, cmd *ucli.Command)) {
 	var look func(path []string, cmd *ucli.Command)
 	look = func(path []string, cmd *ucli.Command) {

@@ -47,7 +47,8 @@ func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	return root
 }
 
-// scripts make shells ask the program for completions. The library's own scripts pass the user's input to eval.
+// scripts has the shell scripts that ask the program for completions. The library has such scripts too, but those pass
+// the user's input to eval.
 //
 //go:embed completion
 var scripts embed.FS
@@ -142,7 +143,8 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 // plainValue matches values that need no quotes in a shell, because bash inserts completions without quotes.
 var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// withPrefix returns the candidates that begin with the typed text. It puts the prefix before each of them.
+// withPrefix returns the candidates that begin with the typed text, except those with characters that a shell or a
+// terminal would interpret. It puts the prefix before each value.
 func withPrefix(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {

@@ -19,7 +19,7 @@ import (
 // maxConfig is the maximum size of a configuration file in bytes.
 const maxConfig = 1 << 20
 
-// configFlag is the flag for the path of the file. The file itself cannot set it.
+// configFlag is the flag with the path of the configuration file. The file itself cannot set this flag.
 const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
@@ -27,8 +27,8 @@ type Config struct {
 	// Secrets are the flags that the file must not set, because many people may read it. Each value says what to use
 	// instead, such as "token-file".
 	Secrets map[string]string
-	// Check returns errors of settings that do not fit together, each made by [About]; nil checks nothing. It must not
-	// open files or connections, because "config check" also runs on other machines.
+	// Check returns errors about settings that do not fit together, each made by [About]. If Check is nil, nothing is
+	// checked. Check must not open files or connections, because "config check" also runs on other machines.
 	Check func(*ucli.Command) error
 
 	// places maps each setting whose value comes from the file to its place there, as FILE:LINE.
@@ -172,8 +172,8 @@ func schemaType(flag ucli.Flag) string {
 	return ""
 }
 
-// text returns the new text of a flag. It records a mistake if the value's type is wrong or the flag's parser refuses
-// it.
+// text returns the value of a setting, as the text to which the flag is to be set. It records a mistake if the value's
+// type is wrong or the flag's parser refuses it.
 func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	before := f.Mistakes()
 	text := value.Node.Value

@@ -15,7 +15,8 @@ import (
 )
 
 // ConfigCommand returns the command "config", which checks a configuration file, shows the resulting settings, and
-// prints the file's schema. The callback returns a new copy of the command, made by [WithConfig], that reads the file.
+// prints the file's schema. Each call of the callback returns a new copy of the command that reads the file.
+// [WithConfig] must have made that command.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -69,7 +70,8 @@ Example:
 	}
 }
 
-// readSettings reads the settings of a command as a run would, and then calls the callback instead of the action.
+// readSettings reads the settings of the command of as a run of that command would. It then calls the callback instead
+// of the command's action.
 func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
 		return fault.New(fault.Usage, "read configuration: no file is given", "give the file: "+cmd.FullName()+" FILE")
@@ -85,7 +87,7 @@ func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucl
 	root := &ucli.Command{Name: cmd.Root().Name, Commands: []*ucli.Command{of}}
 	root.Writer, root.ErrWriter = cmd.Root().Writer, cmd.Root().ErrWriter
 	prepare(root)
-	// In the original context, the library would find the running command "config".
+	// The library would find the running command "config" in the values of the original context.
 	return root.Run(detachedContext{ctx}, slices.Concat(args, cmd.Args().Tail()))
 }
 

@@ -23,7 +23,7 @@ func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// Strings returns a flag that may be repeated.
+// Strings returns a flag whose value is a list of texts: the flag may be repeated.
 func Strings(name, usage string) *ucli.StringSliceFlag {
 	return &ucli.StringSliceFlag{Name: name, Usage: usage, Sources: Env(name)}
 }
@@ -90,8 +90,8 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled keeps a flag's earlier name, also as an environment variable. If the variables of both names are set and
-// differ, the error is of kind Usage.
+// WasCalled lets users still set a flag by its earlier name, and by the environment variable of that name. If the
+// variables of both names are set and differ, the command fails with an error of kind Usage.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
 	f.Sources = variables(f.Name, earlier)

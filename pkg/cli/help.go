@@ -178,8 +178,8 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment returns the help text about the flags' environment variables. Its example is a short flag with a dash,
-// because the variable shows what replaces the dash.
+// environment returns the help text about the flags' environment variables. The example in the text is a short flag
+// with a dash, because its variable shows what replaces the dash.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string

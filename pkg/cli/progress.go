@@ -18,8 +18,8 @@ func IsTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// Progress returns a watcher for a timeline. It shows a moving line on a terminal. Elsewhere it prints a plain line at
-// the beginning and the end of each phase.
+// Progress returns a callback that shows a timeline's events on w. On a terminal, it shows a moving line. Elsewhere, it
+// prints a plain line at the beginning and the end of each phase.
 func Progress(w io.Writer) func(timeline.Event) {
 	if IsTerminal(w) {
 		return (&bar{w: w}).watch

@@ -43,8 +43,8 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// setVariables returns the set environment variables that could decide a flag's value: the first variable that the
-// library has read, and all after it. If the flag is on the command line, there are none.
+// setVariables returns those environment variables of a flag that are set and could decide the flag's value: the first
+// variable that the library has read, and all after it. If the flag is on the command line, the result is empty.
 func setVariables(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
@@ -87,8 +87,8 @@ func fromEmptyVariable(flag ucli.Flag) bool {
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable returns a callback that calls before. First it refuses a flag for which the present and the earlier
-// environment variable are both set and differ.
+// oneVariable returns a callback that checks the environment variables of a command's flags, and then calls before. It
+// returns an error if the variables of a flag's present name and of its earlier name are both set and differ.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {

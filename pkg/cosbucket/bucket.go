@@ -33,7 +33,8 @@ type Attrs struct {
 	MD5, CRC32C string
 	// URL is the URL from which the object was read. With several mirrors, it names the mirror that answered.
 	URL string
-	// pin is the object's generation or ETag. If it is empty, the download cannot be resumed on this mirror.
+	// pin identifies the object's version: the generation in Google Cloud Storage, the ETag on a web server. If pin is
+	// empty, the download cannot be resumed on this mirror.
 	pin string
 }
 
@@ -72,8 +73,8 @@ type Bucket struct {
 // every object's name.
 //
 // Several URLs, separated by commas, are mirrors of one bucket. A call asks the next mirror only if a mirror cannot be
-// reached. Later calls begin with the mirror that answered. If a mirror answers that an object does not exist, the
-// error is of kind InputMissing.
+// reached. Later calls begin with the mirror that answered. If a mirror answers that an object does not exist, no other
+// mirror is asked, and the error is of kind InputMissing.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
@@ -176,10 +177,10 @@ func (b *Bucket) prefer(at int) {
 	b.first.Store(int32(at % len(b.mirrors))) //nolint:gosec // a list of URLs is short
 }
 
-// Get opens an object. If the object does not exist, the error is fault.InputMissing. After a transient error, Get
+// Get opens an object. If the object does not exist, the error is of kind InputMissing. After a transient error, Get
 // tries again a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with
-// the size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of
-// io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
+// the size and the sums that the bucket reported. If they differ, the last read returns an error of kind Checksum
+// instead of io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err

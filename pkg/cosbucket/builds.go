@@ -39,8 +39,8 @@ func (b *Bucket) listNames(ctx context.Context, what string, f func(m backend) (
 	return names, err
 }
 
-// BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It costs one listing of the top
-// level.
+// BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It lists only the top level of the
+// bucket.
 func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	names, err := b.listNames(ctx, "", func(m backend) ([]string, error) { return m.folders(ctx) })
 	if err != nil {
@@ -55,7 +55,8 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 }
 
 // BuildsOf returns the kernels of these COS builds, in the order of ids: one for each board with an object
-// kernel_commit. It costs one listing for each COS build. It does not read the commit; see [Bucket.Describe].
+// kernel_commit. It lists the bucket once for each COS build. It does not read the kernels' commits; see
+// [Bucket.Describe].
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)
@@ -107,7 +108,7 @@ func (b *Bucket) Builds(ctx context.Context) ([]target.Kernel, error) {
 	return b.BuildsOf(ctx, ids)
 }
 
-// Describe returns the kernel with its source commit.
+// Describe reads the source commit of a kernel, and returns the kernel with this commit.
 func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, error) {
 	text, url, err := b.readOfBuild(ctx, k, CommitName(k), 1<<10)
 	if err != nil {

@@ -38,8 +38,9 @@ type DriverList struct {
 }
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. If all are missing, the error is of kind InputMissing. A file with a
-// single version wins over gpu_driver_versions, because COS's own installer reads that file.
+// gpu_driver_versions in its text or binary form. If none of them lists a version, the error is of kind InputMissing. A
+// file with a single version wins over gpu_driver_versions, because COS's own installer reads the file with the single
+// version.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {
@@ -91,7 +92,8 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
-// versionList reads gpu_driver_versions of a COS build, as text or serialized. If there is none, the result is empty.
+// versionList reads the file gpu_driver_versions of a COS build: the text form, or without it the binary form. If the
+// build has neither file, the result is empty.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
@@ -160,7 +162,8 @@ func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
 
-// ParseDriverVersionsBin parses gpu_driver_versions.bin, which has the same message in serialized form.
+// ParseDriverVersionsBin parses gpu_driver_versions.bin, which has the message of gpu_driver_versions.textproto in
+// serialized form.
 func ParseDriverVersionsBin(data []byte) (DriverList, error) {
 	return parseVersions(data, proto.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: 16}.Unmarshal)
 }
@@ -291,8 +294,8 @@ func (l DriverList) offerGPUs() string {
 		"; or leave the GPU type out"
 }
 
-// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest one
-// without a suffix.
+// Newest returns one version for each branch: the version that COS lists for the branch, or else the branch's highest
+// version without a suffix.
 func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {

@@ -53,7 +53,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
 	transport.Transport = bounded{transport.Transport}
-	// Without this option, the client would ask the metadata server for credentials, and wait for it.
+	// Without the option WithoutAuthentication, the client would ask the metadata server for credentials, and wait for
+	// it.
 	client, err := storage.NewClient(ctx, option.WithHTTPClient(transport), option.WithoutAuthentication())
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)

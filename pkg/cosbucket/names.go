@@ -92,11 +92,11 @@ func SignedDriverName(k target.Kernel, version string) string {
 // Prebake's own mirrors have it.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
-// MD5Name returns the name of the object that holds an object's md5, in hex. The argument is the name of that object.
+// MD5Name returns the name of the object that has the md5, in hex, of the object with the given name.
 func MD5Name(name string) string { return name + ".md5" }
 
-// SHA256Name returns the name of the object that holds an object's sha256, in hex. The argument is the name of that
-// object. Not every bucket has sha256 files.
+// SHA256Name returns the name of the object that has the sha256, in hex, of the object with the given name. Not every
+// bucket has sha256 files.
 func SHA256Name(name string) string { return name + ".sha256" }
 
 // RunfileName returns the name of the runfile of a driver version in a driver bucket.

@@ -173,7 +173,8 @@ func newCheck(a Attrs) check {
 	return c
 }
 
-// strong reports whether a sum would detect that a resumed download continued with other bytes.
+// strong reports whether the bucket reported a checksum. A checksum detects that a resumed download continued with
+// other bytes.
 func (c check) strong() bool { return c.md5 != nil || c.crc32c != nil }
 
 func (c check) write(p []byte) {

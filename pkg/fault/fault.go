@@ -22,7 +22,7 @@ const (
 	Internal       Kind = iota // a bug, or a machine that does not work
 	Usage                      // the caller's input is wrong: flag, argument, file format
 	NoArtifact                 // nothing is published for this kernel, driver and flavour
-	Unverified                 // bytes whose digest, signature or provenance does not hold
+	Unverified                 // bytes whose digest, signature or provenance is not valid
 	Mismatch                   // verified bytes that are meant for another kernel, driver or flavour
 	Rejected                   // the kernel refused a module
 	Busy                       // a lock is held, or a loaded module is in use
@@ -106,7 +106,7 @@ func (k Kind) String() string { return k.row().name }
 // ExitCode returns the process exit status for an error of this kind.
 func (k Kind) ExitCode() int { return k.row().exit }
 
-// HTTPStatus returns the status of an API answer with an error of this kind.
+// HTTPStatus returns the status of an API response with an error of this kind.
 func (k Kind) HTTPStatus() int { return k.row().http }
 
 // Retryable reports whether the same call, without any change, may succeed later.
