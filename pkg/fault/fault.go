@@ -54,7 +54,7 @@ const (
 type row struct {
 	name  string // metric label, API class, and text form
 	exit  int    // process exit status, stable across releases
-	http  int    // status of an API answer
+	http  int    // status of an API response
 	retry bool   // may the same call succeed later without a change?
 	what  string // one line for the table of exit codes in the documentation
 }

@@ -1,5 +1,6 @@
-// Package gcs is shared by readers and writers of Google Cloud Storage. It has a handle for a bucket or a folder in it,
-// and the meaning of the library's errors. The caller opens the client, because only some clients need credentials.
+// Package gcs is shared by readers and writers of Google Cloud Storage. It has a handle for a bucket or for a folder in
+// a bucket, and classifies the errors of Google's client library. The caller opens the client, because only some
+// clients need credentials.
 package gcs
 
 import (
@@ -22,7 +23,8 @@ type Bucket struct {
 	prefix string // "" or ending in a slash
 }
 
-// New returns a handle for a folder of a bucket; "" means the whole bucket. [Bucket.Close] closes the client.
+// New returns a handle for a folder of a bucket. If folder is "", the handle is for the whole bucket. [Bucket.Close]
+// closes the client.
 func New(client *storage.Client, name, folder string) Bucket {
 	b := Bucket{client.Bucket(name), client, strings.Trim(folder, "/")}
 	if b.prefix != "" {

@@ -35,7 +35,7 @@ const (
 // kernelOpen is NVIDIA's name of the feature "the open modules drive this product".
 const kernelOpen = "kernelopen"
 
-// Chip is one product.
+// Chip is one GPU product of NVIDIA.
 type Chip struct {
 	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of a board. If they are
 	// "", the entry is for all boards with this device.
@@ -46,7 +46,7 @@ type Chip struct {
 	Name string `json:"name,omitempty"`
 	// Features are NVIDIA's names of features. A list from [List.Short] has only kernelopen.
 	Features []string `json:"features,omitempty"`
-	// Legacy is the older branch, such as 470.xx, for a product that the release no longer supports; "" for others.
+	// Legacy is set if the release no longer supports the product. It is then the older branch to use, such as 470.xx.
 	Legacy string `json:"legacy,omitempty"`
 }
 
@@ -186,8 +186,8 @@ func (c Chip) compare(d Chip) int {
 		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
-// Short returns a list with only the facts by which a node chooses a flavour. If they are equal for all boards of a
-// device, the boards become one entry.
+// Short returns a list with only the facts by which a node chooses a flavour. If these facts are equal for all boards
+// of a device, the boards become one entry.
 func (l *List) Short() *List {
 	short := &List{Version: l.Version}
 	rest := l.Chips
@@ -269,8 +269,9 @@ func turing(device string) bool {
 	return err == nil && id >= firstTuring
 }
 
-// Serves reports whether modules of this flavour drive a GPU, and why not. Without an entry for the GPU, its
-// architecture decides: the open modules need Turing or newer.
+// Serves reports whether modules of this flavour drive a GPU, and why not. If the list has no entry for the GPU, or
+// does not say which products the open modules drive, the GPU's architecture decides: the open modules need Turing or
+// newer.
 func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	c, listed := l.find(g)
 	switch {
@@ -314,8 +315,8 @@ type Offer struct {
 	List *List
 }
 
-// Choose returns the index of the offer that a node with these GPUs should take. Like COS itself, it prefers the open
-// modules if they drive every GPU. A node without GPUs can take any offer.
+// Choose returns the index of the offer that a node with these GPUs should use. Like COS itself, it prefers the open
+// modules if they drive every GPU. For a node without GPUs, every offer fits.
 func Choose(gpus []GPU, offers []Offer) (int, error) {
 	var whys []string
 	for _, f := range []target.Flavour{target.Open, target.Proprietary} {

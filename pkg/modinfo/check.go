@@ -28,7 +28,7 @@ type Rules struct {
 	Salt *string
 	// StructSize is sizeof(struct module) in the kernel, in bytes; 0 skips this check.
 	StructSize uint64
-	// MadeFor is the ABI fingerprint that the builder must have stamped into every module; "" skips this check.
+	// MadeFor is the ABI fingerprint that the builder must have written into every module; "" skips this check.
 	MadeFor string
 }
 
@@ -58,11 +58,11 @@ const (
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
 
-// maxProblems is the maximum number of problems that Check reports for each module.
+// maxProblems is the maximum number of a module's problems that Check reports in full; it counts the rest.
 const maxProblems = 8
 
-// Check reports every reason why this kernel would refuse the modules, loaded together. The error is of kind
-// fault.CheckFailed, and wraps a [Problem] for each reason. In the errors, "the set" means these modules.
+// Check returns an error if this kernel would refuse the modules when they are loaded together. The error is of kind
+// fault.CheckFailed, and wraps a [Problem] for each reason, up to maxProblems reasons for one module.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
@@ -153,7 +153,8 @@ func (c *checker) module(m *Module) {
 }
 
 // origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
-// and no checksums. Then only the salt, the size of struct module and the builder's stamp tell their modules apart.
+// and no checksums. Then only the salt, the size of struct module and the ABI fingerprint in the builder's note tell
+// their modules apart.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
@@ -231,8 +232,8 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order sorts the modules for loading: each after the modules on which it depends, otherwise by name. It fails if a
-// module depends on itself, directly or through others.
+// Order sorts the modules for loading: each after the modules on which it depends, otherwise by name. It returns an
+// error if a module depends on itself, directly or through others.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {

@@ -50,7 +50,8 @@ type Module struct {
 	BuildID string
 	// Salt is CONFIG_BUILD_SALT of the kernel that the module was built for. It may be empty.
 	Salt string
-	// MadeFor is the ABI fingerprint in the builder's stamp (see [StampSection]). It is empty without a stamp.
+	// MadeFor is the ABI fingerprint in the note that the builder adds (see [StampSection]). It is empty without such a
+	// note.
 	MadeFor string
 	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux compares it since
 	// 6.4.

@@ -12,8 +12,8 @@ import (
 // /sys/module/<name>/notes/<BuildIDNote>.
 const BuildIDNote = ".note.gnu.build-id"
 
-// The builder's stamp is a note in the section StampSection. It contains the ABI fingerprint of the kernel for which
-// the module was built. For a loaded module it is in /sys/module/<name>/notes/<StampSection>.
+// The builder adds a note to each module, in the section StampSection. The note contains the ABI fingerprint of the
+// kernel for which the module was built. For a loaded module, the note is in /sys/module/<name>/notes/<StampSection>.
 const (
 	StampSection = ".note.prebake"
 	StampOwner   = "Prebake"

@@ -1,5 +1,6 @@
-// Package page finds the next page of a list that an HTTP server sends in parts, by its Link header (RFC 8288). It
-// never takes a header that it cannot read for the end of the list. It sends no requests.
+// Package page finds the next page of a list that an HTTP server sends in parts, by its Link header (RFC 8288). If a
+// header has the word "next" but cannot be parsed, the package returns an error, because the list may have more pages.
+// The package sends no requests.
 package page
 
 import (
@@ -17,7 +18,7 @@ import (
 var ErrLink = errors.New("wrong Link header")
 
 // MaxLink is the maximum size in bytes of the Link headers of one response, together. net/http accepts megabytes, and
-// their syntax takes a multiple of that to read.
+// parsing them takes a multiple of that memory.
 const MaxLink = 16 << 10
 
 func linkError(format string, args ...any) error {
@@ -25,8 +26,8 @@ func linkError(format string, args ...any) error {
 }
 
 // Next returns the URL of the next page of a list, or nil after the last page. The URL must have the scheme, host and
-// path of the list, because the request carries credentials. The callback reports whether a page was read already, by
-// its URL. Such a page is an error, because the list would have no end.
+// path of the list, because the request carries credentials. wasRead reports whether the page at a URL was read
+// already. A link to such a page is an error, because the list would have no end.
 func Next(list *url.URL, h http.Header, wasRead func(url string) bool) (*url.URL, error) {
 	size := 0
 	for _, header := range h.Values("Link") {
@@ -68,8 +69,9 @@ var (
 	linkParam = regexp.MustCompile(`;\s*([^\s;,="<>]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"<>]+))`)
 )
 
-// nextTarget returns the target of the link with relation "next" in a Link header. It returns false without such a
-// link. If it cannot read the header, and the header has this word, it returns an error: the list may have more pages.
+// nextTarget returns the target of the link with relation "next" in a Link header. ok is false if the header has no
+// such link. If nextTarget cannot parse the header, and the header has the word "next", it returns an error, because
+// the list may have more pages.
 func nextTarget(header string) (target string, ok bool, err error) {
 	for rest := header; rest != ""; {
 		m := linkValue.FindStringSubmatch(rest)

@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. If the release lacks the flavour,
-	// that is then no failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. If Listed is true, a release
+	// that lacks the flavour is not a failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
@@ -48,7 +48,7 @@ func (c Cell) String() string {
 // Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that the problem is no failure: for the same wish, COS offers a version to other kernels.
+	// Unavailable says that the problem is not a failure: for the same wish, COS offers a version to other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 
@@ -375,7 +375,7 @@ func (e *expander) cells(kernels []wantedKernel, lists []answer) []Cell {
 	return all
 }
 
-// choose picks the version that a wish means for one kernel.
+// choose returns the version that a wish stands for with one kernel.
 func choose(w target.Wish, a answer) (string, *Problem) {
 	version, exact := w.Exact()
 	if exact {

@@ -15,11 +15,12 @@ import (
 // notifyTime is how long a notification may take. PostgreSQL sends it when the transaction is committed.
 const notifyTime = 5 * time.Second
 
-// HearOwn sends a notification and waits until it comes back on conn, which listens to its channel. It drops the
-// notifications of others.
+// HearOwn tests whether PostgreSQL's notifications arrive. It calls send with a new payload, and waits until conn,
+// which must listen to the channel of send, gets the notification with this payload. HearOwn drops all other
+// notifications.
 //
-// A pooler that gives each transaction another connection accepts LISTEN, but passes no notification on. Only a test
-// shows that. The error then has kind Usage.
+// A pooler that gives each transaction another connection accepts LISTEN, but passes no notification on. Only such a
+// test shows that. If the notification does not arrive within notifyTime, the error is of kind Usage.
 func HearOwn(ctx context.Context, conn *pgx.Conn, send func(ctx context.Context, payload string) error) error {
 	limited, cancel := context.WithTimeout(ctx, notifyTime)
 	defer cancel()
@@ -55,7 +56,7 @@ func (q *Queue) checkNotifications(ctx context.Context) {
 	}
 }
 
-// hearOwn listens to a channel that nobody else uses.
+// hearOwn runs [HearOwn] on the queue's database, with a channel that nobody else uses.
 func (q *Queue) hearOwn(ctx context.Context) error {
 	conn, err := pgx.ConnectConfig(ctx, q.pg.Config().ConnConfig)
 	if err != nil {

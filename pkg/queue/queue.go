@@ -317,9 +317,9 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	}
 }
 
-// Cancel cancels a build's job. It does not interrupt a running worker: the server tells the worker in the reply to its
-// next report. The job ends as cancelled, even if the worker reports another result. If the build has no job, or its
-// job has ended, Cancel changes nothing and returns nil.
+// Cancel cancels a build's job. It does not interrupt a running worker: the server tells the worker in the response to
+// the worker's next report. The job ends as cancelled, even if the worker reports another result. If the build has no
+// job, or its job has ended, Cancel changes nothing and returns nil.
 func (q *Queue) Cancel(ctx context.Context, build int64) error {
 	return q.outsideTx().cancel(ctx, build)
 }

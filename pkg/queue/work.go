@@ -74,7 +74,7 @@ func (q *Queue) Work(
 	return nil
 }
 
-// pollInterval is the pause between two looks into the queue. SQLite has no notifications, so this pause decides how
+// pollInterval is the pause between two queries for new jobs. SQLite has no notifications, so this pause decides how
 // soon a job starts.
 const pollInterval = 500 * time.Millisecond
 

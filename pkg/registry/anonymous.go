@@ -24,15 +24,15 @@ const (
 type AnonymousAccess struct {
 	// Host is the registry's host, with the port if the reference has one. It is "" if the repository is an image layout.
 	Host string
-	// Visibility is the registry's own answer: "private", "public", or "" if it gives none.
+	// Visibility is the value of [AudienceHeader] in the registry's responses: "private", "public", or "" without it.
 	Visibility string
 	// Reads is true if a client without credentials may read.
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. If a digest is given, Reads is true if that manifest can be
-// read. Otherwise Reads is true if the tags can be listed, or if the answer is 404: then everybody will be able to read
-// what is pushed there.
+// AnonymousAccess asks the registry without credentials. If digest is not "", Reads is true if the manifest with this
+// digest can be read. If digest is "", Reads is true if the tags can be listed, or if the response has status 404: then
+// everybody will be able to read what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {

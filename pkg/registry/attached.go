@@ -24,8 +24,8 @@ const (
 	MaxAttachment = 1 << 20
 	// maxManifests is the maximum number of manifests that one search reads.
 	maxManifests = 1024
-	// maxOwn is the maximum number of attachments with all wanted annotations that [Options.Own] puts first. The others
-	// keep a part of MaxAttachments, because a newer one may be by another program.
+	// maxOwn is the maximum number of attachments with all wanted annotations that [Options.Own] puts first. This limit
+	// leaves places for attachments of other programs, which may be newer.
 	maxOwn = MaxAttachments / 2
 	// maxOthers is the maximum number of useless payloads that [Repository.AttachedIf] returns.
 	maxOthers = 8
@@ -35,13 +35,13 @@ const (
 // Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
 // there are no sets.
 //
-// Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
-// Each set begins with the newest ones (see annotationCreated). Then come attachments that lack an annotation but
-// contradict none, because a registry may list attachments without annotations. In each group, those that [Options.Own]
-// names come first, up to a bound.
+// In the result, matching attachments come first: one of each set in turn, the newest of a set first (see
+// annotationCreated). So attachments for one set cannot hide those for another. After them come attachments that lack
+// an annotation but contradict none, because a registry may list attachments without annotations. In each group, those
+// that [Options.Own] names come first, up to a bound.
 //
-// Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
-// payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
+// Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So Attached
+// skips payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
 //
 // With an error, Attached also returns the payloads that it read before. If the repository has listed attachments, and
 // then fails to serve one, the error is an [UnreadError].
@@ -193,7 +193,7 @@ type search struct {
 }
 
 // leftOut reports whether to skip an attachment after this error. A missing attachment is always skipped, a damaged one
-// only if the search has a callback. A network error or a web page ends the search.
+// only if the search has the callback useful. A network error or a web page ends the search.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false

@@ -23,9 +23,9 @@ type Copied struct {
 	Referrers int
 }
 
-// Copy copies an image and its attached manifests from one repository to another. The callback selects the attached
-// manifests; nil selects all. Copy copies byte for byte, so the digests stay the same. It skips what the target has
-// already, and copies no tags.
+// Copy copies an image and its attached manifests from one repository to another. The callback want selects the
+// attached manifests; nil selects all. Copy copies byte for byte, so the digests stay the same. It skips what the
+// target has already, and copies no tags.
 //
 // Copy, [CopyTagged] and [Compare] are functions and not methods, so that a program that does not call them does not
 // link them.
@@ -255,9 +255,9 @@ func EachTagged(
 	return nil
 }
 
-// CopyTagged copies each selected image that has a tag, with all its tags. The first callback selects images. The
-// second selects their attached manifests; nil selects all. The result is sorted by tag. If another manifest has the
-// tag in the target, the error is [fault.PublishRefused].
+// CopyTagged copies each selected image that has a tag, with all its tags. The callback want selects the images. The
+// callback attached selects their attached manifests; nil selects all. The result is sorted by tag. If another manifest
+// has the tag in the target, the error is of kind PublishRefused.
 func CopyTagged(
 	ctx context.Context,
 	from, to *Repository,

@@ -21,8 +21,9 @@ import (
 // maxImage is the maximum size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage downloads an image into an empty folder. From an index, it takes the image for the given architecture. It
-// compares each file with its digest. The returned image reads its layers from the folder.
+// PullImage downloads an image into an empty folder. If digest is that of an index, PullImage downloads the index's
+// image for the given architecture. It compares each file with its digest. The returned image reads its layers from the
+// folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
@@ -104,7 +105,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
-// Compare compares a blob with its digest and size. If they differ, the error is [fault.Unverified].
+// Compare compares a blob with its digest and size. If they differ, the error is of kind Unverified.
 func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {

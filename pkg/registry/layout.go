@@ -185,8 +185,9 @@ func (s *layoutStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return Layout{s: s}.Has(ctx, d)
 }
 
-// referrers implements [store]. It reads each manifest that may be attached. If a web server denies one, the list has
-// it unread. If reading fails, the rest of the list is unread.
+// referrers implements [store]. It reads each manifest that may be attached. If a web server denies access to a
+// manifest, the result has its descriptor from the list. After another error, the result has the descriptors of all
+// candidates that were not read.
 func (s *layoutStore) referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error) {
 	idx, err := s.index(ctx)
 	if err != nil {

@@ -31,10 +31,10 @@ const maxPages = 256
 // pagesKey is a context key. Its value is a *pagesRead.
 type pagesKey struct{}
 
-// pagesRead tells that a list of referrers ended in the middle. The library may then try again. If that fails at the
-// first page, what was read before still counts.
+// pagesRead has the part of a list of referrers that was read before an error. The library may then try again. If the
+// new try fails at the first page, the part that was read before still counts.
 type pagesRead struct {
-	cut  error           // why, or nil
+	cut  error           // the error; nil means that there was none
 	list []v1.Descriptor // what the pages before listed
 }
 
