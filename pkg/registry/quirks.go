@@ -67,8 +67,8 @@ func asNotFound(resp *http.Response) *http.Response {
 }
 
 // checkReferrersTag checks the content under the tag of the referrers tag schema. It adds the optional media type of a
-// list. If the content is not a list, a reader gets a 404, and a writer gets an error, because it must not replace the
-// content.
+// list. If the content is not a list, a reader gets a 404, and a writer gets an error, because the writer must not
+// replace the content.
 func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
@@ -112,7 +112,8 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 	return resp, nil
 }
 
-// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait.
+// retryAfterTransport sends a request again after a response with status 429 or 503, when the time in its Retry-After
+// header has passed. If that time is longer than maxWait, or after maxWaits repetitions, it returns the response.
 type retryAfterTransport struct{ next http.RoundTripper }
 
 const (

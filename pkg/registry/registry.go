@@ -28,7 +28,7 @@ import (
 // MaxManifest is the maximum size in bytes of a manifest or an index. For a list of referrers, see maxList.
 const MaxManifest = 4 << 20
 
-// Options say how to speak to a registry. The zero value takes credentials from the user's Docker configuration.
+// Options say how to speak to a registry. With the zero value, credentials come from the user's Docker configuration.
 type Options struct {
 	// Username and Password are sent where the registry asks for them. A password without a username is a token.
 	Username, Password string
@@ -55,8 +55,9 @@ type store interface {
 	resolve(ctx context.Context, ref string) (v1.Descriptor, error)
 	manifest(ctx context.Context, digest string) ([]byte, error)
 	blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
-	// referrers lists what is attached. With an error, it may return a part of the list, also manifests that it did not
-	// read yet. If unread is true, the caller reads each manifest itself, and referrers need not read any.
+	// referrers lists the manifests that are attached to a manifest. With an error, it may return a part of the list,
+	// which may have manifests that were not read yet. If unread is true, the caller reads each manifest itself, and
+	// referrers need not read any.
 	referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error)
 	push(ctx context.Context, img v1.Image) error
 	tag(ctx context.Context, d v1.Descriptor, tag string) error
@@ -81,7 +82,7 @@ type Repository struct {
 //   - oci-archive:FILE+FILE… is a bundle and its deltas: each file but the first is a delta of the file before it.
 //   - oci:URL is an image layout on a web server or in a bucket; the URL begins with https://, http:// or gs://.
 //
-// The last three are read-only. Open contacts nobody and opens no file. The first write to a folder creates it.
+// The last three are read-only. Open makes no connection and opens no file. The first write to a folder creates it.
 func Open(ref string, o Options) (*Repository, error) {
 	var s store
 	var err error
@@ -120,8 +121,8 @@ func checkDigest(digest string) error {
 	return nil
 }
 
-// Resolve returns the descriptor of the manifest with this tag or digest. If there is none, the error is
-// [fault.NoArtifact].
+// Resolve returns the descriptor of the manifest with this tag or digest. If there is none, the error is of kind
+// NoArtifact.
 func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descriptor, error) {
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
 		return v1.Descriptor{}, fault.Errorf(
@@ -168,8 +169,8 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 	return rc, nil
 }
 
-// HasBlob reports whether the repository has a blob. It does not compare the digest. From a registry it transfers no
-// blob, and does not compare the size. For a layout, see [Layout.Has].
+// HasBlob reports whether the repository has a blob. It does not compare the digest. For a registry, it compares no
+// size either, and does not read the blob's content. For a layout, see [Layout.Has].
 func (r *Repository) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
 	err := checkDigest(d.Digest.String())
 	has := false
@@ -183,8 +184,8 @@ func (r *Repository) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
 }
 
 // Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the
-// list has only manifests of that type, and those that [Options.Own] names come first. A registry may list no types.
-// Then Referrers reads at most maxManifests manifests, and leaves out the others.
+// list has only manifests of that type, and those that [Options.Own] names come first. If a registry lists no types,
+// Referrers reads the manifests to find their types, but at most maxManifests of them, and leaves out the others.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
 	all, err := r.list(ctx, digest, false)
 	if err != nil {
@@ -230,8 +231,8 @@ func (r *Repository) ownFirst(subject string, list []v1.Descriptor, count int) [
 	return append(first, others...)
 }
 
-// list returns all manifests that are attached to a manifest, sorted by their digests. The error and unread are as in
-// store.
+// list returns all manifests that are attached to a manifest, sorted by their digests. The error and the parameter
+// unread have the same meaning as for the method referrers of [store].
 func (r *Repository) list(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error) {
 	err := checkDigest(digest)
 	var all []v1.Descriptor
@@ -318,8 +319,8 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 	return d, nil
 }
 
-// Tag gives a manifest a tag. It never moves a tag: if another manifest has the tag, the error is
-// [fault.PublishRefused].
+// Tag gives a manifest a tag. It never moves a tag: if another manifest has the tag, the error is of kind
+// PublishRefused.
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
 		return fault.Errorf(fault.Usage, "set tag %.100q in %s: this text is not a valid tag", tag, r.name)
@@ -407,9 +408,9 @@ func damaged(err error) error {
 	)
 }
 
-// CheckPush reports whether the caller may write to the repository. On a registry, it begins an upload and cancels it;
-// some registries then create the repository. For a layout, it creates and removes a file in the nearest folder that
-// exists.
+// CheckPush returns an error if the caller may not write to the repository. On a registry, it begins an upload and
+// cancels it; some registries then create the repository. For a layout, it creates and removes a file in the nearest
+// folder that exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
 		return fmt.Errorf("try to write %s: %w", r.name, err)

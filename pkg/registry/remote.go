@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// remoteStore is a repository behind the distribution API.
+// remoteStore is a repository on a registry with the distribution API.
 type remoteStore struct {
 	repo    name.Repository
 	options []remote.Option
@@ -166,7 +166,7 @@ func (s *remoteStore) referrers(ctx context.Context, digest string, _ bool) ([]v
 	if read.cut == nil || ctx.Err() != nil {
 		return list, err
 	}
-	if err == nil { // after some answers for a page, the library treats the list as empty
+	if err == nil { // after some responses for a page, the library treats the list as empty
 		err = s.readError(ctx, read.cut)
 	}
 	if !fault.Is(err, fault.Unverified) {
@@ -381,8 +381,8 @@ func onNetwork(err error) bool {
 // errDenied is in the chain of the error of a web server that answered with 401 or 403.
 var errDenied = errors.New("access denied")
 
-// Denied reports whether a registry or a web server answered with 401 or 403. Some answer so for a missing artifact,
-// too.
+// Denied reports whether err says that a registry or a web server answered with status 401 or 403. Some servers send
+// these statuses for a missing artifact, too.
 func Denied(err error) bool {
 	var api *transport.Error
 	return errors.Is(err, errDenied) ||

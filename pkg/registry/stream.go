@@ -168,8 +168,8 @@ func (s *skipReader) Read(p []byte) (int, error) {
 	return 0, err
 }
 
-// stallTransport gives up on a response that does not begin, that stops in the middle, or that only trickles. So no
-// registry can block a node for ever. An upload has no time limit.
+// stallTransport gives up on a response that does not begin, that stops in the middle, or whose bytes arrive too
+// slowly. So no registry can block a node for ever. An upload has no time limit.
 type stallTransport struct{ next http.RoundTripper }
 
 func (s stallTransport) RoundTrip(req *http.Request) (*http.Response, error) {

@@ -11,9 +11,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// webPageTransport recognises a web page in place of an answer: the login page of a network, or the page of a proxy. A
-// response counts as a web page only if its type is HTML and it begins like HTML, because some registries use this type
-// for other content.
+// webPageTransport recognises a web page in place of a registry's response: the login page of a network, or the page of
+// a proxy. A response counts as a web page only if its type is HTML and it begins like HTML, because some registries
+// use this type for other content.
 type webPageTransport struct{ next http.RoundTripper }
 
 func (p webPageTransport) RoundTrip(req *http.Request) (*http.Response, error) {

@@ -52,8 +52,8 @@ const (
 	maxTime      = 2 * time.Hour
 )
 
-// prlimit is the program that sets the limits inside the sandbox. If they were set from outside, the program could
-// start other processes first.
+// prlimit is the program that sets the limits inside the sandbox. If the builder set the limits of the running program
+// from outside, the program could start other processes first.
 const prlimit = "/usr/bin/prlimit"
 
 const (
@@ -185,7 +185,8 @@ func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	return bytes
 }
 
-// run calls stop when a limit is exceeded, and ends when ctx ends. It measures for at most a hundredth of the time.
+// run calls stop when the limit Disk or MinFree is exceeded, and ends when ctx ends. The measurements take at most a
+// hundredth of the time.
 func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return

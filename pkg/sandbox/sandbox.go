@@ -99,8 +99,8 @@ type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
 
-// Killed reports whether the kernel's out-of-memory killer ended the program. If Run kills the program, it returns
-// another error.
+// Killed reports whether SIGKILL ended the program. The sender is usually the kernel's out-of-memory killer: if Run
+// kills the program, Run returns another error.
 func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
 
 const (
@@ -250,7 +250,8 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	// The delay is only for a pipe that stays open after the sandbox's first process has ended.
 	cmd.WaitDelay = 10 * time.Second
 
-	// With --die-with-parent, the sandbox ends when the thread that forked ends. So keep that thread until then.
+	// With --die-with-parent, the sandbox ends when the thread that forked ends. So this goroutine keeps its thread
+	// until the sandbox has ended.
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()

@@ -28,7 +28,7 @@ const (
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// refusedCalls are refused on every architecture. archRefusedCalls exist only on this one.
+// refusedCalls are refused on every architecture. archRefusedCalls exist only on the architecture of this program.
 var refusedCalls = []uint32{
 	// Calls on other processes' memory and descriptors.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE, unix.SYS_KCMP,

@@ -27,8 +27,8 @@ type Config struct {
 	// Root is TUF root metadata, of any version, that the node's owner trusts. Newer roots come from the source, each
 	// signed by enough keys of the root before it.
 	Root []byte
-	// State is the path of the file that keeps the last list; "" keeps none. The client refuses lists older than the kept
-	// list. The kept list is valid without a network until it expires.
+	// State is the path of the file that keeps the last list; "" means that no list is kept. The client refuses lists
+	// older than the kept list. The kept list is valid without a network until it expires.
 	State string
 	// ReadOnly says that the client reads the state file but does not write it.
 	ReadOnly bool

@@ -12,8 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// least is how many bytes a download must bring within its limit, except at its end. With a limit of 45 seconds that
-// is 1.5 KB per second. A server that sends a byte now and then would otherwise hold its reader for ever.
+// least is the number of bytes that must arrive within the time limit, except at the end of a download. With a limit of
+// 45 seconds that is 1.5 KB per second. Without this minimum, a server that sends a byte now and then could block its
+// reader for ever.
 const least = 64 << 10
 
 // Reader is a stream that ends with an error when no data arrives, or too little.
@@ -23,7 +24,7 @@ type Reader struct {
 	limit  time.Duration
 	least  int           // bytes that must arrive within limit
 	got    int           // bytes that arrived since left was limit
-	left   time.Duration // what the next Reads may still take together
+	left   time.Duration // time that the next Reads may still take together
 	timer  *time.Timer   // runs during a Read
 	silent *atomic.Bool
 	cancel context.CancelFunc

@@ -16,7 +16,8 @@ func ParseLabel(s string) (Wish, error) {
 	return "", fmt.Errorf("label %.40q: want DEFAULT, LATEST or a branch such as R535", s)
 }
 
-// CheckLabel returns an error if a driver version cannot have a label: it is no label, or another branch's label.
+// CheckLabel returns an error if a driver version cannot have this label: the text is not a label, or is the label of
+// another branch.
 func CheckLabel(label, version string) error {
 	w, err := ParseLabel(label)
 	if err != nil {

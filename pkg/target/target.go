@@ -146,7 +146,8 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// Modules returns the driver without the suffix of its runfile, which modules, libraries and firmware do not contain.
+// Modules returns the driver without the suffix that its version has in the runfile's name. Modules, libraries and
+// firmware do not contain that suffix.
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
 // ValidVersion reports whether s has the format of an NVIDIA driver version: two to four numbers with dots, then up to
@@ -269,7 +270,7 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 	return Fingerprint(s), nil
 }
 
-// Short returns the first 16 hex digits, for names that people read. Never decide by them.
+// Short returns the first 16 hex digits, for names that people read. Do not compare fingerprints by them.
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]

@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Tracer makes spans. A nil Tracer makes none.
+// Tracer creates spans. A nil Tracer creates none.
 type Tracer struct {
 	tracer   api.Tracer
 	provider *trace.TracerProvider // nil if no collector is configured

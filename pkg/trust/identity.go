@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle that was signed with a short-lived certificate. Compare with errors.Is.
+// Errors about a Sigstore bundle that was signed with a short-lived certificate. Compare with errors.Is.
 var (
 	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
 	ErrOtherRoot       = errors.New("signed with a certificate of another root")
@@ -88,7 +88,7 @@ func chains(r root.TrustedMaterial, leaf *x509.Certificate) ([][]*x509.Certifica
 type Identity struct {
 	// Subject is the certificate's subject alternative name: a URL or a mail address.
 	Subject string
-	// Pattern is a regular expression that must match the whole name. It replaces Subject.
+	// Pattern is a regular expression that must match the whole name. Exactly one of Subject and Pattern is set.
 	Pattern string
 	// Issuer is the URL of the OpenID Connect issuer.
 	Issuer string

@@ -117,15 +117,15 @@ type loadTests struct {
 	static     bool
 }
 
-// testResults has, for each signer, the best passed load test and the failed one. A passed test cancels only a
-// failed test of the same signer.
+// testResults has, by signer, the verdict of the best passed load test, and the error of a failed load test. A passed
+// test cancels only a failed test of the same signer.
 type testResults struct {
 	passed   map[string]string
 	rejected map[string]error
 }
 
 // add adds one statement, and reports whether it is a pass that counts. An error means that the statement does not
-// count. Every trusted signer may reject modules. For a pass, the callback must accept the signer.
+// count. Every trusted signer may reject modules. A pass counts only if maySign returns nil.
 func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {

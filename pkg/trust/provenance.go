@@ -96,7 +96,7 @@ func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	return nil
 }
 
-// fillProvenance copies facts into the verdict from a provenance that counts.
+// fillProvenance copies facts into the verdict from the first provenance that counts.
 func fillProvenance(st *Statement, verdict *Verdict) {
 	var p provenance
 	if json.Unmarshal(st.Predicate, &p) != nil {
@@ -132,7 +132,7 @@ func FinishedOn(st *Statement) time.Time {
 	return at
 }
 
-// buildTimes are the times in the provenances that count.
+// buildTimes has the times at which the builds ended, from the provenances that count.
 type buildTimes struct {
 	newest map[string]map[int]time.Time // by role and by entry of the role, without times in the future
 	future time.Time                    // one of the times in the future

@@ -1,6 +1,6 @@
 // Package maker writes snapshots: a folder for any web server, in the layout of TUF with consistent snapshots. The
 // caller passes the signers; the package holds no key. It never publishes a list that a client would refuse. It
-// overwrites no file except the newest timestamp.
+// overwrites no file except timestamp.json.
 package maker
 
 import (
@@ -75,7 +75,7 @@ type Root struct {
 	Expires time.Time
 }
 
-// WriteRoot writes the next root, or the first one, and returns its path.
+// WriteRoot writes the root metadata of the next version, which is 1 in a new folder, and returns the file's path.
 func (r *Repository) WriteRoot(next Root) (string, error) {
 	name, err := r.writeRoot(next)
 	if err != nil {
