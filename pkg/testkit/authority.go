@@ -146,8 +146,8 @@ func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	return raw
 }
 
-// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. It runs until the
-// test ends. It accepts every [Token] that is not expired, without checking the token's signature.
+// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. The server runs until
+// the test ends. It accepts every [Token] that is not expired, without checking the token's signature.
 func (a *Authority) ServeCertificates(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

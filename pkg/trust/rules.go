@@ -35,14 +35,14 @@ type Role struct {
 	Identities []Identity
 }
 
-// RoleKey is a key with its validity period. A signature counts if a node accepts the artifact in that period, by the
-// node's clock. A zero time means no bound.
+// RoleKey is a key with its validity period. A signature by the key counts only if the node accepts the artifact in
+// that period, by the node's clock. A zero time means no bound.
 type RoleKey struct {
 	Key                 PublicKey
 	NotBefore, NotAfter time.Time
 }
 
-// Rule demands that a number of different signers of a role have signed a statement of one predicate type.
+// Rule demands that at least Count different signers of a role have signed a statement of one predicate type.
 type Rule struct {
 	Statement string
 	Role      string
@@ -69,7 +69,8 @@ type Finding struct {
 	Detail string `json:"detail"`
 }
 
-// settle fills in the default role and rules. It returns an error if no artifact could satisfy the policy.
+// settle fills in the default role and rules, and adds the signers of the roles to Keys and Identities. It returns an
+// error for a policy that is malformed, or that no artifact could satisfy.
 func (p *Policy) settle() error {
 	bad := func(format string, args ...any) error {
 		return fault.Errorf(fault.Usage, "verify artifacts: "+format, args...)
@@ -282,7 +283,8 @@ func (p Policy) revoked(digest string) (string, error) {
 }
 
 // minimum checks the driver's version. If MinVersions has a version of the driver's branch, the driver must not be
-// older. Otherwise it must not be older than any version in the list: an older branch is not maintained.
+// older. If MinVersions has no version of that branch, the driver must not be older than any version in the list: an
+// older branch is not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
 		return "the policy allows any version", nil
@@ -314,8 +316,9 @@ func (p Policy) tooOld(have, least string) error {
 // clockSkew is how far the clock of a builder may be ahead of the node's clock.
 const clockSkew = 24 * time.Hour
 
-// renewHint says how an artifact gets a new provenance. The --max-age in the hint is half of the policy's maximum age,
-// but 1 to 30 days. So a builder makes the artifact again before nodes refuse it, and also after that.
+// renewHint returns a hint about how to get a new provenance for an artifact. The --max-age in the hint is half of the
+// policy's maximum age, but 1 to 30 days. So a builder makes the artifact again before nodes refuse it, and also after
+// that.
 func (p Policy) renewHint() string {
 	days := int(p.MaxAge / (24 * time.Hour))
 	return fmt.Sprintf("build the driver again, which signs a new provenance: builder build --max-age %d",

@@ -139,7 +139,7 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 }
 
 // VerifyBefore is [Verifier.Verify] before the given kernel match is signed: the match counts as if it were signed and
-// attached. A signer calls it to learn whether it may sign.
+// attached. A signer calls VerifyBefore to learn whether it may sign the kernel match.
 func (v *Verifier) VerifyBefore(m KernelMatch, bundles [][]byte, e Expect) (*Verdict, error) {
 	x, checks := v.evaluate(bundles, e)
 	x.unsigned = true
@@ -403,8 +403,8 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil if one of the statements is valid. Otherwise it returns their errors, or the errors of unusable
-// bundles, or else the given error.
+// explain returns nil if one of the statements is valid. If none is valid, it returns the first of these that exist:
+// their errors, the errors of unusable bundles, the error none.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error

@@ -23,7 +23,7 @@ func crashLine(console string) string {
 	for _, mark := range crashMarks {
 		for line := range strings.Lines(console) {
 			text := trimStamp(strings.TrimSpace(line))
-			// Elsewhere in the text, the mark may be a program's output about a panic.
+			// In the middle of a line, the mark may be a program's output about a panic.
 			if strings.HasPrefix(text, mark) {
 				return text
 			}

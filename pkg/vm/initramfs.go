@@ -22,7 +22,8 @@ import (
 // folders are the folders that every guest has, in addition to the parent folders of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
-// Tree returns a [File] for every regular file, link and folder below dir. In the guest, they are below the path name.
+// Tree returns a [File] for every regular file, link and folder below dir. In the guest, these files are below the
+// folder with the path in name.
 func Tree(name, dir string) ([]File, error) {
 	var files []File
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {

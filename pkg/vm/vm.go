@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// Names of files in a boot folder. A COS-shaped mirror (deploy/mirror) writes the same names.
+// Names of files in a boot folder. A mirror that deploy/mirror makes has the same names.
 const (
 	BootKernel  = "vmlinuz"
 	BootModules = "modules"

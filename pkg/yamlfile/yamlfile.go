@@ -137,12 +137,12 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	return At{Node: doc.Content[0]}, true
 }
 
-// Fields passes the name and value of every field of a mapping to the second callback, and returns the known fields.
-// The first callback reports whether a key is known, and records a mistake if not.
+// Fields passes the name and value of every known field of a mapping to the callback each, and returns these fields.
+// The callback known reports whether a key is known, and must record a mistake if not.
 //
-// Fields skips a field and records a mistake if the key is repeated or no scalar. It does the same if key or value is
-// an anchor or alias. If the node is no mapping, Fields returns nil and records a mistake with the given description of
-// the wanted value.
+// Fields skips a field and records a mistake if the key is repeated or is not a scalar. It does the same if key or
+// value is an anchor or alias. If the node is not a mapping, Fields returns nil and records a mistake with the given
+// description of the wanted value.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -184,7 +184,7 @@ func (r *Reader) checkLiteral(a At) bool {
 }
 
 // Mapping calls the callback of each field of a mapping, by the field's name. A field without a callback is a mistake.
-// The description and the result are as in [Reader.Fields].
+// The argument what and the result are as in [Reader.Fields].
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
 		if _, ok := fields[key.Node.Value]; ok {

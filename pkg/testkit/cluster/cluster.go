@@ -146,7 +146,7 @@ func (c *Cluster) waitReady() {
 	}
 }
 
-// Do calls the API as its administrator, and returns the answer.
+// Do calls the API as its administrator, and returns the body of the response.
 func (c *Cluster) Do(method, path string, in any) ([]byte, error) {
 	return c.as(c.admin, method, path, in)
 }
@@ -181,7 +181,7 @@ func (c *Cluster) as(token, method, path string, in any) ([]byte, error) {
 	return raw, err
 }
 
-// Must is like Do, but decodes the answer into out, and fails the test if there is an error.
+// Must is like Do, but decodes the response into out, and fails the test if there is an error.
 func (c *Cluster) Must(method, path string, in, out any) {
 	c.t.Helper()
 	raw, err := c.Do(method, path, in)

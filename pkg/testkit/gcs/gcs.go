@@ -61,7 +61,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		return "", err
 	}
 	_, port, _ := net.SplitHostPort(address)
-	// The public host is the host in the URLs of plain downloads. These URLs have no path of the API.
+	// The public host is the host in the URLs of plain downloads. These URLs do not contain the API's path.
 	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port,
 		"-public-host", address)
 	cmd.Env = []string{"HOME=/nonexistent"}

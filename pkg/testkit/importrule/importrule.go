@@ -23,7 +23,8 @@ func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
 
-// CheckBanned fails if the program in the current folder links a banned package. The bans map packages to reasons.
+// CheckBanned fails the test if the program in the current folder links a banned package. The bans map packages to
+// reasons.
 func CheckBanned(t *testing.T, bans map[string]string) {
 	t.Helper()
 	for dep := range strings.FieldsSeq(list(t, "-deps", ".")) {

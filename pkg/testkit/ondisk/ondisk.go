@@ -14,7 +14,7 @@ import (
 // the rest of the test. Call it directly after the write, because the kernel flushes every file after some seconds.
 func Check(t testing.TB, path string) {
 	t.Helper()
-	// A new file that nobody flushed shows whether the file system counts such pages. A tmpfs does not.
+	// A new file that nobody flushed shows whether the file system counts such pages. A tmpfs does not count them.
 	control := filepath.Join(t.TempDir(), "control")
 	if err := os.WriteFile(control, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)

@@ -68,7 +68,7 @@ func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Publish publishes a list. Its timestamp expires after a week.
+// Publish publishes a list. The list's timestamp expires after a week.
 func (f *Farm) Publish(t testing.TB, at time.Time, artifacts ...snapshot.Artifact) {
 	t.Helper()
 	r := f.Open(t, at)

@@ -140,7 +140,7 @@ func mknod(_ context.Context, args []string, _ io.Writer) error {
 	return charDevice(args[0], uint32(major), uint32(minor))
 }
 
-// charDevice creates a device node. An equal node may exist already.
+// charDevice creates a device node. A device node with the same numbers may exist already.
 func charDevice(path string, major, minor uint32) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err

@@ -49,7 +49,8 @@ func (k *kernelLog) read() string {
 	return text.String()
 }
 
-// formatRecord turns "6,339,5140900,-;text" and its continuation lines into dmesg's format: "[    5.140900] text".
+// formatRecord turns a record such as "6,339,5140900,-;text" into a line as dmesg prints it, without continuation
+// lines.
 func formatRecord(record string) (string, bool) {
 	head, body, ok := strings.Cut(record, ";")
 	if !ok {
