@@ -152,7 +152,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// watchTime is how long "fetcher run" watches before its memory is measured. It checks the driver each second.
+// watchTime is how long "fetcher run" watches before its memory is measured. The program checks the driver each second.
 const watchTime = 10 * time.Second
 
 // watch runs "fetcher run" on a node that has its driver, and returns the program's resident memory in MiB.

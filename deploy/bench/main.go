@@ -27,8 +27,8 @@ func measurements() []string {
 	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch", "guest"}
 }
 
-// clangMeasurements returns the measurements that --clang makes. There is one kernel compiled by clang, so they are
-// those that need one kernel only.
+// clangMeasurements returns the measurements that --clang makes. The mirror has only one kernel compiled by clang, so
+// these are the measurements that need only one kernel.
 func clangMeasurements() []string { return []string{"cold", "neighbour", "next"} }
 
 func main() {

@@ -202,9 +202,9 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 // reuseNote matches the note of a phase in which the builder used stored results.
 var reuseNote = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
-// wantRemembered checks the build for the sibling kernel. The first build's caches must supply nine tenths of
-// conftest's answers and of the object files. If an earlier demo has left the finished modules in the cache, there is
-// nothing to check.
+// wantRemembered checks the build for the sibling kernel. At least nine tenths of conftest's results and of the object
+// files must come from the first build's caches. If an earlier demo has left the finished modules in the cache, there
+// is nothing to check.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
 		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")

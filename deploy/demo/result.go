@@ -99,7 +99,7 @@ func (d *demo) pass() error {
 	return nil
 }
 
-// reusedRows returns what this run took from earlier runs, as pairs of a name and a text.
+// reusedRows returns what this run reused from earlier runs, as pairs of a name and a text.
 func (d *demo) reusedRows() (rows [][2]string) {
 	if d.mirror.Cached > 0 {
 		all := d.mirror.Cached + d.mirror.Made

@@ -1,5 +1,5 @@
 // Command mirror makes folders from Debian's packages that look like a COS release bucket and COS's bucket of NVIDIA
-// drivers. With them, Prebake can be tried where neither bucket can be reached. The program is no part of the product.
+// drivers. With them, Prebake can be tried where neither bucket can be reached. The program is not part of the product.
 package main
 
 import (

@@ -53,7 +53,7 @@ type apt struct {
 }
 
 // openApt prepares apt's own folders under dir, for the machine's Debian release or the next one. It fetches the
-// package index if it is missing or old, or if refresh is true.
+// package index if the index is missing or old, if the sources have changed, or if refresh is true.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
@@ -129,11 +129,11 @@ Acquire::Retries "3";
 	return a, nil
 }
 
-// answersDir has apt's answers about the index, below apt's own folder.
+// answersDir is the folder, below apt's own folder, in which ask caches the output of apt's programs.
 const answersDir = "answers"
 
-// ask runs a program of apt that answers from the index alone, and keeps the answer until the index is fetched again.
-// Without this, each question takes half a second.
+// ask runs a program of apt that reads only the package index, and caches its output until the index is fetched again.
+// Without the cache, each call takes half a second.
 func (a *apt) ask(ctx context.Context, name string, args ...string) ([]byte, error) {
 	sum := sha256.Sum256([]byte(strings.Join(append([]string{name}, args...), "\x00")))
 	file := filepath.Join(a.dir, answersDir, hex.EncodeToString(sum[:16]))

@@ -25,9 +25,9 @@ var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 // Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder with
 // the program qemu-system-x86_64. If Debian's archive cannot be reached, the error is Transient.
 //
-// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. It halves the time of a
-// virtual node (three installs on 2026-11-29: 47 s in place of 100 s). Debian 12's libraries are too old for it, so
-// its own libraries are unpacked too.
+// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. So a virtual node takes
+// half the time (three installs on 2026-11-29: 47 s in place of 100 s). Debian 12's libraries are too old for this
+// qemu, so its own libraries are unpacked too.
 func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
 	c := Config{Cache: cache, Progress: progress}
 	unlock, err := lock(ctx, c)

@@ -119,9 +119,10 @@ func (k *kernel) setVersions(versions map[string][]string) bool {
 // defaultKernels is the default number of kernels: the two oldest, and the two newest, which are often siblings.
 const defaultKernels = 4
 
-// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
-// half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer. Of
-// each other series in which no kernel has one of the numbers, it selects the newest kernel.
+// selectKernels selects kernels by ABI number. Without numbers, it selects the oldest kernel of all if p.oldest is set.
+// Otherwise it selects count kernels of Debian 12's own series: half of them the oldest, and half the newest. If count
+// is 0, it selects defaultKernels, or all if there are fewer. Of each other series in which no kernel has one of the
+// numbers, it selects the newest kernel.
 //
 // Tests need kernels for which both flavours of the default driver compile: the oldest. They need a kernel for which
 // one flavour does not compile: the newest. And they need siblings: the two newest often are.
