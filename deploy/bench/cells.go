@@ -155,7 +155,7 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// inRun reports whether a run builds a cell. It builds the cells that it measures, and the cells whose results these
+// inRun reports whether a run builds a cell. A run builds the cells that it measures, and the cells whose results these
 // reuse.
 func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
@@ -276,8 +276,8 @@ func makeFlags(headers string) []string {
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
 }
 
-// clangFlags returns additional arguments of `make` for a kernel that clang compiled. Without KCFLAGS, the conftest of
-// these drivers stops at clang's warnings.
+// clangFlags returns additional arguments of `make` for a kernel that clang compiled. Without KCFLAGS, clang's warnings
+// would stop NVIDIA's conftest.sh.
 func clangFlags() []string {
 	return []string{"LLVM=1", "ARCH=x86_64", "CC=x86_64-cros-linux-gnu-clang", "LD=x86_64-cros-linux-gnu-ld.lld",
 		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++",
@@ -311,7 +311,7 @@ func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 }
 
 // installOnNode builds the first cell again, and installs the driver into a folder that looks like the root of a COS
-// node. It measures both, and loads no modules.
+// node. It measures the build and the installation, and loads no modules.
 func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.measurePlain(ctx, c)

@@ -90,10 +90,10 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 }
 
 // fetchOnce measures two fresh nodes:
-//   - One installs the driver for the newer kernel, cells[1]. The same layers are also fetched by hand.
+//   - One installs the driver for the newer kernel, cells[1]. fetchByHand then fetches the layers of that artifact.
 //   - The other installs the driver for the older kernel, cells[0], and is then updated to the newer kernel.
 //
-// It records the number of bytes that the update fetched.
+// fetchOnce records the times, the fetcher's memory, and the number of bytes that the update fetched.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)

@@ -16,8 +16,8 @@ import (
 )
 
 // guest measures how long the virtual node takes from the start of the fetcher until the modules are loaded. For
-// comparison, it measures insmod of the same modules from files that are already on the node. Both times are measured
-// by the guest's clock, which does not depend on the emulator's speed (CountInstructions of package vm).
+// comparison, it measures insmod of the same modules from files that are already on the node. Both times are in seconds
+// of the guest's clock, which does not depend on the emulator's speed (see CountInstructions of package vm).
 func (b *bench) guest(ctx context.Context) (err error) {
 	if err := b.UseFastEmulator(ctx); err != nil {
 		return err

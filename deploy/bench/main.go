@@ -79,8 +79,8 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
-	// With plainOnce, plain `make` runs only for the first cell, and dkms only once for each driver. The other cells are
-	// compared with these times.
+	// If plainOnce is true, plain `make` runs only for the first cell, and dkms only once for each driver. All other
+	// cells are compared with the times of these runs.
 	plainOnce bool
 	only      map[string]bool
 }

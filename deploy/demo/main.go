@@ -76,8 +76,8 @@ type demo struct {
 	version string        // version of the driver
 	kernel  target.Kernel // kernel of the node
 	build   api.Build     // build of the driver for kernel
-	// second is the build of the same driver for sibling, a kernel of the same upstream version. Both are zero if Debian's
-	// archive has no such kernel.
+	// second is the build of the same driver for sibling, a kernel of the same upstream version. second and sibling are
+	// zero if Debian's archive has no such kernel.
 	sibling target.Kernel
 	second  api.Build
 	bare    *nodeRun // the fetcher's run before the node has a GPU

@@ -95,8 +95,8 @@ type nodeRun struct {
 	boot   float64  // duration of the node's boot, in seconds
 }
 
-// boot boots the node without a GPU and asks the fetcher what it sees. Then it adds the emulated GPU, lets the fetcher
-// install the driver, and switches the node off.
+// boot boots the node without a GPU and asks the fetcher what it sees. After that, boot adds the emulated GPU, lets the
+// fetcher install the driver, and switches the node off.
 func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	const gpu = "/lib/emugpu.ko"
 	fmt.Fprintf(d.out, "booting %s in qemu, which emulates the processor too...\n", d.kernel.Release)
@@ -213,7 +213,7 @@ func wantRemembered(phases []timeline.Phase) error {
 	}
 	var problems []error
 	for _, name := range []string{"conftest", "compile"} {
-		// Both phases are parts of a phase that is also called "compile".
+		// The phases "conftest" and "compile" are parts of a phase that is also called "compile".
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
 			problems = append(problems, fmt.Errorf("the build for the sibling kernel has no phase %s", name))

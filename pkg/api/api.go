@@ -186,7 +186,7 @@ type Resolution struct {
 	// ReadyAt is the time at which the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
 	// Position is the place of a queued cell in the queue; 1 is the next one. ETA is the expected time at which a queued
-	// or building cell is ready. Both are estimates.
+	// or building cell is ready. Position and ETA are estimates.
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 	// Build is the newest build of the cell; nil if there is none.
@@ -250,7 +250,7 @@ type ReadyDuration struct {
 type Pool struct {
 	Name string `json:"name,omitempty"`
 	// BuildID is the BUILD_ID of the COS build. GKE is a GKE version, such as 1.33.5-gke.1080000, and stands for the COS
-	// build that its nodes boot. One of the two is empty.
+	// build that its nodes boot. One of BuildID and GKE is empty.
 	BuildID string `json:"buildId,omitempty"`
 	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`

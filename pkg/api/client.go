@@ -102,7 +102,8 @@ func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
 }
 
 // Question is the input of [Client.Resolve]. Driver and Flavour are as in a [BuildRequest]; "" means default and auto.
-// Release is what `uname -r` prints on the node. If it is not the release in the catalogue, the answer has no artifact.
+// Release is what `uname -r` prints on the node. If the catalogue has another release for the kernel, the resolution
+// has no artifact.
 type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }

@@ -26,7 +26,8 @@ type NodeReport struct {
 	Driver  target.Driver `json:"driver"`
 	Digest  string        `json:"digest"`
 	Outcome Outcome       `json:"outcome" enum:"loaded,failed,fell-back"`
-	// Class is the kind of the error, and Message is its first line. Both are empty if the outcome is Loaded.
+	// Class is the kind of the error, and Message is its first line. Class and Message are empty if the outcome is
+	// Loaded.
 	Class   string `json:"class,omitempty"`
 	Message string `json:"message,omitempty"`
 	// Node identifies the node by 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same

@@ -138,7 +138,8 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// countEntry counts an entry, or a folder without an entry of its own. Both take space on the disk.
+// countEntry counts one entry, or one folder without an entry of its own, because such a folder takes space on the disk
+// too.
 func (u *unpacker) countEntry() error {
 	if u.count++; u.count > u.o.Entries {
 		return refuse("read tar: the archive has more than %d entries, including folders without an entry of their own",
@@ -200,7 +201,7 @@ func cleanName(name string, limit int) (string, error) {
 	return path.Clean(name), nil
 }
 
-// folder makes a folder and its parents. Each of them is a real folder, never a link.
+// folder makes a folder and its missing parents. If the folder or a parent exists as a link, folder returns an error.
 func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil

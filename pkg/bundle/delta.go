@@ -50,7 +50,8 @@ func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) erro
 		if err != nil {
 			return fmt.Errorf("make delta: read the layer that the delta starts from: %w", err)
 		}
-		// The frame needs no checksum, because the diff ID is verified. One thread makes equal bytes on any machine.
+		// The frame needs no checksum, because the diff ID is verified. With one thread, the bytes are the same on any
+		// machine.
 		options := []zstd.EOption{
 			zstd.WithEncoderLevel(
 				zstd.SpeedBetterCompression,
@@ -73,7 +74,8 @@ func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) erro
 }
 
 // UnpackDelta is like [Unpack], for a layer that is made of a delta and the former layer's archive. It succeeds only if
-// the delta has this size and digest, and the result has this diff ID. So the former archive need not be verified.
+// the delta has this size and digest, and the result has this diff ID. So the caller need not verify the former
+// archive.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,

@@ -32,9 +32,11 @@ type LayerKind string
 const (
 	// LayerModules has drivers/*.ko. Each fingerprint needs its own layer.
 	LayerModules LayerKind = "modules"
-	// LayerUserspace has bin/, lib64/, share/ and vulkan/. It is the same for all kernels of an architecture.
+	// LayerUserspace has bin/, lib64/, share/ and vulkan/. One driver version has the same layer for all kernels of an
+	// architecture.
 	LayerUserspace LayerKind = "userspace"
-	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. It is the same for all kernels of an architecture.
+	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. One driver version has the same layer for all kernels of an
+	// architecture.
 	LayerFirmware LayerKind = "firmware"
 )
 

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Identity is what the annotations of a manifest say about the artifact. With the signed statements, it decides whether
-// the artifact fits a node.
+// Identity is what the annotations of a manifest say about the artifact. The identity and the signed statements
+// together decide whether the artifact fits a node.
 type Identity struct {
 	Fingerprint target.Fingerprint
 	Arch        target.Arch

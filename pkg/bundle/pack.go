@@ -112,7 +112,7 @@ func PackLayerAs(ctx context.Context, recipe, srcDir string, kind LayerKind, dst
 	}()
 	packed := &countHash{w: out, h: sha256.New()}
 	buffered := bufio.NewWriterSize(packed, 1<<20)
-	// One thread, because the output must not depend on the number of processors.
+	// Compress with one thread, because the output must not depend on the number of processors.
 	zw, err := zstd.NewWriter(buffered, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
 		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(window), zstd.WithEncoderCRC(true))
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A seal is a file with the digest of a tree. It is written before the tree gets its name. If the tree is damaged
+// A seal is a file with the digest of a tree. The seal is written before the tree gets its name. If the tree is damaged
 // later, it no longer matches its seal. Without seals, changed bytes would be compiled, signed and published.
 
 func (c *Cache) sealPath(kind, key string) string {

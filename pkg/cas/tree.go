@@ -131,8 +131,8 @@ func hashFile(path string, e *treeEntry, buf []byte) error {
 	return nil
 }
 
-// syncTree makes a tree's content durable. Otherwise the rename could survive a power cut that destroys the content.
-// One syncfs takes far less time than an fsync for each of thousands of files.
+// syncTree makes a tree's content durable. The caller then renames the tree: without syncTree, the rename could survive
+// a power cut that destroys the content. One syncfs takes far less time than an fsync for each of thousands of files.
 func syncTree(dir string) (err error) {
 	f, err := os.Open(dir)
 	if err != nil {

@@ -36,8 +36,8 @@ type pin struct {
 }
 
 // Begin begins a piece of work, such as one build. The returned function ends it. After the cache has returned an
-// entry, Trim cannot remove it until all pieces of work that run at that moment have ended. If none runs, the entry
-// stays until the next one ends, or until Close.
+// entry, Trim cannot remove it until all pieces of work that run at that moment have ended. If no piece of work runs at
+// that moment, the entry stays until the end of the next one, or until Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -103,9 +103,9 @@ func (c *Cache) unpin() {
 // errInUse means that a process uses the entry, which therefore must not be removed now.
 var errInUse = errors.New("the entry is in use")
 
-// lockUse opens a use file, or creates it if it is missing, and locks it with these flags of flock. With unix.LOCK_NB,
-// the error is errInUse if another process has the lock. If the use file was removed meanwhile, the lock protects
-// nothing, and lockUse starts again.
+// lockUse opens a use file, or creates it if it is missing, and locks it with these flags of flock. If the flags
+// include unix.LOCK_NB and another process has the lock, the error is errInUse. If the use file was removed meanwhile,
+// the lock protects nothing, and lockUse starts again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -140,7 +140,7 @@ func flockRetry(fd, how int) error {
 	}
 }
 
-// size returns the disk space that an entry takes. It is measured only once, because entries do not change.
+// size returns the disk space that an entry takes. The space is measured only once, because entries do not change.
 func (c *Cache) size(name, path string) int64 {
 	use := c.usePath(name)
 	text, err := os.ReadFile(use)

@@ -122,7 +122,8 @@ func fileFlags(flags []ucli.Flag) []ucli.Flag {
 	})
 }
 
-// checkKey reports whether a key is the name of a flag. If not, it records a mistake and suggests the nearest flag.
+// checkKey reports whether a key is the name of a flag. For any other key, it records a mistake and suggests the
+// nearest flag.
 func (f *configFile) checkKey(key yamlfile.At) bool {
 	name, flags := key.Node.Value, fileFlags(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
@@ -281,8 +282,8 @@ func (f *configFile) addErrors(err error) (rest []error) {
 	return rest
 }
 
-// splitError splits an error into the errors of [About] and all others. Each part gets the kind and hint of its
-// wrapper.
+// splitError splits an error into the errors of [About] and all others. If a fault.Error wraps several parts, each part
+// gets the kind and hint of that fault.Error.
 func splitError(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:

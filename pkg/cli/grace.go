@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// Grace is for programs that finish their current work before they stop. The returned context is for that work. It ends
-// when the period has passed after the end of ctx, or at the second SIGINT or SIGTERM. A third signal kills the
-// program. The caller must call stop, which also ends the context.
+// Grace is for programs that finish their current work before they stop. The returned context is for that work. This
+// context ends when the period has passed after the end of ctx, or at the second SIGINT or SIGTERM. A third signal
+// kills the program. The caller must call stop, which also ends the context.
 func Grace(ctx context.Context, period time.Duration) (hard context.Context, stop context.CancelFunc) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)

@@ -31,7 +31,8 @@ type Attrs struct {
 	Size int64
 	// MD5 and CRC32C are in hex; "" means unknown.
 	MD5, CRC32C string
-	// URL is the URL from which the object was read. With several mirrors, it names the mirror that answered.
+	// URL is the URL from which the object was read. If the bucket has several mirrors, this is the URL on the mirror
+	// that answered.
 	URL string
 	// pin identifies the object's version: the generation in Google Cloud Storage, the ETag on a web server. If pin is
 	// empty, the download cannot be resumed on this mirror.
@@ -179,8 +180,8 @@ func (b *Bucket) prefer(at int) {
 
 // Get opens an object. If the object does not exist, the error is of kind InputMissing. After a transient error, Get
 // tries again a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with
-// the size and the sums that the bucket reported. If they differ, the last read returns an error of kind Checksum
-// instead of io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
+// the size and the sums that the bucket reported. If size or sums differ, the last read returns an error of kind
+// Checksum instead of io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err

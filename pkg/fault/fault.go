@@ -113,7 +113,7 @@ func (k Kind) HTTPStatus() int { return k.row().http }
 func (k Kind) Retryable() bool { return k.row().retry }
 
 // Passes reports whether a build that failed with this kind may succeed hours later: the network, a machine or a
-// missing input may have caused the failure. It includes kinds that are not worth a retry at once.
+// missing input may have caused the failure. Passes also returns true for kinds for which a retry at once is useless.
 func (k Kind) Passes() bool {
 	switch k {
 	case Transient, TimedOut, DiskFull, OutOfMemory, Busy, TooMany, WebPage, InputMissing, Internal:
@@ -200,8 +200,8 @@ func Join(errs ...error) error {
 	return all
 }
 
-// Of returns the kind of the outermost classified error in err's chain. Without a classified error, it returns
-// Cancelled for a cancelled context, TimedOut for an expired context, and else Internal.
+// Of returns the kind of the outermost classified error in err's chain. If the chain has no classified error, Of
+// returns Cancelled for a cancelled context, TimedOut for an expired context, and Internal for anything else.
 func Of(err error) Kind {
 	var e *Error
 	switch {

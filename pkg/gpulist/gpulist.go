@@ -46,7 +46,8 @@ type Chip struct {
 	Name string `json:"name,omitempty"`
 	// Features are NVIDIA's names of features. A list from [List.Short] has only kernelopen.
 	Features []string `json:"features,omitempty"`
-	// Legacy is set if the release no longer supports the product. It is then the older branch to use, such as 470.xx.
+	// If the release no longer supports the product, Legacy is the older branch to use, such as 470.xx. Else Legacy is
+	// "".
 	Legacy string `json:"legacy,omitempty"`
 }
 
@@ -257,7 +258,8 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// listsOpen reports whether any entry has the feature kernelopen. If not, the list says nothing about the open modules.
+// listsOpen reports whether any entry has the feature kernelopen. A list in which no entry has it says nothing about
+// the open modules.
 func (l *List) listsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
 // firstTuring is lower than the PCI device id of every GPU with a GSP (TU102, 0x1e02 and up). The open modules need a

@@ -153,8 +153,8 @@ func (c *checker) module(m *Module) {
 }
 
 // origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
-// and no checksums. Then only the salt, the size of struct module and the ABI fingerprint in the builder's note tell
-// their modules apart.
+// and no checksums. Modules for such siblings differ only in the salt, the size of struct module and the ABI
+// fingerprint in the builder's note.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)

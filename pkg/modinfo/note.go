@@ -65,8 +65,8 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 	return pad(append(section, content...))
 }
 
-// BuildID returns the build ID in the content of the section [BuildIDNote], in hexadecimal digits. It returns "" if
-// there is none, or if it has more than 64 bytes.
+// BuildID returns the build ID in the content of the section [BuildIDNote], in hexadecimal digits. It returns "" if the
+// section has no build ID, or a build ID of more than 64 bytes.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

@@ -27,7 +27,7 @@ type Export struct {
 // Symvers has the exports in a kernel's Module.symvers, by symbol name.
 type Symvers map[string]Export
 
-// HasCRCs reports whether the kernel has MODVERSIONS. Without it, every checksum is 0.
+// HasCRCs reports whether the kernel has MODVERSIONS. Without MODVERSIONS, every checksum is 0.
 func (s Symvers) HasCRCs() bool {
 	for _, e := range s {
 		if e.CRC != 0 {

@@ -139,8 +139,8 @@ type wantedKernel struct {
 	err    error
 }
 
-// kernels resolves the wish list's entries for kernels. A kernel of several entries appears once. It is an early
-// warning only if all its entries are.
+// kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. Such a
+// kernel is an early warning only if all these entries are early warnings.
 func (e *expander) kernels(ctx context.Context) []wantedKernel {
 	var all []wantedKernel
 	var known *listing

@@ -292,7 +292,8 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 // jobsPerQuery is the largest number of jobs that one query returns.
 const jobsPerQuery = 5000
 
-// Open returns the states of all jobs that have not ended, by build number. Each query reads a part of them.
+// Open returns the states of all jobs that have not ended, by build number. It reads them with several queries, each
+// for at most jobsPerQuery jobs.
 func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {

@@ -138,7 +138,8 @@ func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.Jo
 		params.ID = append(params.ID, row.ID)
 		params.Error = append(params.Error, text)
 		params.FinalizedAt = append(params.FinalizedAt, finalized)
-		// The job keeps its place in the queue. With the current time, it would come after all others.
+		// The job keeps its place in the queue. If ScheduledAt were the current time, the job would come after all
+		// others.
 		params.ScheduledAt = append(params.ScheduledAt, row.ScheduledAt)
 		params.State = append(params.State, string(state))
 	}

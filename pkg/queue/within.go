@@ -24,8 +24,8 @@ type Within struct {
 	tx   *sql.Tx
 }
 
-// Within returns the queue for writes in a transaction on a connection. Both must belong to the queue's own database.
-// For PostgreSQL they must come from the database/sql driver "pgx".
+// Within returns the queue for writes in a transaction on a connection. Connection and transaction must belong to the
+// queue's own database. For PostgreSQL, they must come from the database/sql driver "pgx".
 func (q *Queue) Within(conn *sql.Conn, tx *sql.Tx) Within { return Within{q, conn, tx} }
 
 // Insert works as [Queue.Insert] does.

@@ -17,7 +17,7 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments is the maximum number of payloads with all wanted annotations. It is also the maximum number of
+	// MaxAttachments is the maximum number of payloads with all wanted annotations, and also the maximum number of
 	// payloads that lack some of them.
 	MaxAttachments = 64
 	// MaxAttachment is the maximum size of one payload in bytes.
@@ -43,8 +43,8 @@ const (
 // Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So Attached
 // skips payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
 //
-// With an error, Attached also returns the payloads that it read before. If the repository has listed attachments, and
-// then fails to serve one, the error is an [UnreadError].
+// If Attached returns an error, it also returns the payloads that it read before. If the repository has listed
+// attachments, and then fails to serve one, the error is an [UnreadError].
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
 	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
@@ -202,7 +202,8 @@ func (s *search) leftOut(ctx context.Context, err error) bool {
 		s.useful != nil && !fault.Is(err, fault.Transient) && !fault.Is(err, fault.WebPage)
 }
 
-// payloads returns the useful payloads of these attachments. With an error, it returns those that it read before.
+// payloads returns the useful payloads of these attachments. If it returns an error, it also returns the payloads that
+// it read before.
 func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]byte, err error) {
 	for i, d := range list {
 		if !mayBe(d, s.artifactType) {

@@ -66,7 +66,8 @@ func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v
 	return partial.CompressedToImage(p)
 }
 
-// ofArch returns the manifest for an architecture if raw is an index. Otherwise it returns raw.
+// If raw is an index, ofArch returns the index's manifest for an architecture. If raw is not an index, ofArch returns
+// raw.
 func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byte, error) {
 	var idx v1.IndexManifest
 	if err := json.Unmarshal(raw, &idx); err != nil || !idx.MediaType.IsIndex() {
@@ -105,7 +106,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
-// Compare compares a blob with its digest and size. If they differ, the error is of kind Unverified.
+// Compare compares a blob with its digest and size. If digest or size differ, the error is of kind Unverified.
 func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {

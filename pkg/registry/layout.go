@@ -139,13 +139,13 @@ func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, erro
 	return raw, err
 }
 
-// A layout can list attached manifests in two ways. This package writes and reads both:
+// A layout can list attached manifests in two ways. This package writes and reads both kinds of list:
 //
 //   - oras reads the entries of index.json whose manifest has a subject.
 //   - regclient reads the list under the tag of the referrers tag schema.
 
-// tagList returns the list under a subject's referrers tag, and the tag's position in the index. Without such a tag, it
-// returns nil and -1. If the tag leads to something else than a list, the list is nil.
+// tagList returns the list under a subject's referrers tag, and the tag's position in the index. If the index has no
+// such tag, tagList returns nil and -1. If the tag leads to something else than a list, the list is nil.
 func (s *layoutStore) tagList(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
 	error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })

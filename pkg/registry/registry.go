@@ -44,8 +44,8 @@ type Options struct {
 	// Transport replaces the default HTTP transport. Nil means the default.
 	Transport http.RoundTripper
 	// Attached is called with the digest of each manifest that was attached to a subject. Own returns those digests. The
-	// attachments that Own names are read before all others, so that many attachments of others do not hide them. Both may
-	// be nil.
+	// attachments that Own names are read before all others, so that many attachments of others do not hide them.
+	// Attached and Own may be nil.
 	Attached func(subject, digest string)
 	Own      func(subject string) []string
 }
@@ -55,9 +55,9 @@ type store interface {
 	resolve(ctx context.Context, ref string) (v1.Descriptor, error)
 	manifest(ctx context.Context, digest string) ([]byte, error)
 	blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
-	// referrers lists the manifests that are attached to a manifest. With an error, it may return a part of the list,
-	// which may have manifests that were not read yet. If unread is true, the caller reads each manifest itself, and
-	// referrers need not read any.
+	// referrers lists the manifests that are attached to a manifest. If it returns an error, it may also return a part
+	// of the list, which may have manifests that were not read yet. If unread is true, the caller reads each manifest
+	// itself, and referrers need not read any.
 	referrers(ctx context.Context, digest string, unread bool) ([]v1.Descriptor, error)
 	push(ctx context.Context, img v1.Image) error
 	tag(ctx context.Context, d v1.Descriptor, tag string) error
@@ -121,8 +121,8 @@ func checkDigest(digest string) error {
 	return nil
 }
 
-// Resolve returns the descriptor of the manifest with this tag or digest. If there is none, the error is of kind
-// NoArtifact.
+// Resolve returns the descriptor of the manifest with this tag or digest. If the repository has no such manifest, the
+// error is of kind NoArtifact.
 func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descriptor, error) {
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
 		return v1.Descriptor{}, fault.Errorf(
@@ -155,8 +155,8 @@ func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error
 	return raw, nil
 }
 
-// Blob opens a blob for reading. It does not verify the blob: before the caller uses the bytes, it must compare their
-// hash with the digest. The reader never returns more than size bytes.
+// Blob opens a blob for reading. Blob does not verify the content: the caller must compare the hash of the bytes with
+// the digest before it uses them. The reader never returns more than size bytes.
 func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
 	err := checkDigest(digest)
 	var rc io.ReadCloser

@@ -40,7 +40,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if strings.Contains(ref, "://") {
 		return nil, errors.New("the reference is a URL, not a repository")
 	}
-	// Without strict validation, a name without a host would silently mean Docker Hub.
+	// Without strict validation, the library would take a name without a host for a repository on Docker Hub.
 	parse := []name.Option{name.StrictValidation}
 	if o.Plain {
 		parse = append(parse, name.Insecure)
@@ -352,8 +352,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	return damaged(err)
 }
 
-// transportError adds the fault kind to an error from TLS or from a transport of this package. For any other error it
-// returns false.
+// transportError adds the fault kind to an error from TLS or from a transport of this package. For any other error, the
+// second result is false.
 func transportError(err error, host string) (error, bool) {
 	var known *fault.Error
 	if errors.As(err, &known) { // from one of the transports between the library and the network

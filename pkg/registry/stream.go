@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// idleTimeout is how long a response may pause, and how long it may take for 64 KiB. After that, the client gives up
-	// the connection. firstByteTimeout is how long a response may take to begin. It is longer than idleTimeout, because a
-	// registry that is a mirror first downloads the manifest itself.
+	// idleTimeout is how long a response may pause, and how long it may take for 64 KiB. If a response takes longer,
+	// the client closes the connection. firstByteTimeout is how long a response may take to begin. firstByteTimeout is
+	// longer than idleTimeout, because a registry that is a mirror first downloads the manifest itself.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
 	// minRetryFor is the minimum time for which a broken download is retried.

@@ -34,7 +34,8 @@ const hintGroup = "in Kubernetes, set the memory limit of the pod; in a systemd 
 // LimitSupport says how this machine enforces the limits on memory and processes.
 type LimitSupport struct {
 	// ControlGroup is true if a control group enforces the limits for all processes together. If it is false, Reason says
-	// why, with a hint. Then memory is limited for each process, and root may start any number of processes.
+	// why, with a hint. Without a control group, memory is limited for each process, and root may start any number of
+	// processes.
 	ControlGroup bool
 	Reason       error
 }
@@ -269,7 +270,8 @@ func (g *group) set(l Limits) (err error) {
 	if err != nil {
 		return err
 	}
-	// With swap, a run would become very slow instead of ending. A kernel without swap does not have the file.
+	// If the run could use swap, it would become very slow instead of ending. A kernel without swap does not have the
+	// file.
 	if err := writeGroup(g.path, "memory.swap.max", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

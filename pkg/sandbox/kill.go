@@ -8,8 +8,8 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// killWithChildren kills bubblewrap and its child. Then everything in the sandbox ends. If only bubblewrap were killed
-// during set-up, the child would wait for ever.
+// killWithChildren kills bubblewrap and its child. The kernel then kills everything in the sandbox. If only bubblewrap
+// were killed during set-up, the child would wait for ever.
 func killWithChildren(pid int) error {
 	// A stopped process starts no more children.
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {

@@ -107,7 +107,7 @@ func (c *Client) Last() (*Snapshot, error) {
 }
 
 // loadState reads the state file. If the configured root has changed, it drops the stored root, which follows from the
-// former one. It keeps the stored list for the versions and the withdrawn artifacts in it.
+// former one. It keeps the stored list, because the list's versions and withdrawn artifacts still count.
 func (c *Client) loadState() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil

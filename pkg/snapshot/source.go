@@ -139,7 +139,8 @@ func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]b
 	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
-// fetch returns the download function of one refresh. It keeps this ctx, because the library passes no context.
+// fetch returns the download function of one refresh. The download function keeps this ctx, because the library passes
+// no context to it.
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {

@@ -2,8 +2,8 @@ package target
 
 import "strings"
 
-// Milestone returns the COS milestone of a BUILD_ID: VERSION in the image's /etc/os-release. It returns false for
-// development branches, for milestones newer than this table, and for a text that is not a BUILD_ID.
+// Milestone returns the COS milestone of a BUILD_ID: VERSION in the image's /etc/os-release. Milestone returns false
+// for development branches, for milestones newer than this table, and for a text that is not a BUILD_ID.
 //
 // A BUILD_ID begins with the number of the branch on which the milestone was made. Google publishes no list of these
 // numbers, but the name of an image has both numbers (cos-109-17800-570-40). The table comes from the release notes of

@@ -88,8 +88,8 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 	return keys, nil
 }
 
-// ID returns the first 16 hex digits of the SHA-256 of the key's DER form. This command prints the whole SHA-256:
-// openssl pkey -pubin -outform DER | sha256sum.
+// ID returns the first 16 hex digits of the SHA-256 of the key's DER form. To print the whole SHA-256, run: openssl
+// pkey -pubin -outform DER | sha256sum.
 func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
 
 // Hint returns the SHA-256 of the key's DER form in base64. A Sigstore bundle refers to its key by this value.

@@ -317,8 +317,8 @@ func (p Policy) tooOld(have, least string) error {
 const clockSkew = 24 * time.Hour
 
 // renewHint returns a hint about how to get a new provenance for an artifact. The --max-age in the hint is half of the
-// policy's maximum age, but 1 to 30 days. So a builder makes the artifact again before nodes refuse it, and also after
-// that.
+// policy's maximum age, but 1 to 30 days. So the builder builds the artifact again before nodes refuse it, and later
+// too.
 func (p Policy) renewHint() string {
 	days := int(p.MaxAge / (24 * time.Hour))
 	return fmt.Sprintf("build the driver again, which signs a new provenance: builder build --max-age %d",

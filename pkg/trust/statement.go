@@ -48,7 +48,8 @@ type Verifier struct {
 type Policy struct {
 	// Keys are the public keys of the publishers.
 	Keys []PublicKey
-	// Root verifies certificates. Identities are the names that they may have. Both are set, or neither.
+	// Root verifies certificates. Identities are the names that they may have. Root and Identities are either both set
+	// or both empty.
 	Root       *Root
 	Identities []Identity
 	// Roles and Rules replace Keys and Identities if several parties must sign. There must be rules for provenance and
@@ -119,8 +120,8 @@ func NewVerifier(p Policy) (*Verifier, error) {
 
 // Statement is an in-toto statement with a valid signature.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer's key. Identity is the name in the signer's certificate. One of the two is
-	// empty.
+	// KeyID is the [PublicKey.ID] of the signer's key. Identity is the name in the signer's certificate. One of KeyID
+	// and Identity is empty.
 	KeyID    string
 	Identity string
 	// Subjects are the digests that the statement is about, as sha256:HEX.

@@ -84,8 +84,8 @@ type Material struct {
 
 // Verdict has the facts that were verified about an artifact.
 type Verdict struct {
-	// KeyID is the ID of the key that signed the provenance. Identity is the name in the certificate that signed it. One
-	// of the two is empty.
+	// KeyID is the ID of the key that signed the provenance. Identity is the name in the certificate that signed it.
+	// One of KeyID and Identity is empty.
 	KeyID    string `json:"keyId,omitempty"`
 	Identity string `json:"identity,omitempty"`
 	// BuilderID is the ID of the builder. InvocationID is the ID of the builder's run.

@@ -139,7 +139,8 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 		m.done <- cmd.Wait()
 	}()
 	err = <-started
-	// The child has its own copies of the write ends. With open copies here, the readers would never see the end.
+	// The child has its own copies of the write ends. If this process kept its copies open, the readers would never see
+	// the end.
 	err = errors.Join(err, consoleW.Close(), eventsW.Close())
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", qemu, err), consoleR.Close(), eventsR.Close())

@@ -32,17 +32,17 @@ const (
 // HostAddress is the address at which the guest reaches the host's loopback interface.
 const HostAddress = "10.0.2.2"
 
-// File is one entry of the guest's root. At most one of Path, Data and Link is set. If none is set, the entry is a
-// folder.
+// File is one entry of the guest's root. At most one of Path, Data and Link is set. If none of them is set, the entry
+// is a folder.
 type File struct {
 	// Name is the absolute path in the guest. Missing parent folders are created.
 	Name string
-	// Mode has the permission bits. With 0, a file from Path gets 0755 if it is executable, else 0644; Data gets 0644,
-	// and a folder 0755.
+	// Mode has the permission bits. If Mode is 0, a file from Path gets 0755 if it is executable on the host and else
+	// 0644, a file from Data gets 0644, and a folder gets 0755.
 	Mode fs.FileMode
 	// Path is a file on the host.
 	Path string
-	// Data is the content. If it is empty but not nil, the file is empty.
+	// Data is the content. If Data is empty but not nil, the file is empty.
 	Data []byte
 	// Link is the target of a symbolic link.
 	Link string
@@ -87,7 +87,7 @@ type Config struct {
 	Steps []Step
 	// Network gives the guest a user-mode network, in which [HostAddress] is the host's loopback interface.
 	Network bool
-	// MemoryMiB is the guest's memory in MiB; 0 means 3072. With GPU it must be at least emugpu.Memory.
+	// MemoryMiB is the guest's memory in MiB; 0 means 3072. If GPU is true, MemoryMiB must be at least emugpu.Memory.
 	MemoryMiB int
 	// Disk is the path of a raw image on the host, for /dev/vda in the guest; "" means no disk. The image stays after the
 	// run, without data that the guest did not flush.

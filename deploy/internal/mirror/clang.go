@@ -28,8 +28,8 @@ const clangMajorBuild = 18244
 // NVIDIA driver in Debian's packages compiles for it.
 const clangSeries = "6.1"
 
-// Files of the key that signs modules, and of its certificate. They are in the mirror's folder of the COS build that
-// trusts the certificate.
+// Files of the key that signs modules, and of its certificate. Both files are in the mirror's folder of the COS build
+// whose kernel trusts the certificate.
 const (
 	signingKeyName  = "test-module-signing.key"
 	signingCertName = "test-module-signing.crt"

@@ -152,9 +152,9 @@ type kernelBuild struct {
 	progress       func(string)
 }
 
-// kernelVariables returns variables for the program make. They name each compiler, linker and binary tool of the
-// toolchain archive, so that make uses none of the machine's own. LOCALVERSION adds a + to the release, as in COS's
-// kernels.
+// kernelVariables returns variables for the program make. The variables name each compiler, linker and binary tool of
+// the toolchain archive, so that make does not use those of the machine. LOCALVERSION adds a + to the release, as in
+// COS's kernels.
 func kernelVariables() []string {
 	llvm := func(name string) string { return "llvm-" + name }
 	return []string{

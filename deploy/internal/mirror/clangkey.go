@@ -25,11 +25,11 @@ type signingPair struct {
 	key, cert []byte // in PEM
 }
 
-// signingFile contains the private key and the certificate. Both are in one file, so a killed run never leaves one
-// without the other.
+// signingFile contains the private key and the certificate. They are in one file, so that a killed run never leaves a
+// key without its certificate.
 const signingFile = "test-module-signing.pem"
 
-// signingKey returns the pair of this cache folder. If there is none, it makes a pair.
+// signingKey returns the pair of this cache folder. If the folder has no pair, signingKey makes one.
 func (m *maker) signingKey() (signingPair, error) {
 	path := filepath.Join(m.Cache, signingFile)
 	text, err := os.ReadFile(path)

@@ -158,7 +158,7 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	prefix := "modules/" + inside
 	move := pickFolder(prefix, to)
 	return readXZ(ctx, t, outer["source"].data, func(name string) string {
-		// These files are Debian's additions to NVIDIA's files.
+		// Leave out what Debian adds to NVIDIA's files.
 		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") || name == prefix+"/NVIDIA_Changelog" {
 			return ""
 		}

@@ -124,8 +124,8 @@ const defaultKernels = 4
 // is 0, it selects defaultKernels, or all if there are fewer. Of each other series in which no kernel has one of the
 // numbers, it selects the newest kernel.
 //
-// Tests need kernels for which both flavours of the default driver compile: the oldest. They need a kernel for which
-// one flavour does not compile: the newest. And they need siblings: the two newest often are.
+// Tests need kernels for which both flavours of the default driver compile: the oldest. Tests also need a kernel for
+// which one flavour does not compile: the newest. And they need siblings: the two newest often are.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil

@@ -110,7 +110,7 @@ func (t tree) addLibraryLinks(version string) error {
 var gpuRow = regexp.MustCompile(`^ (\S.{0,120}?)\s{2,}([0-9A-F]{4})(?: ([0-9A-F]{4}) ([0-9A-F]{4}))?(?:\s+\S.*)?$`)
 
 // supportedGPUs returns the text of supported-gpus.json, made from appendix A of the README. It returns "" if that
-// table is missing. It lists only current products.
+// table is missing. The list has only current products.
 func supportedGPUs(readme []byte) string {
 	type chip struct {
 		DevID       string   `json:"devid"`

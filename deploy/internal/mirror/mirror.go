@@ -2,9 +2,9 @@
 // NVIDIA drivers. With them, Prebake can be tried with real kernels and a real driver where only Debian's archive can
 // be reached.
 //
-// The package does not change the machine: apt uses sources, lists and caches of its own, and nothing is installed. It
-// pins no versions, but the same package versions give the same bytes. What Debian 12 lacks comes from packages of
-// Debian 13.
+// The package does not change the machine: apt uses sources, lists and caches of its own, and nothing is installed. The
+// package pins no versions of Debian's packages, but the same versions give the same bytes. What Debian 12 lacks comes
+// from packages of Debian 13.
 package mirror
 
 import (
@@ -45,7 +45,7 @@ type Config struct {
 	// Kernels is the number of kernels of 6.1 if ABIs is empty: half the oldest in Debian's index, and half the newest. 0
 	// means four, or all if there are fewer. Of any other series the mirror has only the newest kernel.
 	Kernels int
-	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
+	// ABIs selects kernels by Debian's ABI number. If ABIs is not empty, Kernels has no effect.
 	ABIs []int
 	// Branches are the driver branches, such as R535, the default driver's first. An empty list means the branches of
 	// Debian 12. Other branches come from Debian 13, with Debian's edits in the sources, and for amd64 only.
@@ -65,14 +65,16 @@ type Config struct {
 	Clang, OnlyClang bool
 	// ClangCached uses the clang-built kernel of an earlier run, and compiles no kernel.
 	ClangCached bool
-	// Refresh fetches the current package index first. Without it, an index that is less than a day old is used.
+	// Refresh fetches the current package index first. If Refresh is false, an index that is less than a day old is
+	// used.
 	Refresh bool
 	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. headersDir is the header tree,
-	// and env the content of toolchain_env. EmuGPU may be called for two kernels at once. If it is nil, prebake-boot.tgz
-	// has no emugpu.ko.
+	// and env the content of toolchain_env. EmuGPU may be called for two kernels at once. If EmuGPU is nil,
+	// prebake-boot.tgz has no emugpu.ko.
 	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
 		release string) (koPath string, err error)
-	// EmuGPURevision is the revision of the emulated GPU's source. With another revision, the module is compiled again.
+	// EmuGPURevision is the revision of the emulated GPU's source. If an earlier run had another revision, the module
+	// is compiled again.
 	EmuGPURevision string
 	// Progress receives a line of text at each step; nil means no progress.
 	Progress func(string)

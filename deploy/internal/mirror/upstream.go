@@ -183,7 +183,7 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 		if err := os.WriteFile(file("text"), text, 0o644); err != nil {
 			return nil, err
 		}
-		// Without -f, patch would ignore -R and apply a change that the text does not have.
+		// Without -f, patch would ignore -R if the text does not have a change, and would apply that change.
 		cmd := exec.CommandContext(ctx, "patch", "-R", "-f", fuzz, "--no-backup-if-mismatch", "-r", "-", "text")
 		cmd.Dir, cmd.Stdin = work, bytes.NewReader(patch)
 		out, err := cmd.CombinedOutput()

@@ -199,7 +199,7 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
 // Publish writes a list and makes it the newest. least is the lowest permitted version of the list and its timestamp.
-// With 0, the list gets the version after the newest list in the folder.
+// If least is 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -363,7 +363,7 @@ func (r *Repository) nextStamp(former publishedList) int64 {
 	return max(former.stamp+1, r.now().Unix())
 }
 
-// readPublished reads the published list. If there is none, the version is 0.
+// readPublished reads the published list. If no list is published, the version is 0.
 func (r *Repository) readPublished() (at publishedList, err error) {
 	if at.files.Timestamp, err = r.read("timestamp.json"); errors.Is(err, fs.ErrNotExist) {
 		return publishedList{}, nil

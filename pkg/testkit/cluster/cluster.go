@@ -25,7 +25,7 @@ import (
 )
 
 // Env is the environment variable with the folder of kube-apiserver and kubectl. deploy/kubernetes.sh prints that
-// folder. Without it, tests that need the programs are skipped.
+// folder. If the variable is not set, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.

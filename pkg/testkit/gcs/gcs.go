@@ -21,7 +21,8 @@ import (
 // Tool names the emulator and its version, as deploy/tool.sh expects it.
 const Tool = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
-// Env is the environment variable with the path of the emulator. Without it, tests that need the emulator are skipped.
+// Env is the environment variable with the path of the emulator. If the variable is not set, tests that need the
+// emulator are skipped.
 const Env = "PREBAKE_FAKE_GCS"
 
 // Server is a running emulator.

@@ -106,7 +106,8 @@ const sources = `{{if .Module}}{{if .Module.Main}}{{$dir := .Dir}}{{.Module.GoMo
 {{end}}{{end}}{{end}}`
 
 // Sources names the files of this module from which packages are compiled, for the architecture of the environment env.
-// The patterns and env have the meaning that they have for `go list`. It fails the test as [Files] does.
+// The patterns and env have the meaning that they have for `go list`. Sources fails the test in the same cases as
+// [Files].
 func Sources(t testing.TB, env []string, patterns ...string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-deps", "-f", sources}, patterns...)...)

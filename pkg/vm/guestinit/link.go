@@ -16,7 +16,7 @@ type link struct {
 	log *kernelLog
 }
 
-// send writes one event. If that fails, it writes the error to the console.
+// send writes one event to the host. If the write fails, send writes the error to the console.
 func (l *link) send(e wire.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -191,7 +191,7 @@ func exitOf(err error) int {
 	return 1
 }
 
-// timeoutChannel returns a channel that fires after d. With 0 it never fires.
+// timeoutChannel returns a channel that fires after d. If d is 0, the channel never fires.
 func timeoutChannel(d time.Duration) <-chan time.Time {
 	if d <= 0 {
 		return nil
