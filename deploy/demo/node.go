@@ -158,8 +158,8 @@ func (r *nodeRun) phases() []timeline.Phase {
 	return append([]timeline.Phase{{Name: "boot", Seconds: r.boot}}, r.report.Phases...)
 }
 
-// wantGPU checks the report of the node with the emulated GPU. The modules must be in the kernel, and NVML must answer
-// with the built version. The verdict must be "unusable", because the driver cannot start the emulated GPU.
+// wantGPU checks the report of the node with the emulated GPU. The modules must be in the kernel, and NVML must report
+// the built version. The verdict must be "unusable", because the driver cannot start the emulated GPU.
 func (r *nodeRun) wantGPU(version, digest string) error {
 	var problems []error
 	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {

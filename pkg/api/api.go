@@ -114,7 +114,7 @@ const (
 // the server gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
-// BuildRequest asks the server to build a cell.
+// BuildRequest is the body of a request to build a cell.
 type BuildRequest struct {
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
@@ -268,22 +268,22 @@ func BuildOrGKE(name string) (buildID, gke string) {
 	return name, ""
 }
 
-// PreflightRequest asks whether node pools may move to other COS builds.
+// PreflightRequest is the body of a request that asks whether node pools may move to other COS builds.
 type PreflightRequest struct {
 	Pools []Pool `json:"pools"`
 }
 
-// Preflight is the answer to a PreflightRequest. May is true if all pools may move.
+// Preflight is the response to a PreflightRequest. May is true if all pools may move.
 type Preflight struct {
 	May   bool          `json:"may"`
 	Pools []PoolVerdict `json:"pools"`
 }
 
-// PoolVerdict is the answer for one pool. The verdicts have the order of the request's pools.
+// PoolVerdict says whether one pool may move. The verdicts have the order of the request's pools.
 type PoolVerdict struct {
 	Pool Pool `json:"pool"`
 	May  bool `json:"may"`
-	// Resolution is the answer that a node of the pool would get.
+	// Resolution is the result that [Client.Resolve] would return for a node of the pool.
 	Resolution Resolution `json:"resolution"`
 }
 

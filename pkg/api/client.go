@@ -108,7 +108,7 @@ type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }
 
-// Resolve asks which artifact a node with this kernel should run. A State other than published is not an error.
+// Resolve returns the artifact that a node with this kernel should run. A State other than published is not an error.
 func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	values := url.Values{"buildId": {q.BuildID}, "board": {q.Board}}
 	for name, value := range map[string]string{"driver": q.Driver, "flavour": q.Flavour, "release": q.Release} {
@@ -257,7 +257,7 @@ func (c *Client) Release(ctx context.Context, buildID string) (Release, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/releases/"+url.PathEscape(buildID), nil, &out)
 }
 
-// Preflight asks whether node pools may move to COS builds.
+// Preflight reports whether node pools may move to other COS builds.
 func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, error) {
 	var out Preflight
 	return out, c.call(ctx, http.MethodPost, "/v1/preflight", q, &out)
@@ -324,7 +324,7 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 	return resp.Header, drain(resp)
 }
 
-// sendOnly sends a request whose answer has no body.
+// sendOnly sends a request whose response has no body.
 func (c *Client) sendOnly(ctx context.Context, method, path string, in any) error {
 	var body io.Reader
 	var contentType string

@@ -38,7 +38,7 @@ type Options struct {
 	// Outside is called for each symbolic link that could lead out of the folder, and the link is left out. If Outside is
 	// nil, the link is an error.
 	Outside func(name, target string)
-	// Root says that the archive is a root file system. Absolute links then become relative to the archive's root, and
+	// Root is true if the archive is a root file system. Absolute links then become relative to the archive's root, and
 	// devices and pipes are left out.
 	Root bool
 	// XZTool is the path of an xz program for xz archives; "" means the decoder in Go.

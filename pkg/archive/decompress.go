@@ -31,7 +31,7 @@ const (
 // sniffLen is the number of bytes that Detect needs. The longest signature is "ustar" at offset 257 of a tar header.
 const sniffLen = 262
 
-// zstdWindow is the largest window that a zstd frame may ask for. zstd itself asks for 128 MiB at most.
+// zstdWindow is the largest window that a zstd frame may require. Frames that zstd writes require 128 MiB at most.
 const zstdWindow = 128 << 20
 
 // Detect returns the format of a stream that begins with head, or "". A plain tar needs 262 bytes of head; the other
@@ -93,8 +93,8 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 	return nil, "", refuse("read archive: want a tar, or a tar that is compressed with gzip, xz or zstd")
 }
 
-// xzDict is the largest dictionary that an xz stream may ask for; xz -9 asks for 64 MiB. The decoder allocates the
-// dictionary before it reads any data, so the bound is checked first.
+// xzDict is the largest dictionary that an xz stream may require; streams of xz -9 require 64 MiB. The decoder
+// allocates the dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
 // xzMemory is the option that limits the memory of an xz program. The limit is higher than xzDict because the program

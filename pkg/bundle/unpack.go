@@ -246,7 +246,7 @@ func (e *earlyWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// archiveReader adds a fault kind to errors of the archive, to tell them from errors of the disk.
+// archiveReader adds a fault kind to errors of the archive, so that they differ from errors of the disk.
 type archiveReader struct{ r io.Reader }
 
 func (b *archiveReader) Read(p []byte) (int, error) {

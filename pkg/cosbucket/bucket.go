@@ -65,7 +65,7 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the index of the mirror that is asked first. After a failure, it changes to the mirror that answered.
+	// first is the index of the mirror that is tried first. After a failure, it is the index of the mirror that worked.
 	first atomic.Int32
 	wait  time.Duration // time before the first retry of a broken download
 }

@@ -145,8 +145,8 @@ func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList)
 	return slices.Compact(branches), nil
 }
 
-// ParseVersionFile parses a file with one driver version and a newline. If the text is no version, the error is of kind
-// Unsupported.
+// ParseVersionFile parses a file with one driver version and a newline. If the text is not a version, the error is of
+// kind Unsupported.
 func ParseVersionFile(text []byte) (string, error) {
 	version := strings.TrimSpace(string(text))
 	if len(text) > maxVersionFile || !target.ValidVersion(version) {

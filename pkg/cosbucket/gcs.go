@@ -42,8 +42,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
-		// COS's buckets are public. Google refuses the token of a machine without access rights, but answers a request
-		// without a token.
+		// COS's buckets are public. Google refuses a request with the token of a machine without access rights, but
+		// serves a request without a token.
 		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
 	const hint = "check the Google credentials of this account; if the bucket is public, " +

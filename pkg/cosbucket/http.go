@@ -55,7 +55,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	if err != nil {
 		return nil, err
 	}
-	// The sums that a bucket reports are those of the stored bytes. So ask for the bytes without another encoding.
+	// The sums that a bucket reports are those of the stored bytes. So request the bytes without another encoding.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
@@ -89,7 +89,7 @@ func statusError(code int) error {
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone, code == http.StatusForbidden,
 		code == http.StatusUnauthorized:
-		// A public bucket answers 403 for an object that does not exist.
+		// A public bucket responds with 403 for an object that does not exist.
 		return missing(err)
 	case code >= 500, code == http.StatusTooManyRequests, code == http.StatusRequestTimeout,
 		code == http.StatusPreconditionFailed:

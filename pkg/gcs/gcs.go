@@ -62,7 +62,7 @@ func Status(err error) int {
 	return 0
 }
 
-// Refused reports whether a status is final: a repeated request would get the same answer.
+// Refused reports whether a status is final: a repeated request would get the same response.
 func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }

@@ -1,5 +1,5 @@
-// Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a GPU. The
-// builder reads NVIDIA's supported-gpus.json. A node reads a short list from a signed statement.
+// Package gpulist reports which GPUs a driver release supports, and which flavour of its kernel modules drives a GPU.
+// The builder reads NVIDIA's supported-gpus.json. A node reads a short list from a signed statement.
 //
 // If a list has no entry for a GPU, the GPU's architecture decides.
 package gpulist

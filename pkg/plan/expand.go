@@ -31,9 +31,9 @@ type Cell struct {
 	Asked []string `json:"asked,omitempty"`
 	// Labels are the labels that the wish list gives to the driver in buckets.
 	Labels []string `json:"labels,omitempty"`
-	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
+	// If EarlyWarning is true, a failure of the cell is reported, but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. If Listed is true, a release
+	// Listed is true if the flavour comes from the wish list's general list of flavours. If Listed is true, a release
 	// that lacks the flavour is not a failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
@@ -48,7 +48,7 @@ func (c Cell) String() string {
 // Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that the problem is not a failure: for the same wish, COS offers a version to other kernels.
+	// Unavailable is true if the problem is not a failure: for the same wish, COS offers a version to other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket"
 )
 
-// LoadImageMap reads the image map at a URL. If the URL is "", it returns nil and no error.
+// LoadImageMap reads the image map at a URL. If the URL is "", LoadImageMap returns nil as map and as error.
 func LoadImageMap(ctx context.Context, rawURL string) (*ImageMap, error) {
 	if rawURL == "" {
 		return nil, nil

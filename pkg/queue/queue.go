@@ -1,5 +1,5 @@
 // Package queue is the build queue that server and builder share. It opens and migrates the database, inserts builds,
-// and gives them to workers. It uses River over SQLite (one machine) or PostgreSQL (many machines).
+// and passes them to workers. It uses River over SQLite (one machine) or PostgreSQL (many machines).
 //
 // The package knows nothing about a build except [api.BuildJob]. The fetcher must never import it, because a node needs
 // no database driver.
@@ -35,8 +35,8 @@ import (
 // MaxAttempts is the maximum number of attempts of a build, even if the fault is retryable.
 const MaxAttempts = 5
 
-// JobTimeout is the time limit for one attempt of a build. After RescueAfter, the queue gives the job to another
-// worker. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a running build.
+// JobTimeout is the time limit for one attempt of a build. After RescueAfter, the queue makes the job available to
+// other workers. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a running build.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
@@ -189,7 +189,7 @@ func (q *Queue) Close() error {
 	return q.sqlite.Close()
 }
 
-// Ping returns an error if the database does not answer.
+// Ping returns an error if the database does not respond.
 func (q *Queue) Ping(ctx context.Context) error {
 	if err := q.exec.Ping(ctx); err != nil {
 		return fault.Wrap(fault.Transient, fmt.Errorf("reach the queue's database: %w", err), "")
@@ -240,7 +240,7 @@ func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 type JobState struct {
 	// Found is false if the queue has no job for the build, or none any more.
 	Found bool
-	// Ended says that no worker will work on the job again.
+	// Ended is true if no worker will work on the job again.
 	Ended bool
 	// State is River's name of the state.
 	State string

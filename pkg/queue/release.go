@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Release gives the running jobs of these builds to other workers, because the present workers seem to be dead. It ends
-// each job and inserts a successor, which continues with the next attempt. A worker that is alive after all can then
-// end only the first job.
+// Release makes the running jobs of these builds available to other workers. Call it if the present workers seem to be
+// dead. It ends each job and inserts a successor, which continues with the next attempt. A worker that is alive after
+// all can then end only the first job.
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {

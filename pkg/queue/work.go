@@ -14,14 +14,14 @@ import (
 )
 
 // Work passes builds from the queue to the callback until ctx ends. At most concurrency callbacks run at a time. After
-// the end of ctx, Work takes no more builds, waits a grace period for the running builds ([Queue.SetGrace]), and
+// the end of ctx, Work starts no more builds, waits a grace period for the running builds ([Queue.SetGrace]), and
 // cancels the rest. It returns nil when all have ended.
 //
 // id is the name of the worker. The caller ensures that only one process uses it at a time, for example with a lock
 // file. Jobs of a killed process with the same id become available again at once.
 //
 // The callback's error decides what happens to the job:
-//   - An error of [Requeue] gives the job back to the queue.
+//   - An error of [Requeue] puts the job back into the queue.
 //   - An error that is not retryable, or of kind Cancelled, ends the job.
 //   - After any other error the job is tried again, with growing pauses, up to MaxAttempts attempts.
 func (q *Queue) Work(
@@ -78,7 +78,7 @@ func (q *Queue) Work(
 // soon a job starts.
 const pollInterval = 500 * time.Millisecond
 
-// handBackPause is the pause before the next attempt of a job that a running worker gave back.
+// handBackPause is the pause before the next attempt of a job that a running worker put back into the queue.
 const handBackPause = 15 * time.Second
 
 // requeueError is the error that [Requeue] returns.

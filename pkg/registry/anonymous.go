@@ -30,9 +30,9 @@ type AnonymousAccess struct {
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. If digest is not "", Reads is true if the manifest with this
-// digest can be read. If digest is "", Reads is true if the tags can be listed, or if the response has status 404: then
-// everybody will be able to read what is pushed there.
+// AnonymousAccess sends the registry a request without credentials. If digest is not "", Reads is true if the manifest
+// with this digest can be read. If digest is "", Reads is true if the tags can be listed, or if the response has status
+// 404: then everybody will be able to read what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {

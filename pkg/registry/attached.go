@@ -50,10 +50,11 @@ func (r *Repository) Attached(ctx context.Context, digest, artifactType string, 
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
-// AttachedIf is [Repository.Attached] for a caller that can recognise useful payloads. The callback returns a name for
-// what a payload says, or "" for a useless payload. Only the first payload of each name is returned, so neither useless
-// payloads nor copies hide a useful one. Missing and damaged attachments are skipped. A few useless payloads come last,
-// for error messages. If the repository denies an attachment, AttachedIf reads the others; see [UnreadError.IsDenied].
+// AttachedIf is [Repository.Attached] for a caller that can recognise useful payloads. The callback useful returns a
+// name for the content of a useful payload, or "" for a useless payload. Only the first payload of each name is
+// returned, so neither useless payloads nor copies hide a useful one. Missing and damaged attachments are skipped. A
+// few useless payloads come last, for error messages. If the repository denies an attachment, AttachedIf reads the
+// others; see [UnreadError.IsDenied].
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -117,8 +118,8 @@ func (e *UnreadError) IsCut() bool { return e.isCut }
 // IsDenied reports whether the repository listed all attachments, denied those in Unread, and served all others.
 func (e *UnreadError) IsDenied() bool { return e.isDenied }
 
-// annotationCreated is the annotation with an attachment's time in RFC 3339 (OCI image-spec, annotations.md). It gives
-// attachments an order, and takes no part in their selection.
+// annotationCreated is the annotation with an attachment's time in RFC 3339 (OCI image-spec, annotations.md). It
+// decides the order of attachments, but does not select them.
 const annotationCreated = "org.opencontainers.image.created"
 
 // created returns the time of an attachment, or zero.

@@ -39,12 +39,12 @@ func (l lenientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	switch {
 	case strings.Contains(req.URL.Path, "/referrers/"):
 		switch resp.StatusCode {
-		// Quay answers 400 for a manifest that it does not have (quay/quay#3071).
+		// Quay responds with 400 for a manifest that it does not have (quay/quay#3071).
 		case http.StatusBadRequest, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable,
 			http.StatusGone, http.StatusUnsupportedMediaType, http.StatusNotImplemented:
 			return asNotFound(resp), nil
 		case http.StatusOK:
-			// Some registries add a charset. Others answer every path with an HTML page.
+			// Some registries add a charset. Others respond to every path with an HTML page.
 			kind, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 			if err != nil || kind != string(types.OCIImageIndex) {
 				return asNotFound(resp), nil
@@ -87,7 +87,7 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 		tag := path.Base(req.URL.Path)
 		digest := "sha256:" + strings.TrimPrefix(tag, "sha256-")
 		if req.Context().Value(attachKey{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
-			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
+			// GitLab interprets the tag as a digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
 				req.URL.Host+" has no referrers API, and takes the tag "+tag+" for a digest",
 				"publish to another registry: this one cannot list the attestations of an artifact")

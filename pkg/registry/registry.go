@@ -28,13 +28,14 @@ import (
 // MaxManifest is the maximum size in bytes of a manifest or an index. For a list of referrers, see maxList.
 const MaxManifest = 4 << 20
 
-// Options say how to speak to a registry. With the zero value, credentials come from the user's Docker configuration.
+// Options configure the access to a registry. With the zero value, credentials come from the user's Docker
+// configuration.
 type Options struct {
-	// Username and Password are sent where the registry asks for them. A password without a username is a token.
+	// Username and Password are sent if the registry requires them. A password without a username is a token.
 	Username, Password string
 	// Keychain finds credentials if Password is empty. Nil means the user's Docker configuration.
 	Keychain authn.Keychain
-	// Plain makes the client speak HTTP without TLS. If Plain is false, the client tries HTTP only after HTTPS, and only
+	// Plain makes the client use HTTP without TLS. If Plain is false, the client tries HTTP only after HTTPS, and only
 	// for loopback and private addresses.
 	Plain bool
 	// RetryFor is how long a broken download is retried while no new data arrives. The minimum is two minutes.
@@ -319,7 +320,7 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 	return d, nil
 }
 
-// Tag gives a manifest a tag. It never moves a tag: if another manifest has the tag, the error is of kind
+// Tag adds a tag to a manifest. It never moves a tag: if another manifest has the tag, the error is of kind
 // PublishRefused.
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {

@@ -40,7 +40,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if strings.Contains(ref, "://") {
 		return nil, errors.New("the reference is a URL, not a repository")
 	}
-	// Without strict validation, the library would take a name without a host for a repository on Docker Hub.
+	// Without strict validation, the library would treat a name without a host as a repository on Docker Hub.
 	parse := []name.Option{name.StrictValidation}
 	if o.Plain {
 		parse = append(parse, name.Insecure)
@@ -86,7 +86,7 @@ func (s *remoteStore) reference(ref string) name.Reference {
 }
 
 func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
-	// HEAD comes first, because registries do not count it as a pull. If HEAD gives no clear result, GET decides.
+	// HEAD comes first, because registries do not count it as a pull. If the result of HEAD is not clear, GET decides.
 	head, err := s.puller.Head(ctx, s.reference(ref))
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
@@ -129,8 +129,9 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return b, nil
 }
 
-// has implements [store]. GET decides if HEAD finds no blob or gives no clear result. Some registries answer HEAD with
-// 404 or 403 for a blob that GET returns: artifact-keeper/artifact-keeper#3605, SgtSilvio/gradle-oci#154 (ECR Public).
+// has implements [store]. GET decides if HEAD finds no blob or its result is not clear. Some registries respond to HEAD
+// with 404 or 403 for a blob that GET returns: artifact-keeper/artifact-keeper#3605, SgtSilvio/gradle-oci#154 (ECR
+// Public).
 func (s *remoteStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	layer, err := s.puller.Layer(ctx, s.repo.Digest(d.Digest.String()))
 	if err == nil {

@@ -148,7 +148,7 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	return nil, s.deniedError(at, denied)
 }
 
-// deniedError returns the error for a file that the server denied with this status. Amazon S3 and Cloud Storage answer
+// deniedError returns the error for a file that the server denied with this status. Amazon S3 and Cloud Storage respond
 // with 403 for a missing object, too, if the caller may read objects but not list them (Amazon S3 API, "GetObject").
 func (s *site) deniedError(at *url.URL, status int) error {
 	err := fmt.Errorf("get %s: %w: HTTP %d %s", at, errDenied, status, http.StatusText(status))

@@ -40,7 +40,7 @@ type LimitSupport struct {
 	Reason       error
 }
 
-// SupportedLimits finds out how this machine enforces the limits.
+// SupportedLimits tests how this machine enforces the limits.
 func SupportedLimits() LimitSupport {
 	g, err := newGroup(Limits{}.withDefaults())
 	if err == nil {

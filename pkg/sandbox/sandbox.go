@@ -93,8 +93,8 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// ExitError says that the program ran and failed. Status is the exit status as in a shell: 128 plus the signal number
-// if a signal ended the program.
+// ExitError is the error of a program that ran and failed. Status is the exit status as in a shell: 128 plus the signal
+// number if a signal ended the program.
 type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }

@@ -52,7 +52,7 @@ const (
 // Catalogue is the content of the list.
 type Catalogue struct {
 	Schema int `json:"schema"`
-	// MadeAt is the time at which the farm was asked for its artifacts.
+	// MadeAt is the time at which the artifacts were requested from the farm.
 	MadeAt time.Time `json:"madeAt"`
 	// Artifacts are sorted by digest, and no digest is repeated.
 	Artifacts []Artifact `json:"artifacts"`

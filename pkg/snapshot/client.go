@@ -30,7 +30,7 @@ type Config struct {
 	// State is the path of the file that keeps the last list; "" means that no list is kept. The client refuses lists
 	// older than the kept list. The kept list is valid without a network until it expires.
 	State string
-	// ReadOnly says that the client reads the state file but does not write it.
+	// If ReadOnly is true, the client reads the state file but does not write it.
 	ReadOnly bool
 	// UserAgent is the User-Agent header for web servers; "" means Go's default.
 	UserAgent string

@@ -114,7 +114,7 @@ func (f folder) String() string { return string(f) }
 func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
-		// The error is not wrapped: callers must not take a missing folder for a missing file in it.
+		// The error is not wrapped: callers must not treat a missing folder as a missing file.
 		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot exists")
 	}
 	defer root.Close()

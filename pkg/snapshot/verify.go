@@ -80,7 +80,7 @@ type Snapshot struct {
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
-	// Former says that the list was accepted under a root that the owner does not trust any more. The list then has
+	// Former is true if the list was accepted under a root that the owner does not trust any more. The list then has
 	// only the withdrawn artifacts.
 	Former bool
 }

@@ -1,5 +1,5 @@
-// Package stall ends downloads that receive no data any more, or next to none. It does not know the protocol, and it
-// does not retry.
+// Package stall ends downloads that receive no data any more, or next to none. It works with any protocol, and does not
+// retry.
 package stall
 
 import (

@@ -1,4 +1,4 @@
-// Package target holds the domain terms of Prebake as small comparable values. It does no I/O.
+// Package target defines the domain terms of Prebake as small comparable values. It does no I/O.
 //
 //   - A kernel is the kernel of one COS build on one board. BUILD_ID and board identify it; commit, release and version
 //     describe it. Several COS builds share one `uname -r`, and COS does not set MODVERSIONS, so a kernel release

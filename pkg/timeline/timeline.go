@@ -19,7 +19,7 @@ type Phase struct {
 	Note string `json:"note,omitempty"`
 	// Of is the name of the phase that contains this one, and whose time includes it; may be empty.
 	Of string `json:"of,omitempty"`
-	// Failed says that the phase ended in an error.
+	// Failed is true if the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
 }
 

@@ -3,8 +3,8 @@
 // certificate identities. In this package, a bundle is a Sigstore bundle: one signed statement with the proof of its
 // signature.
 //
-// The package works offline and holds no secrets. It does not sign or fetch. It uses nothing from a statement before it
-// has verified the statement's signature.
+// The package works offline and stores no secrets. It does not sign or fetch. It uses nothing from a statement before
+// it has verified the statement's signature.
 package trust
 
 import (
@@ -50,10 +50,11 @@ var (
 type Expect struct {
 	// Digest is the digest of the manifest. The caller must have compared the manifest's bytes with it.
 	Digest string
-	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared if both sides
-	// know them. Version is not compared: its build counter and time may differ between the headers and the image.
+	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared with those of
+	// the kernel match if both have a value. Version is not compared: its build counter and time may differ between the
+	// headers and the image.
 	Kernel target.Kernel
-	// Driver is the driver that was asked for.
+	// Driver is the requested driver.
 	Driver target.Driver
 	// Identity is what the manifest's annotations say about the artifact, such as its driver and its ABI fingerprint.
 	Identity bundle.Identity
@@ -319,7 +320,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	}
 }
 
-// check compares the manifest's identity with the driver and kernel that were asked for.
+// check compares the manifest's identity with the requested driver and the node's kernel.
 func (e Expect) check() error {
 	if _, err := target.ParseKernel(e.Kernel.BuildID, e.Kernel.Board); err != nil {
 		return fault.Wrap(fault.Usage, err, "")

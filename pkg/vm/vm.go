@@ -172,8 +172,8 @@ func (r *Result) Step(name string) (StepResult, bool) {
 	return StepResult{}, false
 }
 
-// CrashError says that the guest's kernel crashed. [Run] returns it with a result that has everything received until
-// then.
+// CrashError is the error of a run in which the guest's kernel crashed. [Run] returns it together with a result that
+// has everything received before the crash.
 type CrashError struct {
 	// Line is the kernel's message about the crash.
 	Line string

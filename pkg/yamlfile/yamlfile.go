@@ -1,6 +1,6 @@
 // Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
 // found, and what is wanted. It checks the nodes itself, because the YAML library's errors mention Go types and have no
-// column. It does not know the meaning of a file.
+// column. It does not decide which values make sense.
 package yamlfile
 
 import (

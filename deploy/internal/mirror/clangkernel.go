@@ -244,7 +244,7 @@ func missingLines(want, got string) []string {
 	return missing
 }
 
-// builtTree takes three parts from a compiled source tree: the headers for compiling modules, the image to boot, and
+// builtTree returns three parts of a compiled source tree: the headers for compiling modules, the image to boot, and
 // the test module.
 func builtTree(src, release string) (tree, error) {
 	text, err := os.ReadFile(filepath.Join(src, "include/config/kernel.release"))

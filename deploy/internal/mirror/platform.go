@@ -28,7 +28,8 @@ type platform struct {
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest says that the mirror gets only the default driver, and only the oldest kernel unless Config.ABIs has numbers.
+	// If oldest is true, the mirror gets only the default driver, and only the oldest kernel unless Config.ABIs has
+	// numbers.
 	oldest bool
 }
 
@@ -83,7 +84,7 @@ func (p platform) aptNames(names ...string) []string {
 	return all
 }
 
-// plainNames returns apt's answer without the architecture's suffix in the package names.
+// plainNames returns the versions of packages, by package name without the architecture's suffix.
 func (p platform) plainNames(versions map[string][]string) map[string][]string {
 	all := map[string][]string{}
 	for name, v := range versions {

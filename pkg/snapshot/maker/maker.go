@@ -1,6 +1,6 @@
 // Package maker writes snapshots: a folder for any web server, in the layout of TUF with consistent snapshots. The
-// caller passes the signers; the package holds no key. It never publishes a list that a client would refuse. It
-// overwrites no file except timestamp.json.
+// caller passes the signers; the package stores no private key. It never publishes a list that a client would refuse.
+// It overwrites no file except timestamp.json.
 package maker
 
 import (

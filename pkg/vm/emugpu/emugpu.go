@@ -1,4 +1,4 @@
-// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU in a virtual machine. The module's
+// Package emugpu contains the source of a kernel module that emulates an NVIDIA GPU in a virtual machine. The module's
 // code is GPL-2.0-only, like the kernel that loads it. It is compiled separately, and no program of Prebake links it.
 package emugpu
 
