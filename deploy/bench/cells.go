@@ -270,7 +270,7 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 	return nil
 }
 
-// makeFlags returns the arguments that tell make the folders and the compiler.
+// makeFlags returns the arguments that pass the header folders and the compiler's name to make.
 func makeFlags(headers string) []string {
 	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc",
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}

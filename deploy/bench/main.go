@@ -85,7 +85,7 @@ type options struct {
 	only      map[string]bool
 }
 
-// ratio is one line of the result.
+// ratio is one line of the printed result: the numbers of Prebake (ours) and of an alternative (theirs).
 type ratio struct {
 	what, alternative string
 	ours, theirs      []float64

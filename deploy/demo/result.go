@@ -117,7 +117,7 @@ func (d *demo) reusedRows() (rows [][2]string) {
 	return append(rows, [2]string{"", "Each run signs and publishes, boots the node, and loads the modules."})
 }
 
-// suggest prints what the user can try while server and builder run.
+// suggest prints commands that the user can try while server and builder run.
 func (d *demo) suggest() error {
 	other := d.mirror.Builds[0].Kernel
 	root := filepath.Join(d.scene.Dir, "node")

@@ -135,7 +135,7 @@ type Build struct {
 	// Class is the kind of the failure if State is failed. If State is queued, it is the kind of the previous attempt's
 	// failure, or "". A newer builder may report a kind that package fault of this program lacks.
 	Class string `json:"class,omitempty"`
-	// Error is the first error line.
+	// Error is the first line of the error message.
 	Error  string           `json:"error,omitempty"`
 	Hint   string           `json:"hint,omitempty"`
 	Digest string           `json:"digest,omitempty"`

@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Options are the limits and choices of an Unpack.
+// Options configure an Unpack.
 type Options struct {
 	// Entries is the largest number of entries; 0 means 500,000.
 	Entries int

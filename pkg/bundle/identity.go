@@ -87,8 +87,8 @@ func parseIdentity(annotations map[string]string) (Identity, error) {
 	return id, nil
 }
 
-// Tag returns the tag of an artifact: version, flavour and the fingerprint's first digits. A program that finds an
-// artifact by its tag must still compare the whole identity.
+// Tag returns the tag of an artifact: the driver's version and flavour, and the fingerprint's first digits. A program
+// that finds an artifact by its tag must still compare the whole identity.
 func Tag(id Identity) string {
 	return id.Driver.String() + "-" + id.Fingerprint.Short()
 }

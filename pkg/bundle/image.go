@@ -72,7 +72,7 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 	return partial.CompressedToImage(img)
 }
 
-// epoch returns the time of everything in an artifact: 1970-01-01.
+// epoch returns the time that an artifact has in place of the time of its build: 1970-01-01.
 func epoch() v1.Time { return v1.Time{Time: time.Unix(0, 0).UTC()} }
 
 // image has the methods from which package partial makes a v1.Image.

@@ -59,7 +59,7 @@ type Trimmed struct {
 	Kinds []Kind `json:"kinds"`
 }
 
-// entry is a file or a folder of the cache that can be removed alone.
+// entry is a file or a folder of the cache that Trim can remove on its own.
 type entry struct {
 	kind, path string
 	use        string // name of the use file in uses/; "" means none: the entry's own modification time is its last use

@@ -21,7 +21,7 @@ import (
 //
 // A process that removes the entry locks the use file exclusively, and removes the use file last.
 
-// Names of the kinds that are not kinds of trees.
+// Names of the kinds of blobs and of facts. Every other kind is a kind of trees.
 const (
 	blobKind = "blob"
 	factKind = "fact:" // followed by the fact's kind

@@ -70,8 +70,8 @@ Example:
 	}
 }
 
-// readSettings reads the settings of the command of as a run of that command would. It then calls the callback instead
-// of the command's action.
+// readSettings runs the command in the argument of, with the file and the flags in cmd's arguments. In place of the
+// command's action, it calls the callback then, which can read the settings.
 func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
 		return fault.New(fault.Usage, "read configuration: no file is given", "give the file: "+cmd.FullName()+" FILE")

@@ -26,7 +26,7 @@ const (
 	retryWait = 500 * time.Millisecond
 )
 
-// web is a bucket behind a web server. It never sends credentials.
+// web is a bucket on a web server. It never sends credentials.
 type web struct {
 	base   *url.URL
 	client *retryablehttp.Client

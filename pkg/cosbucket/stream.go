@@ -18,8 +18,8 @@ import (
 // progress is the number of bytes after which the retries of a download are counted from 0 again.
 const progress = 1 << 20
 
-// stream is a download. After a break, it continues on a mirror that has the same bytes. At the end, it compares the
-// sums of the bytes with those that the bucket reported.
+// stream is a download. If the connection breaks, stream continues at the same offset, on the same mirror or on another
+// one that has the same bytes. At the end, it compares the sums of the bytes with those that the bucket reported.
 type stream struct {
 	ctx    context.Context //nolint:containedctx // a Reader has no other way to be cancelled; it is for one download
 	bucket *Bucket
@@ -60,7 +60,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, s.resume(err)
 }
 
-// resume replaces the body after a break.
+// resume opens the rest of the object after the connection broke.
 func (s *stream) resume(cause error) error {
 	if s.offset-s.broke >= progress {
 		s.tries, s.moves = 0, 0

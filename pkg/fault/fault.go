@@ -157,7 +157,7 @@ func (k *Kind) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Error is an error with a kind and, where the code knows it, a hint.
+// Error is an error with a kind and an optional hint.
 type Error struct {
 	Kind Kind
 	// Hint tells the reader what to do next, and names the exact command or setting; "" means no hint.

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// bucket has the functions of a COS release bucket that Expand needs.
+// bucket has the methods of a COS release bucket that Expand needs.
 type bucket interface {
 	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf lists once more for each
 	// BUILD_ID.
@@ -375,7 +375,7 @@ func (e *expander) cells(kernels []wantedKernel, lists []answer) []Cell {
 	return all
 }
 
-// choose returns the version that a wish stands for with one kernel.
+// choose returns the driver version that a wish stands for on one kernel.
 func choose(w target.Wish, a answer) (string, *Problem) {
 	version, exact := w.Exact()
 	if exact {

@@ -35,8 +35,9 @@ import (
 // MaxAttempts is the maximum number of attempts of a build, even if the fault is retryable.
 const MaxAttempts = 5
 
-// JobTimeout is the time limit for one attempt of a build. After RescueAfter, the queue makes the job available to
-// other workers. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a running build.
+// JobTimeout is the time limit for one attempt of a build. If an attempt has run for RescueAfter, the queue makes the
+// job available to other workers. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a
+// running build.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
@@ -238,7 +239,7 @@ func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 
 // JobState is the state of a build's job.
 type JobState struct {
-	// Found is false if the queue has no job for the build, or none any more.
+	// Found is true if the queue has a job for the build. If it is false, all other fields are zero.
 	Found bool
 	// Ended is true if no worker will work on the job again.
 	Ended bool

@@ -15,7 +15,7 @@ import (
 
 // Work passes builds from the queue to the callback until ctx ends. At most concurrency callbacks run at a time. After
 // the end of ctx, Work starts no more builds, waits a grace period for the running builds ([Queue.SetGrace]), and
-// cancels the rest. It returns nil when all have ended.
+// cancels the rest. Work returns nil when all builds have ended.
 //
 // id is the name of the worker. The caller ensures that only one process uses it at a time, for example with a lock
 // file. Jobs of a killed process with the same id become available again at once.

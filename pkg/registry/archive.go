@@ -34,7 +34,7 @@ const (
 	markerFile = "oci-layout"
 )
 
-// archives reads an image layout from a sequence of tar files or folders. The last one has the index.
+// archives reads an image layout from a sequence of tar files or folders. The last tar file or folder has the index.
 type archives struct {
 	paths []string
 
@@ -372,8 +372,8 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether the layout has this blob with exactly this size. It does not compare the digest. In a delta that
-// was opened alone, it looks only in the delta.
+// Has reports whether the layout has this blob with exactly this size. It does not compare the digest. If a delta was
+// opened alone, Has looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)

@@ -112,7 +112,7 @@ func (e *UnreadError) Unwrap() error { return e.err }
 // Unread returns the attachments that may match, and that were listed but not read.
 func (e *UnreadError) Unread() []v1.Descriptor { return e.list }
 
-// IsCut reports whether the list ended in the middle, so that there may be more.
+// IsCut reports whether the list ended in the middle, so that the repository may have more attachments.
 func (e *UnreadError) IsCut() bool { return e.isCut }
 
 // IsDenied reports whether the repository listed all attachments, denied those in Unread, and served all others.
@@ -122,14 +122,14 @@ func (e *UnreadError) IsDenied() bool { return e.isDenied }
 // decides the order of attachments, but does not select them.
 const annotationCreated = "org.opencontainers.image.created"
 
-// created returns the time of an attachment, or zero.
+// created returns the time of an attachment, or the zero time if the attachment has none.
 func created(d v1.Descriptor) time.Time {
 	at, _ := time.Parse(time.RFC3339, d.Annotations[annotationCreated]) // zero after an error
 	return at
 }
 
-// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns,
-// the newest of each set first. The second has the attachments that lack an annotation but do not contradict the set.
+// sortOut returns two lists. The first has the attachments with all annotations of a set, one of each set in turn, the
+// newest of a set first. The second has the attachments that lack an annotation but do not contradict the set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomplete []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil

@@ -194,7 +194,7 @@ func ReferrersList(referrers []v1.Descriptor) ([]byte, error) {
 }
 
 // EntryAnnotations returns the annotations that an attached manifest may have in an index. It removes
-// [AnnotationRefName]. Otherwise anybody who may attach could set a tag.
+// [AnnotationRefName], because with this annotation anybody who may attach could set a tag.
 func EntryAnnotations(of map[string]string) map[string]string {
 	kept := maps.Clone(of)
 	delete(kept, refName)

@@ -141,7 +141,7 @@ func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, 
 // ErrLink is in the chain of each error of a Link header that names no usable next page.
 var ErrLink = page.ErrLink
 
-// nextPage is [page.Next], with a next step in the error. A list with such an error is not complete.
+// nextPage calls [page.Next], and adds a hint to its error. A list with such an error is not complete.
 func nextPage(list *url.URL, h http.Header, wasRead func(url string) bool) (*url.URL, error) {
 	at, err := page.Next(list, h, wasRead)
 	if err != nil {
@@ -152,8 +152,8 @@ func nextPage(list *url.URL, h http.Header, wasRead func(url string) bool) (*url
 	return at, err
 }
 
-// checkTagsLink leaves only a Link header that the client library can follow: the link to the next page, if there is
-// one.
+// checkTagsLink replaces the Link headers of a list of tags by one that the client library can follow: the link to the
+// next page, if the list has one.
 func checkTagsLink(req *http.Request, resp *http.Response) (*http.Response, error) {
 	at, err := nextPage(req.URL, resp.Header, func(u string) bool { return u == req.URL.String() })
 	if err != nil {

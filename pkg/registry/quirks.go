@@ -66,9 +66,9 @@ func asNotFound(resp *http.Response) *http.Response {
 	return resp
 }
 
-// checkReferrersTag checks the content under the tag of the referrers tag schema. It adds the optional media type of a
-// list. If the content is not a list, a reader gets a 404, and a writer gets an error, because the writer must not
-// replace the content.
+// checkReferrersTag checks the content under the tag of the referrers tag schema. If a list lacks its media type, which
+// is optional, checkReferrersTag adds it. If the content is not a list, a reader gets a 404, and a writer gets an
+// error, because the writer must not replace the content.
 func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {

@@ -83,7 +83,8 @@ type Repository struct {
 //   - oci-archive:FILE+FILE… is a bundle and its deltas: each file but the first is a delta of the file before it.
 //   - oci:URL is an image layout on a web server or in a bucket; the URL begins with https://, http:// or gs://.
 //
-// The last three are read-only. Open makes no connection and opens no file. The first write to a folder creates it.
+// Repositories of the last three forms are read-only. Open makes no connection and opens no file. The first write to a
+// folder creates it.
 func Open(ref string, o Options) (*Repository, error) {
 	var s store
 	var err error

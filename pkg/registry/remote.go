@@ -160,7 +160,8 @@ func (s *remoteStore) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 // body.
 type bodyKey struct{}
 
-// referrers implements [store]. If the list ends in the middle, it returns the part before that with a cutError.
+// referrers implements [store]. If the list ends in the middle, referrers returns the part that was read, with a
+// cutError.
 func (s *remoteStore) referrers(ctx context.Context, digest string, _ bool) ([]v1.Descriptor, error) {
 	read := &pagesRead{}
 	list, err := s.readReferrers(ctx, digest, read)
@@ -297,7 +298,7 @@ func (s *remoteStore) isListed(ctx context.Context, a *attachment) (bool, error)
 	return false, nil
 }
 
-// rawManifest is a manifest that gets a tag.
+// rawManifest is a manifest that is sent again to set a tag.
 type rawManifest struct {
 	raw       []byte
 	mediaType types.MediaType

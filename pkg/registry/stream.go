@@ -31,8 +31,8 @@ const (
 type stream struct {
 	ctx  context.Context
 	size int64
-	// fetch opens a connection at the offset under [offsetKey]. readError adds the fault kind to an error of a connection.
-	// retryFor is how long a broken download is retried.
+	// fetch opens a connection that starts at the blob's offset in the context's value [offsetKey]. readError adds the
+	// fault kind to an error of a connection. retryFor is how long a broken download is retried.
 	fetch     func(context.Context) (body io.Reader, rc io.Closer, err error)
 	readError func(context.Context, error) error
 	retryFor  time.Duration

@@ -303,7 +303,7 @@ func (g *group) brokenLimit(l Limits) error {
 func (g *group) count(file, key string) int64 { return groupCount(g.path, file, key) }
 
 // groupCount returns the number with this key in a file of a control group in which each line has a key and a number.
-// It returns 0 without such a file, and for the folder "".
+// It returns 0 if the file does not exist, or if dir is "".
 func groupCount(dir, file, key string) int64 {
 	text, err := os.ReadFile(filepath.Join(dir, file))
 	if dir == "" || err != nil {

@@ -53,7 +53,7 @@ type Bind struct {
 
 // Config describes one run. Argv and Dir are required.
 type Config struct {
-	// Argv is the program and its arguments. The program is searched in Env's PATH inside the sandbox.
+	// Argv is the program and its arguments. The program is looked up in Env's PATH inside the sandbox.
 	Argv []string
 	// Env is the whole environment of the program.
 	Env map[string]string

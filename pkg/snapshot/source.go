@@ -94,7 +94,7 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	case http.StatusOK:
 		return resp.Body, nil
 	case http.StatusNotFound, http.StatusGone, http.StatusForbidden:
-		// A bucket answers 403 for a missing file if the client may not list the bucket.
+		// A bucket responds with 403 for a missing file if the client may not list the bucket.
 		err = fs.ErrNotExist
 	default:
 		err = fault.New(

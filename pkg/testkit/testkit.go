@@ -1,5 +1,5 @@
-// Package testkit has small real parts for tests: a registry in this process, a key pair, and a signed sample artifact.
-// Only test files import it.
+// Package testkit provides small real components for tests: a registry in this process, a key pair, and a signed sample
+// artifact. Only test files import it.
 package testkit
 
 import (

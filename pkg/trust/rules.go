@@ -229,8 +229,8 @@ func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) erro
 	return why
 }
 
-// checkRule returns how many signers have signed, and which. It returns an error if they are fewer than the rule
-// demands.
+// checkRule returns a text with the number of signers that have signed, and their names. It returns an error if fewer
+// signers have signed than the rule demands.
 func (x *evaluation) checkRule(rule Rule) (string, error) {
 	if x.unsigned && rule.Statement == PredicateKernelMatch {
 		return "not signed yet", nil

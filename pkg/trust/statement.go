@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle itself. Compare with errors.Is.
+// Errors about a Sigstore bundle itself. Compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed attestation")
 	ErrUnknownKey = errors.New("signed by an unknown key")

@@ -36,7 +36,7 @@ const (
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
 )
 
-// Errors of an artifact whose bundles could be read. Compare with errors.Is.
+// Errors about an artifact whose Sigstore bundles could be read. Compare with errors.Is.
 var (
 	ErrOtherDigest   = errors.New("the statement is about another artifact")
 	ErrNoProvenance  = errors.New("no provenance attached")

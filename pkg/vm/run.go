@@ -69,7 +69,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("the machine ran past its time limit")
 
-// ends is what is known about the end of a run.
+// ends has what is known about the end of a run.
 type ends struct {
 	console  string
 	exit     error

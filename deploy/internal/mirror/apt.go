@@ -234,7 +234,8 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// mustFile returns the file of a downloaded package. It returns an error if the file was removed after the download.
+// mustFile returns the file of a downloaded package. It returns an error if the file is missing, for example because
+// somebody removed it after the download.
 func (a *apt) mustFile(p pkg) (string, error) {
 	file, ok := a.file(p)
 	if !ok {

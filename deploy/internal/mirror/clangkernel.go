@@ -296,7 +296,7 @@ func builtTree(src, release string) (tree, error) {
 }
 
 // headerFolder reports whether the header tree contains files from a folder of the source tree. The choice follows the
-// scripts that package the kernel, in its folder scripts/package.
+// kernel's own packaging scripts, in the folder scripts/package of its source.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}
 	if slices.Contains(top, name) {

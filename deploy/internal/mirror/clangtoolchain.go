@@ -30,7 +30,7 @@ var clangPackages = []string{
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
 // llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. Debian's
-// llvm-objdump is left out: it loads an HTTP client with many libraries.
+// llvm-objdump is left out: it needs the library of an HTTP client, which needs many others.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}

@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// runfileTree lays out a release as NVIDIA's runfile does. It also returns a list of Debian's edits that it undid.
+// runfileTree returns the files of a release in the layout of NVIDIA's runfile. It also returns a list of Debian's
+// edits that it undid.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
 	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {

@@ -37,7 +37,7 @@ type Config struct {
 	// Board is the COS board of the builds for amd64; "" means lakitu. Builds for arm64 always have lakitu-arm64.
 	Board string
 	// Archs are the architectures; an empty list means amd64. For arm64 the mirror gets one driver and one kernel. If
-	// the field ABIs is set, it gets the kernels of that list instead of one.
+	// the field ABIs is set, the mirror gets the kernels of that list instead of one.
 	Archs []target.Arch
 	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, the series of Debian 12 itself. 6.12 is for
 	// amd64 only.

@@ -11,8 +11,8 @@ import (
 )
 
 // The packages of one NVIDIA release. Debian splits NVIDIA's runfile into packages, and the mirror makes a runfile of
-// those that a compute node needs: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries
-// and documentation.
+// those that a compute node needs: CUDA, NVML, video, OpenCL, tools and firmware. The mirror leaves out X11, 32-bit
+// libraries and documentation.
 var (
 	sourcePackage     = "nvidia-kernel-source"
 	openSourcePackage = "nvidia-open-kernel-source"

@@ -129,8 +129,8 @@ func (t tree) editedFiles() []string {
 }
 
 // undo undoes Debian's edits in a tree of sources. pair is a folder of sources in both editions, maybe of another
-// flavour or release. If a changed file equals the file of that name in pair.debian, undo takes the original from
-// pair.own. Otherwise it reverses the difference between the two files of pair.
+// flavour or release. If a changed file equals the file of that name in pair.debian, undo uses the original from
+// pair.own. For every other changed file, undo reverses the difference between the two files of pair.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {

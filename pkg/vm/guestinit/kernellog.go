@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxKernelLog is about the maximum size in bytes of one read's text, well below wire.MaxLine.
+// maxKernelLog is the approximate maximum size in bytes of the text that read returns, well below wire.MaxLine.
 const maxKernelLog = 1 << 20
 
 // kernelLog reads /dev/kmsg. Each read returns one record (Documentation/ABI/testing/dev-kmsg in the kernel's source).
