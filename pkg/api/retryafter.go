@@ -15,8 +15,8 @@ type retryAfterError struct {
 
 func (e retryAfterError) Unwrap() error { return e.error }
 
-// RetryAfter returns how long the server wants the caller to wait before the next call; 0 means no wait, or a response
-// without a valid Retry-After header. The time is not bounded.
+// RetryAfter returns how long the server wants the caller to wait before the next call; 0 means no wait, or no valid
+// Retry-After header. The time is not bounded.
 func RetryAfter(err error) time.Duration {
 	var e retryAfterError
 	if errors.As(err, &e) {

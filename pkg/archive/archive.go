@@ -201,7 +201,8 @@ func cleanName(name string, limit int) (string, error) {
 	return path.Clean(name), nil
 }
 
-// folder makes a folder and its missing parents. If the folder or a parent exists as a link, folder returns an error.
+// folder makes a folder and its missing parents. If the folder or a parent exists as a file or link, folder returns an
+// error.
 func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil

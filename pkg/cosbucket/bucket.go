@@ -65,7 +65,8 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the index of the mirror that is tried first. After a failure, it is the index of the mirror that worked.
+	// first is the index of the mirror that is tried first. After a failure of that mirror, it is the index of another
+	// one.
 	first atomic.Int32
 	wait  time.Duration // time before the first retry of a broken download
 }
