@@ -304,7 +304,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		if kerr := keepFailure(ctx, cfg, res, err); kerr != nil {
-			fmt.Fprintf(stderr, "the failure is not recorded: %v\n", kerr)
+			fmt.Fprintf(stderr, "could not record this failure in the cache: %v\n", kerr)
 		}
 		return err
 	}

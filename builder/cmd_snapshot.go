@@ -48,7 +48,7 @@ func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot"
 // keyFlags returns the flag --keys, and for each given role the flag for the key of this role.
 func keyFlags(roles ...string) []ucli.Flag {
 	flags := []ucli.Flag{
-		cli.String("keys", "", "`FOLDER` of the keys that no other flag names, as \"builder snapshot keys\" made it"),
+		cli.String("keys", "", "`FOLDER` that \"builder snapshot keys\" made; used for each key that no other flag gives"),
 	}
 	for _, role := range roles {
 		flags = append(flags, cli.String(role+"-key", "", "`KEY` for the \""+role+"\" role: a file or a KMS URI"))

@@ -283,7 +283,7 @@ func (b *build) compileSources(ctx context.Context) error {
 				restored, err = o.restore(ctx)
 			}
 			if err != nil {
-				return diskFull(fmt.Errorf("restore objects: %w", err))
+				return diskFull(fmt.Errorf("restore compiled objects from the cache: %w", err))
 			}
 			b.watch.reuse(phaseCompile, restored)
 		}
@@ -297,7 +297,7 @@ func (b *build) compileSources(ctx context.Context) error {
 	}
 	err := b.runMake(ctx, box, "trouble")
 	if a != nil && err != nil && b.watch.findings.unanswered {
-		fmt.Fprintf(b.watch, "prebake: %v: make asked a question that is not in the plan\n", errUseMake)
+		fmt.Fprintf(b.watch, "prebake: %v: make runs a test that is not in make's list of conftest.sh's tests\n", errUseMake)
 		b.watch.findings, o = findings{}, nil
 		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
 			return diskFull(err)
@@ -316,7 +316,7 @@ func (b *build) compileSources(ctx context.Context) error {
 		return nil // `make` changed conftest's answers, so the keys of the objects may be wrong
 	}
 	if err := o.store(ctx, left); err != nil {
-		return diskFull(fmt.Errorf("store objects: %w", err))
+		return diskFull(fmt.Errorf("store compiled objects in the cache: %w", err))
 	}
 	return nil
 }

@@ -177,7 +177,7 @@ func (l *inspection) runfiles(ctx context.Context, mirror string, versions []str
 	for _, version := range versions {
 		err := l.runfile(ctx, b, version)
 		if err != nil {
-			l.fail("runfile", doctor.Warn, fmt.Errorf("driver %s: %w", version, err))
+			l.fail("runfile", doctor.Warn, fmt.Errorf("find the runfile of driver %s: %w", version, err))
 		}
 		missing = missing || fault.Is(err, fault.InputMissing)
 	}

@@ -99,25 +99,25 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
-		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the archive has no signature for module %s", ErrLeftOut, name)
 	}
 	switch _, own, err := Split(module); {
 	case err != nil:
-		return fmt.Errorf("attach a signature to %s: %w", name, err)
+		return fmt.Errorf("attach Google's signature to module %s: %w", name, err)
 	case own != nil:
-		return fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
+		return fault.New(fault.CheckFailed, "attach Google's signature to module "+name+": the module is signed already",
 			"attach the signature to the unsigned module that the compiler made")
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
-		return fault.Errorf(fault.CheckFailed, "%w: the signature for %s was made over other bytes", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the signature for module %s was made over other bytes", ErrLeftOut, name)
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case !d.certified(s.Signer):
 		return fault.Errorf(fault.CheckFailed,
-			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
+			"%w: the signature for module %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))

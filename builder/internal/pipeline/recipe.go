@@ -185,7 +185,7 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 		}
 		l := r.driverLayer(ctx, in, facts[FactPack], published.Kind)
 		if l.err != nil {
-			return fmt.Errorf("%s layer: %w", published.Kind, l.err)
+			return fmt.Errorf("make the %s layer: %w", published.Kind, l.err)
 		}
 		if l.Digest != published.Digest {
 			return fault.New(fault.PublishRefused,

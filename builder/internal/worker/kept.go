@@ -65,7 +65,7 @@ func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 	list, err := os.ReadDir(w.State)
 	if err != nil {
-		return nil, fmt.Errorf("find the kept logs of builds: %w", err)
+		return nil, fmt.Errorf("find the kept logs that wait to be sent: %w", err)
 	}
 	for _, e := range list {
 		m := keptName.FindStringSubmatch(e.Name())
@@ -77,7 +77,7 @@ func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("find the kept logs of builds: %w", err)
+			return nil, fmt.Errorf("find the kept logs that wait to be sent: %w", err)
 		}
 		l := keptLog{path: filepath.Join(w.State, e.Name()), worker: m[3], size: info.Size(), at: info.ModTime()}
 		l.build, _ = strconv.ParseInt(m[1], 10, 64) // the pattern admits only numbers that fit
