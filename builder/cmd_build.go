@@ -337,7 +337,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 	}
 	slices.Sort(unsigned)
 	for _, url := range slices.Compact(unsigned) {
-		if _, err := fmt.Fprintf(w, "unsigned  %s: others wrote a part of it\n", url); err != nil {
+		if _, err := fmt.Fprintf(w, "unsigned  %s: other writers wrote a part of this object\n", url); err != nil {
 			return err
 		}
 	}

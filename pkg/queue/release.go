@@ -72,7 +72,7 @@ func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err 
 			continue
 		}
 		if err := tx.Exec(ctx, successor, row.ID, row.Attempt); err != nil {
-			return fmt.Errorf("job %d: %w", row.ID, err)
+			return fmt.Errorf("insert a new job in place of job %d: %w", row.ID, err)
 		}
 	}
 	return tx.Commit(ctx)

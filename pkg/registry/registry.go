@@ -264,7 +264,7 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	if d.Size < 0 || d.Size > MaxManifest {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"read blob %s from %s: the blob has %d bytes; at most %d bytes are read",
+			"read blob %s from %s: the blob has %d bytes; want at most %d bytes",
 			d.Digest,
 			r.name,
 			d.Size,

@@ -52,7 +52,7 @@ func ReadRoot(file string) (*Root, error) {
 
 func parseRoot(text []byte) (*Root, error) {
 	if len(text) > maxRootFile {
-		return nil, fmt.Errorf("the file has %d bytes; at most %d bytes are read", len(text), maxRootFile)
+		return nil, fmt.Errorf("the file has %d bytes; want at most %d bytes", len(text), maxRootFile)
 	}
 	material, err := root.NewTrustedRootFromJSON(text)
 	switch {

@@ -198,7 +198,7 @@ func hintFor(err error) string {
 
 func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if len(data) > MaxBundleSize {
-		return nil, fmt.Errorf("%w: the bundle has %d bytes; at most %d bytes are read", ErrMalformed, len(data),
+		return nil, fmt.Errorf("%w: the bundle has %d bytes; want at most %d bytes", ErrMalformed, len(data),
 			MaxBundleSize)
 	}
 	var b bundle.Bundle
@@ -256,7 +256,8 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 		return nil, fmt.Errorf("%w: the payload is not an in-toto statement v1", ErrMalformed)
 	}
 	if len(in.GetSubject()) > maxSubjects {
-		return nil, fmt.Errorf("%w: the statement has %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()),
+		return nil, fmt.Errorf("%w: the statement has %d subjects; want at most %d subjects", ErrMalformed,
+			len(in.GetSubject()),
 			maxSubjects)
 	}
 	st.PredicateType = in.GetPredicateType()

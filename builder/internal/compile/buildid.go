@@ -34,8 +34,7 @@ func setBuildID(stripped, debug string) error {
 	}
 	if other != size {
 		return fmt.Errorf("set the build id of %s: the old build id has %d bytes; the stripped module's build id has %d "+
-			"bytes",
-			debug, other, size)
+			"bytes", debug, other, size)
 	}
 	return writeAt(debug, id, at)
 }

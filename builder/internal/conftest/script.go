@@ -62,8 +62,7 @@ func ParseScript(text []byte) (*Script, error) {
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
 		return nil, fmt.Errorf("%w: the script has both or none of the modes test_kernel_header and test_kernel_headers; "+
-			"want one",
-			ErrShape)
+			"want one", ErrShape)
 	default:
 		s.oneHeader = one
 	}

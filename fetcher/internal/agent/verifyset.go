@@ -132,7 +132,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 			"to store the attestations, run this while the registry can be reached: fetcher install")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {
-		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
+		return bundle.Content{}, fault.Wrap(fault.Unverified,
+			fmt.Errorf("read the driver's attestations on this node: %w", err), hintAgain)
 	}
 	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
 	return content, err

@@ -288,7 +288,8 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
-		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone cannot resolve it", q.Wish),
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("resolve driver %q: a registry alone does not say which "+
+			"version this is", q.Wish),
 			"set a version, a branch or latest, as in --driver 535.261.03, or a server: --server URL")
 	}
 	tags, err := r.Tags(ctx)

@@ -79,7 +79,7 @@ type Root struct {
 func (r *Repository) WriteRoot(next Root) (string, error) {
 	name, err := r.writeRoot(next)
 	if err != nil {
-		return "", fmt.Errorf("write root of snapshot: %w", err)
+		return "", fmt.Errorf("write root metadata of snapshot: %w", err)
 	}
 	return name, nil
 }

@@ -112,7 +112,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	var errs []error
 	note := func(id int64, err error) {
 		if err != nil {
-			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
+			errs = append(errs, fmt.Errorf("compare build %d with its job in the queue: %w", id, err))
 		}
 	}
 	before := s.heard
