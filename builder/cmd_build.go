@@ -292,7 +292,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	log, err := os.Create(logPath)
 	if err != nil {
-		return fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return fault.Disk(fmt.Errorf("open the log of the build: %w", err), "free space on the disk of the log")
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter

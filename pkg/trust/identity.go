@@ -143,7 +143,7 @@ func newCertificates(p Policy) (*certificates, error) {
 	for _, i := range p.Identities {
 		m, err := i.matcher()
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err),
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("check the certificate identity %s: %w", i, err),
 				"give the subject and the issuer of the publisher's certificates")
 		}
 		names, whom = append(names, i.String()), append(whom, verify.WithCertificateIdentity(m))

@@ -128,10 +128,10 @@ func (p *Policy) settle() error {
 	for _, version := range p.MinVersions {
 		d, err := target.ParseDriver(version, string(target.Open))
 		if err != nil {
-			return bad("minimum version: %w", err)
+			return bad("parse a minimum version: %w", err)
 		}
 		if d != d.Modules() {
-			return bad("minimum version %s: want a version without a suffix; it then applies to all editions of the release",
+			return bad("minimum version %s: want a version without a suffix, which applies to all editions of the release",
 				version)
 		}
 	}

@@ -322,7 +322,7 @@ func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, 
 		}
 	}
 	if err != nil {
-		return nil, fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return nil, fault.Disk(fmt.Errorf("open the log of the build: %w", err), "free space on the disk of the log")
 	}
 	defer func() {
 		err = errors.Join(err, log.Close())

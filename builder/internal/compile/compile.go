@@ -209,7 +209,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	}
 	b := &build{r: r, t: t, src: filepath.Join(r.WorkDir, "src"), out: filepath.Join(r.WorkDir, "out")}
 	if err := stage(ctx, r.Source, b.src); err != nil {
-		return result, diskFull(fmt.Errorf("copy sources: %w", err))
+		return result, diskFull(fmt.Errorf("copy the driver's sources into the work folder: %w", err))
 	}
 	for _, dir := range []string{b.out, b.modulesDir(), b.debugDir()} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -239,7 +239,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 
 	err = b.compileSources(ctx)
 	if cerr := b.watch.close(err != nil); cerr != nil && err == nil {
-		err = diskFull(fmt.Errorf("write log: %w", cerr))
+		err = diskFull(fmt.Errorf("write the log of the compile: %w", cerr))
 	}
 	result.Phases = b.watch.phases
 	if err != nil {

@@ -202,7 +202,7 @@ func (l *inspection) runfile(ctx context.Context, b *cosbucket.Bucket, version s
 	}
 	sum, _, err := find(ctx, b, sums...)
 	if err != nil {
-		return fmt.Errorf("the runfile is %s, but no build uses it without its SHA-256: %w", b.URL(file), err)
+		return fmt.Errorf("the runfile is %s, but no build uses a runfile without its SHA-256: %w", b.URL(file), err)
 	}
 	l.ok("runfile", "%s, %s; SHA-256 in %s", b.URL(file), bytes(size), sum)
 	return nil

@@ -74,7 +74,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	case certificate:
 		certs, err := ParseCertificates(raw)
 		if err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		if d.certificates = append(d.certificates, certs...); len(d.certificates) > maxSent {
 			return fmt.Errorf("the archive has more than %d certificates", maxSent)
@@ -175,10 +175,10 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 		}
 		module, err := readBounded(body)
 		if err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		if _, err := Verify(module, trusted); err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		names = append(names, name)
 		return writeNew(filepath.Join(dir, name+".ko"), module)

@@ -48,7 +48,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
 		if a.uncounted != nil && at.BootID != a.bootID() {
-			return fmt.Errorf("load driver %s again: its last load took the node down, which could not be recorded: %w",
+			return fmt.Errorf("load driver %s again: its last load took the node down, and fetcher cannot record this crash: %w",
 				set.Driver, a.uncounted)
 		}
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
@@ -76,14 +76,14 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "could not record the attempt", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record this activation", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
 		// Allow exec before the device files exist, because they signal a usable driver.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "could not record the mount", "err", err)
+				a.parts.Log.WarnContext(ctx, "could not record the mount of the install folder", "err", err)
 			}
 		})
 		if err != nil {

@@ -485,7 +485,7 @@ func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "install one: fetcher install")
+	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "install a driver: fetcher install")
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {

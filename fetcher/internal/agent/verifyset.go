@@ -37,7 +37,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 		return none, nil, err
 	}
 	if got := digestOf(p.Manifest); got != digest {
-		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
+		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the content has digest %s", digest, got),
 			"fetch the artifact from another registry: --registry REF")
 	}
 	content, err := bundle.ParseManifest(p.Manifest, p.Config) // also compares the config with its digest

@@ -206,7 +206,7 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 		Driver target.Driver `json:"driver"`
 	}
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
-		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer has no digest",
+		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's result has no digest",
 			hintBuilder)
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),

@@ -292,7 +292,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	if identities != (p.Root != nil) {
-		return p, errors.New("trustedRoot and a role with identities go together: give both, or neither")
+		return p, errors.New("the field trustedRoot and a role with identities go together: give both, or neither")
 	}
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
@@ -329,7 +329,7 @@ func (r Role) role(name, dir string) (trust.Role, error) {
 		role.Identities = append(role.Identities, trust.Identity{Subject: id.Subject, Pattern: id.Pattern, Issuer: id.Issuer})
 	}
 	if len(role.Keys)+len(role.Identities) == 0 {
-		return role, errors.New("want the field keys, the field identities, or both")
+		return role, errors.New("the role has no signer; want the field keys, the field identities, or both")
 	}
 	return role, nil
 }

@@ -94,7 +94,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 			return nil, fail(fmt.Errorf("rule %d is empty", i+1))
 		}
 		if err := r.prepare(filepath.Dir(file)); err != nil {
-			return nil, fail(fmt.Errorf("rule %d: %w", i+1, err))
+			return nil, fail(fmt.Errorf("check rule %d: %w", i+1, err))
 		}
 	}
 	return all, nil

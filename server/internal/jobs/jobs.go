@@ -83,7 +83,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	for {
 		begin := time.Now()
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
-			s.Log.WarnContext(ctx, "sweep failed", "err", err)
+			s.Log.WarnContext(ctx, "comparison of the builds with the queue failed", "err", err)
 		}
 		s.pause = max(every, idleFactor*time.Since(begin))
 		select {
