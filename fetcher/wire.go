@@ -65,7 +65,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("open host root: %w", err),
+			fmt.Errorf("open the folder of the host's root: %w", err),
 			"set --host-root to the folder where the node's root is mounted",
 		)
 	}

@@ -112,8 +112,8 @@ func (c *Cache) blobPath(digest string) string {
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
-			return "", 0, fault.New(fault.Usage, fmt.Sprintf("store a blob in the cache: digest %q: want sha256: and 64 hex "+
-				"digits", want), "")
+			return "", 0, fault.New(fault.Usage, fmt.Sprintf(
+				"store a blob in the cache: digest %q: want sha256: and 64 hex digits", want), "")
 		}
 		if path, ok := c.Blob(want); ok {
 			if fi, err := os.Stat(path); err == nil {

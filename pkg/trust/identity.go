@@ -18,8 +18,8 @@ import (
 
 // Errors of a bundle that was signed with a short-lived certificate. Compare with errors.Is.
 var (
-	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
-	ErrOtherRoot       = errors.New("signed with a certificate of another root")
+	ErrUnknownIdentity = errors.New("the statement is signed by an unknown certificate identity")
+	ErrOtherRoot       = errors.New("the signer's certificate does not belong to the trusted root")
 	ErrNoTime          = errors.New("no trusted timestamp shows that the certificate was valid at the time of signing")
 )
 
@@ -175,7 +175,8 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 		}
-		return fmt.Errorf("%w: the signer is %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
+		return fmt.Errorf("%w: the signer is %.300q; trusted signers are %s", ErrUnknownIdentity, nameOf(who).String(),
+			c.identities)
 	}
 	issued, err := chains(c.root, leaf)
 	if err != nil {

@@ -19,8 +19,8 @@ import (
 // Errors of a bundle itself. Compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed attestation")
-	ErrUnknownKey = errors.New("signed by an unknown key")
-	ErrChanged    = errors.New("the signature is not valid: payload or signature changed after signing")
+	ErrUnknownKey = errors.New("the statement is signed by an unknown key")
+	ErrChanged    = errors.New("the signature is not valid: the payload or the signature changed after signing")
 )
 
 // Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles.
@@ -226,7 +226,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: the signer is key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()),
+		return nil, fmt.Errorf("%w: the signer is key %s; trusted signers are %s", ErrUnknownKey, hintID(pub.Hint()),
 			v.trustedSigners())
 	}
 	// The library does not compare the subject here; [Verifier.Verify] does, for a better error.

@@ -164,7 +164,9 @@ func (f Facts) Check(headers string) error {
 	if by, host := said["LINUX_COMPILE_BY"], said["LINUX_COMPILE_HOST"]; by != "" && host != "" {
 		begins += by + "@" + host + ")"
 	}
-	words := fmt.Errorf("the version text in vmlinux is %.160q; the headers want %q … %q", f.Banners[len(f.Banners)-1],
+	words := fmt.Errorf(
+		"the version text in vmlinux is %.160q; the headers want a text that begins with %q and ends with %q",
+		f.Banners[len(f.Banners)-1],
 		begins,
 		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {

@@ -38,7 +38,8 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	case s == nil:
 		return nil, ErrNone
 	case s.Type != elf.SHT_PROGBITS || s.Flags&elf.SHF_COMPRESSED != 0:
-		return nil, fmt.Errorf("section %s: type %v, flags %v; want SHT_PROGBITS, not compressed", Section, s.Type, s.Flags)
+		return nil, fmt.Errorf("section %s has type %v and flags %v; want type SHT_PROGBITS, not compressed", Section, s.Type,
+			s.Flags)
 	case s.FileSize > maxSize:
 		return nil, fmt.Errorf("section %s has %d bytes; want at most %d bytes", Section, s.FileSize, maxSize)
 	}
@@ -149,8 +150,8 @@ func parse(data []byte, base *Types) (*Types, error) {
 		off, n := uint64(le.Uint32(data[at:])), uint64(le.Uint32(data[at+4:]))
 		rest := data[size:]
 		if off+n > uint64(len(rest)) {
-			return nil, fmt.Errorf("the BTF header names a table of %d bytes at offset %d, but the section ends inside this "+
-				"table", n, off)
+			return nil, fmt.Errorf(
+				"the BTF header names a table of %d bytes at offset %d, but the section ends inside this table", n, off)
 		}
 		return rest[off : off+n], nil
 	}

@@ -367,8 +367,8 @@ func (a *answerer) release(answer string) (string, error) {
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: want exactly one string in utsrelease.h, and one in the result of conftest.sh's test "+
-			"uts_release", errUseMake)
+		return "", fmt.Errorf(
+			"%w: want exactly one string in utsrelease.h, and one in the result of conftest.sh's test uts_release", errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }

@@ -33,8 +33,9 @@ func setBuildID(stripped, debug string) error {
 		return err
 	}
 	if other != size {
-		return fmt.Errorf("set the build id of %s: the old build id has %d bytes; the stripped module's build id has %d "+
-			"bytes", debug, other, size)
+		return fmt.Errorf(
+			"set the build id of %s: the old build id has %d bytes; the stripped module's build id has %d bytes",
+			debug, other, size)
 	}
 	return writeAt(debug, id, at)
 }
@@ -70,8 +71,8 @@ func findBuildID(path string) (at, size int64, err error) {
 	}
 	size = int64(f.ByteOrder.Uint32(note[4:]))
 	if size < 8 || size > sha256.Size || header+size > int64(len(note)) {
-		return 0, 0, fmt.Errorf("read build id: the build id has %d bytes; want 8 to %d bytes, and not more than its ELF "+
-			"note holds", size,
+		return 0, 0, fmt.Errorf(
+			"read build id: the build id has %d bytes; want 8 to %d bytes, and not more than its ELF note holds", size,
 			sha256.Size)
 	}
 	return int64(s.Offset) + header, size, nil //nolint:gosec // the offset is inside a file that was read completely

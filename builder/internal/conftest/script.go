@@ -61,8 +61,8 @@ func ParseScript(text []byte) (*Script, error) {
 	s.head, s.tail = head, tail
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
-		return nil, fmt.Errorf("%w: the script has both or none of the modes test_kernel_header and test_kernel_headers; "+
-			"want one", ErrShape)
+		return nil, fmt.Errorf(
+			"%w: the script has both or none of the modes test_kernel_header and test_kernel_headers; want one", ErrShape)
 	default:
 		s.oneHeader = one
 	}

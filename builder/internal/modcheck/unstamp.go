@@ -55,6 +55,6 @@ func removeStamp(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("the module changed after its ABI fingerprint was added, or its section table was not at " +
-		"the file's end before")
+	return nil, errors.New(
+		"the module changed after its ABI fingerprint was added, or its section table was not at the file's end before")
 }

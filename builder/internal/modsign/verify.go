@@ -19,13 +19,13 @@ import (
 // this package wrap them.
 var (
 	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
-	ErrUnsigned = errors.New("module is not signed")
+	ErrUnsigned = errors.New("the module is not signed")
 	// ErrMalformed: EBADMSG or EINVAL.
 	ErrMalformed = errors.New("malformed module signature")
 	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is rejected".
-	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
+	ErrUnknownKey = errors.New("the module is signed with a key that is not trusted")
 	// ErrChanged: EKEYREJECTED without a message.
-	ErrChanged = errors.New("module signature is not valid: the module or the signature changed after signing")
+	ErrChanged = errors.New("the module signature is not valid: the module or the signature changed after signing")
 )
 
 // Signature describes a valid signature.
@@ -174,8 +174,9 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 		return nil, fmt.Errorf("%w: parse the signature: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: the signature has %d signers, of which %d can be parsed; want 1 to %d signers, and "+
-			"all can be parsed", ErrMalformed, len(outline.Content.Signers), n, maxSigners)
+		return nil, fmt.Errorf(
+			"%w: the signature has %d signers, of which %d can be parsed; want 1 to %d signers, and all can be parsed",
+			ErrMalformed, len(outline.Content.Signers), n, maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
 		return nil, fmt.Errorf("%w: the signature has %d certificates; want at most %d certificates", ErrMalformed, n,

@@ -79,7 +79,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
-		return nil, fmt.Errorf("read who signs from the certificate: %w", err)
+		return nil, fmt.Errorf("read the signer's name from the new certificate: %w", err)
 	}
 	k.policy = trust.Policy{Root: l.root,
 		Identities: []trust.Identity{{Subject: who.SubjectAlternativeName, Issuer: who.Issuer}}}

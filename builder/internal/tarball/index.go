@@ -124,7 +124,7 @@ func (e Entry) check(k target.Kernel) error {
 	}
 	name := TarballName(k, e.Driver)
 	if e.Object != name || e.Signature != signatureName(name) {
-		return fmt.Errorf("object %.200q with signature %.200q; want object %q with signature %q", e.Object,
+		return fmt.Errorf("the entry names object %.200q with signature %.200q; want object %q with signature %q", e.Object,
 			e.Signature, name, signatureName(name))
 	}
 	digests := []string{e.SHA256}

@@ -58,8 +58,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.New(fault.NoArtifact, "undo the change of the boot configuration: fetcher has not changed the boot "+
-			"configuration", "")
+		return fault.New(fault.NoArtifact,
+			"undo the change of the boot configuration: fetcher has not changed the boot configuration", "")
 	}
 	if err != nil {
 		return err

@@ -214,8 +214,8 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 // addHost adds the server's host to a repository name that begins with a slash. Other names stay.
 func addHost(base, repository string) (string, error) {
 	if repository == "" {
-		return "", fault.New(fault.Transient, "ask the server for a driver: the response does not say in which "+
-			"repository the artifact is",
+		return "", fault.New(fault.Transient,
+			"ask the server for a driver: the response does not say in which repository the artifact is",
 			"update the server")
 	}
 	path, ok := strings.CutPrefix(repository, "/")
@@ -290,8 +290,8 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
-		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("resolve driver %q: a registry alone does not say which "+
-			"version this is", q.Wish),
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf(
+			"resolve driver %q: a registry alone does not say which version this is", q.Wish),
 			"set a version, a branch or latest, as in --driver 535.261.03, or a server: --server URL")
 	}
 	tags, err := r.Tags(ctx)

@@ -249,7 +249,7 @@ func issuerOf(raw string) (string, error) {
 	}
 	parts := strings.Split(raw, ".")
 	if len(parts) != 3 {
-		return "", errors.New("the token does not have three parts")
+		return "", errors.New("the token does not have the three parts of a JWT")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {
