@@ -70,7 +70,7 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 		}
 		return path, nil
 	}
-	return "", fault.New(fault.Usage, "no key for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
+	return "", fault.New(fault.Usage, "no key is given for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
 // keyRefs returns the references of several roles' keys, before any of them is loaded.

@@ -143,8 +143,9 @@ func (r *run) comparePahole(in *inputs, p destination, facts map[string]string) 
 		return
 	}
 	r.otherPahole = otherPahole{p.published, have, in.pahole}
-	r.progress("look up")(fmt.Sprintf("%s; if this version makes other bytes, the modules are refused after the compile; "+
-		"then %s", r.otherPahole, hintPahole(have)))
+	r.progress("look up")(fmt.Sprintf(
+		"%s; if this machine's pahole makes other bytes, publishing fails after the compile; then %s",
+		r.otherPahole, hintPahole(have)))
 }
 
 func (o otherPahole) String() string {
