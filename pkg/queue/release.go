@@ -113,7 +113,8 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 		rescue(ctx, q.exec, last, rivertype.JobStateDiscarded),
 	)
 	if err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("make the jobs that worker %s left behind available again: %w", id,
+			err), "")
 	}
 	return nil
 }

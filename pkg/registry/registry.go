@@ -412,7 +412,7 @@ func damaged(err error) error {
 // exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
-		return fmt.Errorf("try to write %s: %w", r.name, err)
+		return fmt.Errorf("check whether %s can be written: %w", r.name, err)
 	}
 	return nil
 }

@@ -387,11 +387,11 @@ func (r *Repository) readPublished() (at publishedList, err error) {
 	}
 	targets, err := metadata.Targets().FromBytes(at.files.Targets)
 	if err != nil {
-		return at, fmt.Errorf("read targets: %w", err)
+		return at, fmt.Errorf("read the list of targets: %w", err)
 	}
 	info := targets.Signed.Targets[snapshot.Name]
 	if info == nil {
-		return at, errors.New("read targets: no entry for the file " + snapshot.Name)
+		return at, errors.New("read the list of targets: the list has no entry for the file " + snapshot.Name)
 	}
 	at.files.Catalogue, err = r.read(filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name))
 	return at, err
