@@ -292,7 +292,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	log, err := os.Create(logPath)
 	if err != nil {
-		return fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return fault.Disk(fmt.Errorf("open the log of the build: %w", err), "free space on the disk of the log")
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter
@@ -304,7 +304,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		if kerr := keepFailure(ctx, cfg, res, err); kerr != nil {
-			fmt.Fprintf(stderr, "the failure is not recorded: %v\n", kerr)
+			fmt.Fprintf(stderr, "could not record this failure in the cache: %v\n", kerr)
 		}
 		return err
 	}
@@ -337,7 +337,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 	}
 	slices.Sort(unsigned)
 	for _, url := range slices.Compact(unsigned) {
-		if _, err := fmt.Fprintf(w, "unsigned  %s: others wrote a part of it\n", url); err != nil {
+		if _, err := fmt.Fprintf(w, "unsigned  %s: other writers wrote a part of this object\n", url); err != nil {
 			return err
 		}
 	}

@@ -51,9 +51,9 @@ func wishFlag() ucli.Flag {
 // oneOf returns an error unless exactly one of two flags is set.
 func oneOf(cmd *ucli.Command, a, b string) error {
 	if (cmd.String(a) == "") == (cmd.String(b) == "") {
-		what := "neither --" + a + " nor --" + b
+		what := "neither --" + a + " nor --" + b + " is given"
 		if cmd.String(a) != "" {
-			what = "both --" + a + " and --" + b
+			what = "both --" + a + " and --" + b + " are given"
 		}
 		return cli.About(fault.New(fault.Usage, what, "give one of these two flags; see "+cmd.FullName()+" --help"), a, b)
 	}
@@ -100,7 +100,8 @@ func wishCommand() *ucli.Command {
 // of these flags have another help text.
 func planCommand() *ucli.Command {
 	own := slices.Concat(
-		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500, "do not count artifacts that are older than `DAYS`")),
+		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500,
+			"do not count an artifact as published if its build is more than `DAYS` days old")),
 		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
 		cli.Group(groupTrust,
 			cli.String("key", "", "count only what `KEY` signed: file, KMS URI or keyless:SIGNING_CONFIG"),

@@ -190,7 +190,7 @@ func openLog(cache *cas.Cache, name string) (*os.File, string, error) {
 	}
 	log, err := os.Create(path)
 	if err != nil {
-		return nil, "", fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return nil, "", fault.Disk(fmt.Errorf("open the log of the rebuild: %w", err), "free space on the disk of the log")
 	}
 	return log, path, nil
 }

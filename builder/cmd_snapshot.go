@@ -48,7 +48,7 @@ func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot"
 // keyFlags returns the flag --keys, and for each given role the flag for the key of this role.
 func keyFlags(roles ...string) []ucli.Flag {
 	flags := []ucli.Flag{
-		cli.String("keys", "", "`FOLDER` of the keys that no other flag names, as \"builder snapshot keys\" made it"),
+		cli.String("keys", "", "`FOLDER` that \"builder snapshot keys\" made; used for each key that no other flag gives"),
 	}
 	for _, role := range roles {
 		flags = append(flags, cli.String(role+"-key", "", "`KEY` for the \""+role+"\" role: a file or a KMS URI"))
@@ -70,7 +70,7 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 		}
 		return path, nil
 	}
-	return "", fault.New(fault.Usage, "no key for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
+	return "", fault.New(fault.Usage, "no key is given for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
 // keyRefs returns the references of several roles' keys, before any of them is loaded.

@@ -63,7 +63,7 @@ func TestOperator(t *testing.T) {
 		{"a snapshot that is not there",
 			[]string{"bundle", "create", none + ".tar", "--from", "127.0.0.1:1/x", "--snapshot", none}, 2, "is not a folder"},
 		{"no keys of roles", []string{"snapshot", "root", "--to", none, "--root-key", none}, 2,
-			"no key for the role targets"},
+			"no key is given for the role targets"},
 		{"a snapshot's folder that is a file",
 			[]string{"snapshot", "make", "--to", key, "--server", away, "--keys", keys}, 2, "give a folder in which"},
 		{"an artifact without a tag, and a key that is not there",

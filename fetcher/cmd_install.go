@@ -51,7 +51,7 @@ func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context)
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {
-		fmt.Fprintf(cmd.Root().ErrWriter, "no traces: %v (%s)\n", err, fault.Hint(err))
+		fmt.Fprintf(cmd.Root().ErrWriter, "no traces are sent: %v (%s)\n", err, fault.Hint(err))
 		return nil
 	}
 	return tracer

@@ -145,7 +145,7 @@ func serve(ctx context.Context, server *report.Server, listen string, log *slog.
 		}
 		if text := err.Error(); text != last {
 			last = text
-			log.WarnContext(ctx, "could not serve the state, and will try again", "err", err, "hint", fault.Hint(err))
+			log.WarnContext(ctx, "could not serve the state over HTTP; fetcher tries again", "err", err, "hint", fault.Hint(err))
 		}
 		select {
 		case <-ctx.Done():

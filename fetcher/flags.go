@@ -84,7 +84,7 @@ func changeFlags() []ucli.Flag {
 			cli.Duration("wait-idle", 0, "wait at most `TIME` for idle GPUs before a driver change"),
 			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
 			cli.Bool("edit-boot", "if necessary, edit the kernel command line and reboot"),
-			cli.Bool("no-load", "install the driver, but load no module"),
+			cli.Bool("no-load", "make the driver active on the disk, but load no module"),
 			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,

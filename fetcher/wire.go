@@ -65,7 +65,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("open host root: %w", err),
+			fmt.Errorf("open the folder of the host's root: %w", err),
 			"set --host-root to the folder where the node's root is mounted",
 		)
 	}
@@ -140,7 +140,7 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	if _, err := os.Stat(cmd.String("probe")); err != nil {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("find probe: %w", err),
+			fmt.Errorf("find the program nvmlprobe: %w", err),
 			"give the path of the nvmlprobe program with --probe PATH, or load no module: --no-load",
 		)
 	}

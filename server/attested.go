@@ -198,7 +198,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	if len(found) > maxAttestations {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"the artifact has statements for %d kernels; this program reads at most %d",
+			"the artifact has statements for %d kernels; want at most %d kernels",
 			len(found),
 			maxAttestations,
 		)
@@ -232,7 +232,7 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 		return trust.KernelMatch{}, err
 	}
 	if err := verdict.Match.Kernel.Check(); err != nil {
-		return trust.KernelMatch{}, fault.Wrap(fault.Unverified, fmt.Errorf("kernel match: %w", err), "")
+		return trust.KernelMatch{}, fault.Wrap(fault.Unverified, fmt.Errorf("check the kernel match: %w", err), "")
 	}
 	return verdict.Match, nil
 }

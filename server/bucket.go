@@ -197,13 +197,13 @@ func asUnverified(err error) error {
 
 func (x tarballIndex) check(k target.Kernel) error {
 	if x.Format != 1 {
-		return fmt.Errorf("the index has format %d; this program reads format 1 only", x.Format)
+		return fmt.Errorf("the index has format %d; this program reads only format 1", x.Format)
 	}
 	if x.BuildID != k.BuildID || x.Board != k.Board {
 		return fmt.Errorf("the index is for kernel %.40q/%.40q, not %s", x.BuildID, x.Board, k)
 	}
 	if len(x.Drivers) > maxEntries {
-		return fmt.Errorf("the index has %d drivers; this program reads at most %d", len(x.Drivers), maxEntries)
+		return fmt.Errorf("the index has %d drivers; want at most %d drivers", len(x.Drivers), maxEntries)
 	}
 	for _, t := range x.Drivers {
 		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {

@@ -41,7 +41,8 @@ func collect(ctx context.Context, r collector, log *slog.Logger) error {
 			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
 		}
 		for _, d := range out.Restored {
-			log.InfoContext(ctx, "blob restored", "digest", d, "hint", "it reads well again; check the disk and the memory")
+			log.InfoContext(ctx, "blob restored", "digest", d, "hint",
+				"the blob can be read again; check the disk and the memory")
 		}
 		for _, d := range out.Damaged {
 			log.WarnContext(ctx, "manifest damaged", "digest", d, "hint", "push this manifest again, or delete it")
@@ -61,7 +62,7 @@ func warnOfDamage(ctx context.Context, log *slog.Logger, d ocistore.Damage) {
 	}
 	hint := "push this manifest again, or delete it and request its build again: docs/how-to/back-up.md"
 	if d.Manifests == 0 {
-		hint = "no manifest needs it, so there is nothing to do"
+		hint = "no manifest needs this blob, so there is nothing to do"
 	}
 	keys := []any{"digest", d.Digest, "manifest", d.Manifest, "manifests", d.Manifests, "hint", hint}
 	if d.Cause != nil {

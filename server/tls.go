@@ -31,7 +31,7 @@ func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, 
 	if err := c.read(); err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("read certificate: %w", err),
+			fmt.Errorf("read the server's TLS certificate: %w", err),
 			"give --tls-cert a certificate in PEM, and --tls-key the private key of that certificate in PEM",
 		)
 	}

@@ -98,7 +98,7 @@ func checkRemovable(out string) error {
 			info, err = os.Lstat(filepath.Join(out, name))
 		}
 		if err == nil && info.IsDir() != (name == signatureDir) {
-			err = fmt.Errorf("%s is a file and should be a folder, or is a folder and should be a file", name)
+			err = fmt.Errorf("%s has the wrong type: it is a folder in place of a file, or a file in place of a folder", name)
 		}
 	}
 	if err != nil {

@@ -125,7 +125,8 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	}
 	if len(missing) > 0 {
 		first := all[missing[0]].path
-		text := fmt.Sprintf("download %s: no archive has it with the SHA-256 in packages.lock; %d packages are missing",
+		text := fmt.Sprintf(
+			"download %s: no archive has this package with the SHA-256 in packages.lock; %d packages are missing",
 			first, len(missing))
 		return fault.New(fault.InputMissing, text, "give an archive that keeps old versions with -archive URL, or write "+
 			"packages.lock again with present versions: make release-packages")

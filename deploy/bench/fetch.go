@@ -167,7 +167,7 @@ func (b *bench) watch(ctx context.Context, args []string) (mib float64, err erro
 	go func() { ended <- cmd.Wait() }()
 	select {
 	case err := <-ended:
-		return 0, fmt.Errorf("watch the driver: the program ended: %w", err)
+		return 0, fmt.Errorf("watch the driver: \"fetcher run\" ended: %w", err)
 	case <-reported:
 	}
 	defer func() { err = errors.Join(err, cmd.Process.Signal(syscall.SIGTERM), <-ended) }()

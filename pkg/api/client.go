@@ -317,7 +317,7 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 				"the host to NO_PROXY; else correct the server's address"
 		}
 		return nil, errors.Join(
-			fault.Wrap(kind, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), hint),
+			fault.Wrap(kind, fmt.Errorf("%s %s%s: read the response: %w", method, c.base, path, err), hint),
 			resp.Body.Close(),
 		)
 	}

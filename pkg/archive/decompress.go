@@ -189,4 +189,4 @@ func refuse(format string, args ...any) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), hintReplace)
 }
 
-const hintReplace = "replace the archive at its source: it is damaged, or somebody changed it"
+const hintReplace = "replace the archive at its source: the archive is damaged, or somebody changed the archive"

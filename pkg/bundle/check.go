@@ -22,7 +22,7 @@ import (
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
-		return nil, fmt.Errorf("list %s layer: %w", kind, err)
+		return nil, fmt.Errorf("list the files of the %s layer: %w", kind, err)
 	}
 	names := make([]string, len(entries))
 	for i, e := range entries {

@@ -172,7 +172,7 @@ func checkHash(h v1.Hash) error {
 // decode parses data, which must be exactly one JSON value without unknown fields.
 func decode(data []byte, v any) error {
 	if len(data) > MaxManifest {
-		return fmt.Errorf("the document has %d bytes; want at most %d bytes", len(data), MaxManifest)
+		return fmt.Errorf("the JSON document has %d bytes; want at most %d bytes", len(data), MaxManifest)
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
@@ -180,7 +180,7 @@ func decode(data []byte, v any) error {
 		return err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("there is data after the end of the document")
+		return errors.New("there is data after the end of the JSON document")
 	}
 	return nil
 }

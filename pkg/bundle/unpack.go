@@ -267,7 +267,7 @@ type meter struct {
 	err   error // error of the source, except io.EOF
 }
 
-var errTooLong = errors.New("the stream is longer than it may be")
+var errTooLong = errors.New("the stream is longer than its limit")
 
 func (m *meter) Read(p []byte) (int, error) {
 	if m.over {

@@ -112,7 +112,8 @@ func (c *Cache) blobPath(digest string) string {
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
-			return "", 0, fault.New(fault.Usage, fmt.Sprintf("store blob: digest %q: want sha256: and 64 hex digits", want), "")
+			return "", 0, fault.New(fault.Usage, fmt.Sprintf(
+				"store a blob in the cache: digest %q: want sha256: and 64 hex digits", want), "")
 		}
 		if path, ok := c.Blob(want); ok {
 			if fi, err := os.Stat(path); err == nil {
@@ -122,7 +123,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	}
 	f, err := os.CreateTemp(c.tmp(), "blob-*")
 	if err != nil {
-		return "", 0, disk(fmt.Errorf("store blob: %w", err))
+		return "", 0, disk(fmt.Errorf("store a blob in the cache: %w", err))
 	}
 	defer func() {
 		if err != nil {
@@ -141,11 +142,12 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		err = cerr
 	}
 	if err != nil {
-		return "", 0, disk(fmt.Errorf("store blob: %w", err))
+		return "", 0, disk(fmt.Errorf("store a blob in the cache: %w", err))
 	}
 	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
-		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: the content has digest %s; want %s", digest, want),
+		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store a blob in the cache: the content has digest %s; want %s",
+			digest, want),
 			"")
 	}
 	err = c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
@@ -153,7 +155,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		err = os.Rename(f.Name(), c.blobPath(digest))
 	}
 	if err != nil {
-		return "", 0, disk(fmt.Errorf("store blob: %w", err))
+		return "", 0, disk(fmt.Errorf("store a blob in the cache: %w", err))
 	}
 	return digest, size, nil
 }
@@ -180,7 +182,7 @@ func (c *Cache) Blob(digest string) (path string, ok bool) {
 func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	path, ok := c.Blob(digest)
 	if !ok {
-		return fmt.Errorf("verify blob %s: %w", digest, fs.ErrNotExist)
+		return fmt.Errorf("verify the cached blob %s: %w", digest, fs.ErrNotExist)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -189,10 +191,10 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	defer f.Close()
 	h := sha256.New()
 	if _, err := io.Copy(h, &ctxReader{ctx, f}); err != nil {
-		return fmt.Errorf("verify blob %s: %w", digest, err)
+		return fmt.Errorf("verify the cached blob %s: %w", digest, err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
-		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: the content has digest %s", digest, got),
+		bad := fault.New(fault.Checksum, fmt.Sprintf("verify the cached blob %s: the content has digest %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
 	}
@@ -209,7 +211,8 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
-		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q and key %q: want two file names", kind,
+		return "", false, fault.New(fault.Internal, fmt.Sprintf("make a cached tree: kind %q and key %q: want two file names",
+			kind,
 			key), "")
 	}
 	defer func() {
@@ -228,14 +231,14 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 		return path, ok, err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return "", false, disk(fmt.Errorf("make tree: %w", err))
+		return "", false, disk(fmt.Errorf("make a cached tree: %w", err))
 	}
 	lock := flock.New(filepath.Join(c.dir, locksDir, kind+"@"+key+".lock"))
 	if _, err := lock.TryLockContext(ctx, lockPoll); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		return "", false, fmt.Errorf("make tree %s/%s: wait for its lock: %w", kind, key, err)
+		return "", false, fmt.Errorf("make the cached tree %s/%s: wait for the lock of the tree: %w", kind, key, err)
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	ok, trouble, err := c.intact(ctx, kind, key, path)
@@ -249,7 +252,7 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	}
 	tmp, err := os.MkdirTemp(c.tmp(), "tree-*")
 	if err != nil {
-		return "", false, disk(fmt.Errorf("make tree: %w", err))
+		return "", false, disk(fmt.Errorf("make a cached tree: %w", err))
 	}
 	if err = os.Chmod(tmp, 0o755); err == nil {
 		err = fill(ctx, tmp)
@@ -273,10 +276,11 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 func (c *Cache) PutFact(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
 		return fault.New(fault.Internal,
-			fmt.Sprintf("store fact: kind %q is not a file name, or the value of %d bytes is too large", kind, len(value)), "")
+			fmt.Sprintf("store a value in the cache: kind %q is not a file name, or the value of %d bytes is too large", kind,
+				len(value)), "")
 	}
 	if err := c.writeFile(c.factPath(kind, key), append(factSum(value), value...)); err != nil {
-		return disk(fmt.Errorf("store fact: %w", err))
+		return disk(fmt.Errorf("store a value in the cache: %w", err))
 	}
 	return nil
 }

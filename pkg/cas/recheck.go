@@ -39,7 +39,7 @@ func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 	case ok || err != nil:
 		return err
 	case trouble == "":
-		trouble = "the tree is gone"
+		trouble = "the tree does not exist any more"
 	default:
 		if err := c.discard(kind, key, tree, trouble); err != nil {
 			return err

@@ -39,7 +39,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	}
 	want, err := os.ReadFile(c.sealPath(kind, key))
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, "the tree has no seal", nil
+		return false, "the cache has no digest of the tree", nil
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return false, "", foreign(kind, key, err)
@@ -65,7 +65,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 		return false, err.Error(), nil
 	}
 	if got != string(want) {
-		return false, fmt.Sprintf("the tree has digest %s; its seal says %.80s", got, want), nil
+		return false, fmt.Sprintf("the tree has digest %s; the digest in the cache is %.80s", got, want), nil
 	}
 	if again, _ := inodes(path); quiet && again == now { // no file changed during the check
 		c.mu.Lock()

@@ -66,11 +66,11 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 		return nil
 	})
 	if err != nil {
-		return "", fmt.Errorf("digest tree: %w", err)
+		return "", fmt.Errorf("compute the digest of a folder: %w", err)
 	}
 	slices.SortFunc(entries, func(a, b treeEntry) int { return strings.Compare(a.path, b.path) })
 	if err := hashFiles(ctx, dir, entries); err != nil {
-		return "", fmt.Errorf("digest tree: %w", err)
+		return "", fmt.Errorf("compute the digest of a folder: %w", err)
 	}
 	h := sha256.New()
 	buf := []byte(treeScheme)

@@ -199,12 +199,12 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	if len(l.GPUs) > maxGPUs {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("the list of driver versions has %d types of GPU; at most %d are allowed", len(l.GPUs), maxGPUs),
+			fmt.Sprintf("the list of driver versions has %d types of GPU; want at most %d types", len(l.GPUs), maxGPUs),
 			"check that the bucket holds COS builds")
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("the list of driver versions has %d versions; at most %d are allowed", len(l.Versions), maxVersions),
+			fmt.Sprintf("the list of driver versions has %d versions; want at most %d versions", len(l.Versions), maxVersions),
 			"check that the bucket holds COS builds")
 	}
 	return l, nil

@@ -175,7 +175,8 @@ func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
 		u.Host, u.Path = bucket+"."+google, ""
 	case dir == "":
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("%s is itself a bucket, so the server has no place for bucket %s beside it", w.url(""), bucket),
+			fmt.Sprintf("%s is a bucket at the root of its server, so the server cannot have bucket %s beside this bucket",
+				w.url(""), bucket),
 			"serve each bucket in a folder of its name, such as https://HOST/cos-tools and https://HOST/"+bucket)
 	default:
 		u.Path = "/" + path.Join(path.Dir(dir), bucket)

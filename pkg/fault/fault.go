@@ -75,7 +75,7 @@ var table = [kinds]row{
 	NotFound:       {"not-found", 11, 404, false, "the requested object does not exist"},
 	Unauthorized:   {"unauthorized", 12, 401, false, "no token, or a token that is no longer valid"},
 	Forbidden:      {"forbidden", 13, 403, false, "the token does not allow this"},
-	TooLarge:       {"too-large", 14, 413, false, "the request or its answer is larger than the limit"},
+	TooLarge:       {"too-large", 14, 413, false, "the request or its response is larger than the limit"},
 	TooMany:        {"too-many", 15, 429, true, "too many requests"},
 	Pending:        {"pending", 16, 404, true, "not published yet: it is queued, or being built"},
 	WebPage:        {"web-page", 17, 502, true, "the address answered with a web page, such as a login page"},

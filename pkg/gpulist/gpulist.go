@@ -147,7 +147,7 @@ func (l *List) normalize() error {
 	}
 	for i := range l.Chips {
 		if err := l.Chips[i].normalize(); err != nil {
-			return fmt.Errorf("product %d: %w", i, err)
+			return fmt.Errorf("check product %d: %w", i, err)
 		}
 	}
 	// Not slices.SortStableFunc, which adds 8 KB to each program.

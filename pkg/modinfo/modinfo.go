@@ -128,7 +128,8 @@ func read(r io.ReaderAt, size int64) (*Module, error) {
 		return nil, err
 	}
 	if f.Class != elf.ELFCLASS64 || f.Data != elf.ELFDATA2LSB || f.Type != elf.ET_REL {
-		return nil, fmt.Errorf("the file is %v, %v, %v; want a relocatable file for a 64-bit little-endian machine", f.Class,
+		return nil, fmt.Errorf("the ELF file is of %v, %v and %v; want a relocatable file for a 64-bit little-endian machine",
+			f.Class,
 			f.Data, f.Type)
 	}
 	m.Machine = f.Machine

@@ -115,7 +115,7 @@ func parseExport(line string) (string, Export, error) {
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {
-		return "", Export{}, errors.New("the symbol or the module is empty")
+		return "", Export{}, errors.New("the name of the symbol or of the module is empty")
 	}
 	return fields[1], e, nil
 }

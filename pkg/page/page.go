@@ -34,7 +34,7 @@ func Next(list *url.URL, h http.Header, wasRead func(url string) bool) (*url.URL
 		size += len(header)
 	}
 	if size > MaxLink {
-		return nil, linkError("it has %d bytes, and the maximum is %d", size, MaxLink)
+		return nil, linkError("the header has %d bytes; want at most %d bytes", size, MaxLink)
 	}
 	for _, header := range h.Values("Link") {
 		target, ok, err := nextTarget(header)
@@ -54,7 +54,7 @@ func Next(list *url.URL, h http.Header, wasRead func(url string) bool) (*url.URL
 		}
 		to.Host, to.Fragment, to.RawFragment = list.Host, "", ""
 		if wasRead(to.String()) {
-			return nil, linkError("it names a page as the next one that was read already: %.100q", to)
+			return nil, linkError("the header names as the next page one that was read already: %.100q", to)
 		}
 		return to, nil
 	}

@@ -62,7 +62,7 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	seen := p.Mapping(a, "a mapping with version, kernels and drivers", map[string]func(yamlfile.At){
 		"version": func(a yamlfile.At) {
 			if w.Version = p.Number(a, 1, 1<<30, "1"); w.Version > FormatVersion {
-				p.Say(a, "found version %d of the format; want %d, or a newer builder", w.Version, FormatVersion)
+				p.Say(a, "found version %d of the format; want %d; other versions need another builder", w.Version, FormatVersion)
 			}
 		},
 		"imageMap":      func(a yamlfile.At) { w.ImageMap = p.url(a) },

@@ -84,7 +84,7 @@ func TestMistakes(t *testing.T) {
 		{"nothing in it", "version: 1\n", "w:1:1: found no field kernels; want this field\n" +
 			"w:1:1: found no field drivers; want this field"},
 		{"newer format", "version: 2\nkernels: [{latest: 1}]\n" + tail,
-			"w:1:10: version: found version 2 of the format; want 1, or a newer builder"},
+			"w:1:10: version: found version 2 of the format; want 1; other versions need another builder"},
 		{"unknown field", head + tail + "driver: x\n",
 			`w:4:1: found field "driver"; want architectures, boards, drivers, exclude, flavours, imageMap, kernels or version`},
 		{"twice", head + tail + "drivers: [latest]\n", `w:4:1: found field "drivers" twice; want it once`},

@@ -72,7 +72,7 @@ func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err 
 			continue
 		}
 		if err := tx.Exec(ctx, successor, row.ID, row.Attempt); err != nil {
-			return fmt.Errorf("job %d: %w", row.ID, err)
+			return fmt.Errorf("insert a new job in place of job %d: %w", row.ID, err)
 		}
 	}
 	return tx.Commit(ctx)
@@ -113,7 +113,8 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 		rescue(ctx, q.exec, last, rivertype.JobStateDiscarded),
 	)
 	if err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("make the jobs that worker %s left behind available again: %w", id,
+			err), "")
 	}
 	return nil
 }

@@ -98,7 +98,7 @@ type borrowedConn struct{ *connection }
 // connection is another name of pgx.Conn. An embedded field Conn would hide the method Conn of borrowedConn.
 type connection = pgx.Conn
 
-var errNotOwner = errors.New("begin or end a transaction: the queue has only borrowed the transaction")
+var errNotOwner = errors.New("begin or end a transaction inside the queue: only the caller of the queue may do this")
 
 func (j borrowedConn) Begin(context.Context) (pgx.Tx, error) { return nil, errNotOwner }
 func (j borrowedConn) Commit(context.Context) error          { return errNotOwner }

@@ -185,8 +185,8 @@ func TestHostilePages(t *testing.T) {
 		"of another list": {link(`</v2/x/referrers/y>; rel="next"`), "wrong Link header: the next page"},
 		"no URL":          {link(`<%zz>; rel="next"`), "wrong Link header: the next page"},
 		"no form":         {link(`/v2/x/referrers/y?from=40; rel="next"`), "wrong Link header: "},
-		"the same again":  {link(`<?from=0>; rel="next"`), "wrong Link header: it names a page"},
-		"itself":          {link(`<>; rel="next"`), "wrong Link header: it names a page"},
+		"the same again":  {link(`<?from=0>; rel="next"`), "wrong Link header: the header names as the next page"},
+		"itself":          {link(`<>; rel="next"`), "wrong Link header: the header names as the next page"},
 	}
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {

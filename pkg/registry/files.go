@@ -76,7 +76,8 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 			artifactType)
 	}
 	if len(m.Layers) > MaxFiles {
-		return nil, fault.Errorf(fault.Unverified, "the artifact has %d files; at most %d are read", len(m.Layers), MaxFiles)
+		return nil, fault.Errorf(fault.Unverified, "the artifact has %d files; want at most %d files", len(m.Layers),
+			MaxFiles)
 	}
 	taken := make(map[string]bool, len(m.Layers))
 	for _, l := range m.Layers {

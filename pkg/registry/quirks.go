@@ -89,7 +89,7 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 		if req.Context().Value(attachKey{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
 			// GitLab interprets the tag as a digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
-				req.URL.Host+" has no referrers API, and takes the tag "+tag+" for a digest",
+				req.URL.Host+" has no referrers API, and treats the tag "+tag+" as a digest",
 				"publish to another registry: this one cannot list the attestations of an artifact")
 		}
 		if req.Context().Value(attachKey{}) != nil {

@@ -79,7 +79,7 @@ func TestRecordedGitLab(t *testing.T) {
 		t.Errorf("Attached = %d statements, %v; want none, and no error", len(got), err)
 	}
 	err = attachOne(t, repo, s)
-	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "for a digest") ||
+	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "as a digest") ||
 		!strings.Contains(fault.Hint(err), "publish to another registry") {
 		t.Errorf("Attach = %v (%v, hint %q); want it refused, and why", err, fault.Of(err), fault.Hint(err))
 	}

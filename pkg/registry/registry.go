@@ -267,7 +267,7 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	if d.Size < 0 || d.Size > MaxManifest {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"read blob %s from %s: the blob has %d bytes; at most %d bytes are read",
+			"read blob %s from %s: the blob has %d bytes; want at most %d bytes",
 			d.Digest,
 			r.name,
 			d.Size,
@@ -415,7 +415,7 @@ func damaged(err error) error {
 // folder that exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
-		return fmt.Errorf("try to write %s: %w", r.name, err)
+		return fmt.Errorf("check whether %s can be written: %w", r.name, err)
 	}
 	return nil
 }

@@ -421,7 +421,7 @@ func responseError(repo name.Repository, api *transport.Error, err error, write 
 				"on Harbor, create the project; on Amazon ECR: "+createECR(repo))
 	case write:
 		return fault.Wrap(fault.PublishRefused, err,
-			"read the registry's answer; to test the registry without a build: builder doctor --to "+repo.Name())
+			"read the registry's response; to test the registry without a build: builder doctor --to "+repo.Name())
 	case status == http.StatusNotFound:
 		return fault.Wrap(fault.NoArtifact, err, "")
 	}

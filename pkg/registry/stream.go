@@ -138,7 +138,8 @@ func (r rangeTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		m := contentRange.FindStringSubmatch(resp.Header.Get("Content-Range"))
 		if m == nil || m[1] != strconv.FormatInt(from, 10) {
 			return nil, errors.Join(fault.Errorf(fault.Transient,
-				"read blob from byte %d on: the response has Content-Range %.80q", from, resp.Header.Get("Content-Range")),
+				"read blob from byte %d on: the response has Content-Range %.80q; want a range from that byte on", from,
+				resp.Header.Get("Content-Range")),
 				resp.Body.Close())
 		}
 		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library accepts only 200

@@ -75,7 +75,7 @@ type Config struct {
 func (c Config) Validate() error {
 	var errs []error
 	if len(c.Argv) == 0 {
-		errs = append(errs, errors.New("the program is missing"))
+		errs = append(errs, errors.New("no program is given"))
 	}
 	if !strings.HasPrefix(c.Dir, "/") {
 		errs = append(errs, fmt.Errorf("working folder %q: want an absolute path", c.Dir))

@@ -144,7 +144,7 @@ func TestSetupTrouble(t *testing.T) {
 		t.Errorf("Run with a missing bind = %v (%v, hint %q); want usage with a hint", err, fault.Of(err), fault.Hint(err))
 	}
 	if err := sandbox.Run(t.Context(), sandbox.Config{Dir: "relative", Binds: []sandbox.Bind{{Host: "a"}}}); err == nil ||
-		!strings.Contains(err.Error(), "the program is missing") || !strings.Contains(err.Error(), "absolute paths") {
+		!strings.Contains(err.Error(), "no program is given") || !strings.Contains(err.Error(), "absolute paths") {
 		t.Errorf("Run of a bad configuration = %v; want every problem at once", err)
 	}
 }

@@ -36,7 +36,7 @@ func digestTools(dir string, names []string) (string, error) {
 	libraries := map[string]bool{}
 	folders, err := libraryFolders()
 	if err != nil {
-		return "", fmt.Errorf("read host tools: %w", err)
+		return "", fmt.Errorf("find the folders of this machine's libraries: %w", err)
 	}
 	for _, name := range names {
 		file, err := filepath.EvalSymlinks(filepath.Join(dir, name))
@@ -44,16 +44,16 @@ func digestTools(dir string, names []string) (string, error) {
 			fmt.Fprintf(h, "%s missing\n", name)
 			continue
 		} else if err != nil {
-			return "", fmt.Errorf("read the host's tools: %w", err)
+			return "", fmt.Errorf("compute the digest of this machine's build tools: %w", err)
 		}
 		sum, err := digestFile(file)
 		if err != nil {
-			return "", fmt.Errorf("read the host's tools: %w", err)
+			return "", fmt.Errorf("compute the digest of this machine's build tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", name, sum)
 		needed, err := neededFiles(file, folders)
 		if err != nil {
-			return "", fmt.Errorf("read the host's tools: %s: %w", name, err)
+			return "", fmt.Errorf("find the libraries of this machine's build tool %s: %w", name, err)
 		}
 		for _, library := range needed {
 			libraries[library] = true
@@ -67,7 +67,7 @@ func digestTools(dir string, names []string) (string, error) {
 	for _, library := range all {
 		sum, err := digestFile(library)
 		if err != nil {
-			return "", fmt.Errorf("read the host's tools: %w", err)
+			return "", fmt.Errorf("compute the digest of this machine's build tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", filepath.Base(library), sum)
 	}
@@ -145,7 +145,7 @@ func digestFile(name string) (sum string, err error) {
 	defer f.Close() // the file was only read
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
-		return "", fmt.Errorf("%s: %w", name, err)
+		return "", fmt.Errorf("compute the digest of %s: %w", name, err)
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }

@@ -103,7 +103,7 @@ func decode(file []byte) (*Catalogue, error) {
 		return nil, err
 	}
 	if d.More() {
-		return nil, errors.New("the list has more than one document")
+		return nil, errors.New("the catalogue has more than one JSON document")
 	}
 	return &c, c.Check()
 }

@@ -94,8 +94,7 @@ func (c *Client) Last() (*Snapshot, error) {
 	s, err := Verify(files)
 	if err != nil {
 		return nil, fmt.Errorf(
-			"read %s: %w",
-			c.cfg.State,
+			"verify the stored snapshot %s: %w", c.cfg.State,
 			fault.Wrap(fault.Unverified, err, "remove the file; the next run fetches the snapshot again"),
 		)
 	}

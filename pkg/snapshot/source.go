@@ -145,7 +145,7 @@ func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {
 			return nil, &metadata.ErrDownloadLengthMismatch{
-				Msg: fmt.Sprintf("the signed size of %s is %d bytes; at most %d bytes are read", name, most, MaxFile),
+				Msg: fmt.Sprintf("the signed size of %s is %d bytes; want 1 to %d bytes", name, most, MaxFile),
 			}
 		}
 		rc, err := from.open(ctx, name)

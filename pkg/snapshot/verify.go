@@ -144,7 +144,7 @@ func verify(f Files) (*Snapshot, error) {
 func checkRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
 		return fmt.Errorf(
-			"read root of snapshot: %w",
+			"read root metadata of snapshot: %w",
 			fault.Wrap(fault.Usage, err, "give a file N.root.json that \"builder snapshot root\" wrote"),
 		)
 	}

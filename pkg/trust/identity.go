@@ -18,8 +18,8 @@ import (
 
 // Errors about a Sigstore bundle that was signed with a short-lived certificate. Compare with errors.Is.
 var (
-	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
-	ErrOtherRoot       = errors.New("signed with a certificate of another root")
+	ErrUnknownIdentity = errors.New("the statement is signed by an unknown certificate identity")
+	ErrOtherRoot       = errors.New("the signer's certificate does not belong to the trusted root")
 	ErrNoTime          = errors.New("no trusted timestamp shows that the certificate was valid at the time of signing")
 )
 
@@ -52,7 +52,7 @@ func ReadRoot(file string) (*Root, error) {
 
 func parseRoot(text []byte) (*Root, error) {
 	if len(text) > maxRootFile {
-		return nil, fmt.Errorf("the file has %d bytes; at most %d bytes are read", len(text), maxRootFile)
+		return nil, fmt.Errorf("the file has %d bytes; want at most %d bytes", len(text), maxRootFile)
 	}
 	material, err := root.NewTrustedRootFromJSON(text)
 	switch {
@@ -143,7 +143,7 @@ func newCertificates(p Policy) (*certificates, error) {
 	for _, i := range p.Identities {
 		m, err := i.matcher()
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err),
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("check the certificate identity %s: %w", i, err),
 				"give the subject and the issuer of the publisher's certificates")
 		}
 		names, whom = append(names, i.String()), append(whom, verify.WithCertificateIdentity(m))
@@ -175,7 +175,8 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 		}
-		return fmt.Errorf("%w: the signer is %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
+		return fmt.Errorf("%w: the signer is %.300q; trusted signers are %s", ErrUnknownIdentity, nameOf(who).String(),
+			c.identities)
 	}
 	issued, err := chains(c.root, leaf)
 	if err != nil {

@@ -134,7 +134,7 @@ func TestIdentitiesRefused(t *testing.T) {
 	}{
 		{"another name", trusting(plain, trust.Identity{Subject: "other@example.com", Issuer: someone().Issuer}), signed,
 			trust.ErrUnknownIdentity,
-			`"farm@example.com (https://login.example.com)"; trusted are other@example.com (https://login.example.com)`,
+			`"farm@example.com (https://login.example.com)"; trusted signers are other@example.com (https://login.example.com)`,
 			"the subject and the issuer"},
 		{"another issuer", trusting(plain, trust.Identity{Subject: someone().Subject, Issuer: "https://login.example.org"}),
 			signed, trust.ErrUnknownIdentity, "login.example.org", "the subject and the issuer"},
@@ -163,7 +163,7 @@ func TestIdentitiesRefused(t *testing.T) {
 		{"payload changed", trusting(plain, someone()), flip(t, signed, "payload"), trust.ErrChanged, "sample authority", ""},
 		{"only keys trusted", key.Verifier(t), signed, trust.ErrUnknownKey, "only keys are trusted", "public key"},
 		{"only identities trusted", trusting(plain, someone()), s.Bundles[0], trust.ErrUnknownKey,
-			"trusted are " + someone().String(), "public key"},
+			"trusted signers are " + someone().String(), "public key"},
 		{"no certificate", trusting(plain, someone()), bytes.Replace(signed, []byte(`"rawBytes"`), []byte(`"x"`), 1),
 			trust.ErrMalformed, "", ""},
 	}

@@ -56,7 +56,7 @@ func ParsePublicKeys(text []byte) ([]PublicKey, error) {
 
 func parsePublicKeys(text []byte) ([]PublicKey, error) {
 	if len(text) > maxKeyFile {
-		return nil, fmt.Errorf("the file has %d bytes; at most %d bytes are read", len(text), maxKeyFile)
+		return nil, fmt.Errorf("the file has %d bytes; want at most %d bytes", len(text), maxKeyFile)
 	}
 	var keys []PublicKey
 	for rest := bytes.TrimSpace(text); len(rest) > 0; rest = bytes.TrimSpace(rest) {

@@ -22,9 +22,9 @@ var (
 	ErrRevoked    = errors.New("the artifact's digest is revoked")
 	ErrTooOld     = errors.New("the artifact is too old")
 	ErrThreshold  = errors.New("too few signatures")
-	ErrOtherRole  = errors.New("signed by a signer that is not trusted for this statement")
-	ErrKeyPeriod  = errors.New("signed outside of the key's validity period")
-	ErrOtherInput = errors.New("built from inputs of an untrusted source")
+	ErrOtherRole  = errors.New("the statement is signed by a signer that is not trusted for this statement")
+	ErrKeyPeriod  = errors.New("the statement is signed outside of the key's validity period")
+	ErrOtherInput = errors.New("the artifact was built from inputs of an untrusted source")
 )
 
 // Role is a group of signers, such as the builders of a farm. Rules name roles.
@@ -129,10 +129,10 @@ func (p *Policy) settle() error {
 	for _, version := range p.MinVersions {
 		d, err := target.ParseDriver(version, string(target.Open))
 		if err != nil {
-			return bad("minimum version: %w", err)
+			return bad("parse a minimum version: %w", err)
 		}
 		if d != d.Modules() {
-			return bad("minimum version %s: want a version without a suffix; it then applies to all editions of the release",
+			return bad("minimum version %s: want a version without a suffix, which applies to all editions of the release",
 				version)
 		}
 	}

@@ -19,8 +19,8 @@ import (
 // Errors about a Sigstore bundle itself. Compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed attestation")
-	ErrUnknownKey = errors.New("signed by an unknown key")
-	ErrChanged    = errors.New("the signature is not valid: payload or signature changed after signing")
+	ErrUnknownKey = errors.New("the statement is signed by an unknown key")
+	ErrChanged    = errors.New("the signature is not valid: the payload or the signature changed after signing")
 )
 
 // Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles.
@@ -199,7 +199,7 @@ func hintFor(err error) string {
 
 func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if len(data) > MaxBundleSize {
-		return nil, fmt.Errorf("%w: the bundle has %d bytes; at most %d bytes are read", ErrMalformed, len(data),
+		return nil, fmt.Errorf("%w: the bundle has %d bytes; want at most %d bytes", ErrMalformed, len(data),
 			MaxBundleSize)
 	}
 	var b bundle.Bundle
@@ -227,7 +227,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: the signer is key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()),
+		return nil, fmt.Errorf("%w: the signer is key %s; trusted signers are %s", ErrUnknownKey, hintID(pub.Hint()),
 			v.trustedSigners())
 	}
 	// The library does not compare the subject here; [Verifier.Verify] does, for a better error.
@@ -257,7 +257,8 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 		return nil, fmt.Errorf("%w: the payload is not an in-toto statement v1", ErrMalformed)
 	}
 	if len(in.GetSubject()) > maxSubjects {
-		return nil, fmt.Errorf("%w: the statement has %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()),
+		return nil, fmt.Errorf("%w: the statement has %d subjects; want at most %d subjects", ErrMalformed,
+			len(in.GetSubject()),
 			maxSubjects)
 	}
 	st.PredicateType = in.GetPredicateType()

@@ -69,7 +69,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	out := cpio.Newc.Writer(w)
 	for i, f := range files {
 		if err := writeFile(out, f, uint64(i+1)); err != nil {
-			return fmt.Errorf("write initramfs: %s: %w", f.Name, err)
+			return fmt.Errorf("write %s into the initramfs: %w", f.Name, err)
 		}
 	}
 	// The kernel opens /dev/console for process 1 before /dev is mounted.

@@ -312,7 +312,8 @@ func (f *runner) make(ctx context.Context, j *job) {
 func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
 	before := strings.TrimSuffix(j.Log, ".log") + ".before.log"
 	if err := os.Rename(j.Log, before); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fault.Disk(fmt.Errorf("keep log: %w", err), "free space on the disk of the log")
+		return nil, fault.Disk(fmt.Errorf("keep the log of the cell's previous attempt: %w", err),
+			"free space on the disk of the log")
 	}
 	log, err := os.OpenFile(j.Log, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 	if errors.Is(err, os.ErrNotExist) {
@@ -321,7 +322,7 @@ func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, 
 		}
 	}
 	if err != nil {
-		return nil, fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return nil, fault.Disk(fmt.Errorf("open the log of the build: %w", err), "free space on the disk of the log")
 	}
 	defer func() {
 		err = errors.Join(err, log.Close())

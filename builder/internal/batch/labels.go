@@ -80,7 +80,7 @@ func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[
 				cmp.Or(declared[label], "the version that has this label at COS"), got.URL))
 		}
 		for _, url := range got.Unsigned {
-			notes = append(notes, url+" has no signature: others wrote a part of it")
+			notes = append(notes, url+" has no signature, because other writers wrote a part of this object")
 		}
 	}
 	return notes, nil

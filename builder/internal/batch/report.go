@@ -131,7 +131,7 @@ func (r *Report) Err() error {
 	case stopped > 0:
 		return fault.New(fault.Cancelled,
 			fmt.Sprintf("stopped: %d of %d cells were not built, %d failed", stopped, len(r.Jobs), failed),
-			"run the command again: it does not build finished cells again")
+			"run the command again: the command does not build finished cells again")
 	case failed == 0:
 		return nil
 	case len(kinds) == 1:

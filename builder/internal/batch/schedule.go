@@ -369,7 +369,7 @@ func (f *runner) skipRest(ctx context.Context) {
 		if cause == nil && !f.stopping(ctx) {
 			text = "the cell was not started: no reason was given" // only a bug in pick leads here
 		}
-		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it does not build finished cells again"))
+		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: the command does not build finished cells again"))
 	}
 }
 

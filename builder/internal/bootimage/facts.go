@@ -81,7 +81,7 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	if _, packed, ok := bytes.Cut(text, configBegins); ok {
 		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
 			if f.Config, err = unpackConfig(packed); err != nil {
-				return f, badVMLinux("unpack the kernel's configuration in it: %v", err)
+				return f, badVMLinux("unpack the kernel's configuration in .rodata: %v", err)
 			}
 		}
 	}
@@ -96,7 +96,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	}
 	text, err := io.ReadAll(io.LimitReader(zr, kconfig.Max+1))
 	if err == nil && len(text) > kconfig.Max {
-		err = fmt.Errorf("the unpacked text has more than %d MiB", kconfig.Max>>20)
+		err = fmt.Errorf("the unpacked configuration has more than %d MiB", kconfig.Max>>20)
 	}
 	return text, errors.Join(err, zr.Close())
 }
@@ -164,7 +164,9 @@ func (f Facts) Check(headers string) error {
 	if by, host := said["LINUX_COMPILE_BY"], said["LINUX_COMPILE_HOST"]; by != "" && host != "" {
 		begins += by + "@" + host + ")"
 	}
-	words := fmt.Errorf("the version text in vmlinux is %.160q; the headers want %q … %q", f.Banners[len(f.Banners)-1],
+	words := fmt.Errorf(
+		"the version text in vmlinux is %.160q; the headers want a text that begins with %q and ends with %q",
+		f.Banners[len(f.Banners)-1],
 		begins,
 		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {

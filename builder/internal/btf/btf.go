@@ -38,7 +38,8 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	case s == nil:
 		return nil, ErrNone
 	case s.Type != elf.SHT_PROGBITS || s.Flags&elf.SHF_COMPRESSED != 0:
-		return nil, fmt.Errorf("section %s: type %v, flags %v; want SHT_PROGBITS, not compressed", Section, s.Type, s.Flags)
+		return nil, fmt.Errorf("section %s has type %v and flags %v; want type SHT_PROGBITS, not compressed", Section, s.Type,
+			s.Flags)
 	case s.FileSize > maxSize:
 		return nil, fmt.Errorf("section %s has %d bytes; want at most %d bytes", Section, s.FileSize, maxSize)
 	}
@@ -138,17 +139,19 @@ func formOf(kind uint32) (form, bool) {
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
-		return nil, errors.New("the section does not have BTF of version 1 for a little-endian machine")
+		return nil, errors.New("the section .BTF does not have BTF of version 1 for a little-endian machine")
 	}
 	size := le.Uint32(data[4:])
 	if size < headerSize || uint64(size) > uint64(len(data)) {
-		return nil, fmt.Errorf("the BTF header says that it has %d bytes; the whole section has %d bytes", size, len(data))
+		return nil, fmt.Errorf("the BTF header says that the header has %d bytes; the whole section has %d bytes", size,
+			len(data))
 	}
 	part := func(at int) ([]byte, error) {
 		off, n := uint64(le.Uint32(data[at:])), uint64(le.Uint32(data[at+4:]))
 		rest := data[size:]
 		if off+n > uint64(len(rest)) {
-			return nil, fmt.Errorf("the section ends before the end of the %d bytes at offset %d", n, off)
+			return nil, fmt.Errorf(
+				"the BTF header names a table of %d bytes at offset %d, but the section ends inside this table", n, off)
 		}
 		return rest[off : off+n], nil
 	}
@@ -172,7 +175,7 @@ func parse(data []byte, base *Types) (*Types, error) {
 	}
 	for i, at := range starts {
 		if err := t.checkType(types[at:], base); err != nil {
-			return nil, fmt.Errorf("type %d: %w", base.count+uint32(i)+1, err) //nolint:gosec // at most maxSize/typeSize
+			return nil, fmt.Errorf("check type %d: %w", base.count+uint32(i)+1, err) //nolint:gosec // at most maxSize/typeSize
 		}
 	}
 	return t, nil
@@ -223,12 +226,12 @@ func (t *Types) checkType(typ []byte, base *Types) error {
 		first := typeSize/4 + i*step
 		if f.name >= 0 {
 			if err := t.checkName(word(first+f.name), base); err != nil {
-				return fmt.Errorf("member %d: %w", i, err)
+				return fmt.Errorf("check member %d: %w", i, err)
 			}
 		}
 		for _, at := range f.types {
 			if err := t.checkID(word(first + at)); err != nil {
-				return fmt.Errorf("member %d: %w", i, err)
+				return fmt.Errorf("check member %d: %w", i, err)
 			}
 		}
 	}
@@ -237,7 +240,7 @@ func (t *Types) checkType(typ []byte, base *Types) error {
 
 func (t *Types) checkID(id uint32) error {
 	if id > t.count {
-		return fmt.Errorf("reference to type %d, but the last type is %d", id, t.count)
+		return fmt.Errorf("a reference names type %d, but the last type is %d", id, t.count)
 	}
 	return nil
 }
@@ -250,7 +253,7 @@ func (t *Types) checkName(offset uint32, base *Types) error {
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("the name at offset %d is after the end of the strings", offset)
+		return fmt.Errorf("the name at offset %d is after the end of the table of strings", offset)
 	case i > 0 && table[i-1] != 0:
 		within := stringAt(table, int(i)) //nolint:gosec // within table
 		return fmt.Errorf("the name at offset %d begins inside another name, %q", offset, within)

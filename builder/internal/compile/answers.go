@@ -167,7 +167,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: the plan has the kernel's source folder %s and output folder %s; want %s for both",
+		return nil, fmt.Errorf("%w: make reports the kernel's source folder %s and output folder %s; want %s for both",
 			errUseMake, plan.Sources, plan.Output, insideKernel)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
@@ -184,7 +184,8 @@ func (a *answerer) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // [diagnose] reads this error together with the findings of the watch
 	}
-	return fmt.Errorf("%w: make printed no list of conftest questions; its last line was: %s", errUseMake, f.lastLine)
+	return fmt.Errorf("%w: make wrote no usable list of conftest.sh's tests; the last line of make's output was: %s",
+		errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {
@@ -213,14 +214,14 @@ func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	var about []question
 	for _, name := range a.plan.Headers {
 		if !a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: conftest.sh cannot test a single header", errUseMake)
+			return nil, fmt.Errorf("%w: conftest.sh has no mode that tests a single header", errUseMake)
 		}
 		about = append(about, question{name: name, key: a.keyer.HeaderKey(name),
 			argv: []string{conftest.ModeHeader, flags, name}})
 	}
 	if len(a.plan.Headers) == 0 {
 		if a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the plan has no header", errUseMake)
+			return nil, fmt.Errorf("%w: make's list of conftest.sh's tests names no header", errUseMake)
 		}
 		about = []question{{key: a.keyer.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
 	}
@@ -353,7 +354,7 @@ func (a *answerer) askOne(ctx context.Context, q question, dir string) (text str
 	}
 	raw, err := untrusted.ReadFile(work, "answer", maxAnswer)
 	if err != nil {
-		return "", fmt.Errorf("%w: read the answer of conftest.sh for %s: %w", errUseMake, q.name, err)
+		return "", fmt.Errorf("%w: read the result of conftest.sh for %s: %w", errUseMake, q.name, err)
 	}
 	return string(raw), os.RemoveAll(dir)
 }
@@ -366,8 +367,8 @@ func (a *answerer) release(answer string) (string, error) {
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: want exactly one string in utsrelease.h, and one in the answer to uts_release",
-			errUseMake)
+		return "", fmt.Errorf(
+			"%w: want exactly one string in utsrelease.h, and one in the result of conftest.sh's test uts_release", errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }

@@ -33,7 +33,8 @@ func setBuildID(stripped, debug string) error {
 		return err
 	}
 	if other != size {
-		return fmt.Errorf("set the build id of %s: the old build id has %d bytes; that of the stripped module has %d",
+		return fmt.Errorf(
+			"set the build id of %s: the old build id has %d bytes; the stripped module's build id has %d bytes",
 			debug, other, size)
 	}
 	return writeAt(debug, id, at)
@@ -65,12 +66,13 @@ func findBuildID(path string) (at, size int64, err error) {
 		return 0, 0, fmt.Errorf("read build id: %w", err)
 	}
 	if len(note) < header || string(note[12:header]) != "GNU\x00" || f.ByteOrder.Uint32(note[8:]) != 3 {
-		return 0, 0, fmt.Errorf("read build id: the section .note.gnu.build-id has %d bytes, and no GNU build id",
+		return 0, 0, fmt.Errorf("read build id: the section .note.gnu.build-id has %d bytes, but no GNU build id",
 			len(note))
 	}
 	size = int64(f.ByteOrder.Uint32(note[4:]))
 	if size < 8 || size > sha256.Size || header+size > int64(len(note)) {
-		return 0, 0, fmt.Errorf("read build id: the build id has %d bytes; want 8 to %d bytes inside the note", size,
+		return 0, 0, fmt.Errorf(
+			"read build id: the build id has %d bytes; want 8 to %d bytes, and not more than its ELF note holds", size,
 			sha256.Size)
 	}
 	return int64(s.Offset) + header, size, nil //nolint:gosec // the offset is inside a file that was read completely

@@ -209,7 +209,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	}
 	b := &build{r: r, t: t, src: filepath.Join(r.WorkDir, "src"), out: filepath.Join(r.WorkDir, "out")}
 	if err := stage(ctx, r.Source, b.src); err != nil {
-		return result, diskFull(fmt.Errorf("copy sources: %w", err))
+		return result, diskFull(fmt.Errorf("copy the driver's sources into the work folder: %w", err))
 	}
 	for _, dir := range []string{b.out, b.modulesDir(), b.debugDir()} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -239,7 +239,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 
 	err = b.compileSources(ctx)
 	if cerr := b.watch.close(err != nil); cerr != nil && err == nil {
-		err = diskFull(fmt.Errorf("write log: %w", cerr))
+		err = diskFull(fmt.Errorf("write the log of the compile: %w", cerr))
 	}
 	result.Phases = b.watch.phases
 	if err != nil {
@@ -283,7 +283,7 @@ func (b *build) compileSources(ctx context.Context) error {
 				restored, err = o.restore(ctx)
 			}
 			if err != nil {
-				return diskFull(fmt.Errorf("restore objects: %w", err))
+				return diskFull(fmt.Errorf("restore compiled objects from the cache: %w", err))
 			}
 			b.watch.reuse(phaseCompile, restored)
 		}
@@ -297,7 +297,7 @@ func (b *build) compileSources(ctx context.Context) error {
 	}
 	err := b.runMake(ctx, box, "trouble")
 	if a != nil && err != nil && b.watch.findings.unanswered {
-		fmt.Fprintf(b.watch, "prebake: %v: make asked a question that is not in the plan\n", errUseMake)
+		fmt.Fprintf(b.watch, "prebake: %v: make runs a test that is not in make's list of conftest.sh's tests\n", errUseMake)
 		b.watch.findings, o = findings{}, nil
 		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
 			return diskFull(err)
@@ -316,7 +316,7 @@ func (b *build) compileSources(ctx context.Context) error {
 		return nil // `make` changed conftest's answers, so the keys of the objects may be wrong
 	}
 	if err := o.store(ctx, left); err != nil {
-		return diskFull(fmt.Errorf("store objects: %w", err))
+		return diskFull(fmt.Errorf("store compiled objects in the cache: %w", err))
 	}
 	return nil
 }

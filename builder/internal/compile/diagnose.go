@@ -164,7 +164,8 @@ func diagnose(err error, f findings) error {
 			"publish a toolchain.tar.xz that contains the missing program; or install the program on this machine (for "+
 				"make, perl and the C library's tools: apt-get install build-essential)")
 	case f.make != "" && f.lastLine != "":
-		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before it: %s", f.make, f.lastLine), hintLog)
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before this message: %s", f.make, f.lastLine),
+			hintLog)
 	case f.make != "":
 		return fault.New(fault.Internal, "make: "+f.make, hintLog)
 	case f.lastLine != "":

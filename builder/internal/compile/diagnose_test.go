@@ -74,7 +74,8 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 		{
 			"wrong flag", "gcc: error: unrecognized command-line option '-mharden-sls=all'\nmake[2]: *** " +
 				"[/prebake/kernel/scripts/Makefile.build:250: /prebake/src/a.o] Error 1\n",
-			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1; the line before it: gcc: " +
+			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1; the line before this " +
+				"message: gcc: " +
 				"error: unrecognized command-line option '-mharden-sls=all'",
 		},
 		{

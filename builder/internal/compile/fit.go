@@ -49,7 +49,7 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 		}
 	}
 	if m := missingLibrary.FindStringSubmatch(said); m != nil {
-		return fault.New(fault.Usage, "this machine cannot run the kernel's build tools: they need the library "+m[1],
+		return fault.New(fault.Usage, "this machine cannot run the kernel's build tools: the tools need the library "+m[1],
 			"install the package of this library (libelf1 for libelf.so.1), or run the builder in an image that has it")
 	}
 	return nil

@@ -100,7 +100,7 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 			continue
 		}
 		if _, err := left.Copy(filepath.Join(dir, name), name, maxFlagTest); err != nil {
-			return fmt.Errorf("store the answer of a flag test: %w", err)
+			return fmt.Errorf("store in the cache which compiler flags work: %w", err)
 		}
 	}
 	return os.RemoveAll(work)

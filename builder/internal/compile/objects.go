@@ -333,7 +333,7 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 			continue // the cache has this object already
 		}
 		if err := k.recordOne(ctx, name, object); err != nil {
-			return fmt.Errorf("record the inputs of %s: %w", object, err)
+			return fmt.Errorf("record which files %s was compiled from: %w", object, err)
 		}
 	}
 	return nil

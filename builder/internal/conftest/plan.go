@@ -86,12 +86,14 @@ func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if len(lines) != len(planVariables) {
-		return nil, fmt.Errorf("%w: the plan has %d lines; want %d lines", ErrShape, len(lines), len(planVariables))
+		return nil, fmt.Errorf("%w: make's list of conftest.sh's tests has %d lines; want %d lines", ErrShape, len(lines),
+			len(planVariables))
 	}
 	for i, v := range planVariables {
 		name, value, _ := strings.Cut(lines[i], " ")
 		if name != v.name {
-			return nil, fmt.Errorf("%w: line %d of the plan begins with %q; want %q", ErrShape, i+1, name, v.name)
+			return nil, fmt.Errorf("%w: line %d of make's list of conftest.sh's tests begins with %q; want %q", ErrShape, i+1,
+				name, v.name)
 		}
 		switch name {
 		case "cc":
@@ -105,7 +107,7 @@ func ParsePlan(text string) (*Plan, error) {
 		case "flags":
 			// `make` puts the flags between quotes for the shell.
 			if strings.ContainsAny(value, "'\x00") {
-				return nil, fmt.Errorf("%w: the compiler flags contain a quote", ErrShape)
+				return nil, fmt.Errorf("%w: the compiler flags for conftest.sh contain a quotation mark or a zero byte", ErrShape)
 			}
 			p.Flags = value
 		case "cflags":
@@ -118,21 +120,21 @@ func ParsePlan(text string) (*Plan, error) {
 	}
 	for _, w := range []string{p.CC, p.Arch, p.Sources, p.Output} {
 		if !word.MatchString(w) {
-			return nil, fmt.Errorf("%w: the plan has the argument %q for the script; want one plain word", ErrShape, w)
+			return nil, fmt.Errorf("%w: make passes the argument %q to conftest.sh; want one plain word", ErrShape, w)
 		}
 	}
 	for _, h := range p.Headers {
 		if !headerName.MatchString(h) {
-			return nil, fmt.Errorf("%w: %q in the plan is not a header name", ErrShape, h)
+			return nil, fmt.Errorf("%w: %q in make's list of headers is not a header name", ErrShape, h)
 		}
 	}
 	for _, t := range p.All() {
 		if !testName.MatchString(t) {
-			return nil, fmt.Errorf("%w: %q in the plan is not a test name", ErrShape, t)
+			return nil, fmt.Errorf("%w: %q in make's list of conftest.sh's tests is not a test name", ErrShape, t)
 		}
 	}
 	if len(p.All()) == 0 { // releases before 515.76 list no headers
-		return nil, fmt.Errorf("%w: the plan names no test", ErrShape)
+		return nil, fmt.Errorf("%w: make's list of conftest.sh's tests has no test", ErrShape)
 	}
 	return p, nil
 }

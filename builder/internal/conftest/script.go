@@ -56,13 +56,13 @@ func ParseScript(text []byte) (*Script, error) {
 	head, body, _ := strings.Cut(all, beginTests)
 	body, tail, found := strings.Cut(body, endTests)
 	if !found {
-		return nil, fmt.Errorf("%w: the line that ends the tests is missing", ErrShape)
+		return nil, fmt.Errorf("%w: the script has no line that ends its tests", ErrShape)
 	}
 	s.head, s.tail = head, tail
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
-		return nil, fmt.Errorf("%w: want exactly one of the modes test_kernel_header and test_kernel_headers in the script",
-			ErrShape)
+		return nil, fmt.Errorf(
+			"%w: the script has both or none of the modes test_kernel_header and test_kernel_headers; want one", ErrShape)
 	default:
 		s.oneHeader = one
 	}
@@ -76,7 +76,7 @@ func ParseScript(text []byte) (*Script, error) {
 		case now == nil:
 			m := stanzaHead.FindStringSubmatch(line)
 			if m == nil {
-				return nil, fmt.Errorf("%w: the line %.80q does not begin a test", ErrShape, bare)
+				return nil, fmt.Errorf("%w: the line %.80q is outside of a test, and does not begin one", ErrShape, bare)
 			}
 			now = &stanza{}
 			for p := range strings.SplitSeq(m[1], "|") {
@@ -86,7 +86,7 @@ func ParseScript(text []byte) (*Script, error) {
 			s.stanzas = append(s.stanzas, *now)
 			now = nil
 		case innerCase.MatchString(line):
-			return nil, fmt.Errorf("%w: a test contains a case statement", ErrShape)
+			return nil, fmt.Errorf("%w: a test contains a case statement, which Prebake cannot parse", ErrShape)
 		}
 		if now != nil {
 			now.text += line

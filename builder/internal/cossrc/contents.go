@@ -115,7 +115,7 @@ func (c *Contents) read(ctx context.Context, in *tar.Reader, limit int) error {
 			return fmt.Errorf("the archive has more than %d entries", limit)
 		}
 		if len(h.Name) > maxName {
-			return fmt.Errorf("the archive has a name with %d bytes; want at most %d", len(h.Name), maxName)
+			return fmt.Errorf("the archive has a name with %d bytes; want at most %d bytes", len(h.Name), maxName)
 		}
 		name := path.Clean(h.Name)
 		folder := name

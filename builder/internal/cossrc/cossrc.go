@@ -111,7 +111,7 @@ func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, 
 	}
 	in, err := f.run(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+		return nil, fmt.Errorf("fetch the files of kernel %s: %w", kernel, err)
 	}
 	return in, nil
 }

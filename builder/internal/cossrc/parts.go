@@ -202,7 +202,7 @@ func (f *fetcher) toolchain(ctx context.Context, get getter) (p part, err error)
 		}
 		places, err := kind.parse(text)
 		if err != nil {
-			return part{}, fmt.Errorf("%s: %w", m.URI, err)
+			return part{}, fmt.Errorf("parse %s: %w", m.URI, err)
 		}
 		p, err := f.follow(ctx, m, places, get)
 		p.pointer = m

@@ -37,11 +37,11 @@ func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache,
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+			return nil, fmt.Errorf("fetch Google's files for kernel %s: %w", kernel, err)
 		}
 		s := &Signatures{Archive: archive, Materials: []Material{m}}
 		if s.TrustedKey, m, err = f.trustedKey(ctx); err != nil {
-			return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+			return nil, fmt.Errorf("fetch Google's files for kernel %s: %w", kernel, err)
 		}
 		if s.TrustedKey != nil {
 			s.Materials = append(s.Materials, m)
@@ -72,12 +72,12 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 			"choose a driver version that COS offers for this COS build, or build without --google-modules")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+		return nil, fmt.Errorf("fetch Google's files for kernel %s: %w", kernel, err)
 	}
 	d := &SignedDriver{Archive: archive.at, Materials: []Material{archive.material}}
 	var m Material
 	if d.TrustedKey, m, err = f.trustedKey(ctx); err != nil {
-		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+		return nil, fmt.Errorf("fetch Google's files for kernel %s: %w", kernel, err)
 	}
 	if d.TrustedKey != nil {
 		d.Materials = append(d.Materials, m)

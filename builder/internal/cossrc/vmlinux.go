@@ -42,7 +42,7 @@ func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, ke
 		return f.Recheck(ctx, at, sum, m)
 	})
 	if err != nil {
-		return "", m, fmt.Errorf("kernel %s: %w", kernel, err)
+		return "", m, fmt.Errorf("fetch vmlinux of kernel %s: %w", kernel, err)
 	}
 	return file, m, nil
 }

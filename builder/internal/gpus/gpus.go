@@ -48,7 +48,7 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"make the list of supported GPUs: the list has %d bytes; at most %d bytes fit into a statement", len(raw),
+			"make the list of supported GPUs: the list has %d bytes; want at most %d bytes", len(raw),
 			maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)

@@ -250,7 +250,8 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "find vmlinux: the bucket has none, so builds run static checks and no load test",
+			fault.New(fault.InputMissing,
+				"find vmlinux: the bucket has no vmlinux, so builds run static checks and no load test",
 				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:

@@ -177,7 +177,7 @@ func (l *inspection) runfiles(ctx context.Context, mirror string, versions []str
 	for _, version := range versions {
 		err := l.runfile(ctx, b, version)
 		if err != nil {
-			l.fail("runfile", doctor.Warn, fmt.Errorf("driver %s: %w", version, err))
+			l.fail("runfile", doctor.Warn, fmt.Errorf("find the runfile of driver %s: %w", version, err))
 		}
 		missing = missing || fault.Is(err, fault.InputMissing)
 	}
@@ -202,7 +202,7 @@ func (l *inspection) runfile(ctx context.Context, b *cosbucket.Bucket, version s
 	}
 	sum, _, err := find(ctx, b, sums...)
 	if err != nil {
-		return fmt.Errorf("the runfile is %s, but no build uses it without its SHA-256: %w", b.URL(file), err)
+		return fmt.Errorf("the runfile is %s, but no build uses a runfile without its SHA-256: %w", b.URL(file), err)
 	}
 	l.ok("runfile", "%s, %s; SHA-256 in %s", b.URL(file), bytes(size), sum)
 	return nil

@@ -164,7 +164,8 @@ func newTaint(before, after string) (string, error) {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
 	if err1 != nil || err2 != nil {
-		return "", fmt.Errorf("want a number; the machine printed %.20q before the load of the modules, and %.20q after it",
+		return "", fmt.Errorf(
+			"want a number; the machine printed %.20q before the load of the modules, and %.20q after the load",
 			before, after)
 	}
 	var flags []string

@@ -87,13 +87,13 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 func (c Config) validate() error {
 	var errs []error
 	if c.Modules["nvidia"] == "" {
-		errs = append(errs, errors.New("the module nvidia is missing"))
+		errs = append(errs, errors.New("no file of the module nvidia is given"))
 	}
 	if c.Version == "" {
-		errs = append(errs, errors.New("the driver version is missing"))
+		errs = append(errs, errors.New("no driver version is given"))
 	}
 	if c.Probe == "" {
-		errs = append(errs, errors.New("the path of nvmlprobe is missing"))
+		errs = append(errs, errors.New("no path of nvmlprobe is given"))
 	}
 	if len(errs) > 0 {
 		return fault.Wrap(fault.Usage, fmt.Errorf("prepare the load test: %w", errors.Join(errs...)), "")

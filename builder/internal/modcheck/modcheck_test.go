@@ -169,7 +169,7 @@ func TestStampRefuses(t *testing.T) {
 		want string
 	}{
 		"signed":            {append(bytes.Clone(plain), modinfo.SignatureMagic...), ours, "signed"},
-		"stamped":           {twice, theirs, "has a stamp"},
+		"stamped":           {twice, theirs, "has an ABI fingerprint"},
 		"no fingerprint":    {plain, "17800.0.50", ""},
 		"no ELF":            {[]byte("#!/bin/sh\n"), ours, ""},
 		"cut short":         {cut, ours, ""},

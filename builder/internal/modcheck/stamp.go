@@ -34,15 +34,16 @@ func Stamp(dst, src string, f target.Fingerprint) error {
 		return fmt.Errorf("read module: %w", err) // the disk's fault, which a later build may not have
 	}
 	if data, err = addStamp(data, f); err != nil {
-		return fault.Wrap(fault.CheckFailed, fmt.Errorf("write the stamp into %s: %w", src, err), "compile the module again")
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("add the ABI fingerprint to %s: %w", src, err),
+			"compile the module again")
 	}
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
-		return fmt.Errorf("create stamped module: %w", err)
+		return fmt.Errorf("create module with ABI fingerprint: %w", err)
 	}
 	_, err = out.Write(data)
 	if err = errors.Join(err, out.Close()); err != nil {
-		return fault.CacheDisk(fmt.Errorf("write stamped module: %w", err))
+		return fault.CacheDisk(fmt.Errorf("write module with ABI fingerprint: %w", err))
 	}
 	return nil
 }
@@ -77,7 +78,7 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
 		return nil, errors.New("the file is not a module for a 64-bit little-endian machine")
 	case file.Section(modinfo.StampSection) != nil:
-		return nil, errors.New("the module has a stamp already")
+		return nil, errors.New("the module has an ABI fingerprint already")
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])

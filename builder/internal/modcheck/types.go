@@ -54,7 +54,7 @@ func fits(path string, kernel *btf.Types) error {
 	case err != nil:
 		return fmt.Errorf("read the module's types: %w", err)
 	case kernel == nil:
-		return errors.New("the module has BTF, but the kernel's BTF is missing, so they cannot be compared")
+		return errors.New("the module has BTF, but the kernel's BTF is missing, so the types cannot be compared")
 	}
 	if err := kernel.Check(types); err != nil {
 		return fmt.Errorf("the module's types do not continue the kernel's types: %w", err)

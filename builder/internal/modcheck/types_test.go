@@ -23,7 +23,7 @@ func TestTypes(t *testing.T) {
 		{"none", "", nil, ""},
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
 		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
-			"nvidia: the module's types do not continue the kernel's types: type 5: the name at offset"},
+			"nvidia: the module's types do not continue the kernel's types: check type 5: the name at offset"},
 		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read the module's types: the file has no section .BTF"},
 		{"unasked", "", with(own), "nvidia: the module has BTF, but the kernel's BTF is missing"},
 		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "does not have BTF of version 1"},

@@ -19,7 +19,7 @@ func Unstamped(path string) ([]byte, error) {
 		return nil, fmt.Errorf("read module: %w", err)
 	}
 	if data, err = removeStamp(data); err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove the stamp from %s: %w", path, err),
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove the ABI fingerprint from %s: %w", path, err),
 			"compile the module again")
 	}
 	return data, nil
@@ -55,5 +55,6 @@ func removeStamp(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("the module changed after it was stamped, or its section table was not at the end of the file")
+	return nil, errors.New(
+		"the module changed after its ABI fingerprint was added, or its section table was not at the file's end before")
 }

@@ -74,7 +74,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	case certificate:
 		certs, err := ParseCertificates(raw)
 		if err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		if d.certificates = append(d.certificates, certs...); len(d.certificates) > maxSent {
 			return fmt.Errorf("the archive has more than %d certificates", maxSent)
@@ -99,25 +99,25 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
-		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the archive has no signature for module %s", ErrLeftOut, name)
 	}
 	switch _, own, err := Split(module); {
 	case err != nil:
-		return fmt.Errorf("attach a signature to %s: %w", name, err)
+		return fmt.Errorf("attach Google's signature to module %s: %w", name, err)
 	case own != nil:
-		return fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
+		return fault.New(fault.CheckFailed, "attach Google's signature to module "+name+": the module is signed already",
 			"attach the signature to the unsigned module that the compiler made")
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
-		return fault.Errorf(fault.CheckFailed, "%w: the signature for %s was made over other bytes", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the signature for module %s was made over other bytes", ErrLeftOut, name)
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case !d.certified(s.Signer):
 		return fault.Errorf(fault.CheckFailed,
-			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
+			"%w: the signature for module %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
@@ -175,10 +175,10 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 		}
 		module, err := readBounded(body)
 		if err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		if _, err := Verify(module, trusted); err != nil {
-			return fmt.Errorf("file %.100q: %w", h.Name, err)
+			return fmt.Errorf("check the file %.100q: %w", h.Name, err)
 		}
 		names = append(names, name)
 		return writeNew(filepath.Join(dir, name+".ko"), module)

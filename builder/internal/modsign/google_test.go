@@ -106,7 +106,7 @@ func TestAttach(t *testing.T) {
 			leftOut: "which the kernel's root certificate did not certify"},
 		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
 			leftOut: "the signature for nvidia was made over other bytes"},
-		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is no signature for nvidia-uvm"},
+		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "the archive has no signature for module nvidia-uvm"},
 		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another),
 			refused: modsign.ErrUnknownKey},
 		{name: "no signature", archive: withCertificate([]byte("x")), refused: modsign.ErrMalformed},

@@ -19,13 +19,13 @@ import (
 // this package wrap them.
 var (
 	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
-	ErrUnsigned = errors.New("module is not signed")
+	ErrUnsigned = errors.New("the module is not signed")
 	// ErrMalformed: EBADMSG or EINVAL.
 	ErrMalformed = errors.New("malformed module signature")
 	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is rejected".
-	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
+	ErrUnknownKey = errors.New("the module is signed with a key that is not trusted")
 	// ErrChanged: EKEYREJECTED without a message.
-	ErrChanged = errors.New("module signature is not valid: the module or the signature changed after signing")
+	ErrChanged = errors.New("the module signature is not valid: the module or the signature changed after signing")
 )
 
 // Signature describes a valid signature.
@@ -140,7 +140,7 @@ const (
 // parse parses a signature that the kernel would accept as a module's signature.
 func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
-		return nil, fmt.Errorf("%w: the signature has %d bytes; at most %d bytes are read", ErrMalformed, len(signature),
+		return nil, fmt.Errorf("%w: the signature has %d bytes; want at most %d bytes", ErrMalformed, len(signature),
 			maxSignature)
 	}
 	// The library also accepts BER, and does not check every field. So first check that the signature is DER with the
@@ -162,7 +162,7 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	rest, err := asn1.Unmarshal(signature, &outline)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
+		return nil, fmt.Errorf("%w: parse the signature: %.200q", ErrMalformed, err.Error())
 	case len(rest) > 0:
 		return nil, fmt.Errorf("%w: there is data after the signature's end", ErrMalformed)
 	case !outline.Type.Equal(pkcs7.OIDSignedData) || !outline.Content.Inner.Type.Equal(pkcs7.OIDData):
@@ -171,14 +171,16 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 		return nil, fmt.Errorf("%w: the signature contains the signed content; want a detached signature", ErrMalformed)
 	}
 	if p7, err = pkcs7.Parse(signature); err != nil {
-		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
+		return nil, fmt.Errorf("%w: parse the signature: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: the signature has %d signers, %d of them readable; want 1 to %d signers, all readable",
+		return nil, fmt.Errorf(
+			"%w: the signature has %d signers, of which %d can be parsed; want 1 to %d signers, and all can be parsed",
 			ErrMalformed, len(outline.Content.Signers), n, maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
-		return nil, fmt.Errorf("%w: the signature has %d certificates; at most %d are read", ErrMalformed, n, maxSent)
+		return nil, fmt.Errorf("%w: the signature has %d certificates; want at most %d certificates", ErrMalformed, n,
+			maxSent)
 	}
 	for _, s := range p7.Signers {
 		switch {

@@ -77,7 +77,7 @@ func fetch(ctx context.Context, b input.Source, cache *cas.Cache, version string
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, version: version, arch: arch}
 	r, err := f.run(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("driver %s: %w", version, err)
+		return nil, fmt.Errorf("fetch driver %s: %w", version, err)
 	}
 	return r, nil
 }

@@ -135,8 +135,8 @@ func (r *Release) userspace() (map[string]item, error) {
 		}
 		name := path.Join(to, base)
 		if old, ok := layout[name]; ok && old != it {
-			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name),
-				"report this driver version to the developers of Prebake: its manifest has an unknown form")
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the runfile's .manifest lists two files for %s", name),
+				"report this driver version to the developers of Prebake: the runfile's .manifest has an unknown form")
 		}
 		layout[name] = it
 	}
@@ -230,7 +230,7 @@ func (r *Release) write(dst string, layout map[string]item) error {
 		}
 		if errors.Is(err, fs.ErrNotExist) {
 			return fault.Wrap(fault.Unverified,
-				fmt.Errorf("the manifest lists %s, which the release does not have: %w", it.src, err),
+				fmt.Errorf("the runfile's .manifest lists %s, which the runfile lacks: %w", it.src, err),
 				"check that the object is NVIDIA's .run file, whole and unchanged")
 		}
 		if err != nil {

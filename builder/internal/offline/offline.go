@@ -353,7 +353,7 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 		return d, err
 	}
 	if depth == 0 {
-		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "index %s is nested too deep", digest)
+		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "index %s is nested in too many other indexes", digest)
 	}
 	for _, d := range idx.Manifests {
 		if _, ok := p.blobs[d.Digest.Hex]; ok {

@@ -94,7 +94,7 @@ func (p *packer) manifestIf(
 	for _, d := range append([]v1.Descriptor{m.Config}, m.Layers...) {
 		open := func(ctx context.Context) (io.ReadCloser, error) { return repo.Blob(ctx, d.Digest.String(), d.Size) }
 		if err := p.add(d, open); err != nil {
-			return v1.Descriptor{}, nil, fmt.Errorf("manifest %s: %w", digest, err)
+			return v1.Descriptor{}, nil, fmt.Errorf("pack manifest %s: %w", digest, err)
 		}
 	}
 	d, err := p.addBytes(raw)
@@ -225,7 +225,7 @@ func (p *packer) write(ctx context.Context, w io.Writer) error {
 			return err
 		}
 		if err := b.copy(ctx, t); err != nil {
-			return fmt.Errorf("blob %s: %w", b.Digest, err)
+			return fmt.Errorf("pack blob %s: %w", b.Digest, err)
 		}
 	}
 	err = t.Close()

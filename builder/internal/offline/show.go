@@ -123,7 +123,8 @@ func (w *walker) read(ctx context.Context, d v1.Descriptor, depth int) (size int
 	if d.MediaType.IsIndex() {
 		var idx v1.IndexManifest
 		if err := json.Unmarshal(raw, &idx); err != nil || depth == 0 {
-			return 0, "", fault.Errorf(fault.Unverified, "index %s cannot be read, or is nested too deep", d.Digest)
+			return 0, "", fault.Errorf(fault.Unverified, "index %s is not valid JSON, or is nested in too many other indexes",
+				d.Digest)
 		}
 		for _, child := range idx.Manifests {
 			n, _, err := w.manifest(ctx, child, depth-1)

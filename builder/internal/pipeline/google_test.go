@@ -274,7 +274,8 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 	}{
 		{"one module has other bytes", newer, other, g.certs[0].Raw,
 			"the signature for nvidia-uvm was made over other bytes"},
-		{"one module has no signature, in the older layout", oldName, one, nil, "there is no signature for nvidia-uvm"},
+		{"one module has no signature, in the older layout", oldName, one, nil,
+			"the archive has no signature for module nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root certificate did not certify"},
 	} {
 		f.put(t, row.object, tgz(t, g.files(t, row.modules)))

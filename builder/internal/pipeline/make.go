@@ -59,7 +59,7 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 		Identity: m.identity, Layers: layers, Materials: in.materials(m.signer),
 	}
 	if made.Image, err = bundle.Image(made.Identity, made.Layers); err != nil {
-		return nil, fmt.Errorf("package: %w", err)
+		return nil, fmt.Errorf("package the layers: %w", err)
 	}
 	return made, nil
 }

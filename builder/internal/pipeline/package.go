@@ -59,7 +59,7 @@ func (r *run) packLayer(ctx context.Context, recipe string, kind bundle.LayerKin
 		return layer, false, err
 	}
 	if err := json.Unmarshal(raw, &layer); err != nil {
-		return layer, false, fmt.Errorf("read %s layer: %w", kind, err)
+		return layer, false, fmt.Errorf("read the description of the %s layer in the cache: %w", kind, err)
 	}
 	layer.Path = filepath.Join(dir, "layer.tar.zst")
 	return layer, cached, nil
@@ -180,7 +180,7 @@ func (r *run) packAll(ctx context.Context, in *inputs, recipe string, m *modules
 			l = r.driverLayer(ctx, in, recipe, kind)
 		}
 		if l.err != nil {
-			return nil, "", fmt.Errorf("%s layer: %w", kind, l.err)
+			return nil, "", fmt.Errorf("make the %s layer: %w", kind, l.err)
 		}
 		if l.cached {
 			reused++

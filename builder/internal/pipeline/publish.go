@@ -33,7 +33,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		if err != nil {
 			// If a destination refuses a layer, the cause may be a damaged file in the cache.
 			if damaged := r.checkLayers(ctx, a); damaged != nil {
-				err = fmt.Errorf("%w; this may be why the destination refused it: %w", damaged, err)
+				err = fmt.Errorf("%w; this may be why the destination refused the artifact: %w", damaged, err)
 			}
 			return "", fmt.Errorf("publish to %s: %w", p.name, err)
 		}

@@ -143,8 +143,9 @@ func (r *run) comparePahole(in *inputs, p destination, facts map[string]string) 
 		return
 	}
 	r.otherPahole = otherPahole{p.published, have, in.pahole}
-	r.progress("look up")(fmt.Sprintf("%s; if this version makes other bytes, the modules are refused after the compile; "+
-		"then %s", r.otherPahole, hintPahole(have)))
+	r.progress("look up")(fmt.Sprintf(
+		"%s; if this machine's pahole makes other bytes, publishing fails after the compile; then %s",
+		r.otherPahole, hintPahole(have)))
 }
 
 func (o otherPahole) String() string {
@@ -185,7 +186,7 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 		}
 		l := r.driverLayer(ctx, in, facts[FactPack], published.Kind)
 		if l.err != nil {
-			return fmt.Errorf("%s layer: %w", published.Kind, l.err)
+			return fmt.Errorf("make the %s layer: %w", published.Kind, l.err)
 		}
 		if l.Digest != published.Digest {
 			return fault.New(fault.PublishRefused,

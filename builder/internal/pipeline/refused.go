@@ -81,7 +81,7 @@ func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
 				what = "was refused"
 			}
 			return fault.New(known.Class,
-				fmt.Sprintf("artifact %s is not built again before %s, because that %s at %s: %s", digest,
+				fmt.Sprintf("artifact %s is not built again before %s, because its last build %s at %s: %s", digest,
 					until.Format(time.RFC3339), what, known.At.Format(time.RFC3339), known.Error),
 				strings.TrimPrefix(known.Hint+"; to build it again now: --retry-failed", "; "))
 		}
@@ -122,6 +122,6 @@ func (r *run) keepRefused(in *inputs, to *publication, digest string, failed err
 		err = r.cfg.Cache.PutFact(refusalKind, r.refusalKey(in, to, published, cosBuild, tested), raw)
 	}
 	if err != nil {
-		fmt.Fprintf(r.log, "failure not remembered: %v\n", err)
+		fmt.Fprintf(r.log, "could not record this failure in the cache: %v\n", err)
 	}
 }

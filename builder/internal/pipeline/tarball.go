@@ -115,7 +115,7 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 
 func (r *run) logUnsigned(urls []string) {
 	for _, url := range urls {
-		fmt.Fprintf(r.log, "%s has no signature: others wrote a part of it\n", url)
+		fmt.Fprintf(r.log, "%s has no signature, because other writers wrote a part of this object\n", url)
 	}
 }
 

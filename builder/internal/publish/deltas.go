@@ -212,12 +212,12 @@ func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentL
 // check reads the rest of the layer, and compares its uncompressed hash with the diff id in the artifact's config.
 func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
-		return fmt.Errorf("read the layer: %w", err)
+		return fmt.Errorf("read the modules layer: %w", err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("read the layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
+			fmt.Sprintf("read the modules layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
 			"",
 		)
 	}

@@ -86,7 +86,7 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 func CheckLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	hash, err := v1.NewHash(l.Digest)
 	if err != nil {
-		return fault.Errorf(fault.Unverified, "look for a layer: %w", err)
+		return fault.Errorf(fault.Unverified, "look for a layer in the repository: %w", err)
 	}
 	has, err := repo.HasBlob(ctx, v1.Descriptor{Digest: hash, Size: l.Size})
 	if err == nil && !has {

@@ -114,7 +114,7 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 			m.Settings = append(m.Settings, text)
 		default:
 			if err := m.line(text); err != nil {
-				return nil, damaged("manifest line %d: %v", n, err)
+				return nil, damaged("parse line %d of the manifest: %v", n, err)
 			}
 		}
 	}
@@ -153,7 +153,7 @@ func (m *Manifest) line(text string) error {
 		return err
 	}
 	if err := e.fill(s, strings.Fields(f[4])); err != nil {
-		return fmt.Errorf("%s %s: %w", e.Type, e.Path, err)
+		return fmt.Errorf("parse the entry %s %s: %w", e.Type, e.Path, err)
 	}
 	m.Entries = append(m.Entries, e)
 	return nil

@@ -63,7 +63,7 @@ func build(f Facts) ([]byte, error) {
 	sum, ok := strings.CutPrefix(f.Digest, "sha256:")
 	switch {
 	case !ok || len(sum) != 2*sha256.Size:
-		return nil, errors.New("want the digest of a manifest: sha256: and 64 hex digits")
+		return nil, errors.New("the artifact's digest is not valid; want sha256: and 64 hex digits")
 	case len(f.Modules) == 0:
 		return nil, errors.New("the artifact has no modules")
 	}

@@ -28,7 +28,7 @@ func about(name, digest, predicateType string, predicate any) (Statement, error)
 func statementOf(name, digest, predicateType string, body *structpb.Struct) (Statement, error) {
 	subject, err := resource(name, "", digest)
 	if err != nil {
-		return Statement{}, fmt.Errorf("subject: %w", err)
+		return Statement{}, fmt.Errorf("add the subject to the statement: %w", err)
 	}
 	st := &intoto.Statement{
 		Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject},

@@ -79,7 +79,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
-		return nil, fmt.Errorf("certificate: %w", err)
+		return nil, fmt.Errorf("read the signer's name from the new certificate: %w", err)
 	}
 	k.policy = trust.Policy{Root: l.root,
 		Identities: []trust.Identity{{Subject: who.SubjectAlternativeName, Issuer: who.Issuer}}}
@@ -119,7 +119,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 			Version: s.MajorAPIVersion}))
 	}
 	if len(k.timestampers)+len(k.logs) == 0 {
-		return errors.New("want a timestamp authority or a log; the configuration has neither")
+		return errors.New("the signing configuration has no timestamp authority and no log; want at least one of them")
 	}
 	return nil
 }
@@ -160,7 +160,7 @@ func (k *keyless) certifiedKey(ctx context.Context) (sgsign.Keypair, *x509.Certi
 	}
 	leaf, err := x509.ParseCertificate(der)
 	if err != nil {
-		return nil, nil, fmt.Errorf("certificate: %w", err)
+		return nil, nil, fmt.Errorf("parse the new certificate of the signing key: %w", err)
 	}
 	// The authority's clock may differ from the local one. So add the length of the validity to the local time.
 	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)

@@ -99,7 +99,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		// The callback for errors can be empty: after an error, key.Public returns nil and key.Sign returns the error.
 		key, _, err := sv.CryptoSigner(ctx, func(error) {})
 		if err == nil && key.Public() == nil {
-			err = errors.New("no public key")
+			err = errors.New("the KMS returned no public key")
 		}
 		if err != nil {
 			return nil, explain(err)

@@ -57,7 +57,7 @@ func newRelease(f ReleaseFacts) (Statement, error) {
 	for _, m := range f.Inputs {
 		rd, err := resource(m.Name, m.URI, m.Digest)
 		if err != nil {
-			return Statement{}, fmt.Errorf("input %s: %w", m.Name, err)
+			return Statement{}, fmt.Errorf("add the input %s to the statement: %w", m.Name, err)
 		}
 		p.BuildDefinition.ResolvedDependencies = append(p.BuildDefinition.ResolvedDependencies, rd)
 	}
@@ -78,7 +78,7 @@ func newRelease(f ReleaseFacts) (Statement, error) {
 	for _, m := range f.Files {
 		rd, err := resource(m.Name, m.URI, m.Digest)
 		if err != nil {
-			return Statement{}, fmt.Errorf("file %s: %w", m.Name, err)
+			return Statement{}, fmt.Errorf("add the file %s to the statement: %w", m.Name, err)
 		}
 		st.Subject = append(st.Subject, rd)
 	}

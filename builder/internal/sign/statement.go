@@ -91,14 +91,14 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	for _, m := range f.Materials {
 		rd, err := resource(m.Name, m.URI, m.Digest)
 		if err != nil {
-			return Statement{}, fmt.Errorf("material %s: %w", m.Name, err)
+			return Statement{}, fmt.Errorf("add the input %s to the statement: %w", m.Name, err)
 		}
 		p.BuildDefinition.ResolvedDependencies = append(p.BuildDefinition.ResolvedDependencies, rd)
 	}
 	if f.LogDigest != "" {
 		rd, err := resource("build log", "", f.LogDigest)
 		if err != nil {
-			return Statement{}, fmt.Errorf("build log: %w", err)
+			return Statement{}, fmt.Errorf("add the build log to the statement: %w", err)
 		}
 		p.RunDetails.Byproducts = append(p.RunDetails.Byproducts, rd)
 	}

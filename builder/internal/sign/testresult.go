@@ -96,14 +96,14 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	// An entry needs a digest. A COS build has none, so the entry has the kernel's fingerprint.
 	k, err := resource("kernel", "", string(t.Fingerprint))
 	if err != nil {
-		return Statement{}, fmt.Errorf("ABI fingerprint: %w", err)
+		return Statement{}, fmt.Errorf("add the kernel's ABI fingerprint to the statement: %w", err)
 	}
 	k.Name = "kernel " + t.Kernel.String()
 	p.Configuration = append(p.Configuration, k)
 	for _, m := range f.Configuration {
 		rd, err := resource(m.Name, m.URI, m.Digest)
 		if err != nil {
-			return Statement{}, fmt.Errorf("configuration %s: %w", m.Name, err)
+			return Statement{}, fmt.Errorf("add the configuration %s to the statement: %w", m.Name, err)
 		}
 		if m.BuildID != "" {
 			rd.Annotations = &structpb.Struct{Fields: map[string]*structpb.Value{

@@ -268,7 +268,7 @@ func buildID(file string) (string, error) {
 	}
 	m, err := modinfo.Read(f, info.Size())
 	if err != nil {
-		return "", fmt.Errorf("%s: %w", file, err)
+		return "", fmt.Errorf("read the build id of %s: %w", file, err)
 	}
 	if !idPattern.MatchString(m.BuildID) {
 		return "", fault.Errorf(fault.CheckFailed, "%s has no build id, so a debugger cannot find its symbols", file)

@@ -52,7 +52,7 @@ func fromArtifact(ctx context.Context, repo repository, digest, dir string) (Rel
 	}
 	for _, kind := range []bundle.LayerKind{bundle.LayerModules, bundle.LayerFirmware} {
 		if err := unpackLayer(ctx, repo, content.Layer(kind), filepath.Join(dir, string(kind))); err != nil {
-			return Release{}, fmt.Errorf("%s layer: %w", kind, err)
+			return Release{}, fmt.Errorf("unpack the %s layer: %w", kind, err)
 		}
 	}
 	id := content.Identity

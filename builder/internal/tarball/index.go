@@ -76,7 +76,7 @@ func ParseIndex(text []byte) (Index, error) {
 func parseIndex(text []byte) (Index, error) {
 	var x Index
 	if len(text) > maxIndex {
-		return x, fmt.Errorf("the index has %d bytes; at most %d bytes are read", len(text), maxIndex)
+		return x, fmt.Errorf("the index has %d bytes; want at most %d bytes", len(text), maxIndex)
 	}
 	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.DisallowUnknownFields()
@@ -84,7 +84,7 @@ func parseIndex(text []byte) (Index, error) {
 		return x, err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return x, errors.New("there is data after the end of the document")
+		return x, errors.New("the index has data after the end of its JSON document")
 	}
 	if x.Format != indexFormat {
 		return x, fmt.Errorf("the index has format %d; this program reads only format %d", x.Format, indexFormat)
@@ -94,25 +94,25 @@ func parseIndex(text []byte) (Index, error) {
 		return x, err
 	}
 	if len(x.Drivers) > maxEntries {
-		return x, fmt.Errorf("the index has %d drivers; at most %d are read", len(x.Drivers), maxEntries)
+		return x, fmt.Errorf("the index has %d drivers; want at most %d drivers", len(x.Drivers), maxEntries)
 	}
 	for i, e := range x.Drivers {
 		if err := e.check(k); err != nil {
-			return x, fmt.Errorf("entry %d of the drivers: %w", i, err)
+			return x, fmt.Errorf("check entry %d of the index's drivers: %w", i, err)
 		}
 		if i > 0 && x.Drivers[i-1].compare(e) >= 0 {
-			return x, fmt.Errorf("entry %d of the drivers is out of order", i)
+			return x, fmt.Errorf("entry %d of the index's drivers is out of order or a duplicate", i)
 		}
 	}
 	if len(x.Labels) > maxLabels {
-		return x, fmt.Errorf("the index has %d labels; at most %d are read", len(x.Labels), maxLabels)
+		return x, fmt.Errorf("the index has %d labels; want at most %d labels", len(x.Labels), maxLabels)
 	}
 	for i, l := range x.Labels {
 		if err := l.check(x); err != nil {
-			return x, fmt.Errorf("entry %d of the labels: %w", i, err)
+			return x, fmt.Errorf("check entry %d of the index's labels: %w", i, err)
 		}
 		if i > 0 && x.Labels[i-1].compare(l) >= 0 {
-			return x, fmt.Errorf("entry %d of the labels is out of order", i)
+			return x, fmt.Errorf("entry %d of the index's labels is out of order or a duplicate", i)
 		}
 	}
 	return x, nil
@@ -124,7 +124,7 @@ func (e Entry) check(k target.Kernel) error {
 	}
 	name := TarballName(k, e.Driver)
 	if e.Object != name || e.Signature != signatureName(name) {
-		return fmt.Errorf("object %.200q with signature %.200q; want object %q with signature %q", e.Object,
+		return fmt.Errorf("the entry names object %.200q with signature %.200q; want object %q with signature %q", e.Object,
 			e.Signature, name, signatureName(name))
 	}
 	digests := []string{e.SHA256}

@@ -104,7 +104,7 @@ func (r Release) sources() ([]source, error) {
 	}
 	if len(all) > maxFiles || total > maxBytes {
 		return nil, fault.Errorf(fault.Usage,
-			"the tarball would have %d files with %d bytes in all; at most %d files with %d bytes are allowed", len(all), total,
+			"the tarball would have %d files with %d bytes in all; want at most %d files with %d bytes", len(all), total,
 			maxFiles, int64(maxBytes))
 	}
 	slices.SortFunc(all, func(a, b source) int { return cmp.Compare(a.name, b.name) })
@@ -152,7 +152,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 		}
 		f, err := packOne(ctx, tw, s, xattr)
 		if err != nil {
-			return object{}, nil, fmt.Errorf("%s: %w", s.name, fault.TempDisk(err))
+			return object{}, nil, fmt.Errorf("pack the file %s: %w", s.name, fault.TempDisk(err))
 		}
 		list = append(list, f)
 	}

@@ -135,7 +135,8 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	}
 	i := slices.IndexFunc(all, of)
 	if i < 0 {
-		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
+		return fault.New(fault.Transient, fmt.Sprintf("driver version %s is no longer in the list for GPU type %s", l.Version,
+			l.GPUType),
 			"find out who removes versions from gpu_driver_versions, then run the command again")
 	}
 	// The copy keeps fields of COS that this program does not know.

@@ -108,7 +108,8 @@ func check(name string, info fs.FileInfo, max int64) error {
 		return &fs.PathError{Op: "open", Path: name, Err: ErrKind}
 	}
 	if info.Size() > max {
-		return &fs.PathError{Op: "open", Path: name, Err: fmt.Errorf("%d bytes: %w", info.Size(), ErrLarge)}
+		return &fs.PathError{Op: "open", Path: name,
+			Err: fmt.Errorf("the file has %d bytes, which is %w", info.Size(), ErrLarge)}
 	}
 	return nil
 }

@@ -65,7 +65,7 @@ func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 	list, err := os.ReadDir(w.State)
 	if err != nil {
-		return nil, fmt.Errorf("find the kept logs of builds: %w", err)
+		return nil, fmt.Errorf("find the build logs that wait to be sent: %w", err)
 	}
 	for _, e := range list {
 		m := keptName.FindStringSubmatch(e.Name())
@@ -77,7 +77,7 @@ func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("find the kept logs of builds: %w", err)
+			return nil, fmt.Errorf("find the build logs that wait to be sent: %w", err)
 		}
 		l := keptLog{path: filepath.Join(w.State, e.Name()), worker: m[3], size: info.Size(), at: info.ModTime()}
 		l.build, _ = strconv.ParseInt(m[1], 10, 64) // the pattern admits only numbers that fit
@@ -94,7 +94,7 @@ func (w *worker) trimKept(ctx context.Context) (kept []keptLog, err error) {
 			fit = append(fit, l)
 			continue
 		}
-		w.Log.WarnContext(ctx, "kept log removed", "build", l.build,
+		w.Log.WarnContext(ctx, "kept build log removed unsent", "build", l.build,
 			"err", "the server has no space for logs, and this builder keeps no more of them")
 		errs = append(errs, dropLog(l.path))
 	}
@@ -123,27 +123,27 @@ func (w *worker) sendKeptLogs() {
 func (w *worker) sendKept(ctx context.Context) {
 	kept, err := w.trimKept(ctx)
 	if err != nil {
-		w.Log.WarnContext(ctx, "kept logs not trimmed", "err", err)
+		w.Log.WarnContext(ctx, "kept build logs not trimmed", "err", err)
 	}
 	for _, l := range kept {
 		log := w.Log.With("build", l.build, "attempt", l.attempt)
 		err := w.sendOne(ctx, l)
 		switch kind := fault.Of(err); {
 		case err == nil:
-			log.InfoContext(ctx, "kept log sent")
+			log.InfoContext(ctx, "kept build log sent")
 		case ctx.Err() != nil:
 			return
 		case kind.Retryable(), kind == fault.Unauthorized, kind == fault.Forbidden: // another token may be allowed to
-			log.DebugContext(ctx, "kept log not sent yet", "err", err)
+			log.DebugContext(ctx, "kept build log not sent yet", "err", err)
 			return
 		case kind == fault.Internal: // it may be an error about this log alone
-			log.DebugContext(ctx, "kept log not sent yet", "err", err)
+			log.DebugContext(ctx, "kept build log not sent yet", "err", err)
 			continue
 		default:
-			log.WarnContext(ctx, "kept log deleted unsent", "err", err)
+			log.WarnContext(ctx, "kept build log removed unsent", "err", err)
 		}
 		if err := dropLog(l.path); err != nil {
-			log.WarnContext(ctx, "kept log not removed", "err", err)
+			log.WarnContext(ctx, "kept build log not removed from the state folder", "err", err)
 		}
 	}
 }

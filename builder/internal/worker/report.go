@@ -24,7 +24,7 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	err := retryUntilDone(ctx, func() error {
 		err := w.sendLog(ctx, build, path)
 		if full = fault.Is(err, fault.DiskFull); full { // the outcome needs no space, and must not wait for a person
-			log.WarnContext(ctx, "log not stored", "err", err)
+			log.WarnContext(ctx, "build log not stored, because the server's disk is full", "err", err)
 			return nil
 		}
 		return err
@@ -33,12 +33,12 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	case err != nil && mayPass(err):
 		return err // the log file stays, and the next start of the worker sends it
 	case err != nil:
-		log.WarnContext(ctx, "log refused by the server", "err", err)
+		log.WarnContext(ctx, "build log refused by the server", "err", err)
 	}
 	keep := full && update.State != api.Queued // a queued build gets the log of its next attempt
 	if keep {
 		if err := w.keepLog(ctx, build, update.Attempt); err != nil && !errors.Is(err, os.ErrNotExist) {
-			log.WarnContext(ctx, "log not kept", "err", err)
+			log.WarnContext(ctx, "build log not kept for a later try", "err", err)
 		}
 	}
 	err = retryUntilDone(ctx, func() error {
@@ -52,7 +52,7 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 		return nil
 	}
 	if err := dropLog(path); err != nil {
-		log.WarnContext(ctx, "log not removed", "err", err)
+		log.WarnContext(ctx, "build log not removed from the state folder", "err", err)
 	}
 	return nil
 }
@@ -115,7 +115,7 @@ func dropLog(path string) error {
 func (w *worker) sendPendingLogs(ctx context.Context) {
 	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
 	if err != nil {
-		w.Log.WarnContext(ctx, "old logs not found", "err", err)
+		w.Log.WarnContext(ctx, "logs of earlier builds not listed", "err", err)
 	}
 	for _, path := range left {
 		var build int64
@@ -133,7 +133,7 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 			err = errors.Join(err, dropLog(path))
 		}
 		if err != nil {
-			w.Log.WarnContext(ctx, "old log not sent", "build", build, "err", err)
+			w.Log.WarnContext(ctx, "log of an earlier build not sent", "build", build, "err", err)
 		}
 	}
 }
@@ -217,9 +217,9 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 		case fault.Is(err, fault.Mismatch):
 			offset = 0 // the server lost the log, or has the log of another attempt, so the next part is the log's start
 		case fault.Of(err).Retryable():
-			log.DebugContext(ctx, "log not sent yet", "err", err)
+			log.DebugContext(ctx, "part of the build log not sent yet", "err", err)
 		case err != nil: // the log is too long, or the server is an older version that accepts no parts
-			log.DebugContext(ctx, "log is sent at the end only", "err", err)
+			log.DebugContext(ctx, "build log is sent only when the build ends", "err", err)
 			return
 		default:
 			offset += int64(n)

@@ -281,11 +281,12 @@ func (w *worker) make(
 ) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
-		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
+		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open the log of the build: %w", err),
+			"free space on the disk of the log")
 	}
 	defer func() {
 		if cerr := out.Close(); cerr != nil {
-			log.WarnContext(ctx, "log incomplete", "err", cerr)
+			log.WarnContext(ctx, "build log incomplete", "err", cerr)
 		}
 	}()
 	reports := w.newReporter(job.Build, attempt, end, log)

@@ -48,7 +48,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
 		if a.uncounted != nil && at.BootID != a.bootID() {
-			return fmt.Errorf("load driver %s again: its last load took the node down, which could not be recorded: %w",
+			return fmt.Errorf("load driver %s again: its last load took the node down, and fetcher cannot record this crash: %w",
 				set.Driver, a.uncounted)
 		}
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
@@ -76,14 +76,14 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "could not record the attempt", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record this activation", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
 		// Allow exec before the device files exist, because they signal a usable driver.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "could not record the mount", "err", err)
+				a.parts.Log.WarnContext(ctx, "could not record the mount of the install folder", "err", err)
 			}
 		})
 		if err != nil {
@@ -168,7 +168,8 @@ func (a *Agent) removeAside(ctx context.Context, store *install.Store, aside []s
 		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", aside, "err", err)
 		return
 	}
-	a.parts.Log.InfoContext(ctx, "removed what was in place of a link in .prebake, from .prebake/adopted", "names", aside)
+	a.parts.Log.InfoContext(ctx, "removed files of others, which an earlier activation had moved into .prebake/adopted",
+		"names", aside)
 }
 
 // verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing
@@ -185,7 +186,7 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	if set, err = a.verifySet(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
 		return set, false, err
 	}
-	a.parts.Log.WarnContext(ctx, "modules that are not loaded yet do not verify", "err", err)
+	a.parts.Log.WarnContext(ctx, "modules that are not loaded yet failed verification", "err", err)
 	return d.set, true, nil
 }
 
@@ -205,7 +206,7 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 		if err == nil {
 			return &foreignFiles{}
 		}
-		a.parts.Log.WarnContext(ctx, "the active driver does not verify; looking for its files by build id", "err",
+		a.parts.Log.WarnContext(ctx, "the active driver failed verification; looking for its files by build id", "err",
 			err)
 	}
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)

@@ -220,8 +220,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //     failed by now.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if names := store.NotLinks(); len(names) > 0 {
-		a.parts.Log.WarnContext(ctx, "found files of others in place of links in .prebake; the next switch puts them aside, "+
-			"into .prebake/adopted", "names", names)
+		a.parts.Log.WarnContext(ctx,
+			"found files of others in place of links in .prebake; the next activation moves them into .prebake/adopted",
+			"names", names)
 	}
 	a.reserve(ctx, store)
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {

@@ -377,7 +377,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	a.uncounted = nil
 	all, err := readAttempts(store)
 	if err != nil { // an unreadable record must not endanger the active driver
-		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the record of activations", "err", err)
 		return nil
 	}
 	var open []string
@@ -431,7 +431,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	}
 	if len(open) > 0 {
 		if err := a.writeAttempts(store, all); err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not write the record of activations", "err", err)
 			a.uncounted = err
 		}
 	}

@@ -167,7 +167,7 @@ func TestWrongLink(t *testing.T) {
 	n.parts.Registries = []string{mirror}
 	r, err := n.run(t, strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", p.Digest, c.Driver)
 	if err == nil || !strings.Contains(err.Error(), "wrong Link header: the next page") ||
-		!strings.Contains(err.Error(), "has statements that are missing in its list") ||
+		!strings.Contains(err.Error(), "served only a part of its list of statements") ||
 		!strings.Contains(fault.Hint(err), "so that the Link header names the next page") || len(n.kernel.calls) > 0 {
 		t.Errorf("Run = %+v, %v, hint %q, with the calls %v; want the header named in both, and no call", r.Verdict, err,
 			fault.Hint(err), n.kernel.calls)

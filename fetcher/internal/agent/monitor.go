@@ -170,7 +170,7 @@ func (a *Agent) reread(ctx context.Context) {
 		return
 	}
 	if err := a.parts.Reread(); err != nil {
-		a.parts.Log.WarnContext(ctx, "could not read the trusted keys again, and keeps the last ones", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the trusted keys again; the keys from before stay in use", "err", err)
 	}
 }
 
@@ -404,7 +404,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	}
 	r.Answer = keptAnswer(previous)
 	if err := firstOf(fitsNode(previous, facts), s.refused(previous)); err != nil {
-		return r, fmt.Errorf("roll back: %w", err)
+		return r, fmt.Errorf("roll back to the previous driver: %w", err)
 	}
 	d := s.put(previous)
 	for end := a.parts.Now().Add(probeWait); d.set == nil && s.onlyProbeUses() && !a.cfg.DryRun; d = s.put(previous) {
@@ -418,7 +418,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	switch {
 	case d.set == nil && fault.Is(d.err, fault.Busy) && !a.cfg.DryRun:
 		if _, err := a.verifySet(ctx, store, previous, facts); err != nil { // it would wait for ever
-			return r, fmt.Errorf("roll back: %w", err)
+			return r, fmt.Errorf("roll back to the previous driver: %w", err)
 		}
 		return r, a.rollbackLater(r, store, current, previous, d.err)
 	case d.set == nil:
@@ -431,7 +431,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	// The agent must not activate the former driver again until an operator asks for it. Note that first: if this run is
 	// killed, the next one completes the rollback.
 	if err := a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }); err != nil {
-		return r, fmt.Errorf("record the wanted rollback: %w", err)
+		return r, fmt.Errorf("record that a rollback is wanted: %w", err)
 	}
 	err = a.activate(ctx, r, store, s, d)
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
@@ -445,7 +445,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 // with a note on that.
 func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous *install.Set, busy error) error {
 	if err := a.noteNext(store, previous.Digest, current.Digest); err != nil {
-		return errors.Join(busy, fmt.Errorf("record the wanted rollback: %w", err))
+		return errors.Join(busy, fmt.Errorf("record that a rollback is wanted: %w", err))
 	}
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
 		short(previous.Digest))
@@ -485,7 +485,7 @@ func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "install one: fetcher install")
+	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "install a driver: fetcher install")
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {

@@ -128,9 +128,10 @@ func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundl
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		hint := "a statement may refuse the driver: check " + o.by + ", or remove it from --registry"
+		hint := "a statement may refuse the driver: check " + o.by + ", or remove this repository from --registry"
 		if o.digest == "" {
-			return nil, fault.New(fault.Transient, "read statements: "+o.by+" has statements that are missing in its list", hint)
+			return nil, fault.New(fault.Transient, "read statements: "+o.by+" served only a part of its list of statements",
+				hint)
 		}
 		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxOwed {
 			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists but does not serve: %w",

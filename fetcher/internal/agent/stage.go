@@ -132,7 +132,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	if got := digestOf(p.Manifest); got != digest { // check the digest before anything that the manifest lists is fetched
-		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
+		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the content has digest %s", digest, got),
 			"fetch the artifact from another registry: --registry REF")
 	}
 	d, err := bundle.ConfigDescriptor(p.Manifest)
@@ -194,7 +194,8 @@ func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[strin
 func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	for _, m := range mods {
 		mismatch := func(what, got, want string) error {
-			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: it has %s %q; want %q", m.Name, what, got, want),
+			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: the module has %s %q; want %q", m.Name, what, got,
+				want),
 				"build and publish the driver for the COS build of this node: builder build")
 		}
 		release, _, _ := strings.Cut(m.Vermagic, " ")

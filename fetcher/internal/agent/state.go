@@ -32,13 +32,13 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	}
 	// Errors in the following files are only logged: they must not endanger the active driver.
 	if s.previous, err = store.Previous(); err != nil {
-		a.parts.Log.WarnContext(ctx, "could not read the former driver", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read which driver was active before", "err", err)
 	}
 	if s.staged, err = store.Sets(); err != nil {
 		a.parts.Log.WarnContext(ctx, "could not read the staged drivers", "err", err)
 	}
 	if s.attempts, err = readAttempts(store); err != nil {
-		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the record of activations", "err", err)
 		s.attempts = attempts{}
 	}
 	return s, nil

@@ -37,7 +37,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 		return none, nil, err
 	}
 	if got := digestOf(p.Manifest); got != digest {
-		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
+		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the content has digest %s", digest, got),
 			"fetch the artifact from another registry: --registry REF")
 	}
 	content, err := bundle.ParseManifest(p.Manifest, p.Config) // also compares the config with its digest
@@ -132,7 +132,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 			"to store the attestations, run this while the registry can be reached: fetcher install")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {
-		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
+		return bundle.Content{}, fault.Wrap(fault.Unverified,
+			fmt.Errorf("read the driver's attestations on this node: %w", err), hintAgain)
 	}
 	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
 	return content, err

@@ -58,7 +58,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.New(fault.NoArtifact, "undo change of boot configuration: fetcher did not change it", "")
+		return fault.New(fault.NoArtifact,
+			"undo the change of the boot configuration: fetcher has not changed the boot configuration", "")
 	}
 	if err != nil {
 		return err
@@ -70,7 +71,7 @@ func Undo(esp *os.Root) error {
 	if !bytes.Equal(have, kept) {
 		if !ours(kept, have) {
 			return fault.New(fault.Mismatch,
-				"undo change of boot configuration: somebody changed it after fetcher",
+				"undo the change of the boot configuration: somebody else changed "+file+" after fetcher's change",
 				"correct "+file+" on the EFI partition by hand; "+backup+" has the content from before the change")
 		}
 		if err := write(esp, file, kept); err != nil {

@@ -66,7 +66,7 @@ func find(root fs.FS) (string, error) {
 	const dir = "sys/class/block"
 	entries, err := fs.ReadDir(root, dir)
 	if err != nil {
-		return "", fmt.Errorf("list disks: %w", err)
+		return "", fmt.Errorf("list the disks and their partitions: %w", err)
 	}
 	var found []string
 	for _, e := range entries {

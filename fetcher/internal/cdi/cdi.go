@@ -133,23 +133,23 @@ func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 	}
 	raw, err := json.MarshalIndent(spec, "", "  ")
 	if err != nil {
-		return false, fmt.Errorf("describe GPUs: %w", err)
+		return false, fmt.Errorf("write the CDI description of the GPUs: %w", err)
 	}
 	raw = append(raw, '\n')
 	if have, err := read(node, path.Join(folder, file)); err == nil && bytes.Equal(have, raw) {
 		return false, nil
 	}
 	if err := node.MakeFolder(folder, 0o755); err != nil {
-		return false, fmt.Errorf("describe GPUs: %w", err)
+		return false, fmt.Errorf("write the CDI description of the GPUs: %w", err)
 	}
 	dir, err := node.Folder(folder)
 	if err != nil {
-		return false, fmt.Errorf("describe GPUs: %w", err)
+		return false, fmt.Errorf("write the CDI description of the GPUs: %w", err)
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	// Runtimes read only .json and .yaml files.
 	if err := noderoot.Replace(dir, file, ".prebake-nvidia.tmp", raw); err != nil {
-		return false, fmt.Errorf("describe GPUs: %w", err)
+		return false, fmt.Errorf("write the CDI description of the GPUs: %w", err)
 	}
 	return true, nil
 }
@@ -166,7 +166,7 @@ func remove(node *noderoot.Root) (bool, error) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("remove the description of GPUs: %w", err)
+		return false, fmt.Errorf("remove the CDI description of the GPUs: %w", err)
 	}
 	err = dir.Remove(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -183,7 +183,7 @@ func otherDescription(node *noderoot.Root) (string, error) {
 			continue
 		}
 		if err != nil {
-			return "", fmt.Errorf("list descriptions of devices: %w", err)
+			return "", fmt.Errorf("list the CDI descriptions of devices: %w", err)
 		}
 		for _, e := range entries {
 			ext := path.Ext(e.Name())

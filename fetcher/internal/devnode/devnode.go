@@ -39,12 +39,12 @@ const (
 func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 	raw, err := fs.ReadFile(root, "proc/devices")
 	if err != nil {
-		return nil, fmt.Errorf("read device numbers: %w", err)
+		return nil, fmt.Errorf("read the node's device numbers: %w", err)
 	}
 	majors := ParseMajors(string(raw))
 	params, err := fs.ReadFile(root, "proc/driver/nvidia/params")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("read driver parameters: %w", err)
+		return nil, fmt.Errorf("read the parameters of the loaded driver: %w", err)
 	}
 	base := ParseParams(string(params))
 	node := func(name string, major, minor uint32) Node {

@@ -168,7 +168,7 @@ func TestProbe(t *testing.T) {
 			true},
 		{"NVML says no", `{"error":"driver not loaded"}`, "fail", gpucheck.NVML{Error: "driver not loaded"}, true},
 		{"fails without a reason", `{}`, "fail", gpucheck.NVML{Error: "exit status 1"}, true},
-		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the probe's answer has no version"}, true},
+		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the result of nvmlprobe has no driver version"}, true},
 		{"is another program", `hello`, "x", gpucheck.NVML{}, false},
 	}
 	for _, row := range rows {
@@ -261,7 +261,7 @@ func TestProbeCopies(t *testing.T) {
 				switch _, err := p.Probe(t.Context(), "x", false); {
 				case err == nil:
 					return errors.New("a program that is none ran")
-				case strings.Contains(err.Error(), "copy the probe"):
+				case strings.Contains(err.Error(), "copy nvmlprobe"):
 					return err
 				}
 			}

@@ -44,7 +44,7 @@ type Prober struct {
 // ErrHung is the error of a probe that did not answer in time.
 var ErrHung = errors.New("no answer")
 
-var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
+var errNotThere = errors.New("ask NVML: nvmlprobe was not copied to this node yet")
 
 // probeTime is the longest time of one probe. On large machines, NVML's first call takes some seconds for each GPU.
 const probeTime = 2 * time.Minute
@@ -133,7 +133,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 func (p *Prober) ensureCopy() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
-		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err),
+		return fault.Wrap(fault.Unusable, fmt.Errorf("read the program nvmlprobe: %w", err),
 			"set --probe to the path of the nvmlprobe program")
 	}
 	folder, err := p.Node.Folder(path.Dir(p.Copy))
@@ -146,16 +146,16 @@ func (p *Prober) ensureCopy() (err error) {
 	}
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("copy the probe to the node: %w", err)
+		return fmt.Errorf("copy nvmlprobe to the node: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere,
 			"run \"fetcher install\" first, or run this command on the node itself with --host-root /")
 	case folder == nil:
-		return fmt.Errorf("copy the probe to the node: %w", err)
+		return fmt.Errorf("copy nvmlprobe to the node: %w", err)
 	}
 	tmp := "tmp-probe-" + rand.Text() // another fetcher may copy at the same time
 	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
-		return fault.Disk(fmt.Errorf("copy the probe to the node: %w", err), "make space on the disk of the install folder")
+		return fault.Disk(fmt.Errorf("copy nvmlprobe to the node: %w", err), "make space on the disk of the install folder")
 	}
 	return nil
 }
@@ -209,7 +209,7 @@ func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 	case a.Error == "" && runErr != nil:
 		a.Error = runErr.Error()
 	case a.Error == "" && a.DriverVersion == "":
-		a.Error = "the probe's answer has no version"
+		a.Error = "the result of nvmlprobe has no driver version"
 	}
 	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
 }

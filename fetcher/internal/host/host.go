@@ -143,7 +143,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	board := ParseKeyValues(lsb)["CHROMEOS_RELEASE_BOARD"]
 	kernel, err := target.ParseKernel(values["BUILD_ID"], board)
 	if err != nil {
-		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("identify node: %w", err),
+		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("identify the node's COS build: %w", err),
 			"run this on a Container-Optimized OS node, or set the folder where its root is mounted: --host-root /root")
 	}
 	f.OS = values["ID"]

@@ -250,7 +250,7 @@ func (s *Store) LayerRoot(digest string) (*os.Root, error) {
 	}
 	root, err := s.root.OpenRoot(path.Join(ownFolder, "layers", name))
 	if err != nil {
-		return nil, fmt.Errorf("open layer: %w", err)
+		return nil, fmt.Errorf("open an unpacked layer of the driver: %w", err)
 	}
 	return root, nil
 }

@@ -26,7 +26,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	}
 	ours, err := s.root.OpenFile(path.Join(ownFolder, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, diskFault(fmt.Errorf("open lock file: %w", err))
+		return nil, diskFault(fmt.Errorf("open fetcher's lock file: %w", err))
 	}
 	held = append(held, ours)
 	if s.node.Exists(path.Dir(google)) {
@@ -43,7 +43,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 				"wait until the other installer has finished, then run fetcher again")
 		}
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("take lock: %w", err), unlock())
+			return nil, errors.Join(fmt.Errorf("lock this node against other installers: %w", err), unlock())
 		}
 	}
 	return unlock, nil

@@ -185,17 +185,17 @@ func (s *Store) point(name, to string) error {
 	if s.isOther(name) {
 		aside := s.asideOf(name)
 		if err := s.swap(name, to, aside); err != nil {
-			return fmt.Errorf("put %s aside, which is no link: %w", name, err)
+			return fmt.Errorf("move %s, which is not a link, into .prebake/adopted: %w", name, err)
 		}
 		s.moved(aside)
 		return nil
 	}
 	tmp := path.Join(ownFolder, "tmp-link")
 	if err := s.root.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("clear staging link: %w", err)
+		return fmt.Errorf("remove the old temporary link: %w", err)
 	}
 	if err := s.root.Symlink(to, tmp); err != nil {
-		return diskFault(fmt.Errorf("make link: %w", err))
+		return diskFault(fmt.Errorf("make a temporary link: %w", err))
 	}
 	if err := s.root.Rename(tmp, name); err != nil {
 		return fmt.Errorf("make the link %s: %w", name, err)
@@ -248,7 +248,7 @@ func (s *Store) Aside() (all []string, err error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list what was put aside: %w", err)
+		return nil, fmt.Errorf("list the files of others in .prebake/adopted: %w", err)
 	}
 	for _, e := range entries {
 		if asideNames.MatchString(e.Name()) {
@@ -262,7 +262,7 @@ func (s *Store) Aside() (all []string, err error) {
 func (s *Store) RemoveAside(all []string) (err error) {
 	for _, name := range all {
 		if rerr := s.root.RemoveAll(path.Join(ownFolder, "adopted", name)); rerr != nil {
-			err = errors.Join(err, fmt.Errorf("remove what was put aside: %w", rerr))
+			err = errors.Join(err, fmt.Errorf("remove a file of others from .prebake/adopted: %w", rerr))
 		}
 	}
 	return err
@@ -329,15 +329,15 @@ func (s *Store) expose() error {
 func (s *Store) adopt(name, to string) error {
 	aside := path.Join(ownFolder, "adopted", name)
 	if err := s.root.RemoveAll(aside); err != nil {
-		return fmt.Errorf("clear %s: %w", aside, err)
+		return fmt.Errorf("remove the old %s: %w", aside, err)
 	}
 	err := s.swap(name, to, aside)
 	if errors.Is(err, unix.EBUSY) {
-		return fault.Wrap(fault.Busy, fmt.Errorf("adopt %s: %w", name, err),
+		return fault.Wrap(fault.Busy, fmt.Errorf("replace %s by a link: %w", name, err),
 			"stop the other installer that has mounted something at or below this folder")
 	}
 	if err != nil {
-		return fmt.Errorf("adopt %s: %w", name, err)
+		return fmt.Errorf("replace %s by a link: %w", name, err)
 	}
 	return nil
 }

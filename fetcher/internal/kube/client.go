@@ -142,7 +142,7 @@ func (c *client) call(ctx context.Context, method, path, kind string, in, out an
 	case err != nil:
 		return fmt.Errorf("%s: %w", what, err)
 	case len(raw) > maxAnswer:
-		return fmt.Errorf("%s: the answer has more than %d bytes", what, maxAnswer)
+		return fmt.Errorf("%s: the response has more than %d bytes", what, maxAnswer)
 	case resp.StatusCode/100 != 2:
 		var status struct {
 			Message string `json:"message"`

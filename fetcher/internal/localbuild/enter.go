@@ -74,7 +74,7 @@ func mountAll(root string, folders []string) error {
 	}
 	// The mounts must not be visible outside this process.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("keep mounts private: %w", err)
+		return fmt.Errorf("make the mounts private to this process: %w", err)
 	}
 	if err := bindMount(root, root); err != nil {
 		return err

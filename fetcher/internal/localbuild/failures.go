@@ -199,7 +199,8 @@ func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, er
 // begin records that a compile begins.
 func (f failures) begin(now compiling) error {
 	if err := f.writeRunning(now); err != nil {
-		return fault.Disk(fmt.Errorf("record the compile: %w", err), "make space on the disk of "+filepath.Dir(f.running))
+		return fault.Disk(fmt.Errorf("record that a compile begins: %w", err),
+			"make space on the disk of "+filepath.Dir(f.running))
 	}
 	return nil
 }
@@ -216,7 +217,7 @@ func (f failures) end(last compiling, failed error) (err error) {
 		err = os.Remove(f.running)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("record the end of the compile: %w", err)
+		return fmt.Errorf("record that the compile ended: %w", err)
 	}
 	return nil
 }

@@ -206,7 +206,7 @@ func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (r
 		Driver target.Driver `json:"driver"`
 	}
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
-		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer has no digest",
+		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's result has no digest",
 			hintBuilder)
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
@@ -309,7 +309,7 @@ type output struct {
 func (o *output) Write(p []byte) (int, error) {
 	if o.buffer.Len()+len(p) > maxOutput {
 		o.tooLong = true
-		return 0, errors.New("the builder printed too much output")
+		return 0, errors.New("the builder wrote more than 4 MiB of output")
 	}
 	return o.buffer.Write(p)
 }
@@ -326,7 +326,7 @@ func (b *Builder) resolveLinks() error {
 	for _, dir := range []*string{&b.StateDir, &b.CacheDir} {
 		path, err := filepath.EvalSymlinks(*dir)
 		if err != nil {
-			return fmt.Errorf("find folder: %w", err)
+			return fmt.Errorf("find the real path of a folder for the builder: %w", err)
 		}
 		*dir = path
 	}
@@ -339,7 +339,7 @@ func (b *Builder) resolveLinks() error {
 			}
 			path, err := filepath.EvalSymlinks(folder)
 			if err != nil {
-				return fault.Wrap(fault.Usage, fmt.Errorf("find mirror: %w", err),
+				return fault.Wrap(fault.Usage, fmt.Errorf("find the real path of a mirror's folder: %w", err),
 					"set --kernel-mirror and --driver-mirror to existing folders")
 			}
 			mirrors[i] = "file://" + path

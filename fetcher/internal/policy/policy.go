@@ -176,14 +176,14 @@ func read(name string) (Policy, error) {
 func (s *Snapshot) read(dir string) ([]byte, error) {
 	switch {
 	case s.From == "" || s.Root == "":
-		return nil, errors.New("snapshot: want both fields, from and root")
+		return nil, errors.New("the field snapshot lacks the field from or the field root; want both")
 	case s.MaxAgeHours < 0 || s.MaxAgeHours > 876000:
-		return nil, fmt.Errorf("snapshot: maxAgeHours %d: want 1 to 876000", s.MaxAgeHours)
+		return nil, fmt.Errorf("the field snapshot has maxAgeHours %d; want 1 to 876000", s.MaxAgeHours)
 	}
 	if !strings.Contains(s.From, "://") {
 		abs, err := filepath.Abs(resolvePath(dir, s.From))
 		if err != nil {
-			return nil, fmt.Errorf("snapshot: %w", err)
+			return nil, fmt.Errorf("check the field snapshot: %w", err)
 		}
 		s.From = abs
 	}
@@ -192,7 +192,7 @@ func (s *Snapshot) read(dir string) ([]byte, error) {
 		_, err = snapshot.New(snapshot.Config{From: s.From, Root: root})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
+		return nil, fmt.Errorf("check the field snapshot: %w", err)
 	}
 	return root, nil
 }
@@ -225,7 +225,7 @@ func Parse(data []byte) (*File, error) {
 		return nil, errors.New("the file has more than one document")
 	}
 	if f.Version != 1 {
-		return nil, fmt.Errorf("version %d of the format; want version 1", f.Version)
+		return nil, fmt.Errorf("the file has format version %d; want version 1", f.Version)
 	}
 	return &f, nil
 }
@@ -243,7 +243,7 @@ func refuseEmpty(data []byte) error {
 		}
 		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode &&
 			(n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
-			return fmt.Errorf("line %d: %s is empty: give it a value, or remove the field", n.Line, name)
+			return fmt.Errorf("line %d: the field %s is empty: give the field a value, or remove the field", n.Line, name)
 		}
 	}
 	return nil
@@ -269,7 +269,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	}
 	for _, builder := range f.Builders {
 		if builder == "" {
-			return p, errors.New("builders: an entry is empty")
+			return p, errors.New("the field builders has an empty entry; want the URI of a builder in each entry")
 		}
 	}
 	names := make([]string, 0, len(f.Roles))
@@ -292,7 +292,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	if identities != (p.Root != nil) {
-		return p, errors.New("trustedRoot and a role with identities go together: give both, or neither")
+		return p, errors.New("the field trustedRoot and a role with identities go together: give both, or neither")
 	}
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
@@ -318,7 +318,7 @@ func (r Role) role(name, dir string) (trust.Role, error) {
 	for i, k := range r.Keys {
 		keys, err := k.keys(dir)
 		if err != nil {
-			return role, fmt.Errorf("key %d: %w", i+1, err)
+			return role, fmt.Errorf("read key %d: %w", i+1, err)
 		}
 		role.Keys = append(role.Keys, keys...)
 	}
@@ -329,14 +329,14 @@ func (r Role) role(name, dir string) (trust.Role, error) {
 		role.Identities = append(role.Identities, trust.Identity{Subject: id.Subject, Pattern: id.Pattern, Issuer: id.Issuer})
 	}
 	if len(role.Keys)+len(role.Identities) == 0 {
-		return role, errors.New("want the field keys, the field identities, or both")
+		return role, errors.New("the role has no signer; want the field keys, the field identities, or both")
 	}
 	return role, nil
 }
 
 func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if (k.File == "") == (k.PEM == "") {
-		return nil, errors.New("want one of the fields file and pem")
+		return nil, errors.New("want exactly one of the fields file and pem")
 	}
 	text := []byte(k.PEM)
 	if k.File != "" {
@@ -351,11 +351,11 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	}
 	from, err := parseTime(k.NotBefore, 0)
 	if err != nil {
-		return nil, fmt.Errorf("notBefore: %w", err)
+		return nil, fmt.Errorf("read the field notBefore: %w", err)
 	}
 	until, err := parseTime(k.NotAfter, 24*time.Hour) // the key is valid until the end of that day
 	if err != nil {
-		return nil, fmt.Errorf("notAfter: %w", err)
+		return nil, fmt.Errorf("read the field notAfter: %w", err)
 	}
 	if !from.IsZero() && !until.IsZero() && !from.Before(until) {
 		return nil, fmt.Errorf("notBefore %s is not before notAfter %s", k.NotBefore, k.NotAfter)

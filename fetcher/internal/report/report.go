@@ -205,7 +205,7 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 		return nil // the context ended before the server listened
 	}
 	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err),
+		return fault.Wrap(fault.Usage, fmt.Errorf("serve the node's status over HTTP: %w", err),
 			"set a free address of this node, as in --listen 127.0.0.1:8441")
 	}
 	srv := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second,
@@ -218,7 +218,7 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 	})
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		stop()
-		return fmt.Errorf("serve status: %w", err)
+		return fmt.Errorf("serve the node's status over HTTP: %w", err)
 	}
 	return <-stopped
 }

@@ -62,7 +62,7 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 			}
 			found, err := hasMatch(ctx, v, repo, digest, k)
 			if err == nil && !found {
-				err = fault.New(fault.NoArtifact, "no list of supported GPUs", "")
+				err = fault.New(fault.NoArtifact, "the artifact has no list of supported GPUs", "")
 			}
 			return err
 		}

@@ -166,7 +166,7 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 		Release: q.Kernel.Release,
 	})
 	if err != nil {
-		return Answer{}, fmt.Errorf("ask server: %w", err)
+		return Answer{}, fmt.Errorf("ask the server for a driver: %w", err)
 	}
 	a := Answer{State: r.State, Driver: r.Driver, Digest: r.Digest, Source: SourceServer, Reason: r.Reason, Hint: r.Hint}
 	if r.Build != nil {
@@ -214,7 +214,8 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 // addHost adds the server's host to a repository name that begins with a slash. Other names stay.
 func addHost(base, repository string) (string, error) {
 	if repository == "" {
-		return "", fault.New(fault.Transient, "ask server: the answer does not say in which repository the artifact is",
+		return "", fault.New(fault.Transient,
+			"ask the server for a driver: the response does not say in which repository the artifact is",
 			"update the server")
 	}
 	path, ok := strings.CutPrefix(repository, "/")
@@ -237,19 +238,20 @@ func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
 			fault.Mismatch,
-			fmt.Sprintf("ask server: the answer is for another %s: want %s; the server answered for %s", what, want, got),
+			fmt.Sprintf("ask the server for a driver: the response is for another %s: want %s; the server answered for %s", what,
+				want, got),
 			"check that --server is the URL of the right server",
 		)
 	}
 	if _, err := target.ParseFingerprint(a.Digest); err != nil { // a digest has the same format
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest),
+			fmt.Sprintf("ask the server for a driver: digest %.80q: want sha256: and 64 hex digits", a.Digest),
 			"check that --server is the URL of the right server",
 		)
 	}
 	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
-		return fault.Wrap(fault.Mismatch, fmt.Errorf("ask server: %w", err), "update the server")
+		return fault.Wrap(fault.Mismatch, fmt.Errorf("ask the server for a driver: %w", err), "update the server")
 	}
 	if v, exact := q.Wish.Exact(); exact && v != a.Driver.Version {
 		return mismatch("driver", a.Driver.Version, v)
@@ -288,12 +290,13 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
-		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone cannot resolve it", q.Wish),
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf(
+			"resolve driver %q: a registry alone does not say which version this is", q.Wish),
 			"set a version, a branch or latest, as in --driver 535.261.03, or a server: --server URL")
 	}
 	tags, err := r.Tags(ctx)
 	if err != nil {
-		return Answer{}, fmt.Errorf("ask registry: %w", err)
+		return Answer{}, fmt.Errorf("ask the registry for a driver: %w", err)
 	}
 	var versions []string
 	prefix := strings.TrimSuffix(bundle.KernelTag(q.Kernel, target.Driver{}), target.Driver{}.String())
@@ -334,7 +337,7 @@ func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error)
 		}, nil
 	}
 	if err != nil {
-		return Answer{}, fmt.Errorf("ask registry: %w", err)
+		return Answer{}, fmt.Errorf("ask the registry for a driver: %w", err)
 	}
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
@@ -370,7 +373,7 @@ func (r Registry) findVersion(ctx context.Context, q Question, version string) (
 			if unfit != nil {
 				a.Driver = d
 			}
-			return a, fmt.Errorf("ask registry: %w", err)
+			return a, fmt.Errorf("ask the registry for a driver: %w", err)
 		}
 		a := Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}
 		o := gpulist.Offer{Flavour: f}

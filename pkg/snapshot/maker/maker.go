@@ -51,7 +51,7 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 		return fail(err)
 	}
 	if !locked {
-		return nil, fault.New(fault.Busy, "open snapshot "+dir+": another process writes to it",
+		return nil, fault.New(fault.Busy, "open snapshot "+dir+": another process writes to this folder",
 			"wait until the other process is done")
 	}
 	return &Repository{dir, now, lock}, nil
@@ -79,7 +79,7 @@ type Root struct {
 func (r *Repository) WriteRoot(next Root) (string, error) {
 	name, err := r.writeRoot(next)
 	if err != nil {
-		return "", fmt.Errorf("write root of snapshot: %w", err)
+		return "", fmt.Errorf("write root metadata of snapshot: %w", err)
 	}
 	return name, nil
 }
@@ -224,7 +224,7 @@ func (r *Repository) publish(
 		return nil, err
 	}
 	if root == nil {
-		return nil, fault.New(fault.Usage, "there is no root yet", "make a root: builder snapshot root")
+		return nil, fault.New(fault.Usage, "the folder has no root metadata yet", "make a root: builder snapshot root")
 	}
 	former, err := r.readPublished()
 	if err != nil {
@@ -304,7 +304,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 		return nil, err
 	}
 	if root == nil || at.version == 0 {
-		return nil, fault.New(fault.Usage, "there is no snapshot yet", "make a snapshot: builder snapshot make")
+		return nil, fault.New(fault.Usage, "the folder has no snapshot yet", "make a snapshot: builder snapshot make")
 	}
 	stamp := metadata.Timestamp(tufTime(until))
 	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = r.nextStamp(at), at.meta
@@ -387,11 +387,11 @@ func (r *Repository) readPublished() (at publishedList, err error) {
 	}
 	targets, err := metadata.Targets().FromBytes(at.files.Targets)
 	if err != nil {
-		return at, fmt.Errorf("read targets: %w", err)
+		return at, fmt.Errorf("read the list of targets: %w", err)
 	}
 	info := targets.Signed.Targets[snapshot.Name]
 	if info == nil {
-		return at, errors.New("read targets: no entry for the file " + snapshot.Name)
+		return at, errors.New("read the list of targets: the list has no entry for the file " + snapshot.Name)
 	}
 	at.files.Catalogue, err = r.read(filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name))
 	return at, err

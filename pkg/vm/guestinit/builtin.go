@@ -131,11 +131,11 @@ func mknod(_ context.Context, args []string, _ io.Writer) error {
 	}
 	major, err := strconv.ParseUint(args[1], 10, 12)
 	if err != nil {
-		return fmt.Errorf("mknod: major: %w", err)
+		return fmt.Errorf("mknod: parse the major number: %w", err)
 	}
 	minor, err := strconv.ParseUint(args[2], 10, 20)
 	if err != nil {
-		return fmt.Errorf("mknod: minor: %w", err)
+		return fmt.Errorf("mknod: parse the minor number: %w", err)
 	}
 	return charDevice(args[0], uint32(major), uint32(minor))
 }

@@ -96,7 +96,7 @@ func prepare(s wire.Script) error {
 	}
 	for _, name := range names {
 		if err := insmod(filepath.Join(wire.ModulesDir, name), ""); err != nil {
-			return fmt.Errorf("load %s: %w", name, err)
+			return fmt.Errorf("load the kernel module %s: %w", name, err)
 		}
 	}
 	if s.Network {

@@ -54,7 +54,7 @@ func findLink(name string, wait time.Duration) (netlink.Link, error) {
 		}
 		var missing netlink.LinkNotFoundError
 		if !errors.As(err, &missing) || time.Now().After(deadline) {
-			return nil, fmt.Errorf("find %s: %w", name, err)
+			return nil, fmt.Errorf("find the network interface %s: %w", name, err)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

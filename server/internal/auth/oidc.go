@@ -94,7 +94,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 			return nil, fail(fmt.Errorf("rule %d is empty", i+1))
 		}
 		if err := r.prepare(filepath.Dir(file)); err != nil {
-			return nil, fail(fmt.Errorf("rule %d: %w", i+1, err))
+			return nil, fail(fmt.Errorf("check rule %d: %w", i+1, err))
 		}
 	}
 	return all, nil
@@ -249,7 +249,7 @@ func issuerOf(raw string) (string, error) {
 	}
 	parts := strings.Split(raw, ".")
 	if len(parts) != 3 {
-		return "", errors.New("the token does not have three parts")
+		return "", errors.New("the token does not have the three parts of a JWT")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {

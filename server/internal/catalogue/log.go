@@ -46,11 +46,11 @@ func noLog(b api.Build) error {
 func WhyNoLog(b api.Build) string {
 	switch {
 	case b.Worker != "":
-		return "its builder sent none to this server"
+		return "its builder sent no log to this server"
 	case b.State == api.Published:
 		return "no builder ran, because the artifact was there already"
 	}
-	return "no builder was at work on it when it ended"
+	return "no builder worked on this build when the build ended"
 }
 
 // hintAttachedLog stands before the digest of a published artifact.

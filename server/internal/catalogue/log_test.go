@@ -28,19 +28,19 @@ func TestNoLog(t *testing.T) {
 	b = update(t, c, b.ID, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
 	check(b, "has no log yet", "wait")
 	b = update(t, c, b.ID, api.BuildUpdate{State: api.Failed, Class: "internal"})
-	check(b, "has no log: its builder sent none to this server", "builder-1")
+	check(b, "has no log: its builder sent no log to this server", "builder-1")
 
 	b = request(t, c, first, v261, "proprietary")
 	b, err := c.Cancel(ctx, b.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	check(b, "has no log: no builder was at work on it when it ended", "server build 2")
+	check(b, "has no log: no builder worked on this build when the build ended", "server build 2")
 
 	b = request(t, c, second, v261, "proprietary")
 	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
 	b = update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
-	check(b, "has no log: its builder sent none to this server", "server artifact "+digest("1"))
+	check(b, "has no log: its builder sent no log to this server", "server artifact "+digest("1"))
 	a := api.NewArtifact{Digest: digest("2"), Fingerprint: fingerB, Driver: b.Driver,
 		Kernels: []target.Kernel{{BuildID: other, Board: "lakitu"}}}
 	if _, err := c.AddArtifact(ctx, a); err != nil {

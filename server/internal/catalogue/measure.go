@@ -71,7 +71,7 @@ func (c *Catalogue) Measurer(ctx context.Context) error {
 		}
 		if now := c.Store.Changes(); now != changes || begin.Sub(last) >= measureAnyway {
 			if err := c.Measure(ctx); err != nil && ctx.Err() == nil {
-				c.Log.WarnContext(ctx, "measurement incomplete", "err", err)
+				c.Log.WarnContext(ctx, "measurement of the matrix incomplete", "err", err)
 			} else {
 				changes, last = now, begin
 			}

@@ -32,7 +32,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 	// PlanSoon plans all COS builds. It also tries the cells that planRelease did not queue.
 	defer c.PlanSoon()
 	if err := c.planRelease(ctx, buildID); err != nil {
-		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
+		c.Log.WarnContext(ctx, "plan of the wish lists incomplete", "err", err)
 	}
 	return c.Release(ctx, buildID)
 }

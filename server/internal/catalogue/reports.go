@@ -169,7 +169,8 @@ func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
 	if sum.recent < limit || sum.failed <= sum.loaded {
 		return ""
 	}
-	return fmt.Sprintf("it did not load on %d counted nodes within a day, and on %d of %d within 30 days", sum.recent,
+	return fmt.Sprintf("the artifact did not load on %d counted nodes within a day, and on %d of %d within 30 days",
+		sum.recent,
 		sum.failed, sum.failed+sum.loaded)
 }
 

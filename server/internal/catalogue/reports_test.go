@@ -152,7 +152,7 @@ func TestLift(t *testing.T) {
 	report(t, c, "a", reportOf(9, api.Loaded, 0))
 	fails()
 	r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
-	want := "it did not load on 3 counted nodes within a day, and on 3 of 4 within 30 days; " +
+	want := "the artifact did not load on 3 counted nodes within a day, and on 3 of 4 within 30 days; " +
 		"the last report says: unknown symbol"
 	if err != nil || r.State != api.Quarantined || r.Reason != want || r.Digest != "" ||
 		!strings.Contains(r.Hint, "server lift "+digest("1")) {

@@ -97,7 +97,7 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 			c.PlanSoon()
 		case <-c.planning:
 			if n, err := c.Plan(ctx); err != nil && ctx.Err() == nil {
-				c.Log.WarnContext(ctx, "plan incomplete", "builds", n, "err", err)
+				c.Log.WarnContext(ctx, "plan of the wish lists incomplete", "builds", n, "err", err)
 			} else if n > 0 {
 				c.Log.InfoContext(ctx, "builds planned", "builds", n)
 			}

@@ -85,7 +85,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
-			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
+			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, but %s", digest, old.State),
 				"take the digest from the list of quarantined artifacts: server quarantine")
 		}
 		return tx.IgnoreFailuresBefore(ctx, digest, c.Now())

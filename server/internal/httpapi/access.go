@@ -171,7 +171,7 @@ func limitClients(perMinute int) func(http.Handler) http.Handler {
 	return httprate.LimitBy(perMinute, time.Minute, peer, httprate.WithLimitHandler(
 		func(w http.ResponseWriter, _ *http.Request) {
 			writeProblem(w, problemOf(fault.New(fault.TooMany, "this IP address sent too many requests within a minute",
-				"wait as many seconds as the answer's header Retry-After says")))
+				"wait as many seconds as the Retry-After header of the response says")))
 		}))
 }
 

@@ -83,7 +83,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	for {
 		begin := time.Now()
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
-			s.Log.WarnContext(ctx, "sweep failed", "err", err)
+			s.Log.WarnContext(ctx, "comparison of the builds with the queue failed", "err", err)
 		}
 		s.pause = max(every, idleFactor*time.Since(begin))
 		select {
@@ -112,7 +112,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	var errs []error
 	note := func(id int64, err error) {
 		if err != nil {
-			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
+			errs = append(errs, fmt.Errorf("compare build %d with its job in the queue: %w", id, err))
 		}
 	}
 	before := s.heard

@@ -154,7 +154,7 @@ func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
 		}
 		read[is.Encoded()] = true
 		if err := s.addManifest(is, &refs); err != nil && first == nil {
-			first = fmt.Errorf("manifest %s: %w", is, err)
+			first = fmt.Errorf("read the references of manifest %s: %w", is, err)
 		}
 		return nil
 	})

@@ -165,7 +165,7 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	w.Header().Set("Cache-Control", "no-store")
 	err := json.NewEncoder(w).Encode(map[string]any{"token": grant, "access_token": grant, "expires_in": 3600})
 	if err != nil {
-		h.log.DebugContext(r.Context(), "answer lost", "err", err)
+		h.log.DebugContext(r.Context(), "response not sent", "err", err)
 	}
 }
 
@@ -183,11 +183,11 @@ func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) 
 		writeStatus(w, http.StatusInsufficientStorage, "DENIED", "the registry's disk is full")
 		return
 	case status >= http.StatusInternalServerError:
-		h.log.ErrorContext(r.Context(), "registry failed", "method", r.Method, "path", r.URL.Path, "err", err)
+		h.log.ErrorContext(r.Context(), "request to the registry failed", "method", r.Method, "path", r.URL.Path, "err", err)
 		writeStatus(w, status, "UNKNOWN", "internal error; the server's log has the cause")
 		return
 	}
 	if err := ociregistry.WriteError(w, err); err != nil {
-		h.log.DebugContext(r.Context(), "answer lost", "err", err)
+		h.log.DebugContext(r.Context(), "response not sent", "err", err)
 	}
 }

@@ -161,10 +161,10 @@ func (s *Store) readEntry(name string) (ociregistry.Descriptor, error) {
 		return desc, err
 	}
 	if d.Validate() != nil {
-		s.logOnce(name, "remove this file, which is not the registry's")
+		s.logOnce(name, "remove this file: the registry has not written it")
 		return desc, ociregistry.ErrManifestUnknown
 	}
-	s.logOnce(name, "push the manifest with these digits again, or delete it")
+	s.logOnce(name, "push the manifest whose digest is the name of this file again, or delete the manifest")
 	content, err := s.root.ReadFile(blobPath(sum))
 	if err != nil {
 		return desc, replaceNotExist(err, ociregistry.ErrManifestUnknown)

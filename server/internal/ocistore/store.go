@@ -250,7 +250,7 @@ func repoPath(repo string, parts ...string) (string, error) {
 
 func tagPath(repo, tag string) (string, error) {
 	if tag == "" || !ociref.IsValidTag(tag) { // IsValidTag panics if the tag is empty
-		return "", fmt.Errorf("%w: tag %q", ociregistry.ErrManifestInvalid, tag)
+		return "", fmt.Errorf("%w: %q is not a valid tag", ociregistry.ErrManifestInvalid, tag)
 	}
 	return repoPath(repo, "_tags", tag)
 }

@@ -368,7 +368,7 @@ func (s *Store) verifyBlob(
 	}
 	moved, err := s.moveAside(f, is)
 	if err != nil {
-		return n, cause, fmt.Errorf("%s: %w", name, errors.Join(cause, err)), nil
+		return n, cause, fmt.Errorf("move the damaged file %s aside: %w", name, errors.Join(cause, err)), nil
 	}
 	if !moved {
 		cause = nil // a push replaced it meanwhile, or a collection removed it

@@ -347,7 +347,7 @@ func (s *Store) pushManifest(
 }
 
 func denied(repo, tag string, is ociregistry.Digest) error {
-	return fmt.Errorf("%w: tag %s of repository %s is create-only, and it refers to %s", ociregistry.ErrDenied, tag,
+	return fmt.Errorf("%w: tag %s of repository %s is create-only, and the tag refers to %s", ociregistry.ErrDenied, tag,
 		repo, is)
 }
 

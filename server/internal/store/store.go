@@ -185,7 +185,7 @@ func (s *Store) migrate(ctx context.Context) error {
 		number, _, _ := strings.Cut(path.Base(name), "_")
 		version, err := strconv.ParseInt(number, 10, 64)
 		if err != nil {
-			return fmt.Errorf("migration %s: %w", name, err)
+			return fmt.Errorf("read the number of migration %s: %w", name, err)
 		}
 		s.schema = max(s.schema, version)
 		text, err := migrations.ReadFile(name)

@@ -202,7 +202,7 @@ func TestPages(t *testing.T) {
 			[]string{"api-break", "&lt;b&gt;too few", "newer driver", "1.5 s", "(failed)", "/v1/builds/2/log"},
 			[]string{"<b>too few", "data-live", "has no log"}},
 		{"published build", full, "/builds/1", 200, []string{"prebake.example/prebake/driver@" + digest, "42 s",
-			"This build has no log: its builder sent none to this server."}, []string{"Next step"}},
+			"This build has no log: its builder sent no log to this server."}, []string{"Next step"}},
 		{"build under way", full, "/builds/3", 200,
 			[]string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1",
 				`data-log="/v1/builds/3/log">a line`, "cc &lt;nv.c&gt;"}, nil},

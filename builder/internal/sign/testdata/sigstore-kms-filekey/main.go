@@ -20,11 +20,11 @@ type holder struct{ signature.SignerVerifier }
 func (holder) DefaultAlgorithm() string      { return "any" }
 func (holder) SupportedAlgorithms() []string { return []string{"any"} }
 func (holder) CreateKey(context.Context, string) (crypto.PublicKey, error) {
-	return nil, errors.New("keys are made elsewhere")
+	return nil, errors.New("create a key: this plugin creates no keys")
 }
 
 func (holder) CryptoSigner(context.Context, func(error)) (crypto.Signer, crypto.SignerOpts, error) {
-	return nil, nil, errors.New("not part of the protocol")
+	return nil, nil, errors.New("get a signer: the protocol of plugins has no such call")
 }
 
 func open(args *common.PluginArgs) (holder, error) {
