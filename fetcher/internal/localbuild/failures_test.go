@@ -161,25 +161,41 @@ func TestFullDiskProcess(t *testing.T) {
 	}
 }
 
-// TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full.
+// TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full. In each row, the
+// disk gets full at another step of the compile.
 func TestPauseOnFullDisk(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
 		t.Skip("bwrap is missing: apt-get install bubblewrap")
 	}
-	dir := filepath.Dir(script(t, `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null || exit 27`).Program)
-	disk := filepath.Join(dir, "state")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(1<<20), "--tmpfs",
-		disk, "--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")
-	cmd.Env = append(os.Environ(), fullVariable+"="+dir)
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestFullDiskProcess") {
-		t.Errorf("%v: %s", err, out)
-	}
-	if got := len(calls(t, dir)); got != 1 {
-		t.Errorf("compiled %d times; want 1", got)
+	const fill = `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null`
+	for name, row := range map[string]struct {
+		keygen, compile string
+		calls           int // of the builder
+	}{
+		"during the compile": {makesKey, fill + " || exit 27", 2},
+		"with the key":       {`cat /dev/zero >"$2" 2>/dev/null || exit 27`, "exit 1", 1},
+		"before the compile": {makesKey + `; echo '{}' >"${0%/*}/state/failed.json"; ` + fill + " || true", "exit 1", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Dir(scriptWith(t, row.keygen, row.compile).Program)
+			disk := filepath.Join(dir, "state")
+			if err := os.Mkdir(disk, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(1<<20), "--tmpfs",
+				disk, "--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")
+			cmd.Env = append(os.Environ(), fullVariable+"="+dir)
+			if out, err := cmd.CombinedOutput(); err != nil ||
+				!strings.Contains(string(out), "--- PASS: TestFullDiskProcess") {
+				t.Errorf("%v: %s", err, out)
+			}
+			if raw, err := os.ReadFile(filepath.Join(dir, "calls")); err != nil ||
+				strings.Count(string(raw), "\n") != row.calls {
+				t.Errorf("the builder's calls: %q, %v; want %d", raw, err, row.calls)
+			}
+		})
 	}
 }
 
