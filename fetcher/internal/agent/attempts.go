@@ -430,7 +430,11 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	if len(open) > 0 {
-		if err := a.writeAttempts(store, all); err != nil { // a full disk must not leave the node without a driver
+		err := a.writeAttempts(store, all)
+		if fault.NoSpace(err) {
+			err = a.makeRoom(ctx, store, all)
+		}
+		if err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
 			a.uncounted = err
 		}
