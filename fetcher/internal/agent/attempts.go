@@ -461,7 +461,7 @@ func restorePointers(store *install.Store, to install.Pointers) (back bool, err 
 	}
 	back = was.Current != to.Current
 	if to.Current == "" {
-		return back, restore(store, install.Pointers{}, nil)
+		return back, restore(store, install.Pointers{Copy: to.Copy}, nil)
 	}
 	before, err := store.SetAt(to.Current)
 	if err != nil || before == nil {
