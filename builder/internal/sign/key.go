@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
@@ -173,7 +174,11 @@ func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {
 // GenerateKey makes an ECDSA P-256 key. It writes the private key to the path, readable by the owner only, and the
 // public key to path.pub. It never overwrites a file.
 func GenerateKey(path string) error {
-	if err := generateKey(path); err != nil {
+	err := generateKey(path)
+	if fault.NoSpace(err) {
+		return fault.Disk(fmt.Errorf("generate key: %w", err), "free space on the disk of "+filepath.Dir(path))
+	}
+	if err != nil {
 		hint := ""
 		if errors.Is(err, os.ErrExist) {
 			hint = "use another name for the new key: nodes that trust the old key would not trust what you publish " +

@@ -430,7 +430,11 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	if len(open) > 0 {
-		if err := a.writeAttempts(store, all); err != nil { // a full disk must not leave the node without a driver
+		err := a.writeAttempts(store, all)
+		if fault.NoSpace(err) {
+			err = a.makeRoom(ctx, store, all)
+		}
+		if err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not write the record of activations", "err", err)
 			a.uncounted = err
 		}
@@ -457,7 +461,7 @@ func restorePointers(store *install.Store, to install.Pointers) (back bool, err 
 	}
 	back = was.Current != to.Current
 	if to.Current == "" {
-		return back, restore(store, install.Pointers{}, nil)
+		return back, restore(store, install.Pointers{Copy: to.Copy}, nil)
 	}
 	before, err := store.SetAt(to.Current)
 	if err != nil || before == nil {

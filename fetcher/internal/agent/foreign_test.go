@@ -1,6 +1,9 @@
 package agent_test
 
 import (
+	"errors"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -8,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
@@ -70,6 +74,54 @@ func TestForeignPutBack(t *testing.T) {
 	}
 	if last := n.kernel.calls[len(n.kernel.calls)-1]; last != "load nvidia_peermem "+newVersion {
 		t.Errorf("the last system call is %q; want peermem loaded again", last)
+	}
+}
+
+// TestFailedAdoption puts a copy of the active driver in place of the link .prebake/current, without set.json, and
+// removes the driver itself. The agent adopts the loaded driver, but the probe does not answer. Programs use the files
+// of the copy, so their links must stay.
+func TestFailedAdoption(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	good := n.tree(t)
+	ours := filepath.Join(n.root, installDir, ".prebake")
+	current := filepath.Join(ours, "current")
+	set, err := filepath.EvalSymlinks(current)
+	if err := errors.Join(err, os.Remove(current)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "cp", "-rL", set, current).CombinedOutput(); err != nil {
+		t.Fatalf("cp: %v: %s", err, out)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(current, "set.json")), os.Remove(filepath.Join(ours, "previous")),
+		os.RemoveAll(filepath.Join(ours, "sets"))); err != nil {
+		t.Fatal(err)
+	}
+	copied := n.tree(t)
+	works := n.parts.Probe
+	n.parts.Probe = silent{}
+	for i := range 2 {
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if !fault.Is(err, fault.Unusable) || r.Changed {
+			t.Errorf("run %d: Run = %+v, %v; want unusable, and nothing changed", i, r.Verdict, err)
+		}
+		if diff := cmp.Diff(copied, n.tree(t)); diff != "" {
+			t.Errorf("run %d: tree (-want +got):\n%s", i, diff)
+		}
+		if info, err := os.Lstat(current); err != nil || !info.IsDir() {
+			t.Errorf("run %d: the copy: %v, %v; want it in its place", i, info, err)
+		}
+	}
+	n.parts.Probe, n.cfg.Retry = works, true
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
+		t.Errorf("then: Run = %+v, %v; want the driver adopted", r.Verdict, err)
+	}
+	if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+		t.Errorf("then: tree (-want +got):\n%s", diff)
 	}
 }
 

@@ -1,9 +1,11 @@
 package agent_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,7 +32,7 @@ func TestCrashesOnFullDisk(t *testing.T) {
 	if _, err := exec.LookPath("bwrap"); err != nil {
 		t.Skip("bwrap is missing: apt-get install bubblewrap")
 	}
-	for _, process := range []string{"TestCrashOfActive", "TestCrashAfterUpdate"} {
+	for _, process := range []string{"TestCrashOfActive", "TestCrashAfterUpdate", "TestCrashWithoutReserve"} {
 		t.Run(process, func(t *testing.T) {
 			t.Parallel()
 			root := filepath.Join(t.TempDir(), "root")
@@ -108,6 +110,47 @@ func TestCrashAfterUpdate(t *testing.T) {
 	n.reboot(t)
 	n.fillHome(t)
 	n.killed(t, ref, pn.Digest, newer, "nvidia")
+	n.wantNoLoad(t)
+}
+
+// TestCrashWithoutReserve lets the load of a driver take the node down while the disk is full, and an older release
+// reserved no space. The agent must remove what nobody needs, so that it can count the crash, and must then try the
+// driver again.
+func TestCrashWithoutReserve(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := crashing(t)
+	sample.RootAt(t, n.root, newer, 1)
+	n.reboot(t)
+	n.killed(t, ref, pn.Digest, newer, "nvidia")
+	n.reboot(t)
+	ours := filepath.Join(n.root, installDir, ".prebake")
+	records := filepath.Join(n.root, attemptsFile)
+	raw, err := os.ReadFile(records)
+	if err := errors.Join(err, os.WriteFile(records, bytes.TrimSpace(raw), 0o644), os.Remove(records+".spare"),
+		os.Remove(filepath.Join(ours, "verdict.json.spare"))); err != nil {
+		t.Fatal(err)
+	}
+	compiled, unused := "sets/"+strings.Repeat("a", 64), "sets/"+strings.Repeat("b", 64)
+	layer := "layers/" + strings.Repeat("c", 64)
+	sample.Write(t, ours, "tmp-left/half", strings.Repeat("x", 256<<10))
+	sample.Write(t, ours, layer+"/lib64/x", strings.Repeat("x", 256<<10))
+	for set, origin := range map[string]string{compiled: "node", unused: "published"} {
+		sample.Write(t, ours, set+"/set.json",
+			fmt.Sprintf(`{"digest":"sha256:%s","origin":%q}`, filepath.Base(set), origin))
+	}
+	n.fillHome(t)
+	n.killed(t, ref, pn.Digest, newer, "nvidia")
+	for _, digest := range []string{po.Digest, pn.Digest} {
+		if _, err := os.Stat(filepath.Join(ours, "sets", strings.TrimPrefix(digest, "sha256:"))); err != nil {
+			t.Errorf("the current or the previous driver: %v; want it kept", err)
+		}
+	}
+	for name, want := range map[string]bool{"tmp-left": false, layer: false, unused: false, compiled: true} {
+		if _, err := os.Stat(filepath.Join(ours, name)); (err == nil) != want {
+			t.Errorf("%s: %v; want it kept: %t", name, err, want)
+		}
+	}
+	n.fillHome(t)
 	n.wantNoLoad(t)
 }
 

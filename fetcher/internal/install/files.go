@@ -243,6 +243,10 @@ func (s *Store) WriteReserved(name string, data []byte, size int) error {
 	if len(data) > size || s.exchangeSpare(name, padded(data, size)) != nil {
 		return s.WriteFile(name, data)
 	}
+	spare := spareOf(name)
+	if _, err := s.root.Lstat(spare); errors.Is(err, fs.ErrNotExist) { // it became the file (see exchangeSpare)
+		_ = s.WriteFile(spare, padded(nil, size)) // if the disk is full, the next Reserve tries again
+	}
 	return nil
 }
 

@@ -84,7 +84,7 @@ func TestOnePointer(t *testing.T) {
 }
 
 // TestRecoverKeepsUsedFiles puts a copy of the active set in place of the link current, and removes the set itself.
-// Programs use the files of the copy, so Recover must not hide them.
+// Programs use the files of the copy, so neither Recover nor Restore after a Switch may hide them.
 func TestRecoverKeepsUsedFiles(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -95,7 +95,7 @@ func TestRecoverKeepsUsedFiles(t *testing.T) {
 	want := map[string]string{"bin": "1", "lib64": "1"}
 	at := s.Path("current")
 	if err := errors.Join(os.Remove(at), os.CopyFS(at, os.DirFS(s.Path("layers/"+strings.Repeat("1", 64)))),
-		os.RemoveAll(s.Path("sets"))); err != nil {
+		os.RemoveAll(s.Path("sets/"+strings.Repeat("1", 64)))); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Recover(); err != nil {
@@ -103,6 +103,30 @@ func TestRecoverKeepsUsedFiles(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, who(t, s)); diff != "" {
 		t.Errorf("after Recover (-want +got):\n%s", diff)
+	}
+	// A failed activation restores the former state, before Switch or after it.
+	before, err := s.Pointers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, switches := range []bool{false, true, false, true} {
+		if switches {
+			if err := s.Switch(add(t, s, "2", "bin", "share").Digest); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(map[string]string{"bin": "2", "share": "2"}, who(t, s)); diff != "" {
+				t.Errorf("%d: after Switch (-want +got):\n%s", i, diff)
+			}
+		}
+		if err := s.Restore(before); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, who(t, s)); diff != "" {
+			t.Errorf("%d: after Restore (-want +got):\n%s", i, diff)
+		}
+	}
+	if left, err := os.ReadDir(s.Path("adopted")); err != nil || len(left) > 0 {
+		t.Errorf("adopted has %v, %v; want nothing left", left, err)
 	}
 	if err := s.Restore(install.Pointers{}); err != nil {
 		t.Fatal(err)

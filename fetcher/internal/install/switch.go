@@ -53,26 +53,58 @@ func (s *Store) Switch(digest string) error {
 }
 
 // Restore sets the pointers current and previous. Without a current set, it first removes the top-level links, because
-// a killed run must leave no link without a target.
+// a killed run must leave no link without a target. But if there was a copy, it moves the copy back, with its links.
 func (s *Store) Restore(before Pointers) error {
-	if before.Current == "" {
+	copied, err := s.putBack(before.Copy)
+	if err != nil {
+		return fmt.Errorf("restore the folder current: %w", err)
+	}
+	without := before.Current == "" && !copied
+	if without {
 		if err := s.withdraw(); err != nil {
 			return err
 		}
 	}
 	for _, p := range []struct{ name, to string }{{"previous", before.Previous}, {"current", before.Current}} {
-		if p.to == "" {
-			if err := s.removePointer(p.name); err != nil {
-				return err
-			}
-		} else if err := s.point(path.Join(ownFolder, p.name), p.to); err != nil {
+		switch {
+		case p.to != "":
+			err = s.point(path.Join(ownFolder, p.name), p.to)
+		case p.name == "previous" || !copied:
+			err = s.removePointer(p.name)
+		}
+		if err != nil {
 			return err
 		}
 	}
-	if before.Current == "" {
+	if without {
 		return s.sync()
 	}
 	return s.expose()
+}
+
+// putBack moves a folder with this name in the folder adopted to the place of the link current. It reports whether a
+// folder is there now. The name comes from a file that is not trusted.
+func (s *Store) putBack(name string) (bool, error) {
+	current, aside := path.Join(ownFolder, "current"), path.Join(ownFolder, "adopted", name)
+	switch {
+	case !asideNames.MatchString(name):
+		return false, nil
+	case s.isOther(current): // Switch failed before it moved the folder
+		return s.exposed(), nil
+	case !s.isOther(aside):
+		return false, nil
+	}
+	err := s.exchange(aside, current)
+	if err == nil {
+		return true, s.root.Remove(aside) // the link
+	}
+	if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err := s.root.Remove(current); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return true, s.root.Rename(aside, current)
 }
 
 // Recover completes a deactivation that was killed: it removes dangling top-level links, and restores what another
@@ -105,6 +137,9 @@ func (s *Store) exposed() bool {
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
 	Previous string `json:"previous,omitempty"`
+	// Copy is set if a folder is in place of the link current, counts as no set, and has files to which a top-level link
+	// leads. It is the name in the folder adopted that Switch gives to this folder.
+	Copy string `json:"copy,omitempty"`
 }
 
 // Has reports whether a pointer leads to the set of this artifact.
@@ -118,6 +153,9 @@ func (p Pointers) Has(digest string) bool {
 func (s *Store) Pointers() (p Pointers, err error) {
 	if p.Current, err = s.link("current"); err != nil {
 		return p, err
+	}
+	if at := path.Join(ownFolder, "current"); p.Current == "" && s.isOther(at) && s.exposed() {
+		p.Copy = path.Base(s.asideOf(at))
 	}
 	p.Previous, err = s.link("previous")
 	return p, err

@@ -40,20 +40,30 @@ type failure struct {
 const failureAge = 24 * time.Hour
 
 // firstPause is how long a full disk or an exceeded time limit is remembered the first time. Each further time, the
-// pause doubles, up to failureAge. Otherwise a node whose disk or time never suffices would compile at each restart of
-// the pod.
+// pause doubles, up to longestPause. Otherwise a node whose disk or time never suffices would compile at each restart
+// of the pod.
 const firstPause = 10 * time.Minute
+
+// longestPause returns the maximum pause after a failure of this kind. After a full disk it is short, because the disk
+// may have space again at any time, and nobody can measure how much the next compile needs.
+func longestPause(kind fault.Kind) time.Duration {
+	if kind == fault.DiskFull {
+		return time.Hour
+	}
+	return failureAge
+}
 
 // pause returns how long this failure is remembered.
 func (f failure) pause() time.Duration {
+	longest := longestPause(f.Kind)
 	if !pauses(f.Kind) {
-		return failureAge
+		return longest
 	}
 	pause := firstPause
-	for i := 1; i < f.Tries && pause < failureAge; i++ {
+	for i := 1; i < f.Tries && pause < longest; i++ {
 		pause *= 2
 	}
-	return min(pause, failureAge)
+	return min(pause, longest)
 }
 
 // pauses reports whether the compile may succeed later, but not soon.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -78,13 +79,33 @@ func TestWhichFailuresAreRemembered(t *testing.T) {
 }
 
 // TestPauses checks that a compile that ended with a full disk or at its time limit is not repeated at once, also by
-// another process, and that the pause grows.
+// another process, and that the pause grows. After a full disk it grows to an hour only, because somebody may clean the
+// disk.
 func TestPauses(t *testing.T) {
 	t.Parallel()
-	for name, exit := range map[string]int{"disk full": 27, "timed out": 28} {
+	type step struct {
+		age   time.Duration // of the last failure
+		calls int
+	}
+	begin := []step{
+		{0, 1}, {0, 1}, {9 * time.Minute, 1}, {11 * time.Minute, 2}, {0, 2}, {11 * time.Minute, 2},
+		{21 * time.Minute, 3}, {21 * time.Minute, 3}, {41 * time.Minute, 4},
+	}
+	for name, row := range map[string]struct {
+		exit  int
+		steps []step
+	}{
+		"disk full": {27, append(slices.Clone(begin), []step{
+			{59 * time.Minute, 4}, {61 * time.Minute, 5}, {59 * time.Minute, 5}, {61 * time.Minute, 6}, {50 * time.Hour, 7},
+		}...)},
+		"timed out": {28, append(slices.Clone(begin), []step{
+			{61 * time.Minute, 4}, {81 * time.Minute, 5}, {161 * time.Minute, 6}, {321 * time.Minute, 7},
+			{641 * time.Minute, 8}, {1281 * time.Minute, 9}, {23 * time.Hour, 9}, {25 * time.Hour, 10}, {23 * time.Hour, 10},
+		}...)},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b := script(t, fmt.Sprintf(`echo "error: too little" >&2; exit %d`, exit))
+			b := script(t, fmt.Sprintf(`echo "error: too little" >&2; exit %d`, row.exit))
 			dir := filepath.Dir(b.Program)
 			// ago moves the last failure into the past.
 			ago := func(age time.Duration) {
@@ -102,29 +123,22 @@ func TestPauses(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for i, row := range []struct {
-				age   time.Duration // of the last failure
-				calls int
-			}{
-				{0, 1}, {0, 1}, {9 * time.Minute, 1}, {11 * time.Minute, 2}, {0, 2}, {11 * time.Minute, 2},
-				{21 * time.Minute, 3}, {21 * time.Minute, 3}, {41 * time.Minute, 4}, {81 * time.Minute, 5},
-				{161 * time.Minute, 6}, {321 * time.Minute, 7}, {641 * time.Minute, 8}, {1281 * time.Minute, 9},
-				{23 * time.Hour, 9}, {25 * time.Hour, 10}, {23 * time.Hour, 10},
-			} {
+			for i, step := range row.steps {
 				if i > 0 {
-					ago(row.age)
+					ago(step.age)
 				}
 				_, err := build(t.Context(), builderIn(dir), question)
-				if err == nil || fault.Of(err).ExitCode() != exit || !strings.Contains(err.Error(), "too little") {
+				if err == nil || fault.Of(err).ExitCode() != row.exit || !strings.Contains(err.Error(), "too little") {
 					t.Errorf("%d: Build = %v; want the same error", i, err)
 				}
-				if got := len(calls(t, dir)); got != row.calls {
-					t.Errorf("%d, %v after the last failure: compiled %d times; want %d", i, row.age, got, row.calls)
+				if got := len(calls(t, dir)); got != step.calls {
+					t.Errorf("%d, %v after the last failure: compiled %d times; want %d", i, step.age, got, step.calls)
 				}
 			}
 			b.Retry = true
-			if _, err := build(t.Context(), b, question); err == nil || len(calls(t, dir)) != 11 {
-				t.Errorf("with Retry: Build = %v, compiled %d times; want 11", err, len(calls(t, dir)))
+			want := row.steps[len(row.steps)-1].calls + 1
+			if _, err := build(t.Context(), b, question); err == nil || len(calls(t, dir)) != want {
+				t.Errorf("with Retry: Build = %v, compiled %d times; want %d", err, len(calls(t, dir)), want)
 			}
 		})
 	}
@@ -147,25 +161,41 @@ func TestFullDiskProcess(t *testing.T) {
 	}
 }
 
-// TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full.
+// TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full. In each row, the
+// disk gets full at another step of the compile.
 func TestPauseOnFullDisk(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
 		t.Skip("bwrap is missing: apt-get install bubblewrap")
 	}
-	dir := filepath.Dir(script(t, `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null || exit 27`).Program)
-	disk := filepath.Join(dir, "state")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(1<<20), "--tmpfs",
-		disk, "--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")
-	cmd.Env = append(os.Environ(), fullVariable+"="+dir)
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestFullDiskProcess") {
-		t.Errorf("%v: %s", err, out)
-	}
-	if got := len(calls(t, dir)); got != 1 {
-		t.Errorf("compiled %d times; want 1", got)
+	const fill = `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null`
+	for name, row := range map[string]struct {
+		keygen, compile string
+		calls           int // of the builder
+	}{
+		"during the compile": {makesKey, fill + " || exit 27", 2},
+		"with the key":       {`cat /dev/zero >"$2" 2>/dev/null || exit 27`, "exit 1", 1},
+		"before the compile": {makesKey + `; echo '{}' >"${0%/*}/state/failed.json"; ` + fill + " || true", "exit 1", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Dir(scriptWith(t, row.keygen, row.compile).Program)
+			disk := filepath.Join(dir, "state")
+			if err := os.Mkdir(disk, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(1<<20), "--tmpfs",
+				disk, "--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")
+			cmd.Env = append(os.Environ(), fullVariable+"="+dir)
+			if out, err := cmd.CombinedOutput(); err != nil ||
+				!strings.Contains(string(out), "--- PASS: TestFullDiskProcess") {
+				t.Errorf("%v: %s", err, out)
+			}
+			if raw, err := os.ReadFile(filepath.Join(dir, "calls")); err != nil ||
+				strings.Count(string(raw), "\n") != row.calls {
+				t.Errorf("the builder's calls: %q, %v; want %d", raw, err, row.calls)
+			}
+		})
 	}
 }
 

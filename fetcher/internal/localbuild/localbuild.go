@@ -82,22 +82,31 @@ func keyIn(stateDir string) string {
 }
 
 // key returns the path of the node's key. It makes a new pair if there is no complete one.
-func (b Builder) key(ctx context.Context) (string, error) {
+func (b Builder) key(ctx context.Context) (_ string, err error) {
 	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
 		return key, nil
 	}
 	fresh, folder := filepath.Join(b.StateDir, "tmp-key"), filepath.Join(b.StateDir, keyFolder)
+	defer func() {
+		if err != nil { // the record of a full disk may need the space of an incomplete key
+			full := fault.NoSpace(err) || fault.Is(err, fault.DiskFull)
+			err = fmt.Errorf("make this node's signing key: %w", errors.Join(err, os.RemoveAll(fresh)))
+			if full {
+				err = fault.Wrap(fault.DiskFull, err, "make space on the disk of "+b.StateDir)
+			}
+		}
+	}()
 	if err := errors.Join(os.RemoveAll(fresh), os.RemoveAll(folder)); err != nil {
-		return "", fmt.Errorf("make this node's signing key: %w", err)
+		return "", err
 	}
 	if err := os.Mkdir(fresh, 0o700); err != nil {
-		return "", fmt.Errorf("make this node's signing key: %w", err)
+		return "", err
 	}
 	if _, err := b.run(ctx, "keygen", filepath.Join(fresh, keyFile)); err != nil {
-		return "", fmt.Errorf("make this node's signing key: %w", err)
+		return "", err
 	}
 	if err := os.Rename(fresh, folder); err != nil {
-		return "", fmt.Errorf("make this node's signing key: %w", err)
+		return "", err
 	}
 	return filepath.Join(folder, keyFile), nil
 }
@@ -140,14 +149,19 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 	if err != nil { // before a pull and before anything is removed
 		return resolve.Answer{}, err
 	}
+	begun := false
+	defer func() {
+		// Otherwise each restart would pull the image again. The image is removed by now, so there may be space for the
+		// record.
+		if !begun && fault.Is(err, fault.DiskFull) && ctx.Err() == nil {
+			err = errors.Join(err, failed.store(q, err, last))
+		}
+	}()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
 		}
 		root, program, remove, uerr := b.Image.unpack(ctx, b.StateDir)
-		if fault.Is(uerr, fault.DiskFull) && ctx.Err() == nil { // otherwise each restart would pull the image again
-			uerr = errors.Join(uerr, failed.store(q, uerr, last))
-		}
 		if uerr != nil {
 			return resolve.Answer{}, uerr
 		}
@@ -167,6 +181,7 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 	if err := failed.begin(now); err != nil {
 		return resolve.Answer{}, err
 	}
+	begun = true
 	answer, err := b.compile(ctx, q, key)
 	var serr error
 	if ctx.Err() == nil {

@@ -23,10 +23,19 @@ import (
 // in the file calls.
 func script(t *testing.T, body string) localbuild.Builder {
 	t.Helper()
+	return scriptWith(t, makesKey, body)
+}
+
+// makesKey is shell code that makes both halves of a key.
+const makesKey = `for f in "$2" "$2.pub"; do printf -- '-----BEGIN X-----\n-----END X-----\n' >"$f"; done`
+
+// scriptWith does what script does, with this shell code instead of makesKey.
+func scriptWith(t *testing.T, keygen, body string) localbuild.Builder {
+	t.Helper()
 	dir := t.TempDir()
 	builder := filepath.Join(dir, "builder")
-	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then for f in \"$2\" " +
-		"\"$2.pub\"; do printf -- '-----BEGIN X-----\\n-----END X-----\\n' >\"$f\"; done; exit 0; fi\n" + body + "\n"
+	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then " + keygen +
+		"; exit 0; fi\n" + body + "\n"
 	program.Write(t, builder, []byte(text))
 	return localbuild.Builder{Program: builder, StateDir: filepath.Join(dir, "state"),
 		CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
