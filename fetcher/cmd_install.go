@@ -46,8 +46,8 @@ func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context)
 	return runOnce(ctx, cmd, tracer, run)
 }
 
-// startTraces starts the tracer that the OTEL_* environment variables configure. If they are wrong, it prints the error
-// and returns nil: the node must get its driver anyway.
+// startTraces starts the tracer that the OTEL_* environment variables configure. If these variables are wrong,
+// startTraces prints the error and returns nil: the node must get its driver anyway.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {

@@ -72,12 +72,12 @@ func checkTaint(cmd *ucli.Command) error {
 // checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
 const checkTimeout = 3 * time.Minute
 
-// runTimeout is the longest expected time between two verdicts during a run. A run checks the active driver each minute
-// while it waits for the network. It does not check while it replaces the driver.
+// runTimeout is the longest expected time between two verdicts during a run. While a run waits for the network, it
+// checks the active driver each minute. While it replaces the driver, it makes no checks.
 const runTimeout = 15 * time.Minute
 
-// retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run
-// ended with an error, or left the node with another driver than the wanted one.
+// retryChecks is the number of checks after which the daemon runs the agent again. The daemon does so only if the last
+// run ended with an error, or left the node with another driver than the wanted one.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is loaded, it watches the driver until ctx ends.
@@ -131,11 +131,11 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	return g.Wait()
 }
 
-// listenPause is the time between two tries to listen.
+// listenPause is the time between two attempts to listen on the address of the HTTP server.
 const listenPause = 5 * time.Second
 
-// serve serves the driver's state until ctx ends. If the address cannot be used, it tries again: the node needs its
-// driver, even if nobody can ask for the state.
+// serve serves the driver's state until ctx ends. If the address cannot be used, serve logs this and tries again: the
+// node needs its driver, even if nobody can read its state.
 func serve(ctx context.Context, server *report.Server, listen string, log *slog.Logger) error {
 	last := ""
 	for {
@@ -155,14 +155,14 @@ func serve(ctx context.Context, server *report.Server, listen string, log *slog.
 	}
 }
 
-// flushTime is how long a failing program waits at most until the cluster has stored the reason.
+// flushTime is the longest time that a failing program waits for the cluster to store the reason.
 const flushTime = 10 * time.Second
 
-// listeners receive the driver's state. The cluster is optional.
+// listeners pass the driver's state on to the HTTP server and to the cluster. cluster may be nil.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
-	watched bool // verdicts expire
+	watched bool // whether verdicts expire
 }
 
 // Watch sets the age at which a verdict expires; 0 means never.
@@ -234,8 +234,8 @@ func (k daemon) reportFailure(v gpucheck.Verdict, why error) {
 }
 
 func (k daemon) stay(ctx context.Context) error {
-	// The cluster may still show the driver of an earlier boot. Metrics must show the GPUs even if the first run ends the
-	// program. This verdict is never ready.
+	// Report a verdict before the first run: the cluster may still show the driver of an earlier boot, and the metrics
+	// must show the GPUs even if the first run ends the program. The state of this verdict is never Ready.
 	if v, ok := k.quickVerdict(ctx); ok {
 		k.outside.Report(v)
 	}
@@ -251,20 +251,20 @@ func (k daemon) stay(ctx context.Context) error {
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
 			if r.Pending != "" {
-				pending = errors.New(r.Pending) // even without an error of this run, an earlier reason still holds
+				pending = errors.New(r.Pending) // even if this run had no error, a reason of an earlier run is still true
 			}
 			if last = r.Verdict; last.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(last)
 				watched = mustWatch(last)
 			} else if err != nil {
-				// If no driver was ready before, report the error with the present state. A driver that was ready stays the answer,
-				// unless this run unloaded it and could not load it again.
+				// If no driver was ready before, report the error with the present state. If a driver was ready before, its verdict
+				// stays, unless this run unloaded that driver and could not load it again.
 				v, ok := k.quickVerdict(ctx)
 				switch {
 				case ok && (!watched || v.NotLoaded()):
 					k.reportFailure(v, err)
 					watched = false
-				// An earlier process found the driver ready, and this one could not check it.
+				// An earlier process found the driver ready, and this process could not check it.
 				case !ok && !watched && v.State == gpucheck.Ready && !fault.Is(err, fault.Busy):
 					v.State = gpucheck.Loaded
 					k.reportFailure(v, err)
@@ -304,9 +304,9 @@ func (k daemon) stay(ctx context.Context) error {
 	}
 }
 
-// mustWatch reports whether the daemon must watch a driver with this verdict. In state Starting, NVLink's fabric
-// manager is missing. It starts only after the driver. Somebody may reset a GPU that the loaded driver cannot use, and
-// only a program that watches the GPU notices that.
+// mustWatch reports whether the daemon must watch a driver with this verdict. In state Starting, the driver waits for
+// NVLink's fabric manager, which starts only after the driver. In state Unusable, somebody may reset the GPU that the
+// loaded driver cannot use, and only a program that watches the GPU notices the reset.
 func mustWatch(v gpucheck.Verdict) bool {
 	switch v.State {
 	case gpucheck.Ready, gpucheck.Starting:
@@ -317,7 +317,8 @@ func mustWatch(v gpucheck.Verdict) bool {
 	return false
 }
 
-// besides returns what is joined in err other than the error of a verdict. The verdict itself was reported.
+// besides returns the errors that are joined in err, without the error of the verdict v, which was reported already. If
+// nothing else is in err, it returns nil.
 func besides(err error, v gpucheck.Verdict) error {
 	var p *gpucheck.Problem
 	if !errors.As(err, &p) {

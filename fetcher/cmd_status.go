@@ -91,7 +91,7 @@ func localVerifier(cmd *ucli.Command, node *noderoot.Root) (*trust.Verifier, fun
 	return newVerifier(cmd, p, node)
 }
 
-// refuseAll is a verifier that refuses every artifact. Its error says why no real verifier could be made.
+// refuseAll is a verifier that refuses every artifact. reason is the error because of which there is no real verifier.
 type refuseAll struct{ reason error }
 
 func (n refuseAll) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.reason }

@@ -44,7 +44,7 @@ func checkReport(cmd *ucli.Command) error {
 	), "report", "token-file", "server")
 }
 
-// newReporter returns nil where no reports are wanted.
+// newReporter starts a reporter. It returns nil if no reports are wanted.
 func newReporter(cmd *ucli.Command, log *slog.Logger) (*reporter, error) {
 	if err := checkReport(cmd); err != nil || !cmd.Bool("report") || cmd.Bool("dry-run") {
 		return nil, err

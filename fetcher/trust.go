@@ -19,7 +19,7 @@ import (
 )
 
 // newVerifier returns a verifier that trusts the signers in the flags or the policy. The returned function refreshes
-// the signed list, and is nil without a list.
+// the signed list. It is nil if the policy demands no list.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,

@@ -260,8 +260,8 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil if this node must not compile. It also returns nil if --builder is not set and no program
-// builder is in fetcher's folder.
+// newBuilder returns nil if this node must not compile. It also returns nil if --builder is not set and the folder of
+// fetcher has no program named builder.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -400,8 +400,8 @@ func registryFinder(ref string, open func() (*registry.Repository, error), gpus 
 	}
 }
 
-// artifactOf returns the digest of the artifact with a tag. A media type that an artifact does not have is no answer
-// yet: artifactOf then reads the manifest, because some registries name another type.
+// artifactOf returns the digest of the artifact with a tag. If the registry reports a media type that no artifact has,
+// artifactOf also reads the manifest, because some registries report a wrong type.
 func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (string, error) {
 	d, err := repo.Resolve(ctx, tag)
 	if err != nil {
@@ -421,8 +421,8 @@ func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (str
 	return d.Digest.String(), nil
 }
 
-// notRegistry makes an error of kind Unverified a passing one, so that the next source is asked. Something else than
-// the registry responds, such as the login page of a network or the error page of a proxy.
+// notRegistry makes an error of kind Unverified a passing one, so that the next source is asked. Such an error means
+// that something else than the registry responded, such as the login page of a network or a proxy.
 func notRegistry(err error) error {
 	if !fault.Is(err, fault.Unverified) {
 		return err
