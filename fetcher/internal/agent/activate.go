@@ -147,7 +147,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	default:
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
-	// After end, which may free space on a full disk.
+	// Write these after end, which may free space on a full disk.
 	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
@@ -158,8 +158,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// removeAside removes what earlier activations found in place of a link in .prebake. It is no longer needed: the driver
-// works without it.
+// removeAside removes the files and folders that earlier activations found in place of a link in .prebake and moved
+// aside. The driver works, so they are no longer needed.
 func (a *Agent) removeAside(ctx context.Context, store *install.Store, aside []string) {
 	if len(aside) == 0 {
 		return
@@ -190,8 +190,8 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	return d.set, true, nil
 }
 
-// findBefore ensures that the driver to be unloaded can be loaded again. Unless this program can verify the driver, it
-// opens the files of the modules.
+// findBefore ensures that the driver to be unloaded can be loaded again. If this program cannot verify that driver,
+// findBefore opens the files of its modules.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
 	before *install.Set) *foreignFiles {
 	if d.do != replace {
@@ -212,9 +212,9 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked with the former driver than work now. If not, a rollback to it is useless. In
-// the boot of its last check, that check counts. A reboot may have repaired a GPU that broke before, so after it the
-// largest number of GPUs that worked counts.
+// served reports whether more GPUs worked with the former driver than work now. If not, a rollback to the former driver
+// is useless. If the last check of the former driver was in this boot, that check decides. Otherwise the largest number
+// of GPUs that worked in the boot of that check decides, because the reboot may have repaired a GPU.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	if rec == nil || rec.Verdict.Digest != set.Digest {

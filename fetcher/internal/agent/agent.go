@@ -4,8 +4,8 @@
 //   - fetch and stage the layers
 //   - install, load and validate the driver
 //
-// It never gives unverified bytes a final name, and never touches a driver in use. When a step fails, it restores the
-// former driver.
+// A run never gives unverified bytes a final name, and never unloads a driver in use. When a step fails, the agent
+// restores the former driver.
 //
 // In names and types of this package, a set is the files of one driver on the node's disk (see [install.Set]).
 package agent
@@ -31,7 +31,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Agent runs the steps on one node.
+// Agent installs and loads the driver of one node.
 type Agent struct {
 	cfg    Config
 	parts  Parts
@@ -103,7 +103,8 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	return r, err
 }
 
-// forget begins a new run: checked layers become seen layers, unverified drivers are checked again, and nothing failed.
+// forget resets what the agent knows from the last run: its checked layers become seen layers, its unverified drivers
+// are checked again, and its suspects are dropped.
 func (a *Agent) forget() {
 	a.checked.Range(func(digest, layer any) bool {
 		a.seen.Store(digest, layer)
@@ -148,7 +149,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}); err != nil {
 		return err
 	}
-	// Other installers can work during the wait for the farm, because the lock is not held.
+	// Other installers can work during the wait for the farm, because this run does not hold the lock then.
 	mayBuild := a.mayBuild(ctx, store, facts, current)
 	findMade := func() *install.Set {
 		if !mayBuild {
@@ -173,7 +174,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		begun := false
 		err := a.locked(store, func() error {
 			begun, released = true, true
-			// Once the decision is applied, the driver that this node compiled is staged, or the next run needs another compile.
+			// Only now may other fetchers compile: the driver that this node compiled is staged, or this run has given it up.
 			return errors.Join(a.applyDecision(ctx, r, store, none), release())
 		})
 		if compiled && !begun && fault.Is(err, fault.Busy) {
@@ -196,7 +197,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 // lockWait is how long a run waits for another installer, before it gives up a driver that this node compiled.
 const lockWait = 2 * time.Minute
 
-// locked takes the lock that excludes other installers, calls the callback, and releases the lock.
+// locked takes the lock that excludes other installers, calls do, and releases the lock.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
@@ -216,8 +217,8 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //  1. the driver that waits (attempt.Next);
 //  2. the current driver;
 //  3. the previous driver;
-//  4. the current driver, even if an operator rolled it back, or if it was refused only because of a driver that has
-//     failed by now.
+//  4. the current driver, even if an operator rolled it back; and also if it was refused at first because the node had
+//     another driver, and that driver has failed by now.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if names := store.NotLinks(); len(names) > 0 {
 		a.parts.Log.WarnContext(ctx,
@@ -317,7 +318,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			waiting = append(waiting, l.Digest)
 		}
 	}
-	if r.Answer.Source == resolve.SourceNode { // even if it is refused: otherwise this node would compile it again
+	if r.Answer.Source == resolve.SourceNode { // keep it even if it is refused: otherwise this node would compile it again
 		waiting = append(waiting, r.Answer.Digest)
 	}
 	if set := s.waiting(); set != nil {
@@ -364,7 +365,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	return errors.Join(err, d.err, store.Sweep(waiting...))
 }
 
-// keepRolledBack checks the current driver after its rollback failed, so that the report has a verdict on it.
+// keepRolledBack checks the current driver after its rollback failed, so that the report has a verdict on this driver.
 func (a *Agent) keepRolledBack(ctx context.Context, r *Report, store *install.Store) error {
 	s, err := a.readState(ctx, store)
 	if err != nil || r.Verdict.State != "" || !s.waitsForRollback() {
@@ -374,7 +375,7 @@ func (a *Agent) keepRolledBack(ctx context.Context, r *Report, store *install.St
 	return a.activate(ctx, r, store, s, decision{do: keep, set: s.current})
 }
 
-// addUnverified adds the reason why the installed driver did not verify to the given error.
+// addUnverified adds to the given error the reason why the installed driver failed verification, if it did.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
@@ -389,9 +390,9 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. If
-// silent is true, the farm offers none. A yanked driver, a failed verification, and a web page or wrong bytes in place
-// of a source are always errors.
+// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. silent
+// is true if the farm offers no artifact. A yanked driver, a failed verification, and a web page or wrong bytes in
+// place of a source are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||

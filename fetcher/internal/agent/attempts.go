@@ -26,14 +26,14 @@ const attemptsSize = 128 << 10
 // maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
-// maxAttempts is the maximum number of records in the file (see [Agent.writeAttempts]).
+// maxAttempts is the maximum number of records in attemptsFile (see [Agent.writeAttempts]).
 const maxAttempts = 32
 
 // attempt is the record of the activations of one driver. Write it before anything is switched, unloaded or loaded:
 // after a crash, the next run needs it.
 type attempt struct {
-	// Open is true until the activation ends. Before has the pointers from before it. BootID is the boot in which it
-	// began.
+	// Open is true until the activation ends. Before has the pointers from before the activation. BootID is the boot in
+	// which the activation began.
 	Open   bool             `json:"open,omitempty"`
 	Before install.Pointers `json:"before"`
 	BootID string           `json:"bootId,omitempty"`
@@ -57,8 +57,8 @@ type attempt struct {
 // attempts has the record of each driver, by the digest of the driver's artifact.
 type attempts map[string]*attempt
 
-// refused returns the reason why a driver is not tried again without --retry. If the node has no other good driver,
-// failures and a rollback do not count.
+// refused returns the reason why the driver d is not tried again without --retry, or nil. other is whether the node has
+// another good driver. If other is false, only crashes count, not failures or a rollback.
 func (a *attempt) refused(d target.Driver, other bool) error {
 	why := ""
 	switch {
@@ -97,8 +97,8 @@ func readAttempts(store *install.Store) (attempts, error) {
 	return all, nil
 }
 
-// reserve reserves disk space for the next records. Otherwise a full disk would lose the count of crashes, and a node
-// would load a driver that takes it down again and again.
+// reserve reserves disk space for the next records. Without the reserve, a full disk would lose the count of crashes,
+// and a node would load a driver again and again that crashes it.
 func (a *Agent) reserve(ctx context.Context, store *install.Store) {
 	if err := errors.Join(store.Reserve(attemptsFile, []byte("{}\n"), attemptsSize),
 		store.Reserve(recordFile, nil, recordSize)); err != nil {
@@ -125,12 +125,14 @@ func (a *Agent) writeAttempts(store *install.Store, all attempts) error {
 	return store.WriteReserved(attemptsFile, append(raw, '\n'), attemptsSize)
 }
 
-// maxRecent is the number of the newest records that are always kept. Otherwise a node that needs maxAttempts records
-// more than a failure would count no failure, and try the driver endlessly.
+// maxRecent is the number of the newest records that are always kept. Otherwise, if maxAttempts other records were more
+// important than the record of a new failure, that failure would never be counted, and the node would try the driver
+// endlessly.
 const maxRecent = 8
 
-// byNeed returns the digests of all records, the least needed last: behind maxRecent records by attempt.need, then with
-// the active and the previous driver first, and then by age.
+// byNeed returns the digests of all records, the least needed last. The newest maxRecent records come first. The others
+// are sorted by attempt.need, the highest first. Among equals, the active and the previous driver come first, and then
+// the newer records.
 func (all attempts) byNeed(now time.Time, pointers install.Pointers) []string {
 	digests := make([]string, 0, len(all))
 	for digest := range all {
@@ -162,8 +164,9 @@ func (all attempts) byNeed(now time.Time, pointers install.Pointers) []string {
 	return digests
 }
 
-// need says how much the node needs this record: 2 for what is under way, 1 for what must not be tried again, else 0.
-// The age alone must not decide: a clock that is wrong makes the newest record look like the oldest.
+// need returns how important this record is: 2 if its activation is open or its driver waits (Next), 1 if it has a
+// rollback, a crash or a foreign driver, else 0. The age alone must not decide: a clock that is wrong makes the newest
+// record look like the oldest.
 func (a *attempt) need() int {
 	switch {
 	case a.Open, a.Next:
@@ -175,13 +178,13 @@ func (a *attempt) need() int {
 }
 
 // lacksForeign reports whether a run in this boot unloaded a foreign driver, and no driver is loaded now. It is false
-// if a driver of this program was active before.
+// if a driver of this program was active before that run.
 func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// If a killed run unloaded a foreign driver in this boot, restoreForeign loads the foreign driver again. It does
-// nothing if a driver of this program replaced the foreign driver.
+// restoreForeign loads a foreign driver again that a killed run unloaded in this boot. It does nothing if a driver of
+// this program replaced the foreign driver.
 func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {
@@ -217,11 +220,11 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 }
 
 // end records the result of an activation. After a success, it deletes the record. An error counts against the driver
-// only with blame. Some errors say nothing about the driver, and never count.
+// only if blame is true and the error says something about the driver (see blames).
 //
 // If the file cannot be written, an open record would count as a crash after the next boot, so end deletes the whole
-// file. But the file stays, with the open record, if it has a record that must not be lost (see [attempts.precious]).
-// Then end returns the error, and the next run writes the file again.
+// file. But if the file has a record that must not be lost (see [attempts.precious]), the file stays, with the open
+// record, and end returns the error. The next run then writes the file again.
 func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -269,7 +272,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error, blame boo
 	return err
 }
 
-// failed counts a failure.
+// failed counts a failure, and stores its reason.
 func (a *attempt) failed(why error) {
 	a.Failures++
 	a.Reason = strings.ToValidUTF8(why.Error(), "?")
@@ -293,8 +296,8 @@ func (all attempts) precious(boot string) bool {
 	return false
 }
 
-// noteNext sets Next in the record of this driver, and clears it in all other records. The same write notes that an
-// operator rolled the other given driver back; "" means none.
+// noteNext sets Next in the record of the driver with this digest, and clears Next in all other records. If rolledBack
+// is not "", the same write also records that an operator rolled back the driver with that digest.
 func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -323,8 +326,8 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 }
 
 // rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
-// can replace it now. was is the last result. If was is false, rollbackDue stays false while another installer works:
-// "fetcher rollback" also notes the rollback that it is about to do.
+// can replace it now. was is the result of the call before. If was is false, rollbackDue returns false while another
+// installer works: that may be "fetcher rollback", which records its rollback before it starts it.
 func (a *Agent) rollbackDue(ctx context.Context, was bool) bool {
 	store, err := a.openInstalled()
 	if err != nil {
@@ -371,8 +374,8 @@ func (a *Agent) setAttempt(store *install.Store, digest string, at *attempt) err
 }
 
 // recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in this boot
-// stays. Otherwise recover restores the former state. If it cannot record a crash, the driver must not be loaded again
-// (see Agent.uncounted).
+// stays. Otherwise recover restores the former state. If recover cannot record a crash, the driver must not be loaded
+// again (see Agent.uncounted).
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	a.uncounted = nil
 	all, err := readAttempts(store)
@@ -424,7 +427,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 				r.did("rolled back %s, which an earlier run did not finish", short(digest))
 			}
 		case (at.Before.Current != "" || len(at.Foreign) == 0) && len(facts.Modules) == 0 && fitsNode(set, facts) == nil:
-			if err := store.Switch(digest); err != nil { // the run may have been killed before it did this
+			if err := store.Switch(digest); err != nil { // the run may have been killed before it switched
 				return err
 			}
 		}
@@ -443,7 +446,8 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 }
 
 // canReplace reports whether the former driver, at this path of [install.Pointers], can be loaded on this node. After
-// an update of COS it cannot. Then the new driver stays active, because it may be the only one that the node has.
+// an update of COS, the former driver does not fit. Then the new driver stays active, because it may be the only driver
+// that fits.
 func canReplace(store *install.Store, former string, facts *host.Facts) bool {
 	if former == "" {
 		return false

@@ -17,8 +17,8 @@ import (
 // bootFile has a record of the changes that this program made to the node's boot configuration.
 const bootFile = ".prebake/boot.json"
 
-// maxEdits is the maximum number of changes before the operator must act. Without it, a configuration that the boot
-// loader ignores would cause endless reboots.
+// maxEdits is the maximum number of changes before the operator must act. Without this limit, a configuration that the
+// boot loader ignores would cause endless reboots.
 const maxEdits = 2
 
 type bootEdits struct {
@@ -60,8 +60,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		!errors.As(why, &policy) {
 		return why
 	}
-	// Another run may load a driver just now. It also changes the boot configuration, and writes small files under the
-	// same temporary name.
+	// Take the lock, because a run of another process may be loading a driver or changing the boot configuration. Both
+	// runs would also write small files under the same temporary name.
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
 		return fmt.Errorf("%w; fetcher did not change the kernel command line: %w", why, err)

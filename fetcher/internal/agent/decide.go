@@ -46,8 +46,8 @@ const (
 	refuse kernelAction = "refuse"
 )
 
-// decision holds the driver to activate, and the action on the kernel's modules. A nil set means no change. err says
-// why the set is not the wanted driver.
+// decision holds the driver to activate, and the action on the kernel's modules. A nil set means no change. err is the
+// reason why the set is not the wanted driver.
 type decision struct {
 	do  kernelAction
 	set *install.Set
@@ -55,7 +55,7 @@ type decision struct {
 }
 
 // decide chooses the node's driver. A driver that fits this COS build stays active until another driver can replace it,
-// whatever the farm answers.
+// whatever the farm responds.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {
@@ -122,7 +122,8 @@ func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put returns the decision that makes a driver active. If that is not possible now, the decision has only the reason.
+// put returns the decision that makes a driver active. If that is not possible now, the decision has no set, and err is
+// the reason.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -227,7 +228,7 @@ func (s nodeState) isDowngrade(good *install.Set) bool {
 	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
 }
 
-// serves reports whether an installed driver is what the question asks for, as far as the node knows without the farm.
+// serves reports whether an installed driver matches the question, as far as the node can tell without the farm.
 func serves(s *install.Set, q resolve.Question) bool {
 	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board ||
 		s.Kernel.Release != q.Kernel.Release {
@@ -293,7 +294,7 @@ func idle(facts *host.Facts) error {
 }
 
 // changing returns an error of kind Busy if the kernel is still loading or unloading one of these modules. Without
-// names, it looks at all modules of the driver. Before that ends, nobody can tell which driver is loaded.
+// names, it looks at all modules of the driver. Until the kernel has finished, nobody can tell which driver is loaded.
 func changing(facts *host.Facts, names ...string) error {
 	for _, m := range facts.Modules {
 		if m.Changing && (len(names) == 0 || slices.Contains(names, m.Name)) {

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 )
 
-// dryRun reports what a run would do.
+// dryRun adds to the report what a run would do.
 func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store *install.Store) error {
 	s, err := a.readState(ctx, store)
 	if err != nil {

@@ -88,8 +88,8 @@ func (a *Agent) fetch(
 	return err
 }
 
-// Layers of drivers unpack to 2.24 times their size; unpackedPercent leaves a margin. reserve is what must stay free on
-// the disk.
+// unpackedPercent is the assumed size of unpacked layers, in percent of their packed size. Layers of drivers unpack to
+// 2.24 times their size, and the rest is a margin. reserve is the number of bytes that must stay free on the disk.
 const (
 	unpackedPercent = 250
 	reserve         = 64 << 20
@@ -112,7 +112,7 @@ func (a *Agent) checkSpace(ctx context.Context, store *install.Store, d target.D
 	if free >= need {
 		return nil
 	}
-	// The error has no number that changes. Otherwise a node would write another Event at each try.
+	// The error leaves out how much is free, because this number changes: a node would write another Event at each try.
 	err = fault.New(fault.DiskFull,
 		fmt.Sprintf("fetch driver %s: the driver may need %s on the disk of %s, and less is free", d, size(need),
 			a.cfg.InstallDir),

@@ -19,7 +19,7 @@ import (
 // a loaded module if the build ids are the same.
 type foreignFiles struct {
 	driver string
-	// modules are the modules that an activation unloads. The list is empty if it unloads no foreign driver.
+	// modules are the modules that an activation unloads. The list is empty if the activation unloads no foreign driver.
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File

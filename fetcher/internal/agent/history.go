@@ -183,7 +183,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		}
 	}
 	added := addedLibraries(store)
-	if added { // before store.Remove removes the record, so that after a kill the next run repeats this
+	if added { // before store.Remove removes the record: after a kill, the next run must repeat this
 		a.hideLibraries(ctx, added)
 	}
 	a.describeGPUs(ctx, gpucheck.Verdict{})
@@ -196,7 +196,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	return r, err
 }
 
-// firmwareBefore stores the kernel's firmware path from before this program changed it.
+// firmwareBefore is the file with the kernel's firmware path from before this program changed that path.
 const firmwareBefore = ".prebake/firmware-path"
 
 func describe(set *install.Set) string {

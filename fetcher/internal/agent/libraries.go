@@ -43,7 +43,7 @@ func addedLibraries(store *install.Store) bool {
 }
 
 // describeGPUs writes the CDI description of the GPUs for container runtimes. If no driver is loaded, or another one
-// than the installed one, it removes the description.
+// than the installed one, describeGPUs removes the description.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
 		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the installed libraries do not fit

@@ -82,7 +82,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 	return plural(fresh, "module"), nil
 }
 
-// drmHelper is the kernel module whose symbols nvidia-drm needs. On some kernels it is built in.
+// drmHelper is the kernel module whose symbols nvidia-drm needs. Some kernels have it built in.
 const drmHelper = "drm_kms_helper"
 
 // loadHelper loads drmHelper. It ignores errors, because CUDA programs and the node work without nvidia-drm.
@@ -112,9 +112,10 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images returns those modules of a verified driver that must be loaded, in load order: those for every node, and those
-// that this node had loaded. If wanted is true, also those that have parameters, because the owner wants them. At the
-// load, the Bytes function compares each file with the verified digest again.
+// images returns the modules of a verified driver that must be loaded, in load order: the modules for every node (see
+// loaded), and the modules that this node had loaded before. If wanted is true, it also returns the modules that have
+// parameters, because the owner wants these. At the load, the Bytes function of each image compares the file with its
+// verified digest again.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string, wanted bool) []kmod.Image {
 	var images []kmod.Image
@@ -205,7 +206,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev opens the node's folder of device files, passes it to the callback, and closes it.
+// inDev opens the node's folder of device files, passes it to do, and closes it.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

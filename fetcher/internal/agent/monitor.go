@@ -27,13 +27,14 @@ type Watcher interface {
 	// Report receives each verdict. Alive is called at the end of each check, even without a verdict.
 	Report(v gpucheck.Verdict)
 	Alive()
-	// CheckStarted is called at the start of each check. CheckStopped is called at the end of a check that says nothing
-	// about the driver. After a check that the driver does not answer in time, neither Report nor CheckStopped is called.
+	// CheckStarted is called at the start of each check. CheckStopped is called at the end of a check that found out
+	// nothing about the driver. After a check that the driver does not answer in time, neither Report nor CheckStopped is
+	// called.
 	CheckStarted()
 	CheckStopped()
 }
 
-// Watch sets the watcher. During a run, it receives the state of the active driver.
+// Watch sets the watcher. During a run, the watcher receives the state of the active driver.
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
 // ErrNotLoaded is the error of [Agent.Monitor] when the active driver is no longer loaded.
@@ -54,10 +55,10 @@ const trustChecks = 10
 
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
 // last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes, and the record of the
-// driver's state. The modules stay loaded when it ends. If another process unloaded the modules and does not load them
-// again, Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and it is no longer
-// in use, Monitor returns [ErrRollback]: once, because a run that could not do the rollback need not be repeated at
-// each check.
+// driver's state. The modules stay loaded when Monitor ends. If another process unloaded the modules and does not load
+// them again, Monitor returns [ErrNotLoaded]. If an operator rolled the driver back while it was in use, and the driver
+// is no longer in use, Monitor returns [ErrRollback]. It does so only once, because a run that could not do the
+// rollback need not be repeated at each check.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -117,8 +118,9 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 // firstCheck is the time until the first check of the active driver during a step of a run. Most steps end before.
 const firstCheck = 10 * time.Second
 
-// whileWatching calls step, which may wait long for the network. Meanwhile it reports the state of the active driver
-// to the watcher. If no driver is loaded, it only reports that the program is alive, because the step may compile one.
+// whileWatching calls step, which may wait long for the network. Meanwhile whileWatching reports the state of the
+// active driver to the watcher. If no driver is loaded, it only reports that the program is alive, because the step may
+// compile a driver.
 func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step func()) {
 	if a.watcher == nil || a.cfg.NoLoad {
 		step()
@@ -145,9 +147,9 @@ func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step fu
 	checks.Wait() // the step that follows may unload the driver, so the check must be over
 }
 
-// checkTrust reads the keys and the policy again, and verifies the statements of the active driver by them. It returns
-// the reason why the driver would not be loaded now, or "". A node that has its driver makes no run, so this is how its
-// owner learns that a key no longer counts. The loaded driver stays.
+// checkTrust reads the keys and the policy again, and verifies the statements of the active driver with them. It
+// returns the reason why the driver would not be loaded now, or "". A node that has its driver makes no run, so only
+// checkTrust tells its owner that a key no longer counts. The loaded driver stays.
 func (a *Agent) checkTrust(ctx context.Context) string {
 	if a.parts.Reread == nil {
 		return ""
@@ -164,7 +166,7 @@ func (a *Agent) checkTrust(ctx context.Context) string {
 	return "it will not be loaded again: " + why.Error()
 }
 
-// reread reads the keys and the policy again. If that fails, the last ones stay.
+// reread reads the keys and the policy again. If that fails, the keys and the policy from before stay in use.
 func (a *Agent) reread(ctx context.Context) {
 	if a.parts.Reread == nil {
 		return
@@ -221,8 +223,8 @@ type Status struct {
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is when NVML was asked for this verdict, by a run or by a later check with another result; null means
-	// never in this boot.
+	// CheckedAt is when the driver was checked for this verdict: in the last run, or in a later check that had another
+	// result. null means that the driver was not checked in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
@@ -230,8 +232,8 @@ type Status struct {
 // the dynamic loader searches for it.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign returns the verdict on a node without an active driver of this program. It asks NVML only if ask is
-// true.
+// judgeForeign returns the verdict on a node without an active driver of this program. It runs the probe of NVML only
+// if ask is true.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -417,7 +419,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	}
 	switch {
 	case d.set == nil && fault.Is(d.err, fault.Busy) && !a.cfg.DryRun:
-		if _, err := a.verifySet(ctx, store, previous, facts); err != nil { // it would wait for ever
+		if _, err := a.verifySet(ctx, store, previous, facts); err != nil { // the rollback would wait for ever
 			return r, fmt.Errorf("roll back to the previous driver: %w", err)
 		}
 		return r, a.rollbackLater(r, store, current, previous, d.err)

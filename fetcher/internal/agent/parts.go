@@ -28,8 +28,8 @@ type Repository interface {
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// AttachedIf returns the signed statements of an artifact, after a check of their digests (see
-	// registry.Repository.AttachedIf). The callback names a statement, or returns "" for a useless one. Only the first
-	// statement of a name counts. Statements with the wanted annotations come first.
+	// registry.Repository.AttachedIf). The callback useful returns a name for a statement, or "" for a useless one. Only
+	// the first statement of a name counts. Statements with the wanted annotations come first.
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
@@ -62,8 +62,9 @@ type prober interface {
 
 // localBuilder compiles on the node when no artifact is published.
 type localBuilder interface {
-	// Build compiles a driver. Without an error, the caller calls release when it needs the artifact no more. It may call
-	// release twice. Until then, another fetcher's Build on this node is an error of kind Busy.
+	// Build compiles a driver. After a success, the caller must call release when it no longer needs the artifact. A
+	// second call of release does nothing. Before the first call, Build of another fetcher on this node returns an error
+	// of kind Busy.
 	Build(ctx context.Context, q resolve.Question) (answer resolve.Answer, release func() error, err error)
 }
 
@@ -129,7 +130,8 @@ type Parts struct {
 	Line  *timeline.Run
 	// Now is the clock.
 	Now func() time.Time
-	// Free returns the number of free bytes on the disk of the install folder; nil means that the disk is asked.
+	// Free returns the number of free bytes on the disk of the install folder; nil means that the agent asks the file
+	// system.
 	Free func() (int64, error)
 }
 

@@ -54,12 +54,12 @@ func (a *Agent) madeBefore(ctx context.Context, store *install.Store) *install.S
 	return nil
 }
 
-// nothingHeld is the function release of an artifact that this node did not compile just now.
+// nothingHeld is the release function of an artifact that this run did not compile. It does nothing.
 func nothingHeld() error { return nil }
 
 // resolve finds the artifact. If none is published and the node may compile, the answer is the driver that findMade
-// returns. Without it, the node compiles while it waits for the farm. The first verified artifact wins. release is
-// never nil (see [localBuilder]).
+// returns. If findMade returns nil, the node compiles while it waits for the farm, and the first verified artifact
+// wins. The result release is never nil (see [localBuilder]).
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool,
 	findMade func() *install.Set) (answer resolve.Answer, release func() error, err error) {
 	release = nothingHeld
@@ -187,7 +187,7 @@ func (a *Agent) race(
 		}()
 	}
 	var won, yanked *resolve.Answer
-	var errs [2]error // first the error of this node, whose owner can repair it, then that of the farm
+	var errs [2]error // [0]: of this node, whose owner can repair it; [1]: of the farm
 	held := nothingHeld
 	for range runners {
 		o := <-ended

@@ -73,13 +73,13 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	return repo, p, content, verdict, err
 }
 
-// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. The digest
-// is "" for the rest of a list that ended in the middle.
+// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. If the
+// repository served only a part of its list, one owedStatement with digest "" stands for the missing part.
 type owedStatement struct{ by, digest string }
 
-// owedBy returns the statements that a repository owes after an error. It trusts the labels. A signer that attaches a
-// refusal also labels it as one. A repository that changes labels could also leave the refusal out of its list. A
-// passed load test refuses nothing.
+// owedBy returns the statements that a repository owes after an error. It trusts the labels of statements, and leaves
+// out statements whose labels say that they are no refusal. This is safe: a signer that attaches a refusal labels it as
+// one, and a repository that changes labels could also leave the refusal out of its list.
 func owedBy(ref string, err error) (owed []owedStatement) {
 	var failed interface {
 		Unread() []v1.Descriptor
@@ -101,8 +101,8 @@ func owedBy(ref string, err error) (owed []owedStatement) {
 	return owed
 }
 
-// acceptDenied returns the error of [readEvidence] as denied if the repository denied only statements that do not
-// refuse the artifact. Otherwise it returns the error as the second result.
+// acceptDenied sorts the error of [readEvidence]. If the repository only denied access to statements that cannot refuse
+// the artifact, the error is the result denied. Otherwise it is the second result.
 func acceptDenied(ref string, err error) (denied, _ error) {
 	var failed interface{ IsDenied() bool }
 	if !errors.As(err, &failed) || !failed.IsDenied() {
@@ -117,7 +117,7 @@ func acceptDenied(ref string, err error) (denied, _ error) {
 		"let this node read every statement in "+ref+", or add a registry that serves this one: --registry REF")
 }
 
-// maxOwed is the maximum number of statements that are read in place of another repository.
+// maxOwed is the maximum number of owed statements that readOwed reads from a repository.
 const maxOwed = 256
 
 // readOwed reads the statements that earlier repositories owe. If this repository lacks one, the error is of kind
@@ -196,7 +196,7 @@ func (a *Agent) fetchFromAny(
 }
 
 // repositories returns the references of the repositories that may have an artifact: its own, and then the configured
-// ones. What this node compiled is only on its disk.
+// ones. An artifact that this node compiled is only on its disk.
 func (a *Agent) repositories(own string, origin install.Origin) []string {
 	if origin == install.MadeHere {
 		return []string{own}
@@ -204,7 +204,7 @@ func (a *Agent) repositories(own string, origin install.Origin) []string {
 	return resolve.Repositories(own, a.parts.Registries)
 }
 
-// tryEach works as [resolve.TryEach] does. It also logs which repository failed, and why.
+// tryEach calls [resolve.TryEach], and logs which repository failed, and why.
 func (a *Agent) tryEach(ctx context.Context, digest string, refs []string, use func(ref string) error) error {
 	return resolve.TryEach(ctx, refs, use, func(ref string, err error) {
 		a.parts.Log.WarnContext(ctx, "repository not usable, tried the next one", "repository", ref, "digest", digest,

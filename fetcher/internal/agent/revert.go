@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revertPlan says what an activation has changed, and what to restore.
+// revertPlan has what an activation has changed, and what revert must restore.
 type revertPlan struct {
 	set, before *install.Set
 	to          install.Pointers
@@ -35,7 +35,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
 			"check that this driver supports the GPU; if not, set another version or flavour: --driver, --flavour")
 	}
-	// The agent must not unload a foreign driver that it has only adopted (see nodeState.put).
+	// Unless the owner permits it, the agent must not unload modules that another program loaded (see nodeState.put).
 	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
 	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
 	var errs []error
@@ -139,8 +139,9 @@ func (a *Agent) countSuspects(store *install.Store, v gpucheck.Verdict) (err err
 // unknown is the result of usableAfter for an error that says nothing about GPUs.
 const unknown = -1
 
-// usableAfter returns how many GPUs a driver can use whose activation ended with this error. A probe that does not
-// answer says nothing: if such a failure did not count, the node would unload its driver for each further try.
+// usableAfter returns how many GPUs a driver can use whose activation ended with this error. For an error that says
+// nothing about GPUs, such as a probe that does not answer, it returns unknown. revert then compares no GPUs, and the
+// failure counts: otherwise the node would unload its driver for each further attempt.
 func usableAfter(err error) int {
 	var p *gpucheck.Problem
 	switch {

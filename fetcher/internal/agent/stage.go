@@ -148,7 +148,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 	return p, err
 }
 
-// bounded limits the evidence, because it is stored with the driver.
+// bounded returns the first bundles, together at most maxBundles bytes, because the node stores them with the driver.
 func bounded(bundles [][]byte) [][]byte {
 	size := 0
 	for i, b := range bundles {
@@ -166,8 +166,9 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded and listed.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. If known is not nil,
-// inspect reads only the files that are its keys, and computes a digest only if the value is "".
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. known maps names of files
+// to their digests. If known is not nil, inspect reads only these files, and computes only the digests that are "" in
+// known.
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
@@ -286,7 +287,7 @@ func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 	return f, info.Size(), nil
 }
 
-// planStage reports what fetchAndStage would do.
+// planStage adds to the report what fetchAndStage would fetch and switch.
 func (a *Agent) planStage(ctx context.Context, r *Report, repo Repository, store *install.Store, set,
 	current *install.Set) {
 	if _, err := a.missing(ctx, r, repo, store, set); err != nil {

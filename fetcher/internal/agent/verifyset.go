@@ -27,8 +27,8 @@ type evidence struct {
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify checks the evidence of an artifact for this node. Each error has a hint. Pass a zero time for an artifact on
-// the node, because its age must not invalidate it.
+// verify checks the evidence of an artifact for this node. Each error has a hint. Pass a zero time for an artifact that
+// is on the node already, because its age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
@@ -85,9 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies the statements of a driver on the disk, and compares its layers, or those of the given kinds, with
-// the signed content. It returns a description from the signed content. From set.json it takes only where the files
-// are.
+// verifySet verifies the statements of a driver on the disk, and compares its layers with the signed content: all
+// layers, or only the given kinds. It returns a description from the signed content. From set.json it takes only where
+// the files are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {

@@ -24,11 +24,11 @@ type xidWatch struct {
 	// mark is the position up to which the log was read. lines has the errors that count there, at most one of each GPU.
 	mark  kmod.Mark
 	lines []string
-	// good has the number of healthy answers in a row, by the GPU of an error. A GPU is missing until NVML has said, since
-	// its last error, that it needs a reset.
+	// good has the number of checks in a row in which NVML listed the GPU as healthy, by the GPU of an error. A GPU has an
+	// entry only if NVML has reported, since its last error, that it needs a reset.
 	good map[string]int
-	note string // says which errors no longer count
-	// unsaved means that the record lacks an error.
+	note string // a text about the errors that no longer count
+	// unsaved means that the record on the disk lacks an error.
 	unsaved bool
 }
 
@@ -37,7 +37,7 @@ type xidRecord struct {
 	// Log is a position in the kernel log. Xids are the fatal GPU errors that count there.
 	Log  kmod.Mark `json:"kernelLog,omitzero"`
 	Xids []string  `json:"xids,omitempty"`
-	// NeedReset has the GPUs of these errors of which NVML has said, after the error, that they need a reset.
+	// NeedReset has those GPUs of these errors for which NVML has reported, after the error, that they need a reset.
 	NeedReset []string `json:"needReset,omitempty"`
 	// Fatal has the numbers of the errors that count as fatal for the program that wrote this. That program may have read
 	// lines after Log, too.
@@ -45,8 +45,8 @@ type xidRecord struct {
 }
 
 // newXids reads the new lines of the kernel log and returns the lines with fatal errors that still count. A new process
-// continues from the record of an earlier process of this boot. Of lines that the earlier one may have read, only the
-// errors count that are fatal for both.
+// continues from the record of an earlier process of this boot. If the earlier process may have read a line, its error
+// counts only if it is fatal for both programs.
 func (a *Agent) newXids() []string {
 	x := &a.xids
 	keep := gpucheck.KeepXids
@@ -71,13 +71,14 @@ func (a *Agent) newXids() []string {
 	return x.lines
 }
 
-// xidsSince returns the fatal errors that count by a record and the kernel log.
+// xidsSince returns the lines with the fatal errors that count: from a record, and from the kernel log since that
+// record.
 func (a *Agent) xidsSince(rec xidRecord) []string {
 	lines, _ := a.loader.Follow(rec.Log)
 	return gpucheck.KeepJudgedXids(slices.Concat(rec.Xids, lines), rec.Fatal)
 }
 
-// compare compares the GPUs of the errors with an answer of NVML.
+// compare updates good by one answer of NVML.
 func (x *xidWatch) compare(nvml gpucheck.NVML) {
 	if nvml.Version == "" || nvml.Error != "" { // NVML as a whole does not answer, which says nothing about a GPU
 		return
@@ -99,7 +100,7 @@ func (x *xidWatch) compare(nvml gpucheck.NVML) {
 	}
 }
 
-// record returns what the next process needs if these errors count.
+// record returns what the next process needs. lines are the errors that count.
 func (x *xidWatch) record(lines []string) xidRecord {
 	rec := xidRecord{Log: x.mark, Xids: slices.Clone(lines), Fatal: gpucheck.FatalNumbers()}
 	for _, line := range lines {
@@ -110,11 +111,11 @@ func (x *xidWatch) record(lines []string) xidRecord {
 	return rec
 }
 
-// saveCheck stores the result of a check for the next process. It clears the errors of GPUs that were reset, as NVML's
-// answers show. The driver does not log each reset. A GPU that never needed a reset by NVML's answers keeps its error.
-// Healthy answers alone prove nothing: many fatal errors leave them as they are. Nor do healthy answers after failed
-// ones: the GPU's firmware may be too slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then,
-// too.
+// saveCheck stores the result of a check for the next process. It also clears the errors of a GPU if NVML first
+// reported that the GPU needs a reset, and then listed it as healthy often enough (answersAgain): the driver does not
+// log each reset. If NVML never reported that need, the errors stay. Healthy answers alone prove nothing, because after
+// many fatal errors NVML still lists the GPU as healthy. Nor do healthy answers after failed ones: the GPU's firmware
+// may be too slow for one call and answer the next (Xid 119), and NVIDIA demands a reset then, too.
 func (a *Agent) saveCheck(ctx context.Context, store *install.Store, v gpucheck.Verdict) {
 	x := &a.xids
 	var rest, cleared []string
