@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These are the names on the EFI partition. Its FAT ignores case.
+// These are the names on the EFI partition. Its file system, FAT, ignores case.
 const (
 	file   = "efi/boot/grub.cfg"
 	backup = file + ".prebake"

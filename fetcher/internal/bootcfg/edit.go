@@ -1,6 +1,6 @@
 // Package bootcfg changes the kernel command line in the boot configuration of a COS node. The next boot then loads
 // modules that the kernel's maker did not sign. The package changes nothing else in the file, and never writes without
-// a copy. With Secure Boot on, it does nothing.
+// a copy. It does not check Secure Boot: call [SecureBoot] before [Apply].
 package bootcfg
 
 import (

@@ -19,7 +19,7 @@ import (
 // label is the name of COS's EFI partition in the partition table.
 const label = "EFI-SYSTEM"
 
-// Partition mounts the node's EFI partition for this program only. The returned function ends the mount.
+// Partition mounts the node's EFI partition for this program only. The function closed ends the mount.
 func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err error) {
 	device, err := find(node.FS())
 	if err != nil {
