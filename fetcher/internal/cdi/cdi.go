@@ -88,7 +88,8 @@ func ParseInformation(text string) (g GPU, ok bool) {
 	return g, ok
 }
 
-// Spec describes GPUs with the driver in an install folder and its device files below /dev.
+// Spec returns the description of these GPUs. installDir is the folder with the driver, and nodes are the driver's
+// device files below /dev.
 func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 	spec := &specs.Spec{Version: "0.5.0", Kind: Kind}
 	edit := func(minors ...uint32) specs.ContainerEdits {
@@ -198,8 +199,8 @@ func otherDescription(node *noderoot.Root) (string, error) {
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
-			// NVIDIA's device plugin writes other kinds here, so compare the kind. Search the text of a file above maxSpec,
-			// which is cut. Runtimes cannot use a file that does not parse.
+			// NVIDIA's device plugin writes other kinds here, so compare the kind. The text of a file above maxSpec is cut, so
+			// search it instead of parsing it. Ignore a file that does not parse, because runtimes cannot use it.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil
