@@ -1,6 +1,6 @@
 // Package devnode makes the device files of a loaded NVIDIA driver, and their links in /dev/char. It makes nvidia-uvm
-// last: GKE's device plugin takes nvidiactl and nvidia-uvm as the sign of a ready driver. It never replaces a file that
-// is not a device.
+// last, because GKE's device plugin treats the driver as ready when nvidiactl and nvidia-uvm exist. The package never
+// replaces a file that is not a device.
 package devnode
 
 import (
@@ -181,8 +181,8 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 type System interface {
 	// Make makes n in the folder dev, or corrects the existing device file.
 	Make(dev *os.Root, n Node) error
-	// Clear removes the driver's device files from the folder dev. GKE's device plugin would take them as the sign of a
-	// ready driver.
+	// Clear removes the driver's device files from the folder dev. As long as they exist, GKE's device plugin would treat
+	// the driver as ready.
 	Clear(dev *os.Root) error
 }
 
@@ -231,7 +231,7 @@ var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-too
 // the device at a reload of systemd (NVIDIA's container toolkit, "nvidia-ctk system create-dev-char-symlinks").
 const charFolder = "char"
 
-// Linux makes real device files.
+// Linux makes device files by system calls.
 type Linux struct{}
 
 // Make implements [System].
