@@ -54,7 +54,7 @@ type Verdict struct {
 	OnlyReset bool `json:"-"`
 }
 
-// NVML is the answer of the probe.
+// NVML is what the probe learned from NVML about the driver and the GPUs.
 type NVML struct {
 	Version string   `json:"version,omitempty"`
 	CUDA    string   `json:"cuda,omitempty"`
@@ -82,7 +82,7 @@ type Device struct {
 	Recovery *int64 `json:"recovery,omitempty"`
 }
 
-// Facts are the input of a verdict.
+// Facts are what Judge needs for a verdict.
 type Facts struct {
 	Driver  target.Driver
 	Digest  string
@@ -175,8 +175,8 @@ func Judge(f Facts) Verdict {
 }
 
 // broken returns why GPUs that answer must not be used: fatal errors in the kernel log, and NVML's recovery actions.
-// The log may have dropped the error that led to such an action. gpus is the number of these GPUs. It leaves out the
-// slots of GPUs that do not answer.
+// The log may have dropped the error that led to such an action. gone has the slots of the GPUs that do not answer, and
+// broken leaves these out. gpus is the number of the other GPUs with such a reason.
 func (f Facts) broken(gone []string) (reasons []string, gpus int) {
 	wanted, slots := f.NVML.demands()
 	var lines []string
@@ -199,7 +199,7 @@ func (f Facts) broken(gone []string) (reasons []string, gpus int) {
 }
 
 // missing returns the GPUs that NVML does not list as healthy, and their slots. A healthy device without a PCI address
-// counts for one of them. The errors of other devices without an address are in reasons.
+// counts as one of the GPUs that are not listed. The errors of other devices without an address are in reasons.
 func (f Facts) missing() (missing, reasons, gone []string) {
 	nameless := 0
 	listed := map[string]string{} // from address to error
@@ -250,7 +250,7 @@ func busAddress(s string) string {
 	return strings.TrimLeft(domain, "0") + ":" + rest
 }
 
-// Problem is the error of a verdict, below the fault that [Verdict.Err] returns.
+// Problem is the error that [Verdict.Err] wraps in a fault. It carries the verdict.
 type Problem struct {
 	Verdict Verdict
 	text    string
@@ -258,7 +258,7 @@ type Problem struct {
 
 func (p *Problem) Error() string { return p.text }
 
-// IsOf reports whether the problem is that of a verdict.
+// IsOf reports whether the problem comes from the verdict v.
 func (p *Problem) IsOf(v Verdict) bool {
 	return p.Verdict.State == v.State && p.Verdict.Digest == v.Digest && p.Verdict.Reason == v.Reason
 }

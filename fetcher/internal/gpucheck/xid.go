@@ -43,8 +43,8 @@ var recoveryAction = regexp.MustCompile(`from 0x([0-9a-fA-F]+).* to 0x([0-9a-fA-
 
 // noReset are the recovery actions that include no reset and no reboot (nvmlDeviceGpuRecoveryAction_t in nvml.h): none
 // (0), to stop peer-to-peer traffic (3), and to recover the IMEX domain (5), which is a service of several nodes and
-// not a part of the GPU. After action 3, the driver reports another action as soon as the traffic has stopped. If that
-// is a reset, it counts then. An action that is not known here counts as a reset.
+// not a part of the GPU. After action 3, the driver reports another action as soon as the traffic has stopped. If the
+// new action is a reset, it counts. An action that is not known here counts as a reset.
 var noReset = []int64{0, 3, 5}
 
 // needs maps the other recovery actions to what a GPU needs. New programs can use the GPU only after that. After action
@@ -73,9 +73,9 @@ func FatalXids(lines []string) (fatal []string) {
 // programs may cause any number of them.
 func KeepXids(lines []string) []string { return keepXids(lines, fatalXids) }
 
-// KeepJudgedXids does the same with lines that another release of this program may have read. list has the errors that
-// count as fatal there; nil means one of the first releases. An error that only counts here is left out: the other
-// release called the GPU usable after that error, and programs have used it since.
+// KeepJudgedXids does the same as KeepXids with lines that another release of this program may have read. list has the
+// errors that are fatal for that release; nil means one of the first releases. An error that is fatal only for this
+// release is left out: the other release called the GPU usable after that error, and programs have used the GPU since.
 func KeepJudgedXids(lines []string, list []int) []string {
 	if list == nil { // the first releases did not read lines about MIG instances
 		lines = slices.DeleteFunc(slices.Clone(lines), func(line string) bool {
@@ -152,14 +152,14 @@ func (n NVML) Answers(gpu string) bool {
 }
 
 // gpuIsLost is NVML's return value for a GPU that left the bus: NVML_ERROR_GPU_IS_LOST in nvml.h. A GPU that is back on
-// the bus was reset. Other failures, such as a timeout, may end by themselves. So may NVML_ERROR_RESET_REQUIRED: the
-// driver forgets it when the last program closes the GPU (bFatalError in NVIDIA's kernel_gsp.c).
+// the bus was reset. Other failures, such as a timeout, may end by themselves. NVML_ERROR_RESET_REQUIRED may end by
+// itself, too: the driver forgets it when the last program closes the GPU (bFatalError in NVIDIA's kernel_gsp.c).
 const gpuIsLost = 15
 
 // NeedsReset reports whether a GPU is lost, or whether the driver's recovery action for it includes a reset. The driver
 // keeps such an action in a register of the GPU until the reset (gpuMarkDeviceForReset in NVIDIA's gpu.c). The address
-// is that of [XidGPU]. NVML lists a GPU that it could not open without an address. If it lists several GPUs so, and not
-// all of them are lost, NeedsReset is false.
+// is that of [XidGPU]. If NVML could not open a GPU, it lists the GPU without an address. If it lists several GPUs
+// without an address, and not all of them are lost, NeedsReset is false.
 func (n NVML) NeedsReset(gpu string) bool {
 	nameless, lost := 0, 0
 	for _, d := range n.Devices {
@@ -187,7 +187,8 @@ func (d Device) demand() string {
 	return fmt.Sprintf("recovery action %d", *d.Recovery)
 }
 
-// demands returns what the driver wants done with GPUs that it lists as healthy otherwise, and the slots of these GPUs.
+// demands returns what the driver wants done with GPUs that NVML lists as healthy otherwise, and the slots of these
+// GPUs.
 func (n NVML) demands() (texts, slots []string) {
 	for _, d := range n.Devices {
 		if what := d.demand(); what != "" && d.Error == "" {
