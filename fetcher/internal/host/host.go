@@ -33,7 +33,7 @@ type Facts struct {
 	Modules []Module `json:"modules"`
 	// Driver is the loaded driver. Its Version is "" if none is loaded.
 	Driver target.Driver `json:"loadedDriver"`
-	// Users are the processes that have the driver open. Observe does not read them.
+	// Users are the processes that have the driver open. Observe leaves this field empty.
 	Users []User `json:"users,omitempty"`
 	// FirmwarePath is the extra folder in which the kernel looks for firmware.
 	FirmwarePath string `json:"firmwarePath,omitempty"`
@@ -55,7 +55,7 @@ func (f *Facts) ManagedGPUs() []GPU {
 }
 
 // Holders returns the loaded modules of others that use the driver, such as gdrdrv or nvidia_fs. They must be unloaded
-// first.
+// before the driver.
 func (f *Facts) Holders() []string {
 	var all []string
 	for _, m := range f.Modules {
@@ -121,7 +121,7 @@ type Module struct {
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
 	// Permanent means that the kernel never unloads the module: it has no exit function, or the kernel lacks
-	// CONFIG_MODULE_UNLOAD. Refs is 0 on a kernel without that option.
+	// CONFIG_MODULE_UNLOAD. On a kernel without CONFIG_MODULE_UNLOAD, Refs is 0.
 	Permanent bool `json:"permanent,omitempty"`
 	// Changing means that the kernel is still loading or unloading the module.
 	Changing bool `json:"changing,omitempty"`

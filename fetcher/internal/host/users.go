@@ -54,7 +54,7 @@ func Programs(users []User) []string {
 	return names
 }
 
-// maxUsers is the highest number of returned processes.
+// maxUsers is the maximum number of processes that DeviceUsers returns.
 const maxUsers = 256
 
 // podUID matches a pod's uid in the path of a control group. The cgroupfs driver writes dashes, the systemd driver
