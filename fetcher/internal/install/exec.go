@@ -13,7 +13,7 @@ import (
 
 // EnsureExec mounts the install folder over itself with exec, because COS mounts its stateful partition without exec.
 // EnsureExec makes the mount in the node's mount namespace, and in this container if necessary. Just before it makes
-// the node's mount, it calls beforeMount. The result mounted is true if the node's mount was made now.
+// the node's mount, it calls beforeMount. The result mounted is true if this call made the node's mount.
 func (s *Store) EnsureExec(beforeMount func()) (mounted bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
@@ -54,8 +54,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode runs the callback in the node's mount namespace. If the install folder's path leads to another folder there
-// than in this container, the error is [noderoot.ErrNamespace].
+// inNode calls do in the node's mount namespace. If the install folder's path leads to another folder there than in
+// this container, the error is [noderoot.ErrNamespace].
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
@@ -74,8 +74,8 @@ func mayExec(dir string) bool {
 	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC == 0
 }
 
-// allowExec mounts the folder over itself with exec, if it is mounted without exec. Before the mount it calls
-// beforeMount. It reports whether the mount was necessary.
+// allowExec mounts the folder over itself with exec, if the folder is mounted without exec. Just before that, it calls
+// beforeMount. allowExec reports whether the mount was necessary.
 func allowExec(dir string, beforeMount func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -105,7 +105,7 @@ func allowExec(dir string, beforeMount func()) (bool, error) {
 	return true, errors.Join(err, closed)
 }
 
-// allowExecOld makes the same mount before Linux 5.12, by a bind mount and a remount.
+// allowExecOld makes the mount of allowExec on kernels before Linux 5.12, by a bind mount and a remount.
 func allowExecOld(dir string, flags int64) error {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		return err

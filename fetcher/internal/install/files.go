@@ -48,9 +48,9 @@ func (s *Store) Remove() error {
 	return s.flush(".")
 }
 
-// Sweep removes the leftovers of interrupted runs, and all sets and layers except those of the current, the previous
-// and the given sets. It also keeps given layers. It first renames each folder: a final name must never have incomplete
-// content.
+// Sweep removes the leftovers of interrupted runs, and all sets and layers that are not needed. It keeps the current
+// set, the previous set, their layers, and what extra names: each digest is that of a set, which stays with its layers,
+// or of a layer. Sweep renames a folder before it removes it, because a final name must never have incomplete content.
 func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
@@ -224,7 +224,7 @@ func (s *Store) Reserve(name string, content []byte, size int) error {
 	if have == nil {
 		have = content
 	}
-	if have != nil && len(have) < size { // it becomes the next spare
+	if have != nil && len(have) < size { // this file becomes the next spare
 		if err := s.WriteFile(name, padded(have, size)); err != nil {
 			return err
 		}
@@ -238,7 +238,7 @@ func (s *Store) Reserve(name string, content []byte, size int) error {
 
 // WriteReserved replaces a small file atomically, as WriteFile does. If [Store.Reserve] was called before with this
 // size, and the content is not larger, a full disk is no obstacle: the content goes to the spare, which then changes
-// names with the file. The file ends with spaces.
+// names with the file. The file may end with spaces.
 func (s *Store) WriteReserved(name string, data []byte, size int) error {
 	if len(data) > size || s.exchangeSpare(name, padded(data, size)) != nil {
 		return s.WriteFile(name, data)

@@ -7,8 +7,8 @@
 //	.prebake/adopted/<name>     the file or folder that was at <name> before, or at .prebake/<name>
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
-// All links are relative, so the tree works wherever it is mounted. The package verifies nothing. It gives a layer or a
-// set its final name when the caller says that it is verified.
+// All links are relative, so the tree works wherever it is mounted. The package verifies nothing. The caller must
+// verify a layer or a set before the package gives it its final name.
 package install
 
 import (
@@ -98,9 +98,10 @@ type Store struct {
 	node *noderoot.Root
 	dir  string
 	root *os.Root
-	// files is held by WriteFile.
+	// files is held while a small file is replaced.
 	files sync.Mutex
-	// PutAside is called with the path of what had the name of a pointer, after it was moved there. It may be nil.
+	// PutAside is called after a file or folder that had the name of a pointer was moved aside. path is its new path.
+	// PutAside may be nil.
 	PutAside func(path string)
 }
 
@@ -126,7 +127,7 @@ func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	return s, nil
 }
 
-// Close releases the folder.
+// Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
 // hexOf returns the folder name for a digest. It validates the digest, which comes from the network.
@@ -218,13 +219,13 @@ func (s *Store) flush(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// evidenceFile stores the evidence of a set, in the set's folder.
+// evidenceFile is the file with the evidence of a set, in the set's folder.
 const evidenceFile = "proof.json"
 
 // maxEvidence is the maximum size of the evidence in bytes: a manifest, a config, and all examined statements.
 const maxEvidence = 64 << 20
 
-// Evidence returns the evidence that [Store.AddSet] stored. It returns nil if there is none, as in sets of older
+// Evidence returns the evidence that [Store.AddSet] stored. It returns nil if the set has no evidence, as sets of older
 // releases.
 func (s *Store) Evidence(digest string) ([]byte, error) {
 	name, err := hexOf(digest)
@@ -386,8 +387,8 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 // maxSet is the maximum size of set.json in bytes. A real file has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads the set at a path of [Pointers]. If set.json cannot be read, the result has only the digest. It fits no
-// node, so it is never loaded.
+// readSet reads the set at a path of [Pointers]. If set.json cannot be read, the result has only the digest. Such a set
+// fits no node, so it is never loaded.
 func (s *Store) readSet(to string) (*Set, error) {
 	raw, err := s.readFile(path.Join(ownFolder, to, "set.json"), maxSet)
 	if err == nil && raw == nil {

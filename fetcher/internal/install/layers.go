@@ -28,8 +28,8 @@ func (s *Store) HasLayer(digest string) bool {
 	return err == nil && info.IsDir()
 }
 
-// AddLayer writes a layer into a new folder by a callback, and renames the folder to its final name. On an error
-// nothing remains. It keeps files that other programs added to an existing layer, because installers of NCCL plugins
+// AddLayer lets fill write a layer into a new folder, and renames the folder to its final name. After an error, nothing
+// remains. AddLayer keeps files that other programs added to an existing layer, because installers of NCCL plugins
 // write into lib64.
 func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	name, err := hexOf(l.Digest)
@@ -128,8 +128,8 @@ func (s *Store) addedFiles(digest string, names []string) []string {
 	return added
 }
 
-// keepAdded links other programs' files into a new user-space layer. They are in the existing layer of the same digest,
-// and in the active driver.
+// keepAdded links other programs' files into a new user-space layer. It finds these files in the existing layer with
+// the same digest, and in the active driver.
 func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil

@@ -12,8 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Lock takes this program's lock, and also the lock of Google's installer if its folder exists. Both installers must
-// never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
+// Lock takes this program's lock. google is the path of the lock file of Google's installer. If the folder of that file
+// exists, Lock takes that lock, too, because the two installers must never work at the same time. Lock does not wait: a
+// held lock is a fault of kind Busy.
 func (s *Store) Lock(google string) (unlock func() error, err error) {
 	var held []*os.File
 	unlock = func() error {

@@ -15,8 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The active set becomes the previous one. A
-// folder that somebody copied to the place of a pointer is kept in the folder adopted.
+// Switch activates a set. All top-level links lead through the link "current", so one rename of "current" changes them
+// all at once. The set that was active becomes the previous one. If somebody copied a folder to the place of a pointer,
+// Switch moves it into the folder adopted.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -53,7 +54,8 @@ func (s *Store) Switch(digest string) error {
 }
 
 // Restore sets the pointers current and previous. Without a current set, it first removes the top-level links, because
-// a killed run must leave no link without a target. But if there was a copy, it moves the copy back, with its links.
+// a killed run must leave no link without a target. But if before.Copy names a folder, Restore moves this folder back,
+// and the top-level links stay.
 func (s *Store) Restore(before Pointers) error {
 	copied, err := s.putBack(before.Copy)
 	if err != nil {
@@ -161,10 +163,10 @@ func (s *Store) Pointers() (p Pointers, err error) {
 	return p, err
 }
 
-// link says which set is the current or the previous one, as a path below ownFolder. All other functions ask it. It
-// returns "" if there is none: no pointer, or a pointer to a set that is not on the disk. Somebody may have copied the
-// install folder without its links, so a folder has a pointer's name. It then counts as a link to the set that it is a
-// copy of.
+// link returns the set to which the pointer current or previous leads, as a path below ownFolder. All other functions
+// read the pointers through link. It returns "" if there is no such pointer, or if its set is not on the disk. If
+// somebody copied the install folder without its links, a folder has the pointer's name. link treats such a folder as a
+// link to the set of which it is a copy.
 func (s *Store) link(name string) (string, error) {
 	at := path.Join(ownFolder, name)
 	to, err := s.root.Readlink(at)
@@ -184,8 +186,8 @@ func (s *Store) link(name string) (string, error) {
 	return "", fmt.Errorf("read %s: %w", name, err)
 }
 
-// present returns the path of a set, as it is in a pointer, or "" if the set is not on the disk. A set that cannot be
-// read is on the disk.
+// present returns the path of a set, in the form that pointers have, or "" if the set is not on the disk. A set whose
+// set.json cannot be read counts as present.
 func (s *Store) present(digest string) string {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -198,7 +200,7 @@ func (s *Store) present(digest string) string {
 	return to
 }
 
-// NotLinks returns the pointers whose names a folder or a file has (see [Store.Switch]).
+// NotLinks returns the names of the pointers that are a folder or a file instead of a link (see [Store.Switch]).
 func (s *Store) NotLinks() (names []string) {
 	for _, name := range []string{"current", "previous"} {
 		if s.isOther(path.Join(ownFolder, name)) {
@@ -257,12 +259,13 @@ func (s *Store) removePointer(name string) (err error) {
 	return nil
 }
 
-// asideOf returns a free name for what has the name of a pointer: adopted/<name>, or adopted/<name>-2 and so on.
+// asideOf returns a free name to which a file or folder with the name of a pointer can be moved: adopted/<name>, or
+// adopted/<name>-2 and so on.
 func (s *Store) asideOf(name string) string {
 	first := path.Join(ownFolder, "adopted", path.Base(name))
 	aside := first
 	for i := 2; ; i++ {
-		if _, err := s.root.Lstat(aside); err != nil { // the caller finds other errors than that there is none
+		if _, err := s.root.Lstat(aside); err != nil { // if it is not ErrNotExist, the caller's next call fails
 			return aside
 		}
 		aside = fmt.Sprintf("%s-%d", first, i)
@@ -279,7 +282,7 @@ func (s *Store) moved(aside string) {
 // asideNames matches the names of [Store.asideOf] in the folder adopted.
 var asideNames = regexp.MustCompile(`^(current|previous)(-[0-9]+)?$`)
 
-// Aside returns the names, in the folder adopted, of what had the name of a pointer.
+// Aside returns the names of the files and folders in the folder adopted that once had the name of a pointer.
 func (s *Store) Aside() (all []string, err error) {
 	entries, err := fs.ReadDir(s.root.FS(), path.Join(ownFolder, "adopted"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -306,8 +309,8 @@ func (s *Store) RemoveAside(all []string) (err error) {
 	return err
 }
 
-// swap makes a link at a name, and renames what has this name to the free name aside, in one step if the file system
-// can.
+// swap puts a link in place of a file or folder, and keeps this under the free name aside. It does both in one step if
+// the file system can.
 func (s *Store) swap(name, to, aside string) error {
 	if err := s.point(aside, to); err != nil { // the exchange below puts the former content here
 		return err
