@@ -31,7 +31,7 @@ const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 // callTime is the maximum time of one call to the API server.
 const callTime = 20 * time.Second
 
-// maxAnswer is the maximum answer of the API server in bytes. A node object has some hundred kilobytes.
+// maxAnswer is the maximum size in bytes of a response of the API server. A node object has some hundred kilobytes.
 const maxAnswer = 8 << 20
 
 // client calls an API server as the service account of a pod.
@@ -65,7 +65,7 @@ func inCluster(dir string) (*client, error) {
 		http: &http.Client{Transport: transport, Timeout: callTime}, token: token}, nil
 }
 
-// statusError is an answer of the API server with another status than 2xx.
+// statusError is a response of the API server with a status other than 2xx.
 type statusError struct {
 	what, message string
 	code          int
@@ -104,8 +104,8 @@ const (
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends a request to the API server, with an optional body of the given content type (kind). It decodes the answer
-// into out, unless that is nil.
+// call sends a request to the API server, with an optional body of the given content type (kind). It decodes the
+// response into out, unless out is nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

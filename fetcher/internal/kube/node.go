@@ -139,7 +139,7 @@ func (n *Node) CheckStarted() {
 	n.check.Start(n.now())
 }
 
-// CheckStopped tells the reporter that a check ended and says nothing about the driver.
+// CheckStopped tells the reporter that a check ended without a finding about the driver.
 func (n *Node) CheckStopped() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -274,7 +274,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		}
 	}
 	shown := isShown(now, have.Status.Conditions) || n.isKnown(now)
-	var labelled node // a new variable: the decoder would mix the taints of two answers
+	var labelled node // a new variable: the decoder would mix the taints of two responses
 	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()},
 		&labelled); err != nil {
 		return err
@@ -316,10 +316,10 @@ func isShown(c condition, have []condition) bool {
 	})
 }
 
-// isKnown reports whether a predecessor of this process wrote an Event about a condition. A process knows no such
-// Events, but the condition that it found shows the last one. Its first report may lack the reason that its predecessor
-// found out later, so that report needs no Event if status and reason are the same. Otherwise a process that fails and
-// starts again and again would write Events each time.
+// isKnown reports whether an earlier process wrote an Event about a condition. This process cannot see that Event, so
+// it compares c with the condition that the node object had at first (former). In the first report, the message may
+// differ, because the earlier process may have learned its cause later. Without this exception, a process that fails
+// and starts again and again would write Events each time.
 func (n *Node) isKnown(c condition) bool {
 	first := n.written.verdict.State == ""
 	return n.told.verdict.State == "" && c.Status == n.former.Status && c.Reason == n.former.Reason &&
@@ -398,7 +398,7 @@ func (n *Node) condition(s state, have []condition) condition {
 // maxMessage is the maximum length of an Event's message in bytes (validation of core/v1 Events).
 const maxMessage = 1000
 
-// cut shortens a foreign text. All annotations of a node together may have 256 KiB.
+// cut shortens a text to maxMessage bytes. All annotations of a node together may have 256 KiB.
 func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
 // removeTaint removes the startup taint. The patch names the version of the node that was read, because a concurrent
