@@ -28,7 +28,8 @@ const maxConfig = 1 << 20
 // ErrNone means that the node has no ldconfig, so no program uses the cache.
 var ErrNone = errors.New("the node has no ldconfig")
 
-// Add adds a folder to ld.so.conf and runs ldconfig. It calls the callback first, unless the folder is already there.
+// Add adds a folder to ld.so.conf and runs ldconfig. Before the change of the file, it calls note, unless the folder is
+// already there.
 func Add(ctx context.Context, node *noderoot.Root, folder string, note func() error) error {
 	var failed error
 	err := change(ctx, node, func(lines []string) []string {
@@ -50,8 +51,8 @@ func Refresh(ctx context.Context, node *noderoot.Root) error {
 	return change(ctx, node, func(lines []string) []string { return lines })
 }
 
-// Remove removes a folder from ld.so.conf and runs ldconfig. It removes all lines, because other installers add one at
-// each run. Call it only if [Add] added the folder.
+// Remove removes a folder from ld.so.conf and runs ldconfig. It removes each line with this folder, because other
+// installers add one at each run. Call it only if [Add] added the folder.
 func Remove(ctx context.Context, node *noderoot.Root, folder string) error {
 	return change(ctx, node, func(lines []string) []string {
 		var rest []string
