@@ -1,5 +1,6 @@
 // Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. With a missing or
-// expired list, a node takes no new artifact, but keeps those that it has.
+// expired list, a node takes no new artifact, unless the rules make the list optional. The node keeps the artifacts
+// that it has, except yanked ones.
 package listed
 
 import (
@@ -22,7 +23,7 @@ var (
 	ErrNone        = errors.New("there is no snapshot")
 )
 
-// Rule says how strictly a list applies; see policy.Snapshot.
+// Rule has the rules for a list and the last list; see policy.Snapshot.
 type Rule struct {
 	MaxAge                  time.Duration
 	AllowUnlisted, Optional bool
@@ -75,8 +76,8 @@ func (r *Rule) Refresh(ctx context.Context) error {
 	return err
 }
 
-// Check implements [trust.Listing]. A zero time means that the node already has the artifact. It is then refused only
-// if it was yanked.
+// Check implements [trust.Listing]. A zero time means that the node already has the artifact. Check then refuses the
+// artifact only if it was yanked.
 func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
