@@ -21,7 +21,7 @@ import (
 // time, so an unreadable file counts as empty.
 type failures struct {
 	file    string // the last failed compile
-	running string // the compile that runs, was killed together with this program, or lacked memory
+	running string // the compile that runs, or the last one that was killed with this program or lacked memory
 	builder string // the builder that failed, and its mirrors
 }
 
@@ -36,7 +36,7 @@ type failure struct {
 	Tries int `json:"tries,omitempty"`
 }
 
-// failureAge is how long a failure is remembered, because mirrors and builders change.
+// failureAge is how long a failure is remembered. It is limited, because mirrors and builders change.
 const failureAge = 24 * time.Hour
 
 // firstPause is how long a full disk or an exceeded time limit is remembered the first time. Each further time, the
@@ -44,8 +44,8 @@ const failureAge = 24 * time.Hour
 // of the pod.
 const firstPause = 10 * time.Minute
 
-// longestPause returns the maximum pause after a failure of this kind. After a full disk it is short, because the disk
-// may have space again at any time, and nobody can measure how much the next compile needs.
+// longestPause returns the maximum pause after a failure of this kind. After a full disk the pause is short, because
+// the disk may have space again at any time, and nobody can measure how much the next compile needs.
 func longestPause(kind fault.Kind) time.Duration {
 	if kind == fault.DiskFull {
 		return time.Hour
@@ -84,8 +84,8 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// last returns the last failed compile. It is zero if that compile had another cell or builder, or a time in the
-// future.
+// last returns the record of the last failed compile. It returns the zero value if that compile was for another cell or
+// builder, or if its time is in the future.
 func (f failures) last(q resolve.Question) (last failure) {
 	raw, err := os.ReadFile(f.file)
 	if err != nil || json.Unmarshal(raw, &last) != nil || last.Cell != cell(q) || last.Builder != f.builder ||
@@ -95,8 +95,8 @@ func (f failures) last(q resolve.Question) (last failure) {
 	return last
 }
 
-// lastError returns the error of the last failed compile if it had the same cell and builder, and its pause is not
-// over. Otherwise it returns nil.
+// lastError returns the error of the last failed compile if that compile was for q's cell with this builder, and the
+// pause before the next attempt is not over. Otherwise it returns nil.
 func (f failures) lastError(q resolve.Question) error {
 	last := f.last(q)
 	if last.At.IsZero() || time.Since(last.At) > last.pause() {
@@ -107,11 +107,13 @@ func (f failures) lastError(q resolve.Question) error {
 		last.At.Format(time.RFC3339), last.At.Add(last.pause()).Format(time.RFC3339)), last.Hint)
 }
 
-// store writes an error into the file, unless the next compile may succeed. An error of kind Internal may come from a
-// broken machine. A builder that did not start may have lacked memory.
+// store writes the error of a failed compile into the file, unless the next compile may succeed. So it does not write
+// an error of kind Internal, which may come from a broken machine, or of a builder that did not start, because it may
+// have lacked memory.
 //
-// If the disk is full, the text takes the space of the file about the compile that runs, and that file is renamed. But
-// it stays if it is needed: last is the compile before, as [failures.tries] returns it.
+// If the disk is full, store writes into the file about the running compile (running) and renames that file. It does
+// not do so if last, the record that [failures.tries] returned, counts earlier compiles, because end then writes last
+// into the file running again.
 func (f failures) store(q resolve.Question, err error, last compiling) error {
 	kind := fault.Of(err)
 	if err == nil || kind.Retryable() && !pauses(kind) || kind == fault.Internal || errors.Is(err, errNotStarted) {
@@ -138,7 +140,8 @@ func (f failures) store(q resolve.Question, err error, last compiling) error {
 	return nil
 }
 
-// forget removes the last failure of a driver that could be compiled.
+// forget removes the record of the last failure if that was for q's cell with this builder. Call it after a successful
+// compile.
 func (f failures) forget(q resolve.Question) error {
 	if f.last(q).At.IsZero() {
 		return nil
@@ -146,7 +149,7 @@ func (f failures) forget(q resolve.Question) error {
 	return os.Remove(f.file)
 }
 
-// overwrite gives a file new content, first in the space that the file has.
+// overwrite replaces the content of a file in place, so that the new content takes the space of the former one.
 func overwrite(name string, raw []byte) error {
 	file, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -156,7 +159,7 @@ func overwrite(name string, raw []byte) error {
 	return errors.Join(err, file.Truncate(int64(len(raw))), file.Close())
 }
 
-// clip shortens a text to this many bytes.
+// clip shortens a text to at most size bytes.
 func clip(text string, size int) string {
 	return strings.ToValidUTF8(text[:min(len(text), size)], "")
 }
@@ -169,20 +172,22 @@ type compiling struct {
 	BootID string `json:"bootId"`
 	// Limit is the memory limit in bytes; 0 means none.
 	Limit int64 `json:"memoryLimit"`
-	// Tries counts the compiles that did not end, or lacked memory, with this one.
+	// Tries counts the compiles that did not end or lacked memory, including this one.
 	Tries int       `json:"tries"`
 	At    time.Time `json:"at"`
 }
 
 // maxTries is how often a compile may lack memory in one boot, until it is not tried again. If a container exceeds its
-// memory limit, the kernel kills one process, or all. All is kubelet's default since Kubernetes 1.28
-// (memory.oom.group). It is not possible with control groups of version 1, or with kubelet's singleProcessOOMKill. In
-// either case, kubelet starts the container again, so without a limit the node would compile endlessly.
+// memory limit, the kernel kills all of its processes, or only one. Since Kubernetes 1.28, kubelet's default is to kill
+// all (memory.oom.group). The kernel kills one with control groups of version 1, or with kubelet's
+// singleProcessOOMKill. In either case, kubelet starts the container again, so without a limit the node would compile
+// endlessly.
 const maxTries = 2
 
-// tries returns the record of a compile that begins now, and the record of the last one that lacked memory. The latter
-// is zero if it had another cell, builder, boot or memory limit. After maxTries such compiles, tries returns an error.
-// The caller holds the lock of [lockCompiles], because a compile that runs looks like one that was killed.
+// tries returns the record of a compile that begins now, and the record of the last one that lacked memory. The second
+// record is zero if that compile had another cell, builder, boot or memory limit. After maxTries such compiles, tries
+// returns an error. The caller holds the lock of [lockCompiles], because a compile that runs looks like one that was
+// killed.
 func (f failures) tries(q resolve.Question, retry bool) (now, last compiling, err error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -215,8 +220,9 @@ func (f failures) begin(now compiling) error {
 	return nil
 }
 
-// end records that a compile ended with this error, or with nil. After a lack of memory, its own record stays. After
-// another error, which says nothing about memory, the last record counts again.
+// end records that a compile ended with the error failed, or with nil. After a lack of memory, the record of this
+// compile stays. After another error, end writes the record last again if last counts earlier compiles, because the
+// error says nothing about memory. In all other cases, end removes the record.
 func (f failures) end(last compiling, failed error) (err error) {
 	switch {
 	case lackedMemory(failed):
@@ -240,8 +246,8 @@ func (f failures) writeRunning(c compiling) error {
 	return overwrite(f.running, raw)
 }
 
-// lackedMemory reports whether a compile ended for lack of memory. A builder that was killed counts, too: if this
-// process cannot see its control group, it does not learn the reason.
+// lackedMemory reports whether a compile ended for lack of memory. A builder that was killed counts, too: a process
+// that cannot see its control group does not learn the reason.
 func lackedMemory(err error) bool {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {

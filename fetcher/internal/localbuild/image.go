@@ -34,7 +34,7 @@ const (
 )
 
 // lockCompiles takes the lock that excludes the compiles of other fetchers: a compile begins with the removal of what
-// an earlier one made. It does not wait: a held lock is an error of kind Busy.
+// an earlier one made. lockCompiles does not wait: if the lock is held, it returns an error of kind Busy.
 func lockCompiles(stateDir string) (unlock func() error, err error) {
 	lock := flock.New(filepath.Join(stateDir, compileLock))
 	if held, err := lock.TryLock(); err != nil {

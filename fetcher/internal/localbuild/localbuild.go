@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Builder runs the builder program.
+// Builder compiles drivers on this node with the builder program.
 type Builder struct {
 	// Program is the path of the builder program.
 	Program string
@@ -64,7 +64,7 @@ func PublicKey(stateDir string) ([]byte, error) {
 }
 
 // Both halves of the node's key are in one folder. The folder gets its final name only when both exist, so a killed run
-// leaves no half or mixed pair.
+// leaves neither a single half nor halves of two pairs.
 const (
 	keyFolder = "node-key"
 	keyFile   = "local.key"
@@ -81,7 +81,7 @@ func keyIn(stateDir string) string {
 	return key
 }
 
-// key returns the path of the node's key. It makes a new pair if there is no complete one.
+// key returns the path of the node's key. If there is no complete pair, key makes a new one.
 func (b Builder) key(ctx context.Context) (_ string, err error) {
 	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
 		return key, nil
@@ -142,7 +142,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (answer resolve.
 	return answer, unlock, nil
 }
 
-// buildLocked is Build without its lock, which the caller holds.
+// buildLocked does the work of Build. The caller holds the lock of [lockCompiles].
 func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
 	failed := b.failures()
 	now, last, err := failed.tries(q, b.Retry)
@@ -151,8 +151,8 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 	}
 	begun := false
 	defer func() {
-		// Otherwise each restart would pull the image again. The image is removed by now, so there may be space for the
-		// record.
+		// Record a full disk: otherwise each restart would pull the image again. The image is removed by now, so there may be
+		// space for the record.
 		if !begun && fault.Is(err, fault.DiskFull) && ctx.Err() == nil {
 			err = errors.Join(err, failed.store(q, err, last))
 		}
@@ -195,7 +195,7 @@ func (b Builder) buildLocked(ctx context.Context, q resolve.Question) (_ resolve
 	return answer, nil
 }
 
-// compile runs the builder. It does all that costs time, so its errors are remembered.
+// compile runs the builder. This step takes the most time, so buildLocked stores its errors.
 func (b Builder) compile(ctx context.Context, q resolve.Question, key string) (resolve.Answer, error) {
 	flavour := q.Flavour
 	if flavour == resolve.Auto {
@@ -249,7 +249,7 @@ const hintBuilder = "check that --builder is Prebake's builder, of the same rele
 // maxOutput is the maximum size of the builder's result in bytes.
 const maxOutput = 4 << 20
 
-// errNotStarted is in the error of a builder that could not be started.
+// errNotStarted is wrapped in the error of a builder that could not be started.
 var errNotStarted = errors.New("run the builder")
 
 // run runs the builder and returns its stdout.
@@ -314,7 +314,7 @@ func outOfMemory(text string, limit int64) error {
 		hint+", or publish the driver with \"builder build\", or turn compiling off: --builder never")
 }
 
-// output is a buffer of at most maxOutput. After a refusal, the pipe to the builder is closed.
+// output is a buffer of at most maxOutput bytes. When Write refuses more, the pipe to the builder is closed.
 type output struct {
 	buffer  bytes.Buffer // not embedded: its ReadFrom would read without a limit
 	tooLong bool
@@ -388,7 +388,7 @@ func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) 
 // messages are the builder's own error and hint lines.
 type messages struct{ err, hint string }
 
-// follow passes progress lines on, and keeps the last error and hint.
+// follow reads the builder's stderr. It passes progress lines to b.Progress, and returns the last error and hint.
 func (b Builder) follow(r io.Reader) (w messages) {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(make([]byte, 0, 4096), 1<<20)
