@@ -13,8 +13,8 @@ import (
 // ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts calls a function in the node's mount namespace. If this program is already there, the result inside is false.
-// If the namespace cannot be entered, Mounts returns [ErrNamespace] without the call.
+// Mounts calls do in the node's mount namespace. If this program is in that namespace already, the result inside is
+// false. If the namespace cannot be entered, Mounts returns [ErrNamespace] and does not call do.
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {
@@ -57,7 +57,7 @@ func (r *Root) namespace() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "proc/1/ns/mnt"), nil
 }
 
-// inNamespace runs the callback in another mount namespace, on this thread.
+// inNamespace calls do in another mount namespace, on this thread.
 func inNamespace(namespace *os.File, do func() error) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil { // give this thread its own root and working directory
 		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)

@@ -27,7 +27,7 @@ func Open(dir string) (*Root, error) {
 	return &Root{dir: filepath.Clean(dir), root: root}, nil
 }
 
-// Close releases the folder.
+// Close closes the folder.
 func (r *Root) Close() error { return r.root.Close() }
 
 // Dir returns the folder where the node's root is mounted, for chroot.
@@ -82,7 +82,8 @@ func (r *Root) FS() fs.FS { return files{r} }
 // clean converts a name of the node to a relative path below the root.
 func clean(name string) string { return path.Join(".", path.Clean("/" + name)[1:]) }
 
-// follow returns the name after all links, relative to the root. The file need not exist.
+// follow returns the path to which a name leads when all links are followed, relative to the root. The file need not
+// exist.
 func (r *Root) follow(name string) (string, error) {
 	at, err := securejoin.SecureJoinVFS("", name, links{r.root})
 	if err != nil {

@@ -7,8 +7,8 @@ import (
 )
 
 // Replace gives a file below a folder new content, with mode 0644, in one step: even after a power cut, the file has
-// the former or the new content. name and tmp are relative to the folder. tmp is the path of a temporary file
-// that no other program uses, on the same file system. Replace leaves no file there.
+// the former or the new content. name and tmp are relative to the folder. tmp is the path of a temporary file on the
+// same file system. No other program may use that path. Replace leaves no file there.
 func Replace(dir *os.Root, name, tmp string, data []byte) error {
 	f, err := dir.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
