@@ -77,7 +77,7 @@ func New(now func() time.Time) *Server {
 	return s
 }
 
-// valid returns the last verdict. If it is no longer valid, it has no state and no usable GPUs.
+// valid returns the last verdict. If that verdict is no longer valid, the result has no state and no usable GPUs.
 func (s *Server) valid() gpucheck.Verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,7 +125,7 @@ func (s *Server) CheckStarted() {
 	s.check.Start(s.now())
 }
 
-// CheckStopped tells the server that a check ended and says nothing about the driver.
+// CheckStopped tells the server that a check ended without a finding about the driver.
 func (s *Server) CheckStopped() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
