@@ -20,8 +20,9 @@ type Chain []Finder
 // is of kind Unverified. If only some did, and others did not respond, the error is passing (see [Passing]), so that
 // the wait for the others goes on.
 //
-// An error beside an artifact ends the questions: the source has chosen, and cannot tell whether the artifact drives
-// the node's GPUs. Another source would choose another version, or a flavour without the list of GPUs.
+// If a source returns both an artifact and an error, Find asks no other source: this source has chosen a driver, but
+// cannot tell whether it drives the node's GPUs. Another source would choose another version, or a flavour without the
+// list of GPUs.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a source has chosen the driver, ask the others for that driver only: their newest driver may be yanked, or
@@ -90,7 +91,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 // otherService is an error of kind Transient, whose cause is of kind Unverified.
 type otherService struct{ error }
 
-// Unwrap returns the error without the mark.
+// Unwrap returns the wrapped error.
 func (o otherService) Unwrap() error { return o.error }
 
 // OtherService makes an error of kind Unverified a passing one, so that a [Chain] asks its next source. If all sources

@@ -48,14 +48,14 @@ func Signed(v statements, open func(repository string) (Attachments, error), oth
 			lists = append(lists, l)
 			return st.Signer() + string(st.Predicate)
 		}
-		unread := false // whether a repository failed that may have a list
+		unread := false // whether a repository that may have a list has failed
 		read := func(ref string) error {
 			repo, err := open(ref)
 			if err == nil {
 				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
 			}
 			switch {
-			case len(lists) > 0: // also before an error
+			case len(lists) > 0: // use the list even if the repository then failed
 				return nil
 			case err != nil || !unread:
 				return err
@@ -116,7 +116,7 @@ func (q Question) narrowFlavour() Question {
 	return q
 }
 
-// unfitAnswer returns the answer if the published artifacts do not drive the node's GPUs. A node that compiles for
+// unfitAnswer returns the answer for a node whose GPUs the published artifacts do not drive. A node that compiles for
 // itself then builds the proprietary flavour.
 func unfitAnswer(a Answer, unfit error) Answer {
 	return Answer{

@@ -9,7 +9,8 @@ import (
 )
 
 // Repositories returns the references of the repositories that may have one artifact, each once, in the order in which
-// they are tried. An artifact is named by its digest and has signatures, so it does not matter which of them serves it.
+// they are tried. An artifact is named by its digest and has signatures, so it does not matter which repository serves
+// the artifact.
 func Repositories(first string, others []string) []string {
 	refs := []string{first}
 	for _, ref := range others {

@@ -71,7 +71,7 @@ type Answer struct {
 // Pending reports whether a build is on its way.
 func (a Answer) Pending() bool { return a.State == api.Building || a.State == api.Queued }
 
-// Err returns the reason for a missing artifact as a fault, or nil.
+// Err returns the reason for a missing artifact as a fault. If there is an artifact, it returns nil.
 func (a Answer) Err() error {
 	text := fmt.Sprintf("resolve driver: %s", a.State)
 	if a.Reason != "" {
@@ -104,7 +104,7 @@ type client interface {
 	Base() string
 }
 
-// Server asks a Prebake server.
+// Server is a [Finder] that asks a Prebake server.
 type Server struct {
 	Client client
 	// Request asks the server for a build. A [Chain] calls it if no source has the artifact and no build exists. If it is
@@ -192,8 +192,8 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	return a, check(a, q)
 }
 
-// request asks the farm for a build and writes the result into the answer. Errors other than a canceled context are
-// passing.
+// request asks the farm for a build and writes the result into the answer. It returns an error only if ctx has ended or
+// the error is passing (see [Passing]). It adds any other error to the answer's reason.
 func (s Server) request(ctx context.Context, a *Answer) error {
 	b, err := s.Request(ctx, *a.Missing)
 	switch {
@@ -265,7 +265,7 @@ func check(a Answer, q Question) error {
 	return nil
 }
 
-// Registry finds artifacts by the tag of a COS build.
+// Registry is a [Finder] that looks up the tags of a COS build in a registry.
 type Registry struct {
 	// Ref is the reference of the repository.
 	Ref string
@@ -342,9 +342,10 @@ func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error)
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS does, if it drives
-// the node's GPUs. If it cannot read the list of GPUs of an artifact, it returns the artifact with the error. If it
-// cannot read the tag of the only driver that may still fit, it returns this driver with the error.
+// findVersion looks up the tag of a version. With flavour auto, it prefers the open flavour, as COS does, if this
+// flavour drives the node's GPUs. If findVersion cannot read the list of GPUs of an artifact, it returns the artifact
+// with the error. If it cannot read the tag of the only driver that may still fit, it returns this driver with the
+// error.
 func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {

@@ -194,7 +194,7 @@ func (f *timed) Find(context.Context, resolve.Question) (resolve.Answer, error) 
 	return resolve.Answer{State: api.Building}, f.err
 }
 
-// gaps returns the times between the questions.
+// gaps returns the times between successive calls of Find.
 func (f *timed) gaps() []time.Duration {
 	var gaps []time.Duration
 	for i := range f.asked[1:] {
