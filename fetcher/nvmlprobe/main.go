@@ -43,8 +43,8 @@ type Device struct {
 	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. It is "" without a
 	// fabric, or if the library does not report one.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. With
-	// it, the driver keeps an unused GPU initialised.
+	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. In
+	// persistence mode, the driver keeps an unused GPU initialised.
 	Persistence string `json:"persistence,omitempty"`
 	// Error is the reason why NVML cannot use or describe this GPU. Code is NVML's return value for it, or 0.
 	Error string `json:"error,omitempty"`
@@ -105,8 +105,7 @@ type asked interface {
 	LookupSymbol(string) error
 }
 
-// ask fills the answer as far as NVML responds. If NVML's library cannot be loaded, the callback returns the loader's
-// error.
+// ask fills the answer as far as NVML responds. If NVML's library is not found, ask calls why for the loader's error.
 func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
