@@ -172,7 +172,7 @@ func (b *bucket) readIndex(ctx context.Context, name string, k target.Kernel) (x
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "the signed statement is not about this index", "")
 	}
-	// Otherwise a signed index could be copied to another COS build.
+	// Compare the place, too: otherwise a signed index could be copied to another COS build.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
 			fmt.Sprintf("the signature is for the index %.200q of kernel %.40q/%.40q, not for this index",

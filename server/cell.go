@@ -198,7 +198,7 @@ func verdict(asked []cell, answer api.Preflight) error {
 	waiting, missing := 0, 0
 	for i, v := range answer.Pools {
 		cell := asked[i]
-		if v.Resolution.Kernel.BuildID != "" { // if the question has a GKE version, only the answer has the BUILD_ID
+		if v.Resolution.Kernel.BuildID != "" { // if the request has a GKE version, only the response has the BUILD_ID
 			cell.BuildID = v.Resolution.Kernel.BuildID
 		}
 		err := cellError(cell, v.Resolution)
@@ -244,7 +244,7 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
 }
 
-// kernelOf returns the name of the kernel in an answer. Without a kernel, it returns the GKE version and the board.
+// kernelOf returns the name of the kernel in a verdict. Without a kernel, it returns the GKE version and the board.
 func kernelOf(v api.PoolVerdict) string {
 	if v.Resolution.Kernel.BuildID == "" {
 		return v.Pool.GKE + "/" + v.Pool.Board

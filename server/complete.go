@@ -16,7 +16,7 @@ import (
 // maxCandidates is the maximum number of entries that completion reads from a list. They are the newest.
 const maxCandidates = 200
 
-// complete returns the possible values of a flag or an argument. If the server does not answer, it returns only fixed
+// complete returns the possible values of a flag or an argument. If the server does not respond, it returns only fixed
 // words.
 func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	switch at.Flag {
@@ -96,7 +96,7 @@ func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	case "lift":
 		return digests(ctx, at, api.Quarantined)
 	case "wish-lists show", "wish-lists put", "wish-lists remove":
-		lists, _ := server(at).WishLists(ctx) // if the server does not answer, no list is offered
+		lists, _ := server(at).WishLists(ctx) // if the server does not respond, no list is offered
 		var all []cli.Candidate
 		for _, l := range lists {
 			all = append(all, cli.Candidate{Value: l.Name, About: fmt.Sprintf("%d cells", l.Cells)})

@@ -27,7 +27,7 @@ type disk struct {
 // the reserve is not used again, because the caller may have freed space meanwhile.
 const measurementLife = time.Second
 
-// Free returns how many bytes this program may still write.
+// Free returns how many bytes are free on the disk for this program.
 func (d *disk) Free() (uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -100,7 +100,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 
 func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
 
-// drivers returns the tagged artifacts that are drivers. Without any, the error has kind NoArtifact.
+// drivers returns the tagged artifacts that are drivers. If there is none, the error has kind NoArtifact.
 func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	tags, err := r.repo.Tags(ctx)
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// largestPage is the maximum number of entries of a page. [api.Client] lowers it for lists whose pages are counted in
-// kernels.
+// largestPage is the maximum number of entries of a page. For lists whose pages are counted in kernels, [api.Client]
+// asks for fewer.
 const largestPage = 1000
 
 // pagedList describes a command that prints the first entries of a list.
@@ -25,7 +25,7 @@ type pagedList[T any] struct {
 	flags                    []ucli.Flag
 	// token is true if only administrators may read the list.
 	token bool
-	// what is the plural noun for what --limit counts. most is the default of --limit.
+	// what is the plural noun for the things that --limit counts. most is the default of --limit.
 	what string
 	most int
 	// of stands before "at most" in the help of --limit; it is set if key is set.
@@ -92,8 +92,8 @@ func (p pagedList[T]) command() *ucli.Command {
 	}
 }
 
-// readFirst reads the given maximum number of entries, or all if it is 0. If key is not nil, the maximum is a number of
-// groups. It also reports whether there are further entries.
+// readFirst reads at most as many entries as most, or all if most is 0. If key is not nil, most is a number of groups.
+// It also reports whether there are further entries.
 func readFirst[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""

@@ -1,5 +1,5 @@
-// Command server is Prebake's catalogue, build queue and registry in one process. This package only connects the parts
-// and prints answers of the API.
+// Command server is Prebake's catalogue, build queue and registry in one process. This package connects the parts, and
+// has the commands that call the API.
 package main
 
 import (

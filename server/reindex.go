@@ -25,7 +25,7 @@ import (
 // difference is one way in which registry and catalogue differ.
 type difference string
 
-// With --apply, reindex records the artifacts whose comment says so.
+// The comments say which artifacts reindex records with --apply.
 const (
 	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
 	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
@@ -71,8 +71,8 @@ func signerFlags() []ucli.Flag {
 }
 
 // reindexCommand returns the command that compares the catalogue with a registry. It writes through the API of a
-// running server, so it works with each database and registry. After the loss of a database, the server must be started
-// first: it makes an empty one.
+// running server, so it works with each database and registry. After the loss of a database, start the server first: it
+// makes an empty database.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and add artifacts that only the registry has",
@@ -328,7 +328,7 @@ func kernelNames(kernels []target.Kernel) string {
 const maxCall = 1000
 
 // apply adds the missing records to the catalogue, and removes those of absent artifacts. It continues after a refused
-// artifact, and stops if the server does not answer.
+// artifact, and stops if the server does not respond.
 func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	for i := range c.Findings {
 		f := &c.Findings[i]

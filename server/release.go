@@ -25,8 +25,8 @@ func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// answerCommand returns a command that calls the API with its only argument, and prints the answer. If the argument is
-// missing, the command's error has the given hint.
+// answerCommand returns a command that calls the API with its only argument, and prints the response. If the argument
+// is missing, the command's error has the given hint.
 func answerCommand[T any](name, usage, what, hint string, flags []ucli.Flag,
 	call func(context.Context, *api.Client, string) (T, error), show func(io.Writer, T) error) *ucli.Command {
 	return &ucli.Command{

@@ -130,8 +130,8 @@ func editDistance(a, b string) int {
 	return row[len(b)]
 }
 
-// failedBuilds returns the newest builds of failed cells, at most the given number. An empty class matches any class.
-// It also reports whether there are more.
+// failedBuilds returns the newest build of each failed cell, at most as many as most. An empty class matches any class.
+// It also reports whether there are more builds.
 func failedBuilds(
 	ctx context.Context, c *api.Client, f api.Filter, class string, most int,
 ) (builds []api.Build, more bool, err error) {
@@ -153,8 +153,8 @@ func failedBuilds(
 	return builds, false, nil
 }
 
-// requestAgain requests a build of the cell of each build, and returns the new builds. An error with one cell does not
-// stop the others, unless they would fail, too.
+// requestAgain requests a build of the cell of each build, and returns the new builds. After an error with one cell it
+// goes on, unless the other cells would fail, too.
 func requestAgain(ctx context.Context, c *api.Client, failed []api.Build) ([]api.Build, error) {
 	builds, errs := []api.Build{}, []error(nil)
 	for _, f := range failed {

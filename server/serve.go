@@ -280,7 +280,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return verify(running, registry, int64(s.VerifyMB)<<20, log) })
 	group.Go(func() error {
 		<-running.Done()
-		// First accept no new requests. After the grace period, close the connections of those that still run.
+		// First accept no new requests. After the grace period, close the connections of requests that still run.
 		log.Info("server stopping", "grace", s.Grace)
 		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
 		defer cancel()

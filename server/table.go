@@ -17,8 +17,8 @@ const columns = 80
 // minLastColumn is the minimum width of the last column, in characters, unless its texts are shorter.
 const minLastColumn = 12
 
-// printTable prints rows as a table with a head. Without rows, it prints the given text. The last column is cut to fit.
-// If less than minLastColumn is left for it, the widest other columns are cut, too.
+// printTable prints rows as a table with a head. If there are no rows, it prints the text none instead. The last column
+// is cut to fit. If less than minLastColumn is left for the last column, the widest other columns are cut, too.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)

@@ -80,9 +80,9 @@ func trimLogs(
 	}
 }
 
-// trimBuilds removes builds that ended before the given time, and then the logs of builds that are gone. So a crash
-// between the two leaves no log for ever, and each server of one database removes its own logs. A younger log may
-// belong to a build that a restored database does not have yet.
+// trimBuilds removes builds that ended before the given time, and then the logs of builds that are gone. In this order,
+// a crash between the two steps leaves no log for ever, and each server of one database removes its own logs. A younger
+// log may belong to a build that a restored database does not have yet.
 func trimBuilds(ctx context.Context, db trimmed, logs trimmedLogs, before time.Time, log *slog.Logger) {
 	builds, err := db.TrimBuilds(ctx, before)
 	removed := 0

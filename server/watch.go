@@ -24,8 +24,7 @@ func clock(t time.Time) string {
 	return t.Local().Format("15:04")
 }
 
-// positionInterval is the pause between two questions about a place in the queue. againAfter is the pause before a
-// retry.
+// positionInterval is the pause between two requests for a place in the queue. againAfter is the pause before a retry.
 const (
 	positionInterval = 10 * time.Second
 	againAfter       = time.Second
@@ -59,8 +58,8 @@ func (p progress) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// follow waits until a build ends. It passes each noticeable change to the last callback. If the server stops
-// answering, it calls the other callback once, and waits for the server.
+// follow waits until a build ends. It passes each change of the text to say. Each time that the server stops
+// responding, it calls away once, and waits for the server.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {
