@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// answerWithin limits the time of one call.
+// answerWithin is the time limit of one call.
 const answerWithin = 30 * time.Second
 
 // connection is an open HTTP connection for one caller at a time. The callers run on the same cores as the server, so a
@@ -20,11 +20,11 @@ type connection struct {
 	read *bufio.Reader
 	ask  []byte
 	used time.Time
-	// largest is the size of the largest answer so far, in bytes on the wire.
+	// largest is the size of the largest response so far, in bytes on the wire.
 	largest int64
 }
 
-// get requests a path and reads the whole answer. After an error, the next call opens a new connection.
+// get requests a path and reads the whole response. After an error, the next call opens a new connection.
 func (c *connection) get(path string) error {
 	now := time.Now()
 	if c.net != nil && now.Sub(c.used) > time.Minute { // the server may close an idle connection

@@ -17,7 +17,7 @@ type row struct {
 	name   string
 	took   []time.Duration
 	failed int
-	// largest is the size of the largest answer, in bytes on the wire; 0 means not measured.
+	// largest is the size of the largest response, in bytes on the wire; 0 means not measured.
 	largest int64
 	// server and load are the processor time of the server and of this program, in cores. A negative value means not
 	// measured.
@@ -199,8 +199,8 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	return append(rows, all), ctx.Err()
 }
 
-// askOnce asks about each kernel once, two at a time. The server reads these answers from the database and then caches
-// them.
+// askOnce sends one request for each kernel, two at a time. For each, the server reads the database, and then caches
+// the result.
 func askOnce(ctx context.Context, host string, w world) *row {
 	next := make(chan string)
 	all := make([]tally, 2)
