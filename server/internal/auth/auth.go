@@ -32,8 +32,8 @@ const (
 	Build Scope = "build"
 	// Push is for writing to the registry.
 	Push Scope = "push"
-	// Operate is for people. They may change wish lists, cancel builds, yank artifacts and delete from the registry. It
-	// includes Ask and Announce.
+	// Operate is for people. They may change wish lists, cancel builds, yank artifacts and delete from the registry.
+	// Operate includes Ask and Announce.
 	Operate Scope = "operate"
 	// Admin is for making and revoking tokens, and for reading the audit log. It includes all other scopes.
 	Admin Scope = "admin"
@@ -95,7 +95,7 @@ func (p Principal) May(s Scope) bool {
 
 // tokenStore is the part of the database that the authenticator uses.
 type tokenStore interface {
-	// Token reads a token and its hash by its id. If it does not exist, the error has kind NotFound.
+	// Token reads a token and its hash by its id. If the token does not exist, the error has kind NotFound.
 	Token(ctx context.Context, id string) (api.Token, []byte, error)
 	// TokenUsed records when a token was used.
 	TokenUsed(ctx context.Context, id string, at time.Time) error
@@ -109,7 +109,7 @@ type Config struct {
 	Tokens tokenStore
 	// Issuers are the issuers whose OpenID Connect tokens are accepted; see [ReadIssuers].
 	Issuers *Issuers
-	// Log receives errors that do not make a request fail. If Log is nil, nobody sees these errors.
+	// Log receives errors that do not make a request fail. If Log is nil, these errors are dropped.
 	Log *slog.Logger
 	// Now returns the current time; nil means time.Now.
 	Now func() time.Time

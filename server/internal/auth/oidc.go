@@ -174,8 +174,8 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	return out, nil
 }
 
-// verifierConfig returns a configuration that does not check the audience. Each rule checks it, because several rules
-// may have the same issuer.
+// verifierConfig returns a configuration that does not check the audience. Each rule checks the audience itself,
+// because several rules may have the same issuer.
 func verifierConfig() *oidc.Config {
 	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
 		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512,
@@ -183,7 +183,7 @@ func verifierConfig() *oidc.Config {
 	}}
 }
 
-// lazyVerifier asks an issuer for its keys when the first token arrives. The server therefore starts even if the issuer
+// lazyVerifier requests an issuer's keys when the first token arrives. The server therefore starts even if the issuer
 // does not answer.
 type lazyVerifier struct {
 	issuer string

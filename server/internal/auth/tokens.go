@@ -24,8 +24,8 @@ const (
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is the minimum pause between two records of a token's use. A record may take recordTime. After an error,
-// the next record waits for recordPause.
+// usedEvery is the minimum pause between two records of a token's use. Recording takes at most recordTime. After an
+// error, the next record waits for recordPause.
 const (
 	usedEvery   = time.Hour
 	recordTime  = 2 * time.Second
@@ -96,8 +96,9 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 	return Principal{Name: "token:" + t.Name, Scopes: scopes}, nil
 }
 
-// recordUse records the use of a token. An error refuses nobody, because a full database still answers nodes. After an
-// error, recordUse does nothing for recordPause, so that callers do not all wait for the database.
+// recordUse records the use of a token. After an error of the database, the caller is still accepted: a server with a
+// full disk must still serve nodes. After an error, recordUse does nothing for recordPause, so that callers do not all
+// wait for the database.
 func (a *Authenticator) recordUse(ctx context.Context, t api.Token, now time.Time) {
 	if now.UnixNano() < a.noRecordUntil.Load() {
 		return
