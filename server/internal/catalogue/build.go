@@ -17,15 +17,16 @@ import (
 
 // Caller says which requests of a caller are refused. The zero value means none.
 type Caller struct {
-	// KnownOnly is true if requests for kernels that are not in the catalogue are refused. The mirror is asked later.
+	// KnownOnly is true if requests for kernels that are not in the catalogue are refused. The server looks such a kernel
+	// up in its mirror later.
 	KnownOnly bool
 	// Allow is called before a build is added, but not if the build exists already. If it returns an error, the request
 	// is refused. nil means no limit.
 	Allow func() error
 }
 
-// Request requests a build of a cell. It returns the cell's published or open build. If there is none, it adds a build,
-// also after a failure.
+// Request requests a build of a cell. It returns the cell's published or open build. If the cell has no such build,
+// Request adds one, even if the last build failed.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
 	return c.RequestAs(ctx, r, Caller{})
 }
@@ -132,8 +133,8 @@ func (c *Catalogue) openCell(
 	return b, true, nil
 }
 
-// changeQueueInTx changes the queue in the given transaction if queue and catalogue are in one database. Otherwise
-// [Catalogue.changeQueueAfterTx] does.
+// changeQueueInTx changes the queue in the given transaction if queue and catalogue are in one database. Otherwise it
+// does nothing, and [Catalogue.changeQueueAfterTx] changes the queue.
 func (c *Catalogue) changeQueueInTx(tx *store.Tx, change func(Enqueuer) error) error {
 	if c.Within == nil {
 		return nil
@@ -181,7 +182,8 @@ func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stor
 	return stored, added, err
 }
 
-// raisePriority gives a waiting build a higher priority. If somebody waits for it, the cell's tries begin again.
+// raisePriority gives a waiting build a higher priority. If the new priority is that of a request, the count of the
+// cell's tries begins again.
 func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int) (api.Build, error) {
 	up := func(q Enqueuer) error { return q.SetPriority(ctx, b.ID, priority) }
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -203,8 +205,8 @@ func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int
 	return b, err
 }
 
-// Cancel ends a build. A waiting build leaves the queue. The builder of a running build learns it from the answer to
-// its next report, and stops.
+// Cancel ends a build. A waiting build leaves the queue. The builder of a running build stops when the response to its
+// next report says so.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
 	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled},
@@ -257,7 +259,7 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update is [Catalogue.Update] with a callback in the same transaction.
+// update is [Catalogue.Update]. It also calls more in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {
@@ -397,8 +399,8 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// The mirror must have changed, because a COS build never does. A wrong mirror, or builder, must not take
-		// published artifacts from nodes.
+		// The mirror must have changed, because a COS build never does. A wrong mirror or builder must not make published
+		// artifacts unusable for nodes.
 		held, err := tx.Published(ctx, k.BuildID, k.Board)
 		if err != nil {
 			return err

@@ -90,7 +90,7 @@ type Config struct {
 	// Within returns the queue inside a transaction of the store, if both are in one database. nil means two databases,
 	// which the sweep of package jobs keeps in agreement.
 	Within func(*store.Tx) Enqueuer
-	// Mirror is asked for kernels that the catalogue lacks. nil means that there is no mirror.
+	// Mirror looks up kernels that the catalogue lacks. nil means that there is no mirror.
 	Mirror mirror
 	// Repository is the default repository of artifacts: a path on this server, such as /prebake/driver, or a
 	// repository of another registry.
@@ -134,7 +134,7 @@ func New(c Config) *Catalogue {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	clock := c.Now
-	// Databases store microseconds. Without this, a time in an answer would differ from the stored time.
+	// Databases store microseconds. Without the rounding, a time in a response would differ from the stored time.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
 	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
@@ -348,8 +348,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// holdsManifest reports whether a repository of this server has the manifest of an artifact. Other registries are not
-// asked.
+// holdsManifest reports whether a repository of this server has the manifest of an artifact. For a repository of
+// another registry, it returns true without a check.
 func (c *Catalogue) holdsManifest(ctx context.Context, a api.Artifact) (bool, error) {
 	name, local := strings.CutPrefix(a.Repository, "/")
 	if !local || c.HasManifest == nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// OpenLog opens the log of a build, which has to exist. Without a log, the error has kind NotFound, and says whether
+// OpenLog opens the log of a build. If the build exists but has no log, the error has kind NotFound, and says whether
 // the log will come, was removed, or was never sent.
 func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error) {
 	b, err := c.Store.Build(ctx, id)
@@ -42,7 +42,7 @@ func noLog(b api.Build) error {
 		"database, ask the one to which the builder reports")
 }
 
-// WhyNoLog says why an ended build has no log that was removed.
+// WhyNoLog returns the reason why an ended build never had a log. Do not call it if the server has removed the log.
 func WhyNoLog(b api.Build) string {
 	switch {
 	case b.Worker != "":
@@ -53,7 +53,7 @@ func WhyNoLog(b api.Build) string {
 	return "no builder worked on this build when the build ended"
 }
 
-// hintAttachedLog stands before the digest of a published artifact.
+// hintAttachedLog is a hint to which the digest of a published artifact is appended.
 const hintAttachedLog = "read the log that is attached to the artifact, as docs/how-to/verify.md says; to see the " +
 	"artifact's repository, run: server artifact "
 
@@ -73,7 +73,7 @@ func logRemoved(b api.Build) error {
 		b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, b.Driver.Flavour))
 }
 
-// PutLog stores the log of a build, which has to exist.
+// PutLog stores the log of a build. If the build does not exist, PutLog returns an error.
 func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 	if _, err := c.Store.Build(ctx, id); err != nil {
 		return err

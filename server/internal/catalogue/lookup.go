@@ -91,7 +91,7 @@ func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.Ker
 }
 
 // findKnown returns a kernel of the catalogue with its cells. For another kernel, it returns an error at once, and the
-// mirror is asked later: a slow mirror must not delay nodes.
+// kernel is looked up in the mirror later: a slow mirror must not delay nodes.
 func (c *Catalogue) findKnown(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
 	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
 	if err != nil || cells != nil {
@@ -105,7 +105,7 @@ func (c *Catalogue) findKnown(ctx context.Context, k target.Kernel) (cells *stor
 		)
 	}
 	c.lookUpLater(k)
-	// Nodes wait and ask again after this kind.
+	// After an error of this kind, nodes wait and ask again.
 	return nil, false, fault.New(
 		fault.TooMany,
 		"the catalogue does not know kernel "+k.String()+" yet; the server looks for it in its mirror",

@@ -33,7 +33,7 @@ const (
 	measureAnyway = time.Minute
 	// recentBuilds is the number of published builds of each flavour, newest first, for the median duration.
 	recentBuilds = 51
-	// A builder at work is counted until aliveFor after its last report. A builder without work reports nothing. It is
+	// A builder at work is counted until aliveFor after its last report. A builder without work reports nothing, and is
 	// counted until idleFor after its last build.
 	aliveFor, idleFor = 45 * time.Second, 10 * time.Minute
 )
@@ -58,7 +58,7 @@ type figures struct {
 	ready api.ReadyDuration
 }
 
-// Measurer measures at intervals until ctx is done. Once an hour it removes old reports.
+// Measurer measures at intervals until ctx is done. Once an hour, it also removes old reports of nodes.
 func (c *Catalogue) Measurer(ctx context.Context) error {
 	changes, last, forgot := uint64(0), time.Time{}, time.Time{}
 	for {

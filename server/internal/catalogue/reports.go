@@ -17,8 +17,8 @@ import (
 // Nodes report what happened to an artifact. An artifact goes into quarantine, until an operator has examined it, if
 // two things are true: within reportWindow, it failed on several nodes, and within keepReports, it failed on more nodes
 // than it loaded on. Nodes may lie, so the failures of one network (/24, or /64 with IPv6) are not enough if a
-// quarantine needs two nodes or more. A network's successes are bounded as well, but less: a whole fleet may have one
-// address, and a false alarm costs more than a late one.
+// quarantine needs two nodes or more. The successes of one network are limited, too, but less: a whole fleet may have
+// one address, and a false alarm costs more than a late one.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -30,9 +30,9 @@ const (
 	keepReports = 30 * 24 * time.Hour
 	// reportWindow is the period in which an artifact must fail on several nodes for a quarantine.
 	reportWindow = 24 * time.Hour
-	// loadedFactor says how many times as many nodes of one network may count for a success as for a failure.
+	// For one network, loadedFactor times as many nodes can count for a success as for a failure.
 	loadedFactor = 10
-	// maxCounts is the maximum number of entries in an answer about reports.
+	// maxCounts is the maximum number of entries that [Catalogue.Reports] returns.
 	maxCounts = 1000
 	// maxMessage is the maximum length of a node's message, in bytes.
 	maxMessage = 500
@@ -136,8 +136,8 @@ func checkReport(r *api.NodeReport) error {
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Internal, fault.TimedOut}
 
 // mayBlame reports whether a failure may be the artifact's fault. If this server does not know the class, mayBlame
-// returns false. A GPU that the driver cannot use is usually broken. After a fallback it is not: a node falls back for
-// that reason only if its former driver could use the GPU.
+// returns false. A GPU that the driver cannot use is usually broken, so this failure is not the artifact's fault. After
+// a fallback it may be: a node falls back for this failure only if its former driver could use the GPU.
 func mayBlame(s store.OutcomeCount) bool {
 	kind, err := fault.Parse(s.Class)
 	return err == nil && (slices.Contains(artifactFaults, kind) || kind == fault.Unusable && s.Outcome == api.FellBack)

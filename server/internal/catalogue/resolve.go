@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Auto is the flavour of a request that lets the server choose. The server takes the flavour whose state is nearest to
-// a usable artifact. Between equal states, NVIDIA's recommendation decides: open from branch R560 on, proprietary
+// Auto is the flavour of a request that lets the server choose. The server chooses the flavour whose state is nearest
+// to a usable artifact. Between equal states, NVIDIA's recommendation decides: open from branch R560 on, proprietary
 // before.
 const Auto = "auto"
 

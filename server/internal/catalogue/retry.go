@@ -50,8 +50,8 @@ func mayRetry(key store.CellKey, b *api.Build, now time.Time) bool {
 	return !now.Before(retryTime(key, b.Tries, *b.FinishedAt))
 }
 
-// addNoTry says in the reason and hint of a failed cell that the server does not queue it again, although the cause may
-// pass.
+// addNoTry adds a note to the reason and the hint of a failed cell if the server queues it no more by itself: it does
+// not know the class of the failure, or has made maxTries builds.
 func addNoTry(r *api.Resolution, k api.Kernel) {
 	b := r.Build
 	_, err := fault.Parse(b.Class)

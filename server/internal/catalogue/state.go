@@ -36,8 +36,8 @@ var allowedStates = map[event][]api.State{
 	cancel:  {api.Queued, api.Building, api.Cancelled},
 }
 
-// tooLateStates are the states in which an event changes nothing, without an error: the builder could not know. The
-// answer's state makes the builder stop.
+// tooLateStates are the states in which an event changes nothing and is no error, because the builder could not know
+// the state. The state in the response makes the builder stop.
 var tooLateStates = map[event][]api.State{
 	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
 	fail:     {api.Cancelled},
@@ -63,7 +63,7 @@ func superseded(b api.Build, e event, u api.BuildUpdate) bool {
 	return e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
 }
 
-// tooLate reports whether an update changes nothing, without an error.
+// tooLate reports whether an update comes too late: it then changes nothing, and is no error.
 func tooLate(b api.Build, e event, u api.BuildUpdate) bool {
 	return slices.Contains(tooLateStates[e], b.State) || superseded(b, e, u) && (e == fail || e == putBack)
 }

@@ -176,8 +176,8 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, l.Version, wanted)
 }
 
-// queueCell queues a build of one cell, and reports whether it did. It does not if the cell has a build or an artifact,
-// or can never be built.
+// queueCell queues a build of one cell, and reports whether it did. It queues nothing if the cell has a build or an
+// artifact, or can never be built.
 func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // the wish list has a COS build that the catalogue lacks
@@ -285,7 +285,7 @@ func (c *Catalogue) planView(ctx context.Context, buildID string) (*planView, er
 	return s, err
 }
 
-// eachPage calls the callback for each page of a list, until there is no next page.
+// eachPage calls read for each page of a list, until there is no next page.
 func eachPage(limit int, read func(store.Page) (next string, err error)) error {
 	for after := ""; ; {
 		next, err := read(store.Page{After: after, Limit: limit})

@@ -93,7 +93,8 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 }
 
 // ForgetAbsent removes a published artifact that a repository of this server lacks. Its cells can then be built again.
-// A yanked or quarantined artifact stays in the catalogue. Otherwise nodes would get the same content after a new push.
+// A yanked or quarantined artifact stays in the catalogue: otherwise, after a new push, nodes would get the same
+// content again.
 func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
 	if !digestPattern.MatchString(digest) {
 		return badDigest(digest)
@@ -131,8 +132,8 @@ func (c *Catalogue) ForgetAbsent(ctx context.Context, digest string) error {
 	return nil
 }
 
-// FreeTags allows other content for the tags of an artifact that was deleted from this server's registry. Without it,
-// they are create-only for ever.
+// FreeTags allows other content for the tags of an artifact that was deleted from this server's registry. Without this
+// call, these tags are create-only for ever.
 func (c *Catalogue) FreeTags(ctx context.Context, digest string) (api.FreedTags, error) {
 	if !digestPattern.MatchString(digest) {
 		return api.FreedTags{}, badDigest(digest)
@@ -155,8 +156,8 @@ func (c *Catalogue) FreeTags(ctx context.Context, digest string) (api.FreedTags,
 	return api.FreedTags{Tags: freed}, nil
 }
 
-// setState sets the state of an artifact. The callback, which may be nil, gets the former artifact in the same
-// transaction. An artifact that becomes usable again leaves the catalogue if its manifest was deleted meanwhile: the
+// setState sets the state of an artifact. In the same transaction it calls more, which may be nil, with the former
+// artifact. An artifact that becomes usable again leaves the catalogue if its manifest was deleted meanwhile: the
 // returned artifact then has state Unknown, and its cells can be built again.
 func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
