@@ -21,8 +21,8 @@ import (
 const requestsAtOnce = 8
 
 // Google adds drivers mostly to the lists of a milestone's newest builds, so these are read each time. Other known
-// kernels are read again after readAgain. The boards of a build may come one by one, so they are listed again for the
-// newest builds, and for each build for listAgain after it was seen first.
+// kernels are read again after readAgain. The boards of a build may appear one by one. So boards are listed again for
+// the newest builds, and for every build until listAgain after it was first seen.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
@@ -127,8 +127,7 @@ func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, er
 }
 
 // choose returns the COS builds that are new or incomplete, the other builds whose boards to list again, and the known
-// kernels to read again. The given BUILD_IDs are
-// sorted, newest first. Those of one milestone have the same first number.
+// kernels to read again. ids must be sorted, newest first. The BUILD_IDs of one milestone have the same first number.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
@@ -161,8 +160,8 @@ func (s Kernels) choose(
 	return unseen, listed, again
 }
 
-// incomplete reports whether a kernel was never read from a bucket. The catalogue has it because of a build or an
-// artifact.
+// incomplete reports whether a kernel was never read from a bucket. The catalogue has such a kernel because of a build
+// or an artifact.
 func incomplete(k api.Kernel) bool { return k.Commit == "" }
 
 // readKernel reads a kernel's driver lists from a bucket. It reads the commit only if k has none, because the commit
