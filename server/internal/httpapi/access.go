@@ -88,7 +88,7 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	}
 }
 
-// logOwn logs the server's own errors, whose text no answer contains.
+// logOwn logs the server's own errors, whose text no response contains.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
 		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
@@ -108,7 +108,8 @@ type tokenStore interface {
 const maxAuditPath = 512
 
 // audit returns a middleware that writes the audit log. It records calls of known callers that would change something,
-// even refused ones. It leaves out builders' and nodes' reports, and all of a push except the manifest.
+// even refused ones. It leaves out the reports of builders and nodes, and all requests of a push except that for the
+// manifest.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -162,8 +163,8 @@ func audited(r *http.Request) bool {
 	return true
 }
 
-// limitClients returns a middleware that answers 429 with Retry-After if an address makes too many calls within a
-// minute. 0 means no limit.
+// limitClients returns a middleware that responds with status 429 and the Retry-After header if an address makes more
+// than perMinute calls within a minute. 0 means no limit.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }

@@ -17,12 +17,12 @@ import (
 // compression is the level of gzip. It is fast, and compresses nearly as well as higher levels.
 const compression = 4
 
-// compressFrom is the minimum size of a compressed answer, in bytes. Smaller answers fit one Ethernet packet, and
-// starting the compressor would take longer than answering a node.
+// compressFrom is the minimum size of a response that is compressed, in bytes. Smaller responses fit one Ethernet
+// packet, and starting the compressor would take longer than making the response for a node.
 const compressFrom = 1400
 
-// etags is a middleware that adds an ETag to answers to reads. If the client has the same answer already, it answers
-// 304. It also compresses large answers for clients that accept gzip.
+// etags is a middleware that adds an ETag to the responses to GET and HEAD. If the client has the same response
+// already, etags responds with status 304. It also compresses large responses for clients that accept gzip.
 func etags(next http.Handler) http.Handler {
 	compressor := middleware.NewCompressor(
 		compression,
@@ -79,7 +79,7 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// bufferResponse is a middleware that sends an answer only when the handler has written all of it.
+// bufferResponse is a middleware that sends a response only when the handler has written all of it.
 func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		held := newBufferedResponse(w)
@@ -89,7 +89,7 @@ func bufferResponse(next http.Handler) http.Handler {
 	})
 }
 
-// bufferedResponse collects an answer until it is complete.
+// bufferedResponse collects a response until it is complete.
 type bufferedResponse struct {
 	http.ResponseWriter
 	status int
@@ -106,7 +106,7 @@ func newBufferedResponse(w http.ResponseWriter) *bufferedResponse {
 	return &bufferedResponse{ResponseWriter: w, status: http.StatusOK, body: buffers.Get().(*bytes.Buffer)}
 }
 
-// free returns the buffer to the pool. Do not use the answer afterwards.
+// free returns the buffer to the pool. Do not use the response afterwards.
 func (h *bufferedResponse) free() {
 	if h.body.Cap() <= maxPooledBuffer {
 		h.body.Reset()

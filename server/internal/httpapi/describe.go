@@ -8,7 +8,7 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 )
 
-// describeRest adds to an operation the answers that every route may give: an error, "too many calls", and "not
+// describeRest adds to an operation the responses that every route may send: an error, "too many calls", and "not
 // modified".
 func describeRest(o *huma.OpenAPI, op *huma.Operation) {
 	failed := &huma.MediaType{Schema: o.Components.Schemas.Schema(reflect.TypeFor[problem](), true, "Problem")}

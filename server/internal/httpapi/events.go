@@ -38,8 +38,8 @@ func events(c Config) http.HandlerFunc {
 		}
 		control := http.NewResponseController(w)
 		if err == nil {
-			// The client sends nothing more, but the server reads to notice when it goes away. The stream is long, so
-			// this read has no deadline.
+			// The client sends nothing more, but the server reads, so that it notices when the client goes away. The stream is
+			// long, so this read has no deadline.
 			err = control.SetReadDeadline(time.Time{})
 			if errors.Is(err, http.ErrNotSupported) {
 				err = nil // the recorder of a test has no deadlines

@@ -17,8 +17,8 @@ type farmSource interface {
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// readyDays is the maximum age in days of cells in the metrics of times to ready. readyPause is the minimum pause
-// between two readings, which read a row for each cell.
+// readyDays is the period, in days, of the metrics of how long cells took to become ready. readyPause is the minimum
+// pause between two readings, which read a row for each cell.
 const (
 	readyDays  = 7
 	readyPause = time.Minute
@@ -106,7 +106,7 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	}
 }
 
-// collectReady collects the percentiles of the times to ready.
+// collectReady collects percentiles of how long cells took to become ready.
 func (f *farmCollector) collectReady(ctx context.Context, out chan<- prometheus.Metric,
 	gauge func(desc *prometheus.Desc, v float64, labels ...string)) {
 	ready, err := f.readyTimes(ctx)
@@ -124,7 +124,7 @@ func (f *farmCollector) collectReady(ctx context.Context, out chan<- prometheus.
 	gauge(readyDesc, ready.Max, "100")
 }
 
-// readyTimes returns the percentiles of the times to ready. It reads them again after readyPause.
+// readyTimes returns percentiles of how long cells took to become ready. It reads them again after readyPause.
 func (f *farmCollector) readyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

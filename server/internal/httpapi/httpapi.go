@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// checker is a part that the readiness check asks.
+// checker is a part of the server that the readiness check pings.
 type checker interface {
 	Ping(ctx context.Context) error
 }
@@ -145,9 +145,9 @@ const (
 	pingTime  = 2 * time.Second
 )
 
-// ready answers whether the server can answer nodes. They need only the catalogue: without the queue or free space, the
-// server still resolves and serves artifacts. With ?for=write, every part counts. The body names the parts that do not
-// work.
+// ready returns the handler of the readiness check: whether the server can serve nodes. Nodes need only the catalogue:
+// without the queue or free space, the server still resolves and serves artifacts. With ?for=write, every part counts.
+// The body names the parts that do not work.
 func ready(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), readyTime)

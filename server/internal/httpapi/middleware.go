@@ -95,8 +95,8 @@ func boundRequestID(next http.Handler) http.Handler {
 
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,64}$`)
 
-// logRequests returns a middleware that logs each request after its answer: changes at level info, others at debug. It
-// adds the request id to the answer.
+// logRequests returns a middleware that logs each request after its response: changes at level info, others at debug.
+// It adds the request id to the response.
 func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -137,8 +137,8 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// These are limits for simultaneous answers. A page of a list takes some milliseconds of a core, and an answer to a
-// node much less. Clients that read large pages must not delay the nodes.
+// These are limits for requests that are served at the same time, and for those that wait. A page of a list takes some
+// milliseconds of a core, and the response to a node much less. Clients that read large pages must not delay the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
@@ -151,8 +151,9 @@ const (
 // other cores answer the nodes' requests.
 func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// throttle returns a middleware that limits simultaneous answers. If too many requests wait, it answers 503 with
-// Retry-After. A page is made completely before it is sent, so that a slow reader does not delay the next page.
+// throttle returns a middleware that limits how many requests are served at the same time. If too many requests wait,
+// it responds with status 503 and the Retry-After header. A page is made completely before it is sent, so that a slow
+// reader does not delay the next page.
 func throttle() func(http.Handler) http.Handler {
 	of := func(limit, backlog int) func(http.Handler) http.Handler {
 		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
@@ -216,8 +217,8 @@ func notFound(pages http.Handler) http.HandlerFunc {
 	}
 }
 
-// methodNotAllowed returns a handler for a method that the path does not accept. The answer lists the accepted methods
-// (RFC 9110, 15.5.6).
+// methodNotAllowed returns a handler for a method that the path does not accept. The response lists the accepted
+// methods (RFC 9110, 15.5.6).
 func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var has []string
@@ -291,7 +292,7 @@ func appendLog(c Config) http.HandlerFunc {
 				"add the offset of this part in the log, in bytes, to the query, such as ?offset=0")
 		}
 		var part []byte
-		if err == nil { // the whole part first, because whoever follows the log must not see half of a refused one
+		if err == nil { // read the whole part first: a reader of the log must not see half of a refused part
 			part, err = io.ReadAll(http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
 		}
 		if err == nil {

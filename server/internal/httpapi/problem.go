@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// problem is an answer with an error. Its methods give the router the status and the media type.
+// problem is a response with an error. The router calls its methods for the status and the media type.
 type problem struct {
 	api.Problem
 	cause error // for the server's log
@@ -27,8 +27,8 @@ func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
-// problemOf returns the answer for an error. The error's kind decides the status. The server's own errors get a general
-// text, because their text may name the database's host and user.
+// problemOf returns the response for an error. The error's kind decides the status. The server's own errors get a
+// general text, because their text may name the database's host and user.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
@@ -51,7 +51,7 @@ func PublicText(kind fault.Kind) string {
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
 
-// fail answers with an error. It logs the server's own errors.
+// fail responds with an error. It logs the server's own errors.
 func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	p := problemOf(err)
 	if p.Status >= http.StatusInternalServerError {
@@ -60,7 +60,7 @@ func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	writeProblem(w, p)
 }
 
-// logFailures logs the server's own errors, whose text no answer contains.
+// logFailures logs the server's own errors, whose text no response contains.
 func logFailures(log *slog.Logger) huma.Transformer {
 	return func(ctx huma.Context, _ string, v any) (any, error) {
 		if p, ok := v.(*problem); ok && p.cause != nil && p.Status >= http.StatusInternalServerError {
@@ -70,7 +70,7 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// ownErrors makes the router answer with errors of this package, for example for invalid JSON. The library has only a
+// ownErrors makes the router respond with errors of this package, for example for invalid JSON. The library has only a
 // package variable for this.
 var ownErrors = sync.OnceFunc(func() {
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
@@ -100,8 +100,8 @@ var ownErrors = sync.OnceFunc(func() {
 	}
 })
 
-// refuseUnknown is a middleware that refuses unknown query parameters. Without it, a list with a misspelled filter
-// would have all entries.
+// refuseUnknown is a middleware that refuses unknown query parameters. Without this check, a list with a misspelled
+// filter would have all entries.
 func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		u := ctx.URL()
@@ -148,7 +148,7 @@ func writeText(w http.ResponseWriter, status int, text string) {
 }
 
 // apiConfig returns the configuration of the router and of the description. It leaves out two defaults of the router:
-// the member $schema in answers, and a page with scripts from other hosts.
+// the member $schema in responses, and a page with scripts from other hosts.
 func apiConfig(version string, log *slog.Logger) huma.Config {
 	names := func(t reflect.Type, hint string) string {
 		name := huma.DefaultSchemaNamer(t, hint)

@@ -27,8 +27,8 @@ type PushedMessage struct {
 }
 
 // buildID returns the COS build of a message, or "". The message may be a bucket's notification
-// (https://cloud.google.com/storage/docs/pubsub-notifications) that kernel headers were written. A release has them for
-// each board.
+// (https://cloud.google.com/storage/docs/pubsub-notifications) that kernel headers were written. A release has kernel
+// headers for each board.
 func (m PushedMessage) buildID() string {
 	at := m.Message.Attributes
 	id := at["buildId"]

@@ -60,7 +60,7 @@ func (t table) releases() {
 			return answer(cat.ReadyTimes(ctx, in.Days))
 		},
 	)
-	// Preflight is a POST, because its question is in the body. It changes nothing and needs no token.
+	// Preflight is a POST, because its input is in the body. It changes nothing and needs no token.
 	ask := t.read("preflight", "/v1/preflight", "Ask whether node pools may move to COS builds")
 	ask.Method, ask.MaxBodyBytes = http.MethodPost, 1<<20
 	huma.Register(t, ask, func(ctx context.Context, in *body[api.PreflightRequest]) (*body[api.Preflight], error) {

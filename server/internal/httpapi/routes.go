@@ -23,7 +23,7 @@ import (
 
 // Types that inputs embed must be exported: the router ignores unexported embedded structs silently.
 
-// body is an answer or an input with the body T, in the form that the router needs.
+// body is a response or an input with the body T, in the form that the router needs.
 type body[T any] struct{ Body T }
 
 func answer[T any](v T, err error) (*body[T], error) {
@@ -33,7 +33,7 @@ func answer[T any](v T, err error) (*body[T], error) {
 	return &body[T]{v}, nil
 }
 
-// list is an answer with a page of a list.
+// list is a response with a page of a list.
 type list[T any] struct {
 	Link string `header:"Link" doc:"link to the next page (rel=next), if there is one (RFC 8288)"`
 	Body []T
