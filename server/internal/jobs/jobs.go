@@ -1,5 +1,5 @@
-// Package jobs keeps the catalogue and the queue in agreement. They may be two databases, and a crash may come between
-// the writes to them. A sweep repairs that:
+// Package jobs keeps the catalogue and the queue in agreement. The two may be in different databases, and a crash may
+// come between the writes to both. A sweep repairs that:
 //
 //   - It queues stored builds that the queue lacks.
 //   - It marks an open build as failed if its job has ended.
@@ -41,9 +41,9 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. If the sweeps see no new report for deadAfter, it is dead. Only the
-// sweeper's own clock measures that, because another server may have written the time of the report. A dead builder's
-// builds continue within a minute, also after the server was down.
+// A builder reports every [api.HeartbeatInterval]. A builder is dead if the sweeps see no new report for deadAfter.
+// Only the sweeper's own clock measures this time, because another server may have written the time of the report. A
+// dead builder's builds continue within a minute, also after the server was down.
 const (
 	deadAfter  = 30 * time.Second
 	sweepEvery = 5 * time.Second
@@ -71,7 +71,7 @@ type Sweeper struct {
 	late  bool // the last sweep came later than its pause explains
 }
 
-// heard says which report of a builder was the last, and when a sweep saw it first.
+// heard has the time of a builder's last report, and the time at which a sweep first saw this report.
 type heard struct{ report, seen time.Time }
 
 // Run sweeps at intervals until ctx is done. It logs errors and continues.
@@ -153,8 +153,8 @@ func (s *Sweeper) stalled(now time.Time) bool {
 	return stalled
 }
 
-// dead reports whether the builder of a running build is dead: it has not reported since the sweep that saw its last
-// report first.
+// dead reports whether the builder of a running build is dead: a sweep first saw its last report more than deadAfter
+// ago, and no newer report has come.
 func (s *Sweeper) dead(b api.Build, before map[int64]heard, now time.Time) bool {
 	h := heard{seen: now}
 	if b.HeartbeatAt != nil {
