@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// This file corrects requests and answers where the library differs from the distribution specification (v1.1) or from
-// what clients expect. Quoted titles are sections of the specification.
+// This file corrects requests and responses where the library differs from the distribution specification (v1.1) or
+// from what clients expect. Quoted titles are sections of the specification.
 
 // kindOf splits a path of the API into repository, kind and name of the object. A repository's name may contain a kind,
 // so kindOf splits at the last one.
@@ -35,7 +35,7 @@ func kindOf(p string) (repo, kind, ref string) {
 	return repo, kind, ref
 }
 
-// adapt corrects a request. It returns true if it has answered the request. Otherwise the library answers.
+// adapt corrects a request. It returns true if it has sent the response. Otherwise the library must handle the request.
 func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	repo, kind, ref := kindOf(r.URL.Path)
 	refuse := func(err error) bool { h.writeError(w, r, err); return true }
@@ -46,7 +46,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 			return refuse(fmt.Errorf("%w: %w", ociregistry.ErrDigestInvalid, err))
 		}
 	case kind == "blobs" && r.Method == http.MethodDelete:
-		// "Deleting Blobs": a registry without this function answers 405.
+		// "Deleting Blobs": a registry without this function responds with status 405.
 		w.Header().Set("Allow", "GET, HEAD")
 		writeStatus(
 			w,
@@ -89,7 +89,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 }
 
 // readManifest reads a manifest before the library does, so that a mistake of the client gets a client error. It
-// returns true if it has answered the request.
+// returns true if it has sent the response.
 func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref string) (done bool) {
 	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxManifest))
 	var large *http.MaxBytesError
@@ -154,9 +154,9 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // an error means that the client is gone
 }
 
-// setCaching sets headers for caches: an answer to a path with a digest never changes. If the client has the blob, it
-// answers 304 and returns true. It changes a range from the end, which the library does not support, to one from the
-// start.
+// setCaching sets headers for caches: the response to a path with a digest never changes. If the client has the blob
+// already, setCaching responds with status 304 and returns true. It also changes a range from the end, which the
+// library does not support, to a range from the start.
 func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {
@@ -165,7 +165,7 @@ func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref s
 	}
 	size, err := h.store.statBlob(d)
 	if err != nil {
-		return false // the library answers with the reason
+		return false // the library responds with the reason
 	}
 	tag := strconv.Quote(ref)
 	w.Header().Set("Etag", tag)
@@ -182,7 +182,7 @@ func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref s
 	return false
 }
 
-// serveWithoutNull answers a request for a list. It replaces the library's null by an empty list.
+// serveWithoutNull responds to a request for a list. It replaces the library's null by an empty list.
 func (h *handler) serveWithoutNull(w http.ResponseWriter, r *http.Request) {
 	held := &bufferedBody{ResponseWriter: w, status: http.StatusOK}
 	h.api.ServeHTTP(held, r)
@@ -197,7 +197,7 @@ func (h *handler) serveWithoutNull(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// bufferedBody collects an answer until it is complete.
+// bufferedBody collects a response until it is complete.
 type bufferedBody struct {
 	http.ResponseWriter
 	status int
@@ -215,7 +215,8 @@ func withRange(r *http.Request) context.Context {
 	return context.WithValue(r.Context(), rangeKey{}, r.Header.Get("Content-Range") != "")
 }
 
-// offsetKnown reports whether the client gave the offset of a chunk. Callers without HTTP always give it.
+// offsetKnown reports whether the client gave the offset of a chunk. Callers that do not use HTTP always give the
+// offset.
 func offsetKnown(ctx context.Context) bool {
 	given, told := ctx.Value(rangeKey{}).(bool)
 	return given || !told
@@ -223,13 +224,13 @@ func offsetKnown(ctx context.Context) bool {
 
 type fullKey struct{}
 
-// withFull returns a context in which an upload notes that the disk is full. In the answer to a PUT with content, the
-// library's error has only the text of the cause.
+// withFull returns a context in which an upload notes that the disk is full. This is necessary for a PUT with content:
+// there, the library's error has only the text of the cause.
 func withFull(ctx context.Context) context.Context {
 	return context.WithValue(ctx, fullKey{}, new(bool))
 }
 
-// fullOf returns where to note that the disk is full, or nil.
+// fullOf returns the variable in which an upload notes that the disk is full, or nil.
 func fullOf(ctx context.Context) *bool {
 	full, _ := ctx.Value(fullKey{}).(*bool)
 	return full

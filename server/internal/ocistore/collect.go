@@ -128,7 +128,7 @@ func (m manifest) blobs() (all []ociregistry.Descriptor) {
 	return all
 }
 
-// eachManifest passes the manifests of all repositories to the callback. A manifest may be in several repositories.
+// eachManifest calls visit for each manifest of each repository. A manifest may be in several repositories.
 func (s *Store) eachManifest(ctx context.Context, visit func(repo string, d digest.Digest) error) error {
 	return fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
@@ -143,7 +143,7 @@ func (s *Store) eachManifest(ctx context.Context, visit func(repo string, d dige
 }
 
 // referencedBlobs reads all manifests. It moves the damaged content of manifests aside. After an error, it goes on with
-// the next manifest, so that it finds all damage. Then references are missing, and it returns the first error.
+// the next manifest, so that it finds all damage. The references are then incomplete, and it returns the first error.
 func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
 	refs := references{all: map[string]bool{}, absent: map[string]bool{}}
 	read := map[string]bool{} // a manifest may be in several repositories
@@ -196,7 +196,7 @@ func (s *Store) addManifest(is digest.Digest, refs *references) error {
 	return s.findAbsent(m, *refs)
 }
 
-// findAbsent notes the needed blobs of a manifest that are not there.
+// findAbsent notes the blobs that a manifest needs and that are missing.
 func (s *Store) findAbsent(m manifest, refs references) error {
 	for _, desc := range m.blobs() {
 		sum := desc.Digest.Encoded()
@@ -251,7 +251,8 @@ func (s *Store) setAside(d digest.Digest) error {
 	return s.moveToFinal(blobPath(d.Encoded()), "damaged/"+d.Encoded())
 }
 
-// dropRepaired removes the damaged content of what was pushed again, and of what no manifest names any more.
+// dropRepaired removes damaged content that was moved aside, if it was pushed again, or if no manifest names it any
+// more.
 func (s *Store) dropRepaired(refs references) error {
 	entries, err := fs.ReadDir(s.root.FS(), "damaged")
 	for _, e := range entries {

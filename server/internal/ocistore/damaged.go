@@ -15,7 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// moveAside moves a damaged blob to the folder damaged, unless another file than the open one has its path now.
+// moveAside moves a damaged blob to the folder damaged, unless the blob's path now leads to another file than f.
 func (s *Store) moveAside(f fs.File, d digest.Digest) (moved bool, err error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
@@ -47,8 +47,8 @@ func (s *Store) isAt(f fs.File, name string) (bool, error) {
 	return err == nil && os.SameFile(opened, now), err
 }
 
-// damages returns the damage of absent blobs, which are given by their hex digits, in the order of the digits. After
-// the first error, the numbers of manifests may be too small.
+// damages returns the damage of each absent blob, sorted by hex digits. The keys of absent are the hex digits of these
+// blobs. If there is an error, the numbers of manifests may be too small.
 func (s *Store) damages(ctx context.Context, absent map[string]bool) (all []Damage, err error) {
 	if len(absent) == 0 {
 		return nil, nil

@@ -23,7 +23,7 @@ const TokenPath = "/v2/token"
 // anonymousToken is the bearer token of clients that only read.
 const anonymousToken = "anonymous"
 
-// pushPrefix is before the secret in a token that a client asked for to push.
+// pushPrefix begins a token that a client requested for a push. The secret follows.
 const pushPrefix = "push~"
 
 // access finds the caller that a secret belongs to.
@@ -102,13 +102,14 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withFull(withRange(r))))
 }
 
-// hides reports whether a HEAD request for a manifest is answered as if the manifest were unknown. Clients of
-// go-containerregistry push nothing if the registry has the manifest, and ask for it first. If it lacks a damaged or
-// lost blob, it is unknown to them, so that they ask for each blob, and a push brings back what is missing. Nodes may
-// still read the rest.
+// hides reports whether the handler must respond to a HEAD request for a manifest as if the manifest were unknown,
+// because the manifest needs a damaged or lost blob. Clients with go-containerregistry first ask for the manifest, and
+// push nothing if the registry has it. If the manifest is unknown, they ask for each blob and push those that are
+// missing. Nodes can still read the rest.
 //
-// A client that asks for a tag may want to know whether the tag is free. It gets the truth, unless its token is one for
-// a push. If a push asks for a tag that refers to other content, the push of the tag is refused anyway.
+// A client that asks for a tag may want to know whether the tag is free. The manifest is not hidden from such a client,
+// unless its token is for a push. If a push asks for a tag that refers to other content, the push of the tag is refused
+// anyway.
 func (h *handler) hides(r *http.Request, pushes bool) bool {
 	repo, kind, ref := kindOf(r.URL.Path)
 	return kind == "manifests" && (pushes || strings.Contains(ref, ":")) && h.store.lacks(repo, ref)
@@ -169,9 +170,9 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	}
 }
 
-// writeError answers with an error. It only logs the server's own errors, because their texts contain paths.
+// writeError responds with an error. It only logs the server's own errors, because their texts contain paths.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	for _, name := range []string{"Etag", "Cache-Control"} { // these headers are about the answer without an error
+	for _, name := range []string{"Etag", "Cache-Control"} { // these headers are for a response without an error
 		w.Header().Del(name)
 	}
 	_, status := ociregistry.MarshalError(err)

@@ -30,9 +30,9 @@ func ownerOf(ctx context.Context) string {
 	return name
 }
 
-// own counts a new upload for a caller, and gives it to the request. At the maximum, it first removes the caller's
-// oldest idle upload, or returns an error if there is none. Uploads from before the start do not count, because nothing
-// says who began them.
+// own counts a new upload for a caller, and claims it for the present request. At the maximum, it first removes the
+// caller's oldest idle upload, or returns an error if there is none. Uploads from before the start do not count,
+// because nothing says who began them.
 func (s *Store) own(id, name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +93,7 @@ func (s *Store) disown(id string) {
 	delete(s.owners, id)
 }
 
-// claim gives an upload to one request.
+// claim reserves an upload for one request, until [Store.release].
 func (s *Store) claim(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,7 +104,7 @@ func (s *Store) claim(id string) error {
 	return nil
 }
 
-// release ends a claim.
+// release ends a claim, so that another request can claim the upload.
 func (s *Store) release(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

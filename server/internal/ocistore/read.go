@@ -132,8 +132,8 @@ func (s *Store) statManifest(repo string, d ociregistry.Digest) (ociregistry.Des
 	return desc, nil
 }
 
-// manifestOf returns the descriptor of a manifest in a repository. Its content may be missing. If the descriptor's file
-// is damaged, the content says the same. If both are damaged, the size is -1.
+// manifestOf returns the descriptor of a manifest in a repository. Its content may be missing. If the file with the
+// descriptor is damaged, manifestOf makes the descriptor from the content. If both are damaged, the size is -1.
 func (s *Store) manifestOf(repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -151,7 +151,7 @@ func (s *Store) manifestOf(repo string, d ociregistry.Digest) (ociregistry.Descr
 }
 
 // readEntry reads an entry of a manifest, whose file has the manifest's hex digits as name. If the file is damaged,
-// readEntry makes the entry from the manifest's content. If that is damaged or missing, too, the error is
+// readEntry makes the entry from the manifest's content. If the content is damaged or missing, too, the error is
 // ErrManifestUnknown.
 func (s *Store) readEntry(name string) (ociregistry.Descriptor, error) {
 	sum := path.Base(name)
@@ -369,9 +369,9 @@ func (s *Store) referrers(
 		if artifactType != "" && desc.ArtifactType != artifactType {
 			continue
 		}
-		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it. A
-		// list of hundreds of manifests does not read them. If a client asks for a damaged one, the answer is that it is
-		// unknown.
+		// A killed process may leave an entry without its manifest, because the entry is written first. Do not list it. The
+		// list does not read the manifests, because there may be hundreds. If a client then asks for a damaged manifest, the
+		// registry responds that it is unknown.
 		if _, err := s.statManifest(repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {

@@ -2,8 +2,8 @@
 // protocol, and this package stores the content: docs/decisions/0003-embedded-registry.md.
 //
 // Content becomes visible only when it is complete, verified and synced. After a crash, a push is either complete or
-// absent. The package accepts only SHA-256 and SHA-512 digests, and no manifests with missing blobs. In a create-only
-// repository, it never moves a tag to another manifest.
+// absent. The package accepts only SHA-256 and SHA-512 digests, and no manifests with missing blobs. It never moves a
+// create-only tag to another manifest.
 //
 // Layout of the folder:
 //
@@ -45,8 +45,8 @@ import (
 const (
 	MaxManifest = 4 << 20
 	MaxBlob     = 8 << 30
-	// uploadMaxAge is how long an idle upload is kept. blobMinAge is how long an unreferenced blob is kept. It must be
-	// longer than a push, because clients push blobs before their manifest.
+	// uploadMaxAge is how long an idle upload is kept. blobMinAge is how long an unreferenced blob is kept. blobMinAge
+	// must be longer than a push, because clients push blobs before their manifest.
 	uploadMaxAge = 6 * time.Hour
 	blobMinAge   = 24 * time.Hour
 	maxName      = 255
@@ -96,7 +96,7 @@ type Store struct {
 	absent map[string]bool
 	// kept has the paths of files and folders that a verification could not read or move.
 	kept map[string]bool
-	// reread has the times when content in the folder damaged was read again, by its hex digits.
+	// reread has the times when content in the folder damaged was read again, by the content's hex digits.
 	reread map[string]time.Time
 	logged map[string]bool // damaged entries that the log has
 
@@ -199,7 +199,8 @@ func (s *Store) dropUploads(now time.Time, age time.Duration) (n int, err error)
 	return n, errors.Join(errs...)
 }
 
-// needRoom returns an error if there is no room to write. Before that, it removes the idle uploads of all callers.
+// needRoom returns an error if there is no room to write. If there is none at first, it removes the idle uploads of all
+// callers and checks again.
 func (s *Store) needRoom() error {
 	full := s.checkFree()
 	if full == nil {

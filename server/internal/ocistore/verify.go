@@ -18,9 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// verifyEvery is the minimum time between the beginnings of two passes over all blobs. While a pass runs, its place is
-// stored every placeEvery. Opening a file counts as reading openCost bytes, so that many small blobs do not keep the
-// disk busy. A pass keeps about cachedAtMost bytes of the blob that it reads in the page cache.
+// verifyEvery is the minimum time between the beginnings of two passes over all blobs. While a pass runs, it stores
+// every placeEvery how far it has come. Opening a file counts as reading openCost bytes, so that many small blobs do
+// not keep the disk busy. A pass keeps about cachedAtMost bytes of the blob that it reads in the page cache.
 const (
 	verifyEvery  = 30 * 24 * time.Hour
 	placeEvery   = time.Minute
@@ -38,7 +38,7 @@ type Damage struct {
 	// of all of them.
 	Manifest  string
 	Manifests int
-	// Cause is what was wrong with the content. nil means that it is known to be damaged or lost since earlier.
+	// Cause is what was wrong with the content. nil means that the damage or loss was known already.
 	Cause error
 	// Kept is the path of a file or a folder that could not be read or moved, and stays where it is. Digest is "" then.
 	// Otherwise Kept is "".
@@ -61,7 +61,7 @@ type place struct {
 	Kept []string `json:"kept,omitempty"`
 }
 
-// readPlace returns the stored place. It returns the zero value if there is none, or if its file is damaged.
+// readPlace returns the stored place. It returns the zero value if no place is stored, or if the file is damaged.
 func (s *Store) readPlace() (p place) {
 	raw, err := s.root.ReadFile(placeFile)
 	if err != nil || json.Unmarshal(raw, &p) != nil {
@@ -120,13 +120,14 @@ type pass struct {
 	failing bool
 	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
 	damaged map[string]error
-	// kept says what could not be read or moved, at most maxKept times. more is the number of further ones.
+	// kept has the errors about what could not be read or moved, at most maxKept of them. more is the number of the
+	// others.
 	kept []error
 	more int
 }
 
 // maxKept is how many unreadable files and folders the error of Verify names. With more than maxUnread of them, a pass
-// ends at the next one: they have one cause, such as a wrong owner of all files.
+// ends at the next one: so many failures have one cause, such as a wrong owner of all files.
 const (
 	maxKept   = 10
 	maxUnread = 1000
@@ -134,12 +135,12 @@ const (
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
-// damaged, and passes it to the callback, at the end and each time that it stores its place.
+// damaged. It reports this content by calls of found, at the end and each time that it stores its place.
 //
-// Files and folders that it cannot open or move stay where they are. Verify passes each of them to the callback once,
-// goes on, and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a
-// row cannot be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. Pushes and
-// collections may run at the same time.
+// Files and folders that it cannot open or move stay where they are. Verify calls found once for each of them, goes on,
+// and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a row cannot
+// be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. Pushes and collections
+// may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
 	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
@@ -245,7 +246,7 @@ func (p *pass) visit(ctx context.Context, name string) error {
 	return nil
 }
 
-// keep notes why a file or a folder could not be read or moved. With a cause of nil, it forgets it.
+// keep notes why a file or a folder could not be read or moved. If cause is nil, keep forgets the file or folder.
 func (p *pass) keep(name string, cause error) {
 	p.mu.Lock()
 	if cause == nil {
@@ -279,8 +280,8 @@ func (p *pass) fail(err error) {
 	}
 }
 
-// report passes the damaged content that is not reported yet to the callback. It reads all manifests once for all of
-// it. After the end of ctx, it does nothing: the next collection reports the content.
+// report calls found for the damaged content that is not reported yet. It reads all manifests only once for this. If
+// ctx has ended, report does nothing: the next collection reports the content.
 func (p *pass) report(ctx context.Context) {
 	if len(p.damaged) == 0 || ctx.Err() != nil {
 		return
@@ -376,14 +377,14 @@ func (s *Store) verifyBlob(
 	return n, cause, nil, nil
 }
 
-// isUnread reports whether content could not be read. Otherwise it is intact, or its digest is wrong.
+// isUnread reports whether content could not be read. If not, the content is intact, or its digest is wrong.
 func isUnread(cause error) bool { return cause != nil && !errors.As(cause, new(wrongDigest)) }
 
-// readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause says why the
-// content is not the one with the digest. The error is that of ctx.
+// readBlob reads an open file, at most rate bytes per second, and returns the number of bytes. The cause is a read
+// error, or says that the content has another digest. The error is that of ctx.
 //
-// It reads the disk and not the page cache, in which the content may be intact. Afterwards the content is not in the
-// cache, in which the database needs the room more.
+// readBlob reads from the disk and not from the page cache, because the cache may still have an intact copy of content
+// that is damaged on the disk. Afterwards it removes the content from the cache: the database needs that memory more.
 func readBlob(ctx context.Context, r io.Reader, is digest.Digest, rate int64) (n int64, cause, err error) {
 	seen := is.Algorithm().Digester()
 	buffer := make([]byte, readAtOnce)

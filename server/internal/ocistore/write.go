@@ -94,7 +94,7 @@ func (s *Store) PushBlobChunked(ctx context.Context, repo string, _ int) (ocireg
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// PushBlobChunkedResume implements [ociregistry.Writer]. An upload's only state is the length of its file, so it
+// PushBlobChunkedResume implements [ociregistry.Writer]. An upload's only state is the length of its file, so an upload
 // survives a restart.
 func (s *Store) PushBlobChunkedResume(
 	ctx context.Context,
@@ -459,8 +459,8 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 	if err != nil && !errors.Is(err, ociregistry.ErrManifestUnknown) {
 		return err
 	}
-	// Forget the manifest before its deletion, so that no failure leaves a reference to a deleted manifest. Forget it even
-	// if it is missing: a crash may have stopped an earlier deletion.
+	// Forget the manifest before its deletion, so that no failure leaves a reference to a deleted manifest. Do this even
+	// if the manifest is missing: a crash may have stopped an earlier deletion.
 	if err := cmp.Or(s.forget(repo, d), err); err != nil {
 		return err
 	}
