@@ -49,8 +49,8 @@ func newCache() *cache {
 	return &cache{kernels: kernels, drivers: drivers}
 }
 
-// remember returns a cached value. If there is none, it calls the callback and caches the result. It does not cache the
-// result if the callback forbids it, or if entries were dropped meanwhile: the result may be out of date.
+// remember returns a cached value. If no value is cached, remember calls read and caches its result. It does not cache
+// the result if read returns false, or if entries were dropped meanwhile, because the result may then be out of date.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil
@@ -184,7 +184,7 @@ func (s *Store) listen(ctx context.Context, url string) {
 	}
 }
 
-// listenOnce receives notifications until its connection breaks. It calls the callback when it begins to listen.
+// listenOnce receives notifications until its connection breaks. It calls begun when it begins to listen.
 func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -194,7 +194,7 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
 		return err
 	}
-	// A cache that hears of no changes would give old answers for ever.
+	// Test that notifications arrive: without them, the cache would return old values for ever.
 	err = queue.HearOwn(ctx, conn, func(ctx context.Context, payload string) error {
 		_, err := s.db.ExecContext(ctx, `SELECT pg_notify($1, $2)`, channel, payload)
 		return err

@@ -303,8 +303,9 @@ func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) er
 	return classify("store the replacement of "+digest, err)
 }
 
-// DropArtifact removes a published artifact whose manifest was deleted from the repository, and reports whether it did.
-// A withdrawn artifact stays with its reason and reports: otherwise its cells would be built and published again.
+// DropArtifact removes a published artifact whose manifest was deleted from the repository, and reports whether it
+// removed one. A withdrawn artifact stays with its reason and reports: otherwise its cells would be built and published
+// again.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
 	done, err := tx.ExecContext(ctx,

@@ -146,9 +146,8 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 // logsPerRead is the number of names that Trim reads from the folder at a time.
 const logsPerRead = 1000
 
-// Trim finds logs that were last written before the given time, and passes their builds to the callback, at most
-// logsPerRead at a time. It removes the logs of the builds that the callback returns, and returns the number of removed
-// files.
+// Trim finds logs that were last written before the given time, and passes their builds to choose, at most logsPerRead
+// at a time. It removes the logs of the builds that choose returns, and returns the number of removed files.
 func (l *Logs) Trim(before time.Time, choose func(builds []int64) ([]int64, error)) (removed int, err error) {
 	dir, err := l.root.Open(".")
 	if err != nil {
@@ -233,7 +232,7 @@ func ignoreGone(err error) error {
 
 // Get opens the log of a build, and returns its length in bytes. For a running build, it prefers the live log, because
 // a complete log is from an earlier attempt. For an ended build, it prefers the complete log. Without a log, the error
-// has kind NotFound; its caller knows why there is none.
+// has kind NotFound; the caller of Get knows why there is none.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
 	names := []string{logName(build), liveName(build)}
 	if live {

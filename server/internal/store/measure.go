@@ -10,7 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes returns the number of writes that this process knows of. While it is the same, measurements stay valid.
+// Changes returns the number of writes that this process knows of. While this number stays the same, measurements stay
+// valid.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -39,8 +40,8 @@ func (w WantedCell) early() int {
 }
 
 // SetWanted replaces the wanted cells of a wish list by those of one version of its text. If the list has another
-// version now, or none, SetWanted changes nothing more: another plan stores the cells of that version. It uses several
-// transactions for a long list, so that other writers need not wait.
+// version by now, or was removed, SetWanted changes nothing more: another plan stores the cells of the new version. It
+// uses several transactions for a long list, so that other writers need not wait.
 func (s *Store) SetWanted(ctx context.Context, list string, version int64, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -103,7 +104,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, version int64, cells
 	return nil
 }
 
-// addWanted stores wanted cells of a wish list, which has to exist.
+// addWanted stores wanted cells of a wish list. The wish list must exist.
 func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil

@@ -79,7 +79,7 @@ func (k *KernelCells) Drivers() iter.Seq[target.Driver] {
 	}
 }
 
-// Facts returns the facts about a driver's cell. Without any, the result is empty.
+// Facts returns the facts about a driver's cell. If there are none, the result is empty.
 func (k *KernelCells) Facts(d target.Driver) Facts {
 	i, known := slices.BinarySearchFunc(k.cells, d, func(c packedCell, d target.Driver) int {
 		return newestFirst(k.driver(c), d)
@@ -103,8 +103,8 @@ func (k *KernelCells) unpack(c packedCell) (f Facts) {
 	return f
 }
 
-// packer either writes values to a stream of bytes or reads them. Each method does both, so that writing and reading
-// cannot differ. A text is stored as offset and length in the string of all texts.
+// packer writes values to a stream of bytes or, if reads is set, reads them from there. Each method does both, so that
+// writing and reading cannot differ. A text is stored as offset and length in the string of all texts.
 type packer struct {
 	stream []byte
 	reads  bool
@@ -117,7 +117,7 @@ type packer struct {
 
 func (p *packer) text() string { return strings.Clone(p.texts.String()) }
 
-// place returns a text's offset among the texts. It stores a new text first.
+// place returns the offset of s in the string of all texts. It first adds s if it is new.
 func (p *packer) place(s string) int {
 	at, ok := p.places[s]
 	if !ok {
@@ -128,7 +128,7 @@ func (p *packer) place(s string) int {
 	return at
 }
 
-// uint writes or reads an unsigned number.
+// uint writes *n to the stream as an unsigned varint or, if p.reads is set, reads it from there.
 func (p *packer) uint(n *uint64) {
 	if !p.reads {
 		p.stream = binary.AppendUvarint(p.stream, *n)
@@ -139,7 +139,7 @@ func (p *packer) uint(n *uint64) {
 	p.stream = p.stream[size:]
 }
 
-// packNumber writes or reads a number that may be negative.
+// packNumber writes *n to the stream as a signed varint or, if p.reads is set, reads it from there.
 func packNumber[T int | int64](p *packer, n *T) {
 	if !p.reads {
 		p.stream = binary.AppendVarint(p.stream, int64(*n))
@@ -149,7 +149,7 @@ func packNumber[T int | int64](p *packer, n *T) {
 	*n, p.stream = T(got), p.stream[size:]
 }
 
-// packText writes or reads a text.
+// packText writes offset and length of *s to the stream or, if p.reads is set, reads *s.
 func packText[T ~string](p *packer, s *T) {
 	var at, size uint64
 	if !p.reads {
@@ -173,7 +173,7 @@ func (p *packer) bool(b *bool) {
 	}
 }
 
-// time writes or reads a time. It reads times in UTC.
+// time writes *t to the stream or, if p.reads is set, reads it from there, in UTC.
 func (p *packer) time(t *time.Time) {
 	seconds, nanos := t.Unix(), t.Nanosecond()
 	packNumber(p, &seconds)
@@ -183,7 +183,8 @@ func (p *packer) time(t *time.Time) {
 	}
 }
 
-// packOptional writes or reads a value that may be nil.
+// packOptional writes *v, which may be nil, to the stream or, if p.reads is set, reads it from there. pack does the
+// same for the value.
 func packOptional[T any](p *packer, v **T, pack func(*T)) {
 	present := *v != nil
 	p.bool(&present)
@@ -196,7 +197,8 @@ func packOptional[T any](p *packer, v **T, pack func(*T)) {
 	pack(*v)
 }
 
-// packList writes or reads a list. An empty list is read as nil.
+// packList writes a list to the stream or, if p.reads is set, reads it from there. pack does the same for an entry. An
+// empty list is read as nil.
 func packList[T any](p *packer, all *[]T, pack func(*T)) {
 	size := uint64(len(*all))
 	p.uint(&size)
@@ -219,7 +221,8 @@ func (p *packer) candidate(c *Candidate) {
 	p.time(&c.AttestedAt)
 }
 
-// artifact writes or reads an artifact, without the list of its kernels.
+// artifact writes *a to the stream or, if p.reads is set, reads it from there, in both cases without its list of
+// kernels.
 func (p *packer) artifact(a *api.Artifact) {
 	packText(p, &a.Digest)
 	packText(p, &a.Repository)

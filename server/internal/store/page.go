@@ -46,7 +46,7 @@ func (p Page) parse(n int) ([]string, error) {
 	return key, nil
 }
 
-// cut returns at most limit entries, and the cursor of the next page. The cursor is "" if there is none.
+// cut returns at most limit entries, and the cursor of the next page. The cursor is "" if there is no next page.
 func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	if len(all) <= limit {
 		return all, ""

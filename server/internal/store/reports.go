@@ -43,7 +43,7 @@ type OutcomeCount struct {
 	Outcome api.Outcome
 	Class   string
 	Nodes   int
-	Recent  int // those of them with a recent report
+	Recent  int // the number of these nodes whose report is recent
 }
 
 // OutcomeCounts counts the last reported outcomes of an artifact's nodes for each network. It leaves out reports up to

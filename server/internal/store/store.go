@@ -325,11 +325,11 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	return classify("write to catalogue", err)
 }
 
-// checkSchema returns an error if a newer server has migrated the database since this one started: this one does not
-// know what else it must write. A migration waits for the transactions that write to its tables. So a transaction that
-// checks this last is complete before the migration begins, or finds its result.
+// checkSchema returns an error if a newer server has migrated the database since this server started, because this
+// server does not know what else it must write. A migration waits for the transactions that write to its tables. So a
+// transaction that checks this last is complete before the migration begins, or finds its result.
 //
-// Only one server at a time can use an SQLite database.
+// With SQLite, no check is necessary: only one server at a time can use the database.
 func (tx *Tx) checkSchema(ctx context.Context, known int64) error {
 	if !tx.postgres {
 		return nil

@@ -27,7 +27,7 @@ func scanToken(row func(...any) error) (t api.Token, hash []byte, err error) {
 	return t, hash, errors.Join(err, json.Unmarshal([]byte(scopes), &t.Scopes))
 }
 
-// Token reads a token and its hash. If it does not exist, the error has kind NotFound.
+// Token reads a token and its hash. If the token does not exist, the error has kind NotFound.
 func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error) {
 	t, hash, err := scanToken(s.readers.QueryRowContext(ctx, `SELECT `+tokenColumns+` FROM tokens WHERE id = $1`, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {

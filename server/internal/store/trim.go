@@ -86,7 +86,8 @@ func oldBuilds(all []storedBuild, before time.Time) (old []storedBuild) {
 	return old
 }
 
-// removeBuilds removes builds of a cell whose state is the same as before, and returns their number.
+// removeBuilds removes the builds old of a cell, and returns the number of removed builds. It keeps a build whose state
+// has changed since it was read.
 func (s *Store) removeBuilds(ctx context.Context, key CellKey, old []storedBuild) (removed int, err error) {
 	for len(old) > 0 {
 		n, gone := min(len(old), trimmedAtOnce), 0
@@ -159,7 +160,7 @@ func (s *Store) ForgetFacts(ctx context.Context) error {
 // AbsentBuilds returns those of the given builds that the catalogue lacks.
 func (s *Store) AbsentBuilds(ctx context.Context, builds []int64) (absent []int64, err error) {
 	present := map[int64]bool{}
-	// Not s.readers, which keeps each statement for ever: here, each number of builds makes another one.
+	// Not s.readers, which keeps each statement for ever: here, each number of builds makes another statement.
 	err = query(ctx, s.db, func(row func(...any) error) error {
 		var id int64
 		err := row(&id)

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// maxWarnings is the maximum number of entries of one answer. More failures than that have the same cause.
+// maxWarnings is the maximum number of entries that Warnings returns. More failures than that have the same cause.
 const maxWarnings = 1000
 
 // Warnings lists the cells that only early-warning entries want and whose last ended build failed, newest builds first.

@@ -52,8 +52,8 @@ func noWishList(name string) error {
 		"take the name from the list of wish lists: server wish-lists")
 }
 
-// PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the stored version.
-// This prevents two people from overwriting each other's changes.
+// PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the stored version,
+// so that two people cannot overwrite each other's changes.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
 	stored, err := tx.lockWishList(ctx, name)
 	if err != nil {
