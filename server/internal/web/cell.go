@@ -94,7 +94,7 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "cell.html", page)
 }
 
-// shellSafe matches a word that a shell takes without quotes.
+// shellSafe matches a word that needs no quotes in a shell.
 var shellSafe = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
 
 // shellQuote quotes a word for a shell. The server's name comes from the request, and a link with a hostile name may

@@ -62,15 +62,15 @@ const (
 	chartLeft, chartBottom  = 8, 24
 )
 
-// column is a release in the chart. P50 and Max are the median and the maximum of its cells' times to ready, in
-// seconds.
+// column is a release in the chart. P50 and Max are the median and the maximum of how long its cells took to become
+// ready, in seconds.
 type column struct {
 	Name     string
 	P50, Max float64
 }
 
-// freshness draws the times to ready of releases, oldest first. Each release has a column for its slowest cell, and in
-// front of it one for the median.
+// freshness draws how long the cells of each release took to become ready, oldest release first. Each release has a
+// column for its slowest cell, and in front of it a column for the median.
 func freshness(all []column) template.HTML {
 	greatest := 0.0
 	for _, c := range all {

@@ -149,9 +149,9 @@ type preflightPage struct {
 	Build   string
 	Boards  []string
 	Verdict *api.PoolVerdict
-	// Cell is the path of the page about the answer's cell; "" means that there is none.
+	// Cell is the path of the page about the verdict's cell; "" means that there is none.
 	Cell string
-	// Wrong says what is wrong with the question.
+	// Wrong says what is wrong with the reader's input.
 	Wrong, Hint string
 }
 
@@ -192,8 +192,8 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, status, "preflight.html", page)
 }
 
-// badge answers with a badge for project pages. It shows how much of the desired matrix, or of a milestone, is
-// published. If the query has a BUILD_ID, it shows the state of a cell.
+// badge responds with a badge for project pages. It shows how much of the desired matrix, or of a milestone, is
+// published. If the query has a BUILD_ID, the badge shows the state of a cell.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown

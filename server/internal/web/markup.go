@@ -29,7 +29,8 @@ func (m *markup) put(pieces ...string) {
 // safe returns the collected HTML, with all text escaped.
 func (m *markup) safe() template.HTML { return template.HTML(m.String()) }
 
-// cellPath returns the path of a cell's page. Without a flavour, it is the page about both cells of a driver version.
+// cellPath returns the path of a cell's page. Without a flavour, it returns the path of the page about both cells of a
+// driver version.
 func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	path := "/cells/" + url.PathEscape(k.Board) + "/" + url.PathEscape(k.BuildID) + "/" + url.PathEscape(version)
 	if flavour != "" {
@@ -47,8 +48,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill adds the table cell of a driver version. It shows the requested flavours. If there are none, it shows the
-// flavours that can be built, or else both.
+// pill adds the table cell of a driver version. The table cell shows the flavours that were requested. If none was, it
+// shows the flavours that can be built, or else both.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{
@@ -107,7 +108,7 @@ func kernelHead(k api.Kernel) template.HTML {
 	return out.safe()
 }
 
-// share returns a part of a whole in percent. Only the whole is 100 %.
+// share returns a part of a whole in percent. It never rounds a smaller part to 100 %.
 func share(part, whole int) string {
 	if part == whole {
 		return "100 %"

@@ -241,7 +241,7 @@ func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.render(w, r, page.Status, "fail.html", page)
 }
 
-// render answers with a page. It makes the whole page first, because half a page would look complete.
+// render responds with a page. It makes the whole page first, because half a page would look complete.
 func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
 	var out bytes.Buffer
 	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {
