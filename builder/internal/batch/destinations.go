@@ -99,11 +99,12 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// seenFor is how long a layer that was found is not looked for again. A registry may lose it later.
+// seenFor is how long a layer that was found counts as present. After this time checkLayer looks for the layer again,
+// because a registry may lose it.
 const seenFor = 24 * time.Hour
 
-// checkLayer returns an error if a repository does not have a layer. It asks only once a day for each digest, because
-// many artifacts share a layer.
+// checkLayer returns an error if a repository does not have a layer. Many artifacts share a layer, so checkLayer asks
+// the repository only once a day for each digest.
 func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()

@@ -222,7 +222,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, whose values differ, or "".
+// firstDifference compares two configurations. It returns NAME=VALUE of the first option, by name, that differs, or ""
+// if the configurations are equal.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {
