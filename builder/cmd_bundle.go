@@ -62,7 +62,7 @@ func openWithLogin(cmd *ucli.Command, ref string) (*registry.Repository, error) 
 	})
 }
 
-// fileRef returns the registry reference of a bundle: oci-archive: and the file's name. For a bundle in several parts,
+// fileRef returns the registry reference of a bundle: oci-archive: and the file's name. For a bundle and its deltas,
 // the name is a list of files with + between them. A name that begins with oci: or oci-archive: is returned unchanged.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {

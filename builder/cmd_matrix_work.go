@@ -91,8 +91,8 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) }), err)
 }
 
-// logEvent logs the events of a batch. The level is debug for a cell that was published before, and for a failure that
-// an earlier round logged.
+// logEvent logs the events of a batch. The level is debug for the progress of fetches, for a cell that needs no build,
+// and for a failure that an earlier round logged.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {

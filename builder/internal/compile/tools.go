@@ -58,10 +58,10 @@ var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 // hostClang is the compiler in COS's toolchains for programs that run during the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
-// clangFlags switch -Werror off for the driver's sources and conftest's programs. Conftest counts any compiler error as
-// an answer. With the kernel's CONFIG_WERROR, as in 5.15, clang's warning about an undeclared function becomes an
-// error, and conftest concludes that the kernel has the function. With gcc this warning is off. A flag of the form
-// -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such flags.
+// clangFlags switch -Werror off for the driver's sources and conftest's programs. For a test of conftest.sh, any
+// compiler error is a result. With the kernel's CONFIG_WERROR, as in 5.15, clang's warning about an undeclared function
+// becomes an error, and conftest concludes that the kernel has the function. With gcc this warning is off. A flag of
+// the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such flags.
 //
 // The kernel's flags contain -Werror=strict-prototypes. Older drivers do not compile with this flag, because clang
 // applies the rule more strictly than gcc. COS's own build farm switches it off too.
@@ -160,8 +160,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
-	// Kbuild chooses some flags by the compiler and others by the kernel's configuration. If the two disagree, nobody has
-	// tested the modules.
+	// Kbuild chooses some flags by the compiler and others by the kernel's configuration. If the two disagree, nobody
+	// has tested the resulting modules.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {

@@ -129,8 +129,8 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done counts the steps that `make`
-// took.
+// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done is the number of steps that ran,
+// without the reused ones.
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]

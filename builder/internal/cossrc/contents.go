@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Contents says what an archive of a COS build has. It is for people who must find out why [Fetch] refused the archive,
-// so nothing in it is checked.
+// Contents describes what an archive of a COS build contains. It is for people who must find out why [Fetch] refused
+// the archive, so nothing in it is checked.
 type Contents struct {
 	Material Material
 	Format   archive.Format
@@ -40,7 +40,7 @@ type Contents struct {
 	Release string
 }
 
-// Bounds on the names in Contents, and on the names that are remembered while an archive is read.
+// Maximum numbers of names in Contents, and of names that are remembered while an archive is read.
 const (
 	maxFolders  = 24
 	maxPrograms = 24
@@ -85,7 +85,7 @@ func readContents(ctx context.Context, p part, o archive.Options) (Contents, err
 	}
 	c.Format = format
 	err = c.read(ctx, tar.NewReader(io.LimitReader(src, o.Bytes)), o.Entries)
-	// After an error the decoder stops in the middle, so its own error says nothing more.
+	// After an error the decoder has stopped in the middle, so the error of Close adds nothing.
 	if cerr := src.Close(); err == nil && cerr != nil {
 		err = cerr
 	}

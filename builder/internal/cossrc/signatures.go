@@ -27,7 +27,8 @@ const (
 	maxTrustedKey = 1 << 20
 )
 
-// FetchSignatures fetches Google's signatures for a driver version. It returns nil if the COS build has none.
+// FetchSignatures fetches Google's signatures for a driver version. It returns nil if the COS build has no signatures
+// for this version.
 func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}

@@ -60,16 +60,17 @@ func (l *inspection) archive(check string, c cossrc.Contents) {
 	}
 }
 
-// problem reports the error of a part, unless it is the cause of the failure that the findings have already.
+// problem reports the error of a part. It reports nothing if the findings already contain this error as the cause of
+// the failed build.
 func (l *inspection) problem(check string, err, cause error) {
 	if err != nil && !strings.Contains(cause.Error(), err.Error()) {
 		l.note(check, "%v", err)
 	}
 }
 
-// signatures reports whether Google's signatures are by a key that the kernel trusts. own are the objects of the COS
-// build. If they are unknown, the given versions are tried. It fetches one archive of signed modules at most, because
-// such an archive may have hundreds of megabytes.
+// signatures reports whether Google's signatures are by a key that the kernel trusts. own has the names of the COS
+// build's objects. If own is nil, signatures tries the given versions. It fetches at most one archive of signed
+// modules, because such an archive may have hundreds of megabytes.
 func (l *inspection) signatures(ctx context.Context, own, versions []string, c Config) {
 	modules := versions
 	if own != nil {
