@@ -1,7 +1,7 @@
 // Package loadtest is the last check before a driver is published. It boots a virtual machine with the modules' kernel,
 // loads the modules, asks NVIDIA's management library (NVML) for the driver version, and unloads the modules.
 //
-// The package does not publish and does not repair. If the machine has no GPU, not even an emulated one, the verdict
+// The package publishes nothing and repairs nothing. If the machine has no GPU, not even an emulated one, the verdict
 // says so. The test has then not seen the driver run.
 package loadtest
 
@@ -43,7 +43,7 @@ type Config struct {
 	// Init and Probe are the paths of guestinit and nvmlprobe for amd64. The programs for arm64 lie beside them:
 	// guestinit-arm64 and nvmlprobe-arm64.
 	Init, Probe string
-	// KernelArgs are added to the kernel's command line, such as module.sig_enforce=1.
+	// KernelArgs are arguments, such as module.sig_enforce=1, that are added to the kernel's command line.
 	KernelArgs []string
 	// Timeout is the time after which the machine is stopped. 0 means 5 minutes.
 	Timeout time.Duration

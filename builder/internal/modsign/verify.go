@@ -36,8 +36,8 @@ type Signature struct {
 	Hash asn1.ObjectIdentifier
 }
 
-// Split separates a module from its signature, which is nil if there is none. It checks the trailer by the kernel's
-// rules (kernel/module_signature.c, mod_check_sig).
+// Split separates a module from its signature. For an unsigned module, the returned signature is nil. It checks the
+// trailer by the kernel's rules (kernel/module_signature.c, mod_check_sig).
 func Split(module []byte) (body, signature []byte, err error) {
 	rest, ok := bytes.CutSuffix(module, []byte(modinfo.SignatureMagic))
 	if !ok {

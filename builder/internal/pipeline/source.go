@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inputs has everything that a cell is made of.
+// inputs has everything from which a cell is built.
 type inputs struct {
 	kernel   *cossrc.Inputs
 	release  *nvsrc.Release

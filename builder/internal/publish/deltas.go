@@ -121,7 +121,7 @@ func deltas(
 	return made, nil
 }
 
-// buildsBefore returns the COS builds before a kernel, of its board and milestone, with a tag of this driver, newest
+// buildsBefore returns the earlier COS builds of a kernel's board and milestone that have a tag of this driver, newest
 // first.
 func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
 	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)

@@ -161,7 +161,7 @@ func list(dir string) (map[string]string, error) {
 }
 
 // compareFiles returns "" if the contents are equal, or else what differs: ELF sections, sizes, or the first byte. If
-// asked, it ignores the signature at the end of the published module.
+// strip is true, it ignores the signature at the end of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Package reproduce builds a published artifact again from the inputs in its provenance. It reports file by file
-// whether the result is the same. If it is, a second party may sign a statement that says so. The package refuses an
-// artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier build left in a
-// cache.
+// whether the result is the same. If the result is the same, a second party may sign a statement that says so. The
+// package refuses an artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier
+// build left in a cache.
 package reproduce
 
 import (
@@ -49,8 +49,8 @@ type Report struct {
 	Kernel      target.Kernel      `json:"kernel"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// BuilderID is the builder in the provenance whose inputs were used: the newest one that verifies. BuiltOn is the end
-	// of that build. Zero means unknown.
+	// BuilderID is the URI of the published artifact's builder, from the newest provenance that verifies. BuiltOn is
+	// when that build ended; zero means unknown.
 	BuilderID string    `json:"builderId"`
 	BuiltOn   time.Time `json:"builtOn,omitzero"`
 	// Identical is true if the new artifact has the same digest. If ModuleKey is set, the signatures in the modules may
