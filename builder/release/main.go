@@ -23,7 +23,7 @@ type config struct {
 	source string
 	// version is the version of the release, which the programs print. commit is the commit of the source.
 	version, commit string
-	// date is the commit's time, or SOURCE_DATE_EPOCH. Every file, layer and statement has this time.
+	// date is the commit's time, or SOURCE_DATE_EPOCH. The images' configs and the SPDX documents contain this time.
 	date time.Time
 	// arches are the architectures, with the names of GOARCH.
 	arches []string

@@ -32,7 +32,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Config holds the functions and settings of a batch.
+// Config has the functions and settings of a batch.
 type Config struct {
 	// Make builds one cell and writes the output of all tools to log. After an error, the Result has the facts and
 	// phases up to the failure.
@@ -107,8 +107,8 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
-// sharedByBuild reports whether a permanent failure holds for all cells of the same build. These cells share only the
-// compile. Their sources, signatures, checks and destinations also depend on the COS build.
+// sharedByBuild reports whether all cells of the same build would fail with this permanent failure. These cells share
+// only the compile. Their sources, signatures, checks and destinations also depend on the COS build.
 func sharedByBuild(kind fault.Kind, res *pipeline.Result) bool {
 	if !Permanent(kind, res) {
 		return false

@@ -17,10 +17,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations has the places where artifacts are published, and the trusted keys.
+// Destinations has the repositories and buckets where artifacts are published, and the trusted keys.
 type Destinations struct {
 	Repositories []*registry.Repository
-	// Buckets hold the published tarballs of the artifacts in Repositories.
+	// Buckets have the published tarballs of the artifacts in Repositories.
 	Buckets  []*tarball.Bucket
 	Verifier *trust.Verifier
 	// Signer signs the driver lists that Label changes in the buckets.

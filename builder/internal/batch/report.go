@@ -60,7 +60,7 @@ const (
 	Fetch             // progress with fetching an input of this cell
 )
 
-// Event reports progress of one cell. Job is a copy.
+// Event reports progress of one cell. Job is a copy of the cell's state at that time.
 type Event struct {
 	Job         *Job
 	Kind        EventKind

@@ -24,7 +24,7 @@ type Facts struct {
 	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several of them, and the first may
 	// be incomplete.
 	Banners []string
-	// BuildID is the GNU build id in hex, or "" if there is none.
+	// BuildID is the GNU build id in hex, or "" if vmlinux has no build id.
 	BuildID string
 	// Config is the configuration that CONFIG_IKCONFIG put into the kernel, or nil.
 	Config []byte

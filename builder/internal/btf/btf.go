@@ -100,8 +100,8 @@ type form struct {
 	refers bool // the third word of the head is the number of a type
 	tail   int  // bytes after the head of a type that has no parts
 	each   int  // bytes after the head for each part of the type
-	// name and types are the positions of the name and of the type numbers within a part or the tail, in words. -1 means
-	// no name.
+	// name and types are the positions of the name and of the type numbers within a part or the tail, in words. If name
+	// is -1, there is no name.
 	name  int
 	types []int
 }

@@ -397,7 +397,7 @@ func (a *answerer) write(files []conftest.File) error {
 	return nil
 }
 
-// unchanged reports whether the files of the folder conftest/ still have the content from write.
+// unchanged reports whether the files of the folder conftest/ still have the content that the method write gave them.
 func (a *answerer) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {

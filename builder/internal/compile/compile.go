@@ -1,7 +1,7 @@
 // Package compile turns module sources into .ko files with kbuild, the kernel's own build system. It compiles in a
 // sandbox with the same paths, environment, user and host name on every machine. So equal inputs give equal bytes. The
 // package never downloads anything, and never compiles outside the sandbox. It does not decide whether a module fits
-// the kernel; pkg/modinfo does.
+// the kernel; package modcheck does.
 //
 // Inside the sandbox, /prebake/kernel is the header tree and /prebake/toolchain the toolchain, both read-only.
 // /prebake/src is a copy of the sources. Results go to /prebake/out.
@@ -47,10 +47,10 @@ type Request struct {
 	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive.
 	Headers, Toolchain string
 	// Env is the content of COS's file toolchain_env. It sets CC and CXX and may set LD, AR, NM, OBJCOPY, OBJDUMP and
-	// STRIP, each to a program's file name. If CC is missing, the toolchain's gcc compiles, or clang if the kernel's
-	// configuration says CONFIG_CC_IS_CLANG.
+	// STRIP, each to a program's file name. If CC is missing, the build uses the toolchain's gcc or, if the kernel's
+	// configuration says CONFIG_CC_IS_CLANG, the toolchain's clang.
 	Env map[string]string
-	// Release is `uname -r` of the kernel.
+	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	// Driver is the driver in Source. [Modules] needs it; [External] does not.
 	Driver target.Driver
@@ -94,7 +94,7 @@ type Result struct {
 }
 
 // Modules compiles NVIDIA's kernel modules. After an error, the result has the phases that ran, but no modules. If the
-// driver does not know the kernel's interfaces, the error is fault.APIBreak with the compiler's first error.
+// driver does not compile against the kernel's interfaces, the error is fault.APIBreak with the compiler's first error.
 func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,

@@ -178,8 +178,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that the view hides more than
-// the values of macros. The cache keeps no object that includes a header with a nil list.
+// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that the view hides more of
+// this header than the values of macros. The cache keeps no object that includes a header with a nil list.
 func (o *objects) hiddenMacros() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {

@@ -73,7 +73,8 @@ type variant struct {
 	Version string `json:"version"`
 }
 
-// newObjects prepares the object cache for a build for which the results of conftest's tests are known.
+// newObjects prepares the object cache for a build. The results of conftest's tests, which are among the inputs of
+// objects, must be known.
 func (b *build) newObjects(v *view, a *answerer) (*objects, error) {
 	o := &objects{build: b, view: v, answers: a.files, tree: newNameScanner(answerNames(a.files)),
 		restored: map[string]bool{}}

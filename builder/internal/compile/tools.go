@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. Debug information contains these paths, and the linker computes build ids over debug
-// information. So if one path changes, every module changes.
+// Paths inside the sandbox. Debug information contains these paths. So if one path changes, the unstripped modules
+// change, and the stripped modules may change.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -72,7 +72,8 @@ type toolchain string
 
 func (t toolchain) has(name string) bool { return t.pathOf(name) != "" }
 
-// pathOf returns the path of a program inside the sandbox, or "" if the toolchain does not have it.
+// pathOf returns the path that a program of the toolchain has inside the sandbox, or "" if the toolchain does not have
+// it.
 func (t toolchain) pathOf(name string) string {
 	for _, dir := range []string{"bin", "usr/bin"} {
 		// Lstat, because the target of a link may exist only inside the sandbox.
@@ -193,8 +194,9 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not name the assembler that
-		// built the kernel. Then the toolchain's GNU assembler is used, or clang's own if there is none.
+		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not name the assembler
+		// that built the kernel. Then the toolchain's GNU assembler is used, or clang's own if the toolchain has no GNU
+		// assembler.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {

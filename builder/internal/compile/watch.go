@@ -92,8 +92,8 @@ func countWork(src string) work {
 // maxLine is the number of bytes that a watch examines at the start of each line.
 const maxLine = 64 << 10
 
-// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and keeps
-// the lines for a diagnosis. Only one goroutine may write to it at a time.
+// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and collects
+// the findings for a diagnosis. Only one goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error

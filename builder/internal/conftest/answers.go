@@ -83,8 +83,8 @@ func (a *Keyer) CacheKey() string {
 // HeaderKey returns the key of the test whether a header exists. "" stands for all headers in the script's own list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script does not
-// know the test, TestKey returns false.
+// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script has no such
+// test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok
@@ -112,6 +112,6 @@ func (a *Keyer) Visible(test, headers string) string {
 	return lines.String()
 }
 
-// PatchesKey returns the key of the script's output for [ModePatches]. It holds only for a driver whose sources have no
-// patch files.
+// PatchesKey returns the key of the script's output for [ModePatches]. The key is valid only for a driver whose sources
+// have no patch files.
 func (a *Keyer) PatchesKey() string { return digest("patches") }

@@ -141,8 +141,8 @@ func (s *Script) contains(word string) bool {
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
 // Question returns a script with only the given compile test. For "", the script has no compile test. Callers run the
-// returned script instead of the whole one, because [Keyer.CacheKey] and [Keyer.TestKey] together cover exactly its
-// text. If the script lacks the test, or the test calls another test, the error is ErrShape.
+// returned script instead of the whole one, because [Keyer.CacheKey] and [Keyer.TestKey] together cover its text. If
+// the script lacks the test, or the test calls another test, the error is ErrShape.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {

@@ -158,7 +158,7 @@ func (c *Contents) note(h *tar.Header, name string, body io.Reader) error {
 	case base == ".config" && c.Config == nil:
 		c.Config = text
 	case base == "utsrelease.h" && c.Release == "":
-		// A file that cannot be parsed tells nothing; that it exists is in Files.
+		// A utsrelease.h that cannot be parsed leaves Release empty. Files has its path in any case.
 		c.Release, _ = parseDefine(text, "UTS_RELEASE")
 	}
 	return nil
@@ -173,8 +173,8 @@ func cut(name string, levels int) string {
 	return strings.Join(parts[:min(len(parts), levels)], "/")
 }
 
-// topFolders returns the deepest levels of the folders that have at most maxFolders names together. At the first level,
-// it returns the first maxFolders names.
+// topFolders returns the folders down to the deepest level, at most maxLevels, at which there are no more than
+// maxFolders names. If the first level alone has more, topFolders returns its first maxFolders names.
 func topFolders(seen map[string]bool) []string {
 	for levels := maxLevels; ; levels-- {
 		set := map[string]bool{}

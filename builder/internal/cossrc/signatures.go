@@ -62,8 +62,8 @@ type SignedDriver struct {
 	Materials []Material
 }
 
-// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If there is none of this
-// version, the error is fault.InputMissing.
+// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If the COS build has no signed
+// driver of this version, the error is fault.InputMissing.
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}

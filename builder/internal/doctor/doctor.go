@@ -77,8 +77,8 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
-	// Sandbox starts a sandbox that does nothing, and returns an error if the sandbox does not work. Limits is like
-	// [sandbox.SupportedLimits].
+	// Sandbox starts a sandbox that does nothing, and returns an error if the sandbox does not work. Limits returns
+	// what [sandbox.SupportedLimits] returns on this machine.
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
 	// Memory is the number of bytes that this process may use. Processors is the number of processors that it may use.

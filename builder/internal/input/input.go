@@ -2,8 +2,8 @@
 // describes it for the provenance. If the cache has content with the published checksum, the package does not fetch it
 // again.
 //
-// The package never keeps bytes that differ from their checksum. It streams objects and holds only small ones, such as
-// toolchain_env, in memory.
+// The package never keeps bytes that differ from their checksum. It reads only small objects, such as toolchain_env,
+// into memory, and streams all others.
 package input
 
 import (

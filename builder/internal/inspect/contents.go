@@ -19,7 +19,7 @@ import (
 // maxEnv is the maximum number of bytes of toolchain_env that are reported.
 const maxEnv = 16 << 10
 
-// contents reports what each input contains, after a build could not use one of them. cause is the error of that build.
+// contents reports what each input contains, after [cossrc.Fetch] refused one of them. cause is the error of Fetch.
 func (l *inspection) contents(ctx context.Context, cause error, c Config) {
 	for _, at := range cosbucket.Layouts(l.kernel, cosbucket.ToolchainEnvName(l.kernel)) {
 		text, err := l.bucket.ReadSmall(ctx, at, maxEnv)
@@ -60,8 +60,8 @@ func (l *inspection) archive(check string, c cossrc.Contents) {
 	}
 }
 
-// problem reports the error of a part. It reports nothing if the findings already contain this error as the cause of
-// the failed build.
+// problem reports the error of a part. It reports nothing if cause, which the findings already contain, includes this
+// error.
 func (l *inspection) problem(check string, err, cause error) {
 	if err != nil && !strings.Contains(cause.Error(), err.Error()) {
 		l.note(check, "%v", err)

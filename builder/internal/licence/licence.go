@@ -50,7 +50,7 @@ type Audience struct {
 	hint string
 }
 
-// String returns whether the destination is public or private, and the reason.
+// String returns "public: " or "private: ", and the reason.
 func (a Audience) String() string {
 	if a.Public {
 		return "public: " + a.Reason

@@ -23,7 +23,8 @@ type Verdict struct {
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// NotAsked says why NVML was not asked. It is also "" if the test ended before that step.
+	// NotAsked is the reason why this test does not ask NVML. It is "" if the test asks NVML, even if it ended before
+	// that step.
 	NotAsked string `json:"notAsked,omitempty"`
 	// Warnings are the log's lines about an internal problem of the kernel. If there are any, State is Rejected.
 	Warnings []string `json:"warnings,omitempty"`

@@ -87,8 +87,8 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// Attach writes the unsigned module with this name, without .ko, and Google's signature to a new file. The error wraps
-// [ErrLeftOut] if
+// Attach writes an unsigned module, followed by Google's signature of the module with this name (without .ko), to the
+// new file dst. The error wraps [ErrLeftOut] if
 //
 //   - the archive has no signature for the module,
 //   - the signature was made over other bytes, or

@@ -143,8 +143,8 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 	return "", input.Sum{}, none
 }
 
-// withHint adds a hint to the error for a missing runfile: the versions that the bucket has. If the bucket cannot be
-// listed, the hint says where to copy the runfile.
+// withHint adds a hint to the error for a missing runfile: some versions that the bucket has. If no version is known,
+// for example because the bucket cannot be listed, the hint says where to copy the runfile.
 func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err

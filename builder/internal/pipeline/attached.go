@@ -15,8 +15,9 @@ const (
 )
 
 // RegistryOptions returns the settings for one of the Destinations. With these settings, a client first reads what this
-// machine attached to an artifact. Otherwise another user who may push could attach more to the artifact than a client
-// reads. This run would then not find its own statements, and would build the published artifact again each time.
+// machine attached to an artifact. Without them, another user who may push could attach more to the artifact than a
+// client reads. This run would then not find its own statements, and would build the published artifact again each
+// time.
 func (c Config) RegistryOptions(destination string) registry.Options {
 	o := registry.Options{}
 	if c.Registry != nil {

@@ -189,7 +189,7 @@ func writeSums(dir string, sums map[string]string) error {
 	return os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644)
 }
 
-// readModules reads the modules in a folder and their expected checksums.
+// readModules returns the paths of the modules in a folder, with their expected checksums.
 func readModules(dir string) (*modules, error) {
 	raw, err := os.ReadFile(filepath.Join(dir, sumsFile))
 	if err != nil {

@@ -196,7 +196,7 @@ func (r *run) moduleCertificates(driver *cossrc.SignedDriver) ([]*x509.Certifica
 	return trusted, nil
 }
 
-// takeModules uses Google's modules instead of compiled ones.
+// takeModules returns Google's modules, for use in place of compiled ones.
 func takeModules(in *inputs) (*modules, string, error) {
 	m, err := readModules(in.prebuilt.dir)
 	if err != nil {

@@ -138,7 +138,8 @@ type Result struct {
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
-	// Repositories hold the artifact, in the order of Config.Destinations. Buckets are in Tarballs instead.
+	// Repositories are the repositories that have the artifact, in the order of Config.Destinations. The buckets are in
+	// Tarballs.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed is true if every destination had this artifact before the build.

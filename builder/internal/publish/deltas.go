@@ -37,8 +37,8 @@ type Delta struct {
 // layer of an earlier COS build. Both builds have the same board, milestone and driver. The newest builds come first,
 // because an updated node usually has their layer.
 //
-// Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. It returns
-// the attached deltas even if there is an error.
+// Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. After an
+// error, Deltas also returns the deltas that it attached before.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -147,8 +147,8 @@ func firstNumber(buildID string) string {
 	return first
 }
 
-// layerOf returns the module layer of a COS build's artifact with this driver. If there is no readable artifact, the
-// layer has no digest.
+// layerOf returns the module layer of a COS build's artifact with this driver. If the repository has no such artifact,
+// or cannot serve it, the returned layer has no digest.
 func layerOf(
 	ctx context.Context,
 	repo *registry.Repository,

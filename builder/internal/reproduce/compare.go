@@ -27,7 +27,8 @@ type Difference struct {
 	What string `json:"what"`
 }
 
-// compare compares each published layer with the new one. If their digests differ, it unpacks both and compares files.
+// compare compares each published layer with the new one. If their digests differ, compare unpacks both layers and
+// compares their files. The results go to the report.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")

@@ -147,8 +147,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance returns the artifact's newest provenance that verifies. It verifies each one alone, as a node with the
-// provenance's kernel does.
+// provenance returns the artifact's newest provenance that verifies. It verifies one provenance at a time, as a node
+// does that has the kernel in this provenance.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	all, err := c.trusted(ctx, digest)
 	if err != nil {
@@ -255,7 +255,8 @@ func checkRecipes(theirs map[string]string) error {
 }
 
 // recipes returns the recipes by which this builder makes an artifact again. theirs are the recipes in the provenance
-// of the artifact. If this builder knows their recipe for the layers, it uses that one.
+// of the artifact. If theirs has a recipe for the layers that this builder can still use, recipes returns that recipe
+// for the layers.
 func recipes(theirs map[string]string) map[string]string {
 	ours := pipeline.Recipes()
 	if slices.Contains(bundle.PackRecipes(), theirs[pipeline.FactPack]) {

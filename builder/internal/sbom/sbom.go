@@ -1,7 +1,8 @@
 // Package sbom writes the contents of an artifact as an SPDX 2.3 document: the runfile, the kernel's header tree, the
-// toolchain, and every module with its inputs. The same facts give the same bytes. The package never guesses licences.
-// It writes only the licences of the runfile and of the kernel's headers, which a person has read. Everything else gets
-// NOASSERTION, SPDX's word for "no statement".
+// toolchain, and every module with its inputs. [Release] does the same for a program or an image of a release of
+// Prebake. The same facts give the same bytes. The package never guesses licences. It writes only the licences of the
+// runfile and of the kernel's headers, which a person has read. Everything else gets NOASSERTION, SPDX's word for "no
+// statement".
 package sbom
 
 import (

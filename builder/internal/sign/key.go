@@ -1,6 +1,6 @@
 // Package sign has all code that uses private keys. It loads a signing key from a file or a KMS, or makes short-lived
-// keys and gets certificates for them. It makes the statements about an artifact, and signs each as a Sigstore bundle.
-// The package does not publish, does not verify for other packages, and never exports a private key.
+// keys and gets certificates for them. It makes the statements about artifacts and releases, and signs each as a
+// Sigstore bundle. The package does not publish, does not verify for other packages, and never exports a private key.
 package sign
 
 import (

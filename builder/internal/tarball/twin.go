@@ -1,7 +1,7 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact. Its name is the name in a COS release bucket. The
-// package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud Storage or a
-// folder.
+// The tarball has the modules and the firmware of an OCI artifact. The tarball has the same name as in a COS release
+// bucket. The package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud
+// Storage or a folder.
 //
 // Most objects are created once and never change. The exceptions are index.json, gpu_driver_versions and the object of
 // each label. The package changes them only if they are still in the state that it read. Publishing may be interrupted
@@ -70,7 +70,7 @@ type Release struct {
 	Fingerprint target.Fingerprint
 	// Modules is a folder with the *.ko files of the artifact.
 	Modules string
-	// Firmware is a folder that holds firmware/nvidia/VERSION/; "" means no firmware.
+	// Firmware is a folder that contains firmware/nvidia/VERSION/; "" means no firmware.
 	Firmware string
 	// Artifact is the manifest digest of the OCI artifact with these files.
 	Artifact string
@@ -112,7 +112,7 @@ type Report struct {
 // Names of objects, relative to the bucket's prefix.
 const (
 	indexFile = "index.json"
-	// RunfileFolder holds copies of runfiles, in the layout of COS's driver bucket.
+	// RunfileFolder is the folder of the copies of runfiles, in the layout of COS's driver bucket.
 	RunfileFolder = "drivers"
 )
 

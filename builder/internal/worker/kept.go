@@ -52,7 +52,7 @@ const (
 // keptEvery is the time between two rounds of sending kept logs.
 const keptEvery = time.Minute
 
-// keepLog keeps the log of an attempt that has ended.
+// keepLog renames the log of an attempt that has ended to a kept log.
 func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 	if err := os.Rename(w.logPath(build), w.keptPath(build, attempt)); err != nil {
 		return err
