@@ -162,7 +162,8 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	return f.report(p)
 }
 
-// Status returns the state of every cell and builds no cell. If a destination does not answer, Status returns an error.
+// Status returns the state of every cell and builds no cell. If Published returns an error for a cell, Status returns
+// an error.
 func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newRunner(cfg, p)
 	f.lookUp(ctx)

@@ -33,9 +33,9 @@ const (
 )
 
 // FailureStore stores permanent failures in the cache, so that a later run does not compile a cell that would fail
-// again. The key covers the checksums that the buckets publish for headers, toolchain and runfile, so Find does not
-// fetch these files. Without these checksums, every run tries the cell again. A run with another builder version,
-// [compile.Recipe], setting or input also tries the cell again.
+// again. The key covers toolchain_env and the checksums that the buckets publish for headers, toolchain and runfile, so
+// Find does not fetch these three files. Without these checksums, every run tries the cell again. A run with another
+// builder version, [compile.Recipe], setting or input also tries the cell again.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers smallReader
@@ -56,7 +56,7 @@ type FailureStore struct {
 	own map[string]bool // keys of the failures that Remember stored
 }
 
-// key returns the key of a cell's failure. It is "" if a bucket does not answer or lacks a needed checksum.
+// key returns the key of a cell's failure. It is "" if toolchain_env or a needed checksum cannot be read from a bucket.
 func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)

@@ -96,8 +96,7 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// checkReachable returns an error if a bucket cannot be read. A bucket that answers that the object does not exist can
-// be read.
+// checkReachable returns an error if a bucket cannot be read. A bucket that reports an object as missing can be read.
 func checkReachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

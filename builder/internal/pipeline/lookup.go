@@ -82,7 +82,7 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 }
 
 // checkBuckets checks that this run can publish to every bucket and folder. If Google says that the account lacks a
-// permission, checkBuckets only warns. Google's answer is about the whole bucket, and the account may still have the
+// permission, checkBuckets only warns. Google's response is about the whole bucket, and the account may still have the
 // permission for some names in it.
 func (r *run) checkBuckets(ctx context.Context) error {
 	for _, dest := range r.cfg.Destinations {

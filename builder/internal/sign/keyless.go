@@ -37,7 +37,7 @@ const margin = time.Minute
 
 const (
 	maxSigningConfig = 1 << 20
-	maxRetries       = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
+	maxRetries       = 3 // how often sigstore-go repeats a request whose response has an HTTP 5xx status
 )
 
 // keyless signs with short-lived keys. It uses each key until its certificate is about to expire (see margin).

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// absentObject is the name of an object that never exists. Cloud Storage answers 404 only to callers that may list the
-// bucket, and 403 to all others (Cloud Storage documentation, "HTTP status and error codes").
+// absentObject is the name of an object that never exists. Cloud Storage responds with 404 only to callers that may
+// list the bucket, and 403 to all others (Cloud Storage documentation, "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
 // AnonymousAccess tests, without credentials, whether everybody can read the object. If object is "", it tests whether

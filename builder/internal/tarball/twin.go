@@ -405,7 +405,7 @@ func (p *publisher) create(ctx context.Context, o object, existed bool) error {
 		err := p.bucket.s.create(ctx, made.upload)
 		switch {
 		case errors.Is(err, errExists):
-			// Another publisher created the object, or the answer to our own write was lost.
+			// Another publisher created the object, or the response to our own write was lost.
 			if existed, err = p.exists(ctx, o); err == nil && !existed {
 				err = fault.New(fault.Transient, "somebody removed the object after it was created",
 					"find out who removes objects in the bucket, then publish again")

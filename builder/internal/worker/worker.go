@@ -266,7 +266,7 @@ func (w *worker) runBuild(ctx context.Context, job api.BuildJob, attempt int, lo
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// The server's answer to a report cancelled the build, whatever the build's error is.
+		// The server's response to a report cancelled the build, whatever the build's error is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
