@@ -1,8 +1,8 @@
 // Package loadtest is the last check before a driver is published. It boots a virtual machine with the modules' kernel,
 // loads the modules, asks NVIDIA's management library (NVML) for the driver version, and unloads the modules.
 //
-// The package publishes nothing and repairs nothing. If the machine has no GPU, not even an emulated one, the state of
-// the verdict is [NoDevice]: the test has not shown that the driver works.
+// The package publishes nothing and repairs nothing. If the machine has no GPU, not even an emulated one, a driver gets
+// at best the state [NoDevice]: the test has not shown that the driver works.
 package loadtest
 
 import (
