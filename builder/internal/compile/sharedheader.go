@@ -173,7 +173,7 @@ func (b *sharedHeader) ensure(ctx context.Context, a *answerer) error {
 func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) error {
 	script, test, err := a.script.OnlyHeaders(b.headers)
 	if err != nil {
-		return nil //nolint:nilerr // this script has another form: its questions get no precompiled header
+		return nil //nolint:nilerr // this script has another form: its tests get no precompiled header
 	}
 	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
 	front, begin := filepath.Join(dir, "front"), filepath.Join(dir, "begin")
