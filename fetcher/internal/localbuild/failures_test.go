@@ -14,6 +14,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestFailuresAreRemembered checks that a failed compile is not repeated for the same driver and builder, unless Retry
@@ -150,9 +151,7 @@ func TestFullDiskProcess(t *testing.T) {
 // TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full.
 func TestPauseOnFullDisk(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	dir := filepath.Dir(script(t, `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null || exit 27`).Program)
 	disk := filepath.Join(dir, "state")
 	if err := os.Mkdir(disk, 0o700); err != nil {
