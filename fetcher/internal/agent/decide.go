@@ -239,8 +239,10 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	// A wish for a branch never means an edition. An edition needs its full version.
-	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
+	// A wish for a branch never means an edition. An edition needs its full version. Only the farm knows the lists of GPU
+	// types, but a list's driver for a branch belongs to that branch.
+	wish, _ := q.Wish.GPU()
+	if b, named := wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
 	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)

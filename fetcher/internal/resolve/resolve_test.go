@@ -67,6 +67,10 @@ func TestServer(t *testing.T) {
 		{"another version", published(same), "535.1.1", "auto", "", fault.Mismatch},
 		{"another branch", published(same), "R580", "auto", "", fault.Mismatch},
 		{"another flavour", published(same), "default", "proprietary", "", fault.Mismatch},
+		{"a GPU type", published(same), "default@NVIDIA_L4", "auto", "farm.example:8440/prebake/driver", fault.Internal},
+		{"a GPU type's branch", published(same), "R535@NVIDIA_L4", "auto", "farm.example:8440/prebake/driver",
+			fault.Internal},
+		{"another branch than a GPU type's", published(same), "R580@NVIDIA_L4", "auto", "", fault.Mismatch},
 		{"no driver", published(func(r *api.Resolution) { r.Driver = target.Driver{} }), "default", "auto", "",
 			fault.Mismatch},
 		{"no digest", published(func(r *api.Resolution) { r.Digest = "latest" }), "default", "auto", "", fault.Unverified},
@@ -125,11 +129,15 @@ func TestRegistry(t *testing.T) {
 		{"535.1.1", "auto", "p", fault.Internal}, {"535.2.2", "auto", "o", fault.Internal},
 		{"535.2.2", "proprietary", "p", fault.Internal},
 		{"535.1.1", "open", "", fault.Internal}, {"default", "auto", "", fault.Usage}, {"R535", "auto", "", fault.Usage},
+		{"latest@NVIDIA_L4", "auto", "", fault.Usage}, {"R535@NVIDIA_L4", "auto", "", fault.Usage},
 	}
 	for _, row := range rows {
 		q := question
 		q.Wish, q.Flavour = row.wish, row.flavour
 		a, err := r.Find(t.Context(), q)
+		if _, gpu := row.wish.GPU(); gpu != "" && !strings.Contains(fault.Hint(err), "--builder") {
+			t.Errorf("Find(%s) = %v, hint %q; want a hint for GPU types", row.wish, err, fault.Hint(err))
+		}
 		if row.kind == fault.Internal && (err != nil || a.Digest != row.digest || (a.Err() == nil) != (row.digest != "")) ||
 			row.kind != fault.Internal && !fault.Is(err, row.kind) {
 			t.Errorf("Find(%s %s) = %+v, %v; want %q, %v", row.wish, row.flavour, a, err, row.digest, row.kind)
