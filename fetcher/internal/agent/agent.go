@@ -51,12 +51,15 @@ type Agent struct {
 	uncounted error
 	// suspects has this run's failures that do not count yet.
 	suspects []suspect
+	// wanted is the driver that this node should have.
+	wanted wanted
 }
 
 // New returns an agent.
 func New(cfg Config, parts Parts) *Agent {
 	node := parts.Node.FS()
-	return &Agent{cfg: cfg, parts: parts, node: node, loader: &kmod.Loader{System: parts.Kernel, Root: node}}
+	return &Agent{cfg: cfg, parts: parts, node: node, loader: &kmod.Loader{System: parts.Kernel, Root: node},
+		wanted: wanted{wish: cfg.Wish}}
 }
 
 // Report is the result of one run.
@@ -97,6 +100,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
 	a.reread(ctx)
+	a.readWanted(ctx)
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -238,7 +242,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		return store.Current()
 	}
 	waiting := s.waiting()
-	if waiting != nil && !serves(waiting, s.question) { // it does not match the present wish
+	if waiting != nil && !a.isWanted(waiting, s.question) { // it does not match the present wish
 		waiting = nil
 	}
 	tried := map[string]bool{} // by digest
@@ -393,7 +397,7 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 // of a source are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
-	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
+	case s.wanted != nil || a.wanted.err != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
 		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none):
 		return false
 	case resolve.Passing(s.none):
@@ -404,7 +408,7 @@ func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {
-	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Pin: a.cfg.Pin, Flavour: a.cfg.Flavour,
+	return resolve.Question{Kernel: facts.Kernel, Wish: a.wanted.wish, Pin: a.pin(), Flavour: a.cfg.Flavour,
 		GPUs: facts.Listed()}
 }
 

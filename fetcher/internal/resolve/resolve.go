@@ -114,9 +114,13 @@ type Server struct {
 	GPUs Lister
 }
 
-// Find asks the server for the artifact. With flavour auto, it asks again for the proprietary flavour if the open
+// Find asks the server for the artifact. A digest is an error of kind Usage. With flavour auto, it asks again for the proprietary flavour if the open
 // modules do not drive the node's GPUs.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
+	if q.Pin != "" {
+		return Answer{}, fault.New(fault.Usage, "ask server: a server finds no artifact by its digest",
+			"set the artifact's repository: --registry HOST/NAME")
+	}
 	auto := q.Flavour == Auto
 	q = q.narrowFlavour()
 	a, err := s.ask(ctx, q)

@@ -94,6 +94,19 @@ func TestServer(t *testing.T) {
 	}
 }
 
+// TestServerAndDigest checks that a node with a server and a registry finds an artifact by its digest in the registry.
+func TestServerAndDigest(t *testing.T) {
+	t.Parallel()
+	s := &server{answers: []any{published(func(*api.Resolution) {})}}
+	r := resolve.Registry{Ref: "reg/x", Driver: func(context.Context, string) (target.Driver, error) { return driver, nil }}
+	q := question
+	q.Pin = "sha256:" + strings.Repeat("cd", 32)
+	a, err := resolve.Chain{resolve.Server{Client: s}, r}.Find(t.Context(), q)
+	if err != nil || a.Digest != q.Pin || s.calls != 0 {
+		t.Errorf("Find = %+v, %v after %d calls of the server; want the digest from the registry", a, err, s.calls)
+	}
+}
+
 func TestAnswerErr(t *testing.T) {
 	t.Parallel()
 	for state, kind := range map[api.State]fault.Kind{
