@@ -398,13 +398,20 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || a.wanted.err != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
-		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none):
+		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none) || isOther(answer.Driver, s):
 		return false
 	case resolve.Passing(s.none):
 		return true
 	}
 	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&
 		!fault.Is(s.none, fault.Unsupported)
+}
+
+// isOther reports whether the farm named another driver than the installed one for the node's GPU type. The installed
+// one then is of an earlier wish, as the lists of a COS build do not change.
+func isOther(named target.Driver, s nodeState) bool {
+	_, gpu := s.question.Wish.GPU()
+	return gpu != "" && named.Version != "" && named.Version != s.current.Driver.Version
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {

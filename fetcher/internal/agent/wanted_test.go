@@ -43,8 +43,8 @@ var (
 	unread    = fault.New(fault.Transient, "the API server does not answer", "")
 )
 
-// TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed, the
-// active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold.
+// TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed,
+// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -52,6 +52,9 @@ func TestLabel(t *testing.T) {
 		"default":           answerOf("server", ref, po.Digest, older.Driver),
 		"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver),
 		"535.100.01":        answerOf("server", ref, po.Digest, older.Driver),
+		"default@NVIDIA_B200": {State: api.Unknown, Source: "server",
+			Driver: target.Driver{Version: "580.95.05", Flavour: target.Open}},
+		"latest@NVIDIA_L4": {State: api.Failed, Source: "server", Driver: newer.Driver},
 	}}
 	n.parts.Finder = farm
 	label := &nodeLabel{}
@@ -68,6 +71,10 @@ func TestLabel(t *testing.T) {
 		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
 		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage},
 		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
+		{"a GPU type whose driver is not published", nodeLabel{wish: "default@NVIDIA_B200"}, "default@NVIDIA_B200", pn.Digest,
+			fault.NoArtifact},
+		{"a GPU type whose driver is installed", nodeLabel{wish: "latest@NVIDIA_L4"}, "latest@NVIDIA_L4", pn.Digest,
+			fault.Internal},
 		{"a removed label, which would be a downgrade", nodeLabel{}, "default", pn.Digest, fault.Mismatch},
 		{"a label with an older version", nodeLabel{wish: "535.100.01"}, "535.100.01", po.Digest, fault.Internal},
 	} {

@@ -23,8 +23,8 @@ var ErrLabel = errors.New("label " + LabelWanted)
 // does not answer must not hold it up for long.
 const labelTimeout = 5 * time.Second
 
-// labelPause is the time between two reads of the label while a fetcher watches the driver. 15,000 nodes read 250 labels
-// per second.
+// labelPause is the time between two reads of the label while a fetcher watches the driver. 15,000 nodes read 250
+// labels per second.
 const labelPause = time.Minute
 
 // Wanted returns the driver that the label [LabelWanted] of the node asks for, or "" if the node has no such label. A
@@ -51,8 +51,8 @@ func (n *Node) Wanted(ctx context.Context) (target.Wish, error) {
 }
 
 // AwaitLabel waits until the label [LabelWanted] has another value than the last call of [Node.Wanted] read, and then
-// returns true. It returns false when the context ends. Errors are not logged: [Node.Run] calls the same API server, and
-// logs its errors.
+// returns true. It returns false when the context ends. Errors are not logged: [Node.Run] calls the same API server,
+// and logs its errors.
 func (n *Node) AwaitLabel(ctx context.Context) bool {
 	tick := time.NewTicker(labelPause)
 	defer tick.Stop()

@@ -111,8 +111,8 @@ func TestAwaitLabel(t *testing.T) {
 	}
 }
 
-// TestWantedReadsMetadataOnly checks that a read of the label asks for the node's metadata alone: a node object has some
-// hundred kilobytes.
+// TestWantedReadsMetadataOnly checks that a read of the label asks for the node's metadata alone: a node object has
+// some hundred kilobytes.
 func TestWantedReadsMetadataOnly(t *testing.T) {
 	t.Parallel()
 	var accept string

@@ -114,8 +114,8 @@ type Server struct {
 	GPUs Lister
 }
 
-// Find asks the server for the artifact. A digest is an error of kind Usage. With flavour auto, it asks again for the proprietary flavour if the open
-// modules do not drive the node's GPUs.
+// Find asks the server for the artifact. With flavour auto, it asks again for the proprietary flavour if the open
+// modules do not drive the node's GPUs. A digest is an error of kind Usage.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return Answer{}, fault.New(fault.Usage, "ask server: a server finds no artifact by its digest",
@@ -282,8 +282,8 @@ type Registry struct {
 	GPUs Lister
 }
 
-// Find looks up the tags of this COS build. A wish for the default driver, or for a GPU type, is an error of kind Usage,
-// because tags name neither.
+// Find looks up the tags of this COS build. A wish for the default driver, or for a GPU type, is an error of kind
+// Usage, because tags name neither.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return r.findDigest(ctx, q.Pin)

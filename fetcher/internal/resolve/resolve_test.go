@@ -98,7 +98,8 @@ func TestServer(t *testing.T) {
 func TestServerAndDigest(t *testing.T) {
 	t.Parallel()
 	s := &server{answers: []any{published(func(*api.Resolution) {})}}
-	r := resolve.Registry{Ref: "reg/x", Driver: func(context.Context, string) (target.Driver, error) { return driver, nil }}
+	r := resolve.Registry{Ref: "reg/x",
+		Driver: func(context.Context, string) (target.Driver, error) { return driver, nil }}
 	q := question
 	q.Pin = "sha256:" + strings.Repeat("cd", 32)
 	a, err := resolve.Chain{resolve.Server{Client: s}, r}.Find(t.Context(), q)
