@@ -16,7 +16,13 @@ FUZZTIME ?= 10s
 ARGS ?=
 # STATE is the folder that keeps mirror, caches and results between runs. The programs find it in the same way.
 STATE = $${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}
+# PACKAGE_CACHE keeps the Debian packages that mirror downloads. Demo and tests use the folder too.
+PACKAGE_CACHE = $(STATE)/packages
 TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
+# The tests of deploy/e2e use the same version of cosign.
+COSIGN = $(shell sed -n 's/^const cosign = "\(.*\)"$$/\1/p' deploy/e2e/parts_test.go)
+# RAN fails if no test has the name that a target runs, or if a test is skipped.
+RAN := deploy/ran.sh
 
 # Build, test and lint use the same flags, so that Go compiles each package once.
 # -trimpath keeps the path of this checkout out of the programs. grpcnotrace
@@ -82,21 +88,22 @@ race: ## run the tests of single packages with the race detector
 
 .PHONY: scenarios
 scenarios: setup build ## play the scenarios of a node on a virtual one, with a real driver
-	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
+	PREBAKE_SCENARIOS=1 $(RAN) $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
 
 # This machine must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
 .PHONY: gpu
 gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
-	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" $(GO) test -v -count=1 -run '^(TestGPUOfThisMachine|TestThisMachine)$$' \
-	  ./fetcher/internal/kube ./fetcher/internal/cdi | tee /dev/stderr | { ! grep -q -e '--- SKIP'; }
+	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" $(RAN) $(GO) test -v -count=1 \
+	  -run '^(TestGPUOfThisMachine|TestThisMachine)$$' ./fetcher/internal/kube ./fetcher/internal/cdi
 
 .PHONY: soak
 soak: ## kill the fetcher at random moments, SOAK (1000) times, and check what it leaves
-	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
+	PREBAKE_SOAK=$(or $(SOAK),1000) $(RAN) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
 
 .PHONY: chaos
 chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count how they ended
-	PREBAKE_CHAOS=$(or $(CHAOS),300) $(GO) test -v -count=1 -timeout 120m -run '^TestChaos$$' ./builder/internal/chaos
+	PREBAKE_CHAOS=$(or $(CHAOS),300) $(RAN) $(GO) test -v -count=1 -timeout 120m -run '^TestChaos$$' \
+	  ./builder/internal/chaos
 
 .PHONY: fuzz
 fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
@@ -107,32 +114,30 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	  done; \
 	done
 
-# The kernel is compiled once and kept beside the Debian packages that demo and tests use.
+# The kernel is compiled once and kept in $(PACKAGE_CACHE).
 .PHONY: clang
 clang: setup build ## compile a kernel with clang as COS does, then compile and load a driver for it
 	@deploy/setup.sh clang
-	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./deploy/internal/mirror
+	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$(PACKAGE_CACHE)}" \
+	  $(RAN) $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./deploy/internal/mirror
 
 # With PREBAKE_CLANG_COMPILE=1, the target first compiles the kernel if no earlier run did.
 .PHONY: clang-cell
 clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if there is one
 	@[[ -z "$${PREBAKE_CLANG_COMPILE:-}" ]] || deploy/setup.sh clang
-	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 45m -run '^TestClangCell$$' ./deploy/internal/mirror
+	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$(PACKAGE_CACHE)}" \
+	  $(RAN) --may-skip $(GO) test -v -count=1 -timeout 45m -run '^TestClangCell$$' ./deploy/internal/mirror
 
-# The Debian packages are kept in the folder that demo and tests use too.
 .PHONY: arm64
 arm64: setup build ## cross-compile a driver for arm64 and load it in an emulated Arm machine
 	@deploy/setup.sh arm64
-	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./deploy/internal/mirror
+	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$(PACKAGE_CACHE)}" \
+	  $(RAN) $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./deploy/internal/mirror
 
-# The Debian packages are kept in the folder that demo and tests use too.
 .PHONY: next
 next: setup build ## build two driver branches for two kernel series, and compare the modules with those of plain make
-	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
+	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$(PACKAGE_CACHE)}" \
+	  $(RAN) $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
 
 # The image builder-arm64 and the fetcher's image for arm64 nodes need these programs.
 .PHONY: arm64-programs
@@ -146,7 +151,7 @@ arm64-programs: ## build the programs that run on arm64 machines into bin/
 .PHONY: screenshots
 screenshots: ## draw the server's pages into screenshots/: every state, desktop, phone and dark
 	@deploy/setup.sh build browser
-	PREBAKE_SCREENSHOTS="$(CURDIR)/screenshots" $(GO) test -count=1 -run '^TestDraw$$' ./deploy/browser
+	PREBAKE_SCREENSHOTS="$(CURDIR)/screenshots" $(RAN) $(GO) test -v -count=1 -run '^TestDraw$$' ./deploy/browser
 
 .PHONY: bench
 bench: setup build ## measure the headline ratios and print them
@@ -188,7 +193,8 @@ release: ## make a release of this commit in release/: the same bytes wherever i
 .PHONY: release-test
 release-test: ## check release/, start its builder image and install a driver from it
 	@deploy/setup.sh run release
-	PREBAKE_RELEASE="$(CURDIR)/release" $(GO) test -v -count=1 ./builder/release
+	cosign=$$(deploy/tool.sh $(COSIGN)) && PATH="$$(dirname "$$cosign"):$$PATH" PREBAKE_RELEASE="$(CURDIR)/release" \
+	  $(RAN) $(GO) test -v -count=1 ./builder/release
 
 .PHONY: release-twice
 release-twice: ## make the release in two clones at two paths and dates, and compare every byte
@@ -203,10 +209,10 @@ release-packages: ## list the newest Debian packages for the builder image of re
 .PHONY: generate
 generate: ## write the generated parts of the documentation again
 	$(GO) generate ./...
-	$(GO) test ./deploy -run '^TestGenerated' -update
-	$(GO) test ./builder ./server ./fetcher ./deploy/mirror -run '^TestReference$$' -write-page
-	$(GO) test ./server/internal/httpapi -run '^TestDescription' -update
-	$(GO) test ./builder ./server ./fetcher -run '^TestDocs$$' -update
+	$(RAN) $(GO) test ./deploy -run '^TestGenerated' -update
+	$(RAN) $(GO) test ./builder ./server ./fetcher ./deploy/mirror -run '^TestReference$$' -write-page
+	$(RAN) $(GO) test ./server/internal/httpapi -run '^TestDescription' -update
+	$(RAN) $(GO) test ./builder ./server ./fetcher -run '^TestDocs$$' -update
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays

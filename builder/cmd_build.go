@@ -51,7 +51,7 @@ func mirrorFlags() []ucli.Flag {
 	)
 }
 
-// pipelineFlags are the settings that the commands build and work share.
+// pipelineFlags returns the flags that the commands build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.Choice("google-signatures", pipeline.GoogleAuto,
 		"attach Google's signatures to the modules: `MODE` is auto (if they fit), require or off",
@@ -105,7 +105,7 @@ func defaultCache() string {
 	return filepath.Join(dir, "prebake", "build")
 }
 
-// programFlags returns the flags for the programs of the load test.
+// programFlags returns the flags with the paths of the load test's programs.
 func programFlags() []ucli.Flag {
 	guestinit := cli.String("guestinit", programBeside("guestinit"), "the load test's init `PROGRAM`")
 	probe := cli.String("probe", programBeside("nvmlprobe"), "the load test's `PROGRAM` that queries NVML")
@@ -113,7 +113,7 @@ func programFlags() []ucli.Flag {
 	return cli.Group(groupOutput, guestinit, probe)
 }
 
-// programBeside returns the path of a program in the folder of this program.
+// programBeside returns the path of the named program in the folder of the running program.
 func programBeside(name string) string {
 	self, err := os.Executable()
 	if err != nil {
@@ -148,8 +148,8 @@ func refuseFlags(cmd *ucli.Command, setting string, names ...string) error {
 	return nil
 }
 
-// oneSignature refuses settings that would sign modules twice. With --google-modules, it also refuses settings that
-// affect only a compilation.
+// oneSignature refuses settings that would sign modules twice. It also refuses --module-key without --module-cert, and
+// the reverse. With --google-modules, it also refuses settings that affect only a compilation.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
 		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
@@ -277,7 +277,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg.Labels, cfg.RetrySince = labels, time.Now() // whoever names a cell wants it built
+	cfg.Labels, cfg.RetrySince = labels, time.Now() // a user who names a cell wants a new attempt
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	if err := checkPlaces(ctx, cfg); err != nil {
 		return err

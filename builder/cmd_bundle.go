@@ -32,8 +32,8 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags returns the flags with the credentials for a registry. The help text names the flag that gives this
-// registry.
+// registryFlags returns the flags --username and --password for a registry. The parameter is the flag that names this
+// registry; the help texts contain it.
 func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
@@ -62,8 +62,8 @@ func openWithLogin(cmd *ucli.Command, ref string) (*registry.Repository, error) 
 	})
 }
 
-// fileRef makes a reference from a file's name, or from several names with + between them. A name that begins with oci:
-// or oci-archive: is returned unchanged.
+// fileRef returns the registry reference of a bundle: oci-archive: and the file's name. For a bundle and its deltas,
+// the name is a list of files with + between them. A name that begins with oci: or oci-archive: is returned unchanged.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
 		return name
@@ -130,7 +130,8 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 	return cli.Print(cmd, report, func(w io.Writer) error { return printBundle(w, file, report) })
 }
 
-// oneArg returns the only argument of a command. The given description of that argument appears in the error.
+// oneArg returns the only argument of a command. If the command got any other number of arguments, the error contains
+// the given description of the wanted argument.
 func oneArg(cmd *ucli.Command, what string) (string, error) {
 	if cmd.Args().Len() != 1 {
 		return "", fault.New(
@@ -142,7 +143,7 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file under a temporary name. When the file is complete, it gets its final name.
+// writeAtomically writes a file under a temporary name, and renames the file when it is complete.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {

@@ -76,8 +76,9 @@ Example:
 	}
 }
 
-// pushDrivers copies the drivers of a bundle to a registry, if the licence rule allows every flavour there. Only after
-// the copy can it try to read them without credentials, so it checks again (docs/decisions/0031).
+// pushDrivers copies the drivers of a bundle to a registry, if the licence rule allows every flavour there. After the
+// copy, pushDrivers calls [licence.Rule.Published]: only then can it try to read the drivers without credentials
+// (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
 	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {

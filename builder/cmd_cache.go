@@ -25,7 +25,7 @@ func cacheFlag() ucli.Flag {
 	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
 }
 
-// homeDefault makes help write the user's home as ~ in a flag's default.
+// homeDefault lets --help show the flag's default with ~ in place of the user's home folder.
 func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	if home, err := os.UserHomeDir(); err == nil && home != "/" {
 		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
@@ -44,7 +44,7 @@ func cacheSizeFlag() ucli.Flag {
 
 func validSize(text string) error { _, err := parseSize(text); return err }
 
-// parseSize reads 20GiB, 500MB or a number of bytes; "" means 0.
+// parseSize parses a size in bytes, such as 20GiB, 500MB or 1000000. For "" it returns 0.
 func parseSize(text string) (int64, error) {
 	if text == "" {
 		return 0, nil
@@ -56,7 +56,8 @@ func parseSize(text string) (int64, error) {
 	return int64(n), nil
 }
 
-// trimCache removes entries until the cache is at most as large as --cache-size. Without the flag it does nothing.
+// trimCache removes the entries that were unused for the longest time, until the cache is at most as large as
+// --cache-size. Without this flag, trimCache does nothing.
 func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.Trimmed, error) {
 	size, err := parseSize(cmd.String("cache-size"))
 	if err != nil || size == 0 {
@@ -65,19 +66,19 @@ func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.T
 	return cache.Trim(ctx, cas.Limit{Bytes: size})
 }
 
-// Without --cache-size, trimCaches keeps freshMinFree bytes of the disk free, by removing entries from Config.Fresh. A
-// build needs up to 4 GiB at its peak, and two builds may run.
+// freshMinFree is the disk space in bytes that trimCaches keeps free without --cache-size. To keep it free, trimCaches
+// removes entries from Config.Fresh. A build needs up to 4 GiB at its peak, and two builds may run.
 const freshMinFree = 8 << 30
 
-// trimCaches is [trimCache] for a pass over a wish list. With --max-age, a pass has two caches: Config.Cache and, in
-// its folder, Config.Fresh for the builds that replace too old artifacts. The size of Fresh counts for that of Cache.
-// Fresh may take half of --cache-size, so that fetched inputs and the products of other builds have the rest. Without
-// --cache-size, Fresh shrinks when the disk has less than freshMinFree.
+// trimCaches trims the caches of a pass over a wish list. With --max-age, a pass has two caches: Config.Cache and, in
+// its folder, Config.Fresh for the builds that replace artifacts older than --max-age. The size of Config.Cache
+// includes the size of Config.Fresh. Fresh may take half of --cache-size, so that fetched inputs and the products of
+// other builds have the rest. Without --cache-size, Fresh shrinks when the disk has less than freshMinFree.
 func trimCaches(ctx context.Context, cmd *ucli.Command, cfg pipeline.Config) error {
 	size, err := parseSize(cmd.String("cache-size"))
 	if cfg.Fresh != nil && err == nil {
 		limit := cas.Limit{Bytes: size / 2}
-		if size == 0 { // nobody else removes what a pass over many cells makes
+		if size == 0 { // then nothing else limits the size of Fresh
 			limit.MinFree = freshMinFree
 		}
 		_, err = cfg.Fresh.Trim(ctx, limit)
@@ -149,7 +150,8 @@ func listCache(ctx context.Context, cmd *ucli.Command) error {
 	})
 }
 
-// kindTable prints a table of at most 80 columns.
+// kindTable returns a table, at most 80 columns wide, with one row for each kind of cache entry. If used is true, the
+// table also shows how many entries are in use, and when one was last used.
 func kindTable(kinds []cas.Kind, used bool) string {
 	text := fmt.Sprintf("%-24s %8s %10s", "KIND", "ENTRIES", "SIZE")
 	if used {

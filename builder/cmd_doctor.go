@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// doctorCommand accepts those settings of the commands build and work that the command doctor can check. It requires
-// none.
+// doctorCommand returns the command doctor. The command accepts those flags of build and work whose values it can
+// check, and requires no flag.
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
@@ -75,7 +75,7 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	return report.Err()
 }
 
-// reportTable prints the report in at most 80 columns.
+// reportTable returns the report as text in lines of at most 80 columns.
 func reportTable(r *doctor.Report) string {
 	var out strings.Builder
 	for _, f := range r.Findings {
@@ -91,8 +91,8 @@ func reportTable(r *doctor.Report) string {
 	return out.String()
 }
 
-// writeIndented writes the head and the text in lines of at most 80 columns. Later lines are indented by the length of
-// the head.
+// writeIndented writes the head and the text in lines of at most 80 columns. The second and later lines begin with as
+// many spaces as the head has bytes.
 func writeIndented(out *strings.Builder, head, text string) {
 	const width = 80
 	line := head

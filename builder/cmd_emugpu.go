@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emugpuCommand compiles the emulated GPU. Only deploy/mirror runs this command, when it writes boot archives.
+// emugpuCommand returns the command that compiles the kernel module of the emulated GPU. Only deploy/mirror runs this
+// command, when it writes boot archives.
 func emugpuCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "emugpu",

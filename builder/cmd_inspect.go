@@ -18,7 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand checks whether a bucket has those files of a COS build that are needed to build a driver.
+// inspectCommand returns the command that checks whether a bucket has all files of a COS build that are needed to build
+// a driver.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

@@ -33,7 +33,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// wishFlags returns the settings of the commands build and work that apply with --wish only.
+// wishFlags returns the flags of the commands build and work that have an effect only with --wish.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry failed cells even if no input changed")),
@@ -96,8 +96,8 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts those settings of the command build that a plan uses. A plan neither publishes nor signs, so some
-// of these flags have another help text.
+// planCommand returns the command that prints the cells of a wish list. The command accepts those flags of the command
+// build that a plan uses. A plan neither publishes nor signs, so some of these flags have a help text of their own.
 func planCommand() *ucli.Command {
 	own := slices.Concat(
 		cli.Group(groupWhat, cli.Range("max-age", 0, 0, 36500,
@@ -148,7 +148,7 @@ func readWish(file string) (*plan.Wish, error) {
 	return plan.Parse(file, text)
 }
 
-// matrix is a configured batch with its open connections.
+// matrix has what is needed to build a wish list: the settings, the open buckets and the open destinations.
 type matrix struct {
 	cfg              pipeline.Config
 	batch            batch.Config
@@ -233,8 +233,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations and loads the signing key. A cell counts as published only if this key signed
-// the statements about its artifact.
+// openDestinations opens the destinations and loads the signing key. Through the returned Destinations, a cell counts
+// as published only if this key signed the statements about the cell's artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
@@ -267,8 +267,8 @@ func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinat
 	return p, nil
 }
 
-// checkPlaces opens the destinations and loads the keys once, so that a wrong one ends the program before it fetches
-// the inputs of a build.
+// checkPlaces opens the destinations and loads the keys once. So a wrong destination or key ends the program before it
+// fetches the inputs of a build.
 func checkPlaces(ctx context.Context, cfg pipeline.Config) error {
 	p, err := openDestinations(ctx, cfg)
 	if err != nil {
@@ -298,7 +298,8 @@ func (m *matrix) close() error {
 	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
-// plan returns the current cells of a wish list. The buckets say which kernels and drivers exist.
+// plan returns the current cells of a wish list. The bucket of kernels says which kernels exist, and which drivers COS
+// lists for them.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
@@ -324,9 +325,9 @@ func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, erro
 	return m, p, nil
 }
 
-// runPass builds the cells of a plan that are not published now. The builds that replace too old artifacts share a
-// cache that lives only for this pass, see [pipeline.OpenFresh]. If that cache cannot be removed, runPass returns the
-// report and an error.
+// runPass builds the cells of a plan that are not published now. The builds that replace artifacts older than --max-age
+// share a cache that exists only during this pass; see [pipeline.OpenFresh]. If that cache cannot be removed, runPass
+// returns the report and an error.
 func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Report, err error) {
 	if m.cfg.RebuildAfter > 0 {
 		var remove func() error
@@ -341,7 +342,7 @@ func (m *matrix) runPass(ctx context.Context, p *plan.Plan) (report *batch.Repor
 	return batch.Run(ctx, m.batch, p), nil
 }
 
-// runPlan prints what a build would do, and builds nothing.
+// runPlan prints the state of each cell of the wish list, and builds nothing.
 func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	m, p, err := openPlan(ctx, cmd)
 	if err != nil {

@@ -14,10 +14,11 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// columns is the width of all printed output.
+// columns is the maximum width of the printed table, in characters.
 const columns = 80
 
-// cellTexts returns the texts of the columns kernel, driver and flavour for a job.
+// cellTexts returns the texts of the columns kernel, driver and flavour for a job. If the plan found no kernel or no
+// driver, the text is what the wish list asks for.
 func cellTexts(j *batch.Job) (kernel, driver, flavour string) {
 	kernel, driver, flavour = j.Cell.Kernel.String(), j.Cell.Driver.Version, string(j.Cell.Driver.Flavour)
 	if j.Cell.Kernel.BuildID == "" {
@@ -35,7 +36,7 @@ func title(j *batch.Job) string {
 	return strings.TrimSuffix(kernel+" "+driver+"-"+flavour, "--")
 }
 
-// shorten returns s, cut to n characters.
+// shorten returns s, cut to at most n characters. A text that is cut ends in an ellipsis.
 func shorten(s string, n int) string {
 	if letters := []rune(s); len(letters) > n {
 		return string(letters[:n-1]) + "…"
@@ -157,8 +158,8 @@ func wrapText(text string, width int) []string {
 	return append(lines, string(line))
 }
 
-// screen shows the progress of many cells: a line for each cell on a terminal, elsewhere a line for each finished
-// phase.
+// screen shows the progress of many cells. On a terminal, it shows one line for each cell. Elsewhere, it writes one
+// line for each finished phase.
 type screen struct {
 	w    io.Writer
 	bars *mpb.Progress // nil unless the output is a terminal
@@ -185,7 +186,7 @@ func newScreen(w io.Writer) *screen {
 
 func (s *screen) progress(text string) {
 	if s.bars != nil {
-		// If the terminal fails, there is no other place to report it.
+		// The error is ignored, because there is no other place to report that the terminal fails.
 		_, _ = s.bars.Write([]byte(text + "\n"))
 		return
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// defaultGrace is how long running cells of a wish list may continue after a stop signal. It is long, because without a
-// queue no other builder takes these cells.
+// defaultGrace is how long running cells of a wish list may continue after a stop signal. The time is long, because
+// without a queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish builds what a wish list asks for, and watches for new releases. After a stop signal it
@@ -24,7 +24,8 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	// A mistake in the list ends the program only at the start, while the operator watches. Later rounds log it.
+	// Here, at the start, a mistake in the wish list ends the program, because the operator is watching. A later round
+	// only logs a mistake.
 	if _, err := readWish(cmd.String("wish")); err != nil {
 		return err
 	}
@@ -90,8 +91,8 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) }), err)
 }
 
-// logEvent logs the events of a batch. Cells published before, and failures that an earlier round logged, get debug
-// level.
+// logEvent logs the events of a batch. The level is debug for the progress of fetches, for a cell that needs no build,
+// and for a failure that an earlier round logged.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {

@@ -65,7 +65,7 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if dir := cmd.String("keys"); dir != "" {
 		path := filepath.Join(dir, role+".key")
 		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && cmd.Name == "root" {
-			// A root lists public keys, so the private key of a role is not necessary.
+			// The root metadata lists public keys only, so a role's private key is not necessary.
 			return path + ".pub", nil
 		}
 		return path, nil
@@ -73,7 +73,8 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 	return "", fault.New(fault.Usage, "no key is given for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
-// keyRefs returns the references of several roles' keys, before any of them is loaded.
+// keyRefs returns the reference of each role's key, by role. It loads no key, so a missing flag is reported before any
+// key is used.
 func keyRefs(cmd *ucli.Command, roles ...string) (map[string]string, error) {
 	refs := map[string]string{}
 	for _, role := range roles {
@@ -303,8 +304,8 @@ func snapshotSigner(ctx context.Context, role, ref string) (maker.Signer, error)
 	return by, err
 }
 
-// listOf asks a server for all artifacts. An artifact that changes meanwhile can appear twice. An entry that says
-// yanked or quarantined then wins.
+// listOf returns a catalogue of all artifacts of a server. An artifact that changes while the server lists them can
+// appear twice. Then the entry that says yanked or quarantined is used.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// metricsFlag is for commands that run long enough for Prometheus to scrape them.
+// metricsFlag returns the flag --metrics-address, for commands that run long enough for Prometheus to scrape them.
 func metricsFlag() ucli.Flag {
 	return cli.String("metrics-address", "", "serve Prometheus metrics at http://`ADDR`/metrics")
 }

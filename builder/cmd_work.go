@@ -68,7 +68,8 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags returns the flags that a configuration file must not contain, each with the setting to use instead.
+// secretFlags returns the flags that a configuration file must not contain. The value for each flag is the setting to
+// use instead.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -130,7 +131,8 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		catalogue, token = catalogue.WithTokenFile(file), func() (string, error) { return api.ReadToken(file) }
 	}
 	cfg.Registry = addServerToken(server, token, cfg.Registry)
-	// Other errors may pass, and are those of a build.
+	// Only a wrong setting ends the program here. Any other error may be temporary; if it is not, each build reports
+	// it.
 	if err := checkPlaces(ctx, cfg); fault.Is(err, fault.Usage) {
 		return err
 	}

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// failureStore opens the store of failures, which single builds and wish lists share.
+// failureStore returns the store of permanent failures in the cache. Single builds and wish lists share this store.
 func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *cosbucket.Bucket) (*batch.FailureStore,
 	error) {
 	host, err := sandbox.HostTools()
@@ -22,9 +22,9 @@ func failureStore(ctx context.Context, cfg pipeline.Config, kernels, drivers *co
 		return nil, err
 	}
 	types := ""
-	if cfg.BTF { // another pahole may succeed
+	if cfg.BTF { // a build that fails with this pahole may succeed with another one
 		if types, err = compile.Pahole(ctx); err != nil {
-			types = "none" // a build that needs it reports that it is missing
+			types = "none" // the build reports that pahole is missing
 		}
 	}
 	how, signatures := cfg.Signing()

@@ -28,7 +28,7 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
-// checkKey refuses --key keyless without --trusted-root, and --identity-token with any other key.
+// checkKey refuses a keyless --key without --trusted-root, and --identity-token with any other --key.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(requireFlags(cmd, "trusted-root"), "key")

@@ -34,7 +34,7 @@ func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 
 // setLabels sets the labels of a wish list after its cells are published.
 func (m *matrix) setLabels(ctx context.Context, p *plan.Plan, note func(string)) error {
-	// The report says that the run was stopped.
+	// After a stop signal, set no labels. The report says that the run was stopped.
 	if ctx.Err() != nil {
 		return nil
 	}

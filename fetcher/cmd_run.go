@@ -32,7 +32,9 @@ is wanted, run reports it and retries. On SIGTERM the modules stay loaded.
 Examples:
   fetcher run --server https://prebake.example --listen :8441
   fetcher run --config fetcher.yaml`,
-		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
+		Flags: slices.Concat(installFlags(), cli.Group(groupWhat,
+			cli.Bool("driver-label", "node label "+kube.LabelWanted+" overrides --driver"),
+		), cli.Group(groupTo,
 			cli.String("listen", "", "serve /healthz, /readyz and /metrics at `ADDRESS`"),
 			cli.Duration("interval", time.Minute, "`TIME` between two checks of the driver"),
 			cli.String("node-name", "", "write the driver's state to the Kubernetes node `NAME`"),
@@ -52,7 +54,7 @@ Examples:
 // checkRun reports all settings of the command run that contradict each other.
 func checkRun(cmd *ucli.Command) error {
 	_, err := readConfig(cmd)
-	errs := []error{err, checkTrust(cmd), checkTaint(cmd), checkReport(cmd)}
+	errs := []error{err, checkTrust(cmd), checkTaint(cmd), checkLabel(cmd), checkReport(cmd)}
 	_, err = serverURL(cmd)
 	errs = append(errs, err)
 	if strings.HasPrefix(cmd.String("driver"), digestPrefix) && len(cmd.StringSlice("registry")) == 0 {
@@ -67,6 +69,14 @@ func checkTaint(cmd *ucli.Command) error {
 	}
 	return cli.About(fault.New(fault.Usage, "--startup-taint needs the name of a node", "name the node: --node-name NAME"),
 		"startup-taint")
+}
+
+func checkLabel(cmd *ucli.Command) error {
+	if !cmd.Bool("driver-label") || cmd.String("node-name") != "" {
+		return nil
+	}
+	return cli.About(fault.New(fault.Usage, "--driver-label needs the name of a node", "name the node: --node-name NAME"),
+		"driver-label")
 }
 
 // checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
@@ -118,6 +128,10 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 				}
 			},
 			quickVerdict: a.QuickVerdict,
+		}
+		if cmd.Bool("driver-label") {
+			a.UseLabel(outside.cluster.Wanted)
+			k.awaitLabel = outside.cluster.AwaitLabel
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
@@ -225,6 +239,37 @@ type daemon struct {
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
 	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
+	// awaitLabel waits until the node's label changes, or the context ends. It reports whether the label changed. nil
+	// means that no label counts.
+	awaitLabel func(context.Context) bool
+}
+
+// untilLabel returns a context that also ends when the node's label changes. Call the function after the work with the
+// context: it releases the context, and reports whether the label changed.
+func (k daemon) untilLabel(ctx context.Context) (context.Context, func() bool) {
+	if k.awaitLabel == nil {
+		return ctx, func() bool { return false }
+	}
+	inner, cancel := context.WithCancel(ctx)
+	changed := make(chan bool, 1)
+	go func() {
+		changed <- k.awaitLabel(inner)
+		cancel()
+	}()
+	return inner, func() bool {
+		cancel()
+		return <-changed
+	}
+}
+
+// waitForLabel waits until the node's label changes. It waits as long as the daemon waits between two runs, because
+// somebody may load a driver meanwhile.
+func (k daemon) waitForLabel(ctx context.Context) {
+	k.pending(nil)     // the verdict has the reason
+	k.outside.Watch(0) // nothing is checked meanwhile
+	inner, stop := context.WithTimeout(ctx, retryChecks*k.every)
+	defer stop()
+	k.awaitLabel(inner)
 }
 
 // reportFailure reports why no driver is ready, after a run that failed before its check of the driver.
@@ -273,6 +318,13 @@ func (k daemon) stay(ctx context.Context) error {
 			k.outside.server.ReportRun(r.Phases, err)
 			return r, err
 		})
+		if ctx.Err() == nil && !k.once && !watched && k.awaitLabel != nil && errors.Is(err, kube.ErrLabel) {
+			// Another start of the program would find the same label.
+			if k.waitForLabel(ctx); ctx.Err() != nil {
+				return nil
+			}
+			continue
+		}
 		if ctx.Err() != nil || k.once || err != nil && !watched {
 			return err
 		}
@@ -288,14 +340,16 @@ func (k daemon) stay(ctx context.Context) error {
 		}
 		footprint.Trim() // give the node the memory that only the run needed
 		k.outside.Watch(3*k.every + checkTimeout)
+		watch, ended := k.untilLabel(watch)
 		held := k.node.Monitor(watch, k.every, k.outside)
+		relabelled := ended()
 		stop()
 		switch {
 		case ctx.Err() != nil:
 		case errors.Is(held, agent.ErrNotLoaded):
 			watched = false
 			continue
-		case errors.Is(held, agent.ErrRollback):
+		case errors.Is(held, agent.ErrRollback), relabelled && held == nil:
 			continue
 		}
 		if held != nil || ctx.Err() != nil || !retry {

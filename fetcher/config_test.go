@@ -35,6 +35,8 @@ func TestConfigCheck(t *testing.T) {
 		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0",
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
 		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs the name of a node"},
+		{"label without a node", "driver-label: true\n", "", "LAST:1: driver-label: --driver-label needs the name of a node"},
+		{"a version for a GPU type", "driver: 535.261.03@NVIDIA_L4", "driver: R535", "6:1: driver: "},
 		{"report without a token", "", "token-file: /etc/prebake/token\n",
 			"14:1: report: --report needs a server, and a token of this node"},
 		{"policy and keys", "policy: /x.yaml\n", "",

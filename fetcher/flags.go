@@ -33,7 +33,7 @@ const (
 
 // hostFlags are the flags that locate the node's root and the install folder.
 func hostFlags() []ucli.Flag {
-	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a DaemonSet")
+	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
 		"`FOLDER` for the driver, as a path on the node")
 	root.Validator, install.Validator = absolute, absolute
@@ -45,7 +45,7 @@ func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
 			cli.String("driver", string(target.Default),
-				"driver `VERSION`, a branch such as R535, an artifact's digest, latest or default"),
+				"`VERSION` or digest; default, latest or a branch (R535), also for a GPU type: default@NVIDIA_L4"),
 			cli.String("flavour", resolve.Auto,
 				"driver `FLAVOUR`: proprietary, open, or auto (open if it supports this node's GPUs)"),
 		),
@@ -203,7 +203,7 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 		if _, err := target.ParseFingerprint(pin); err != nil { // a digest has the same format
 			errs = append(errs, cli.About(fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin), "driver"))
 		}
-	} else if cfg.Wish, err = target.ParseWish(pin); err != nil {
+	} else if cfg.Wish, err = target.ParseGPUWish(pin); err != nil {
 		errs = append(errs, cli.About(err, "driver"))
 	}
 	cfg.Flavour = cmd.String("flavour")

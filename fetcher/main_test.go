@@ -16,6 +16,8 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/snapshot"
@@ -179,6 +181,30 @@ func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 	return nil
 }
 
+// cosList is a list of drivers as COS publishes it, with two GPU types that have their own drivers (message
+// GPUDriverVersionInfoList of cos/tools, gpu_driver_versions.proto).
+func cosList() cosbucket.DriverList {
+	l, err := cosbucket.ParseDriverVersions([]byte(`
+		gpu_driver_version_info {
+			gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
+			supported_driver_versions { label: "DEFAULT" version: "535.261.03" }
+			supported_driver_versions { label: "R535" version: "535.261.03" }
+		}
+		gpu_driver_version_info {
+			gpu_device { gpu_type: "NVIDIA_B200" }
+			supported_driver_versions { label: "DEFAULT" version: "550.54.15" }
+		}
+		gpu_driver_version_info {
+			gpu_device { gpu_type: "OTHERS" }
+			supported_driver_versions { label: "DEFAULT" version: "580.95.05" }
+			supported_driver_versions { label: "LATEST" version: "580.95.05" }
+		}`))
+	if err != nil {
+		panic(err)
+	}
+	return l
+}
+
 // resolution answers as a server does. The wanted driver version decides which state the answer has.
 func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
 	q := r.URL.Query()
@@ -186,6 +212,14 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 		Digest: digest}
 	if r.URL.Path != "/v1/resolve" || q.Get("buildId") != c.Kernel.BuildID || q.Get("board") != c.Kernel.Board {
 		answer = api.Resolution{Kernel: c.Kernel, State: api.Unknown, Reason: "no such kernel"}
+	}
+	if wish, gpu := target.Wish(q.Get("driver")).GPU(); gpu != "" {
+		if version, err := cosList().Choose(target.Wish(q.Get("driver"))); err != nil {
+			answer = api.Resolution{State: api.Unknown, Reason: "the list has no driver for " + string(wish),
+				Hint: fault.Hint(err)}
+		} else if version != c.Driver.Version {
+			answer = api.Resolution{State: api.Unknown, Driver: target.Driver{Version: version}, Reason: "not requested yet"}
+		}
 	}
 	build := &api.Build{ID: 7, Class: "api-break", Error: "nv-pci.c:1: error: too few arguments"}
 	switch q.Get("driver") {
@@ -238,8 +272,10 @@ func fakeBuilder() {
 			os.Exit(status)
 		}
 		check(os.CopyFS(strings.TrimPrefix(args["--to"], "oci:"), os.DirFS(filepath.Join(made, "local"))))
+		version, err := cosList().Choose(target.Wish(args["--driver"]))
+		check(err)
 		fmt.Printf("{\"digest\": %q, \"driver\": {\"version\": %q, \"flavour\": \"open\"}}\n", os.Getenv("MADE_DIGEST"),
-			args["--driver"])
+			version)
 	}
 }
 

@@ -21,7 +21,7 @@ import (
 func TestIdleMemory(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
-		t.Skip("it takes a while")
+		t.Skip("left out with -short; make test runs it")
 	}
 	dir := t.TempDir()
 	program, keys, layout := filepath.Join(dir, "fetcher"), filepath.Join(dir, "keys.pem"), filepath.Join(dir, "layout")

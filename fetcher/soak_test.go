@@ -25,7 +25,7 @@ const soakRounds = 50
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
-		t.Skip("it takes a while")
+		t.Skip("left out with -short; make test runs it")
 	}
 	rounds := soakRounds
 	if text := os.Getenv("PREBAKE_SOAK"); text != "" {

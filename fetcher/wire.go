@@ -336,7 +336,7 @@ func newFinder(cmd *ucli.Command, v agent.Verifier, compiles bool) (resolve.Find
 	if err != nil {
 		return nil, err
 	}
-	if server != nil && !pinned {
+	if server != nil && (!pinned || cmd.Bool("driver-label")) {
 		client := api.NewClient(cmd.String("server"), "", nil)
 		s := resolve.Server{Client: client, GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {

@@ -9,15 +9,14 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestBackupPostgres backs up databases of PostgreSQL with PostgreSQL's own programs, as docs/how-to/back-up.md says.
 func TestBackupPostgres(t *testing.T) {
 	t.Parallel()
-	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
-	if raw == "" {
-		t.Skip("PREBAKE_TEST_POSTGRES names no database")
-	}
+	raw := installed.Postgres(t)
 	u, err := url.Parse(raw)
 	if err != nil {
 		t.Fatal(err)

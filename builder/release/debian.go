@@ -238,8 +238,8 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	return nil
 }
 
-// rootFS writes a root file system of Debian packages as a tar, for any architecture. So no maintainer script runs, and
-// [rootFS.finish] writes what the scripts would write.
+// rootFS writes a root file system of Debian packages as a tar. It works for any architecture, because it does not run
+// the packages' maintainer scripts. Instead, [rootFS.finish] writes what the scripts would write.
 type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.

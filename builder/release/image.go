@@ -41,7 +41,7 @@ var images = []image{
 		programs: []string{"builder", "fetcher", "guestinit", "nvmlprobe"},
 	},
 	{name: "server", programs: []string{"server"}, user: "65532:65532", port: "8440/tcp"},
-	// If fetcher is started under the name cos-gpu-installer, it takes the flags of Google's installer.
+	// If fetcher is started under the name cos-gpu-installer, it accepts the flags of Google's installer.
 	{
 		name: "fetcher", programs: []string{"fetcher", "nvmlprobe"},
 		links: map[string]string{"cos-gpu-installer": "/usr/local/bin/fetcher"},

@@ -23,7 +23,7 @@ type config struct {
 	source string
 	// version is the version of the release, which the programs print. commit is the commit of the source.
 	version, commit string
-	// date is the commit's time, or SOURCE_DATE_EPOCH. Every file, layer and statement has this time.
+	// date is the commit's time, or SOURCE_DATE_EPOCH. The images' configs and the SPDX documents contain this time.
 	date time.Time
 	// arches are the architectures, with the names of GOARCH.
 	arches []string
@@ -31,9 +31,10 @@ type config struct {
 	lock string
 	// archives are base URLs or folders with these packages. If empty, the archives of this machine's apt are used.
 	archives []string
-	// cache keeps downloaded packages.
+	// cache is the folder for downloaded packages.
 	cache string
-	// key is the signing key: a file or a KMS URI. If empty, a new key signs and is then deleted.
+	// key is the signing key: a file or a KMS URI. If empty, the release is signed with a new key, which is deleted
+	// afterwards.
 	key string
 	// builderID is the URI that says in the provenance who made the release.
 	builderID string

@@ -143,9 +143,9 @@ var programs = []struct {
 // folder, so the programs keep their names.
 func platform(arch string) string { return "linux-" + arch }
 
-// goFlags are the flags of all compiles. The programs have no debug information, so the compiler makes none. With Go
-// 1.26.8, two compiles of one package for arm64 can differ in debug information alone. The programs' build IDs, which
-// depend on all that was compiled, then differ too. The Makefile has the same flags.
+// goFlags are the flags of all compiles. The programs contain no debug information, so -dwarf=false switches it off in
+// the compiler, too. With Go 1.26.8, two compiles of one package for arm64 can differ in debug information alone. The
+// programs' build IDs, which depend on all that was compiled, then differ too. The Makefile has the same flags.
 const goFlags = "-trimpath -tags=grpcnotrace -gcflags=all=-dwarf=false"
 
 // buildPrograms compiles the programs into the platforms' folders below dir.

@@ -13,8 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// verifyRelease compares every file of a release with its checksum, and verifies the signature of the checksums. It
-// returns the id of the public key (PEM) that signed. Every error is [fault.Unverified].
+// verifyRelease compares every file of a release with its checksum. It verifies the signed provenance, which contains
+// the digest of the list of checksums. keys are the trusted public keys in PEM. verifyRelease returns the id of the key
+// that signed. Every error is [fault.Unverified].
 func verifyRelease(dir string, keys []byte) (signer string, err error) {
 	if signer, err = verifyAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),

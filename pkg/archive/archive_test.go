@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 type entry struct {
@@ -282,10 +282,7 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	if !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), "dictionary") {
 		t.Errorf("Unpack of a 4 GiB dictionary = %v; want a refusal", err)
 	}
-	tool, err := exec.LookPath("xz")
-	if err != nil {
-		t.Skip("the xz program is not installed")
-	}
+	tool := installed.Program(t, "xz")
 	// The program xz first compares the header with its checksum, the header's last four bytes. So the test corrects it.
 	header := whole[12 : 12+4*(int(whole[12])+1)]
 	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
@@ -318,10 +315,7 @@ func TestUnpackLeavesOutsideLinksOut(t *testing.T) {
 
 func TestUnpackXZTool(t *testing.T) {
 	t.Parallel()
-	tool, err := exec.LookPath("xz")
-	if err != nil {
-		t.Skip("the xz program is not installed")
-	}
+	tool := installed.Program(t, "xz")
 	whole := compress(t, archive.XZ, makeTar(t, entry{"a", tar.TypeReg, 0o644, "through a pipe"}))
 	got, _, err := unpack(t, whole, archive.Options{XZTool: tool})
 	if err != nil || got["a"] != "-rw-r--r-- through a pipe" {

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // noise returns random bytes, which do not compress.
@@ -92,10 +93,7 @@ func TestDelta(t *testing.T) {
 // zstd.
 func TestDeltaByZstd(t *testing.T) {
 	t.Parallel()
-	zstd, err := exec.LookPath("zstd")
-	if err != nil {
-		t.Skip("there is no zstd program (Debian package zstd)")
-	}
+	zstd := installed.Program(t, "zstd")
 	dir := t.TempDir()
 	run := func(in []byte, args ...string) []byte {
 		t.Helper()

@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 func sum(data []byte) string {
@@ -170,10 +171,7 @@ func TestUnpackEntries(t *testing.T) {
 // zstd(1)).
 func TestUnpackBoundsTheWindow(t *testing.T) {
 	t.Parallel()
-	zstd, err := exec.LookPath("zstd")
-	if err != nil {
-		t.Skip("there is no zstd program (Debian package zstd)")
-	}
+	zstd := installed.Program(t, "zstd")
 	plain := archive(t, dir("drivers"), file("drivers/nvidia.ko"))
 	for wlog, ok := range map[string]bool{
 		"22": true, // 4 MiB, as PackLayer writes it

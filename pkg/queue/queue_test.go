@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"net/url"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // eachDatabase runs a test with SQLite and with PostgreSQL. The test can open several queues in the same database.
@@ -37,10 +37,7 @@ func eachDatabase(t *testing.T, f func(t *testing.T, open func(t *testing.T) *qu
 // freshSchema makes an empty schema in the PostgreSQL database for tests, and returns a URL of the schema.
 func freshSchema(t *testing.T) string {
 	t.Helper()
-	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
-	if raw == "" {
-		t.Skip("PREBAKE_TEST_POSTGRES is not set to the URL of a database")
-	}
+	raw := installed.Postgres(t)
 	conn, err := pgx.Connect(t.Context(), raw)
 	if err != nil {
 		t.Fatal(err)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/sandbox"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // holdLock is an environment variable. If it is set, this program only locks a file inside a sandbox. The value is the
@@ -54,9 +55,7 @@ func TestMain(m *testing.M) {
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
-	if _, err := exec.LookPath("flock"); err != nil {
-		t.Skip("flock is missing: apt-get install util-linux")
-	}
+	installed.Program(t, "flock")
 	dir := t.TempDir()
 	lock, err := os.Create(filepath.Join(dir, "lock"))
 	if err != nil {

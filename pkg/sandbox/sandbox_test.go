@@ -15,13 +15,12 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 func needBubblewrap(t *testing.T) {
 	t.Helper()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 }
 
 // shell runs a shell script in a sandbox and returns its output.
@@ -82,9 +81,7 @@ func TestNoHostPaths(t *testing.T) {
 // the sandbox, the same program must reach it.
 func TestNoNetwork(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("perl"); err != nil {
-		t.Skip("perl is missing: apt-get install perl")
-	}
+	installed.Program(t, "perl")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -162,9 +159,7 @@ func TestMissingBubblewrap(t *testing.T) {
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
-	if _, err := exec.LookPath("flock"); err != nil {
-		t.Skip("flock is missing: apt-get install util-linux")
-	}
+	installed.Program(t, "flock")
 	dir := t.TempDir()
 	lock, err := os.Create(filepath.Join(dir, "lock"))
 	if err != nil {

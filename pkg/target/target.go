@@ -245,6 +245,23 @@ func ParseGPUWish(s string) (Wish, error) {
 	return Wish(s), nil
 }
 
+// ParseWishLabel reads a wish from the value of a Kubernetes label, which cannot contain @. So a dot is before the GPU
+// type, as in default.NVIDIA_L4. It reads everything else as ParseGPUWish does.
+func ParseWishLabel(s string) (Wish, error) {
+	name, gpu, found := strings.Cut(s, ".")
+	if _, err := ParseWish(name); found && err == nil { // what is before the first dot of a version is no wish
+		if w, err := ParseGPUWish(name + "@" + gpu); err == nil {
+			return w, nil
+		}
+		return "", fmt.Errorf("driver %q: want COS's name of a GPU type after the dot, as in default.NVIDIA_L4", s)
+	}
+	w, err := ParseWish(s)
+	if err != nil {
+		return "", fmt.Errorf("%w; for a GPU type, want for example default.NVIDIA_L4", err)
+	}
+	return w, nil
+}
+
 // GPU splits a wish into the wish without its GPU type, and the GPU type; "" means any GPU.
 func (w Wish) GPU() (Wish, string) {
 	name, gpu, _ := strings.Cut(string(w), "@")

@@ -133,6 +133,16 @@ func TestParseGPUWish(t *testing.T) {
 			t.Errorf("ParseGPUWish(%q) = %q, %v; want success: %t", text, w, err, ok)
 		}
 	}
+	for label, want := range map[string]target.Wish{
+		"default": "default", "latest": "latest", "R580": "R580", "535.261.03": "535.261.03",
+		"535.261.03-grid": "535.261.03-grid", "default.NVIDIA_H100_80GB": "default@NVIDIA_H100_80GB",
+		"R580.NVIDIA_L4": "R580@NVIDIA_L4", "": "", "default@NVIDIA_L4": "", "default.": "", "default.l4": "",
+		"535.261.03.NVIDIA_L4": "", "NVIDIA_L4": "", "R580.": "", "535": "",
+	} {
+		if w, err := target.ParseWishLabel(label); w != want || (err == nil) != (want != "") {
+			t.Errorf("ParseWishLabel(%q) = %q, %v; want %q", label, w, err, want)
+		}
+	}
 	if w, gpu := target.Wish("default@NVIDIA_L4").GPU(); w != target.Default || gpu != "NVIDIA_L4" {
 		t.Errorf("GPU() = %q, %q", w, gpu)
 	}

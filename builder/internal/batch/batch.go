@@ -1,13 +1,13 @@
-// Package batch makes the cells of a plan, several at a time, and writes the report. It fetches each kernel and each
-// driver once, and starts cells in the order that uses the caches best. After a failure that may be temporary, it tries
-// the cell again. A failed cell does not block any other cell.
+// Package batch builds the cells of a plan, several at a time, and reports the outcome of each cell. It fetches each
+// kernel and each driver once, and starts cells in the order that uses the caches best. After a failure that may be
+// temporary, it tries the cell again. A failed cell does not block any other cell.
 //
 // Cells with the same fingerprint, driver and flavour lead to the same artifact. They are called cells of the same
-// build. Only one of them runs at a time; the others then reuse its result, or fail in the same way if it did not
-// compile. Cells of the same driver wait for each other while one of them unpacks the driver's user space, so the
-// runner prefers a cell of another driver.
+// build. Only one of them runs at a time. If it succeeds, the others reuse its artifact. If it does not compile, the
+// others fail with the same error. Cells of the same driver wait for each other while one of them unpacks the driver's
+// user space, so the runner prefers a cell of another driver.
 //
-// The package does not know how a cell is made or where its artifact is published. The functions in Config know that.
+// The functions in Config decide how a cell is built and where its artifact is published.
 package batch
 
 import (
@@ -32,22 +32,24 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Config holds the functions and settings of a batch.
+// Config has the functions and settings of a batch.
 type Config struct {
-	// Make makes one cell. After an error, the Result has everything up to the failure. The writer gets the output of all
-	// tools.
+	// Make builds one cell and writes the output of all tools to log. After an error, the Result has the facts and
+	// phases up to the failure.
 	Make func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
-	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. The callback gets progress, one line at
-	// a time.
+	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. It calls say with its progress, one
+	// line at a time.
 	Kernel func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error)
-	// Driver fetches a driver release into the cache and returns the flavours in it.
+	// Driver fetches a driver release into the cache and returns the flavours in it. It calls say like Kernel.
 	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
-	// Published returns the digest of a cell's artifact, or "" if a destination lacks it. The artifact must be signed for
-	// the cell's COS build. Run calls Published before it fetches anything. With nil, no cell counts as published.
+	// Published returns the digest of a cell's artifact, or "" if a destination lacks it. The artifact must be signed
+	// for the cell's COS build. Run calls Published before it fetches anything. If Published is nil, no cell counts as
+	// published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
-	// Failures stores permanent failures: the same inputs would fail in the same way again. Nil stores none.
+	// Failures stores permanent failures: with the same inputs, the cell would fail in the same way again. If Failures
+	// is nil, no failure is stored.
 	Failures failureStore
-	// Parallel is the number of cells made at the same time; 0 means one.
+	// Parallel is the number of cells that are built at the same time; 0 means one.
 	Parallel int
 	// Attempts is the number of attempts for a cell whose failure may be temporary; 0 means 3.
 	Attempts int
@@ -68,7 +70,7 @@ type failureStore interface {
 	Remember(ctx context.Context, c plan.Cell, f Failure) error
 }
 
-// Failure describes why a cell could not be made.
+// Failure describes why a cell could not be built.
 type Failure struct {
 	Class fault.Kind `json:"class"`
 	Error string     `json:"error"`
@@ -88,8 +90,9 @@ func FailureOf(err error) Failure {
 }
 
 // Permanent reports whether the same inputs would fail in the same way each time. A failed load test is never
-// permanent: the virtual machine may have been too slow, or other settings may need no load test. Nor is the failure of
-// a renewal, because the inputs were built before; the pipeline remembers it for some time.
+// permanent: the virtual machine may have been too slow, or other settings may need no load test. The failure of a
+// renewal (the rebuild of an artifact that is too old) is not permanent either, because a build with the same inputs
+// succeeded before. The pipeline stores such a failure for some time.
 func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	if res != nil {
 		if res.Renewal || res.Remembered {
@@ -104,8 +107,8 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
-// sharedByBuild reports whether a permanent failure holds for all cells of the same build. They share only the compile:
-// sources, signatures, checks and destinations depend on the COS build, too.
+// sharedByBuild reports whether all cells of the same build would fail with this permanent failure. These cells share
+// only the compile. Their sources, signatures, checks and destinations also depend on the COS build.
 func sharedByBuild(kind fault.Kind, res *pipeline.Result) bool {
 	if !Permanent(kind, res) {
 		return false
@@ -127,7 +130,7 @@ const (
 	fetchers   = 2
 )
 
-// Run makes the missing cells of a plan and returns the state of every cell. When ctx ends, Run stops the running
+// Run builds the missing cells of a plan and returns the state of every cell. When ctx ends, Run stops the running
 // cells, and every open cell becomes cancelled.
 func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	if cfg.Parallel <= 0 {
@@ -159,7 +162,8 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	return f.report(p)
 }
 
-// Status returns the state of every cell and makes no cell. If a destination does not answer, Status returns an error.
+// Status returns the state of every cell and builds no cell. If Published returns an error for a cell, Status returns
+// an error.
 func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newRunner(cfg, p)
 	f.lookUp(ctx)
@@ -169,8 +173,8 @@ func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	return f.report(p), nil
 }
 
-// lookUp sets the state of the cells that Run need not make: published cells, stored failures, and cells with a problem
-// in the plan.
+// lookUp sets the state of the cells that Run need not build: published cells, stored failures, and cells with a
+// problem in the plan.
 func (f *runner) lookUp(ctx context.Context) {
 	var group errgroup.Group
 	group.SetLimit(maxLookups)
@@ -220,8 +224,8 @@ func (f *runner) check(ctx context.Context, j *job) {
 	}
 }
 
-// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then its driver. It stops
-// after the stop signal.
+// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then its driver. After the
+// stop signal, it stops.
 func (f *runner) fetch(ctx context.Context) {
 	defer f.endFetches()
 	ctx, cancel := context.WithCancel(ctx)
@@ -263,12 +267,12 @@ func (f *runner) fetch(ctx context.Context) {
 	_ = group.Wait() // no error: the functions above return nil
 }
 
-// progress returns a function that reports the progress of a fetch.
+// progress returns a function that reports the progress of a fetch as events of the given cell.
 func (f *runner) progress(j *job, what string) func(string) {
 	return func(text string) { f.emit(Event{Job: j.Job, Kind: Fetch, Text: what + ": " + text}) }
 }
 
-// retry repeats a call while its failure may be temporary.
+// retry repeats a call while its failure may be temporary, up to cfg.Attempts calls in all.
 func retry[T any](ctx context.Context, cfg Config, call func() (T, error)) (T, error) {
 	v, err := backoff.Retry(ctx, func() (T, error) {
 		v, err := call()
@@ -296,7 +300,7 @@ func (cfg Config) pauses() *backoff.ExponentialBackOff {
 // logName is the file name of a cell's log.
 func logName(c plan.Cell) string { return c.String() + ".log" }
 
-// make makes one attempt at a cell.
+// make tries once to build a cell, and records the outcome.
 func (f *runner) make(ctx context.Context, j *job) {
 	f.emit(Event{Job: j.Job, Kind: Started})
 	begin := time.Now()
@@ -307,8 +311,8 @@ func (f *runner) make(ctx context.Context, j *job) {
 	f.endAttempt(ctx, j, res, err, time.Since(begin))
 }
 
-// makeLogged makes one cell, writes its log to a file and reports its phases. It keeps the log of the attempt before
-// until it knows whether this attempt needs one.
+// makeLogged builds one cell, writes its log to a file and reports its phases. Until the build ends, the log of the
+// previous attempt is kept under another name.
 func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
 	before := strings.TrimSuffix(j.Log, ".log") + ".before.log"
 	if err := os.Rename(j.Log, before); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -17,10 +17,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations has the places where artifacts are published, and the trusted keys.
+// Destinations has the repositories and buckets where artifacts are published, and the trusted keys.
 type Destinations struct {
 	Repositories []*registry.Repository
-	// Buckets hold the published tarballs of the artifacts in Repositories.
+	// Buckets have the published tarballs of the artifacts in Repositories.
 	Buckets  []*tarball.Bucket
 	Verifier *trust.Verifier
 	// Signer signs the driver lists that Label changes in the buckets.
@@ -99,11 +99,12 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// seenFor is how long a layer that was found is not looked for again. A registry may lose it later.
+// seenFor is how long a layer that was found counts as present. After this time checkLayer looks for the layer again,
+// because a registry may lose it.
 const seenFor = 24 * time.Hour
 
-// checkLayer returns an error if a repository does not have a layer. It asks only once a day for each digest, because
-// many artifacts share a layer.
+// checkLayer returns an error if a repository does not have a layer. Many artifacts share a layer, so checkLayer asks
+// the repository only once a day for each digest.
 func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()

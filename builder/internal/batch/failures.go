@@ -22,7 +22,7 @@ type facts interface {
 	Fact(kind, key string) ([]byte, bool)
 }
 
-// smallReader is the part of a bucket that FailureStore needs. limit is in bytes.
+// smallReader is the part of a bucket that FailureStore needs. The limit is in bytes.
 type smallReader interface {
 	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
 }
@@ -32,10 +32,10 @@ const (
 	maxSumFile  = 4 << 10 // limit for one checksum file, in bytes
 )
 
-// FailureStore stores permanent failures in the cache, so that a later run does not compile a cell that must fail
-// again. The key covers the checksums that the buckets publish for headers, toolchain and runfile, so Find does not
-// fetch these files. Without these checksums, every run tries the cell again. A run with another builder version,
-// [compile.Recipe], setting or input also tries the cell again.
+// FailureStore stores permanent failures in the cache, so that a later run does not compile a cell that would fail
+// again. The key covers toolchain_env and the checksums that the buckets publish for headers, toolchain and runfile, so
+// Find does not fetch these three files. Without these checksums, every run tries the cell again. A run with another
+// builder version, [compile.Recipe], setting or input also tries the cell again.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers smallReader
@@ -48,15 +48,15 @@ type FailureStore struct {
 	// Signatures returns the names of the objects in the kernel bucket that may have signatures for a driver's modules.
 	// The objects may change later, so the key covers their checksums. Nil means no objects.
 	Signatures func(k target.Kernel, version string) []string
-	// If Forget is true, Find finds only failures that Remember got since the store was made. So each cell is tried once
-	// more, in a later pass if an earlier one did not get to it.
+	// If Forget is true, Find returns only failures that this store's Remember stored. So each cell is tried once more,
+	// in the first pass that reaches it.
 	Forget bool
 
 	mu  sync.Mutex
-	own map[string]bool // keys that Remember got
+	own map[string]bool // keys of the failures that Remember stored
 }
 
-// key returns the key of a cell's failure. It is "" if a bucket does not answer or lacks a needed checksum.
+// key returns the key of a cell's failure. It is "" if toolchain_env or a needed checksum cannot be read from a bucket.
 func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
@@ -93,7 +93,7 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Find returns the stored failure of a cell with the same inputs. It returns false if there is none.
+// Find returns the stored failure of a cell with the same inputs. It returns false if no failure is stored.
 func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	key := m.key(ctx, c)
 	m.mu.Lock()

@@ -24,10 +24,12 @@ type lister interface {
 
 // Label sets the labels of every kernel of a plan in every bucket. A label, such as LATEST or R535, is a name under
 // which Google's installer finds a driver version. The labels come from the wish list and from COS. Labels that this
-// builder set before are removed if nobody wants them now. Kernels outside the plan keep their labels.
+// builder set before are removed if neither the wish list nor COS has them now. Kernels outside the plan keep their
+// labels.
 //
 // If Label fails for one kernel, it still sets the labels of the others. If a label's driver version is not published,
-// the label stays unchanged, and the callback gets a line about it. It also gets one for each list without a signature.
+// the label stays unchanged, and the callback gets a line about it. The callback also gets a line for each driver list
+// without a signature.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil

@@ -40,7 +40,8 @@ type Job struct {
 	Failure  *Failure `json:"failure,omitempty"`
 	// Known is true if the failure is from an earlier run with the same inputs.
 	Known bool `json:"known,omitempty"`
-	// Like is the kernel of another cell of the same build that failed before. This cell then failed without an attempt.
+	// Like is set if this cell failed without an attempt, because another cell of the same build had failed. It is the
+	// kernel of that other cell.
 	Like   string           `json:"like,omitempty"`
 	Log    string           `json:"log,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
@@ -59,7 +60,7 @@ const (
 	Fetch             // progress with fetching an input of this cell
 )
 
-// Event reports progress of one cell. Job is a copy.
+// Event reports progress of one cell. Job is a copy of the cell's state at that time.
 type Event struct {
 	Job         *Job
 	Kind        EventKind

@@ -159,7 +159,8 @@ func (f *runner) endFetches() {
 	f.wake()
 }
 
-// next waits until a cell can start and returns the best one. It returns nil if no cell is left.
+// next waits until a cell can start and returns the best one. It returns nil if no cell is left, or after the stop
+// signal.
 func (f *runner) next(ctx context.Context) *job {
 	for {
 		if f.stopping(ctx) {
@@ -249,7 +250,7 @@ func (f *runner) cost(j *job, busy map[any]bool) int {
 	return cost
 }
 
-// endAttempt records the outcome of one attempt. All changes are under one lock. Otherwise another worker could start
+// endAttempt records the outcome of one attempt. It makes all changes under one lock, so that no other worker can start
 // the same cell, or another cell of the same build, between two changes.
 func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
@@ -303,7 +304,7 @@ func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, e
 	}
 }
 
-// failAlike gives a cell the failure of another cell of the same build.
+// failAlike sets the state of a cell to the failure of another cell of the same build, which did not compile.
 func (f *runner) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
 	first := f.failed[twin.buildKey()]
@@ -350,7 +351,7 @@ func (f *runner) finish(j *job, state State, known *Failure) {
 	}
 }
 
-// put sets the state of a cell and reports whether the cell had none. The caller holds f.mu.
+// put sets the state of a cell that has none yet, and reports whether it did so. The caller holds f.mu.
 func (f *runner) put(j *job, state State, known *Failure) bool {
 	if j.State != "" {
 		return false

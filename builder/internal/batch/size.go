@@ -14,12 +14,13 @@ import (
 // and 0.5 GiB for the programs around it.
 const CellMemory = 3584 << 20
 
-// jobsPerCell is the number of processors that one cell uses well. More would be idle in the single-threaded steps
-// (link, pack, load test).
+// jobsPerCell is the number of processors that one cell uses well. More processors would be idle in the single-threaded
+// steps (link, pack, load test).
 const jobsPerCell = 4
 
-// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each. If parallel
-// or jobs is 0, Size chooses. memory is in bytes; 0 means unknown.
+// Size returns how many cells to build at the same time, and the number of compilers (make -j) for each. If parallel is
+// 0, Size chooses the number of cells. If jobs is 0, Size chooses the number of compilers. memory is in bytes; 0 means
+// unknown.
 func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	cores = max(cores, 1)
 	if parallel <= 0 {
@@ -35,8 +36,8 @@ func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	return parallel, jobs
 }
 
-// ExtraCells returns the number of cells that may run besides the cells that compile. It is 1 if the user gave no
-// number and memory has room for another cell, and 0 otherwise.
+// ExtraCells returns the number of cells that may run besides the cells that compile. It is 1 if parallel is 0 (the
+// user gave no number of cells) and memory has room for another cell. Otherwise it is 0.
 func ExtraCells(parallel, cells int, memory uint64) int {
 	if parallel > 0 || memory/CellMemory <= uint64(cells) {
 		return 0
@@ -60,7 +61,8 @@ func FreeMemory(root string) uint64 {
 	group := filepath.Join(root, "sys", "fs", "cgroup")
 	limit, ok := number(filepath.Join(group, "memory.max"))
 	used, _ := number(filepath.Join(group, "memory.current"))
-	// The kernel frees inactive page cache before it refuses memory, so it counts as free, as in kubelet's "working set".
+	// The kernel frees inactive page cache before it refuses memory. So this page cache counts as free here, as it does
+	// in kubelet's "working set".
 	used -= min(used, inactiveFile(filepath.Join(group, "memory.stat")))
 	if ok {
 		left := uint64(1)

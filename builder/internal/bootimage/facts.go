@@ -24,7 +24,7 @@ type Facts struct {
 	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several of them, and the first may
 	// be incomplete.
 	Banners []string
-	// BuildID is the GNU build id in hex, or "" if there is none.
+	// BuildID is the GNU build id in hex, or "" if vmlinux has no build id.
 	BuildID string
 	// Config is the configuration that CONFIG_IKCONFIG put into the kernel, or nil.
 	Config []byte
@@ -222,7 +222,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, whose values differ, or "".
+// firstDifference compares two configurations. It returns NAME=VALUE of the first option, by name, that differs, or ""
+// if the configurations are equal.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

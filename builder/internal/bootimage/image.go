@@ -1,5 +1,5 @@
-// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. It also reports
-// whether a vmlinux is the kernel of a header tree.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. It also checks
+// whether a vmlinux belongs to a tree of kernel headers.
 //
 // The package never guesses. An unknown layout, or the version text of another COS build, is an error.
 package bootimage
@@ -18,10 +18,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe is part of cache keys. Raise its number when Write makes another image from the same vmlinux.
+// Recipe is the version of this package's code, and a part of cache keys. Raise its number with any change after which
+// Write makes another image from the same vmlinux.
 const Recipe = "bootimage-1"
 
-// entryCode is the assembled entry.S. A test assembles entry.S again and compares.
+// entryCode is the assembled entry.S. A test assembles entry.S again and compares the result with entry.bin.
 //
 //go:embed entry.bin
 var entryCode []byte
@@ -50,7 +51,7 @@ func badVMLinux(format string, args ...any) error {
 // Write writes an image that qemu's -kernel accepts:
 //
 //   - for amd64 an ELF file with the kernel's segments and Prebake's entry code, whose address is in the PVH note. So
-//     every kernel boots, with or without a PVH entry of its own;
+//     every kernel boots, even a kernel without a PVH entry of its own;
 //   - for arm64 the kernel's Image, as objcopy -O binary makes it from vmlinux.
 //
 // If vmlinux is not a kernel for the architecture, the error has the kind [fault.Unsupported].

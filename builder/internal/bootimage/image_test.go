@@ -19,16 +19,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 	"github.com/prebake/prebake/pkg/testkit/inputs"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestEntry checks that entry.bin, which the program embeds, is what as and ld make from entry.S.
 func TestEntry(t *testing.T) {
 	t.Parallel()
-	for _, tool := range []string{"as", "ld"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install binutils")
-		}
-	}
+	installed.Programs(t, "as", "ld")
 	inputs.Files(t, "entry.S") // as reads entry.S in another process, which Go's cache of test results does not notice
 	object, flat := filepath.Join(t.TempDir(), "entry.o"), filepath.Join(t.TempDir(), "entry.bin")
 	for _, argv := range [][]string{
@@ -54,11 +51,7 @@ func TestEntry(t *testing.T) {
 // address 0x1000000 (CONFIG_PHYSICAL_START).
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
-	for _, tool := range []string{"gcc", "ld"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install build-essential")
-		}
-	}
+	installed.Programs(t, "gcc", "ld")
 	dir := t.TempDir()
 	source := "const char linux_banner[] = \"" + banner +
 		"\\n\";\nint data[3000] = {1};\nint _start(void) { return data[1] + linux_banner[0]; }\n"
@@ -286,9 +279,7 @@ SECTIONS {
 		{"as", "-o", "k.o", "k.S"}, {"ld", "-T", "k.lds", "-o", "vmlinux", "k.o"},
 		{"objcopy", "-O", "binary", "-S", "vmlinux", "Image"},
 	} {
-		if _, err := exec.LookPath(prefix + argv[0]); err != nil {
-			t.Skip(prefix + argv[0] + " is missing: apt-get install binutils-aarch64-linux-gnu")
-		}
+		installed.Program(t, prefix+argv[0])
 		cmd := exec.CommandContext(t.Context(), prefix+argv[0], argv[1:]...)
 		cmd.Dir = dir
 		if out, err := cmd.CombinedOutput(); err != nil {

@@ -48,14 +48,14 @@ func Read(r io.ReaderAt) ([]byte, error) {
 
 // Types has the facts about a kernel's types that are needed to check the BTF of a module.
 type Types struct {
-	count   uint32 // the highest number of a type; 0 means void
+	count   uint32 // the highest type number; number 0 is void
 	strings []byte
 }
 
 // Count returns the number of types.
 func (t *Types) Count() int { return int(t.count) }
 
-// Parse reads a kernel's own BTF.
+// Parse reads a kernel's own BTF. A module's BTF is checked by [Types.Check].
 func Parse(data []byte) (*Types, error) { return parse(data, &Types{}) }
 
 // Check returns an error if a module's BTF does not fit a kernel with these types.
@@ -100,8 +100,8 @@ type form struct {
 	refers bool // the third word of the head is the number of a type
 	tail   int  // bytes after the head of a type that has no parts
 	each   int  // bytes after the head for each part of the type
-	// name and types are the positions of the name and of the type numbers within a part or the tail, in words. -1 means
-	// no name.
+	// name and types are the positions of the name and of the type numbers within a part or the tail, in words. If name
+	// is -1, there is no name.
 	name  int
 	types []int
 }
@@ -134,8 +134,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF that continues the numbers of base. It checks type numbers as strictly as the kernel, and names more
-// strictly: a name must begin at the start of a string.
+// parse reads BTF whose type and string numbers continue those of base. It checks type numbers as strictly as the
+// kernel, and names more strictly: a name must begin at the start of a string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
@@ -164,7 +164,7 @@ func parse(data []byte, base *Types) (*Types, error) {
 		return nil, fmt.Errorf("read the table of strings: %w", err)
 	}
 	switch n := len(own); {
-	case n == 0 && len(base.strings) > 0: // a module need not have names of its own
+	case n == 0 && len(base.strings) > 0: // the BTF of a module need not contain names of its own
 	case n == 0 || own[n-1] != 0 || len(base.strings) == 0 && own[0] != 0:
 		return nil, errors.New("the table of strings is missing, or does not begin and end with a zero byte")
 	}
@@ -205,7 +205,7 @@ func head(typ []byte) (kind uint32, parts int) {
 	return info >> 24 & 0x1f, int(info & 0xffff)
 }
 
-// checkType checks the names and type numbers to which one type refers.
+// checkType returns an error if one type refers to a name or to a type number that does not exist.
 func (t *Types) checkType(typ []byte, base *Types) error {
 	word := func(i int) uint32 { return binary.LittleEndian.Uint32(typ[4*i:]) }
 	kind, parts := head(typ)

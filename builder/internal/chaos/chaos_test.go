@@ -37,7 +37,7 @@ var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
-		t.Skip("it takes up to a minute")
+		t.Skip("left out with -short; make test runs it")
 	}
 	run := shortRun
 	if text := os.Getenv("PREBAKE_CHAOS"); text != "" {

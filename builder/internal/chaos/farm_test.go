@@ -116,7 +116,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
 	if err != nil || len(found) == 0 {
-		t.Skip("PostgreSQL is not installed: make setup does it")
+		t.Fatalf("PostgreSQL is not installed: make setup installs it (deploy/setup.sh); %v", err)
 	}
 	bin := filepath.Dir(found[len(found)-1])
 	// t.TempDir does not suit the socket: its path may have more than the 107 bytes that a socket's path can have, and

@@ -23,24 +23,24 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insideAsk is the work folder of a conftest question inside the sandbox. A question is one call of the driver's
-// conftest.sh. Each question has its own work folder, /tmp and fault file (see guard.go), and can write to nothing
-// else.
+// insideAsk is the work folder of one conftest test inside the sandbox. A test is one call of the driver's conftest.sh.
+// Each test has its own work folder, /tmp and fault file (see guard.go), and can write to nothing else.
 const insideAsk = "/prebake/ask"
 
-// Limits in bytes for an answer, for the plan and for one file of the folder conftest/.
+// Limits in bytes for the result of a test, for the plan and for one file of the folder conftest/.
 const (
 	maxAnswer = 64 << 10
 	maxPlan   = 1 << 20
 	maxHeader = 4 << 20
 )
 
-// errUseMake means that this package cannot answer conftest's questions before `make` asks them. The build continues,
-// and `make` runs conftest itself, which takes longer.
+// errUseMake means that this package cannot provide the results of conftest.sh's tests. The build continues: `make`
+// runs the tests itself, which takes longer.
 var errUseMake = errors.New("the command make has to run conftest.sh itself")
 
-// answerer answers conftest's questions before `make` asks them. It uses a stored answer if the question and the view
-// (see view.go) are equal. Otherwise it runs the test in a sandbox that shows only files that the answer's key covers.
+// answerer provides the results of conftest.sh's tests before `make` runs. It uses a stored result if the test and the
+// view (see view.go) are the same. Otherwise it runs the test in a sandbox that shows only files that the result's key
+// covers.
 type answerer struct {
 	*build
 	view   *view
@@ -55,8 +55,8 @@ type answerer struct {
 	present, wrapperDir string
 }
 
-// answerQuestions writes conftest's answers into the staged sources. If the error wraps errUseMake, the staged sources
-// are unchanged.
+// answerQuestions writes the results of conftest.sh's tests into the staged sources. If the error wraps errUseMake, the
+// staged sources are unchanged.
 func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -103,7 +103,7 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 	return conftest.Answers{}, nil
 }
 
-// findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If the plan is not in
+// findPlan returns the plan: the list of the conftest.sh tests that the driver's makefiles run. If the plan is not in
 // the cache, `make` runs the driver's sanity checks and writes the plan.
 func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
@@ -119,7 +119,8 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	// Here `make` gets its own copy of the sources. It sees masked headers, so its changes must not get into the build.
+	// Here `make` sees masked headers, so the files that it changes must not get into the build. It gets its own copy
+	// of the sources.
 	dir := filepath.Join(a.r.WorkDir, "plan")
 	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
 	if err := os.MkdirAll(told, 0o755); err != nil {
@@ -195,19 +196,20 @@ func appendTo(file, text string) error {
 	})
 }
 
-// question is one call of conftest.sh.
+// question is one call of conftest.sh. The call runs one test, or lists the driver's patches.
 type question struct {
 	name, key string
-	test      string   // the only test that this question's copy of conftest.sh contains; "" means no test
+	test      string   // the only compile test in this call's copy of conftest.sh; "" means none
 	argv      []string // the script's arguments from the fifth on
 	headers   string   // the part of conftest/headers.h that the test may see
-	// header is the precompiled header that the question's program begins with; nil means none. lines are the program's
+	// header is the precompiled header with which the test's program begins; nil means none. lines are the program's
 	// first lines after the script's own lines, up to the include of the precompiled header's last file.
 	header *sharedHeader
 	lines  []string
 }
 
-// find returns the files of the folder conftest/. It runs the tests without a stored answer and stores the new answers.
+// find returns the files of the folder conftest/. It runs the tests that have no stored result, and stores the new
+// results.
 func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
@@ -229,7 +231,7 @@ func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The release may be empty here: headers.h has it in a comment only.
+	// The kernel's release may be empty here, because headers.h contains it only in a comment.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
 			a.present = f.Text
@@ -262,7 +264,8 @@ func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	return a.plan.Files(headers, tests, tests[conftest.ModePatches], release), nil
 }
 
-// ask returns the answer to each question, by the question's name. It runs the tests without a stored answer.
+// ask returns the output of conftest.sh for each call, by the name of the test. It runs the tests that have no stored
+// result, and adds the new results to a.stored.
 func (a *answerer) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
@@ -275,7 +278,7 @@ func (a *answerer) ask(ctx context.Context, about []question) (map[string]string
 	}
 	remembered := len(found)
 	if _, ok := found[conftest.ModePatches]; ok {
-		remembered-- // the patch list is not a question about the kernel
+		remembered-- // the list of patches is not a test
 	}
 	a.watch.reuse(phaseConftest, remembered)
 	dir := filepath.Join(a.r.WorkDir, "ask")
@@ -316,7 +319,7 @@ func (a *answerer) ask(ctx context.Context, about []question) (map[string]string
 	return found, errors.Join(g.Wait(), context.Cause(ctx))
 }
 
-// askOne runs the driver's conftest.sh for one question in its own sandbox and returns the script's output.
+// askOne runs the driver's conftest.sh for one test in its own sandbox and returns the script's output.
 func (a *answerer) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
@@ -359,7 +362,7 @@ func (a *answerer) askOne(ctx context.Context, q question, dir string) (text str
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release replaces the masked string in the answer to uts_release by the kernel's release.
+// release replaces the masked string in the result of the test uts_release by the kernel's release.
 func (a *answerer) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
@@ -377,8 +380,8 @@ func (a *answerer) release(answer string) (string, error) {
 var answeredScript string
 
 // write writes the files of the folder conftest/. A file comes after the files that it depends on, because `make`
-// compares their times. write also replaces the driver's conftest.sh by a script that only prints the stored answers.
-// So no conftest code of the driver runs in the sandbox of `make`.
+// compares their times. write also replaces the driver's conftest.sh by a script that only prints these results. So no
+// conftest code of the driver runs in the sandbox of `make`.
 func (a *answerer) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
@@ -394,7 +397,7 @@ func (a *answerer) write(files []conftest.File) error {
 	return nil
 }
 
-// unchanged reports whether the files of the folder conftest/ still have the content from write.
+// unchanged reports whether the files of the folder conftest/ still have the content that the method write gave them.
 func (a *answerer) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {

@@ -6,11 +6,12 @@ import (
 	"os"
 )
 
-// setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. The unstripped module,
-// if there is one, gets the same build id. A module without a build id stays unchanged.
+// setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. debug is the path of the
+// unstripped module, which gets the same build id; "" means that there is none. A module without a build id stays
+// unchanged.
 //
-// The linker's build id depends on the debug sections too. With it, stripped modules of builds with and without debug
-// information would differ.
+// The linker's build id also depends on the debug sections. With that build id, a stripped module would depend on
+// whether the build made debug information.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {
@@ -47,9 +48,9 @@ func writeAt(path string, data []byte, at int64) error {
 	})
 }
 
-// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is 0 if there is none.
-// The ELF specification gives the layout of a note: three numbers of 4 bytes (size of the name, size of the content,
-// type), the name, and the content. NT_GNU_BUILD_ID is type 3.
+// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is 0 if the file has no
+// build id. The ELF specification gives the layout of a note: three numbers of 4 bytes (size of the name, size of the
+// content, type), the name, and the content. NT_GNU_BUILD_ID is type 3.
 func findBuildID(path string) (at, size int64, err error) {
 	f, err := openHostELF(path)
 	if err != nil {

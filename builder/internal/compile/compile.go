@@ -1,7 +1,7 @@
 // Package compile turns module sources into .ko files with kbuild, the kernel's own build system. It compiles in a
 // sandbox with the same paths, environment, user and host name on every machine. So equal inputs give equal bytes. The
-// package never downloads and never compiles outside the sandbox. It does not decide whether a module fits the kernel;
-// pkg/modinfo does.
+// package never downloads anything, and never compiles outside the sandbox. It does not decide whether a module fits
+// the kernel; package modcheck does.
 //
 // Inside the sandbox, /prebake/kernel is the header tree and /prebake/toolchain the toolchain, both read-only.
 // /prebake/src is a copy of the sources. Results go to /prebake/out.
@@ -41,21 +41,22 @@ const Recipe = "compile-3"
 
 // Request describes one compilation. Source, Headers, Toolchain, Release, Arch and WorkDir are required.
 type Request struct {
-	// Source is the folder of module sources, which the build copies. Modules needs NVIDIA's kernel/ or kernel-open/.
-	// External needs a folder with a Kbuild file.
+	// Source is the folder of module sources, which the build copies. For [Modules] it is NVIDIA's kernel/ or
+	// kernel-open/. For [External] it is a folder with a Kbuild file.
 	Source string
 	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive.
 	Headers, Toolchain string
 	// Env is the content of COS's file toolchain_env. It sets CC and CXX and may set LD, AR, NM, OBJCOPY, OBJDUMP and
-	// STRIP, each to a program's file name. If CC is missing, the toolchain's gcc compiles, or clang if the kernel's
-	// configuration says CONFIG_CC_IS_CLANG.
+	// STRIP, each to a program's file name. If CC is missing, the build uses the toolchain's gcc or, if the kernel's
+	// configuration says CONFIG_CC_IS_CLANG, the toolchain's clang.
 	Env map[string]string
-	// Release is `uname -r` of the kernel.
+	// Release is the kernel release, as `uname -r` prints it.
 	Release string
-	// Driver is the driver in Source. Modules needs it; External does not.
+	// Driver is the driver in Source. [Modules] needs it; [External] does not.
 	Driver target.Driver
 	Arch   target.Arch
-	// Jobs is `make`'s -j; 0 means the number of CPUs. It does not change the resulting bytes.
+	// Jobs is the number of jobs that `make` runs at once (-j); 0 means the number of CPUs. It does not change the
+	// bytes of the modules.
 	Jobs int
 	// Debug asks for the unstripped modules, with debug information, in Result.Debug. It does not change the stripped
 	// modules.
@@ -63,8 +64,8 @@ type Request struct {
 	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that extends the
 	// kernel's. "" means modules without BTF.
 	BTF string
-	// Cache stores conftest's answers and compiled objects. If Cache is nil, the build reuses nothing. Cache does not
-	// change the resulting bytes.
+	// Cache stores the results of conftest.sh's tests, and compiled objects. If Cache is nil, the build reuses nothing.
+	// Cache does not change the bytes of the modules.
 	//
 	// A request with a Cache needs all four digests. HeaderDigest covers the content of Headers, except compile.h and
 	// utsversion.h, whose values the sandbox hides. ToolchainDigest covers the content of Toolchain. SourceDigest covers
@@ -83,17 +84,17 @@ type Request struct {
 // Result is the outcome of a compilation.
 type Result struct {
 	// Modules has the path of each stripped module, by the module's file name without .ko. The files have mode 0644. No
-	// sandbox could write to them.
+	// program in a sandbox could write to them.
 	Modules map[string]string
-	// Debug has the path of each unstripped module, by the same names. Each has the build id of the stripped module. If
-	// Request.Debug is false, the map is empty.
+	// Debug has the path of each unstripped module, by the same names. An unstripped module has the build id of the
+	// stripped one. If Request.Debug is false, the map is empty.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
 }
 
 // Modules compiles NVIDIA's kernel modules. After an error, the result has the phases that ran, but no modules. If the
-// driver does not know the kernel's interfaces, the error is fault.APIBreak with the compiler's first error.
+// driver does not compile against the kernel's interfaces, the error is fault.APIBreak with the compiler's first error.
 func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
@@ -260,7 +261,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// compileSources puts stored answers and objects into the staged sources, runs `make`, and stores the new objects.
+// compileSources puts stored test results and objects into the staged sources, runs `make`, and stores the new objects.
 // Until `make` runs, no sandbox can write to the staged sources.
 func (b *build) compileSources(ctx context.Context) error {
 	var a *answerer
@@ -313,7 +314,7 @@ func (b *build) compileSources(ctx context.Context) error {
 	}
 	defer left.Close()
 	if !a.unchanged(left) {
-		return nil // `make` changed conftest's answers, so the keys of the objects may be wrong
+		return nil // `make` changed the results of conftest's tests, so the objects' keys may be wrong
 	}
 	if err := o.store(ctx, left); err != nil {
 		return diskFull(fmt.Errorf("store compiled objects in the cache: %w", err))
@@ -321,13 +322,13 @@ func (b *build) compileSources(ctx context.Context) error {
 	return nil
 }
 
-// With fewer files to compile than minForPCH, precompiled headers (PCH) are not worth it. Making one takes about as
-// long as compiling three files.
+// With fewer files to compile than minForPCH, precompiled headers (PCH) are not worth it. Making one precompiled header
+// takes about as long as compiling three files.
 const minForPCH = 16
 
 // runMake runs `make` with the guard script in front of the compiler. If the guard recorded a fault of the compiler,
-// runMake returns the fault even if `make` succeeded. Conftest may have treated the fault as an answer about the
-// kernel.
+// runMake returns the fault even if `make` succeeded. A test of conftest.sh may have taken the fault for a fact about
+// the kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -343,8 +344,8 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables that add this package's compiler flags to the kernel's flags. They also switch
-// off kbuild's BTF step.
+// flagVariables returns make variables that add this package's compiler flags to the kernel's flags. If the kernel has
+// BTF for modules, the variables also switch off kbuild's BTF step.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {

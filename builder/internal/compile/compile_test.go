@@ -15,6 +15,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -22,11 +23,7 @@ import (
 // kernel's makefiles, for example for a compiled file.
 func toy(t *testing.T) compile.Request {
 	t.Helper()
-	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install bubblewrap build-essential")
-		}
-	}
+	installed.Programs(t, "bwrap", "make", "gcc", "strip")
 	dir := t.TempDir()
 	write(t, dir, map[string]string{
 		"headers/.config": "CONFIG_MODVERSIONS=y\n# CONFIG_LD_IS_LLD is not set\n",

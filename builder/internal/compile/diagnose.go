@@ -21,7 +21,7 @@ type findings struct {
 	memory  string // a message about missing memory or a killed program
 	disk    string // a message about a full disk
 	make    string // `make`'s first *** line
-	// unanswered is true if `make` asked conftest a question that has no stored answer.
+	// unanswered is true if `make` called conftest.sh for a test that has no stored result.
 	unanswered bool
 	lastLine   string // the last line before `make`'s error that is neither a step nor a message of `make`
 }
@@ -41,7 +41,8 @@ var (
 		`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
-// unanswered is the start of the message with which this package's conftest.sh reports a question without an answer.
+// unanswered is the start of the message with which this package's conftest.sh reports a test that has no stored
+// result.
 const unanswered = "prebake: conftest has no answer: "
 
 const diskFullText = "No space left on device"
@@ -125,7 +126,8 @@ var checks = map[string]struct {
 		"publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
-// contextFault gives a fault kind to an error that the end of the context caused. An existing kind stays.
+// contextFault adds a fault kind to an error that the end of the context caused. An error that has a kind stays
+// unchanged.
 func contextFault(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
@@ -151,7 +153,7 @@ func diagnose(err error, f findings) error {
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
 		return fault.New(fault.OutOfMemory, "the compile was killed, probably because memory ran out", hintMemory)
-	case f.library != "": // before compiler errors: a tool that cannot run gives conftest wrong answers
+	case f.library != "": // before compiler errors: if a tool cannot run, conftest's results are wrong
 		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
 		return fault.New(fault.APIBreak, f.source, hintBreak)

@@ -20,21 +20,22 @@ import (
 // kernel's scripts/Makefile.compiler). With clang these tests take longer than all other work for a sibling kernel or
 // the next driver.
 //
-// The answer depends on the compiler's arguments only. So this package stores the answers once:
+// The result depends on the compiler's arguments only. So this package stores the results once:
 //   - The kernel's makefiles run in a sandbox without any source of a driver. There a wrapper around the compiler
-//     (guard.sh) records each answer.
-//   - In later sandboxes the wrapper returns the stored answer if the arguments are the same.
-//   - A driver's makefiles cannot write to the stored answers.
+//     (guard.sh) records each result.
+//   - In later sandboxes the wrapper returns the stored result if the arguments are the same.
+//   - A driver's makefiles cannot write to the stored results.
 const (
 	insideFlagTests    = "/prebake/flag-tests"
 	insideNewFlagTests = "/prebake/flag-tests-new"
 
 	flagTestKind = "flag-tests-1"
-	maxFlagTests = 4096     // number of stored answers
-	maxFlagTest  = 64 << 10 // bytes of one answer
+	maxFlagTests = 4096     // number of stored results
+	maxFlagTest  = 64 << 10 // bytes of one result
 )
 
-// flagTests shows the stored answers of the kernel's flag tests in all sandboxes of the build.
+// flagTests lets all sandboxes of the build read the stored results of the kernel's flag tests. If no results are
+// stored, it first runs the tests.
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
@@ -52,7 +53,7 @@ func (b *build) flagTests(ctx context.Context, v *view) error {
 	return nil
 }
 
-// testFlags runs the kernel's makefiles for a module without sources, and copies the answers of their flag tests to
+// testFlags runs the kernel's makefiles for a module without sources, and copies the results of their flag tests to
 // dir.
 func (b *build) testFlags(ctx context.Context, variables []string, dir string) error {
 	work := filepath.Join(b.r.WorkDir, "flag-tests")

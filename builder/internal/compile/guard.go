@@ -50,8 +50,8 @@ var (
 )
 
 // compilerFault returns the fault that the guard recorded in a folder, or nil. The guard records a fault if the
-// compiler was killed, crashed, or had no memory or disk space. A fault says nothing about the compiled program, so
-// conftest must not use it as an answer.
+// compiler was killed, crashed, or had no memory or disk space. A fault says nothing about the compiled program, so it
+// must not become the result of a conftest test.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {

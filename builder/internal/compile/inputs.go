@@ -19,7 +19,7 @@ type fileFacts struct {
 	named  map[string]bool // the scanner's names that occur in the file
 	pastes map[string]bool // parts of names, which the preprocessor joins with ##
 	hides  bool            // true if the file includes files that are missing in every dependency list
-	asks   bool            // true if the file asks whether some file exists
+	asks   bool            // true if the file tests whether some file exists
 }
 
 // nameScanner looks for names in files. It reads each file once.
@@ -47,7 +47,7 @@ var (
 	pasted = regexp.MustCompile(`(\w*)\s*##\s*(\w*)`)
 	// Directives of the assembler and of C23 that include a binary file.
 	takesIn = regexp.MustCompile(`\.incbin\b|#\s*embed\b`)
-	// Questions of the preprocessor whose answers depend on files that no dependency list has.
+	// Operators of the preprocessor whose values depend on files that are in no dependency list.
 	asksFor = regexp.MustCompile(`\b__has_(?:include|embed)`)
 )
 
@@ -154,8 +154,8 @@ func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 }
 
 // driverFile adds one of the driver's files to the variant and returns the file's facts. It returns nil if the file
-// cannot be an input. It does not add a header with conftest's answers, because only some lines are inputs (see
-// answersAbout).
+// cannot be an input. It does not add a header with results of conftest's tests, because only some lines of the header
+// are inputs (see answersAbout).
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -178,8 +178,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that the view hides more than
-// the values of macros. The cache keeps no object that includes a header with a nil list.
+// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that the view hides more of
+// this header than the values of macros. The cache keeps no object that includes a header with a nil list.
 func (o *objects) hiddenMacros() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// driverNames are the paths of a driver's files. A dependency list has the files that the compiler found. It does not
-// say in which folders the compiler looked before.
+// driverNames has the paths of a driver's files. They are among an object's inputs: a dependency list names the files
+// that the compiler found, but not the folders in which the compiler looked before.
 type driverNames struct {
 	byBase map[string][]string // sorted slash paths, by base name
 	// kernel has the paths that may hide a header of the kernel: one of their folders has the name of a folder with the

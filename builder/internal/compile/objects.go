@@ -23,7 +23,7 @@ import (
 // The object cache keeps each object together with its inputs:
 //   - the content of the driver's files that the compiler read, and the paths of all files of the driver with the same
 //     base names, because a file that comes earlier in the search for an include would hide the one that was read,
-//   - the conftest answers about macros whose names occur in these files or in the kernel's headers,
+//   - the results of conftest's tests about macros whose names occur in these files or in the kernel's headers,
 //   - the driver's version, if the files contain the name of its macro.
 //
 // The key [objects.base] covers everything else that decides the bytes of an object. So the next driver of a branch, or
@@ -73,7 +73,8 @@ type variant struct {
 	Version string `json:"version"`
 }
 
-// newObjects prepares the object cache for a build whose conftest answers are known.
+// newObjects prepares the object cache for a build. The results of conftest's tests, which are among the inputs of
+// objects, must be known.
 func (b *build) newObjects(v *view, a *answerer) (*objects, error) {
 	o := &objects{build: b, view: v, answers: a.files, tree: newNameScanner(answerNames(a.files)),
 		restored: map[string]bool{}}
@@ -104,13 +105,13 @@ var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
 	versionLine  = regexp.MustCompile(
 		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
-	// Lists of conftest questions. The patterns allow only plain words, which neither the shell nor `make` expands.
+	// Lines that list conftest tests. The patterns allow only plain words, which neither the shell nor `make` expands.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 
 // makefiles returns a digest of all files of the driver that can change the compile commands: everything but sources,
-// headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines that only list conftest questions or set
-// the driver's version, because these are inputs of each object.
+// headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines that only list conftest tests or set the
+// driver's version, because these are inputs of each object.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
 	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
@@ -148,7 +149,7 @@ func (b *build) makefiles() (string, error) {
 
 var answerLine = regexp.MustCompile(`^\s*#\s*(?:define|undef)\s+(\w+)`)
 
-// answerNames returns the macros that conftest's answers define or undefine.
+// answerNames returns the macros that the results of conftest's tests define or undefine, and NV_VERSION_STRING.
 func answerNames(files map[string]string) map[string]bool {
 	names := map[string]bool{"NV_VERSION_STRING": true}
 	for _, text := range files {
@@ -161,13 +162,13 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// isAnswerHeader reports whether sources include a file of the folder conftest/, as they do conftest/types.h. No
-// compiler reads the other files. There is one for each question, such as compile-tests/drm_available.h, and `make`
-// builds the headers from them.
+// isAnswerHeader reports whether a file of the folder conftest/ is a header that sources include, such as
+// conftest/types.h. The compiler does not read the other files, such as compile-tests/drm_available.h: they have the
+// result of one test each, and `make` builds the headers from them.
 func isAnswerHeader(name string) bool { return path.Ext(name) == ".h" && !strings.Contains(name, "/") }
 
-// answersAbout returns the lines of conftest's answers that define or undefine one of the given macros. It also returns
-// every other kind of line, because any file may depend on it.
+// answersAbout returns the lines with test results that define or undefine one of the given macros. It also returns
+// every line that defines or undefines no macro, because any file may depend on such a line.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
@@ -187,7 +188,8 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	return b.String()
 }
 
-// inputs returns the digest of a variant's inputs in this build. It returns false if one of the files is missing.
+// inputs returns the digest of a variant's inputs in this build. It returns false if one of the variant's files is
+// missing.
 func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, bool) {
 	key := cas.NewKey("inputs")
 	named, pastes := map[string]bool{}, map[string]bool{}

@@ -20,12 +20,12 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// For a conftest question, the compiler spends most of its time on reading the kernel's headers. Questions whose
-// programs begin with the same headers share one precompiled header.
+// For a conftest test, the compiler spends most of its time on reading the kernel's headers. Tests whose programs begin
+// with the same headers share one precompiled header.
 //
-// The driver's conftest.sh makes the precompiled header in a sandbox of its own, without tests of the driver. Every
-// answer's key covers all files in that sandbox. The answers are the same as without a precompiled header, which
-// TestRealSameBytes checks.
+// The driver's conftest.sh makes the precompiled header in a sandbox of its own, without the driver's tests. The key of
+// every stored result covers all files in that sandbox. The results are the same as without a precompiled header;
+// TestRealSameBytes checks this.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
@@ -44,7 +44,7 @@ var headerScript string
 //go:embed beginmake.sh
 var headerMakeScript string
 
-// sharedHeader is one precompiled header that several questions share.
+// sharedHeader is one precompiled header that several tests share.
 type sharedHeader struct {
 	headers []string // the kernel's headers in it, in the order of their includes
 	// workDir is the work folder of this precompiled header. dir is the folder in it with the header itself; later
@@ -57,14 +57,14 @@ type sharedHeader struct {
 	// prefix has the lines that the script puts before every program. It is nil if the compiler could not make or use the
 	// precompiled header.
 	prefix []string
-	left   int // number of questions that have no answer yet
+	left   int // number of tests that have no result yet
 }
 
-// assignHeaders gives one shared header to the questions whose programs begin with the same headers. It prefers the
-// longest common beginning.
+// assignHeaders assigns one shared header to each group of tests whose programs begin with the same headers, if the
+// group is large enough. If several shared headers are possible, it chooses the longest common beginning.
 func (a *answerer) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
-		return // the kernel's headers depend on answers, so they may differ between questions
+		return // the kernel's headers depend on results of tests, so they may differ between tests
 	}
 	candidates := make([][]conftest.Prefix, len(open))
 	longest, made, least := 0, 0, minForHeader
@@ -99,7 +99,7 @@ func (a *answerer) assignHeaders(open []question, dir string) {
 	}
 }
 
-// task is either a precompiled header to make or, if header is nil, a question to ask.
+// task is either a precompiled header to make or, if header is nil, a test to run.
 type task struct {
 	header   *sharedHeader
 	question question
@@ -132,7 +132,7 @@ func schedule(open []question) []task {
 	return append(all, plain...)
 }
 
-// countAnswer counts one answered question. After the last question it removes the precompiled header.
+// countAnswer counts one finished test. After the last test that shares the precompiled header, it removes the header.
 func (b *sharedHeader) countAnswer() error {
 	if b == nil {
 		return nil
@@ -173,7 +173,7 @@ func (b *sharedHeader) ensure(ctx context.Context, a *answerer) error {
 func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) error {
 	script, test, err := a.script.OnlyHeaders(b.headers)
 	if err != nil {
-		return nil //nolint:nilerr // this script has another form: its questions get no precompiled header
+		return nil //nolint:nilerr // this script has another form: its tests get no precompiled header
 	}
 	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
 	front, begin := filepath.Join(dir, "front"), filepath.Join(dir, "begin")
@@ -227,7 +227,7 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) er
 	return nil
 }
 
-// withHeader adds the question's precompiled header, if it has one, to the question's sandbox.
+// withHeader adds the test's precompiled header to the test's sandbox. A test without such a header keeps its sandbox.
 func (a *answerer) withHeader(box sandbox.Config, q question) sandbox.Config {
 	if q.header == nil || q.header.prefix == nil {
 		return box
@@ -239,7 +239,7 @@ func (a *answerer) withHeader(box sandbox.Config, q question) sandbox.Config {
 	return box
 }
 
-// askArguments returns the command that runs the driver's script for a question.
+// askArguments returns the command that runs the driver's script for one test.
 func (a *answerer) askArguments(q question) []string {
 	return append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch,
 		a.plan.Sources, a.plan.Output}, q.argv...)

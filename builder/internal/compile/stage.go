@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// stage copies a source tree for a build. It copies a link only if the link's target is inside the tree, and refuses
-// every other kind of file.
+// stage copies the folders, regular files and links of a source tree. A link whose target is outside the tree is an
+// error, and so is every other kind of file.
 func stage(ctx context.Context, src, dst string) error {
 	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {

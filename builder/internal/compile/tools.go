@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. Debug information contains these paths, and the linker computes build ids over debug
-// information. So if one path changes, every module changes.
+// Paths inside the sandbox. Debug information contains these paths. So if one path changes, the unstripped modules
+// change, and the stripped modules may change.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -58,10 +58,10 @@ var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 // hostClang is the compiler in COS's toolchains for programs that run during the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
-// clangFlags switch -Werror off for the driver's sources and conftest's programs. Conftest counts any compiler error as
-// an answer. With the kernel's CONFIG_WERROR, as in 5.15, clang's warning about an undeclared function becomes an
-// error, and conftest concludes that the kernel has the function. With gcc this warning is off. A flag of the form
-// -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such flags.
+// clangFlags switch -Werror off for the driver's sources and conftest's programs. For a test of conftest.sh, any
+// compiler error is a result. With the kernel's CONFIG_WERROR, as in 5.15, clang's warning about an undeclared function
+// becomes an error, and conftest concludes that the kernel has the function. With gcc this warning is off. A flag of
+// the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such flags.
 //
 // The kernel's flags contain -Werror=strict-prototypes. Older drivers do not compile with this flag, because clang
 // applies the rule more strictly than gcc. COS's own build farm switches it off too.
@@ -72,7 +72,8 @@ type toolchain string
 
 func (t toolchain) has(name string) bool { return t.pathOf(name) != "" }
 
-// pathOf returns the path of a program inside the sandbox, or "" if the toolchain does not have it.
+// pathOf returns the path that a program of the toolchain has inside the sandbox, or "" if the toolchain does not have
+// it.
 func (t toolchain) pathOf(name string) string {
 	for _, dir := range []string{"bin", "usr/bin"} {
 		// Lstat, because the target of a link may exist only inside the sandbox.
@@ -160,8 +161,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
-	// Kbuild chooses some flags by the compiler and others by the kernel's configuration. If the two disagree, nobody has
-	// tested the modules.
+	// Kbuild chooses some flags by the compiler and others by the kernel's configuration. If the two disagree, nobody
+	// has tested the resulting modules.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
@@ -193,8 +194,9 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not name the assembler that
-		// built the kernel. Then the toolchain's GNU assembler is used, or clang's own if there is none.
+		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not name the assembler
+		// that built the kernel. Then the toolchain's GNU assembler is used, or clang's own if the toolchain has no GNU
+		// assembler.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"debug/elf"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -13,6 +12,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // kernelTypes are the types in the BTF of the toy kernel. A module that uses int must refer to the kernel's int and not
@@ -25,10 +25,7 @@ func typedToy(t *testing.T, config string) compile.Request {
 	t.Helper()
 	r := toy(t)
 	for _, tool := range []string{"pahole", "objcopy"} {
-		path, err := exec.LookPath(tool)
-		if err != nil {
-			t.Skip(tool + " is missing: apt-get install dwarves binutils")
-		}
+		path := installed.Program(t, tool)
 		if tool == "objcopy" {
 			if err := os.Symlink(path, filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-objcopy")); err != nil {
 				t.Fatal(err)

@@ -24,9 +24,9 @@ import (
 // and version strings, the salt of the build ids, and the checksums in Module.symvers. A file with a hidden part is
 // masked: the view has a replacement for it.
 //
-// Conftest's answers and compiled objects are stored under a view's digest, so sibling kernels share them. No stored
-// result may contain a hidden part:
-//   - The sandboxes of conftest's questions show only the replacements.
+// Results of conftest's tests and compiled objects are stored under a view's digest, so sibling kernels share them. No
+// stored result may contain a hidden part:
+//   - The sandboxes of conftest's tests show only the replacements.
 //   - `make`'s sandbox shows the real files, but the recorder (see inputs.go) stores no object that may contain a
 //     hidden part.
 type view struct {
@@ -63,7 +63,7 @@ func dropSalt(text []byte) []byte {
 
 func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
 
-// masks returns a function for each masked file. The function turns the file's content into the replacement.
+// masks returns a function for each masked file. The function returns the replacement of the file's content.
 func masks() map[string]func([]byte) []byte {
 	return map[string]func([]byte) []byte{
 		".config":                        dropSalt,

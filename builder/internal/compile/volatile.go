@@ -21,7 +21,7 @@ var volatileHeaders = []string{"include/generated/compile.h", "include/generated
 
 var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
 
-// hideStrings returns a header that only defines the same string macros, with a fixed value.
+// hideStrings returns a header that defines only the string macros of the given header, with a fixed value.
 func hideStrings(text []byte) []byte {
 	var shown strings.Builder
 	for _, m := range stringDefinition.FindAllSubmatch(text, -1) {

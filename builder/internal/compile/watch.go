@@ -92,8 +92,8 @@ func countWork(src string) work {
 // maxLine is the number of bytes that a watch examines at the start of each line.
 const maxLine = 64 << 10
 
-// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and keeps
-// the lines for a diagnosis. Only one goroutine may write to it at a time.
+// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and collects
+// the findings for a diagnosis. Only one goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error
@@ -129,8 +129,8 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done counts the steps that `make`
-// took.
+// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done is the number of steps that ran,
+// without the reused ones.
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]

@@ -6,7 +6,8 @@ import (
 	"strings"
 )
 
-// Basis has everything that decides a stored answer, except the script, the script's arguments and the question.
+// Basis has everything that decides the result of a test, except the script, the script's arguments and the test
+// itself.
 type Basis struct {
 	// View is the digest of the kernel view (see the package comment). A running script may see only kernel files that
 	// this digest covers.
@@ -14,17 +15,17 @@ type Basis struct {
 	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs ([sandbox.HostTools]).
 	// Recipe is the version of the code that runs the script (Recipe in builder/internal/compile).
 	Toolchain, Host, Recipe string
-	// Macros is true if a kernel header contains a presence macro (NV_..._PRESENT) or NV_VERSION_STRING. Then an answer
+	// Macros is true if a kernel header contains a presence macro (NV_..._PRESENT) or NV_VERSION_STRING. Then a result
 	// may depend on the whole of headers.h and on the driver's version.
 	Macros bool
 }
 
-// Answers has the answers to questions, by the question's key. [Keyer] makes the keys.
+// Answers has the results of tests, by the test's key. [Keyer] returns the keys.
 type Answers map[string]string
 
 const maxAnswers = 1 << 20 // in bytes; pkg/cas stores no larger fact
 
-// ReadAnswers parses the text of [Answers.Bytes]. If the text is not valid, it returns an empty map.
+// ReadAnswers parses the text of [Answers.Bytes]. If the text is not valid, ReadAnswers returns an empty map.
 func ReadAnswers(raw []byte) Answers {
 	s := Answers{}
 	if json.Unmarshal(raw, &s) != nil || s == nil {
@@ -33,7 +34,7 @@ func ReadAnswers(raw []byte) Answers {
 	return s
 }
 
-// Bytes returns the answers as text for [ReadAnswers], or nil if the text is too large to be stored.
+// Bytes returns the results as text for [ReadAnswers], or nil if the text is too large to be stored.
 func (s Answers) Bytes() []byte {
 	raw, err := json.Marshal(s)
 	if err != nil || len(raw) > maxAnswers {
@@ -42,7 +43,7 @@ func (s Answers) Bytes() []byte {
 	return raw
 }
 
-// Keyer makes the cache keys for one driver's questions.
+// Keyer computes the cache keys for the tests of one driver.
 type Keyer struct {
 	script *Script
 	plan   *Plan
@@ -56,9 +57,9 @@ var (
 	presence    = regexp.MustCompile(`\bNV_\w+_PRESENT\b`)
 )
 
-// NewKeyer prepares keys for the questions of a plan.
+// NewKeyer returns a Keyer for the tests of a plan.
 //
-// [Keyer.Flags] and the keys leave out two parts of the compiler's flags, because they do not decide an answer:
+// [Keyer.Flags] and the keys leave out two parts of the compiler's flags, because they do not change a result:
 //   - the script's process number, in the macro KBUILD_BASENAME,
 //   - the driver's version, in the macro NV_VERSION_STRING. If the script contains this macro, or [Basis.Macros] is
 //     true, the version stays.
@@ -70,21 +71,20 @@ func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	return a
 }
 
-// Flags returns the compiler's flags. Every question must be asked with these flags.
+// Flags returns the compiler's flags. Every test must run with these flags.
 func (a *Keyer) Flags() string { return a.flags }
 
-// CacheKey returns the key of the cache entry with all answers. Drivers with the same key share the entry.
+// CacheKey returns the key of the cache entry with all results. Drivers with the same key share the entry.
 func (a *Keyer) CacheKey() string {
 	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey returns the key of the question whether a header exists. "" stands for all headers in the script's own
-// list.
+// HeaderKey returns the key of the test whether a header exists. "" stands for all headers in the script's own list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script does not
-// know the test, TestKey returns false.
+// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script has no such
+// test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok
@@ -112,5 +112,6 @@ func (a *Keyer) Visible(test, headers string) string {
 	return lines.String()
 }
 
-// PatchesKey returns the key of the script's output for [ModePatches], for a driver's sources without patches.
+// PatchesKey returns the key of the script's output for [ModePatches]. The key is valid only for a driver whose sources
+// have no patch files.
 func (a *Keyer) PatchesKey() string { return digest("patches") }

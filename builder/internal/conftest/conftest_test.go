@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/conftest"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // script has the format of NVIDIA's conftest.sh, but is written for this test.
@@ -108,9 +109,7 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 // Kbuild files; deploy/e2e tests NVIDIA's own.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("make"); err != nil {
-		t.Skip("make is missing: apt-get install make")
-	}
+	installed.Program(t, "make")
 	const text = `obj := .
 CC = gcc
 ARCH = x86_64

@@ -1,15 +1,17 @@
-// Package conftest reads NVIDIA's conftest.sh. A question is one test of this script, such as "does this header
-// exist?". The answer is the text that the script prints for the test: #define and #undef lines. The package knows:
-//   - which questions a driver asks about a kernel,
-//   - what decides each answer,
-//   - in which files `make` expects the answers.
+// Package conftest reads NVIDIA's conftest.sh, the script that finds out which interfaces a kernel has. Each of its
+// tests checks one fact, such as whether a header exists. The result of a test is the text that the script prints:
+// #define and #undef lines. In the package's names, a question is a test and an answer is its result. The package
+// reports:
+//   - which tests a driver runs on a kernel,
+//   - what decides each result,
+//   - in which files `make` expects the results.
 //
-// The builder stores answers in the conftest cache by kernel view and compiler. A kernel view is a kernel's header tree
-// without the parts that differ between sibling kernels (see builder/internal/compile/view.go). So a sibling kernel,
-// and the next driver of a branch, reuse the answers.
+// The builder stores the results in the conftest cache by kernel view and compiler. A kernel view is a kernel's header
+// tree without the parts that differ between sibling kernels (see builder/internal/compile/view.go). So a sibling
+// kernel, and the next driver of a branch, reuse the results.
 //
 // The package never guesses. If the format of a script or a plan is unknown, it returns [ErrShape], and its caller lets
-// `make` ask the questions. The package runs no program; builder/internal/compile does that.
+// `make` run the tests. The package runs no program; builder/internal/compile runs conftest.sh.
 package conftest
 
 import (
@@ -23,11 +25,11 @@ import (
 // ErrShape means that a script or a plan has a format that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
-// categories returns the categories of compile tests. For each category, `make` concatenates the answers into one
+// categories returns the categories of compile tests. For each category, `make` concatenates the results into one
 // header, such as functions.h.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
-// Plan has the questions that a driver's Kbuild file asks conftest.sh, and the arguments of the script.
+// Plan has the tests of conftest.sh that a driver's Kbuild file runs, and the arguments of the script.
 type Plan struct {
 	// CC, Arch, Sources and Output are the script's first four arguments.
 	CC, Arch, Sources, Output string
@@ -57,8 +59,8 @@ var planVariables = []struct{ name, expression string }{
 }
 
 // PlanRules returns makefile text for the end of a driver's Kbuild file. With it, `make` runs the driver's sanity
-// checks, writes the plan to the given file, and stops before the first question. The rules add a prerequisite to
-// conftest/uts_release, which `make` makes before every header with answers. This order is in NVIDIA's releases from
+// checks, writes the plan to the given file, and stops before the first test. The rules add a prerequisite to
+// conftest/uts_release, which `make` makes before every header with results. This order is in NVIDIA's releases from
 // 515.43.04 to 595.45.04, and in Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
@@ -162,8 +164,8 @@ func unique(list []string) []string {
 // Files returns the files that `make` would write to the folder conftest/. The caller must write them in this order: no
 // file may be older than the files from which `make` makes it.
 //
-// The two maps have the answers by name. If the plan has no headers, headers[""] is the whole content of headers.h. The
-// other arguments are the script's output for [ModePatches] and for the test uts_release.
+// The two maps have the results by the name of the header or test. If the plan has no headers, headers[""] is the whole
+// content of headers.h. The other arguments are the script's output for [ModePatches] and for the test uts_release.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}

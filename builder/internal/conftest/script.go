@@ -140,9 +140,9 @@ func (s *Script) contains(word string) bool {
 // OneHeader reports whether one call of the script tests one header, not all headers in the script's own list.
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
-// Question returns a script with only the given compile test. For "", the script has no compile test. [Keyer.CacheKey]
-// and [Keyer.TestKey] together cover the script's text, so callers run it instead of the whole script. If the script
-// lacks the test, or the test calls another test, the error is ErrShape.
+// Question returns a script with only the given compile test. For "", the script has no compile test. Callers run the
+// returned script instead of the whole one, because [Keyer.CacheKey] and [Keyer.TestKey] together cover its text. If
+// the script lacks the test, or the test calls another test, the error is ErrShape.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {

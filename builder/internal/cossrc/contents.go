@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Contents says what an archive of a COS build has. It is for people who must find out why [Fetch] refused the archive,
-// so nothing in it is checked.
+// Contents describes what an archive of a COS build contains. It is for people who must find out why [Fetch] refused
+// the archive, so nothing in it is checked.
 type Contents struct {
 	Material Material
 	Format   archive.Format
@@ -40,7 +40,7 @@ type Contents struct {
 	Release string
 }
 
-// Bounds on the names in Contents, and on the names that are remembered while an archive is read.
+// Maximum numbers of names in Contents, and of names that are remembered while an archive is read.
 const (
 	maxFolders  = 24
 	maxPrograms = 24
@@ -85,7 +85,7 @@ func readContents(ctx context.Context, p part, o archive.Options) (Contents, err
 	}
 	c.Format = format
 	err = c.read(ctx, tar.NewReader(io.LimitReader(src, o.Bytes)), o.Entries)
-	// After an error the decoder stops in the middle, so its own error says nothing more.
+	// After an error the decoder has stopped in the middle, so the error of Close adds nothing.
 	if cerr := src.Close(); err == nil && cerr != nil {
 		err = cerr
 	}
@@ -158,7 +158,7 @@ func (c *Contents) note(h *tar.Header, name string, body io.Reader) error {
 	case base == ".config" && c.Config == nil:
 		c.Config = text
 	case base == "utsrelease.h" && c.Release == "":
-		// A file that cannot be parsed tells nothing; that it exists is in Files.
+		// A utsrelease.h that cannot be parsed leaves Release empty. Files has its path in any case.
 		c.Release, _ = parseDefine(text, "UTS_RELEASE")
 	}
 	return nil
@@ -173,8 +173,8 @@ func cut(name string, levels int) string {
 	return strings.Join(parts[:min(len(parts), levels)], "/")
 }
 
-// topFolders returns the deepest levels of the folders that have at most maxFolders names together. At the first level,
-// it returns the first maxFolders names.
+// topFolders returns the folders down to the deepest level, at most maxLevels, at which there are no more than
+// maxFolders names. If the first level alone has more, topFolders returns its first maxFolders names.
 func topFolders(seen map[string]bool) []string {
 	for levels := maxLevels; ; levels-- {
 		set := map[string]bool{}

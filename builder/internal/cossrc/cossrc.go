@@ -10,7 +10,7 @@
 //   - include/generated/compile.h, which says who compiled the kernel, where and when;
 //   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them.
 //
-// No module can print the content of these two files, because package compile hides them from the compiler.
+// No module can contain a text of these two files, because package compile hides their values from the compiler.
 //
 // Any other difference gives another fingerprint, even if the same modules fit both kernels. The price is a needless
 // build. With one fingerprint for two different kernels, a node would load modules that do not fit.
@@ -96,8 +96,8 @@ var (
 	bootLimits      = archive.Options{Entries: 20_000, Bytes: 2 << 30}
 )
 
-// Fetch fetches the kernel inputs of one COS build into the cache. Progress is reported one line at a time; the
-// callback may be nil.
+// Fetch fetches the kernel inputs of one COS build into the cache. It calls say with its progress, one line at a time;
+// say may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string),
 	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
@@ -199,8 +199,8 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	return in, nil
 }
 
-// withXZ adds the path of the program xz, if there is one. xz in Go takes more than a minute for a toolchain of
-// gigabytes; the program is faster.
+// withXZ adds the path of the program xz to the options, if this machine has it. The program is faster than the decoder
+// in Go, which takes more than a minute for a toolchain of gigabytes.
 func withXZ(o archive.Options) archive.Options {
 	if tool, err := exec.LookPath("xz"); err == nil {
 		o.XZTool = tool

@@ -152,7 +152,7 @@ func readDefine(dir, name, macro string) (string, error) {
 	return value, nil
 }
 
-// parseDefine returns the value of `#define MACRO "value"`, or "" if there is none.
+// parseDefine returns the value of the first line `#define MACRO "value"`, or "" if the text has no such line.
 func parseDefine(text []byte, macro string) (string, error) {
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	for lines.Scan() {

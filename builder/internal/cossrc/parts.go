@@ -49,7 +49,7 @@ func (f *fetcher) tryLayouts(name string, ask func(at string) error) error {
 		fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
 }
 
-// readSmall reads an object of limited size in bytes.
+// readSmall reads a small object into memory. The limit is in bytes.
 func (f *fetcher) readSmall(ctx context.Context, name string, limit int64) (data []byte, m Material, err error) {
 	err = f.tryLayouts(name, func(at string) error {
 		data, m, err = f.Small(ctx, at, limit)
@@ -128,8 +128,8 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	return part{material: m, at: dir}, nil
 }
 
-// treeDigest returns the digest of what was made from an object. The cache keeps it by the object's digest, so it is
-// computed once.
+// treeDigest returns the digest of the tree that was made from an object. The cache stores this digest by the object's
+// own digest, so that it is computed only once.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
 	if known, ok := f.Cache.Fact(digestKind, key); ok {
@@ -161,7 +161,7 @@ func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucke
 	}
 }
 
-// getter fetches one object with the given fetcher, and returns what it made of the object.
+// getter fetches one object with the given fetcher, and returns the resulting file or unpacked tree.
 type getter func(ctx context.Context, from *input.Fetcher, name string) (part, error)
 
 // unpackToolchain returns a getter that unpacks the toolchain into the cache.
@@ -183,7 +183,8 @@ func getFile(ctx context.Context, from *input.Fetcher, name string) (p part, err
 	return p, from.Recheck(ctx, name, sum, p.material)
 }
 
-// toolchain gets the toolchain, from this bucket or else from the place in one of the pointers.
+// toolchain fetches the toolchain from this bucket. If the bucket lacks it, toolchain fetches it from the place that
+// one of the pointers names.
 func (f *fetcher) toolchain(ctx context.Context, get getter) (p part, err error) {
 	none := f.tryLayouts(cosbucket.ToolchainName(f.kernel), func(at string) error {
 		p, err = get(ctx, &f.Fetcher, at)
@@ -211,7 +212,8 @@ func (f *fetcher) toolchain(ctx context.Context, get getter) (p part, err error)
 	return part{}, none
 }
 
-// follow gets the toolchain from the first place that has it. The given pointer lists the places.
+// follow fetches the toolchain from the first of the places that has it. The given pointer is the object that lists the
+// places.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, get getter) (part,
 	error) {
 	absent := fmt.Errorf("the toolchain is not at the place that %s names", pointer.URI)
@@ -229,7 +231,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)), pointer.Name))
 }
 
-// getAt gets the toolchain from one place in another bucket.
+// getAt fetches the toolchain from one place in another bucket.
 func (f *fetcher) getAt(ctx context.Context, at cosbucket.Pointer, get getter) (_ part, err error) {
 	b, err := f.bucket.Sibling(ctx, at)
 	if err != nil {

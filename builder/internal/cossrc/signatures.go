@@ -27,7 +27,8 @@ const (
 	maxTrustedKey = 1 << 20
 )
 
-// FetchSignatures fetches Google's signatures for a driver version. It returns nil if the COS build has none.
+// FetchSignatures fetches Google's signatures for a driver version. It returns nil if the COS build has no signatures
+// for this version.
 func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
@@ -61,8 +62,8 @@ type SignedDriver struct {
 	Materials []Material
 }
 
-// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If there is none of this
-// version, the error is fault.InputMissing.
+// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If the COS build has no signed
+// driver of this version, the error is fault.InputMissing.
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}

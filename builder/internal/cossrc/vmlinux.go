@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// hasVMLinux asks whether the bucket has vmlinux. It reads nothing, because vmlinux has hundreds of megabytes.
+// hasVMLinux reports whether the bucket has vmlinux. It does not read vmlinux, which has hundreds of megabytes.
 func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 	err := f.tryLayouts(cosbucket.VMLinuxName(f.kernel), func(at string) error {
 		r, _, err := f.bucket.Get(ctx, at)
@@ -26,8 +26,8 @@ func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 	return err == nil, err
 }
 
-// FetchVMLinux fetches vmlinux, the linked kernel, into the cache and returns its path. If the bucket has none, the
-// error is fault.InputMissing. Progress is reported one line at a time; the callback may be nil.
+// FetchVMLinux fetches vmlinux, the linked kernel, into the cache and returns its path. If the bucket has no vmlinux,
+// the error is fault.InputMissing. FetchVMLinux calls say with its progress, one line at a time; say may be nil.
 func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	say func(string)) (file string, m Material, err error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}

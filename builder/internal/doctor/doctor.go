@@ -63,7 +63,7 @@ type Config struct {
 	// GuestInit and NVMLProbe are paths of the load test's programs.
 	GuestInit, NVMLProbe string
 	// Mirrors are the URLs of buckets with kernels and drivers. Destinations are where builds publish. Key is the
-	// reference of the signing key. Run tries those that are set.
+	// reference of the signing key. Run checks those of them that are set.
 	Mirrors      []string
 	Destinations []string
 	Key          string
@@ -77,7 +77,8 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
-	// Sandbox runs an empty sandbox. Limits is like [sandbox.SupportedLimits].
+	// Sandbox starts a sandbox that does nothing, and returns an error if the sandbox does not work. Limits returns
+	// what [sandbox.SupportedLimits] returns on this machine.
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
 	// Memory is the number of bytes that this process may use. Processors is the number of processors that it may use.
@@ -90,7 +91,7 @@ type Machine struct {
 	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror, Destination and Key each try one such entry of Config.
+	// Mirror, Destination and Key each check one entry of the Config field with a similar name.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
 	// MayGo returns a [fault.PublishRefused] error if artifacts of a flavour may not go to a destination.
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
@@ -105,7 +106,7 @@ type examination struct {
 	r *Report
 }
 
-// Run makes all checks and returns their findings.
+// Run does all checks and returns their findings.
 func Run(ctx context.Context, c Config, m Machine) *Report {
 	e := &examination{Config: c, m: m, r: &Report{Findings: []Finding{}}}
 	e.sandbox(ctx)
@@ -136,7 +137,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail adds a finding for an error, with the error's hint or else the given remedy.
+// fail adds a finding for an error. The finding has the error's hint or, if the error has none, the given remedy.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint
@@ -306,8 +307,8 @@ func (e *examination) loadTest() {
 // earliestDate is before the release of this program. A clock that shows an earlier date is wrong.
 func earliestDate() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 
-// armHelpers looks for the programs that load tests of arm64 drivers also need. If one is missing, it adds a finding
-// and returns false.
+// armHelpers looks for the programs that only load tests of arm64 drivers need. If one is missing, armHelpers adds a
+// finding and returns false.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
 		{e.GuestInit, "drivers for arm64 cannot be load-tested"},

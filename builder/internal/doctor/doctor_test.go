@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -225,9 +226,7 @@ func TestNothingOutside(t *testing.T) {
 // TestBareMachine runs doctor's checks in a sandbox that has hardly any file except this test program.
 func TestBareMachine(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mayPublish returns a function for [Machine.MayGo]. It asks the given rule, with the given registry options of a
-// destination.
+// mayPublish returns a function for [Machine.MayGo]. The function applies the given rule, and opens a destination with
+// the given registry options.
 func mayPublish(
 	rule licence.Rule,
 	options func(destination string) registry.Options,

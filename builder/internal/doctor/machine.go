@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Real returns the functions and facts of this machine. The rule decides about destinations, the callback returns their
-// registry options, and the sign options load a key.
+// Real returns the functions and facts of this machine. rule decides which destinations may get artifacts, options
+// returns a destination's registry options, and keys are options for loading a signing key.
 func Real(rule licence.Rule, options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
@@ -96,8 +96,7 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// checkReachable returns an error if a bucket cannot be read. If the bucket answers that an object is missing, it can
-// be read.
+// checkReachable returns an error if a bucket cannot be read. A bucket that reports an object as missing can be read.
 func checkReachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

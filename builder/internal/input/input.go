@@ -2,8 +2,8 @@
 // describes it for the provenance. If the cache has content with the published checksum, the package does not fetch it
 // again.
 //
-// The package never keeps bytes that differ from their checksum. It streams objects and holds only small ones, such as
-// toolchain_env, in memory.
+// The package never keeps bytes that differ from their checksum. It reads only small objects, such as toolchain_env,
+// into memory, and streams all others.
 package input
 
 import (
@@ -61,11 +61,12 @@ func (a Algorithm) new() hash.Hash {
 	return sha256.New()
 }
 
-// Sum is a published checksum. The zero value means that there is none.
+// Sum is a published checksum. The zero value means that no checksum is published.
 type Sum struct {
 	Algorithm Algorithm
 	Hex       string
-	// Of is the URL of the checksum's object at the mirror that has the checksum. "" means unknown.
+	// Of is the URL of the object that the checksum describes, at the mirror that published the checksum. "" means
+	// unknown.
 	Of string
 }
 
@@ -143,7 +144,7 @@ func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) 
 	return sum, err
 }
 
-// ChecksumFile reads an object's .md5, or else its .sha256. If it has neither, the sum is zero.
+// ChecksumFile reads an object's .md5, or else its .sha256. If the object has neither, the returned sum is zero.
 func (f *Fetcher) ChecksumFile(ctx context.Context, object string) (Sum, error) {
 	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
 	if fault.Is(err, fault.InputMissing) {
@@ -183,8 +184,9 @@ type fact struct {
 }
 
 // key returns the key of the stored fact about an object with this checksum. It has the bucket's URL but not the
-// object's name, because the COS builds of one milestone have the same toolchain under different names. MD5 collisions
-// add no risk: whoever can put an object with the same MD5 into the bucket can also replace the object itself.
+// object's name, because the COS builds of one milestone have the same toolchain under different names. An MD5
+// collision adds no risk: an attacker who can put an object with the same MD5 into the bucket can also replace the
+// object itself.
 func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
@@ -235,7 +237,8 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 }
 
 // Recheck reads a blob of [Fetcher.Blob] again and compares it with its digest. If the blob is damaged, Recheck fetches
-// it again to the same path. Call it before making something permanent from a blob, which may be a year old.
+// it again to the same path. Call Recheck before making something permanent from a blob, because the blob may have been
+// in the cache for a year.
 func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material) error {
 	err := f.Cache.Verify(ctx, m.Digest)
 	if !fault.Is(err, fault.Checksum) {
@@ -374,8 +377,8 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, io.EOF
 }
 
-// streamError makes the error of a stream that ended early transient. It returns an error unchanged if the error has a
-// kind, or is about a local file or the end of ctx.
+// streamError adds the kind fault.Transient to the error of a stream that ended early. An error that has a kind, or
+// that is about a local file or the end of ctx, stays unchanged.
 func streamError(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||

@@ -19,7 +19,7 @@ import (
 // maxEnv is the maximum number of bytes of toolchain_env that are reported.
 const maxEnv = 16 << 10
 
-// contents reports what each input contains, after a build could not use one of them. cause is the error of that build.
+// contents reports what each input contains, after [cossrc.Fetch] refused one of them. cause is the error of Fetch.
 func (l *inspection) contents(ctx context.Context, cause error, c Config) {
 	for _, at := range cosbucket.Layouts(l.kernel, cosbucket.ToolchainEnvName(l.kernel)) {
 		text, err := l.bucket.ReadSmall(ctx, at, maxEnv)
@@ -60,16 +60,17 @@ func (l *inspection) archive(check string, c cossrc.Contents) {
 	}
 }
 
-// problem reports the error of a part, unless it is the cause of the failure that the findings have already.
+// problem reports the error of a part. It reports nothing if cause, which the findings already contain, includes this
+// error.
 func (l *inspection) problem(check string, err, cause error) {
 	if err != nil && !strings.Contains(cause.Error(), err.Error()) {
 		l.note(check, "%v", err)
 	}
 }
 
-// signatures reports whether Google's signatures are by a key that the kernel trusts. own are the objects of the COS
-// build. If they are unknown, the given versions are tried. It fetches one archive of signed modules at most, because
-// such an archive may have hundreds of megabytes.
+// signatures reports whether Google's signatures are by a key that the kernel trusts. own has the names of the COS
+// build's objects. If own is nil, signatures tries the given versions. It fetches at most one archive of signed
+// modules, because such an archive may have hundreds of megabytes.
 func (l *inspection) signatures(ctx context.Context, own, versions []string, c Config) {
 	modules := versions
 	if own != nil {

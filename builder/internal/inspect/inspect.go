@@ -8,8 +8,8 @@
 //   - whether Google's signatures are by a key that the kernel trusts;
 //   - whether a load test can boot the kernel.
 //
-// After a failure it continues where it can: if a build could not use the inputs, it says what each archive contains.
-// The package never compiles and never writes to the bucket.
+// After a failure, the inspection continues where it can. For example, if a build could not use the inputs, it reports
+// what each archive contains. The package never compiles and never writes to the bucket.
 package inspect
 
 import (
@@ -56,7 +56,8 @@ type inspection struct {
 // maxText is the maximum length of a finding's text, in bytes.
 const maxText = 64 << 10
 
-// add adds a finding. Much of its text comes from the bucket. Characters that a terminal may obey are replaced.
+// add adds a finding. Much of a finding's text comes from the bucket, so add replaces characters that could control a
+// terminal.
 func (l *inspection) add(f doctor.Finding) {
 	f.Text, f.Next = printable(f.Text), printable(f.Next)
 	l.Findings = append(l.Findings, f)
@@ -114,7 +115,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	return &l.Report
 }
 
-// inputs reports what a build would use.
+// inputs reports the kernel inputs that a build would use.
 func (l *inspection) inputs(ctx context.Context, in *cossrc.Inputs) {
 	l.ok("inputs", "kernel %s, commit %s; ABI fingerprint %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
 		in.Fingerprint.Short())
@@ -146,7 +147,7 @@ func (l *inspection) inputs(ctx context.Context, in *cossrc.Inputs) {
 	}
 }
 
-// rootOf returns the names in a folder, for people.
+// rootOf returns the names in a folder as text for people.
 func rootOf(dir string) string {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -170,8 +171,8 @@ func or(text, other string) string {
 	return text
 }
 
-// readObjects returns the names of the objects that a build may read, without those of single drivers. A build needs
-// those in required.
+// readObjects returns the names of the objects that a build may read, without those of single drivers. required has the
+// names of the objects that every build needs.
 func (l *inspection) readObjects() (names []string, required map[string]bool) {
 	k := l.kernel
 	return []string{cosbucket.HeadersName(k), cosbucket.ToolchainEnvName(k), cosbucket.ToolchainName(k),
@@ -267,7 +268,8 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 	}
 }
 
-// vmlinux reports what vmlinux says. With inputs, it compares vmlinux with the headers and makes a kernel image of it.
+// vmlinux reports the facts that the file vmlinux contains. With inputs, it compares vmlinux with the headers and makes
+// a kernel image of it.
 func (l *inspection) vmlinux(file string, in *cossrc.Inputs) (err error) {
 	f, err := os.Open(file)
 	if err != nil {

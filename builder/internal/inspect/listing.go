@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Bounds on what one finding lists.
+// Maximum numbers of names and versions in one finding.
 const (
 	maxNames    = 200
 	maxVersions = 8
@@ -77,7 +77,7 @@ func (l *inspection) listing(ctx context.Context) (own []string) {
 	return own
 }
 
-// isSum reports whether a name is one of a file with a checksum.
+// isSum reports whether a name is the name of a checksum file.
 func isSum(name string) bool {
 	return strings.HasSuffix(name, ".md5") || strings.HasSuffix(name, ".sha256")
 }
@@ -208,7 +208,7 @@ func (l *inspection) runfile(ctx context.Context, b *cosbucket.Bucket, version s
 	return nil
 }
 
-// offered reports a few names of the driver bucket, so that a reader sees how it names its runfiles.
+// offered reports a few names of the driver bucket, so that a reader sees how the bucket names its runfiles.
 func (l *inspection) offered(ctx context.Context, b *cosbucket.Bucket) {
 	names, err := b.List(ctx, "")
 	if err != nil {

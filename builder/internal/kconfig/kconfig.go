@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Max is the maximum size of a configuration in bytes. With every option of a kernel it has 300 KB.
+// Max is the maximum size of a configuration in bytes. A configuration with every option of a kernel has 300 KB.
 const Max = 4 << 20
 
 // Config maps the name of each option that is set, with CONFIG_, to the text in the file: y, m, a number, or a quoted

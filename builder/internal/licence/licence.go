@@ -1,8 +1,8 @@
 // Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence may go to private
 // destinations, and to public ones only if the operator allows it. docs/decisions/0031 explains NVIDIA's licence.
 //
-// The package does not interpret the licence. It does not believe --private for a destination that everybody can read
-// over the internet. It believes a Prebake server that calls itself private, even if everybody can read there. The
+// The package does not interpret the licence. For a destination that everybody can read over the internet, --private
+// has no effect. A Prebake server that calls itself private counts as private, even if everybody can read there: the
 // operator of that server must keep others away from it.
 package licence
 
@@ -50,7 +50,7 @@ type Audience struct {
 	hint string
 }
 
-// String returns a text for people.
+// String returns "public: " or "private: ", and the reason.
 func (a Audience) String() string {
 	if a.Public {
 		return "public: " + a.Reason
@@ -106,8 +106,9 @@ func (r Rule) markedPrivate(name string) bool {
 // lookupTimeout is the time limit of the look-up of a host's addresses.
 const lookupTimeout = 10 * time.Second
 
-// hostNetwork classifies a host by its addresses. internal means that the internet reaches none of them. local means
-// that all belong to this machine. Both are false if the name cannot be resolved, for example behind a proxy.
+// hostNetwork classifies a host by its addresses. internal is true if the internet can reach none of them. local is
+// true if all of them belong to this machine. Both are false if the name cannot be resolved, for example behind a
+// proxy.
 func (r Rule) hostNetwork(ctx context.Context, hostport string) (internal, local bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -132,7 +133,7 @@ func (r Rule) hostNetwork(ctx context.Context, hostport string) (internal, local
 	return internal, local
 }
 
-// Check returns a [fault.PublishRefused] error if modules of this flavour may not go to a destination. It runs before
+// Check returns a [fault.PublishRefused] error if artifacts of this flavour may not go to a destination. Call it before
 // the build.
 func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Flavour) error {
 	need := bundle.LicenceOf(f).Redistribution
@@ -146,9 +147,9 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 	return refuse(name, f, who, need)
 }
 
-// Published checks again after the publication to a destination that the operator marked as private. If a client
-// without credentials can read the artifact over the internet, the error is [fault.PublishRefused]. Destinations that
-// are private for another reason are not examined.
+// Published repeats the check after an artifact was published to a destination that the operator marked as private. If
+// a client without credentials can read the artifact over the internet, the error is [fault.PublishRefused].
+// Destinations that are private for another reason are not examined.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.markedPrivate(name) {

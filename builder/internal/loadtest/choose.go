@@ -27,7 +27,8 @@ var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 // vmlinux alone has no modules.
 var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
-// normalise maps module names to NVIDIA's spelling, from names with or without .ko, and with - or _.
+// normalise returns a copy of the map in which each module's name is spelled as in NVIDIA's file names, but without
+// .ko.
 func normalise(modules map[string]string) map[string]string {
 	out := make(map[string]string, len(modules))
 	for name, path := range modules {
@@ -36,14 +37,14 @@ func normalise(modules map[string]string) map[string]string {
 	return out
 }
 
-// plainName returns a module's name in the spelling of NVIDIA's file names.
+// plainName returns a module's name as in NVIDIA's file names: without .ko, and with - in place of _.
 func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
 // choose returns the driver's modules that can be loaded, in load order. The second result has the reason for each
-// other module. The map present has the kernel's modules that the machine loads at boot. The callback returns the
-// modules that a module's file needs.
+// other module. The map present has the kernel's modules that the machine loads at boot. depends returns the names of
+// the modules that the module in a file needs.
 //
 // If the module nvidia itself cannot be loaded, the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,

@@ -1,8 +1,8 @@
 // Package loadtest is the last check before a driver is published. It boots a virtual machine with the modules' kernel,
 // loads the modules, asks NVIDIA's management library (NVML) for the driver version, and unloads the modules.
 //
-// The package does not publish and does not repair. If the machine has no GPU, not even an emulated one, the verdict
-// says so. The test has then not seen the driver run.
+// The package publishes nothing and repairs nothing. If the machine has no GPU, not even an emulated one, a driver gets
+// at best the state [NoDevice]: the test has not shown that the driver works.
 package loadtest
 
 import (
@@ -20,11 +20,12 @@ import (
 
 // These constants are the states of a [Verdict].
 const (
-	// Loaded means that every module was loaded and unloaded, and that NVML answered with the right version.
+	// Loaded means that the kernel loaded and unloaded all modules that the test did not skip, and that the loaded
+	// driver has the right version. NVML reported this version too, except if Verdict.NotAsked is set.
 	Loaded = "loaded"
 	// NoDevice means that the kernel linked the module nvidia and ran it, but the module found no GPU.
 	NoDevice = "loaded, no device"
-	// Rejected means that the kernel or the driver reported an error.
+	// Rejected means that a step failed or did not end, or that the kernel crashed, was tainted or logged a warning.
 	Rejected = "rejected"
 )
 
@@ -43,7 +44,7 @@ type Config struct {
 	// Init and Probe are the paths of guestinit and nvmlprobe for amd64. The programs for arm64 lie beside them:
 	// guestinit-arm64 and nvmlprobe-arm64.
 	Init, Probe string
-	// KernelArgs are added to the kernel's command line, such as module.sig_enforce=1.
+	// KernelArgs are arguments, such as module.sig_enforce=1, that are added to the kernel's command line.
 	KernelArgs []string
 	// Timeout is the time after which the machine is stopped. 0 means 5 minutes.
 	Timeout time.Duration

@@ -21,13 +21,13 @@ type plan struct {
 	version string
 	arch    target.Arch
 	release string   // kernel release in the modules' vermagic
-	madeFor string   // the ABI fingerprint in nvidia.ko's stamp (modinfo.StampSection); "" if it has no stamp
+	madeFor string   // the ABI fingerprint in the stamp of nvidia.ko, an ELF note; "" if nvidia.ko has no stamp
 	gpu     bool     // true if the machine has an emulated GPU
 	modules []string // modules to load, in order
 	skipped map[string]string
 	// idleDRM is true if the module nvidia-drm is empty, because it was compiled for a kernel without DRM.
 	idleDRM bool
-	// notAsked says why NVML cannot be asked; "" if it can.
+	// notAsked is the reason why NVML cannot be asked for its version, or "" if it can be asked.
 	notAsked string
 	files    []vm.File
 	steps    []vm.Step
@@ -175,7 +175,7 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads vermagic, symbols, dependencies and stamp of a module's file.
+// readModule reads vermagic, symbols and dependencies from a module's file, and the ABI fingerprint in its stamp.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {

@@ -23,9 +23,10 @@ type Verdict struct {
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// NotAsked says why NVML was not asked. It is also "" if the test ended before that step.
+	// NotAsked is the reason why this test does not ask NVML. It is "" if the test asks NVML, even if it ended before
+	// that step.
 	NotAsked string `json:"notAsked,omitempty"`
-	// Warnings are the log's lines about an internal problem of the kernel. They reject the driver.
+	// Warnings are the log's lines about an internal problem of the kernel. If there are any, State is Rejected.
 	Warnings []string `json:"warnings,omitempty"`
 	// KernelLog has the last maxKernelLog bytes of the kernel's log since the first load. After a crash it has the end of
 	// the console's output.
@@ -58,7 +59,7 @@ const (
 // maxKernelLog is the maximum size of the log in a verdict, in bytes. The log of a good run fills a fifth of it.
 const maxKernelLog = 32 << 10
 
-// String returns a line for people: "loaded", "loaded, no device: ..." or "rejected: ...".
+// String returns the state and the reason in one line: "loaded", "loaded, no device: ..." or "rejected: ...".
 func (v *Verdict) String() string {
 	if v.Reason == "" {
 		return v.State

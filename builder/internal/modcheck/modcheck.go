@@ -1,6 +1,6 @@
-// Package modcheck checks modules before publishing, without running them. [Stamp] adds a note to a module, the stamp,
-// that says for which kernel it was made. [Check] compares a driver's modules with that kernel: its exported symbols,
-// its configuration and its own modules.
+// Package modcheck checks modules before publishing, without running them. [Stamp] adds the stamp to a module: an ELF
+// note with the ABI fingerprint of the module's kernel. [Check] compares a driver's modules with that kernel: its
+// exported symbols, its configuration and its own modules.
 //
 // The package never compiles, loads or guesses. If the header tree lacks a fact, Check returns an error or skips the
 // check that needs the fact. docs/background/checks.md says what the checks prove and what they cannot prove.
@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe is the version of the stamp's code, and part of the cache keys of modules.
+// Recipe is the version of the code of [Stamp], and part of the cache keys of modules.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
@@ -36,12 +36,12 @@ type Kernel struct {
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint. Every module has it in its stamp, a section that the builder adds. It is "" for
-	// modules that Google signed, because a stamp would change the signed bytes.
+	// Fingerprint is the ABI fingerprint that every module must have in its stamp, the ELF note that [Stamp] adds. It
+	// is "" for modules that Google signed: they have no stamp, because a stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
 	// Version is the driver's version. If it is "", the versions of the modules are not checked.
 	Version string
-	// Open means the flavour open. Then no module's licence may taint the kernel.
+	// Open is true for the flavour open. Then no module's licence may taint the kernel.
 	Open bool
 	// BTF is the path of a file with the kernel's BTF, which the modules' BTF must continue. If it is "", modules that
 	// Prebake compiled must have no BTF.

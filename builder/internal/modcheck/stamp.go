@@ -31,7 +31,7 @@ const maxModule = 1 << 30
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err != nil {
-		return fmt.Errorf("read module: %w", err) // the disk's fault, which a later build may not have
+		return fmt.Errorf("read module: %w", err) // an error of the disk says nothing about the module
 	}
 	if data, err = addStamp(data, f); err != nil {
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("add the ABI fingerprint to %s: %w", src, err),
@@ -60,8 +60,8 @@ func readModule(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// addStamp returns a copy of a relocatable ELF64 file with the note, enlarged section names and enlarged section
-// headers appended. Existing sections stay in place, so no index or offset in them changes.
+// addStamp returns a copy of a relocatable ELF64 file with three parts appended: the note, a longer table of section
+// names, and a longer table of section headers. Existing sections stay in place, so no index or offset in them changes.
 func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
@@ -82,8 +82,8 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// Refuse a number of sections that does not fit into the header after the addition, and a section table outside the
-	// file.
+	// Refuse a section table outside the file. Also refuse a number of sections that, with one more, does not fit into
+	// the header.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
 		return nil, errors.New("the ELF section table is outside the file, or its size is wrong")

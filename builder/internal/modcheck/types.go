@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// checkTypes compares the BTF of every module with the kernel's BTF. If a module's BTF was made for another kernel,
-// this kernel refuses the module or drops the BTF, or tracers show wrong results.
+// checkTypes compares the BTF of every module with the kernel's BTF. With BTF that was made for another kernel, this
+// kernel refuses the module or ignores the BTF, or tracers show wrong results.
 func (k Kernel) checkTypes(modules map[string]string) error {
 	if k.BTF == "" && k.Fingerprint == "" {
 		return nil // Google signed the modules as they are, and Prebake has no BTF of the kernel to compare with

@@ -12,7 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Unstamped returns the bytes that a module had before [Stamp]. Google signs modules without a stamp.
+// Unstamped returns the bytes that a module had before [Stamp] added the ABI fingerprint. Google's signatures are over
+// these bytes.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 
 // Config says what a kernel's configuration decides about module signatures.
 type Config struct {
-	// Checks is true if the kernel supports module signatures. Otherwise it loads every module.
+	// Checks is true if the kernel supports module signatures. A kernel without this support loads every module.
 	Checks bool
 	// Forced is true if the configuration makes the kernel refuse unsigned modules, whatever the command line says.
 	Forced bool

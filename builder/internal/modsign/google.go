@@ -39,7 +39,7 @@ const (
 )
 
 // ReadDetached reads a signature archive, a gzip-compressed tar: the signatures *.ko.sig and the certificates *.pem and
-// *.der. The given root is the content of trusted_key.pem. Without it, only the archive's certificates are used.
+// *.der. root is the content of trusted_key.pem. If root is nil, only the archive's certificates are used.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -87,14 +87,14 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// Attach writes the unsigned module with this name, without .ko, and Google's signature to a new file. The error wraps
-// [ErrLeftOut] if
+// Attach writes an unsigned module, followed by Google's signature of the module with this name (without .ko), to the
+// new file dst. The error wraps [ErrLeftOut] if
 //
 //   - the archive has no signature for the module,
 //   - the signature was made over other bytes, or
 //   - the kernel's root certificate did not certify the signer.
 //
-// It does not wrap ErrLeftOut if the archive is damaged: the signature is malformed, or its signer has no known
+// The error does not wrap ErrLeftOut if the archive is damaged: the signature is malformed, or its signer has no known
 // certificate.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
@@ -123,8 +123,8 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// certified reports whether the kernel's root certificate is a signer's own, or certified it. Without a root
-// certificate it is true.
+// certified reports whether a signer's certificate is a root certificate of the kernel, or was certified by one. If no
+// root certificate is known, certified returns true.
 func (d *Detached) certified(signer *x509.Certificate) bool {
 	return len(d.roots) == 0 || slices.ContainsFunc(d.roots, signer.Equal) ||
 		isCertified(signer, d.certificates, d.roots)

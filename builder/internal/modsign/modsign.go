@@ -3,7 +3,8 @@
 // modules that Google compiled and signed.
 //
 // Equal inputs must give equal modules, so the package refuses keys whose signatures differ from run to run. It refuses
-// a module that is signed already. It verifies every signature before it returns it. Private keys stay in package sign.
+// a module that is signed already. It verifies every new signature before it writes the signed module. Private keys
+// stay in package sign.
 package modsign
 
 import (
@@ -46,8 +47,8 @@ type Signer struct {
 	identity string
 }
 
-// Load opens an RSA key, a PEM file or a KMS URI, as in [sign.OpenKey]. It also reads the key's certificate (PEM or
-// DER), which the kernel trusts.
+// Load opens an RSA key. keyRef is the path of a PEM file or a KMS URI, as for [sign.OpenKey]. Load also reads the
+// key's certificate (PEM or DER), which the kernel must trust.
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
@@ -96,7 +97,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file with certificates in a format of [ParseCertificates].
+// ReadCertificates reads a file with certificates in a format that [ParseCertificates] accepts.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {

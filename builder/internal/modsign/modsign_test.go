@@ -25,6 +25,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // pair is a key and its certificate, both in memory and in files.
@@ -293,10 +294,7 @@ func TestTrailer(t *testing.T) {
 // of openssl as the kernel does.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
-	openssl, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is not on PATH")
-	}
+	openssl := installed.Program(t, "openssl")
 	run := func(args ...string) error {
 		out, err := exec.CommandContext(t.Context(), openssl, args...).CombinedOutput()
 		if err != nil {
@@ -385,18 +383,30 @@ func TestSignFile(t *testing.T) {
 func signFile(t *testing.T) string {
 	t.Helper()
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
+	if state := os.Getenv("PREBAKE_STATE"); cache == "" && state != "" {
+		cache = filepath.Join(state, "packages")
+	}
 	if cache == "" {
-		if dir, err := os.UserCacheDir(); err == nil {
-			cache = filepath.Join(dir, "prebake", "packages")
+		dir, err := os.UserCacheDir()
+		if err != nil {
+			t.Fatal(err)
 		}
+		cache = filepath.Join(dir, "prebake", "packages")
 	}
 	debs, err := filepath.Glob(filepath.Join(cache, "debian/packages/linux-kbuild-*.deb"))
-	if err != nil || len(debs) == 0 {
-		t.Skipf("no linux-kbuild package under %s: mirror fetches it", cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(debs) == 0 {
+		t.Skipf("no linux-kbuild package under %s: make demo fetches it", cache)
 	}
 	dir := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "dpkg-deb", "-x", debs[0], dir).CombinedOutput(); err != nil {
-		t.Skipf("dpkg-deb: %v\n%s", err, out)
+	out, err := exec.CommandContext(t.Context(), "dpkg-deb", "-x", debs[0], dir).CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		t.Skip("dpkg-deb is missing: the test unpacks a Debian package with it")
+	}
+	if err != nil {
+		t.Fatalf("dpkg-deb: %v\n%s", err, out)
 	}
 	found, err := filepath.Glob(filepath.Join(dir, "usr/lib/linux-kbuild-*/scripts/sign-file"))
 	if err != nil || len(found) != 1 {

@@ -10,16 +10,13 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. The makefile knows the key's path.
 // It searches the file system and the environment of every process that it sees, and must not find the key.
 func TestKeyIsOutOfReach(t *testing.T) {
-	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install bubblewrap build-essential")
-		}
-	}
+	installed.Programs(t, "bwrap", "make", "gcc", "strip")
 	const secret = "the-secret-of-the-key"
 	dir := t.TempDir()
 	key := write(t, filepath.Join(dir, "prebake-module.key"), []byte(secret))

@@ -36,8 +36,8 @@ type Signature struct {
 	Hash asn1.ObjectIdentifier
 }
 
-// Split separates a module from its signature, which is nil if there is none. It checks the trailer by the kernel's
-// rules (kernel/module_signature.c, mod_check_sig).
+// Split separates a module from its signature. For an unsigned module, the returned signature is nil. Split checks the
+// trailer of a signed module by the kernel's rules (kernel/module_signature.c, mod_check_sig).
 func Split(module []byte) (body, signature []byte, err error) {
 	rest, ok := bytes.CutSuffix(module, []byte(modinfo.SignatureMagic))
 	if !ok {
@@ -137,7 +137,7 @@ const (
 	maxChain   = 8
 )
 
-// parse parses a signature that the kernel would accept as a module's signature.
+// parse parses a signature. It refuses a signature that the kernel would not accept as a module's.
 func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: the signature has %d bytes; want at most %d bytes", ErrMalformed, len(signature),

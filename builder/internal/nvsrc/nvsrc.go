@@ -45,7 +45,7 @@ type Release struct {
 	Manifest *runfile.Manifest
 }
 
-// Kinds of cached trees and facts. Change a number when this package makes something else from the same runfile.
+// Kinds of cached trees and facts. Raise a number when this package makes another tree or fact from the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
@@ -62,7 +62,7 @@ type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. Progress is reported one line at a time; the callback may be nil.
+// Fetch fetches a release into the cache. It calls say with its progress, one line at a time; say may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)
@@ -143,8 +143,8 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 	return "", input.Sum{}, none
 }
 
-// withHint adds a hint to the error for a missing object: versions that the bucket has, or else where to copy the
-// runfile.
+// withHint adds a hint to the error for a missing runfile: some versions that the bucket has. If no version is known,
+// for example because the bucket cannot be listed, the hint says where to copy the runfile.
 func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
@@ -210,8 +210,8 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. It returns nil if the file is missing or cannot be parsed: names and SONAMEs also tell what
-// the files are. A manifest of another driver version is an error.
+// manifest reads .manifest. It returns nil if the file is missing or cannot be parsed. Then the files' names and
+// SONAMEs decide where the files go. A manifest of another driver version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// StageRecipe is the version of the Stage functions. It changes when they would give another layout.
+// StageRecipe is the version of the Stage functions. Raise it when they write another layout for the same release.
 const StageRecipe = "stage-2"
 
 // These constants are folders of an installation, relative to its root.
@@ -64,7 +64,7 @@ var desktopPrefixes = []string{
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
 }
 
-// tools are the programs that a node may run.
+// tools are the programs of a release that are installed on nodes.
 var tools = []string{
 	"nvidia-smi", "nvidia-modprobe", "nvidia-persistenced", "nvidia-debugdump", "nvidia-cuda-mps-control",
 	"nvidia-cuda-mps-server",
@@ -92,8 +92,8 @@ func (r *Release) StageUserspace(dst string) error {
 	return nil
 }
 
-// StageFirmware copies the GSP firmware to where the kernel's firmware loader looks for it below the given folder.
-// Without firmware, that folder is empty.
+// StageFirmware copies the GSP firmware into the folder, below dst, in which the kernel's firmware loader looks for it.
+// If the release has no firmware, that folder is empty.
 func (r *Release) StageFirmware(dst string) error {
 	names, err := filepath.Glob(filepath.Join(r.Dir, "firmware", "*.bin"))
 	if err != nil {
@@ -144,8 +144,8 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// userspaceByName decides the layout of a release without a usable manifest. It takes the libraries at the top of the
-// tree, and known tools and driver files.
+// userspaceByName decides the layout of a release without a usable manifest. It includes the libraries at the top of
+// the tree, and known tools and driver files.
 func (r *Release) userspaceByName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Package offline packs artifacts with everything that belongs to them into one file for places without a network. The
 // file is an OCI image layout in a tar. A bundle is complete, or a delta with only what an earlier bundle lacks.
 //
-// The package never packs bytes that differ from their digest. Whoever reads the file must verify the signatures in it.
+// The package never packs bytes that differ from their digest. A reader of the file must verify the signatures in it.
 package offline
 
 import (
@@ -151,7 +151,7 @@ type cell struct {
 	tags    []string
 }
 
-// choose finds the artifacts by their tags, which contain kernel and driver.
+// choose returns the artifacts that Config selects. It finds them by their tags, which contain kernel and driver.
 func choose(ctx context.Context, c Config) ([]cell, error) {
 	tags, err := c.From.Tags(ctx)
 	if err != nil {

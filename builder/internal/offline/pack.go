@@ -72,8 +72,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf reads a manifest. If the callback accepts it, manifestIf adds it with its config and layers. Otherwise it
-// returns nil.
+// manifestIf reads a manifest. If the callback accepts the manifest, manifestIf adds it with its config and layers.
+// Otherwise manifestIf adds nothing and returns a nil manifest.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -104,7 +104,7 @@ func (p *packer) manifestIf(
 	return d, &m, err
 }
 
-// addEntry adds a manifest to the index and gives it a name, such as a tag.
+// addEntry adds a manifest to the index under a name, such as a tag.
 func (p *packer) addEntry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)

@@ -21,8 +21,8 @@ type Listing struct {
 	Index   string  `json:"index"`
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
-	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and total size of
-	// the compared blobs. For a delta, they include the blobs of its base.
+	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and total size
+	// of the blobs that were compared with their digests. For a delta, this includes the blobs of its base.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`

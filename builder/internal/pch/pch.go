@@ -1,6 +1,6 @@
-// Package pch finds the text with which several sources of a kernel module begin. Its includes are most of what a
-// compiler reads for a source. With a precompiled header, the compiler reads them only once. The package looks only at
-// the text of the files. It leaves out sources that it does not understand.
+// Package pch finds the text with which several sources of a kernel module begin. The includes in this text are most of
+// what a compiler reads for a source. With a precompiled header, the compiler reads them only once. The package looks
+// only at the text of the files. It leaves out a source if it cannot tell what the source's first lines include.
 package pch
 
 import (

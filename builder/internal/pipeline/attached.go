@@ -7,16 +7,17 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// The cache remembers what this machine attached to an artifact in a repository: the digests of the newest maxAttached
+// The cache stores what this machine attached to an artifact in a repository: the digests of the newest maxAttached
 // manifests, the newest last.
 const (
 	attachedKind = "attached-v1"
 	maxAttached  = 256
 )
 
-// RegistryOptions returns the settings for one of the Destinations. With them, the repository reads first what this
-// machine attached. So others who may push cannot make each run build a published artifact again, by attaching more to
-// it than a client reads.
+// RegistryOptions returns the settings for one of the Destinations. With these settings, a client first reads what this
+// machine attached to an artifact. Without them, another user who may push could attach more to the artifact than a
+// client reads. This run would then not find its own statements, and would build the published artifact again each
+// time.
 func (c Config) RegistryOptions(destination string) registry.Options {
 	o := registry.Options{}
 	if c.Registry != nil {
@@ -40,8 +41,8 @@ func (c Config) RegistryOptions(destination string) registry.Options {
 			}
 		}
 		all = append(all, digest)
-		// Errors are ignored, and so is what another process adds at the same time: without an entry, the attachment is
-		// found in the list as those of others are.
+		// Errors are ignored, and an entry that another process adds at the same time may be lost. An attachment
+		// without an entry is found in the repository's list, like the attachments of others.
 		if raw, err := json.Marshal(all[max(0, len(all)-maxAttached):]); err == nil {
 			_ = c.Cache.PutFact(attachedKind, key(subject), raw)
 		}

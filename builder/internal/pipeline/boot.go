@@ -26,7 +26,7 @@ type boot struct {
 	dir string // the path of the folder, whose layout package vm defines; "" means there is no folder
 	// key is a digest that covers the folder's content. The cache keys of load test verdicts contain it.
 	key string
-	// materials are the files that the folder was made of, for the signed test result.
+	// materials are the files from which the folder was made, for the signed test result.
 	materials []sign.Material
 }
 
@@ -37,7 +37,7 @@ type boot struct {
 //   - hung_task_panic=0 prevents a panic over a task that is slow because of the emulator.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
-// findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder made of the bucket's
+// findBoot returns the boot folder for the load test: the bucket's own boot archive, or a folder made from the bucket's
 // vmlinux. If there is no boot folder and no error, the second result is the reason. If the vmlinux cannot be booted,
 // or comes from another run of `make` than the headers, findBoot returns an error only in the mode LoadTestRequire.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
@@ -88,7 +88,8 @@ func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 // of the vmlinux.
 const factsFile = "image.json"
 
-// makeBoot returns a boot folder made from vmlinux, with the emulated GPU compiled for this kernel. The cache keeps it.
+// makeBoot returns a boot folder made from vmlinux, with the emulated GPU compiled for this kernel. The folder is in
+// the cache.
 func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material,
 	facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
@@ -158,8 +159,9 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU and copies it into a boot folder. The GPU's source may not know the interfaces of
-// this kernel. That is an error only if the load test is required. Otherwise the folder gets no emulated GPU.
+// addGPU compiles the emulated GPU and copies it into a boot folder. If the GPU's source does not compile against the
+// interfaces of this kernel, and the load test is not required, the folder gets no emulated GPU. If the load test is
+// required, this is an error.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.cfg.Cache.TempDir("emugpu-")
 	if err != nil {

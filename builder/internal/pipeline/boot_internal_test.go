@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,6 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -113,11 +113,7 @@ func TestFindBoot(t *testing.T) {
 // test must fail, even if the cache has a boot folder without the GPU. Other builds use this boot folder.
 func TestBootFolderWithoutGPU(t *testing.T) {
 	t.Parallel()
-	for _, tool := range []string{"bwrap", "make"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install bubblewrap make")
-		}
-	}
+	installed.Programs(t, "bwrap", "make")
 	cache, err := cas.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// check compares every module with the kernel that it was made for.
+// check runs the static checks: it compares every module with the kernel for which the module was made.
 func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Identity, vermagic string, err error) {
 	if err := r.checkIntact(ctx, m); err != nil {
 		return id, "", err
@@ -19,7 +19,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 		Open: in.driver.Flavour == target.Open,
 	}
 	if m.signer.byGoogle() {
-		kernel.Fingerprint = "" // modules that Google signed have no stamp
+		kernel.Fingerprint = "" // modules that Google signed have no stamp, the ELF note with the fingerprint
 	}
 	vermagic, err = modcheck.Check(m.files, kernel)
 	if err != nil {

@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile is a file next to the modules in the cache, in the format of sha256sum. With it, the pipeline notices damage
-// before the checks and before packing.
+// sumsFile is a file next to the modules in the cache, in the format of sha256sum. The pipeline compares the modules
+// with it before the checks and before packing, to detect damaged files.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
@@ -49,8 +49,8 @@ func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy, m.sumList())...)
 }
 
-// sumList returns the checksums of the modules for cache keys. So a run that compiled again takes no product of other
-// modules.
+// sumList returns the checksums of the modules, as parts of the cache keys of products. So a run that compiled again
+// does not use a product that was made from other modules.
 func (m *modules) sumList() (list []string) {
 	for _, name := range slices.Sorted(maps.Keys(m.sums)) {
 		list = append(list, name+" "+m.sums[name])
@@ -58,7 +58,7 @@ func (m *modules) sumList() (list []string) {
 	return list
 }
 
-// compile compiles the modules, or takes them from the cache.
+// compile compiles the modules, or returns those in the cache.
 func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string, err error) {
 	source, err := in.release.Source(r.req.Flavour)
 	if err != nil {
@@ -165,8 +165,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	return m, note, nil
 }
 
-// modulesKey returns the cache key of the compiled modules. The log shows the names of its parts: they say what changed
-// since the last build of the cell.
+// modulesKey returns the cache key of the compiled modules. If a part of the key changed since the last build of the
+// cell, the log shows the name of that part.
 func (r *run) modulesKey(in *inputs) *cas.Key {
 	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
 		in.release.SourceDigest).
@@ -189,7 +189,7 @@ func writeSums(dir string, sums map[string]string) error {
 	return os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644)
 }
 
-// readModules reads the modules in a folder and their expected checksums.
+// readModules returns the paths of the modules in a folder, with their expected checksums.
 func readModules(dir string) (*modules, error) {
 	raw, err := os.ReadFile(filepath.Join(dir, sumsFile))
 	if err != nil {

@@ -8,18 +8,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// OpenFresh returns an empty cache for what the builds of one pass make, and a function that closes and removes it. A
-// pass is one run over a wish list, or one command. Cells of a pass share compiled objects in it (see Config.Fresh).
+// OpenFresh returns an empty cache for the products of the builds of one pass, and a function that closes and removes
+// the cache. A pass is one run over a wish list, or one command. The cells of a pass share the compiled objects in this
+// cache (see Config.Fresh).
 //
-// To build with it is as safe as to compile from nothing, because nothing in it is older than the pass:
+// A build with this cache is as safe as a build without any cache, because nothing in it is older than the pass:
 //
-//   - It is a new folder below the given cache. Only this user may enter it, and its name is not known before.
-//   - No later run can read it. The returned function removes it. If the program is killed, the next [cas.Open] of the
-//     given cache removes it, before that run reads anything.
+//   - The cache is a new folder below the given cache. Only this user may enter the folder, and nobody can predict its
+//     name.
+//   - No later run can read the folder, because the returned function removes it. If the program is killed, the next
+//     [cas.Open] of the given cache removes the folder, before that run reads anything.
 //   - Everything in it was made during the pass, by this program, from inputs that were compared with their digests.
-//     Each key covers all that decides the content, so a cell that compiled alone would make the same.
-//   - A compile that went wrong may spoil further cells of the pass, but not more: the builds with this cache publish
-//     only the bytes that are published already, and refuse all others.
+//     Each key covers everything that decides the content, so a cell that compiled alone would get the same content.
+//   - A wrong product of one compile may fail further cells of the pass, but is never published: the builds with this
+//     cache publish only bytes that are published already, and refuse all others.
 func OpenFresh(cache *cas.Cache) (fresh *cas.Cache, remove func() error, err error) {
 	dir, cleanup, err := cache.TempDir("products-")
 	if err != nil {
@@ -32,8 +34,9 @@ func OpenFresh(cache *cas.Cache) (fresh *cas.Cache, remove func() error, err err
 	return fresh, func() error { return errors.Join(fresh.Close(), cleanup()) }, nil
 }
 
-// startFresh makes the rest of this build put what it makes into Config.Fresh, and take nothing from elsewhere. The
-// returned function ends the use of that cache.
+// startFresh sets Config.Fresh as the cache for the rest of this build: the build stores its products there, and reuses
+// only products from there. If Config.Fresh is nil, startFresh opens an empty cache. The returned function ends the use
+// of the cache.
 func (r *run) startFresh() (end func(), err error) {
 	fresh, remove := r.cfg.Fresh, func() error { return nil }
 	if fresh == nil {
@@ -52,8 +55,9 @@ func (r *run) startFresh() (end func(), err error) {
 	}, nil
 }
 
-// moduleTree is [cas.Cache.Tree] for modules. A build because of age gets a folder that lives as long as the build: its
-// provenance must be about files that it compiled, so no other build would use its modules.
+// moduleTree calls [cas.Cache.Tree] for modules, except in a renewal (see Config.RebuildAfter). The provenance of a
+// renewal must be about files that this build compiled, so cached modules are no use to it. It gets a folder that is
+// removed after the build.
 func (r *run) moduleTree(ctx context.Context, kind, key string,
 	fill func(ctx context.Context, dir string) error) (dir string, cached bool, err error) {
 	if !r.again {

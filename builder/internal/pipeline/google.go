@@ -21,7 +21,8 @@ import (
 )
 
 // GoogleSignatures decides what a build does with the module signatures that Google ships with a COS build. A module
-// with Google's signature has no stamp of the kernel's fingerprint, because Google signed the bytes without a stamp.
+// with Google's signature has no stamp, the ELF note with the kernel's ABI fingerprint, because Google signed the bytes
+// without it.
 type GoogleSignatures string
 
 // The modes of GoogleSignatures. With Config.ModuleKey, a build ignores Google's signatures.
@@ -40,11 +41,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes which signatures the modules get for the kernel. The first result is a text with everything that
-// decides this. So a failure stored with one text does not stop a build with other settings.
+// Signing describes which signatures the modules get for the kernel. The first result is a text with all settings that
+// decide this. Failures are stored under this text, so a stored failure does not stop a build with other settings.
 //
-// The second result returns the names of the objects in the kernel bucket that have the signatures or the signed
-// modules. It is nil if nothing comes from the bucket.
+// The second result is a function that returns the names of the objects in the kernel bucket with the signatures or the
+// signed modules. It is nil if the build uses no such objects.
 func (c Config) Signing() (settings string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -59,7 +60,8 @@ func (c Config) Signing() (settings string, objects func(k target.Kernel, versio
 		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
-// fetchSignatures fetches Google's signatures. It returns nil if the bucket has none or this build uses none.
+// fetchSignatures fetches Google's signatures. It returns nil if this build uses none. It also returns nil if the
+// bucket has none, except in the mode GoogleRequire, where this is an error.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil, nil
@@ -85,7 +87,7 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
 
-// attachSignatures replaces all stamped modules by modules with Google's signatures, or none of them.
+// attachSignatures replaces the stamped modules by modules with Google's signatures: either all of them, or none.
 func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
 	by := []string{modsign.AttachRecipe}
 	for _, m := range in.google.materials {
@@ -194,7 +196,7 @@ func (r *run) moduleCertificates(driver *cossrc.SignedDriver) ([]*x509.Certifica
 	return trusted, nil
 }
 
-// takeModules uses Google's modules instead of compiled ones.
+// takeModules returns Google's modules, for use in place of compiled ones.
 func takeModules(in *inputs) (*modules, string, error) {
 	m, err := readModules(in.prebuilt.dir)
 	if err != nil {
@@ -228,10 +230,12 @@ func (s signing) expectedSigner(in *inputs) moduleSigner {
 	return moduleSigner{}
 }
 
-// byGoogle reports whether the modules have the content that Google signed, without our stamp.
+// byGoogle reports whether the modules have the content that Google signed, which has no stamp with the ABI
+// fingerprint.
 func (c moduleSigner) byGoogle() bool { return c.google != "" || c.modules != "" }
 
-// fact returns the fact with which the provenance says who signed the modules. For unsigned modules ok is false.
+// fact returns the name and value of the fact in the provenance that says who signed the modules. For unsigned modules
+// ok is false.
 func (c moduleSigner) fact() (name, value string, ok bool) {
 	switch {
 	case c.key != "":
@@ -247,8 +251,9 @@ func (c moduleSigner) fact() (name, value string, ok bool) {
 // accepts reports whether this run can reuse an artifact with this signer, made of the given inputs.
 //
 // The artifact may have been made for another COS build with the same fingerprint, with Google's signatures for that
-// COS build. A run that requires no signatures reuses it like one with unsigned modules. A run that wants Google's
-// modules reuses Google's modules for that COS build only if both kernels were built with the same root certificate.
+// COS build. A run that requires no signatures reuses such an artifact, as it would reuse one with unsigned modules. A
+// run that wants Google's modules reuses Google's modules for that COS build only if both kernels were built with the
+// same root certificate.
 func (s signing) accepts(c moduleSigner, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

@@ -82,8 +82,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 	return t, verdict.State, r.cfg.Cache.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the stored verdict about these modules, or nil. It also returns nil if the verdict lacks NVML's
-// answer and this machine now has the NVML probe.
+// cachedVerdict returns the stored verdict about these modules, or nil. It also returns nil if the stored test did not
+// ask NVML, and this machine now has the program nvmlprobe.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.cfg.Cache.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}

@@ -35,7 +35,7 @@ func (c *logCopy) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// pack compresses the log so far. The digest is the digest of the compressed log in a registry.
+// pack compresses the text that was logged so far. digest is the digest that the compressed log has in a registry.
 func (c *logCopy) pack() (log struct {
 	bytes  []byte
 	digest string

@@ -51,9 +51,9 @@ func (o *publication) close() error {
 	return errors.Join(errs...)
 }
 
-// lookUp asks every repository whether it has this cell already. If this run cannot reuse an artifact, lookUp checks
-// that it can publish to every destination. Keys and destinations are opened here, so a wrong one ends the build before
-// the compile.
+// lookUp asks every repository whether it has the artifact of this cell already. If this run cannot reuse an artifact,
+// lookUp checks that it can publish to every destination. Keys and destinations are opened here, so a wrong one ends
+// the build before the compile.
 //
 // The caller must close the publication, even after an error.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
@@ -82,8 +82,8 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 }
 
 // checkBuckets checks that this run can publish to every bucket and folder. If Google says that the account lacks a
-// permission, checkBuckets only warns. Google answers for the whole bucket, and the account may have the permission for
-// some names.
+// permission, checkBuckets only warns. Google's response is about the whole bucket, and the account may still have the
+// permission for some names in it.
 func (r *run) checkBuckets(ctx context.Context) error {
 	for _, dest := range r.cfg.Destinations {
 		if !tarball.Is(dest) {
@@ -226,8 +226,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 // isOld returns why the artifact must be built again: in a repository, the newest provenance is older than
 // Config.RebuildAfter, or no provenance by our key says the age. It returns "" if the artifact is young enough.
 //
-// After a change of the key, no artifact has a provenance by the new key. The times in those by the former key count
-// for nothing, as do all its statements: this run does not know whether anybody still trusts that key.
+// After a change of the key, no artifact has a provenance by the new key. This run ignores the times in provenances by
+// the former key, like all statements by that key, because it does not know whether anybody still trusts that key.
 func (r *run) isOld(ctx context.Context, to *publication, digest string) (reason string, err error) {
 	if r.cfg.RebuildAfter <= 0 {
 		return "", nil
@@ -240,7 +240,7 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (reason
 		}
 		var built time.Time
 		for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
-			if at := trust.FinishedOn(st); at.After(built) && !at.After(r.started.Add(24*time.Hour)) { // no wrong clock's
+			if at := trust.FinishedOn(st); at.After(built) && !at.After(r.started.Add(24*time.Hour)) { // no future time
 				built = at
 			}
 		}
@@ -255,7 +255,7 @@ func (r *run) isOld(ctx context.Context, to *publication, digest string) (reason
 }
 
 // verifyPublished verifies the artifact with this digest in one repository, as if it had a kernel match for this COS
-// build. attested is true if there is one already.
+// build. attested is true if the artifact already has this kernel match.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination,
 	digest string) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Made is the artifact of a cell that Make made, without publishing it.
+// Made describes the artifact of a cell that Make made and did not publish.
 type Made struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
@@ -31,11 +31,11 @@ type Made struct {
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. Modules, compiled objects and layers go to the given cache, and may come
-// from it. If it is empty, Make uses no result of an earlier build.
+// Make builds one cell again from its sources. Make stores modules, compiled objects and layers in the cache products,
+// and reuses those that are there. If products is empty, Make uses no result of an earlier build.
 //
-// From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make needs no key. It runs
-// no load test, signs nothing with our keys and publishes nothing.
+// From Config.Cache, Make uses only fetched inputs, and compares them with their digests. Make needs no key. It runs no
+// load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)

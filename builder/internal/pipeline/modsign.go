@@ -83,8 +83,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes a signed copy of each module with the callback. The given list has everything besides the modules that
-// decides the signatures, for the cache key.
+// signEach makes a signed copy of each module with the callback. by lists everything besides the modules that decides
+// the signatures, for the cache key.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	key := in.stampedKey(slices.Concat(by, m.sumList())...)

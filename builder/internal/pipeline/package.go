@@ -33,8 +33,8 @@ func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKin
 	return dir, err
 }
 
-// packLayer packs the content of a folder into a layer. The cache keeps the compressed layer. The recipe must be a part
-// of the key.
+// packLayer packs the content of a folder into a layer. The compressed layer is stored in the cache under key. The
+// recipe must be a part of the key.
 func (r *run) packLayer(ctx context.Context, recipe string, kind bundle.LayerKind, src, key string) (layer bundle.Layer,
 	cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
@@ -126,7 +126,7 @@ func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	return l, ok && l.err == nil
 }
 
-// end stops the packing and waits for its end.
+// end cancels the early packing and waits until it has stopped.
 func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
@@ -134,8 +134,8 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack returns the three layers of the artifact. If r.wanted is set, it tries all recipes until the artifact has this
-// digest. If none gives the digest, it packs by the newest.
+// pack returns the three layers of the artifact. If r.wanted is set, pack tries all recipes until the artifact has this
+// digest. If no recipe gives this digest, pack uses the newest recipe.
 func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (layers []bundle.Layer, note string,
 	err error) {
 	recipes := []string{r.recipe}
@@ -146,7 +146,7 @@ func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLaye
 		if layers, note, err = r.packAll(ctx, in, r.recipe, m, early); err != nil {
 			return nil, "", err
 		}
-		early = nil // they are by the first recipe
+		early = nil // the early layers were packed by the first recipe
 		img, err := bundle.Image(m.identity, layers)
 		if err != nil {
 			return nil, "", err

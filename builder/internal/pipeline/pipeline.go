@@ -1,13 +1,12 @@
-// Package pipeline makes and publishes the artifact of one cell: of one COS build with one driver. It runs these
-// phases, and reports each of them: source, look up, compile (or take modules), sign modules, check, load test,
-// package, sign, publish. If every destination already has an artifact of the cell, signed with our key, the pipeline
-// compiles nothing. It then only attests that the artifact fits the COS build.
+// Package pipeline builds and publishes the artifact of one cell, one kernel with one driver. It runs these phases, and
+// reports each of them: source, look up, compile (or take modules), sign modules, check, load test, package, sign,
+// publish. If every destination already has an artifact of the cell, signed with our key, the pipeline compiles
+// nothing. It then only attests that the artifact fits the COS build.
 //
-// run.go calls the phases in their order. The file of a phase has the phase's name, except that modsign.go has sign
-// modules, and google.go has take modules.
+// run.go calls the phases in their order. Each phase is in the file with the phase's name. There are two exceptions:
+// the phase sign modules is in modsign.go, and take modules is in google.go.
 //
-// The package never publishes anything that failed a phase. It does not know how a phase does its work: that is in
-// other packages.
+// The package never publishes anything that failed a phase. Other packages do the work of the phases.
 package pipeline
 
 import (
@@ -47,7 +46,7 @@ const (
 	defaultRenewAfter     = 30 * 24 * time.Hour
 )
 
-// Config is the settings of one machine for all its builds.
+// Config has the settings of one machine for all its builds.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
 	KernelMirror, DriverMirror string
@@ -76,15 +75,15 @@ type Config struct {
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The artifact stays the same.
 	DebugSymbols bool
-	// RebuildAfter is the age from which on a published artifact is built again, so that it gets a new provenance. 0 means
-	// that a published artifact is reused at any age. If no provenance by Key says the age, the artifact counts as old.
+	// RebuildAfter is the age at which a published artifact is built again, so that it gets a new provenance. Such a
+	// build is called a renewal. 0 means that a published artifact is reused at any age. If no provenance by Key
+	// contains the time of the build, the artifact counts as old.
 	RebuildAfter time.Duration
-	// RetrySince decides about an old artifact whose build failed, or was refused by a destination, a short time ago. Such
-	// a build ends before the compile, except if the failure is older than RetrySince.
+	// RetrySince decides which stored failures of renewals count. If a renewal failed, or a destination refused it, the
+	// next renewals of the artifact end before the compile for some time. A failure before RetrySince is ignored.
 	RetrySince time.Time
-	// Fresh is the cache for the products of each build that RebuildAfter causes. Such a build takes nothing that an
-	// earlier pass made. [OpenFresh] makes it for one pass. If Fresh is nil, each such build makes an empty cache of its
-	// own.
+	// Fresh is the cache for the products of renewals (see RebuildAfter). A renewal reuses nothing that an earlier pass
+	// made. [OpenFresh] makes this cache for one pass. If Fresh is nil, each renewal makes an empty cache of its own.
 	Fresh *cas.Cache
 	// BTF gives the modules BTF, a description of their types for tracers, if the kernel accepts it. It needs the bucket's
 	// vmlinux and the program pahole. It changes the artifact's fingerprint.
@@ -95,12 +94,12 @@ type Config struct {
 	// LabelsLater is true, the build sets no labels; the caller sets them after several builds.
 	Labels      []string
 	LabelsLater bool
-	// Deltas is the maximum number of deltas for an artifact, see [publish.Deltas]. 0 means none.
+	// Deltas is the maximum number of deltas for an artifact; see [publish.Deltas]. 0 means no deltas.
 	Deltas int
 	// BuilderID is the URI that names the builder in the provenance and in a bucket's index. Version is the version of
 	// this program.
 	BuilderID, Version string
-	// Jobs is `make`'s -j; 0 means one for each processor.
+	// Jobs is the number of jobs that `make` runs at once (-j); 0 means one for each processor.
 	Jobs     int
 	LoadTest LoadTest
 	// GuestInit and NVMLProbe are paths of programs for the load test's virtual machine.
@@ -115,7 +114,7 @@ type Config struct {
 	Compiling *semaphore.Weighted
 }
 
-// Request is the request to make one cell.
+// Request says which cell to build, and replaces some settings for this build.
 type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
@@ -139,7 +138,8 @@ type Result struct {
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
-	// Repositories hold the artifact, in the order of Config.Destinations. Buckets are in Tarballs instead.
+	// Repositories are the repositories that have the artifact, in the order of Config.Destinations. The buckets are in
+	// Tarballs.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed is true if every destination had this artifact before the build.
@@ -156,8 +156,8 @@ type Result struct {
 	Tarballs []tarball.Report `json:"twins,omitempty"`
 	// Labels are the labels of this COS build in each bucket.
 	Labels []tarball.Labelled `json:"labels,omitempty"`
-	// Renewal is true if the build replaces a published artifact because of Config.RebuildAfter. Remembered is true if
-	// such a build ended before the compile, because an earlier one failed in this way.
+	// Renewal is true if the build is a renewal (see Config.RebuildAfter). Remembered is true if a renewal ended before
+	// the compile, because an earlier renewal of the same artifact failed.
 	Renewal    bool             `json:"-"`
 	Remembered bool             `json:"-"`
 	Phases     []timeline.Phase `json:"phases"`

@@ -10,7 +10,6 @@ import (
 	"io"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -30,6 +29,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -107,11 +107,7 @@ type farm struct {
 
 func newFarm(t *testing.T) *farm {
 	t.Helper()
-	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install bubblewrap build-essential")
-		}
-	}
+	installed.Programs(t, "bwrap", "make", "gcc", "strip")
 	f := &farm{dir: t.TempDir(), repo: testkit.Registry(t, true) + "/prebake/driver"}
 	f.kernel(t, "17800.0.9", headerFiles())
 	f.driver(t, driverFiles())

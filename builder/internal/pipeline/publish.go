@@ -66,7 +66,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 }
 
 // checkTaken returns an error if one of several destinations has another artifact under this name, and so would refuse
-// this one. Otherwise those before it would get an artifact of their own.
+// this one. Without this check, the destinations before it would already have got the new artifact.
 func (o *publication) checkTaken(ctx context.Context, in *inputs, all publish.Artifact, digest string) error {
 	if len(o.destinations)+len(o.buckets) < 2 {
 		return nil
@@ -91,7 +91,8 @@ func (o *publication) checkTaken(ctx context.Context, in *inputs, all publish.Ar
 	return nil
 }
 
-// pause waits for two to four seconds, so that builders that met once do not meet again.
+// pause waits for a random time of two to four seconds, so that two builders that wrote at the same time probably do
+// not do so again.
 func pause(ctx context.Context) error {
 	timer := time.NewTimer(2*time.Second + rand.N(2*time.Second))
 	defer timer.Stop()
@@ -104,7 +105,7 @@ func pause(ctx context.Context) error {
 }
 
 // renewAfter returns the age at which a provenance in a destination gets a successor. It is 0 if this run neither
-// compiled the modules nor took Google's: then it must not claim a new build.
+// compiled the modules nor used Google's modules. Such a run must not attest a new build.
 func (r *run) renewAfter(in *inputs, m *modules) time.Duration {
 	if m == nil || len(m.madeOf) == 0 && in.prebuilt == nil {
 		return 0
@@ -125,8 +126,8 @@ func (r *run) checkLayers(ctx context.Context, a *artifact) error {
 	return nil
 }
 
-// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are optional, so it
-// returns an error only if the context ends.
+// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are optional, so
+// publishDeltas returns an error only if the context ends.
 func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		made, err := publish.Deltas(ctx, p.repo, a.digest, in.kernel.Kernel, in.driver, r.cfg.Deltas)

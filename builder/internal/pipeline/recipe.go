@@ -24,13 +24,13 @@ const (
 	factBuilder = "builder"
 )
 
-// chooseRecipe chooses the recipe of the published artifact for the layers that this run packs. Other bytes would be
-// refused after the compile, because the artifact's tag, and a bucket's index, keep their digest. If this builder makes
-// other bytes by its recipes, the build ends here. What a compile or stamp by another recipe or another pahole gives is
-// known only after the compile.
+// chooseRecipe chooses the recipe for the layers that this run packs: that of the published artifact. A destination
+// never replaces the digest under the artifact's tag or in its index, so after the compile it would refuse an artifact
+// with other bytes. If this builder cannot pack the same bytes by its recipes, the build ends here. Another recipe for
+// compiling or stamping, or another pahole, does not end the build here, because it may give the same bytes.
 //
-// The provenance by our key says which recipe the artifact has. If there is no such provenance, as after a change of
-// the key or in a bucket, chooseRecipe sets r.wanted.
+// The provenance by our key contains the recipe of the artifact. Without such a provenance, as after a change of the
+// key or in a bucket, chooseRecipe sets r.wanted.
 func (r *run) chooseRecipe(ctx context.Context, in *inputs, to *publication) error {
 	if r.req.PackRecipe != "" {
 		return nil
@@ -118,8 +118,9 @@ func checkRecipes(facts map[string]string) error {
 	return nil
 }
 
-// hintRecipe returns the hint for an artifact of a build with these facts that this builder cannot make. A newer
-// builder may help only for a recipe of layers, because each builder knows all earlier recipes of layers.
+// hintRecipe returns the hint for a published artifact that this builder cannot make again. facts are the facts in the
+// artifact's provenance. A newer builder may help only for a recipe of layers, because each builder knows all earlier
+// recipes of layers.
 func hintRecipe(facts map[string]string, layers bool) string {
 	hint := fmt.Sprintf("make this artifact again with the builder of version %s, which made the artifact",
 		facts[factBuilder])
@@ -129,14 +130,14 @@ func hintRecipe(facts map[string]string, layers bool) string {
 	return hint
 }
 
-// otherPahole is a published artifact whose modules have BTF by another pahole than this machine's.
+// otherPahole describes a published artifact whose modules have BTF by another version of pahole than this machine has.
 type otherPahole struct {
 	published      string // digest of the artifact
 	version, local string // of pahole: that of the artifact, and this machine's
 }
 
-// comparePahole sets r.otherPahole if the published modules have BTF by another pahole than this machine's. That is no
-// error, because both often make the same bytes.
+// comparePahole sets r.otherPahole if the published modules have BTF by another version of pahole than this machine
+// has. This is no error, because two versions often make the same bytes.
 func (r *run) comparePahole(in *inputs, p destination, facts map[string]string) {
 	have := facts[FactBTF]
 	if have == "" || in.pahole == "" || have == in.pahole {
@@ -152,8 +153,8 @@ func (o otherPahole) String() string {
 	return fmt.Sprintf("the published modules have BTF by pahole %s, and this machine has pahole %s", o.version, o.local)
 }
 
-// explain adds the other pahole to an error that refuses an artifact with this digest, if that may be why the artifact
-// has other bytes than the published one.
+// explain adds the other version of pahole to the error with which a destination refused the artifact with this digest,
+// because it is a possible reason why the bytes differ from the published ones. Any other error stays unchanged.
 func (o otherPahole) explain(digest string, err error) error {
 	if o.published == "" || digest == o.published || !fault.Is(err, fault.PublishRefused) {
 		return err
@@ -165,9 +166,9 @@ func (o otherPahole) explain(digest string, err error) error {
 	return fault.Wrap(fault.PublishRefused, fmt.Errorf("%w; a possible reason is that %s", err, o), hint)
 }
 
-// checkStage returns an error if this builder lays out user space or firmware in another way than the published build.
-// A new recipe changes the layout of some releases only. So checkStage makes these two layers and compares them with
-// the published ones, which takes less time than a compile.
+// checkStage returns an error if this builder lays out user space or firmware in another way than the builder of the
+// published artifact. A new recipe changes the layout of some releases only. So checkStage makes these two layers and
+// compares them with the published ones, which takes less time than a compile.
 func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts map[string]string) error {
 	have := facts[factStage]
 	if have == nvsrc.StageRecipe {
@@ -199,8 +200,8 @@ func (r *run) checkStage(ctx context.Context, in *inputs, p destination, facts m
 	return nil
 }
 
-// content returns what the manifest of an artifact says. ok is false if the repository has lost or damaged the
-// manifest, which a push may mend.
+// content reads the manifest and the config of an artifact. ok is false if the repository has lost or damaged them; a
+// push may repair this.
 func (p destination) content(ctx context.Context, digest string) (c bundle.Content, ok bool, err error) {
 	c, err = publish.Content(ctx, p.repo, digest)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact) {
@@ -210,7 +211,8 @@ func (p destination) content(ctx context.Context, digest string) (c bundle.Conte
 }
 
 // checkKernelTags returns an error if the tag of this COS build and driver refers to an artifact that this build cannot
-// make again, because it is for another fingerprint. With and without BTF, a kernel has two fingerprints.
+// make again, because it is for another fingerprint. A kernel has one fingerprint for modules with BTF, and another for
+// modules without.
 func (r *run) checkKernelTags(ctx context.Context, in *inputs, to *publication) error {
 	tag := bundle.KernelTag(in.kernel.Kernel, in.driver)
 	for _, p := range to.destinations {

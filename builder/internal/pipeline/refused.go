@@ -14,30 +14,31 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// A build because of age compiles everything again. If it fails, or a destination refuses the artifact, the published
-// one stays old, and each further run would compile it again in vain. So the cache remembers the failure for some time.
+// A renewal (see Config.RebuildAfter) compiles everything again. If it fails, or a destination refuses the new
+// artifact, the published artifact stays old, and each further run would compile it again in vain. So the cache stores
+// the failure for some time.
 const (
 	refusalKind = "refused-v1"
-	// sureFor is how long a failure is remembered whose cause is among what the key covers, such as a compile error, or
-	// other bytes than the published ones. It is not for ever: the machine may have made a mistake, while the published
-	// artifact proves that its inputs compile. otherFor is how long any other failure is remembered, such as a denied
-	// upload, or a failed load test, whose virtual machine may have been too slow.
+	// sureFor is how long a failure counts if the key covers its cause, such as a compile error, or bytes that differ
+	// from the published ones. The time is limited, because the published artifact proves that its inputs compile: the
+	// machine may have made a mistake. otherFor is how long any other failure counts, such as a denied upload, or a
+	// failed load test, whose virtual machine may have been too slow.
 	sureFor  = 7 * 24 * time.Hour
 	otherFor = 24 * time.Hour
 )
 
-// refusal is what the cache remembers about a failed build.
+// refusal is the cache's record of a failed renewal.
 type refusal struct {
 	At    time.Time  `json:"at"`
-	For   int64      `json:"seconds"` // how long it counts
-	Class fault.Kind `json:"class"`   // Internal in facts of earlier versions, which remembered PublishRefused only
+	For   int64      `json:"seconds"` // how long the failure counts
+	Class fault.Kind `json:"class"`   // Internal in facts of earlier versions, which stored PublishRefused only
 	Error string     `json:"error"`
 	Hint  string     `json:"hint"`
 }
 
-// refusalKey returns the key of a failed build of the published artifact with this digest. It covers all that decides
-// the bytes, and the destinations. An empty COS build stands for all COS builds with the same fingerprint. The last
-// argument has the settings of the load test, or is "" for a refusal by a destination.
+// refusalKey returns the key of a failed renewal of the published artifact with this digest. The key covers everything
+// that decides the bytes, and the destinations. If cosBuild is "", the failure is about all COS builds with the same
+// fingerprint. tested has the settings of the load test, or is "" if the failure does not depend on them.
 func (r *run) refusalKey(in *inputs, to *publication, digest, cosBuild, tested string) string {
 	how, _ := r.cfg.Signing()
 	key := cas.NewKey(refusalKind).Add("artifact", digest).Add("COS build", cosBuild).
@@ -61,8 +62,8 @@ func (r *run) testSettings(in *inputs) string {
 		in.kernel.HasVMLinux)
 }
 
-// checkRefused returns the error of an earlier build that failed, as long as the cache remembers it. The digest is that
-// of the published artifact.
+// checkRefused returns the stored error of an earlier renewal that failed, as long as the failure counts. digest is the
+// digest of the published artifact.
 func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
 	for _, tested := range []string{"", r.testSettings(in)} {
 		for _, cosBuild := range []string{"", in.kernel.Kernel.String()} {
@@ -73,7 +74,7 @@ func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
 			}
 			until := known.At.Add(time.Duration(known.For) * time.Second)
 			if r.started.Before(known.At) || !r.started.Before(until) || known.At.Before(r.cfg.RetrySince) {
-				continue // if r.started comes before, the clock was wrong
+				continue // if r.started is before known.At, the clock was wrong
 			}
 			r.res.Remembered = true
 			what := "failed"
@@ -89,9 +90,9 @@ func (r *run) checkRefused(in *inputs, to *publication, digest string) error {
 	return nil
 }
 
-// keepRefused makes the cache remember that this build failed. The digest is that of the artifact that a destination
-// refused, or "" if the build failed before. Only a build because of age needs that: any other takes its modules from
-// the cache. A failure that may pass soon is not remembered.
+// keepRefused stores in the cache that this build failed. digest is the digest of the artifact that a destination
+// refused, or "" if the build failed earlier. Only the failure of a renewal is stored, because any other build finds
+// its modules in the cache. A failure that is probably short is not stored.
 func (r *run) keepRefused(in *inputs, to *publication, digest string, failed error) {
 	kind := fault.Of(failed)
 	if !r.again {

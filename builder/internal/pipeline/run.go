@@ -26,8 +26,8 @@ type run struct {
 	// products is the cache for everything that the build publishes. It is Config.Cache, except in Make and after
 	// startFresh. Config.Cache always has what is not published: fetched inputs, boot folders and verdicts.
 	products *cas.Cache
-	// again is true if the published artifact is older than Config.RebuildAfter. Then cached modules are not enough.
-	// modulesMade has the functions that remove the folders of modules that such a run made.
+	// again is true in a renewal (see Config.RebuildAfter), which must not use cached modules. modulesMade has the
+	// functions that remove the folders of modules that a renewal made.
 	again       bool
 	modulesMade []func() error
 	// endFresh is the function that startFresh returned, or nil.
@@ -39,8 +39,8 @@ type run struct {
 	otherPahole otherPahole
 }
 
-// Run makes one cell. The log gets the whole output of all tools. After an error, the Result has everything up to the
-// failure.
+// Run builds and publishes one cell. It writes the whole output of all tools to log. After an error, the Result has
+// everything up to the failure.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
 	cfg = cfg.withDefaults(req)
 	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache,
@@ -96,7 +96,7 @@ func (r *run) runPhases(ctx context.Context) error {
 	return err
 }
 
-// makeArtifact makes and signs the artifact, if there is no published artifact to reuse.
+// makeArtifact makes and signs the artifact. It runs if there is no published artifact to reuse.
 func (r *run) makeArtifact(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
 	var early *earlyLayers
 	if in.prebuilt == nil {
@@ -119,7 +119,7 @@ func (r *run) makeArtifact(ctx context.Context, in *inputs, to *publication) (*a
 	return a, m, err
 }
 
-// makeModules compiles the modules, or takes Google's modules. It signs them if a key or Google's signatures are
+// makeModules compiles the modules, or uses Google's modules. It signs them if a key or Google's signatures are
 // available, and checks them against the kernel.
 func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *modules, err error) {
 	if in.prebuilt != nil {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inputs has everything that a cell is made of.
+// inputs has everything from which a cell is built.
 type inputs struct {
 	kernel   *cossrc.Inputs
 	release  *nvsrc.Release
@@ -102,7 +102,8 @@ func (in *inputs) stampedKey(more ...string) string {
 	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
-// materials returns all inputs of a build for the provenance. They depend on who signed the modules.
+// materials returns all inputs of a build for the provenance. Which archives of Google are among the inputs depends on
+// who signed the modules.
 func (in *inputs) materials(c moduleSigner) []sign.Material {
 	var all []sign.Material
 	files := slices.Concat(in.kernel.Materials, in.release.Materials)

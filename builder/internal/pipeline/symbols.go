@@ -32,7 +32,7 @@ func keepDebug(dir string, debug map[string]string) error {
 	return nil
 }
 
-// haveSymbols reports whether every repository has debug symbols of an artifact that our key signed.
+// haveSymbols reports whether every repository has debug symbols, signed by our key, of the artifact with this digest.
 func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, error) {
 	for _, p := range o.destinations {
 		if have, err := symbols.Have(ctx, p.repo, digest, o.verifier); err != nil || !have {
@@ -44,7 +44,7 @@ func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, err
 
 // publishSymbols attaches the debug symbols to the artifact in every repository.
 func (r *run) publishSymbols(ctx context.Context, to *publication, m *modules, a *artifact) (err error) {
-	if !r.cfg.DebugSymbols || a.wasPublished() { // for a reused artifact, reuse has checked haveSymbols
+	if !r.cfg.DebugSymbols || a.wasPublished() { // for a reused artifact, the method reuse has checked haveSymbols
 		return nil
 	}
 	debug := map[string]string{}

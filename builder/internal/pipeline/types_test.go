@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -43,11 +43,7 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 // newTypedFarm returns a farm whose kernel accepts BTF in modules, and whose driver has types.
 func newTypedFarm(t *testing.T) *farm {
 	t.Helper()
-	for _, tool := range []string{"pahole", "objcopy"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is missing: apt-get install dwarves binutils")
-		}
-	}
+	installed.Programs(t, "pahole", "objcopy")
 	f := newFarm(t)
 	f.typedKernel(t, "17800.0.9", "first build")
 	f.driver(t, typedDriver())

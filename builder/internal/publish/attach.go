@@ -20,9 +20,10 @@ const (
 	maxLooks   = 10
 )
 
-// settle looks again at the attachments, and attaches what is missing. Without the referrers API, each builder reads
-// the list of attachments, adds to it and writes it. If two builders do so at once, the second overwrites the first
-// one's entry, and each of them may have read its own entry before.
+// settle looks again at the attachments, and attaches what is missing. This is necessary for registries without the
+// referrers API. There, each builder reads the list of attachments, adds its entries and writes the list back. If two
+// builders do so at once, the second overwrites the entries of the first. The first may have seen its own entries
+// before that, so one look is not enough.
 func settle(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	if a.Pause == nil || a.Verifier == nil || len(a.Bundles) == 0 {
 		return nil
@@ -52,7 +53,7 @@ func settle(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 }
 
 // attach adds the statements that the artifact lacks, and the build log if the provenance is missing or is from this
-// run. It returns the number of additions. The log comes before the provenance, which must never refer to a missing
+// run. attach returns the number of additions. The log comes before the provenance, which must never refer to a missing
 // log.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) (added int, err error) {
 	if len(a.Bundles) == 0 && a.Log == nil {
@@ -69,7 +70,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			wanted = append(wanted, labels(raw))
 		}
 		name := trust.Useful(a.Verifier, digest)
-		useful := func(raw []byte) string { // unlike attached, this gets all copies of a statement
+		useful := func(raw []byte) string { // this function sees all copies of a statement; attached has one of them
 			mine = mine || slices.ContainsFunc(a.Bundles, func(b []byte) bool { return bytes.Equal(raw, b) }) &&
 				labels(raw)[trust.LabelPredicate] == trust.PredicateProvenance
 			return name(raw)

@@ -37,8 +37,8 @@ type Delta struct {
 // layer of an earlier COS build. Both builds have the same board, milestone and driver. The newest builds come first,
 // because an updated node usually has their layer.
 //
-// Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. It returns
-// the attached deltas even if there is an error.
+// Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. After an
+// error, Deltas also returns the deltas that it attached before.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -121,7 +121,7 @@ func deltas(
 	return made, nil
 }
 
-// buildsBefore returns the COS builds before a kernel, of its board and milestone, with a tag of this driver, newest
+// buildsBefore returns the earlier COS builds of a kernel's board and milestone that have a tag of this driver, newest
 // first.
 func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
 	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)
@@ -147,8 +147,8 @@ func firstNumber(buildID string) string {
 	return first
 }
 
-// layerOf returns the module layer of a COS build's artifact with this driver. If there is no readable artifact, the
-// layer has no digest.
+// layerOf returns the module layer of a COS build's artifact with this driver. If the repository has no such artifact,
+// or cannot serve it, the returned layer has no digest.
 func layerOf(
 	ctx context.Context,
 	repo *registry.Repository,

@@ -29,7 +29,8 @@ func tool(t *testing.T, name string) func(args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		t.Skipf("%s is not on PATH", name)
+		t.Skipf("%s is not on PATH: deploy/tool.sh builds cosign, and go tool has crane; make test runs this test with them",
+			name)
 	}
 	return func(args ...string) (string, error) {
 		cmd := exec.CommandContext(t.Context(), path, args...)

@@ -161,7 +161,7 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 	cosign := tool(t, "cosign")
 	program, err := exec.LookPath("fulcio")
 	if err != nil {
-		t.Skip("fulcio is not on PATH")
+		t.Skip("fulcio is not on PATH: deploy/tool.sh builds it; make test runs this test with it")
 	}
 	farm, l := testkit.NewAuthority(t), newLogin(t)
 	ref := sign.PrefixKeyless + testkit.SigningConfig(t, startFulcio(t, program, farm, l), farm.ServeTime(t))

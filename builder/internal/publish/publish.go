@@ -31,16 +31,16 @@ type Artifact struct {
 	// Verifier verifies statements that the repository already has. A new statement that proves the same is not attached.
 	// If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
-	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
-	// repository has another run's provenance, neither is attached, except after RenewAfter.
+	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which contains the log's
+	// digest. If the repository has another run's provenance, neither is attached, except after RenewAfter.
 	Log []byte
 	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older
-	// than the new one, the new one is attached too. Policies judge the artifact's age by the newest. Zero means that the
-	// run built nothing.
+	// than the new provenance, the new one is attached too. Policies judge an artifact's age by its newest provenance.
+	// Zero means that the run built nothing.
 	RenewAfter time.Duration
-	// Pause waits between two looks at the attachments, where other builders may overwrite their list (see
-	// [registry.Repository.SharesList]). Its length should vary by chance. Without Pause, or without Verifier, there is no
-	// second look.
+	// Pause waits between two looks at the attachments. The second look is for a registry in which other builders may
+	// overwrite the list of attachments (see [registry.Repository.SharesList]). The length of the pause should be
+	// random. Without Pause, or without Verifier, there is no second look.
 	Pause func(ctx context.Context) error
 }
 
@@ -123,8 +123,8 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 	return digest, existed, finish(ctx, repo, subject, a)
 }
 
-// Attest is [Publish] for an artifact that is in the repository already. It attaches missing statements and adds the
-// tags for this COS build. It does not need Image.
+// Attest is like [Publish], for an artifact that is in the repository already. It attaches missing statements and adds
+// the tags for this COS build. It does not use a.Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
 		if _, err := checkTags(ctx, repo, digest, a); err != nil {

@@ -27,7 +27,8 @@ type Difference struct {
 	What string `json:"what"`
 }
 
-// compare compares each published layer with the new one. If their digests differ, it unpacks both and compares files.
+// compare compares each published layer with the new one. If their digests differ, compare unpacks both layers and
+// compares their files. The results go to the report.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -161,7 +162,7 @@ func list(dir string) (map[string]string, error) {
 }
 
 // compareFiles returns "" if the contents are equal, or else what differs: ELF sections, sizes, or the first byte. If
-// asked, it ignores the signature at the end of the published module.
+// strip is true, it ignores the signature at the end of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Package reproduce builds a published artifact again from the inputs in its provenance. It reports file by file
-// whether the result is the same. If it is, a second party may sign a statement that says so. The package refuses an
-// artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier build left in a
-// cache.
+// whether the result is the same. If the result is the same, a second party may sign a statement that says so. The
+// package refuses an artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier
+// build left in a cache.
 package reproduce
 
 import (
@@ -49,8 +49,8 @@ type Report struct {
 	Kernel      target.Kernel      `json:"kernel"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// BuilderID is the builder in the provenance whose inputs were used: the newest one that verifies. BuiltOn is the end
-	// of that build. Zero means unknown.
+	// BuilderID is the URI of the published artifact's builder, from the newest provenance that verifies. BuiltOn is
+	// when that build ended; zero means unknown.
 	BuilderID string    `json:"builderId"`
 	BuiltOn   time.Time `json:"builtOn,omitzero"`
 	// Identical is true if the new artifact has the same digest. If ModuleKey is set, the signatures in the modules may
@@ -147,8 +147,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance returns the artifact's newest provenance that verifies. It verifies each one alone, as a node with the
-// provenance's kernel does.
+// provenance returns the artifact's newest provenance that verifies. It verifies one provenance at a time, as a node
+// does that has the kernel in this provenance.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	all, err := c.trusted(ctx, digest)
 	if err != nil {
@@ -255,7 +255,8 @@ func checkRecipes(theirs map[string]string) error {
 }
 
 // recipes returns the recipes by which this builder makes an artifact again. theirs are the recipes in the provenance
-// of the artifact. If this builder knows their recipe for the layers, it uses that one.
+// of the artifact. If theirs has a recipe for the layers that this builder can still use, recipes returns that recipe
+// for the layers.
 func recipes(theirs map[string]string) map[string]string {
 	ours := pipeline.Recipes()
 	if slices.Contains(bundle.PackRecipes(), theirs[pipeline.FactPack]) {

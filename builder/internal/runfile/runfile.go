@@ -36,8 +36,8 @@ type Header struct {
 	Format archive.Format
 }
 
-// Payload reads the script of a runfile and returns a reader for the compressed tar after it. If there is none, the
-// error is [fault.Unverified].
+// Payload reads the script of a runfile and returns a reader for the compressed tar after it. If no compressed tar
+// follows the script, the error is [fault.Unverified].
 //
 // In NVIDIA's files, the number in skip= is the line at which the payload begins. In files of the original makeself it
 // is the last line of the script. Payload looks at both positions.

@@ -19,6 +19,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/runfile"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // payload returns a compressed tar with one file.
@@ -133,10 +134,7 @@ func TestPayloadRefuses(t *testing.T) {
 // TestPayloadOfMakeself reads runfiles that the program makeself packed. NVIDIA packs its runfiles with makeself.
 func TestPayloadOfMakeself(t *testing.T) {
 	t.Parallel()
-	tool, err := exec.LookPath("makeself")
-	if err != nil {
-		t.Skip("makeself is not installed")
-	}
+	tool := installed.Program(t, "makeself")
 	for _, how := range []string{"--gzip", "--xz", "--zstd"} {
 		dir := t.TempDir()
 		if err := os.MkdirAll(filepath.Join(dir, "in"), 0o755); err != nil {

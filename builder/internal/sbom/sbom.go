@@ -1,7 +1,8 @@
 // Package sbom writes the contents of an artifact as an SPDX 2.3 document: the runfile, the kernel's header tree, the
-// toolchain, and every module with its inputs. The same facts give the same bytes. The package never guesses licences.
-// It gives those of the runfile and of the kernel's headers, which a person has read. All others get NOASSERTION,
-// SPDX's word for "no statement".
+// toolchain, and every module with its inputs. [Release] does the same for a program or an image of a release of
+// Prebake. The same facts give the same bytes. The package never guesses licences. It writes only the licences of the
+// runfile and of the kernel's headers, which a person has read. Everything else gets NOASSERTION, SPDX's word for "no
+// statement".
 package sbom
 
 import (
@@ -239,7 +240,7 @@ func location(uri string) string {
 
 var idPattern = regexp.MustCompile(`[^A-Za-z0-9.-]+`)
 
-// elementID makes an SPDX identifier from a name.
+// elementID returns an SPDX identifier made from a name: other characters than letters, digits, - and . become -.
 func elementID(name string) common.ElementID {
 	return common.ElementID(idPattern.ReplaceAllString(name, "-"))
 }

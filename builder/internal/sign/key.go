@@ -1,6 +1,6 @@
 // Package sign has all code that uses private keys. It loads a signing key from a file or a KMS, or makes short-lived
-// keys and gets certificates for them. It makes the statements about an artifact, and signs each as a Sigstore bundle.
-// The package does not publish, does not verify for other packages, and never exports a private key.
+// keys and gets certificates for them. It makes the statements about artifacts and releases, and signs each as a
+// Sigstore bundle. The package does not publish, does not verify for other packages, and never exports a private key.
 package sign
 
 import (
@@ -26,9 +26,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements, with one lasting key or keyless. A lasting key is in a file or a KMS and of a kind that
-// [trust.PublicKey] supports. Keyless means short-lived keys, each with a certificate for the person or service that
-// signs.
+// Signer signs statements, either with one lasting key or keyless. A lasting key is in a file or a KMS; its kind must
+// be one that [trust.PublicKey] supports. Keyless signing uses short-lived keys, each with a certificate for the person
+// or service that signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
@@ -49,8 +49,8 @@ type loading struct {
 	token    func() ([]byte, error)
 }
 
-// WithPassword sets the function that returns the password of an encrypted key file, such as cosign writes. Without it,
-// encrypted keys are refused.
+// WithPassword sets the function that returns the password of an encrypted key file, such as cosign writes. Without
+// this option, encrypted keys are refused.
 func WithPassword(f func() ([]byte, error)) Option {
 	return func(l *loading) { l.password = f }
 }

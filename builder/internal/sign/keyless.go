@@ -31,13 +31,13 @@ func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is how long a certificate must still be valid at a signature. So the time stamp of the signature is within the
-// validity of the certificate.
+// margin is how long a certificate must still be valid when a signature is made. So the time stamp of the signature is
+// within the validity of the certificate.
 const margin = time.Minute
 
 const (
 	maxSigningConfig = 1 << 20
-	maxRetries       = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
+	maxRetries       = 3 // how often sigstore-go repeats a request whose response has an HTTP 5xx status
 )
 
 // keyless signs with short-lived keys. It uses each key until its certificate is about to expire (see margin).
@@ -175,7 +175,8 @@ func (k *keyless) bundleOptions(ctx context.Context) (sgsign.Keypair, sgsign.Bun
 		TimestampAuthorities: k.timestampers, TransparencyLogs: k.logs}, err
 }
 
-// issuedCertificate gives the bundle library an existing certificate. Without it, the library asks for a new one.
+// issuedCertificate passes an existing certificate to the bundle library. Otherwise the library would request a new
+// one.
 type issuedCertificate struct{ leaf *x509.Certificate }
 
 func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte,
@@ -183,7 +184,7 @@ func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsi
 	return i.leaf.Raw, nil
 }
 
-// explainService gives an error of a service its kind and a hint: [fault.Usage] for a wrong token or setting,
+// explainService adds a kind and a hint to an error of a service: [fault.Usage] for a wrong token or setting,
 // [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
@@ -207,7 +208,7 @@ func explainService(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Transient, err, "check that the services in the signing configuration can be reached")
 }
 
-// readFile reads a file up to a limit in bytes. If it cannot be opened, the error has the given hint.
+// readFile reads a file of at most limit bytes. If the file cannot be opened, the error has the given hint.
 func readFile(path string, limit int64, hint string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

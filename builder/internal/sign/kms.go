@@ -45,7 +45,7 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain gives an error of a KMS its kind and a hint: [fault.Usage] for wrong arguments or credentials,
+// explain adds a kind and a hint to an error of a KMS: [fault.Usage] for wrong arguments or credentials,
 // [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
@@ -85,8 +85,8 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-// OpenKey opens a key that signs other things than statements, such as kernel modules. The reference is a PEM file or a
-// KMS URI, as in [LoadSigner], and any kind of key is accepted. The key works until ctx ends.
+// OpenKey opens a key that does not sign statements, but for example kernel modules. ref is the path of a PEM file or a
+// KMS URI, as for [LoadSigner]. Any kind of key is accepted. The key works until ctx ends.
 func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
 	key, err := func() (crypto.Signer, error) {
 		if !strings.Contains(ref, "://") {

@@ -26,6 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -334,10 +335,7 @@ func TestEncryptedKeys(t *testing.T) {
 	}
 	refused(theirs, "builder keygen")
 
-	program, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is missing: apt-get install openssl")
-	}
+	program := installed.Program(t, "openssl")
 	openssl := func(args ...string) {
 		t.Helper()
 		if out, err := exec.CommandContext(t.Context(), program, args...).CombinedOutput(); err != nil {

@@ -32,8 +32,7 @@ type Material struct {
 	BuildID string
 }
 
-// BuildFacts is everything that the provenance says about a build. The caller sets times and ids: this package reads no
-// clock.
+// BuildFacts is the content of a build's provenance. The caller sets times and ids: this package reads no clock.
 type BuildFacts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint

@@ -161,7 +161,8 @@ func Have(ctx context.Context, repo *registry.Repository, digest string, v *trus
 	return found, err
 }
 
-// maxListed is the maximum number of attached symbols that are examined. Builders attach one, others may attach junk.
+// maxListed is the maximum number of attached symbols that are examined. Builders attach one for each artifact, but
+// others may attach anything.
 const maxListed = 1024
 
 // eachSigned calls f with the manifest and the layer of all symbols of an artifact that have a trusted signature, until
@@ -276,7 +277,7 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// linkOrCopy makes a file available under another name, by a hard link or else as a copy.
+// linkOrCopy makes a file available under another name: by a hard link or, if that fails, as a copy.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err

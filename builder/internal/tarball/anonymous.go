@@ -18,12 +18,12 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// absentObject is the name of an object that never exists. Cloud Storage answers 404 only to callers that may list the
-// bucket, and 403 to all others (Cloud Storage documentation, "HTTP status and error codes").
+// absentObject is the name of an object that never exists. Cloud Storage responds with 404 only to callers that may
+// list the bucket, and 403 to all others (Cloud Storage documentation, "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
-// AnonymousAccess asks the bucket without credentials whether everybody can read the object, or list the bucket if
-// object is "". For a folder, it asks nothing and returns the zero value.
+// AnonymousAccess tests, without credentials, whether everybody can read the object. If object is "", it tests whether
+// everybody can list the bucket. For a folder, it tests nothing and returns the zero value.
 func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.AnonymousAccess, error) {
 	g, ok := b.s.(*googleBucket)
 	if !ok {

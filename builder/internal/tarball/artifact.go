@@ -23,8 +23,8 @@ type repository interface {
 }
 
 // FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be empty. It compares the
-// bytes with their digests. The caller must have verified the artifact's signatures, and adds the COS build and the
-// signing key to the release.
+// bytes with their digests. The caller must have verified the artifact's signatures, and must add the COS build and the
+// signing key to the returned release.
 func FromArtifact(ctx context.Context, repo repository, digest, dir string) (Release, error) {
 	r, err := fromArtifact(ctx, repo, digest, dir)
 	if err != nil {

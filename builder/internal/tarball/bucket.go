@@ -105,7 +105,7 @@ func (b *Bucket) Close() error { return b.s.close() }
 // URL returns an object's URL.
 func (b *Bucket) URL(name string) string { return b.s.url(name) }
 
-// readSmall reads a whole object of at most limit bytes. If there is no object, data is nil.
+// readSmall reads a whole object of at most limit bytes. If the object does not exist, data is nil.
 func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (data []byte, token string, err error) {
 	rc, token, err := b.s.open(ctx, name)
 	if errors.Is(err, errAbsent) {

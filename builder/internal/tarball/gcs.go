@@ -42,7 +42,7 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account")
 	}
 	client.SetRetry(storage.WithMaxAttempts(maxAttempts), storage.WithErrorFunc(func(err error) bool {
-		// The library does not retry if a connection ends without an answer. The precondition makes a retry safe.
+		// The library does not retry if a connection ends without a response. The precondition makes a retry safe.
 		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
 	}))
 	return &googleBucket{gcs.New(client, u.Host, prefix)}, nil

@@ -48,8 +48,8 @@ func (l Label) check(x Index) error {
 	return nil
 }
 
-// installable returns, of the entries of a version, the one that Google's installer can use. It returns false if there
-// is none.
+// installable returns the index's entry of a version that Google's installer can use. It returns false if the index has
+// no such entry.
 func (x Index) installable(version string) (Entry, bool) {
 	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
 	if i < 0 {
@@ -73,7 +73,7 @@ type Labelling struct {
 	Complete bool
 	// Signer signs the index and the lists.
 	Signer *sign.Signer
-	// Verifier verifies what was published before. With nil, only Signer's key is trusted.
+	// Verifier verifies what was published before. If it is nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 }
 
@@ -87,7 +87,7 @@ type Labelled struct {
 	Absent []string `json:"absent,omitempty"`
 	// Existed is true if nothing had to be changed.
 	Existed bool `json:"existed"`
-	// Unsigned is as in [Report].
+	// Unsigned has the same meaning as in [Report].
 	Unsigned []string `json:"unsigned,omitempty"`
 }
 
@@ -96,8 +96,8 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// COSLabels returns the labels of a COS release bucket for a COS build, with their versions. Without a list of drivers,
-// the result is empty.
+// COSLabels returns the labels of a COS release bucket for a COS build, with their versions. If the COS build has no
+// list of drivers, the result is empty.
 func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
 	list, err := b.Drivers(ctx, k)
 	if err != nil && !fault.Is(err, fault.InputMissing) {
@@ -224,7 +224,7 @@ func isLabelled(all []Label, l Label) bool {
 	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
 }
 
-// claims has the labels that a call of SetLabels sets and removes.
+// claims has the labels that one call of SetLabels sets (want) and removes (drop).
 type claims struct {
 	want, drop []Label
 	given      map[string]string // becomes Labelled.Labels
@@ -299,7 +299,7 @@ func (l Labelling) wantedLabels() map[string]string {
 	return all
 }
 
-// claim computes the claims without checking any tarball.
+// claim computes which labels to set and to remove, without checking any tarball.
 func (l Labelling) claim(x Index, s labelState) claims {
 	c := claims{given: map[string]string{}}
 	var mine []Label

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 )
 
-// labelState has the labels of one COS build in a bucket, whoever set them.
+// labelState has all labels of one COS build in a bucket, also those that others set.
 type labelState struct {
 	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions as text, then binary
 	objects map[string]string                        // maps a label to the version in its own object, if that exists
@@ -45,8 +45,9 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreignVersion returns a version on which somebody else set the label, and who. If nobody did, the version is "". If
-// there are several, it prefers a version other than l.Version. The given labels are those that this builder set.
+// foreignVersion returns a version on which somebody else set the label, and who set it. If nobody else set it, the
+// version is "". If others set it on several versions, foreignVersion returns one other than l.Version. mine has the
+// labels that this builder set.
 func (s labelState) foreignVersion(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder

@@ -16,7 +16,7 @@ type listing struct {
 	limit             int64
 	// next returns the new content of the object. have is the present content, or nil.
 	next func(have []byte) ([]byte, error)
-	// shared is true if next keeps what others wrote, and does not verify it.
+	// shared is true if next keeps content that others wrote, without verifying it.
 	shared bool
 }
 
@@ -49,8 +49,8 @@ func (p *publisher) indexListing(next func(have []byte) ([]byte, error)) listing
 	return listing{name: IndexName(p.Kernel), contentType: "application/json", limit: maxIndex, next: next}
 }
 
-// update changes an object. It writes the new state's signature first, so a reader always finds the signature of the
-// state that it sees.
+// update changes an object. If the publisher may sign the new state (see maySign), update writes the signature before
+// the object. So a reader never sees this state without its signature.
 func (p *publisher) update(ctx context.Context, l listing) error {
 	var before []byte
 	signed := false
@@ -80,8 +80,9 @@ func (p *publisher) update(ctx context.Context, l listing) error {
 	return nil
 }
 
-// maySign reports whether the publisher may sign what it makes of a listing. The signature is for the whole content. So
-// a shared listing must be new, or a trusted key must have signed its content so far.
+// maySign reports whether the publisher may sign the new content of a listing. The signature covers the whole content,
+// also what others wrote. So a shared listing must be new, or a trusted key must have signed the content before this
+// change.
 func (p *publisher) maySign(ctx context.Context, l listing, before []byte) (bool, error) {
 	if !l.shared || before == nil {
 		return true, nil

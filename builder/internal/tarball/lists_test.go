@@ -16,6 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 func none(string) bool { return false }
@@ -102,10 +103,7 @@ gpu_driver_version_info {
 		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
 	t.Run("protoc", func(t *testing.T) { // protoc is an independent reader of the text and writer of the binary
-		program, err := exec.LookPath("protoc")
-		if err != nil {
-			t.Skip("protoc is missing: apt-get install protobuf-compiler")
-		}
+		program := installed.Program(t, "protoc")
 		cmd := exec.CommandContext(t.Context(), program, "--proto_path=../../../pkg/cosbucket/gpuversions",
 			"--encode=cos_gpu.GPUDriverVersionInfoList", "gpu_driver_versions.proto")
 		cmd.Stdin = bytes.NewReader(text)

@@ -26,8 +26,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe is the version of the packing method. Change it whenever the same files would give a different tarball. A
-// published driver then cannot be published again, because Publish never replaces a tarball.
+// Recipe is the version of the packing method. Change it whenever the same files would give a different tarball. After
+// such a change, a published driver cannot be published again, because Publish never replaces a tarball.
 const Recipe = "tgz-1"
 
 // level is the compression level of gzip. The tarball's bytes depend on it.

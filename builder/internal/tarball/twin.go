@@ -1,7 +1,7 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact. Its name is the name in a COS release bucket. The
-// package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud Storage or a
-// folder.
+// The tarball has the modules and the firmware of an OCI artifact. The tarball has the same name as in a COS release
+// bucket. The package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud
+// Storage or a folder.
 //
 // Most objects are created once and never change. The exceptions are index.json, gpu_driver_versions and the object of
 // each label. The package changes them only if they are still in the state that it read. Publishing may be interrupted
@@ -35,7 +35,7 @@ import (
 )
 
 // PredicateObject is the predicate type of the signed statement about each object. The statement names the object and
-// its COS build. Otherwise the signature would stay valid for an object moved to another COS build.
+// its COS build. Without these names, the signature would stay valid if the object were moved to another COS build.
 const PredicateObject = "https://prebake.dev/bucket-object/v1"
 
 // ObjectFacts is the predicate of type PredicateObject.
@@ -70,18 +70,18 @@ type Release struct {
 	Fingerprint target.Fingerprint
 	// Modules is a folder with the *.ko files of the artifact.
 	Modules string
-	// Firmware is a folder that holds firmware/nvidia/VERSION/; "" means no firmware.
+	// Firmware is a folder that contains firmware/nvidia/VERSION/; "" means no firmware.
 	Firmware string
 	// Artifact is the manifest digest of the OCI artifact with these files.
 	Artifact string
 	// Runfile may be nil.
 	Runfile *Runfile
-	// GPUs is the driver's list of supported GPUs. It decides which rows of gpu_driver_versions get the version. With nil,
-	// only the rows for no particular product get it.
+	// GPUs is the driver's list of supported GPUs. It decides which rows of gpu_driver_versions get the version. If
+	// GPUs is nil, only the rows for no particular product get the version.
 	GPUs *gpulist.List
 	// Signer signs everything that is written.
 	Signer *sign.Signer
-	// Verifier verifies what was published before. With nil, only Signer's key is trusted.
+	// Verifier verifies what was published before. If it is nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 	// Scratch is a folder for temporary files; "" means the system's temporary folder.
 	Scratch string
@@ -112,7 +112,7 @@ type Report struct {
 // Names of objects, relative to the bucket's prefix.
 const (
 	indexFile = "index.json"
-	// RunfileFolder holds copies of runfiles, in the layout of COS's driver bucket.
+	// RunfileFolder is the folder of the copies of runfiles, in the layout of COS's driver bucket.
 	RunfileFolder = "drivers"
 )
 
@@ -144,10 +144,11 @@ func stateSignatureName(name, digest string) string {
 type object struct {
 	upload
 	sha256 string
-	// sign makes the signature of a signature object when the object is created: two signatures of the same content
-	// differ.
+	// sign makes the content of a signature object. It is called only when the object is created, because two
+	// signatures of the same content differ.
 	sign func(ctx context.Context) (object, error)
-	// checkExisting checks an existing object of this name. With nil, its content must equal the new content.
+	// checkExisting checks an existing object of this name. If it is nil, the existing content must equal the new
+	// content.
 	checkExisting func(have []byte) error
 }
 
@@ -228,7 +229,7 @@ func (p *publisher) check() error {
 }
 
 // objects returns all objects to create, in this order, and the release's entry for the index. A signature comes after
-// the objects that its readers expect.
+// the objects that a reader of the signature expects.
 func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entry, error) {
 	var all []object
 	entry := Entry{Driver: p.Driver, Artifact: p.Artifact, Fingerprint: p.Fingerprint}
@@ -345,7 +346,8 @@ func driverText(d *target.Driver) string {
 // maxSignature is the maximum size of a signature in bytes. A signature of this package has about 2 KB.
 const maxSignature = trust.MaxBundleSize
 
-// exists reports whether the object is in the bucket. If it has other content, the error is [fault.PublishRefused].
+// exists reports whether the object is in the bucket. If the object in the bucket has other content, the error is
+// [fault.PublishRefused].
 func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
@@ -403,7 +405,7 @@ func (p *publisher) create(ctx context.Context, o object, existed bool) error {
 		err := p.bucket.s.create(ctx, made.upload)
 		switch {
 		case errors.Is(err, errExists):
-			// Another publisher created the object, or the answer to our own write was lost.
+			// Another publisher created the object, or the response to our own write was lost.
 			if existed, err = p.exists(ctx, o); err == nil && !existed {
 				err = fault.New(fault.Transient, "somebody removed the object after it was created",
 					"find out who removes objects in the bucket, then publish again")

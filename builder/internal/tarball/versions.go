@@ -150,7 +150,7 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 // returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
-	// Printing would lose an unknown field, so it is an error.
+	// An unknown field is an error, because printing the list would lose it.
 	if err := prototext.Unmarshal(have, &list); err != nil {
 		return nil, unreadable(err)
 	}

@@ -39,7 +39,7 @@ func CheckWrite(ctx context.Context, dest string) (err error) {
 
 // permissions are the permissions that publishing needs:
 //   - "delete", because for Google the replacement of a list also deletes the old object,
-//   - "list", because Google answers "forbidden" for a missing object if the account may not list the bucket.
+//   - "list", because Google responds with "forbidden" for a missing object if the account may not list the bucket.
 //
 // The names are from https://cloud.google.com/storage/docs/access-control/iam-permissions.
 var permissions = []string{

@@ -78,8 +78,8 @@ func (m *metrics) lookup(kind string, hit bool) {
 	m.lookups.WithLabelValues(kind, result).Inc()
 }
 
-// Queue sets the callback that returns the number of jobs in the queue by state. Each scrape calls it. With nil there
-// is no such metric.
+// Queue sets the callback that returns the number of jobs in the queue by state. Each scrape calls the callback. If
+// depth is nil, this metric is not served.
 func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
 	if t == nil {
 		return

@@ -1,6 +1,6 @@
 // Package telemetry reports the progress of builds. If the OTEL_* environment variables give a collector, it sends a
-// trace for each cell by OTLP over HTTP. A trace has a span for each phase. At the operator's address the package
-// serves metrics for Prometheus.
+// trace for each cell by OTLP over HTTP. A trace has a span for each phase. The package also serves metrics for
+// Prometheus, at the address in Config.MetricsAddress.
 //
 // The package serves nothing but metrics and never fails a build. If the collector cannot be reached, the spans are
 // lost, and one line in the log says so.
@@ -26,7 +26,7 @@ import (
 type Config struct {
 	// Version is the version of this program.
 	Version string
-	// MetricsAddress is the address that serves /metrics, such as 127.0.0.1:9440. "" serves none.
+	// MetricsAddress is the address that serves /metrics, such as 127.0.0.1:9440. "" means that no metrics are served.
 	MetricsAddress string
 	// Cache is the cache whose hits and size are reported. If nil, there are no such metrics.
 	Cache *cas.Cache
@@ -46,7 +46,7 @@ type Telemetry struct {
 type Cell struct {
 	// Kernel is BUILD_ID/board. Driver is a version or a wish.
 	Kernel, Driver, Flavour string
-	// EarlyWarning means that a failure is worth knowing but must not raise an alarm.
+	// EarlyWarning is true if a failure of this build must not raise an alarm.
 	EarlyWarning bool
 	// Build is the build's number in the queue, and Attempt the attempt's number. Both are 0 without a queue.
 	Build   int64

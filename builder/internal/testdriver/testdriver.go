@@ -1,7 +1,6 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
-// resemble those of NVIDIA's drivers and of kbuild. They have the same kinds of conftest questions, make rules, time
-// stamps and .cmd files. The package does not prove that Prebake compiles NVIDIA's drivers; deploy/e2e compiles real
-// drivers.
+// resemble those of NVIDIA's drivers and of kbuild. They have the same kinds of conftest tests, make rules, time stamps
+// and .cmd files. The package does not prove that Prebake compiles NVIDIA's drivers; deploy/e2e compiles real drivers.
 package testdriver
 
 // Kbuild and Script are the driver's makefile and its conftest.sh. The makefile runs conftest.sh to find out whether

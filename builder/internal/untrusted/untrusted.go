@@ -1,4 +1,4 @@
-// Package untrusted reads the files that a program left in a folder to which it could write, after the program ended.
+// Package untrusted reads files from a folder to which a sandboxed program could write, after that program has ended.
 // Everything in that folder is hostile: a name may be a link to a secret of the host, a pipe that never ends, or a file
 // of unlimited size. The package returns only regular files below the folder, follows no link, and limits each read.
 //
@@ -62,8 +62,8 @@ func Open(dir string) (*Dir, error) {
 // Close closes the folder.
 func (d *Dir) Close() error { return d.root.Close() }
 
-// Open opens the regular file with this slash path, up to a maximum size in bytes. It never waits, even for a pipe. If
-// the name does not exist, the error is fs.ErrNotExist.
+// Open opens the regular file with this slash path. A file of more than max bytes is an error. Open never waits, even
+// for a pipe. If the name does not exist, the error is fs.ErrNotExist.
 func (d *Dir) Open(name string, max int64) (*os.File, error) {
 	if !fs.ValidPath(name) {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrInvalid}
@@ -114,7 +114,7 @@ func check(name string, info fs.FileInfo, max int64) error {
 	return nil
 }
 
-// Read returns the content of a regular file of at most max bytes.
+// Read returns the content of a regular file. A file of more than max bytes is an error.
 func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	f, err := d.Open(name, max)
 	if err != nil {
@@ -128,8 +128,8 @@ func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	return text, err
 }
 
-// Copy copies a regular file to a new file of the host with mode 0644, up to a maximum size in bytes. It returns the
-// SHA-256 of the copied bytes in hex.
+// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. It returns the SHA-256 of
+// the copied bytes in hex.
 func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	in, err := d.Open(name, max)
 	if err != nil {

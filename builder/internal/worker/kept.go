@@ -17,9 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// keptLog is the log of an attempt that has ended, for which the server had no space. Its file name in Config.State has
-// the build, the attempt and the worker. So a worker with another ID in the same folder can tell whether the server
-// still lacks this very log.
+// keptLog is the log of an attempt that has ended, for which the server had no space. Its file name in Config.State
+// contains the build, the attempt and the worker. So another worker that uses the same folder later can find out
+// whether the server still needs this log.
 type keptLog struct {
 	path    string
 	build   int64
@@ -29,14 +29,14 @@ type keptLog struct {
 	at      time.Time
 }
 
-// keptName matches the file name of a kept log. keptPath makes it.
+// keptName matches the file name of a kept log, as the method keptPath returns it.
 var keptName = regexp.MustCompile(`^build-([0-9]{1,18})-([0-9]{1,9})-([0-9a-f]{16})\.kept$`)
 
 func (w *worker) keptPath(build int64, attempt int) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d-%d-%s.kept", build, attempt, idSum(w.ID)))
 }
 
-// idSum returns a digest of a worker's ID. The ID itself may have letters that a file name must not have.
+// idSum returns a digest of a worker's ID. The ID itself may contain characters that a file name must not contain.
 func idSum(id string) string {
 	sum := sha256.Sum256([]byte(id))
 	return fmt.Sprintf("%x", sum[:8])
@@ -52,7 +52,7 @@ const (
 // keptEvery is the time between two rounds of sending kept logs.
 const keptEvery = time.Minute
 
-// keepLog keeps the log of an attempt that has ended.
+// keepLog renames the log of an attempt that has ended to a kept log.
 func (w *worker) keepLog(ctx context.Context, build int64, attempt int) error {
 	if err := os.Rename(w.logPath(build), w.keptPath(build, attempt)); err != nil {
 		return err
@@ -119,7 +119,8 @@ func (w *worker) sendKeptLogs() {
 	}
 }
 
-// sendKept sends the kept logs, the newest first. It ends at the first error that the other logs would get too.
+// sendKept sends the kept logs, the newest first. It stops at the first error that sending the other logs would cause
+// too.
 func (w *worker) sendKept(ctx context.Context) {
 	kept, err := w.trimKept(ctx)
 	if err != nil {

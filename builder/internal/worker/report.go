@@ -15,10 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
-// the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of an ended build, and
-// sends it later (see sendKeptLogs). It keeps the log before it sends the outcome: if it is killed after the outcome,
-// its next start takes the other logs of ended builds for sent ones.
+// reportEnd sends the log first and then the outcome, so that the server already has the log when the build ends there.
+// If the server refuses the log, the outcome is still sent. If the server's disk is full, the worker keeps the log of
+// an ended build, and sends it later (see sendKeptLogs). The worker renames the log to a kept log before it sends the
+// outcome. Without this order, a worker that is killed after the outcome would lose the log: at its next start, it
+// removes the log of each ended build that is not kept.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	path, full := w.logPath(build), false
 	err := retryUntilDone(ctx, func() error {
@@ -57,8 +58,8 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	return nil
 }
 
-// mayPass reports whether a later request may succeed. An internal error of the server counts, because the build did
-// not cause it.
+// mayPass reports whether a later request may succeed. For an internal error of the server, it returns true, because
+// the build did not cause the error.
 func mayPass(err error) bool {
 	kind := fault.Of(err)
 	return kind.Retryable() || kind == fault.Internal
@@ -138,8 +139,8 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	}
 }
 
-// reporter tells the server of each new phase, and after every [Config.Heartbeat] that the build is still running. It
-// does not delay the build: a lost report does no harm. The server's answer may cancel the build.
+// reporter reports each new phase to the server, and after every [Config.Heartbeat] that the build is still running. It
+// does not delay the build: a lost report does no harm. The server's response may cancel the build.
 type reporter struct {
 	server *api.Client
 	build  int64
@@ -177,7 +178,8 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 	return r
 }
 
-// sendReport sends one report. If the server answers that the build was cancelled or taken over, it cancels the build.
+// sendReport sends one report. If the server responds that the build was cancelled or taken over, sendReport cancels
+// the build.
 func (r *reporter) sendReport() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -248,7 +250,7 @@ func (w *worker) sendPart(ctx context.Context, build, offset int64, part []byte)
 	return w.Server.AppendBuildLog(ctx, build, offset, part)
 }
 
-// setPhase sets the phase for the next report. Only the timeline calls it, never concurrently.
+// setPhase sets the phase for the next report. Only the timeline calls setPhase, and never concurrently.
 func (r *reporter) setPhase(name string) {
 	select {
 	case <-r.next: // drops an older phase that was not reported

@@ -1,8 +1,7 @@
 // Package worker takes builds from the queue, runs them, and reports their results to the server. Server and queue both
 // store the state of a build. The worker decides each result once and sends it to both.
 //
-// The package does not know how a build is made. It does not decide whether a failure is worth a retry; the kind of the
-// fault does.
+// Config.Make runs a build. The kind of the fault decides whether a failed build is tried again.
 package worker
 
 import (
@@ -41,12 +40,12 @@ type Config struct {
 	// ServerTimeout limits how long the worker tries to report the end of a build. 0 means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make runs one build. If it fails, it returns an error and a Result with what was found before. The output of tools
-	// goes to the log.
+	// Make runs one build, and writes the output of all tools to log. If the build fails, Make returns an error, and a
+	// Result with everything up to the failure.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
-	// Grace is how long running builds may continue after a stop. A longer build is cancelled and goes back to the queue.
-	// With 0, builds are cancelled at once.
+	// Grace is how long running builds may continue after a stop. A longer build is cancelled and goes back to the
+	// queue. 0 means that builds are cancelled at once.
 	Grace time.Duration
 	// Cancel ends the grace period when it is closed. It may be nil.
 	Cancel <-chan struct{}
@@ -61,7 +60,7 @@ type Config struct {
 }
 
 // startTimeout limits how long the worker tries to report the start of a build, for example while the server restarts.
-// After it the build goes back and loses its place in the queue.
+// After this time the build goes back to the queue, and loses its place there.
 const startTimeout = 20 * time.Second
 
 // shutdownTimeout is how long reports may take after a stop of the worker.
@@ -76,9 +75,10 @@ type worker struct {
 	hard context.Context
 }
 
-// Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. The
-// remaining ones are cancelled and go back to the queue. If the server refuses the worker itself, for example a wrong
-// token, Run stops in the same way and returns that error.
+// Run takes builds from the queue and runs them until ctx ends. Then it takes no more builds, and lets running builds
+// finish within the grace period. Builds that are still running after it are cancelled, and go back to the queue. If
+// the server refuses the worker itself, for example because of a wrong token, Run stops in the same way and returns
+// that error.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.ServerTimeout <= 0 {
 		cfg.ServerTimeout = time.Minute
@@ -151,7 +151,8 @@ func (w *worker) end(cancel context.CancelCauseFunc) {
 	cancel(fault.New(fault.Cancelled, "the worker was stopped", ""))
 }
 
-// queueName returns the worker's name in the queue. While State is locked, no other process of this machine has it.
+// queueName returns the worker's name in the queue. While the folder State is locked, no other process of this machine
+// uses this name.
 func (cfg Config) queueName() (string, error) {
 	state, err := filepath.Abs(cfg.State)
 	if err != nil {
@@ -161,7 +162,7 @@ func (cfg Config) queueName() (string, error) {
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
-// build runs one build and reports its result to the server. The queue decides by the returned error whether to run the
+// build runs one build and reports its result to the server. The returned error tells the queue whether to run the
 // build again.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
 	log := w.Log.With(
@@ -265,7 +266,7 @@ func (w *worker) runBuild(ctx context.Context, job api.BuildJob, attempt int, lo
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// The server's answer to a report cancelled the build, whatever the build's error is.
+		// The server's response to a report cancelled the build, whatever the build's error is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
@@ -311,8 +312,8 @@ func (w *worker) make(
 	}, out, line)
 }
 
-// outcome returns the update for the server. The flags say whether a stop of the worker cancelled the build, and
-// whether the queue drops the build after a failure.
+// outcome returns the update for the server. stopped is true if a stop of the worker cancelled the build. last is true
+// if the queue drops the build after a failure.
 func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
 	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
 	if res.Kernel.BuildID != "" {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/gotest"
 	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -68,7 +69,7 @@ func TestClangKernel(t *testing.T) {
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+v.NVMLVersion)
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
-	if err != nil {
+	if err := gotest.Check(out, err); err != nil {
 		t.Errorf("same bytes: %v", err)
 	}
 }

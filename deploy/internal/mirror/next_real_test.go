@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/gotest"
 )
 
 // TestNext lets the builder build and load-test two driver branches, both flavours, for two kernel series. Some cells
@@ -113,7 +114,7 @@ func TestNext(t *testing.T) {
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+strings.Join(cells, " "))
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
-	if err != nil {
+	if err := gotest.Check(out, err); err != nil {
 		t.Errorf("questions of all drivers, and same bytes: %v", err)
 	}
 }

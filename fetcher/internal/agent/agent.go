@@ -51,12 +51,15 @@ type Agent struct {
 	uncounted error
 	// suspects has this run's failures that do not count yet.
 	suspects []suspect
+	// wanted is the driver that this node should have.
+	wanted wanted
 }
 
 // New returns an agent.
 func New(cfg Config, parts Parts) *Agent {
 	node := parts.Node.FS()
-	return &Agent{cfg: cfg, parts: parts, node: node, loader: &kmod.Loader{System: parts.Kernel, Root: node}}
+	return &Agent{cfg: cfg, parts: parts, node: node, loader: &kmod.Loader{System: parts.Kernel, Root: node},
+		wanted: wanted{wish: cfg.Wish}}
 }
 
 // Report is the result of one run.
@@ -97,6 +100,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
 	a.reread(ctx)
+	a.readWanted(ctx)
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -240,7 +244,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		return store.Current()
 	}
 	waiting := s.waiting()
-	if waiting != nil && !serves(waiting, s.question) { // it does not match the present wish
+	if waiting != nil && !a.isWanted(waiting, s.question) { // it does not match the present wish
 		waiting = nil
 	}
 	tried := map[string]bool{} // by digest
@@ -395,8 +399,8 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 // place of a source are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
-	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
-		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none):
+	case s.wanted != nil || a.wanted.err != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
+		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none) || isOther(answer.Driver, s):
 		return false
 	case resolve.Passing(s.none):
 		return true
@@ -405,8 +409,15 @@ func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 		!fault.Is(s.none, fault.Unsupported)
 }
 
+// isOther reports whether the farm named another driver than the installed one for the node's GPU type. The installed
+// one then is of an earlier wish, as the lists of a COS build do not change.
+func isOther(named target.Driver, s nodeState) bool {
+	_, gpu := s.question.Wish.GPU()
+	return gpu != "" && named.Version != "" && named.Version != s.current.Driver.Version
+}
+
 func (a *Agent) question(facts *host.Facts) resolve.Question {
-	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Pin: a.cfg.Pin, Flavour: a.cfg.Flavour,
+	return resolve.Question{Kernel: facts.Kernel, Wish: a.wanted.wish, Pin: a.pin(), Flavour: a.cfg.Flavour,
 		GPUs: facts.Listed()}
 }
 

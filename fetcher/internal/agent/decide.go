@@ -28,6 +28,8 @@ type nodeState struct {
 	verifiable func(*install.Set) bool
 	// closed is the reason why a loaded driver may not be replaced now, or "".
 	closed string
+	// labelled means that the node's label is the source of the wish, not --driver.
+	labelled bool
 	// replaceForeign, allowDowngrade, retry and noLoad are settings of the node's owner.
 	replaceForeign, allowDowngrade, retry, noLoad bool
 }
@@ -79,10 +81,14 @@ func decide(s nodeState) decision {
 		return stay(why)
 	}
 	if good != nil && s.isDowngrade(good) {
+		from := "--driver"
+		if s.labelled {
+			from = "the node's label"
+		}
 		return stay(fault.New(fault.Mismatch,
-			fmt.Sprintf("driver %s, found for --driver %s, is older than the installed driver %s", s.wanted.Driver,
+			fmt.Sprintf("driver %s, found for %s %s, is older than the installed driver %s", s.wanted.Driver, from,
 				s.question.Wish, good.Driver),
-			"to install the older driver, set --driver to its version, or add --allow-downgrade"))
+			"to install the older driver, set "+from+" to its version, or add --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
 	if d.set == nil && good != nil && good.Digest != s.wanted.Digest {
@@ -240,8 +246,10 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	// A wish for a branch never means an edition. An edition needs its full version.
-	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
+	// A wish for a branch never means an edition. An edition needs its full version. Only the farm knows the lists of GPU
+	// types, but a list's driver for a branch belongs to that branch.
+	wish, _ := q.Wish.GPU()
+	if b, named := wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
 	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)

@@ -29,6 +29,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/testkit/faulttable"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -343,9 +344,7 @@ var rows = []phaseRow{
 // driver, whose modules and library have the same version.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	dir, key := t.TempDir(), testkit.NewKey(t)
 	older, newer := cells(t)
 	lay := filepath.Join(dir, "layout")

@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/testkit/faulttable"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // crashVariable names the root of a node on which loads take the node down. Its folder home is a small disk.
@@ -29,9 +30,7 @@ const crashVariable = "PREBAKE_TEST_CRASHES"
 // crashes must be counted, or else the node reboots endlessly.
 func TestCrashesOnFullDisk(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	for _, process := range []string{"TestCrashOfActive", "TestCrashAfterUpdate", "TestCrashWithoutReserve"} {
 		t.Run(process, func(t *testing.T) {
 			t.Parallel()

@@ -33,7 +33,7 @@ func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
 	if boot == "" {
-		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules/")
+		t.Skip("PREBAKE_BOOT is not set: want a folder with vmlinuz and modules/; deploy/e2e makes it, and runs this test")
 	}
 	dir, key := t.TempDir(), testkit.NewKey(t)
 	older, newer := cells(t)

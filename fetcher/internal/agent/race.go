@@ -17,7 +17,7 @@ import (
 //   - a foreign driver stays loaded;
 //   - the active driver matches the wish, and is verified or loaded.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
-	if a.parts.Local == nil || a.cfg.Pin != "" {
+	if a.parts.Local == nil || a.pin() != "" {
 		return false
 	}
 	s, err := a.readState(ctx, store)
@@ -63,6 +63,9 @@ func nothingHeld() error { return nil }
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool,
 	findMade func() *install.Set) (answer resolve.Answer, release func() error, err error) {
 	release = nothingHeld
+	if a.wanted.err != nil {
+		return answer, release, a.wanted.err
+	}
 	made := findMade()
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""

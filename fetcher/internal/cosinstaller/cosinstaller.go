@@ -61,11 +61,12 @@ func (m *many) Set(s string) error {
 
 // ignoredFlags are flags of Google's program that the fetcher ignores, with the reason to print.
 var ignoredFlags = map[string]string{
-	"allow-unsigned-driver":      "fetcher verifies each driver with the keys in its trust flags",
-	"test":                       "fetcher verifies each driver with the keys in its trust flags",
-	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
-	"force-fallback":             "if the newest driver does not work, set --driver to a branch",
-	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
+	"allow-unsigned-driver": "fetcher verifies each driver with the keys in its trust flags",
+	"test":                  "fetcher verifies each driver with the keys in its trust flags",
+	"skip-nvidia-smi":       "NVML is asked instead of nvidia-smi",
+	"force-fallback":        "if the newest driver does not work, set --driver to a branch",
+	"target-gpu": "the GPUs of this node are read from the PCI bus; for the driver in a GPU type's own list, set " +
+		"-version, as in -version=default@NVIDIA_L4",
 	"gcs-download-prefix":        "fetcher looks for COS builds below BUILD_ID/BOARD",
 	"gcs-download-bucket-nvidia": "set --driver-mirror to the bucket with the runfiles",
 	"gcs-download-prefix-nvidia": "set --driver-mirror to the bucket with the runfiles",

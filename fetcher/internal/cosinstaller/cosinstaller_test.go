@@ -43,6 +43,11 @@ func TestTranslate(t *testing.T) {
 		},
 		"unsigned": {"install -allow-unsigned-driver -skip-nvidia-smi=false", nil, "install --host-root=/root",
 			"-allow-unsigned-driver is ignored"},
+		"a GPU type": {"install -target-gpu=NVIDIA_L4", nil, "install --host-root=/root",
+			"-target-gpu is ignored: the GPUs of this node are read from the PCI bus; for the driver in a GPU type's own " +
+				"list, set -version, as in -version=default@NVIDIA_L4"},
+		"a GPU type's driver": {"install -version=default@NVIDIA_L4", nil,
+			"install --host-root=/root --driver=default@NVIDIA_L4", ""},
 		"the environment of older ones": {
 			"install", map[string]string{"NVIDIA_DRIVER_VERSION": "535.261.03",
 				"NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},

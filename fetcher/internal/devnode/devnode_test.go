@@ -100,8 +100,8 @@ func TestMake(t *testing.T) {
 	}
 	defer dev.Close()
 	n := devnode.Node{Name: "twin", Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}
-	if err := (devnode.Linux{}).Make(dev, n); errors.Is(err, unix.EPERM) {
-		t.Skip("making device files needs root with CAP_MKNOD")
+	if err := (devnode.Linux{}).Make(dev, n); errors.Is(err, unix.EPERM) && os.Getuid() != 0 {
+		t.Skip("making device files needs root")
 	} else if err != nil {
 		t.Fatal(err)
 	}
@@ -141,8 +141,8 @@ func TestClear(t *testing.T) {
 		"nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
 		if err := (devnode.Linux{}).Make(dev,
 			devnode.Node{Name: name, Major: 1, Minor: uint32(i), Mode: 0o666, UID: os.Getuid(),
-				GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
-			t.Skip("making device files needs root with CAP_MKNOD")
+				GID: os.Getgid()}); errors.Is(err, unix.EPERM) && os.Getuid() != 0 {
+			t.Skip("making device files needs root")
 		} else if err != nil {
 			t.Fatal(err)
 		}

@@ -99,13 +99,15 @@ const (
 	mergePatch     = "application/merge-patch+json"
 	strategicPatch = "application/strategic-merge-patch+json"
 	plain          = "application/json"
+	// metadataOnly is the type of an answer with an object's metadata alone.
+	metadataOnly = plain + ";as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 )
 
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends a request to the API server, with an optional body of the given content type (kind). It decodes the
-// response into out, unless out is nil.
+// call sends a request to the API server, with an optional body of the given content type (kind). Without a body, kind
+// is the content type of the response; "" means JSON. call decodes the response into out, unless out is nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)
@@ -128,6 +130,9 @@ func (c *client) call(ctx context.Context, method, path, kind string, in, out an
 	}
 	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
 	req.Header.Set("Accept", plain)
+	if in == nil && kind != "" {
+		req.Header.Set("Accept", kind)
+	}
 	req.Header.Set("User-Agent", fieldManager)
 	if in != nil {
 		req.Header.Set("Content-Type", kind)

@@ -57,6 +57,9 @@ type Node struct {
 	check     gpucheck.CheckTimer
 	pending   string
 	changed   chan struct{}
+	// wanted is the value of the label that Wanted read last, or nil if there was no label. wantedRead is false before.
+	wanted     *string
+	wantedRead bool
 
 	writing  sync.Mutex // held during a write to the cluster; guards the fields below
 	written  state
@@ -237,16 +240,19 @@ func (n *Node) write(ctx context.Context) error {
 
 // node has the fields that this program reads of a node object.
 type node struct {
-	Metadata struct {
-		UID             string `json:"uid"`
-		ResourceVersion string `json:"resourceVersion"`
-	} `json:"metadata"`
-	Spec struct {
+	Metadata metadata `json:"metadata"`
+	Spec     struct {
 		Taints []map[string]any `json:"taints"`
 	} `json:"spec"`
 	Status struct {
 		Conditions []condition `json:"conditions"`
 	} `json:"status"`
+}
+
+type metadata struct {
+	UID             string            `json:"uid"`
+	ResourceVersion string            `json:"resourceVersion"`
+	Labels          map[string]string `json:"labels,omitempty"`
 }
 
 type condition struct {

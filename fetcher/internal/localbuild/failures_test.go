@@ -15,6 +15,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestFailuresAreRemembered checks that a failed compile is not repeated for the same driver and builder, unless Retry
@@ -165,9 +166,7 @@ func TestFullDiskProcess(t *testing.T) {
 // disk gets full at another step of the compile.
 func TestPauseOnFullDisk(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	const fill = `cat /dev/zero >"${0%/*}/state/filler" 2>/dev/null`
 	for name, row := range map[string]struct {
 		keygen, compile string

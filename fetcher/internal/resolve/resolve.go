@@ -115,8 +115,12 @@ type Server struct {
 }
 
 // Find asks the server for the artifact. With flavour auto, it asks again for the proprietary flavour if the open
-// modules do not drive the node's GPUs.
+// modules do not drive the node's GPUs. A digest is an error of kind Usage.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
+	if q.Pin != "" {
+		return Answer{}, fault.New(fault.Usage, "ask server: a server finds no artifact by its digest",
+			"set the artifact's repository: --registry HOST/NAME")
+	}
 	auto := q.Flavour == Auto
 	q = q.narrowFlavour()
 	a, err := s.ask(ctx, q)
@@ -256,7 +260,8 @@ func check(a Answer, q Question) error {
 	if v, exact := q.Wish.Exact(); exact && v != a.Driver.Version {
 		return mismatch("driver", a.Driver.Version, v)
 	}
-	if b, named := q.Wish.BranchName(); named && b != a.Driver.Branch() {
+	wish, _ := q.Wish.GPU()
+	if b, named := wish.BranchName(); named && b != a.Driver.Branch() {
 		return mismatch("branch", a.Driver.Branch(), b)
 	}
 	if q.Flavour != Auto && q.Flavour != string(a.Driver.Flavour) {
@@ -279,14 +284,20 @@ type Registry struct {
 	GPUs Lister
 }
 
-// Find looks up the tags of this COS build. A wish for the default driver is an error of kind Usage, because tags do
-// not name a default.
+// Find looks up the tags of this COS build. A wish for the default driver, or for a GPU type, is an error of kind
+// Usage, because tags name neither.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return r.findDigest(ctx, q.Pin)
 	}
 	if version, exact := q.Wish.Exact(); exact {
 		return r.findVersion(ctx, q, version)
+	}
+	if _, gpu := q.Wish.GPU(); gpu != "" {
+		return Answer{}, fault.New(fault.Usage,
+			fmt.Sprintf("driver %q: a registry alone cannot resolve it: a registry has no lists of GPU types", q.Wish),
+			"ask a server: --server URL; or set a version, a branch or latest, without a GPU type; or compile on this node, "+
+				"which reads COS's lists: --builder PROGRAM without --registry")
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {

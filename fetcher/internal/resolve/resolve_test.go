@@ -67,6 +67,10 @@ func TestServer(t *testing.T) {
 		{"another version", published(same), "535.1.1", "auto", "", fault.Mismatch},
 		{"another branch", published(same), "R580", "auto", "", fault.Mismatch},
 		{"another flavour", published(same), "default", "proprietary", "", fault.Mismatch},
+		{"a GPU type", published(same), "default@NVIDIA_L4", "auto", "farm.example:8440/prebake/driver", fault.Internal},
+		{"a GPU type's branch", published(same), "R535@NVIDIA_L4", "auto", "farm.example:8440/prebake/driver",
+			fault.Internal},
+		{"another branch than a GPU type's", published(same), "R580@NVIDIA_L4", "auto", "", fault.Mismatch},
 		{"no driver", published(func(r *api.Resolution) { r.Driver = target.Driver{} }), "default", "auto", "",
 			fault.Mismatch},
 		{"no digest", published(func(r *api.Resolution) { r.Digest = "latest" }), "default", "auto", "", fault.Unverified},
@@ -87,6 +91,20 @@ func TestServer(t *testing.T) {
 		if diff := cmp.Diff(want, s.asked); diff != "" {
 			t.Errorf("%s: question (-want +got):\n%s", row.name, diff)
 		}
+	}
+}
+
+// TestServerAndDigest checks that a node with a server and a registry finds an artifact by its digest in the registry.
+func TestServerAndDigest(t *testing.T) {
+	t.Parallel()
+	s := &server{answers: []any{published(func(*api.Resolution) {})}}
+	r := resolve.Registry{Ref: "reg/x",
+		Driver: func(context.Context, string) (target.Driver, error) { return driver, nil }}
+	q := question
+	q.Pin = "sha256:" + strings.Repeat("cd", 32)
+	a, err := resolve.Chain{resolve.Server{Client: s}, r}.Find(t.Context(), q)
+	if err != nil || a.Digest != q.Pin || s.calls != 0 {
+		t.Errorf("Find = %+v, %v after %d calls of the server; want the digest from the registry", a, err, s.calls)
 	}
 }
 
@@ -125,11 +143,15 @@ func TestRegistry(t *testing.T) {
 		{"535.1.1", "auto", "p", fault.Internal}, {"535.2.2", "auto", "o", fault.Internal},
 		{"535.2.2", "proprietary", "p", fault.Internal},
 		{"535.1.1", "open", "", fault.Internal}, {"default", "auto", "", fault.Usage}, {"R535", "auto", "", fault.Usage},
+		{"latest@NVIDIA_L4", "auto", "", fault.Usage}, {"R535@NVIDIA_L4", "auto", "", fault.Usage},
 	}
 	for _, row := range rows {
 		q := question
 		q.Wish, q.Flavour = row.wish, row.flavour
 		a, err := r.Find(t.Context(), q)
+		if _, gpu := row.wish.GPU(); gpu != "" && !strings.Contains(fault.Hint(err), "--builder") {
+			t.Errorf("Find(%s) = %v, hint %q; want a hint for GPU types", row.wish, err, fault.Hint(err))
+		}
 		if row.kind == fault.Internal && (err != nil || a.Digest != row.digest || (a.Err() == nil) != (row.digest != "")) ||
 			row.kind != fault.Internal && !fault.Is(err, row.kind) {
 			t.Errorf("Find(%s %s) = %+v, %v; want %q, %v", row.wish, row.flavour, a, err, row.digest, row.kind)

@@ -13,10 +13,12 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
-// Program is the name of the registry's program and of its Debian package. If it is not on PATH, tests that need it are
-// skipped.
+// Program is the name of the registry's program and of its Debian package. See [installed.Program] for tests on a
+// machine without it.
 const Program = "docker-registry"
 
 const config = `version: 0.1
@@ -68,10 +70,7 @@ func StartMirror(t testing.TB, of string) string {
 // start runs a registry with additional lines in its configuration.
 func start(t testing.TB, more string) string {
 	t.Helper()
-	program, err := exec.LookPath(Program)
-	if err != nil {
-		t.Skipf("%s is not on PATH: install Debian's package of that name (deploy/setup.sh test)", Program)
-	}
+	program := installed.Program(t, Program)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yml")
 	if err := os.WriteFile(file, fmt.Appendf(nil, config+"%s", filepath.Join(dir, "data"), more), 0o600); err != nil {

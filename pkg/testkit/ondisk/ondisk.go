@@ -20,7 +20,8 @@ func Check(t testing.TB, path string) {
 		t.Fatal(err)
 	}
 	if pages, err := unflushed(control); err != nil || pages == 0 {
-		t.Skipf("nobody tells which pages are not on the disk: %d in a new file, %v", pages, err)
+		t.Skipf("the kernel counts %d pages of a new file that are not on the disk, %v: the test needs Linux 6.5 "+
+			"(cachestat), and a TMPDIR on a disk, so no tmpfs", pages, err)
 	}
 	if pages, err := unflushed(path); err != nil || pages > 0 {
 		t.Errorf("%s has %d pages that are not on the disk, %v; want none", path, pages, err)

@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/store"
 )
@@ -49,11 +49,7 @@ func TestBuildAndJobAreOne(t *testing.T) {
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		raw := os.Getenv("PREBAKE_TEST_POSTGRES")
-		if raw == "" {
-			t.Skip("PREBAKE_TEST_POSTGRES names no database")
-		}
-		areOne(t, emptySchema(t, raw))
+		areOne(t, emptySchema(t, installed.Postgres(t)))
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -119,7 +120,8 @@ func cached(t *testing.T, name string) (n, all int) {
 }
 
 // TestVerifyLeavesCache verifies a blob that is in the page cache. It must read the disk, and must not leave the blob
-// in the cache. A file system that keeps everything in memory, such as tmpfs, cannot show that.
+// in the cache. A file system that keeps everything in memory, such as tmpfs, cannot show that. The test notices such a
+// file system by a control file, which it writes and flushes itself.
 func TestVerifyLeavesCache(t *testing.T) {
 	t.Parallel()
 	s, _ := openFlaky(t, 0, 0)
@@ -132,28 +134,47 @@ func TestVerifyLeavesCache(t *testing.T) {
 	if err := s.putBytes(is, content); err != nil {
 		t.Fatal(err)
 	}
-	blob := path.Join(s.root.Name(), blobPath(is.Encoded()))
-	read := func() {
-		t.Helper()
-		if got, err := os.ReadFile(blob); err != nil || !bytes.Equal(got, content) {
-			t.Fatalf("read the blob: %v", err)
-		}
-	}
-	read()
-	f, err := os.Open(blob)
+	control, err := os.Create(filepath.Join(t.TempDir(), "control"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-	if err := errors.Join(err, f.Close()); err != nil {
+	_, err = control.Write(content)
+	if err := errors.Join(err, control.Sync(), control.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if n, all := cached(t, blob); n > all/10 {
-		t.Skipf("the file system keeps %d of %d pages in memory", n, all)
+	blob := path.Join(s.root.Name(), blobPath(is.Encoded()))
+	read := func(name string) {
+		t.Helper()
+		if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, content) {
+			t.Fatalf("read %s: %v", name, err)
+		}
 	}
-	read()
+	drop := func(name string) {
+		t.Helper()
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drop(control.Name())
+	if n, all := cached(t, control.Name()); n > all/10 {
+		t.Skipf("the file system keeps %d of %d pages in memory: the test needs a TMPDIR on a disk, so no tmpfs", n, all)
+	}
+	drop(blob)
+	if n, all := cached(t, blob); n > all/10 {
+		t.Errorf("%d of %d pages of a new blob stay in the cache; want it on the disk", n, all)
+	}
+	read(blob)
+	read(control.Name())
+	if n, all := cached(t, control.Name()); n < all {
+		t.Skipf("only %d of %d pages are in the cache after a read: the test needs more free memory", n, all)
+	}
 	if n, all := cached(t, blob); n < all {
-		t.Skipf("only %d of %d pages are in the cache after a read", n, all)
+		t.Fatalf("%d of %d pages of the blob are in the cache after a read, but all of another file", n, all)
 	}
 	if out, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) }); err != nil ||
 		out.Blobs != 1 {

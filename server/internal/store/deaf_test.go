@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"os"
 	"sync"
 	"testing"
 	"time"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -110,10 +110,7 @@ func (w warnings) Handle(_ context.Context, r slog.Record) error {
 // use its cache, because it would not learn of changes.
 func TestDeafPooler(t *testing.T) {
 	t.Parallel()
-	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
-	if raw == "" {
-		t.Skip("PREBAKE_TEST_POSTGRES names no database")
-	}
+	raw := installed.Postgres(t)
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	told := make(warnings, 10)

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // TestFailuresByDefinition gives three cells random histories: builds with each end and class, builds of early
@@ -27,11 +27,7 @@ func TestFailuresByDefinition(t *testing.T) {
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		url := os.Getenv("PREBAKE_TEST_POSTGRES")
-		if url == "" {
-			t.Skip("PREBAKE_TEST_POSTGRES names no database")
-		}
-		failuresByDefinition(t, url)
+		failuresByDefinition(t, installed.Postgres(t))
 	})
 }
 

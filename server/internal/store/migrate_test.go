@@ -14,6 +14,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -43,10 +44,7 @@ func onBoth(t *testing.T, name string, f func(t *testing.T, driver, dsn, url str
 // newPostgres makes a PostgreSQL database for this test only, and returns its URL.
 func newPostgres(t *testing.T, name string) string {
 	t.Helper()
-	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
-	if raw == "" {
-		t.Skip("PREBAKE_TEST_POSTGRES names no database")
-	}
+	raw := installed.Postgres(t)
 	u, err := url.Parse(raw)
 	if err != nil {
 		t.Fatal(err)

@@ -19,6 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/store"
 )
@@ -61,11 +62,7 @@ func TestConformance(t *testing.T) {
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		url := os.Getenv("PREBAKE_TEST_POSTGRES")
-		if url == "" {
-			t.Skip("PREBAKE_TEST_POSTGRES names no database")
-		}
-		run(t, url)
+		run(t, installed.Postgres(t))
 	})
 }
 

@@ -1,0 +1,155 @@
+package agent_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// byWish is a farm that has one artifact for each wish. It records the questions.
+type byWish struct {
+	has   map[target.Wish]resolve.Answer
+	asked []resolve.Question
+}
+
+func (f *byWish) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
+	f.asked = append(f.asked, q)
+	if a, ok := f.has[q.Wish]; ok {
+		return a, nil
+	}
+	return resolve.Answer{State: api.Unknown}, nil
+}
+
+// nodeLabel is the label of a node: its wish, or the error of its read.
+type nodeLabel struct {
+	wish target.Wish
+	err  error
+}
+
+func (l *nodeLabel) read(context.Context) (target.Wish, error) { return l.wish, l.err }
+
+var (
+	malformed = fault.New(fault.Usage, "the label is malformed", "correct it")
+	unread    = fault.New(fault.Transient, "the API server does not answer", "")
+)
+
+// TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed,
+// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold.
+func TestLabel(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
+	farm := &byWish{has: map[target.Wish]resolve.Answer{
+		"default":           answerOf("server", ref, po.Digest, older.Driver),
+		"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver),
+		"535.100.01":        answerOf("server", ref, po.Digest, older.Driver),
+		"default@NVIDIA_B200": {State: api.Unknown, Source: "server",
+			Driver: target.Driver{Version: "580.95.05", Flavour: target.Open}},
+		"latest@NVIDIA_L4": {State: api.Failed, Source: "server", Driver: newer.Driver},
+	}}
+	n.parts.Finder = farm
+	label := &nodeLabel{}
+	a := agent.New(n.cfg, n.parts)
+	a.UseLabel(label.read)
+	for _, row := range []struct {
+		name   string
+		label  nodeLabel
+		asked  target.Wish // "" means that the farm is not asked
+		active string
+		kind   fault.Kind // Internal means no error
+	}{
+		{"no label", nodeLabel{}, "default", po.Digest, fault.Internal},
+		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
+		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage},
+		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
+		{"a GPU type whose driver is not published", nodeLabel{wish: "default@NVIDIA_B200"}, "default@NVIDIA_B200", pn.Digest,
+			fault.NoArtifact},
+		{"a GPU type whose driver is installed", nodeLabel{wish: "latest@NVIDIA_L4"}, "latest@NVIDIA_L4", pn.Digest,
+			fault.Internal},
+		{"a removed label, which would be a downgrade", nodeLabel{}, "default", pn.Digest, fault.Mismatch},
+		{"a label with an older version", nodeLabel{wish: "535.100.01"}, "535.100.01", po.Digest, fault.Internal},
+	} {
+		farm.asked, *label = nil, row.label
+		r, err := a.Run(t.Context())
+		var asked target.Wish
+		if len(farm.asked) > 0 {
+			asked = farm.asked[0].Wish
+		}
+		if asked != row.asked || r.Verdict.Digest != row.active || r.Verdict.State != gpucheck.Ready ||
+			(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) {
+			t.Errorf("%s: the farm is asked for %q, driver %s is %s, %v; want %q, %s, %v", row.name, asked, r.Verdict.Digest,
+				r.Verdict.State, err, row.asked, row.active, row.kind)
+		}
+	}
+}
+
+// TestLabelAndDigest checks that a label overrides a digest in --driver.
+func TestLabelAndDigest(t *testing.T) {
+	t.Parallel()
+	n, _, _, _, po, _ := publishTwo(t, 1)
+	farm := &byWish{}
+	n.cfg.Pin, n.parts.Finder = po.Digest, farm
+	label := &nodeLabel{}
+	a := agent.New(n.cfg, n.parts)
+	a.UseLabel(label.read)
+	for wish, want := range map[target.Wish]string{"": po.Digest, "R580": ""} {
+		farm.asked, label.wish = nil, wish
+		_, _ = a.Run(t.Context()) // the farm has nothing; only the question counts
+		if len(farm.asked) != 1 || farm.asked[0].Pin != want {
+			t.Errorf("label %q: the farm is asked %+v; want the digest %q", wish, farm.asked, want)
+		}
+	}
+}
+
+// TestLabelAtBoot checks which driver a booting node loads if its label cannot be used: the active one if the label is
+// malformed, and the one that waits for the boot if the label cannot be read. A node without a driver gets none.
+func TestLabelAtBoot(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name    string
+		err     error
+		waiting bool // whether the driver that waits is loaded
+	}{{"a malformed label", malformed, false}, {"an unread label", unread, true}} {
+		n, ref, _, newer, po, pn := publishTwo(t, 1)
+		n.inUse(t, "1")
+		n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+			"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver)}}
+		a := agent.New(n.cfg, n.parts)
+		a.UseLabel((&nodeLabel{wish: "default@NVIDIA_L4"}).read)
+		if _, err := a.Run(t.Context()); !fault.Is(err, fault.Busy) {
+			t.Fatalf("Run with a driver in use = %v; want busy", err)
+		}
+		n.reboot(t)
+		n.kernel.calls = nil
+		b := agent.New(n.cfg, n.parts)
+		b.UseLabel((&nodeLabel{err: row.err}).read)
+		r, err := b.Run(t.Context())
+		want, digest := loads(oldVersion), po.Digest
+		if row.waiting {
+			want, digest = loads(newVersion), pn.Digest
+		}
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" || r.Verdict.Digest != digest ||
+			fault.Of(err) != fault.Of(row.err) {
+			t.Errorf("%s: Run = %s, %v; want %s, %v; system calls (-want +got):\n%s", row.name, r.Verdict.Digest, err, digest,
+				row.err, diff)
+		}
+	}
+	n := newNode(t, sample.NewCell(t, buildA, newVersion), 1, testkit.NewKey(t))
+	n.reboot(t)
+	n.parts.Finder = &byWish{}
+	a := agent.New(n.cfg, n.parts)
+	a.UseLabel((&nodeLabel{err: malformed}).read)
+	if r, err := a.Run(t.Context()); !fault.Is(err, fault.Usage) || r.Verdict.State != "" || len(n.kernel.calls) > 0 {
+		t.Errorf("a malformed label, no driver: Run = %+v, %v, system calls %v; want usage, and nothing done", r.Verdict, err,
+			n.kernel.calls)
+	}
+}
