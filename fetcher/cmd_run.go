@@ -262,7 +262,7 @@ func (k daemon) untilLabel(ctx context.Context) (context.Context, func() bool) {
 	}
 }
 
-// waitForLabel waits until the node's label changes. It waits as long as the daemon waits between two runs, because
+// waitForLabel waits until the node's label changes, but at most as long as the daemon waits between two runs, because
 // somebody may load a driver meanwhile.
 func (k daemon) waitForLabel(ctx context.Context) {
 	k.pending(nil)     // the verdict has the reason
@@ -319,7 +319,7 @@ func (k daemon) stay(ctx context.Context) error {
 			return r, err
 		})
 		if ctx.Err() == nil && !k.once && !watched && k.awaitLabel != nil && errors.Is(err, kube.ErrLabel) {
-			// Another start of the program would find the same label.
+			// Do not end: kubelet or systemd would start the program again, and it would find the same label.
 			if k.waitForLabel(ctx); ctx.Err() != nil {
 				return nil
 			}

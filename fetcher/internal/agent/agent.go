@@ -410,7 +410,7 @@ func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 }
 
 // isOther reports whether the farm named another driver than the installed one for the node's GPU type. The installed
-// one then is of an earlier wish, as the lists of a COS build do not change.
+// driver is then from an earlier wish, because the lists of a COS build do not change.
 func isOther(named target.Driver, s nodeState) bool {
 	_, gpu := s.question.Wish.GPU()
 	return gpu != "" && named.Version != "" && named.Version != s.current.Driver.Version

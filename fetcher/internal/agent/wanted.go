@@ -15,7 +15,7 @@ type wanted struct {
 	wish target.Wish
 	// labelled means that the node's label is the source of the wish, and not Config.Wish.
 	labelled bool
-	// known means that an earlier run, or this one, could read the label, or that there is none.
+	// known means that this run or an earlier one has read the label, or has found that the node has none.
 	known bool
 	// err is the reason why the wish is not known. The active driver then stays.
 	err error
@@ -54,7 +54,8 @@ func (a *Agent) readWanted(ctx context.Context) {
 	}
 }
 
-// pin returns the digest of the only wanted artifact, or "". A label overrides it.
+// pin returns the digest of the only wanted artifact, or "". If the node has a label, pin returns "", because the label
+// overrides Config.Pin.
 func (a *Agent) pin() string {
 	if a.wanted.labelled {
 		return ""
@@ -62,8 +63,8 @@ func (a *Agent) pin() string {
 	return a.cfg.Pin
 }
 
-// isWanted reports whether a driver that waits on the disk may become active. If the wish cannot be read now, it may: a
-// run that knew the wish decided that.
+// isWanted reports whether a driver that waits on the disk may become active. If the wish cannot be read at the moment,
+// the driver may become active, because a run that knew the wish chose it.
 func (a *Agent) isWanted(set *install.Set, q resolve.Question) bool {
 	if a.wanted.err != nil {
 		return resolve.Passing(a.wanted.err)

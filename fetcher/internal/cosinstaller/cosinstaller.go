@@ -1,6 +1,6 @@
 // Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's arguments. It
-// refuses flags that ask for something that the fetcher does not do. It ignores flags without a meaning for the
-// fetcher, and returns a note about each.
+// refuses flags that ask for something that the fetcher does not do. It ignores some other flags, and returns a note
+// about each.
 //
 // Source of the flags: cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Later flags, up to v2.5.10, are from release notes
 // and from the manifests of known callers.

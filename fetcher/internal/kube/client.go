@@ -99,7 +99,7 @@ const (
 	mergePatch     = "application/merge-patch+json"
 	strategicPatch = "application/strategic-merge-patch+json"
 	plain          = "application/json"
-	// metadataOnly is the type of an answer with an object's metadata alone.
+	// metadataOnly is the content type of a response with only the metadata of an object.
 	metadataOnly = plain + ";as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 )
 
