@@ -19,8 +19,8 @@ const LabelWanted = "prebake.dev/wanted-driver"
 // ErrLabel is wrapped in the error for a label with a malformed value.
 var ErrLabel = errors.New("label " + LabelWanted)
 
-// labelTimeout is the time limit for one read of the label. A run reads the label before it loads a driver, so a cluster
-// that does not respond must not delay the run for long.
+// labelTimeout is the time limit for one read of the label. A run reads the label before it loads a driver, so a
+// cluster that does not respond must not delay the run for long.
 const labelTimeout = 5 * time.Second
 
 // labelPause is the time between two reads of the label while a fetcher watches the driver. 15,000 nodes read 250
