@@ -148,7 +148,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
 	// After end, which may free space on a full disk.
-	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict))
+	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict, a.paramsNow(r)))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 		if r.Verdict.State == gpucheck.Ready {
@@ -339,21 +339,31 @@ const recordFile = ".prebake/verdict.json"
 // recordSize is the space for recordFile, in bytes, that is reserved on the disk. A record of 16 GPUs needs less.
 const recordSize = 32 << 10
 
-func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
-	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
-		xidRecord: a.xids.record(a.xids.lines)}
-	// A module that was already loaded keeps its parameters.
+// paramsNow returns the module parameters with which the driver of the verdict in r is loaded. If it was loaded before
+// this activation, it keeps its parameters.
+func (a *Agent) paramsNow(r *Report) map[string]string {
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
-	last := a.readRecord()
-	if last != nil && last.Verdict.Digest == v.Digest {
+	if _, ok := r.Verdict.Modules["nvidia"]; ok && !fresh {
+		return a.paramsBefore()
+	}
+	return a.cfg.ModuleParams
+}
+
+// paramsWait is a text of [Report].Waiting.
+const paramsWait = "the changed module parameters (--module-param) take effect when the driver is loaded again, " +
+	"after a reboot"
+
+// remember records a verdict, and the module parameters with which the driver is loaded. If the owner wants others, the
+// report says so.
+func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict, params map[string]string) error {
+	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: params,
+		xidRecord: a.xids.record(a.xids.lines)}
+	if last := a.readRecord(); last != nil && last.Verdict.Digest == v.Digest {
 		rec.MostUsableGPUs = last.mostUsable()
 	}
-	if last != nil && !fresh && len(r.Modules) > 0 {
-		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
-			r.Waiting = append(r.Waiting,
-				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")
-		}
+	if !maps.Equal(params, a.cfg.ModuleParams) && !slices.Contains(r.Waiting, paramsWait) {
+		r.Waiting = append(r.Waiting, paramsWait)
 	}
 	if err := writeRecord(store, rec); err != nil {
 		return err
