@@ -41,10 +41,6 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return err
 	}
-	aside, err := store.Aside() // of former activations
-	if err != nil {
-		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
-	}
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
 		if a.uncounted != nil && at.BootID != a.bootID() {
@@ -151,24 +147,27 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict, a.paramsNow(r)))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
-		if r.Verdict.State == gpucheck.Ready {
-			a.removeAside(ctx, store, aside)
-		}
+	}
+	// With --no-load, nobody checks the driver, but a new one was verified.
+	if r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Staged && changed {
+		a.removeAside(ctx, store)
 	}
 	return err
 }
 
-// removeAside removes what earlier activations found in place of a link in .prebake. It is no longer needed: the driver
-// works without it.
-func (a *Agent) removeAside(ctx context.Context, store *install.Store, aside []string) {
-	if len(aside) == 0 {
+// removeAside removes what earlier runs found in place of a link in .prebake. It is no longer needed: the driver works
+// without it.
+func (a *Agent) removeAside(ctx context.Context, store *install.Store) {
+	if len(a.aside) == 0 {
 		return
 	}
-	if err := store.RemoveAside(aside); err != nil { // the next activation tries again
-		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", aside, "err", err)
+	if err := store.RemoveAside(a.aside); err != nil { // the next run tries again
+		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", a.aside, "err", err)
 		return
 	}
-	a.parts.Log.InfoContext(ctx, "removed what was in place of a link in .prebake, from .prebake/adopted", "names", aside)
+	a.parts.Log.InfoContext(ctx, "removed what was in place of a link in .prebake, from .prebake/adopted",
+		"names", a.aside)
+	a.aside = nil
 }
 
 // verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing

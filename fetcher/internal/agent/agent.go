@@ -51,6 +51,8 @@ type Agent struct {
 	uncounted error
 	// suspects has this run's failures that do not count yet.
 	suspects []suspect
+	// aside has the names, in .prebake/adopted, of what earlier runs found in place of a link in .prebake.
+	aside []string
 }
 
 // New returns an agent.
@@ -111,7 +113,7 @@ func (a *Agent) forget() {
 	})
 	a.checked.Clear()
 	a.unverified.Clear()
-	a.suspects = nil
+	a.suspects, a.aside = nil, nil
 }
 
 func (a *Agent) run(ctx context.Context, r *Report) (err error) {
@@ -222,6 +224,10 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	if names := store.NotLinks(); len(names) > 0 {
 		a.parts.Log.WarnContext(ctx, "found files of others in place of links in .prebake; the next switch puts them aside, "+
 			"into .prebake/adopted", "names", names)
+	}
+	var err error
+	if a.aside, err = store.Aside(); err != nil { // before this run puts anything aside
+		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
 	}
 	a.reserve(ctx, store)
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
@@ -441,8 +447,8 @@ func (a *Agent) open(create bool) (*install.Store, error) {
 		return nil, err
 	}
 	store.PutAside = func(path string) {
-		a.parts.Log.Warn("moved what was in place of a link in .prebake; the next run that loads or changes the driver "+
-			"removes it", "path", path)
+		a.parts.Log.Warn("moved what was in place of a link in .prebake; a later run removes it, if the driver works "+
+			"without it", "path", path)
 	}
 	return store, nil
 }
