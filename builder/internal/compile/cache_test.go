@@ -79,10 +79,10 @@ func TestCacheHiddenHeader(t *testing.T) {
 			"6 tests, 6 remembered; 3 files, 1 reused"},
 		{"in a folder named as one of the kernel's headers", `#include "common.h"`,
 			map[string]string{"nvidia/linux/other.h": ""}, "6 tests, 6 remembered; 3 files"},
-		// 535.274.02 asks one question more than 535.261.03, in the same way.
 		// NVIDIA's sources include no answer to a single question. The key does not cover such files.
 		{"the answer to one question", "#include \"conftest/compile-tests/has_old.h\"\n#include \"common.h\"", nil,
 			"6 tests, 6 remembered; 3 files, 1 reused"},
+		// 535.274.02 asks one question more than 535.261.03, in the same way.
 		{"one more question", `#include "common.h"`,
 			map[string]string{"Kbuild": strings.Replace(testdriver.Kbuild, "NV_CONFTEST_TYPE_COMPILE_TESTS += has_old",
 				"NV_CONFTEST_TYPE_COMPILE_TESTS += symbol_b\nNV_CONFTEST_TYPE_COMPILE_TESTS += has_old", 1)},

@@ -42,7 +42,7 @@ type Config struct {
 	VMLinux bool
 	// DriverMirror is the URL of the bucket with NVIDIA's runfiles.
 	DriverMirror string
-	// Progress receives one line at a time. It may be nil.
+	// Progress receives one line at a time, without characters that a terminal may obey. It may be nil.
 	Progress func(string)
 }
 
@@ -93,8 +93,11 @@ func (l *inspection) fail(check string, level doctor.Level, err error) {
 
 // Build examines one COS build and returns the findings. The objects that it fetches stay in the cache.
 func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.Kernel, c Config) *doctor.Report {
-	if c.Progress == nil {
-		c.Progress = func(string) {}
+	progress := c.Progress
+	c.Progress = func(line string) {
+		if progress != nil {
+			progress(printable(line)) // it may have names from the archives
+		}
 	}
 	l := &inspection{bucket: b, cache: cache, kernel: k}
 	l.objects(ctx)

@@ -298,7 +298,7 @@ func TestOtherBTF(t *testing.T) {
 
 // TestOtherBTFRefused checks a case where another version of pahole gives other bytes. The first build compiles and is
 // then refused. Later builds must end before the compile. Both errors must say which version to install. A builder of
-// another version must compile again, and so must a build with RetryRefused.
+// another version must compile again, and so must a build with RetrySince.
 func TestOtherBTFRefused(t *testing.T) {
 	t.Parallel()
 	f := newTypedFarm(t)

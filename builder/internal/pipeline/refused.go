@@ -21,8 +21,8 @@ const (
 	refusalKind = "refused-v1"
 	// sureFor is how long a failure counts if the key covers its cause, such as a compile error, or bytes that differ
 	// from the published ones. The time is limited, because the published artifact proves that its inputs compile: the
-	// machine may have made a mistake. otherFor is how long any other failure counts, such as a denied upload, or a
-	// failed load test, whose virtual machine may have been too slow.
+	// machine may have made a mistake. otherFor is how long any other failure counts, such as a denied upload, a
+	// load test whose programs are missing, or a failed load test, whose virtual machine may have been too slow.
 	sureFor  = 7 * 24 * time.Hour
 	otherFor = 24 * time.Hour
 )
@@ -110,11 +110,12 @@ func (r *run) keepRefused(in *inputs, to *publication, digest string, failed err
 		known.For, cosBuild = int64(sureFor.Seconds()), ""
 	case kind == fault.APIBreak, kind == fault.CheckFailed, kind == fault.Unsupported:
 		known.For = int64(sureFor.Seconds())
-		if slices.ContainsFunc(r.line.Phases(), func(p timeline.Phase) bool { return p.Name == "compile" && p.Failed }) {
+		if r.compileEnded(true) {
 			cosBuild, tested = "", "" // COS builds with the same fingerprint share the compile
 		}
 	case kind == fault.PublishRefused, kind == fault.LoadTestFailed:
 	case digest == "" && kind == fault.InputMissing:
+	case kind == fault.Usage && r.compileEnded(false): // such as a load test without its programs
 	default:
 		return
 	}
@@ -125,4 +126,11 @@ func (r *run) keepRefused(in *inputs, to *publication, digest string, failed err
 	if err != nil {
 		fmt.Fprintf(r.log, "could not record this failure in the cache: %v\n", err)
 	}
+}
+
+// compileEnded reports whether this build compiled, and whether that failed, as the argument says.
+func (r *run) compileEnded(failed bool) bool {
+	return slices.ContainsFunc(r.line.Phases(), func(p timeline.Phase) bool {
+		return p.Name == "compile" && p.Of == "" && p.Failed == failed
+	})
 }

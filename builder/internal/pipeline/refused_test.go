@@ -68,7 +68,7 @@ func tryOverTime(t *testing.T, cfg *pipeline.Config, after time.Duration, try fu
 }
 
 // TestRenewRefusedIsRemembered builds an old artifact again, and the destination refuses the result. Later runs must
-// not compile it again until some days have passed, unless the user asks for it with RetryRefused.
+// not compile it again until some days have passed, unless the user asks for it with RetrySince.
 func TestRenewRefusedIsRemembered(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -140,6 +140,16 @@ func TestRenewFailedIsRemembered(t *testing.T) {
 		"load test, until there is a boot image": {
 			func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire },
 			func(t *testing.T, f *farm, _ *pipeline.Config) { boot(t, f) }, fault.LoadTestFailed, 24 * time.Hour},
+		"load test without nvmlprobe": {
+			func(t *testing.T, f *farm, cfg *pipeline.Config) {
+				files := driverFiles()
+				files["libnvidia-ml.so."+version+"*"] = text(t, standInNVML(t))
+				f.driver(t, files)
+				boot(t, f)
+				cfg.NVMLProbe = "none"
+			},
+			func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestOff }, fault.Usage,
+			24 * time.Hour},
 		"compile": {func(t *testing.T, f *farm, _ *pipeline.Config) { f.driver(t, broken) },
 			func(t *testing.T, f *farm, _ *pipeline.Config) { f.driver(t, driverFiles()) }, fault.APIBreak, 7 * 24 * time.Hour},
 	} {

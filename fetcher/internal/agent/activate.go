@@ -41,10 +41,6 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return err
 	}
-	aside, err := store.Aside() // of former activations
-	if err != nil {
-		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
-	}
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
 		if a.uncounted != nil && at.BootID != a.bootID() {
@@ -148,28 +144,30 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		err = errors.Join(err, a.end(store, set.Digest, nil, false))
 	}
 	// Write these after end, which may free space on a full disk.
-	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict))
+	err = errors.Join(err, a.countSuspects(store, r.Verdict), a.remember(r, store, r.Verdict, a.paramsNow(r)))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
-		if r.Verdict.State == gpucheck.Ready {
-			a.removeAside(ctx, store, aside)
-		}
+	}
+	// With --no-load, nobody checks the driver, but a new one was verified.
+	if r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Staged && changed {
+		a.removeAside(ctx, store)
 	}
 	return err
 }
 
-// removeAside removes the files and folders that earlier activations found in place of a link in .prebake and moved
-// aside. The driver works, so they are no longer needed.
-func (a *Agent) removeAside(ctx context.Context, store *install.Store, aside []string) {
-	if len(aside) == 0 {
+// removeAside removes the files and folders that earlier runs found in place of a link in .prebake and moved aside. The
+// driver works without them.
+func (a *Agent) removeAside(ctx context.Context, store *install.Store) {
+	if len(a.aside) == 0 {
 		return
 	}
-	if err := store.RemoveAside(aside); err != nil { // the next activation tries again
-		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", aside, "err", err)
+	if err := store.RemoveAside(a.aside); err != nil { // the next run tries again
+		a.parts.Log.WarnContext(ctx, "could not remove all of .prebake/adopted", "names", a.aside, "err", err)
 		return
 	}
-	a.parts.Log.InfoContext(ctx, "removed files of others, which an earlier activation had moved into .prebake/adopted",
-		"names", aside)
+	a.parts.Log.InfoContext(ctx, "removed files of others, which an earlier run had moved into .prebake/adopted",
+		"names", a.aside)
+	a.aside = nil
 }
 
 // verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing
@@ -340,21 +338,31 @@ const recordFile = ".prebake/verdict.json"
 // recordSize is the space for recordFile, in bytes, that is reserved on the disk. A record of 16 GPUs needs less.
 const recordSize = 32 << 10
 
-func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
-	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
-		xidRecord: a.xids.record(a.xids.lines)}
-	// A module that was already loaded keeps its parameters.
+// paramsNow returns the module parameters with which the driver of the verdict in r is loaded. If it was loaded before
+// this activation, it keeps its parameters.
+func (a *Agent) paramsNow(r *Report) map[string]string {
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
-	last := a.readRecord()
-	if last != nil && last.Verdict.Digest == v.Digest {
+	if _, ok := r.Verdict.Modules["nvidia"]; ok && !fresh {
+		return a.paramsBefore()
+	}
+	return a.cfg.ModuleParams
+}
+
+// paramsWait is a text of [Report].Waiting.
+const paramsWait = "the changed module parameters (--module-param) take effect when the driver is loaded again, " +
+	"after a reboot"
+
+// remember records a verdict, and the module parameters with which the driver is loaded. If the owner wants others, the
+// report says so.
+func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict, params map[string]string) error {
+	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: params,
+		xidRecord: a.xids.record(a.xids.lines)}
+	if last := a.readRecord(); last != nil && last.Verdict.Digest == v.Digest {
 		rec.MostUsableGPUs = last.mostUsable()
 	}
-	if last != nil && !fresh && len(r.Modules) > 0 {
-		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
-			r.Waiting = append(r.Waiting,
-				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")
-		}
+	if !maps.Equal(params, a.cfg.ModuleParams) && !slices.Contains(r.Waiting, paramsWait) {
+		r.Waiting = append(r.Waiting, paramsWait)
 	}
 	if err := writeRecord(store, rec); err != nil {
 		return err

@@ -53,6 +53,8 @@ type Agent struct {
 	suspects []suspect
 	// wanted is the driver that this node should have.
 	wanted wanted
+	// aside has the names, in .prebake/adopted, of what earlier runs found in place of a link in .prebake.
+	aside []string
 }
 
 // New returns an agent.
@@ -116,7 +118,7 @@ func (a *Agent) forget() {
 	})
 	a.checked.Clear()
 	a.unverified.Clear()
-	a.suspects = nil
+	a.suspects, a.aside = nil, nil
 }
 
 func (a *Agent) run(ctx context.Context, r *Report) (err error) {
@@ -230,8 +232,12 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 			"names", names)
 	}
 	a.reserve(ctx, store)
-	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
+	err := errors.Join(store.Recover(), a.recover(ctx, r, store))
+	if err != nil {
 		return nil, err
+	}
+	if a.aside, err = store.Aside(); err != nil { // before this run activates a driver
+		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
 	}
 	s, err := a.readState(ctx, store)
 	if err != nil || a.cfg.NoLoad {
@@ -454,8 +460,8 @@ func (a *Agent) open(create bool) (*install.Store, error) {
 		return nil, err
 	}
 	store.PutAside = func(path string) {
-		a.parts.Log.Warn("moved what was in place of a link in .prebake; the next run that loads or changes the driver "+
-			"removes it", "path", path)
+		a.parts.Log.Warn("moved what was in place of a link in .prebake; a later run removes it, if the driver works "+
+			"without it", "path", path)
 	}
 	return store, nil
 }

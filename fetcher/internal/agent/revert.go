@@ -74,8 +74,8 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		}
 	}
 	if reload {
-		mark := a.loader.Mark()
-		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore(), true)); err != nil {
+		mark, params := a.loader.Mark(), a.paramsBefore()
+		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, params, true)); err != nil {
 			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
 			could = usableAfter(err)
 		} else {
@@ -89,7 +89,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 				if r.Verdict = v; !v.OnlyReset { // else the failed driver may be the reason why the GPU needs a reset
 					could = v.UsableGPUs
 				}
-				errs = append(errs, a.countSuspects(store, v), a.remember(r, store, v))
+				errs = append(errs, a.countSuspects(store, v), a.remember(r, store, v, params))
 			}
 		}
 	}
@@ -153,7 +153,7 @@ func usableAfter(err error) int {
 	return unknown
 }
 
-// paramsBefore returns the module parameters with which the former driver was loaded.
+// paramsBefore returns the module parameters with which the former driver was loaded in this boot.
 func (a *Agent) paramsBefore() map[string]string {
 	if rec := a.readRecord(); rec != nil {
 		return rec.Params

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -83,5 +84,35 @@ func TestRollbackOfABusyDriver(t *testing.T) {
 				t.Errorf("the last run made system calls (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestParametersAfterRevert lets the kernel refuse a new driver after the owner changed the module parameters. The
+// former driver must be loaded with its own parameters again, and each run must say that the new ones wait.
+func TestParametersAfterRevert(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
+	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENOEXEC
+	waits := func(r *agent.Report) bool {
+		return len(r.Waiting) == 1 && strings.Contains(r.Waiting[0], "module parameters")
+	}
+	for i := range 2 {
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if !fault.Is(err, fault.Rejected) || !waits(r) || !slices.Contains(n.kernel.calls, "load nvidia "+oldVersion) {
+			t.Errorf("run %d with the newer driver: %q, %v, calls %q; want the older driver with its former parameters, "+
+				"and a note on the new ones", i, r.Waiting, err, n.kernel.calls)
+		}
+		r, err = n.run(t, ref, po.Digest, older.Driver)
+		if err != nil || !waits(r) || len(n.kernel.calls) > 0 {
+			t.Errorf("run %d with the older driver: %q, %v, calls %q; want a note on the parameters, and nothing loaded", i,
+				r.Waiting, err, n.kernel.calls)
+		}
+	}
+	n.reboot(t)
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || len(r.Waiting) > 0 ||
+		!slices.Contains(n.kernel.calls, "load nvidia "+oldVersion+" NVreg_Foo=1") {
+		t.Errorf("after a reboot: %q, %v, calls %q; want the driver loaded with the new parameters", r.Waiting, err,
+			n.kernel.calls)
 	}
 }

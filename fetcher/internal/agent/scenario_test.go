@@ -403,21 +403,23 @@ func TestOptionalModule(t *testing.T) {
 	}
 }
 
-// TestOptionalModuleAfterRollback checks that the former driver gets nvidia-peermem, too, if a new driver is refused
-// right after a boot, when no module is loaded.
+// TestOptionalModuleAfterRollback checks that the former driver gets nvidia-peermem, too, if a driver that waited for a
+// reboot is refused then, when no module is loaded.
 func TestOptionalModuleAfterRollback(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := publishTwo(t, 1)
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
 	n.cfg.ModuleParams = map[string]string{"nvidia_peermem": "peerdirect_support=0"}
-	n.reboot(t)
-	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
-		t.Fatal(err)
+	n.inUse(t, "1")
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Run with a driver in use = %v; want busy", err)
 	}
 	n.reboot(t)
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if err == nil || !slices.Contains(n.kernel.calls, "load nvidia_peermem "+oldVersion+" peerdirect_support=0") {
-		t.Errorf("Run = %v, system calls %q; want the former driver with nvidia-peermem", err, n.kernel.calls)
+	want := slices.Concat([]string{"load nvidia " + newVersion}, loads(oldVersion),
+		[]string{"load nvidia_peermem " + oldVersion + " peerdirect_support=0"})
+	if got := n.kernel.calls; err == nil || len(got) < len(want) || !slices.Equal(want, got[:len(want)]) {
+		t.Errorf("Run = %v, system calls %q; want an error, and first %q", err, got, want)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -407,51 +406,45 @@ func watchOpens(t *testing.T, name string) func() bool {
 }
 
 // TestCopiedFolder checks an install folder after `cp -L`, so that .prebake/current and previous are folders and no
-// links. Runs must still use the driver, although the server does not answer, and an uninstall must work.
+// links. Runs must still use the driver, although the server does not answer, and an uninstall must work. The first run
+// puts the copies aside, and a later one removes them when the driver is ready without them.
 func TestCopiedFolder(t *testing.T) {
 	t.Parallel()
-	for _, reboots := range []bool{false, true} {
-		n, ref, _, newer, _, pn := publishTwo(t, 1)
-		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
-			t.Fatal(err)
-		}
-		good := n.tree(t)
-		ours := filepath.Join(n.root, installDir, ".prebake")
-		for _, pointer := range []string{"current", "previous"} {
-			at := filepath.Join(ours, pointer)
-			set, err := filepath.EvalSymlinks(at)
-			if err := errors.Join(err, os.Remove(at)); err != nil {
+	for name, row := range map[string]struct {
+		reboots bool
+		states  []gpucheck.State // of the runs; the last one must remove the copies
+	}{
+		"loaded":         {false, []gpucheck.State{gpucheck.Ready, gpucheck.Ready}},
+		"after a reboot": {true, []gpucheck.State{gpucheck.Ready, gpucheck.Ready}},
+		"after a reboot, while the fabric manager is missing": {true,
+			[]gpucheck.State{gpucheck.Starting, gpucheck.Starting, gpucheck.Ready}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, ref, _, newer, _, pn := publishTwo(t, 1)
+			if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 				t.Fatal(err)
 			}
-			if out, err := exec.CommandContext(t.Context(), "cp", "-rL", set, at).CombinedOutput(); err != nil {
-				t.Fatalf("cp: %v: %s", err, out)
+			good := n.tree(t)
+			n.copyPointers(t)
+			if row.reboots {
+				n.reboot(t)
 			}
-		}
-		if reboots {
-			n.reboot(t)
-		}
-		n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
-		for i := range 2 {
-			r, err := n.runAs(t)
-			if err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest {
-				t.Errorf("reboots %t, run %d: Run = %+v, %v; want the driver ready", reboots, i, r.Verdict, err)
+			n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+			for i, want := range row.states {
+				n.parts.Probe = fabric{n.root, want == gpucheck.Starting}
+				r, err := n.runAs(t)
+				if (err != nil) != (want == gpucheck.Starting) || r.Verdict.State != want || r.Verdict.Digest != pn.Digest {
+					t.Errorf("run %d: Run = %+v, %v; want the driver %s", i, r.Verdict, err, want)
+				}
+				if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+					t.Errorf("run %d: tree (-want +got):\n%s", i, diff)
+				}
+				n.wantAside(t, fmt.Sprintf("run %d", i), i < len(row.states)-1)
 			}
-			if diff := cmp.Diff(good, n.tree(t)); diff != "" {
-				t.Errorf("reboots %t, run %d: tree (-want +got):\n%s", reboots, i, diff)
+			if r, err := n.uninstall(); err != nil || !r.Changed {
+				t.Errorf("Uninstall = %v", err)
 			}
-		}
-		if _, err := os.Stat(filepath.Join(ours, "adopted/current/set.json")); err != nil {
-			t.Errorf("reboots %t: the copy: %v; want it kept", reboots, err)
-		}
-		n.reboot(t) // the next load shows that the copies are not needed
-		if _, err := n.runAs(t); err != nil {
-			t.Errorf("reboots %t: Run = %v", reboots, err)
-		}
-		if left, err := os.ReadDir(filepath.Join(ours, "adopted")); err != nil || len(left) > 0 {
-			t.Errorf("reboots %t: adopted has %v, %v; want nothing left", reboots, left, err)
-		}
-		if r, err := n.uninstall(); err != nil || !r.Changed {
-			t.Errorf("reboots %t: Uninstall = %v", reboots, err)
-		}
+		})
 	}
 }

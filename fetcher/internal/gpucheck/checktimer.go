@@ -8,8 +8,8 @@ const hangTime = time.Minute
 // CheckTimer measures how long the driver has not answered a check. The caller must serialise the calls.
 type CheckTimer struct {
 	since time.Time // the start of the first check since the last answer; zero if no check waits for an answer
-	// took is the duration of the last check that was answered, or 7/8 of the value before, whichever is longer. A machine
-	// may answer slowly only while no program uses its GPUs.
+	// took is the duration of the last check that was answered, or 7/8 of the value before, whichever is longer, but at
+	// most probeTime. A machine may answer slowly only while no program uses its GPUs.
 	took time.Duration
 }
 
@@ -23,7 +23,7 @@ func (c *CheckTimer) Start(now time.Time) {
 // Answer notes that the driver answered the check, so that there is a verdict.
 func (c *CheckTimer) Answer(now time.Time) {
 	if !c.since.IsZero() {
-		c.since, c.took = time.Time{}, max(now.Sub(c.since), c.took/8*7)
+		c.since, c.took = time.Time{}, min(max(now.Sub(c.since), c.took/8*7), probeTime)
 	}
 }
 
