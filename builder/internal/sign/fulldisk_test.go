@@ -10,6 +10,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit/faulttable"
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // fullVariable makes the test binary generate a key in the folder that the variable names, on a full disk.
@@ -37,9 +38,7 @@ func TestFullDiskProcess(t *testing.T) {
 // waits until the disk may have space.
 func TestGenerateKeyOnFullDisk(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	dir := t.TempDir()
 	cmd := exec.CommandContext(t.Context(), "bwrap", "--dev-bind", "/", "/", "--size", "65536", "--tmpfs", dir,
 		"--die-with-parent", "--", os.Args[0], "-test.run=^TestFullDiskProcess$", "-test.v")

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/testkit/installed"
 )
 
 // spareVariable makes TestSpareProcess run.
@@ -55,9 +57,7 @@ func TestSpareProcess(t *testing.T) {
 // file was missing, or because the file system cannot exchange two names.
 func TestSpare(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("bwrap"); err != nil {
-		t.Skip("bwrap is missing: apt-get install bubblewrap")
-	}
+	installed.Program(t, "bwrap")
 	const number, flags = 0, 16 + 4*8 // offsets in struct seccomp_data; flags is the low half of the fifth argument
 	filter, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: number, Size: 4},
