@@ -110,7 +110,7 @@ func TestCIReport(t *testing.T) {
 	const gap = "known vulnerabilities were not checked: Get https://vuln.go.dev: refused"
 	run := func(demo, lint, skip string) (out string, err error) {
 		t.Helper()
-		makefile := fmt.Sprintf("build test images:\ndemo:\n\t%s\nlint:\n\t@echo '%s' >&2\nclang-cell:\n\t@%s=%s %s "+
+		makefile := fmt.Sprintf("build test images scenarios:\ndemo:\n\t%s\nlint:\n\t@echo '%s' >&2\nclang-cell:\n\t@%s=%s %s "+
 			"-test.v -test.run='^TestThatMaySkip$$'\n", demo, lint, lack, skip, self)
 		for name, text := range map[string]string{"Makefile": makefile, ".ci/run": read(t, ".ci/run")} {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
@@ -130,8 +130,8 @@ func TestCIReport(t *testing.T) {
 		t.Errorf(".ci/run = %v; want clang-cell skipped, and both gaps named, in\n%s", err, out)
 	}
 	if out, err := run("@true", "lint: all checked", ""); err != nil || strings.Contains(out, "skipped") ||
-		strings.Contains(out, "not checked") || strings.Count(out, " ok ") != 6 || strings.Contains(out, "\n\n") {
-		t.Errorf(".ci/run = %v; want six steps that are ok, in\n%s", err, out)
+		strings.Contains(out, "not checked") || strings.Count(out, " ok ") != 7 || strings.Contains(out, "\n\n") {
+		t.Errorf(".ci/run = %v; want seven steps that are ok, in\n%s", err, out)
 	}
 	if out, err := run("@false", "", ""); err == nil || !strings.Contains(out, "failed: make demo") {
 		t.Errorf(".ci/run with a failed step = %v; want a failure and its name, in\n%s", err, out)
