@@ -68,6 +68,8 @@ func TestCIScripts(t *testing.T) {
 		{"announce nothing", "announce.sh", withToken, nil, 2, "", "no COS build is named"},
 		{"announce a flag", "announce.sh", withToken, []string{"--server=http://elsewhere"}, 2, "", "is no COS build"},
 		{"announce to nobody", "announce.sh", nil, []string{"17800.66.78"}, 2, "", "PREBAKE_SERVER is not set"},
+		{"neither program nor image", "preflight.sh", []string{"PREBAKE_SERVER=" + r.URL, "PREBAKE_PROGRAM=/no/such"},
+			[]string{"17800.66.90"}, 2, "", "PREBAKE_IMAGE is not set"},
 		{"server away", "announce.sh", away, []string{"17800.66.78"}, fault.Transient.ExitCode(), "", "hint:"},
 
 		{"may move", "preflight.sh", to, []string{"17800.66.90:lakitu:535.261.03"}, 0, "== 17800.66.90", ""},
