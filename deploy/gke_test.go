@@ -1,6 +1,9 @@
 package deploy_test
 
 import (
+	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -8,6 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
 // TestGPUPodSelectsOurNodes checks that the example pod runs only on nodes on which the fetcher reports a ready driver.
@@ -92,5 +97,85 @@ func TestSigningKeyIsOptional(t *testing.T) {
 	}
 	if !slices.Equal(volumes, []string{"prebake-signing-key"}) {
 		t.Errorf("optional Secrets of the builder = %v; want prebake-signing-key", volumes)
+	}
+}
+
+// rendered returns the objects that kustomize makes of an overlay, by kind and name.
+func rendered(t *testing.T, overlay string) map[string]manifest {
+	t.Helper()
+	bin := os.Getenv(cluster.Env)
+	if bin == "" {
+		t.Skip(cluster.Env + " is not set, so there is no kubectl: run deploy/kubernetes.sh")
+	}
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bin, "kubectl"), "kustomize",
+		"kubernetes/overlays/"+overlay).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]manifest{}
+	for part := range strings.SplitSeq(string(out), "\n---\n") {
+		var head struct {
+			Kind     string
+			Metadata struct{ Name string }
+		}
+		if err := yaml.Unmarshal([]byte(part), &head); err != nil {
+			t.Fatal(err)
+		}
+		var m manifest // the kinds differ in the types of the other fields
+		if head.Kind == "Deployment" || head.Kind == "DaemonSet" {
+			if err := yaml.Unmarshal([]byte(part), &m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		all[head.Kind+"/"+head.Metadata.Name] = m
+	}
+	return all
+}
+
+// TestGKEOverlayAvoidsSpot checks that server and builder do not run on Spot nodes, and that the fetcher does.
+func TestGKEOverlayAvoidsSpot(t *testing.T) {
+	t.Parallel()
+	all := rendered(t, "gke")
+	for name, want := range map[string]bool{
+		"Deployment/prebake-server": true, "Deployment/prebake-builder": true, "DaemonSet/prebake-fetcher": false,
+	} {
+		terms := all[name].Spec.Template.Spec.Affinity.NodeAffinity.Required.Terms
+		avoids := len(terms) > 0
+		for _, term := range terms {
+			avoids = avoids && slices.ContainsFunc(term.MatchExpressions, func(e expression) bool {
+				return e.Key == "cloud.google.com/gke-spot" && e.Operator == "NotIn" && slices.Equal(e.Values, []string{"true"})
+			})
+		}
+		if avoids != want {
+			t.Errorf("%s avoids Spot nodes: %t; want %t", name, avoids, want)
+		}
+	}
+}
+
+// TestFetcherOverlay checks that the overlay for further clusters has the same fetcher as the one for the first, with
+// another server, and neither server nor builder.
+func TestFetcherOverlay(t *testing.T) {
+	t.Parallel()
+	first, further := rendered(t, "gke"), rendered(t, "gke-fetcher")
+	for name := range first {
+		ours := !strings.HasSuffix(name, "/prebake-server") && !strings.HasSuffix(name, "/prebake-builder") &&
+			name != "Namespace/prebake"
+		if _, found := further[name]; found != ours {
+			t.Errorf("overlays/gke-fetcher has %s: %t; want %t", name, found, ours)
+		}
+	}
+	for name := range further {
+		if _, found := first[name]; !found {
+			t.Errorf("overlays/gke-fetcher has %s, which overlays/gke does not have", name)
+		}
+	}
+	want, got := first["DaemonSet/prebake-fetcher"], further["DaemonSet/prebake-fetcher"]
+	args := want.Spec.Template.Spec.Containers[0].Args
+	if args[1] != "--server=http://prebake-server.prebake.svc:8440" {
+		t.Fatalf("the fetcher's arguments = %v; want --server first", args)
+	}
+	args[1] = "--server=http://ADDRESS:8440"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the fetcher of overlays/gke-fetcher (-want +got):\n%s", diff)
 	}
 }
