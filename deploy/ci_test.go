@@ -257,7 +257,10 @@ func TestGitHubFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	workflow := strings.Replace(read(t, "deploy/ci/workflow.yml"), "prebake/prebake/deploy/ci@main", "./deploy/ci", 1)
+	local := func(name string) string {
+		return strings.Replace(read(t, "deploy/ci/"+name), "prebake/prebake/deploy/ci@main", "./deploy/ci", 1)
+	}
+	workflow := local("workflow.yml")
 	lint := func(text string) []*actionlint.Error {
 		t.Helper()
 		l, err := actionlint.NewLinter(io.Discard, &actionlint.LinterOptions{WorkingDir: dir})
@@ -274,7 +277,7 @@ func TestGitHubFiles(t *testing.T) {
 		}
 		return found
 	}
-	for _, e := range lint(workflow) {
+	for _, e := range slices.Concat(lint(workflow), lint(local("workflow-gke.yml"))) {
 		t.Error(e)
 	}
 	if len(lint(strings.Replace(workflow, "build-ids:", "builds:", 1))) == 0 {
