@@ -68,6 +68,8 @@ func TestCIScripts(t *testing.T) {
 		{"announce nothing", "announce.sh", withToken, nil, 2, "", "no COS build is named"},
 		{"announce a flag", "announce.sh", withToken, []string{"--server=http://elsewhere"}, 2, "", "is no COS build"},
 		{"announce to nobody", "announce.sh", nil, []string{"17800.66.78"}, 2, "", "PREBAKE_SERVER is not set"},
+		{"neither program nor image", "preflight.sh", []string{"PREBAKE_SERVER=" + r.URL, "PREBAKE_PROGRAM=/no/such"},
+			[]string{"17800.66.90"}, 2, "", "PREBAKE_IMAGE is not set"},
 		{"server away", "announce.sh", away, []string{"17800.66.78"}, fault.Transient.ExitCode(), "", "hint:"},
 
 		{"may move", "preflight.sh", to, []string{"17800.66.90:lakitu:535.261.03"}, 0, "== 17800.66.90", ""},
@@ -255,7 +257,10 @@ func TestGitHubFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	workflow := strings.Replace(read(t, "deploy/ci/workflow.yml"), "prebake/prebake/deploy/ci@main", "./deploy/ci", 1)
+	local := func(name string) string {
+		return strings.Replace(read(t, "deploy/ci/"+name), "prebake/prebake/deploy/ci@main", "./deploy/ci", 1)
+	}
+	workflow := local("workflow.yml")
 	lint := func(text string) []*actionlint.Error {
 		t.Helper()
 		l, err := actionlint.NewLinter(io.Discard, &actionlint.LinterOptions{WorkingDir: dir})
@@ -272,7 +277,7 @@ func TestGitHubFiles(t *testing.T) {
 		}
 		return found
 	}
-	for _, e := range lint(workflow) {
+	for _, e := range slices.Concat(lint(workflow), lint(local("workflow-gke.yml"))) {
 		t.Error(e)
 	}
 	if len(lint(strings.Replace(workflow, "build-ids:", "builds:", 1))) == 0 {

@@ -22,6 +22,9 @@ refuse() {
 
 [[ -n ${PREBAKE_SERVER:-} ]] || refuse "PREBAKE_SERVER is not set" "set it to the URL of your Prebake server"
 export PREBAKE_SERVER
+[[ -n ${PREBAKE_IMAGE:-} ]] || command -v -- "${PREBAKE_PROGRAM:-server}" >/dev/null ||
+  refuse "there is no program ${PREBAKE_PROGRAM:-server}, and PREBAKE_IMAGE is not set" \
+    "set PREBAKE_IMAGE to the server's image in your registry"
 
 prebake() {
   if [[ -n ${PREBAKE_IMAGE:-} ]]; then

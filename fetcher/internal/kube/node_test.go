@@ -355,7 +355,8 @@ func overlay(t *testing.T, component string) string {
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
 	without := overlay(t, "without-cluster")
-	for _, overlay := range []string{manifests + "overlays/gke", manifests + "overlays/plain", without} {
+	for _, overlay := range []string{manifests + "overlays/gke", manifests + "overlays/gke-fetcher",
+		manifests + "overlays/plain", without} {
 		rendered, err := c.Kubectl("", "kustomize", overlay)
 		if err != nil {
 			t.Fatal(err)
