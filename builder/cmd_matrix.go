@@ -104,9 +104,9 @@ func planCommand() *ucli.Command {
 			"do not count an artifact as published if its build is more than `DAYS` days old")),
 		cli.Group(groupTo, cli.Strings("to", "look for artifacts in `REF`: host/repository, oci:FOLDER, or a bucket")),
 		cli.Group(groupTrust,
-			cli.String("key", "", "count only what `KEY` signed: file, KMS URI or keyless:SIGNING_CONFIG"),
+			cli.String("key", "", "count as published only what `KEY` signed: file, KMS URI or keyless:SIGNING_CONFIG"),
 			cli.Choice("load-test", pipeline.LoadTestAuto,
-				"with require, count only artifacts that passed the load test: `MODE` is auto, require or off",
+				"with require, count as published only artifacts that passed the load test: `MODE` is auto, require or off",
 				pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)),
 	)
 	shared := []string{"kernel-mirror", "driver-mirror", "private", "redistribute", "username", "password",

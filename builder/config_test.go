@@ -28,7 +28,7 @@ func TestConfigCheck(t *testing.T) {
 		{"secret", "password: abc\n", "",
 			"LAST:11: password: found a secret in a file that many may read; want what docker login stores"},
 		{"password", "postgres://prebake:pw@db", "postgres://prebake@db", "4:8: queue: found a password in a URL"},
-		{"both ways", "wish: wish.yaml\n", "", "LAST:1: wish: both --wish and --queue are given; give one of these two flags"},
+		{"both ways", "wish: wish.yaml\n", "", "LAST:1: wish: both --wish and --queue are given; give one of these"},
 		{"half of two", "module-key: /x.key\n", "", "LAST:1: module-key: --module-key and --module-cert go together"},
 		{"nothing beside", "google-modules: true\nbtf: true\n", "",
 			"LAST+1:1: btf: --btf has no effect with --google-modules"},

@@ -110,8 +110,8 @@ func TestCIReport(t *testing.T) {
 	const gap = "known vulnerabilities were not checked: Get https://vuln.go.dev: refused"
 	run := func(demo, lint, skip string) (out string, err error) {
 		t.Helper()
-		makefile := fmt.Sprintf("build test images scenarios:\ndemo:\n\t%s\nlint:\n\t@echo '%s' >&2\nclang-cell:\n\t@%s=%s %s "+
-			"-test.v -test.run='^TestThatMaySkip$$'\n", demo, lint, lack, skip, self)
+		makefile := fmt.Sprintf("build test images scenarios:\ndemo:\n\t%s\nlint:\n\t@echo '%s' >&2\nclang-cell:\n\t@%s=%s "+
+			"%s -test.v -test.run='^TestThatMaySkip$$'\n", demo, lint, lack, skip, self)
 		for name, text := range map[string]string{"Makefile": makefile, ".ci/run": read(t, ".ci/run")} {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
 				t.Fatal(err)

@@ -401,8 +401,8 @@ func (c *countingContext) AfterFunc(func()) (stop func() bool) {
 	})
 }
 
-// TestPendingReleases checks that a daemon that waits long for another driver releases the contexts of its earlier
-// runs.
+// TestPendingReleases checks that the daemon releases the context of each earlier run, while a GPU is in use and it
+// therefore runs again and again.
 func TestPendingReleases(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

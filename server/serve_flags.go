@@ -53,7 +53,7 @@ func serveCommand() *ucli.Command {
 				createOnly,
 			)...),
 			append(cli.Group(cli.Trust,
-				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
+				cli.String("token", "", "the server's first `TOKEN`, which has all scopes; prefer --token-file"),
 				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "token in --data, made at the first start"),
 				cli.String("oidc", "", "`FILE` with rules that say which OpenID Connect tokens may do what"),
 				cli.String("tls-cert", "",

@@ -214,7 +214,7 @@ func environment(flags []ucli.Flag) string {
 		text = list(with) + are + example + ". "
 	}
 	if text += strings.Join(odd, " "); text != "" {
-		text += " A flag beats its variable."
+		text += " A flag overrides its variable."
 	}
 	return text
 }

@@ -65,8 +65,8 @@ Where to:
   --help, -h           show help
 
 All flags but --url and --output can be set by environment variables: PREBAKE_
-and the flag's name, as in PREBAKE_LONGEST_TIME_FOR_ONE_THING. A flag beats its
-variable.
+and the flag's name, as in PREBAKE_LONGEST_TIME_FOR_ONE_THING. A flag overrides
+its variable.
 `
 	for _, args := range [][]string{{"make", "--help"}, {"help", "make"}} {
 		if diff := cmp.Diff(want, helpOf(t, make(), args...)); diff != "" {

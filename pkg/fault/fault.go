@@ -144,10 +144,10 @@ func Parse(name string) (Kind, error) {
 	return Internal, fmt.Errorf("there is no fault kind %q", name)
 }
 
-// MarshalText prints the stable name.
+// MarshalText returns the kind's stable name (see [Kind.String]).
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 
-// UnmarshalText reads the stable name.
+// UnmarshalText sets the kind whose stable name the text is.
 func (k *Kind) UnmarshalText(text []byte) error {
 	parsed, err := Parse(string(text))
 	if err != nil {

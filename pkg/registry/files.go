@@ -60,7 +60,7 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 func SaveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
 	names, err = saveFiles(ctx, r, digest, artifactType, dir)
 	if err != nil {
-		err = fmt.Errorf("save the files of %s in %s: %w", digest, r.name, err)
+		err = fmt.Errorf("save the files of %s from %s: %w", digest, r.name, err)
 	}
 	return names, err
 }

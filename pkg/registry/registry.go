@@ -349,7 +349,7 @@ func (r *Repository) Attach(
 ) (v1.Descriptor, error) {
 	layer, open, err := inMemory(artifactType, payload)
 	if err != nil {
-		return v1.Descriptor{}, fmt.Errorf("attach to %s in %s: %w", subject.Digest, r.name, err)
+		return v1.Descriptor{}, fmt.Errorf("attach a referrer to %s in %s: %w", subject.Digest, r.name, err)
 	}
 	return r.AttachLayer(ctx, subject, artifactType, layer, open, annotations)
 }
@@ -369,7 +369,7 @@ func (r *Repository) AttachLayer(
 		err = r.s.attach(ctx, a)
 	}
 	if err != nil {
-		return v1.Descriptor{}, fmt.Errorf("attach to %s in %s: %w", subject.Digest, r.name, err)
+		return v1.Descriptor{}, fmt.Errorf("attach a referrer to %s in %s: %w", subject.Digest, r.name, err)
 	}
 	if r.options.Attached != nil {
 		r.options.Attached(subject.Digest.String(), a.desc.Digest.String())

@@ -277,8 +277,8 @@ func least(versions ...string) func(*trust.Policy) {
 	return func(p *trust.Policy) { p.MinVersions = versions }
 }
 
-// TestPolicyThatCannotBe checks that NewVerifier refuses a policy without a required rule, and a policy that no
-// artifact can satisfy.
+// TestPolicyThatCannotBe checks that NewVerifier refuses a policy without a rule for the provenance or for the kernel
+// match, a malformed policy, and a policy that no artifact can satisfy.
 func TestPolicyThatCannotBe(t *testing.T) {
 	t.Parallel()
 	k := testkit.NewKey(t).Public(t)

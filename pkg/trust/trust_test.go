@@ -304,7 +304,7 @@ func FuzzParsePublicKeys(f *testing.F) {
 	})
 }
 
-// FuzzVerify checks that only bundles verify that the trusted key or the trusted identity signed.
+// FuzzVerify checks that Statement accepts a Sigstore bundle only if the trusted key or the trusted identity signed it.
 func FuzzVerify(f *testing.F) {
 	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")

@@ -184,7 +184,7 @@ func (r *Reader) checkLiteral(a At) bool {
 }
 
 // Mapping calls the callback of each field of a mapping, by the field's name. A field without a callback is a mistake.
-// The argument what and the result are as in [Reader.Fields].
+// For the argument named what, and for the result, see [Reader.Fields].
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
 		if _, ok := fields[key.Node.Value]; ok {

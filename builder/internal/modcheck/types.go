@@ -25,7 +25,7 @@ func (k Kernel) checkTypes(modules map[string]string) error {
 			kernel, err = btf.Parse(data)
 		}
 		if err != nil {
-			return fmt.Errorf("read the kernel's types: %w", err)
+			return fmt.Errorf("read the kernel's BTF: %w", err)
 		}
 	}
 	var errs []error
@@ -52,7 +52,7 @@ func fits(path string, kernel *btf.Types) error {
 	case kernel == nil && errors.Is(err, btf.ErrNone):
 		return nil
 	case err != nil:
-		return fmt.Errorf("read the module's types: %w", err)
+		return fmt.Errorf("read the module's BTF: %w", err)
 	case kernel == nil:
 		return errors.New("the module has BTF, but the kernel's BTF is missing, so the types cannot be compared")
 	}

@@ -24,7 +24,7 @@ func TestTypes(t *testing.T) {
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
 		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
 			"nvidia: the module's types do not continue the kernel's types: check type 5: the name at offset"},
-		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read the module's types: the file has no section .BTF"},
+		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read the module's BTF: the file has no section .BTF"},
 		{"unasked", "", with(own), "nvidia: the module has BTF, but the kernel's BTF is missing"},
 		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "does not have BTF of version 1"},
 	} {
@@ -52,7 +52,7 @@ func TestTypes(t *testing.T) {
 	k.BTF = filepath.Join(k.Headers, "vmlinux.btf")
 	write(t, k.BTF, []byte("types"))
 	if _, err := Check(map[string]string{"nvidia": stampFile(t, module(magic), ours)}, k); err == nil ||
-		!strings.Contains(err.Error(), "read the kernel's types") {
+		!strings.Contains(err.Error(), "read the kernel's BTF") {
 		t.Errorf("Check with damaged BTF of the kernel = %v; want an error about the kernel's BTF", err)
 	}
 }

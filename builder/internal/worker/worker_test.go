@@ -416,8 +416,8 @@ func (r *rig) live() string {
 	return string(r.server.live)
 }
 
-// TestServerStartsAgain restarts the server before a build. This must cost the build no attempt and no place in the
-// queue.
+// TestServerStartsAgain lets the server refuse the first report of a build, as a server that is starting does. This
+// must cost the build no attempt.
 func TestServerStartsAgain(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, works)

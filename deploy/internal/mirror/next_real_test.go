@@ -16,8 +16,8 @@ import (
 // without Prebake's caches, compiles the same modules. A driver that is too old for a kernel must fail with the
 // compiler's message.
 //
-// It takes half an hour or more, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next`
-// sets it.
+// It takes half an hour or more, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make
+// next` sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {

@@ -103,8 +103,8 @@ type Config struct {
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
-	// Registries are references of repositories. If the repository in an answer fails, the agent reads the same artifact
-	// from one of these.
+	// Registries are references of more repositories. If the agent cannot read an artifact from the repository that the
+	// Finder's answer names, it tries these, in this order.
 	Registries []string
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier

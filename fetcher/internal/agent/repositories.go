@@ -38,7 +38,7 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	// first, so that nothing from the next repository pushes them out. The next repository must also have the statements
 	// that an earlier one lists but does not serve.
 	var known [][]byte
-	var owed []owedStatement
+	var unserved []unservedStatement
 	counts := trust.Useful(v, answer.Digest)
 	err = a.tryEach(ctx, answer.Digest, a.repositories(answer.Repository, origin), func(ref string) (err error) {
 		if repo, err = a.parts.Open(ref); err != nil {
@@ -47,7 +47,7 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 		p, err = readEvidence(ctx, repo, v, answer.Digest, facts)
 		p.Bundles = union(known, p.Bundles)
 		known = slices.DeleteFunc(slices.Clone(p.Bundles), func(b []byte) bool { return counts(b) == "" })
-		owed = append(owed, owedBy(ref, err)...)
+		unserved = append(unserved, unservedBy(ref, err)...)
 		denied, err := acceptDenied(ref, err)
 		if err != nil {
 			return err
@@ -58,10 +58,10 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 		if denied != nil && fault.Is(err, fault.Unverified) { // for example for want of a statement that was denied
 			err = fault.Join(denied, err)
 		}
-		if err != nil || len(owed) == 0 {
+		if err != nil || len(unserved) == 0 {
 			return err
 		}
-		more, err := readOwed(ctx, repo, owed)
+		more, err := readUnserved(ctx, repo, unserved)
 		if err != nil {
 			return err
 		}
@@ -73,14 +73,14 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	return repo, p, content, verdict, err
 }
 
-// owedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. If the
-// repository served only a part of its list, one owedStatement with digest "" stands for the missing part.
-type owedStatement struct{ by, digest string }
+// unservedStatement is a statement that a repository lists but did not serve, and that may refuse the artifact. If the
+// repository served only a part of its list, one unservedStatement with digest "" stands for the missing part.
+type unservedStatement struct{ by, digest string }
 
-// owedBy returns the statements that a repository owes after an error. It trusts the labels of statements, and leaves
-// out statements whose labels say that they are no refusal. This is safe: a signer that attaches a refusal labels it as
+// unservedBy returns the statements that a repository listed but did not serve, according to err. It trusts the labels
+// of statements, and leaves out statements whose labels say that they are no refusal. This is safe: a signer that attaches a refusal labels it as
 // one, and a repository that changes labels could also leave the refusal out of its list.
-func owedBy(ref string, err error) (owed []owedStatement) {
+func unservedBy(ref string, err error) (unserved []unservedStatement) {
 	var failed interface {
 		Unread() []v1.Descriptor
 		IsCut() bool
@@ -89,16 +89,16 @@ func owedBy(ref string, err error) (owed []owedStatement) {
 		return nil
 	}
 	if failed.IsCut() {
-		owed = append(owed, owedStatement{by: ref})
+		unserved = append(unserved, unservedStatement{by: ref})
 	}
 	for _, d := range failed.Unread() {
 		predicate, ok := d.Annotations[trust.LabelPredicate]
 		verdict, tested := d.Annotations[trust.LabelVerdict]
 		if !ok || predicate == trust.PredicateTestResult && (!tested || verdict == trust.VerdictRejected) {
-			owed = append(owed, owedStatement{ref, d.Digest.String()})
+			unserved = append(unserved, unservedStatement{ref, d.Digest.String()})
 		}
 	}
-	return owed
+	return unserved
 }
 
 // acceptDenied sorts the error of [readEvidence]. If the repository only denied access to statements that cannot refuse
@@ -108,22 +108,22 @@ func acceptDenied(ref string, err error) (denied, _ error) {
 	if !errors.As(err, &failed) || !failed.IsDenied() {
 		return nil, err
 	}
-	owed := owedBy(ref, err)
-	if len(owed) == 0 {
+	unserved := unservedBy(ref, err)
+	if len(unserved) == 0 {
 		return err, nil
 	}
 	return nil, fault.Wrap(fault.Of(err),
-		fmt.Errorf("statement %s may refuse the driver, and cannot be read: %w", short(owed[0].digest), err),
+		fmt.Errorf("statement %s may refuse the driver, and cannot be read: %w", short(unserved[0].digest), err),
 		"let this node read every statement in "+ref+", or add a registry that serves this one: --registry REF")
 }
 
-// maxOwed is the maximum number of owed statements that readOwed reads from a repository.
-const maxOwed = 256
+// maxUnserved is the maximum number of unserved statements that readUnserved reads from a repository.
+const maxUnserved = 256
 
-// readOwed reads the statements that earlier repositories owe. If this repository lacks one, the error is of kind
+// readUnserved reads the statements that earlier repositories listed but did not serve. If this repository lacks one, the error is of kind
 // Transient, because the statement may refuse the artifact.
-func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundles [][]byte, err error) {
-	for i, o := range owed {
+func readUnserved(ctx context.Context, repo Repository, unserved []unservedStatement) (bundles [][]byte, err error) {
+	for i, o := range unserved {
 		var b []byte
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -133,7 +133,7 @@ func readOwed(ctx context.Context, repo Repository, owed []owedStatement) (bundl
 			return nil, fault.New(fault.Transient, "read statements: "+o.by+" served only a part of its list of statements",
 				hint)
 		}
-		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxOwed {
+		if b, err = readAttachment(ctx, repo, o.digest); err != nil || i == maxUnserved {
 			return nil, fault.Wrap(fault.Transient, fmt.Errorf("read statement %s, which %s lists but does not serve: %w",
 				short(o.digest), o.by, cmp.Or(err, errors.New("too many statements are missing in that repository"))), hint)
 		}
