@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -339,6 +340,45 @@ func TestWaitedClass(t *testing.T) {
 			t.Errorf("errUnlessPublished(%q) = %v; want the class in the text", row.build.Class, err)
 		}
 	}
+}
+
+// TestOneServerOnOneFile checks that a second server with a data folder of its own does not start with an SQLite file
+// of a running server, by whatever path. A server must start when the first one has ended, also after the data was
+// moved.
+func TestOneServerOnOneFile(t *testing.T) {
+	t.Parallel()
+	top := t.TempDir()
+	first, moved := filepath.Join(top, "first"), filepath.Join(top, "moved")
+	_, stop, _ := start(t, first)
+	if err := errors.Join(os.Symlink(first, filepath.Join(top, "folder")),
+		os.Symlink(filepath.Join(first, "catalogue.db"), filepath.Join(top, "file.db"))); err != nil {
+		t.Fatal(err)
+	}
+	second := filepath.Join(top, "second")
+	for _, row := range []struct{ flag, file string }{
+		{"database", "first/catalogue.db"}, {"database", "folder/catalogue.db"}, {"database", "file.db"},
+		{"queue", "first/queue.db"}, {"queue", "folder/queue.db"},
+	} {
+		file := filepath.Join(top, row.file)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a server that starts must end
+		var out bytes.Buffer
+		code := cli.Run(ctx, program(), []string{"server", "serve", "--listen", "127.0.0.1:0", "--data", second,
+			"--" + row.flag, "sqlite://" + file}, &out, &out)
+		cancel()
+		if code != fault.Busy.ExitCode() || !strings.Contains(out.String(), row.flag+" "+file+" is in use by another") ||
+			!strings.Contains(out.String(), "hint:") {
+			t.Fatalf("a second server with --%s %s = %d\n%s\nwant busy, and the file", row.flag, file, code, &out)
+		}
+	}
+	if code := stop(); code != 0 {
+		t.Errorf("stop = %d; want 0", code)
+	}
+	if err := os.Rename(first, moved); err != nil {
+		t.Fatal(err)
+	}
+	start(t, moved)
+	both := "sqlite://" + filepath.Join(top, "both.db")
+	start(t, filepath.Join(top, "third"), "--database", both, "--queue", "sqlite://"+top+"//both.db")
 }
 
 func TestServeRefuses(t *testing.T) {

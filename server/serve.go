@@ -16,7 +16,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/gofrs/flock"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
@@ -135,19 +134,11 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 			"give --data a folder that this user may write to",
 		)
 	}
-	lock := flock.New(filepath.Join(s.Data, "lock"))
-	locked, err := lock.TryLock()
+	unlock, err := s.lock()
 	if err != nil {
-		return fmt.Errorf("lock the data folder: %w", err)
+		return err
 	}
-	if !locked {
-		return fault.New(
-			fault.Busy,
-			"data folder "+s.Data+" is in use by another server",
-			"stop that server, or give --data another folder",
-		)
-	}
-	defer closing("lock", lock.Close)
+	defer closing("locks", unlock)
 	token, err := loadToken(s, log)
 	if err != nil {
 		return err

@@ -3,11 +3,15 @@ package pipeline_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"path"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -15,7 +19,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // counter counts the requests for blobs by method and digest.
@@ -99,5 +107,34 @@ func TestReuseInCrowd(t *testing.T) {
 	res, log, err := build(t, cfg, request("17800.0.9"))
 	if err != nil || !res.Reused {
 		t.Errorf("Run = reused %t, %v; want the artifact reused\n%s", res.Reused, err, log)
+	}
+}
+
+// TestDamagedIndex has a bucket whose index cannot be parsed. The build must end with the index's URL, and publish in
+// no destination, whether it notices the index before the compile or only before it publishes.
+func TestDamagedIndex(t *testing.T) {
+	t.Parallel()
+	for recipe, want := range map[string]bool{"": false, bundle.PackRecipe: true} {
+		t.Run("recipe="+recipe, func(t *testing.T) {
+			t.Parallel()
+			cfg := newFarm(t).config(t, emptyCache(t))
+			folder := filepath.Join(t.TempDir(), "bucket")
+			index := filepath.Join(folder, tarball.IndexName(target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}))
+			err := errors.Join(os.MkdirAll(filepath.Dir(index), 0o755), os.WriteFile(index, []byte(`{"format":1,`), 0o644))
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg.Destinations = append(cfg.Destinations, "file://"+folder)
+			req := request("17800.0.9")
+			req.PackRecipe = recipe
+			res, log, err := build(t, cfg, req)
+			if !fault.Is(err, fault.PublishRefused) || !strings.Contains(err.Error(), index) || fault.Hint(err) == "" ||
+				len(res.Repositories) != 0 {
+				t.Errorf("Run = %v, published in %v; want it refused because of %s\n%s", err, res.Repositories, index, log)
+			}
+			if compiled := slices.Contains(phases(res), "publish"); compiled != want {
+				t.Errorf("phases %v; want the phase publish: %t", phases(res), want)
+			}
+		})
 	}
 }

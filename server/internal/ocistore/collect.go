@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -94,29 +95,6 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 // anyDigest matches the hex digits of digests in damaged content.
 var anyDigest = regexp.MustCompile(`[0-9a-f]{128}|[0-9a-f]{64}`)
 
-// references are what the manifests of all repositories refer to.
-type references struct {
-	// all has the hex digits of all manifests, and of the content that they name. The value is true for blobs that
-	// findAbsent has looked for.
-	all map[string]bool
-	// damaged has the digests of damaged manifests. absent has the hex digits of needed blobs that are not there.
-	damaged []string
-	absent  map[string]bool
-}
-
-// names reports whether a manifest is or names the content with these hex digits.
-func (r references) names(sum string) bool {
-	_, ok := r.all[sum]
-	return ok
-}
-
-// add notes that a manifest is or names the content with these hex digits.
-func (r references) add(sum string) {
-	if !r.names(sum) {
-		r.all[sum] = false
-	}
-}
-
 // blobs returns the descriptors of a manifest's blobs. It leaves out layers that may never be pushed, and malformed
 // digests.
 func (m manifest) blobs() (all []ociregistry.Descriptor) {
@@ -128,31 +106,60 @@ func (m manifest) blobs() (all []ociregistry.Descriptor) {
 	return all
 }
 
-// eachManifest calls visit for each manifest of each repository. A manifest may be in several repositories.
+// eachManifest calls visit for the manifests of all repositories, in the order of their digests in each repository. A
+// manifest may be in several repositories. It reads only the names in a folder, because there may be some hundred
+// thousand, and it does not enter the other folders of a repository.
 func (s *Store) eachManifest(ctx context.Context, visit func(repo string, d digest.Digest) error) error {
 	return fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
-		if err != nil || ctx.Err() != nil {
+		switch {
+		case err != nil || ctx.Err() != nil:
 			return errors.Join(err, ctx.Err())
-		}
-		is := digest.NewDigestFromEncoded(algorithm(d.Name()), d.Name())
-		if d.IsDir() || path.Base(path.Dir(p)) != "_manifests" || is.Validate() != nil {
+		case !d.IsDir() || !strings.HasPrefix(d.Name(), "_"):
 			return nil
+		case d.Name() != "_manifests":
+			return fs.SkipDir
 		}
-		return visit(strings.TrimPrefix(path.Dir(path.Dir(p)), "repos/"), is)
+		names, err := s.namesIn(p)
+		if err != nil {
+			return err
+		}
+		repo := strings.TrimPrefix(path.Dir(p), "repos/")
+		for _, name := range names {
+			is := digest.NewDigestFromEncoded(algorithm(name), name)
+			if is.Validate() != nil {
+				continue
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err := visit(repo, is); err != nil {
+				return err
+			}
+		}
+		return fs.SkipDir
 	})
+}
+
+// namesIn returns the sorted names of the files in a folder.
+func (s *Store) namesIn(dir string) ([]string, error) {
+	f, err := s.root.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	names, err := f.Readdirnames(-1)
+	slices.Sort(names)
+	return names, errors.Join(err, f.Close())
 }
 
 // referencedBlobs reads all manifests. It moves the damaged content of manifests aside. After an error, it goes on with
 // the next manifest, so that it finds all damage. The references are then incomplete, and it returns the first error.
 func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
-	refs := references{all: map[string]bool{}, absent: map[string]bool{}}
-	read := map[string]bool{} // a manifest may be in several repositories
+	refs := newReferences()
 	var first error
 	err := s.eachManifest(ctx, func(_ string, is digest.Digest) error {
-		if read[is.Encoded()] {
+		if refs.add(is.Encoded(), read) {
 			return nil
 		}
-		read[is.Encoded()] = true
 		if err := s.addManifest(is, &refs); err != nil && first == nil {
 			first = fmt.Errorf("read the references of manifest %s: %w", is, err)
 		}
@@ -164,7 +171,6 @@ func (s *Store) referencedBlobs(ctx context.Context) (references, error) {
 // addManifest notes what one manifest refers to.
 func (s *Store) addManifest(is digest.Digest, refs *references) error {
 	name := is.Encoded()
-	refs.add(name)
 	content, err := s.root.ReadFile(blobPath(name))
 	gone := errors.Is(err, fs.ErrNotExist)
 	if gone {
@@ -179,7 +185,7 @@ func (s *Store) addManifest(is digest.Digest, refs *references) error {
 	if gone || wrong || json.Unmarshal(content, &m) != nil {
 		refs.damaged = append(refs.damaged, string(is))
 		for _, sum := range anyDigest.FindAll(content, -1) {
-			refs.add(string(sum))
+			refs.add(string(sum), named)
 		}
 		if wrong && !gone {
 			return s.setAside(is)
@@ -191,7 +197,7 @@ func (s *Store) addManifest(is digest.Digest, refs *references) error {
 		if err != nil {
 			return err
 		}
-		refs.add(sum)
+		refs.add(sum, named)
 	}
 	return s.findAbsent(m, *refs)
 }
@@ -200,10 +206,9 @@ func (s *Store) addManifest(is digest.Digest, refs *references) error {
 func (s *Store) findAbsent(m manifest, refs references) error {
 	for _, desc := range m.blobs() {
 		sum := desc.Digest.Encoded()
-		if refs.all[sum] {
+		if refs.add(sum, looked) {
 			continue
 		}
-		refs.all[sum] = true
 		_, err := s.root.Stat(blobPath(sum))
 		if errors.Is(err, fs.ErrNotExist) {
 			refs.absent[sum] = true

@@ -116,6 +116,10 @@ type pass struct {
 	place place
 	// before has the paths that could not be read or moved before this call.
 	before map[string]bool
+	// again is true while only the paths are read that could not be read or moved before this call.
+	again bool
+	// stored is when the place was stored.
+	stored time.Time
 	// failing is true if the file before this one could not be read.
 	failing bool
 	// damaged has what was wrong with moved content that is not reported yet, by the content's hex digits.
@@ -126,8 +130,8 @@ type pass struct {
 	more int
 }
 
-// maxKept is how many unreadable files and folders the error of Verify names. With more than maxUnread of them, a pass
-// ends at the next one: so many failures have one cause, such as a wrong owner of all files.
+// maxKept is how many unreadable files and folders the error of Verify names. With maxUnread of them, a pass ends at
+// the next file and does not note it: they have one cause, such as a wrong owner of all files.
 const (
 	maxKept   = 10
 	maxUnread = 1000
@@ -139,8 +143,8 @@ const (
 //
 // Files and folders that it cannot open or move stay where they are. Verify calls found once for each of them, goes on,
 // and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a row cannot
-// be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. Pushes and collections
-// may run at the same time.
+// be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. With maxUnread of them,
+// the next call first reads these again, and then goes on. Pushes and collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
 	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
@@ -150,23 +154,52 @@ func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Ver
 }
 
 func (p *pass) run(ctx context.Context) error {
-	roots := []string{"blobs"}
 	p.before = map[string]bool{}
 	for _, name := range p.place.Kept {
 		p.before[name] = true
 	}
-	again := p.place.After == "" && len(p.place.Kept) > 0 && p.now().Before(p.place.Began.Add(verifyEvery))
-	switch {
-	case again:
-		roots = p.place.Kept
-	case p.place.After == "":
-		p.place.Began = p.now()
-	}
-	stored := p.now()
+	now := p.now()
+	p.stored = now
+	due := p.place.After != "" || len(p.place.Kept) == 0 || !now.Before(p.place.Began.Add(verifyEvery))
 	var err error
+	if !due || len(p.place.Kept) >= maxUnread { // what was repaired makes room for others
+		p.again = true
+		err = p.walk(ctx, p.place.Kept...)
+		p.again = false
+	}
+	if due && err == nil {
+		err = p.readAll(ctx, now)
+	}
+	p.report(ctx)
+	err = errors.Join(err, p.writePlace(p.place))
+	if p.more > 0 {
+		p.kept = append(p.kept, fmt.Errorf("%d more files and folders cannot be read or moved", p.more))
+	}
+	return errors.Join(append(p.kept, err)...)
+}
+
+// readAll verifies all blobs from the place on. A pass that begins is one of this time.
+func (p *pass) readAll(ctx context.Context, now time.Time) error {
+	former := p.place.Began
+	if p.place.After == "" {
+		p.place.Began = now
+		p.kept, p.more = nil, 0 // all paths are read again
+	}
+	err := p.walk(ctx, "blobs")
+	switch {
+	case err == nil:
+		p.place.After = ""
+	case p.place.After == "":
+		p.place.Began = former // no blob was verified, so the next call begins the pass
+	}
+	return err
+}
+
+// walk verifies the blobs at and below these paths.
+func (p *pass) walk(ctx context.Context, roots ...string) error {
 	for _, root := range roots {
 		p.failing = false
-		err = fs.WalkDir(p.root.FS(), root, func(name string, e fs.DirEntry, err error) error {
+		err := fs.WalkDir(p.root.FS(), root, func(name string, e fs.DirEntry, err error) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -176,37 +209,34 @@ func (p *pass) run(ctx context.Context) error {
 			if err := p.visit(ctx, name); err != nil {
 				return err
 			}
-			if !again {
+			if !p.again {
 				p.place.After = name
 			}
-			if p.now().Sub(stored) < placeEvery {
+			if p.now().Sub(p.stored) < placeEvery {
 				return nil
 			}
-			stored = p.now()
+			p.stored = p.now()
 			p.report(ctx)
 			return p.writePlace(p.place)
 		})
+		if err != nil && p.again {
+			p.mu.Lock()
+			p.Store.kept[root] = true // it may be a folder of which a part was not read
+			p.mu.Unlock()
+		}
 		if err != nil {
-			break
+			return err
 		}
 	}
-	p.report(ctx)
-	ended := err == nil
-	if ended {
-		p.place.After = ""
-	}
-	if ended || again || p.place.After != "" { // otherwise this pass has no place yet, and the former one stays
-		err = errors.Join(err, p.writePlace(p.place))
-	}
-	if p.more > 0 {
-		p.kept = append(p.kept, fmt.Errorf("%d more files and folders cannot be read or moved", p.more))
-	}
-	return errors.Join(append(p.kept, err)...)
+	return nil
 }
 
 // skip reports whether there is nothing to read at a path, and what the walk must return then.
 func (p *pass) skip(name string, e fs.DirEntry, err error) (done bool, next error) {
 	after := p.place.After
+	if p.again {
+		after = ""
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		p.keep(name, nil) // a collection removed it
@@ -231,10 +261,10 @@ func (p *pass) visit(ctx context.Context, name string) error {
 		return err
 	}
 	p.out.Blobs++
-	p.keep(name, kept)
-	if kept != nil && !p.before[name] && p.keptPaths() > maxUnread {
+	if kept != nil && !p.before[name] && p.keptPaths() >= maxUnread {
 		return fmt.Errorf("stop after %d files and folders that cannot be read or moved: %w", maxUnread, kept)
 	}
+	p.keep(name, kept)
 	if kept == nil || cause != nil { // a file that cannot be opened says nothing about the next one
 		p.failing = isUnread(cause)
 	}

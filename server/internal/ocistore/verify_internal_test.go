@@ -240,36 +240,85 @@ func TestUnreadablePaths(t *testing.T) {
 	}
 }
 
-// TestAllUnreadable has files that all cannot be opened. Verify must stop, go on there later, and read all of them when
-// it can.
-func TestAllUnreadable(t *testing.T) {
-	t.Parallel()
-	s, _ := openFlaky(t, 0, 0)
-	const all = maxUnread + 5
-	for i := range all {
+// openUnreadable opens a registry with n blobs that cannot be opened, unless repaired has their paths. The paths are
+// sorted.
+func openUnreadable(t *testing.T, n int) (s *Store, paths []string, repaired map[string]bool) {
+	t.Helper()
+	s, _ = openFlaky(t, 0, 0)
+	for i := range n {
 		content := fmt.Appendf(nil, "%d", i)
-		file := s.root.Name() + "/" + blobPath(digest.FromBytes(content).Encoded())
+		paths = append(paths, blobPath(digest.FromBytes(content).Encoded()))
+		file := s.root.Name() + "/" + paths[i]
 		if err := errors.Join(os.MkdirAll(path.Dir(file), 0o750), os.WriteFile(file, content, 0o640)); err != nil {
 			t.Fatal(err)
 		}
 	}
+	slices.Sort(paths)
+	repaired = map[string]bool{}
 	opened := s.openBlob
-	s.openBlob = func(string) (fs.File, error) { return nil, syscall.EACCES }
-	for i, want := range []int{maxUnread + 1, 1} {
+	s.openBlob = func(name string) (fs.File, error) {
+		if !repaired[name] {
+			return nil, syscall.EACCES
+		}
+		return opened(name)
+	}
+	return s, paths, repaired
+}
+
+// TestAllUnreadable has files that all cannot be opened. Verify must stop at the limit, and note no file beyond it,
+// however often it is called. It must go on when files were repaired, and read all of them when it can.
+func TestAllUnreadable(t *testing.T) {
+	t.Parallel()
+	s, paths, repaired := openUnreadable(t, maxUnread+5)
+	for i, pass := range []struct{ repair, want int }{{0, maxUnread}, {0, 0}, {2, 2}, {0, 0}} {
+		for _, name := range paths[:pass.repair] {
+			repaired[name] = true
+		}
 		found := 0
 		out, err := s.Verify(t.Context(), 1<<50, func(Damage) { found++ })
-		if !errors.Is(err, syscall.EACCES) || found != want || out.Damaged != 0 {
-			t.Errorf("pass %d = %+v, %v, reports %d; want EACCES and %d reports", i, out, err, found, want)
+		if n := s.Damaged(); !errors.Is(err, syscall.EACCES) || found != pass.want || out.Damaged != 0 || n != maxUnread {
+			t.Errorf("pass %d = %+v, %v, reports %d, Damaged() = %d; want EACCES, %d reports, and %d", i, out, err, found, n,
+				pass.want, maxUnread)
 		}
 	}
-	s.openBlob = opened
-	for range 2 { // the first pass reads the rest, and the second what the earlier ones could not
+	for _, name := range paths {
+		repaired[name] = true
+	}
+	for range 2 { // the first call reads what the earlier ones could not, and the rest
 		if _, err := s.Verify(t.Context(), 1<<50, func(d Damage) { t.Errorf("damage %+v; want none", d) }); err != nil {
 			t.Error(err)
 		}
+		if n := s.Damaged(); n != 0 {
+			t.Errorf("Damaged() = %d; want 0", n)
+		}
 	}
-	if n := s.Damaged(); n != 0 {
-		t.Errorf("Damaged() = %d; want 0", n)
+	if next := s.NextPass(); next.Before(time.Now()) {
+		t.Errorf("NextPass() = %v; want a time in the future", next)
+	}
+}
+
+// TestUnreadableFolder has a folder that cannot be listed at first. When it can, its files cannot be opened, and Verify
+// stops among them at the limit. It must note that a part of the folder was not read.
+func TestUnreadableFolder(t *testing.T) {
+	t.Parallel()
+	obeyModes(t)
+	s, paths, _ := openUnreadable(t, maxUnread+100)
+	first := path.Dir(paths[0])
+	if path.Dir(paths[1]) != first {
+		t.Fatalf("%s and %s are in two folders, so this test proves nothing", paths[0], paths[1])
+	}
+	folder := s.root.Name() + "/" + first
+	t.Cleanup(func() { _ = os.Chmod(folder, 0o750) })
+	for _, mode := range []fs.FileMode{0, 0o750} {
+		if err := os.Chmod(folder, mode); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Verify(t.Context(), 1<<50, func(Damage) {}); !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("Verify() with mode %v of the folder = %v; want an error", mode, err)
+		}
+		if kept := s.readPlace().Kept; !slices.Contains(kept, first) || len(kept) > maxUnread+1 {
+			t.Errorf("with mode %v, %d paths are noted; want at most %d, and folder %s", mode, len(kept), maxUnread+1, first)
+		}
 	}
 }
 

@@ -172,3 +172,44 @@ func newerSchema(t *testing.T, driver, dsn, url string) {
 		t.Errorf("Kernel() after the refused write = %t, %v; want no kernel", known, err)
 	}
 }
+
+// TestNewerSchemaAtAnyLevel checks a write during which a newer server migrates the database. The write must notice it,
+// also if the database's default isolation level lets a transaction see only what was there when it began.
+func TestNewerSchemaAtAnyLevel(t *testing.T) {
+	t.Parallel()
+	for _, level := range []string{"read committed", "repeatable read", "serializable"} {
+		t.Run(level, func(t *testing.T) {
+			t.Parallel()
+			raw := newPostgres(t, "level_"+strings.ReplaceAll(level, " ", "_"))
+			u, err := url.Parse(raw)
+			if err != nil {
+				t.Fatal(err)
+			}
+			q := u.Query()
+			q.Set("default_transaction_isolation", level)
+			u.RawQuery = strings.ReplaceAll(q.Encode(), "+", "%20") // PostgreSQL's URLs have no "+" for a space
+			s := open(t, u.String())
+			db, err := sql.Open("pgx", raw)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				if err := db.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			err = s.Write(t.Context(), func(tx *store.Tx) error {
+				var one int
+				if err := tx.QueryRowContext(t.Context(), `SELECT 1 FROM goose_db_version LIMIT 1`).Scan(&one); err != nil {
+					return err
+				}
+				_, err := db.ExecContext(t.Context(),
+					`INSERT INTO goose_db_version (version_id, is_applied) VALUES (1000, TRUE)`)
+				return err
+			})
+			if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "schema 1000") {
+				t.Errorf("Write() while a newer server migrates the database = %v; want kind transient, and its schema", err)
+			}
+		})
+	}
+}

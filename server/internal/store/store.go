@@ -284,8 +284,9 @@ func query(
 	return rows.Err()
 }
 
-// Tx is a transaction that writes. With PostgreSQL, other transactions may change rows that this one has read, unless a
-// method locks them. With SQLite, there is only one writer.
+// Tx is a transaction that writes. With PostgreSQL, its isolation level is READ COMMITTED, whatever the database's
+// default is: each statement sees what others have committed before it. So others may change rows that this transaction
+// has read, unless a method locks them. With SQLite, there is only one writer.
 type Tx struct {
 	*sql.Tx
 	// Conn is the connection of the transaction.
@@ -301,7 +302,11 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 		return classify("write to catalogue", err)
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }() // returns it to the pool
-	tx, err := conn.BeginTx(ctx, nil)
+	options := &sql.TxOptions{}
+	if s.postgres {
+		options.Isolation = sql.LevelReadCommitted // checkSchema, and reads after a lock, must see what others committed
+	}
+	tx, err := conn.BeginTx(ctx, options)
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
