@@ -47,7 +47,7 @@ func addDebSrc(derived []byte, codename string) []byte {
 }
 
 // errNoOrigin means that Debian's archive does not serve NVIDIA's own tree.
-var errNoOrigin = errors.New("Debian's archive does not serve NVIDIA's own sources")
+var errNoOrigin = errors.New("the archive of Debian does not serve NVIDIA's own sources")
 
 // origin returns the path of NVIDIA's own release archive of the open flavour. It downloads a missing file.
 func (a *apt) origin(ctx context.Context, version string) (file string, err error) {
