@@ -33,7 +33,7 @@ func cellFlags(required bool) []ucli.Flag {
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default),
-			"`VERSION`, or default, latest or a branch (R535); for a GPU type: default@NVIDIA_L4"),
+			"`VERSION`, branch (R535), latest or default; all but VERSION also per GPU: default@NVIDIA_L4"),
 		cli.String("flavour", "auto", "driver `FLAVOUR`: auto, proprietary or open"),
 	}
 }

@@ -15,9 +15,9 @@ type Phase struct {
 	Start time.Time `json:"start"`
 	// Seconds is the wall-clock duration.
 	Seconds float64 `json:"seconds"`
-	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
+	// Note is a fact for the reader, such as "cached", a size or a count. It may be empty.
 	Note string `json:"note,omitempty"`
-	// Of is the name of the phase that contains this one, and whose time includes it; may be empty.
+	// Of is the name of the phase that contains this one, and whose time includes it. It may be empty.
 	Of string `json:"of,omitempty"`
 	// Failed is true if the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
@@ -28,7 +28,7 @@ type Event struct {
 	Phase string
 	// Done is the finished phase; it is nil while the phase runs.
 	Done *Phase
-	// Text is a progress line of a running phase; may be empty.
+	// Text is a progress line of a running phase. It may be empty.
 	Text string
 }
 

@@ -65,7 +65,7 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 		}
 		var block *pem.Block
 		if block, rest = pem.Decode(rest); block == nil {
-			return nil, errors.New("the file has a broken PEM block")
+			return nil, errors.New("the file has a PEM block that cannot be decoded")
 		}
 		if block.Type != "PUBLIC KEY" {
 			return nil, fmt.Errorf("PEM block of type %.40q; want PUBLIC KEY", block.Type)

@@ -175,7 +175,7 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
 		return nil, fmt.Errorf(
-			"%w: the signature has %d signers, of which %d can be parsed; want 1 to %d signers, and all can be parsed",
+			"%w: the signature has %d signers, of which %d can be parsed; want 1 to %d signers, all of which can be parsed",
 			ErrMalformed, len(outline.Content.Signers), n, maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {

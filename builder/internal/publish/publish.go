@@ -36,7 +36,7 @@ type Artifact struct {
 	Log []byte
 	// RenewAfter is for a run that built the artifact again. If the repository's newest provenance is this much older
 	// than the new provenance, the new one is attached too. Policies judge an artifact's age by its newest provenance.
-	// Zero means that the run built nothing.
+	// RenewAfter is 0 if the run built nothing.
 	RenewAfter time.Duration
 	// Pause waits between two looks at the attachments. The second look is for a registry in which other builders may
 	// overwrite the list of attachments (see [registry.Repository.SharesList]). The length of the pause should be

@@ -208,7 +208,8 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		// The key in the KMS may have been replaced after it was loaded. The next try loads the new key.
 		kind := fault.Transient
 		if s.keyless != nil {
-			// The trusted root belongs to other services, or the new token is for another signer. A retry does not help.
+			// The trusted root does not have a service that took part in this signature, or the identity token now names
+			// another signer than at the start. A retry does not help.
 			kind = fault.Usage
 		}
 		return nil, fault.Wrap(kind, fmt.Errorf("verify the new signature: %w", err), "")

@@ -179,8 +179,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer unpacks a layer into the store and checks its modules. It remembers the layer's print
-// ([install.Store.LayerPrint]) for later checks.
+// addLayer unpacks a layer into the store and checks its modules. For later checks, it stores the modules, and a digest
+// over the layer's inodes ([install.Store.LayerPrint]).
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,

@@ -42,7 +42,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
 			return fmt.Errorf("%w; the rollback then had errors: %w", cause,
-				errors.Join(fmt.Errorf("roll back driver %s, which stays active: %w", t.set.Driver, err),
+				errors.Join(fmt.Errorf("roll back from driver %s, which stays active: %w", t.set.Driver, err),
 					a.end(store, t.set.Digest, cause, t.blame)))
 		}
 	}

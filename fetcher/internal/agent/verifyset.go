@@ -157,7 +157,7 @@ const hintAgain = "replace the damaged files: fetcher install"
 type checkedLayer struct {
 	// files has the digest of each file of the layer, by the file's name.
 	files map[string]string
-	// print is the result of [install.Store.LayerPrint] before the check.
+	// print is the digest over the layer's inodes ([install.Store.LayerPrint]), read before the check.
 	print string
 	// modules describes the layer's modules. nil means that they were not read.
 	modules []install.Module
