@@ -26,7 +26,7 @@ import (
 // For each cell, make must have no question of conftest left, and the modules must be those that make makes alone. If
 // two cells differ only in the driver, the second one shows how many objects the releases share.
 //
-// A cell takes about ten minutes, so the test runs only if these variables are set; `make trees` sets them.
+// A cell takes about four minutes, so the test runs only if these variables are set; `make trees` sets them.
 // PREBAKE_TREES is the folder of the clone, PREBAKE_TREES_MIRROR a folder with kernels that `mirror` made, and
 // PREBAKE_TREES_CELLS a list of SERIES/VERSION, such as 6.12/580.142.
 func TestTrees(t *testing.T) {
