@@ -139,6 +139,15 @@ next: setup build ## build two driver branches for two kernel series, and compar
 	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$(PACKAGE_CACHE)}" \
 	  $(RAN) $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
 
+# Debian has no driver of these branches. TREES is a clone of github.com/NVIDIA/open-gpu-kernel-modules.
+CELLS ?= 6.12/580.126.16 6.12/580.126.18 6.12/580.142 6.1/595.45.04
+.PHONY: trees
+trees: setup build ## build NVIDIA's own sources of newer branches, from a clone TREES, and compare with plain make
+	@[[ -n "$(TREES)" ]] || { echo "name a clone of open-gpu-kernel-modules: make trees TREES=FOLDER"; exit 2; }
+	bin/mirror --only-kernels --kernel-series 6.1,6.12 --kernels 2 --out "$(STATE)/trees" --cache "$(STATE)/packages"
+	PREBAKE_TREES="$(abspath $(TREES))" PREBAKE_TREES_MIRROR="$(STATE)/trees" PREBAKE_TREES_CELLS="$(CELLS)" \
+	  $(GO) test -v -count=1 -timeout 150m -run '^TestTrees$$' ./deploy/internal/mirror
+
 # The image builder-arm64 and the fetcher's image for arm64 nodes need these programs.
 .PHONY: arm64-programs
 arm64-programs: ## build the programs that run on arm64 machines into bin/
@@ -225,7 +234,7 @@ clean: ## remove what was built here; the user's cache folder stays
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$(STATE)"; \
-	  for name in passed mirror packages build demo browser images references release tools; do \
+	  for name in passed mirror packages build demo browser images references release tools trees; do \
 	    [[ -d "$$state/$$name" ]] || continue; \
 	    du -sh "$$state/$$name"; chmod -R u+rwX "$$state/$$name"; rm -rf "$${state:?}/$$name"; \
 	  done

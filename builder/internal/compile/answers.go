@@ -23,9 +23,13 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insideAsk is the work folder of one conftest test inside the sandbox. A test is one call of the driver's conftest.sh.
-// Each test has its own work folder, /tmp and fault file (see guard.go), and can write to nothing else.
-const insideAsk = "/prebake/ask"
+// insidePlan is the folder inside the sandbox to which `make` writes the plan.
+//
+// A test is one call of the driver's conftest.sh. Each test has its own work folder, /tmp and fault file (see guard.go),
+// and can write to nothing else. The work folder is at insideSource, in place of the driver's sources: there `make`
+// runs the script, and the compiler's flags name this folder. A test may write a header there that only these flags
+// find.
+const insidePlan = "/prebake/plan"
 
 // Limits in bytes for the result of a test, for the plan and for one file of the folder conftest/.
 const (
@@ -129,7 +133,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	if err := stage(ctx, a.r.Source, src); err != nil {
 		return nil, err
 	}
-	if err := appendTo(filepath.Join(src, "Kbuild"), conftest.PlanRules(insideAsk+"/plan")); errors.Is(err,
+	if err := appendTo(filepath.Join(src, "Kbuild"), conftest.PlanRules(insidePlan+"/plan")); errors.Is(err,
 		fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: the driver has no Kbuild file", errUseMake)
 	} else if err != nil {
@@ -144,7 +148,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	box.Limits.Time = 10 * time.Minute
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
-		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
+		sandbox.Bind{Host: told, Inside: insidePlan, Writable: true})
 	err = sandbox.Run(ctx, box) // an exit error is normal: `make` fails after it has written the plan
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
@@ -337,8 +341,8 @@ func (a *answerer) askOne(ctx context.Context, q question, dir string) (text str
 	}
 	var said bytes.Buffer
 	box = a.withHeader(box, q)
-	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true})
-	box.Dir, box.Output, box.MaxOutput = insideAsk, &said, 1<<20
+	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideSource, Writable: true})
+	box.Dir, box.Output, box.MaxOutput = insideSource, &said, 1<<20
 	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 512<<20
 	box.Argv = a.askArguments(q)
 	err = sandbox.Run(ctx, box)

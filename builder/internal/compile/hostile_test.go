@@ -69,7 +69,7 @@ func TestHostileFiles(t *testing.T) {
 		},
 		"the plan": func(kbuild, script, make string) (string, string) {
 			return strings.Replace(kbuild, "\nmodules:",
-				"\nX := $(shell test -d /prebake/ask && rm -f /prebake/ask/plan && "+make+" /prebake/ask/plan)\nmodules:",
+				"\nX := $(shell test -d /prebake/plan && rm -f /prebake/plan/plan && "+make+" /prebake/plan/plan)\nmodules:",
 				1), script
 		},
 		"a module": func(kbuild, script, make string) (string, string) {
@@ -141,7 +141,7 @@ func TestHostileAnswers(t *testing.T) {
 	bad := toyWithTests(t)
 	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
 	poison := `        has_old)
-            for dir in . .. /prebake/ask /prebake/src /prebake/guard /prebake/trouble /tmp; do
+            for dir in . .. /prebake/plan /prebake/src /prebake/guard /prebake/trouble /tmp; do
                 for name in has_size tests/has_size answer conftest/headers.h conftest.sh; do
                     echo "#define NV_HAS_SIZE_NOT" > $dir/$name
                 done

@@ -31,9 +31,9 @@ const onceMore = " once more"
 // build with debug information, a build with an empty cache, and a build with a filled cache. A plain build has no
 // cache and no precompiled headers.
 //
-// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one cache, and compares
-// each with a plain build of the cell. If a cell begins with "=", the test compares it with the plain build of the last
-// cell that has no "=".
+// PREBAKE_CELLS is a list of BUILD_ID/VERSION, or BUILD_ID/VERSION-open for the open flavour. The test compiles these
+// cells in that order with one cache, and compares each with a plain build of the cell. If a cell begins with "=", the
+// test compares it with the plain build of the last cell that has no "=".
 //
 // PREBAKE_REFERENCES is a cache folder for the results of plain builds, so that a later run with the same inputs, tools
 // and code of this package uses them again. PREBAKE_FILLED is a cache folder that contains the cells already, in place
@@ -77,6 +77,11 @@ func TestRealSameBytes(t *testing.T) {
 	for cell := range strings.FieldsSeq(cells) {
 		cell, same := strings.CutPrefix(cell, "=")
 		id, version, _ := strings.Cut(cell, "/")
+		version, isOpen := strings.CutSuffix(version, "-"+string(target.Open))
+		flavour := target.Proprietary
+		if isOpen {
+			flavour = target.Open
+		}
 		k, err := cossrc.Fetch(t.Context(), kernels, cache, id, "lakitu", func(string) {})
 		if err != nil {
 			t.Fatal(err)
@@ -85,13 +90,13 @@ func TestRealSameBytes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		source, err := d.Source(target.Proprietary)
+		source, err := d.Source(flavour)
 		if err != nil {
 			t.Fatal(err)
 		}
 		r := compile.Request{
 			Source: source, Headers: k.Headers, Toolchain: k.Toolchain, Env: k.Env, Release: k.Kernel.Release,
-			Driver: target.Driver{Version: version, Flavour: target.Proprietary}, Arch: k.Kernel.Arch,
+			Driver: target.Driver{Version: version, Flavour: flavour}, Arch: k.Kernel.Arch,
 			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest, HostDigest: host,
 		}
 		if !same {
@@ -144,7 +149,8 @@ func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell st
 		t.Fatal(err)
 	}
 	key := cas.NewKey("by make alone").Add("code", code).Add("headers", r.HeaderDigest).Add("toolchain",
-		r.ToolchainDigest).Add("source", r.SourceDigest).Add("host tools", r.HostDigest)
+		r.ToolchainDigest).Add("source", r.SourceDigest).Add("host tools", r.HostDigest).
+		Add("flavour", string(r.Driver.Flavour))
 	const answersFile = "answers.json"
 	dir, cached, err := references.Tree(t.Context(), "reference", key.String(), func(_ context.Context, dir string) error {
 		r.Debug = true

@@ -189,9 +189,9 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) er
 	}
 	box = withWrapper(box, front)
 	box.Binds = append(box.Binds,
-		sandbox.Bind{Host: work, Inside: insideAsk, Writable: true},
+		sandbox.Bind{Host: work, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: begin, Inside: insideHeader, Writable: true})
-	box.Dir, box.MaxOutput = insideAsk, 1<<20
+	box.Dir, box.MaxOutput = insideSource, 1<<20
 	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 1<<30
 	box.Argv = a.askArguments(question{argv: []string{conftest.ModeTest, a.keyer.Flags(), test}})
 	err = sandbox.Run(ctx, box)

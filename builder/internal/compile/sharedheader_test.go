@@ -136,3 +136,47 @@ func TestBeginnings(t *testing.T) {
 		})
 	}
 }
+
+// TestOwnHeader has a conftest test like assign_str, which NVIDIA's drivers ask since 575.51.02. The test writes a
+// header beside its program. A header of the kernel includes it by a path that begins with a dot. The compiler looks
+// for such a path beside the kernel's header and in the folders of -I, where the driver's folder is. So the test must
+// run in that folder, as make's tests do. With the wrong answer, these drivers do not compile for Linux 6.10 and later.
+func TestOwnHeader(t *testing.T) {
+	t.Parallel()
+	r := toyWithTests(t)
+	const before = "compile_test() {\n    case \"$1\" in\n"
+	write(t, r.Source, map[string]string{
+		"conftest.sh": strings.Replace(testdriver.Script, before, before+`        own_header)
+            echo "int own;" > conftest$$.h
+            echo "#define OWN_PATH .
+            #define OWN_NAME conftest$$
+            #include <linux/again.h>" > conftest$$.c
+            $CC $CFLAGS -c conftest$$.c > /dev/null 2>&1
+            rm -f conftest$$.c conftest$$.h
+            if [ -f conftest$$.o ]; then
+                rm -f conftest$$.o
+                echo "#define NV_OWN_HEADER 1"
+            else
+                echo "#define NV_OWN_HEADER 2"
+            fi
+        ;;
+
+`, 1),
+		"Kbuild": strings.Replace(testdriver.Kbuild, "COMPILE_TESTS += has_size\n", "COMPILE_TESTS += has_size own_header\n",
+			1),
+	})
+	write(t, r.Headers, map[string]string{"include/linux/again.h": "#define TEXT(x) #x\n#define FILE_OF(path, name) " +
+		"TEXT(path/name.h)\n#include FILE_OF(OWN_PATH, OWN_NAME)\n"})
+	const want = "#define NV_OWN_HEADER 1\n"
+	if got := functionAnswers(t, r); !strings.Contains(got, want) {
+		t.Errorf("the builder answers %q; want %q, as make does", got, want)
+	}
+	r.WorkDir = t.TempDir()
+	if _, err := compile.Modules(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(r.WorkDir, "src/conftest/functions.h"))
+	if err != nil || !strings.Contains(string(text), want) {
+		t.Errorf("make answers %q, %v; want %q", text, err, want)
+	}
+}

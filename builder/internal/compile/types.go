@@ -45,6 +45,15 @@ func Pahole(ctx context.Context) (string, error) {
 	return strings.TrimSpace(said), nil
 }
 
+// paholeNumber returns a version as the kernel's configuration writes it: 124 for v1.24. The version must be a result
+// of [Pahole].
+func paholeNumber(version string) int {
+	parts := paholeVersion.FindStringSubmatch(version + "\n")
+	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
+	minor, _ := strconv.Atoi(parts[2])
+	return 100*major + minor
+}
+
 // ask runs a program in a sandbox and returns its short output.
 func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error) {
 	var said bytes.Buffer
@@ -86,10 +95,7 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	}
 	// Since Linux 5.18 the configuration contains the version of the pahole that made the kernel's BTF. The kernel's
 	// makefiles choose flags for that version, and an older pahole does not know them.
-	parts := paholeVersion.FindStringSubmatch(have + "\n")
-	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
-	minor, _ := strconv.Atoi(parts[2])
-	if number := 100*major + minor; number < t.pahole {
+	if paholeNumber(have) < t.pahole {
 		return fault.New(fault.Usage,
 			fmt.Sprintf("make BTF: this machine has pahole %s, but pahole v%d.%02d made the kernel's BTF", have,
 				t.pahole/100, t.pahole%100),
@@ -119,6 +125,13 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 	flags, err := paholeFlags(ctx, box)
 	if err != nil {
 		return err
+	}
+	version, err := Pahole(ctx)
+	if err != nil {
+		return err
+	}
+	if paholeNumber(version) >= 124 { // an older pahole does not have the option
+		flags = withoutCPP(flags)
 	}
 	for i, name := range built {
 		b.r.Progress("types", i, len(built))
@@ -172,6 +185,23 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	}
 	return slices.DeleteFunc(flags,
 		func(flag string) bool { return strings.HasPrefix(flag, "-j") || strings.HasPrefix(flag, "--jobs") }), nil
+}
+
+// withoutCPP adds C++ to the languages whose sources pahole leaves out. BTF has C's types only, and pahole fails at a
+// reference type. NVIDIA's makefile adds C++ too, since 575.51.02: the core object of nvidia-modeset has C++ sources.
+// The names are those of pahole v1.24, which has one for each version of C++. If a flag occurs twice, pahole uses the
+// last one only.
+func withoutCPP(flags []string) []string {
+	const option = "--lang_exclude="
+	out := option + "c++,c++03,c++11,c++14"
+	flags = slices.Clone(flags)
+	for i, flag := range flags {
+		if languages, ok := strings.CutPrefix(flag, option); ok {
+			flags[i] = out + "," + languages
+			return flags
+		}
+	}
+	return append(flags, out)
 }
 
 var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)

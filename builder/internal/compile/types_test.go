@@ -44,7 +44,11 @@ func typedToy(t *testing.T, config string) compile.Request {
 	return r
 }
 
-const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
+const (
+	takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
+	// noCPP is the flag that leaves C++ sources out.
+	noCPP = "--lang_exclude=c++,c++03,c++11,c++14"
+)
 
 // TestTypes checks that the BTF of a module refers to the kernel's types and has only the module's own types. A second
 // build, with debug information, must give the same bytes. If Request.BTF is "", a module gets no BTF.
@@ -63,7 +67,7 @@ func TestTypes(t *testing.T) {
 		if got := strings.Join(names(result.Phases), " "); got != "conftest compile link types strip" {
 			t.Errorf("phases are %s", got)
 		}
-		if !strings.Contains(log.String(), "nvidia.ko --btf_gen_floats --lang_exclude=rust\n") {
+		if !strings.Contains(log.String(), "nvidia.ko --btf_gen_floats "+noCPP+",rust\n") {
 			t.Errorf("log = %s; want the kernel's flags, less those for parallel work", &log)
 		}
 		data, err := os.ReadFile(result.Modules["nvidia"])
@@ -182,7 +186,49 @@ func TestTypesFlagsOfMakefiles(t *testing.T) {
 	var log bytes.Buffer
 	r.Log = &log
 	if _, err := compile.Modules(t.Context(), r); err != nil ||
-		!strings.Contains(log.String(), "nvidia.ko --btf_gen_floats\n") {
+		!strings.Contains(log.String(), "nvidia.ko --btf_gen_floats "+noCPP+"\n") {
 		t.Errorf("Modules = %v; want the makefile's flags in\n%s", err, &log)
+	}
+}
+
+// cpp is C text with debug information of a C++ source, which has a reference type. pahole cannot express this type.
+// NVIDIA's core object of nvidia-modeset has C++ sources; those of Debian's open flavour have debug information.
+const cpp = `
+__asm__(
+	".pushsection .debug_abbrev,\"\",@progbits\n.Lcpp_abbrev:\n"
+	".uleb128 1,0x11\n.byte 1\n.uleb128 0x13,0x0b,0x03,0x08,0,0\n" /* a unit: language, name */
+	".uleb128 2,0x24\n.byte 0\n.uleb128 0x03,0x08,0x3e,0x0b,0x0b,0x0b,0,0\n" /* a base type: name, encoding, size */
+	".uleb128 3,0x10\n.byte 0\n.uleb128 0x49,0x13,0x0b,0x0b,0,0\n" /* a reference type: type, size */
+	".byte 0\n.popsection\n"
+	".pushsection .debug_info,\"\",@progbits\n"
+	".Lcpp:\n.long .Lcpp_end - . - 4\n.value 4\n.long .Lcpp_abbrev\n.byte 8\n"
+	".uleb128 1\n.byte 0x1a\n.asciz \"a.cpp\"\n" /* C++11 */
+	".Lcpp_int:\n.uleb128 2\n.asciz \"int\"\n.byte 5,4\n"
+	".uleb128 3\n.long .Lcpp_int - .Lcpp\n.byte 8\n"
+	".byte 0\n.Lcpp_end:\n.popsection\n");
+`
+
+// TestTypesWithoutCPP checks that the BTF of a module leaves out its C++ sources.
+func TestTypesWithoutCPP(t *testing.T) {
+	t.Parallel()
+	for _, config := range []string{"echo --lang_exclude=rust\n", "echo --btf_gen_floats\n"} {
+		r := typedToy(t, takesBTF)
+		write(t, r.Headers, map[string]string{"scripts/pahole-flags.sh": config})
+		write(t, r.Source, map[string]string{"nvidia/nv.c": "struct nv_state { int minor; }; int nv(struct nv_state *s) " +
+			"{ return s->minor; }\n" + cpp})
+		var log bytes.Buffer
+		r.Log = &log
+		result, err := compile.Modules(t.Context(), r)
+		if err != nil {
+			t.Errorf("Modules = %v\n%s", err, &log)
+			continue
+		}
+		data, err := os.ReadFile(result.Modules["nvidia"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if types, err := btf.Read(bytes.NewReader(data)); err != nil || !bytes.Contains(types, []byte("nv_state\x00")) {
+			t.Errorf("types = %q, %v; want those of the C source", types, err)
+		}
 	}
 }

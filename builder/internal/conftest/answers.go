@@ -76,7 +76,7 @@ func (a *Keyer) Flags() string { return a.flags }
 
 // CacheKey returns the key of the cache entry with all results. Drivers with the same key share the entry.
 func (a *Keyer) CacheKey() string {
-	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
+	return digest("conftest sheet 4", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 

@@ -56,7 +56,7 @@ func TestHostileDriver(t *testing.T) {
 		"another answer for everybody": {"conftest.sh", question,
 			question + "            for d in . .. /prebake /tmp; do echo poison > $d/answer; done 2>/dev/null\n", -1},
 		"a killed compiler": {"conftest.sh", "    echo \"$1\" > conftest$$.c\n",
-			"    echo \"$1\" > conftest$$.c\n    CC=\"$CC -wrapper /prebake/ask/killed\"; printf '#!/bin/sh\\nkill -9 $$\\n' " +
+			"    echo \"$1\" > conftest$$.c\n    CC=\"$CC -wrapper /prebake/src/killed\"; printf '#!/bin/sh\\nkill -9 $$\\n' " +
 				"> killed; chmod +x killed\n", fault.OutOfMemory},
 	} {
 		t.Run(name, func(t *testing.T) {
