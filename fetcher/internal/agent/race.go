@@ -39,7 +39,7 @@ func (a *Agent) madeBefore(ctx context.Context, store *install.Store) *install.S
 			continue
 		}
 		at := s.attempts[set.Digest]
-		if a.cfg.Retry && at != nil && at.refused(set.Driver, true) != nil {
+		if a.cfg.Retry && at != nil && at.refused(set.Driver, true, s.labelled) != nil {
 			continue
 		}
 		repo, err := a.parts.Open(set.Repository)
