@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"sync"
 	"time"
 
@@ -232,13 +233,16 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 			"names", names)
 	}
 	a.reserve(ctx, store)
-	err := errors.Join(store.Recover(), a.recover(ctx, r, store))
-	if err != nil {
+	before, berr := store.Aside()
+	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}
-	if a.aside, err = store.Aside(); err != nil { // before this run activates a driver
+	// This run must not remove what recover has moved aside. What recover has moved back is not there any more.
+	after, err := store.Aside()
+	if err = errors.Join(berr, err); err != nil {
 		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
 	}
+	a.aside = slices.DeleteFunc(before, func(name string) bool { return !slices.Contains(after, name) })
 	s, err := a.readState(ctx, store)
 	if err != nil || a.cfg.NoLoad {
 		return s.current, err
