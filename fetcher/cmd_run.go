@@ -87,7 +87,8 @@ const checkTimeout = 3 * time.Minute
 const runTimeout = 15 * time.Minute
 
 // retryChecks is the number of checks after which the daemon runs the agent again. The daemon does so only if the last
-// run ended with an error, or left the node with another driver than the wanted one.
+// run ended with an error, left the node with another driver than the wanted one, or did not learn from the farm which
+// driver is wanted.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is loaded, it watches the driver until ctx ends.
@@ -292,9 +293,11 @@ func (k daemon) stay(ctx context.Context) error {
 			k.outside.Watch(0) // the run may compile a driver before there is a verdict
 		}
 		var pending error
+		unconfirmed := false
 		var last gpucheck.Verdict
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
+			unconfirmed = r.Unconfirmed
 			if r.Pending != "" {
 				pending = errors.New(r.Pending) // even if this run had no error, a reason of an earlier run is still true
 			}
@@ -328,7 +331,8 @@ func (k daemon) stay(ctx context.Context) error {
 		if ctx.Err() != nil || k.once || err != nil && !watched {
 			return err
 		}
-		retry := err != nil || pending != nil
+		// A label that was read already starts no other run, even if the farm did not say which driver it means.
+		retry := err != nil || pending != nil || unconfirmed
 		if rest := besides(err, last); rest != nil {
 			pending = rest
 		}

@@ -112,3 +112,26 @@ func TestRelabelled(t *testing.T) {
 		}
 	})
 }
+
+// TestUnconfirmed checks a node whose farm did not say which driver the new label means. The label was read, so no
+// change of the label will start another run. The daemon must run again nevertheless.
+func TestUnconfirmed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		start, took := time.Now(), time.Duration(0)
+		node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
+			took = time.Since(start)
+			return &agent.Report{Verdict: readyVerdict, Unconfirmed: n == 1}, nil
+		}, watch: func(ctx context.Context, n int) error {
+			if n == 1 {
+				<-ctx.Done()
+			}
+			return nil
+		}}
+		k := daemonOf(node, report.New(time.Now), readyVerdict)
+		k.awaitLabel = labelAfter(3 * time.Hour)
+		if err := k.stay(t.Context()); err != nil || node.runs != 2 || took != retryChecks*time.Minute {
+			t.Errorf("stay = %v after %d runs, the second after %v; want nil, 2, 10m", err, node.runs, took)
+		}
+	})
+}

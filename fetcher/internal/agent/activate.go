@@ -344,7 +344,7 @@ func (a *Agent) paramsNow(r *Report) map[string]string {
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
 	if _, ok := r.Verdict.Modules["nvidia"]; ok && !fresh {
-		return a.paramsBefore()
+		return a.paramsBefore(r.Verdict.Driver)
 	}
 	return a.cfg.ModuleParams
 }

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,7 +25,6 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
-	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -53,6 +53,8 @@ type Agent struct {
 	suspects []suspect
 	// wanted is the driver that this node should have.
 	wanted wanted
+	// wait is what is left of Config.Wait for the farm in this run.
+	wait time.Duration
 	// aside has the names, in .prebake/adopted, of what earlier runs found in place of a link in .prebake.
 	aside []string
 }
@@ -82,6 +84,9 @@ type Report struct {
 	Pending string `json:"pending,omitempty"`
 	// Waiting has the owner's settings that have not taken effect yet, each with the reason.
 	Waiting []string `json:"waiting,omitempty"`
+	// Unconfirmed means that the run kept the active driver as the wanted one, but that the farm may name another driver
+	// for the same wish later.
+	Unconfirmed bool `json:"-"`
 	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that the node had.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
@@ -103,6 +108,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.forget()
 	a.reread(ctx)
 	a.readWanted(ctx)
+	a.wait = a.cfg.Wait
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -156,20 +162,18 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		return err
 	}
 	// Other installers can work during the wait for the farm, because this run does not hold the lock then.
-	mayBuild := a.mayBuild(ctx, store, facts, current)
-	findMade := func() *install.Set {
-		if !mayBuild {
-			return nil
-		}
-		return a.madeBefore(ctx, store)
-	}
+	mayBuild := func(named target.Driver) bool { return a.mayBuild(ctx, store, facts, current, named) }
+	findMade := func(named target.Driver) *install.Set { return a.madeBefore(ctx, store, named) }
 	if a.watcher != nil && r.Verdict.State != "" { // start checked the driver
 		a.watcher.Report(r.Verdict)
 	}
 	var answer resolve.Answer
 	var none error
 	release := nothingHeld
-	a.whileWatching(ctx, current, func() { answer, release, none = a.resolve(ctx, facts, mayBuild, findMade) })
+	a.whileWatching(ctx, current, func() {
+		a.awaitLabel(ctx)
+		answer, release, none = a.resolve(ctx, facts, mayBuild, findMade)
+	})
 	defer func() { err = errors.Join(err, release()) }()
 	r.Answer = answer
 	end, lockEnd := a.parts.Now().Add(a.cfg.WaitIdle), a.parts.Now().Add(lockWait)
@@ -232,13 +236,16 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 			"names", names)
 	}
 	a.reserve(ctx, store)
-	err := errors.Join(store.Recover(), a.recover(ctx, r, store))
-	if err != nil {
+	before, berr := store.Aside()
+	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}
-	if a.aside, err = store.Aside(); err != nil { // before this run activates a driver
+	// This run must not remove what recover has moved aside. What recover has moved back is not there any more.
+	after, err := store.Aside()
+	if err = errors.Join(berr, err); err != nil {
 		a.parts.Log.WarnContext(ctx, "could not read the folder .prebake/adopted", "err", err)
 	}
+	a.aside = slices.DeleteFunc(before, func(name string) bool { return !slices.Contains(after, name) })
 	s, err := a.readState(ctx, store)
 	if err != nil || a.cfg.NoLoad {
 		return s.current, err
@@ -304,7 +311,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	silent := none != nil
 	if none == nil && !a.cfg.Retry {
 		if at := s.attempts[r.Answer.Digest]; at != nil { // do not fetch a refused driver
-			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest))
+			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest), s.labelled)
 		}
 	}
 	if none == nil && s.keepsForeign() && !s.facts.Runs(r.Answer.Driver) { // do not fetch a driver that must wait
@@ -359,7 +366,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			}
 		}
 		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
-			d.err = nil
+			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, s)
 		}
 		r.Answer = keptAnswer(d.set)
 		r.Answer.Reason = reason.Error()
@@ -398,28 +405,6 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 	return fault.Wrap(fault.Of(bad),
 		fmt.Errorf("verify installed driver %s: %w; the run then failed: %w", s.current.Driver, bad, err),
 		cmp.Or(fault.Hint(bad), hintAgain))
-}
-
-// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. silent
-// is true if the farm offers no artifact. A yanked driver, a failed verification, and a web page or wrong bytes in
-// place of a source are always errors.
-func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
-	switch {
-	case s.wanted != nil || a.wanted.err != nil || !serves(s.current, s.question) || answer.State == api.Yanked ||
-		fault.Is(s.none, fault.WebPage) || resolve.IsOtherService(s.none) || isOther(answer.Driver, s):
-		return false
-	case resolve.Passing(s.none):
-		return true
-	}
-	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&
-		!fault.Is(s.none, fault.Unsupported)
-}
-
-// isOther reports whether the farm named another driver than the installed one for the node's GPU type. The installed
-// driver is then from an earlier wish, because the lists of a COS build do not change.
-func isOther(named target.Driver, s nodeState) bool {
-	_, gpu := s.question.Wish.GPU()
-	return gpu != "" && named.Version != "" && named.Version != s.current.Driver.Version
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {

@@ -75,3 +75,19 @@ func TestAsideWithoutLoad(t *testing.T) {
 	}
 	n.wantAside(t, "another driver", false)
 }
+
+// TestAsideByRecovery checks copies in place of links that the start of a run moves aside, because an earlier run was
+// killed after its load. This run must keep them, and the next run must remove them.
+func TestAsideByRecovery(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	n.answer(ref, pn.Digest, newer.Driver)
+	n.killedIn(t, "validate")
+	n.copyPointers(t)
+	for _, kept := range []bool{true, false} {
+		if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("Run = %+v, %v; want the driver ready", r.Verdict, err)
+		}
+		n.wantAside(t, "after the kill", kept)
+	}
+}

@@ -58,8 +58,9 @@ type attempt struct {
 type attempts map[string]*attempt
 
 // refused returns the reason why the driver d is not tried again without --retry, or nil. other is whether the node has
-// another good driver. If other is false, only crashes count, not failures or a rollback.
-func (a *attempt) refused(d target.Driver, other bool) error {
+// another good driver. If other is false, only crashes count, not failures or a rollback. labelled is whether the
+// node's label, which the hint then names, is the source of the wish.
+func (a *attempt) refused(d target.Driver, other, labelled bool) error {
 	why := ""
 	switch {
 	case a.ByHand && other:
@@ -72,8 +73,12 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 	default:
 		return nil
 	}
-	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why),
-		"to get another version, set --driver; to try this driver again, run: fetcher install --retry")
+	hint := "to get another version, set --driver; to try this driver again, run: fetcher install --retry"
+	if labelled { // the command install does not read the label
+		hint = "to get another version, set the node's label to it; to try this driver again, run: fetcher install " +
+			"--retry --driver " + d.Version
+	}
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint)
 }
 
 // readAttempts reads attemptsFile. A damaged file counts as empty.
@@ -435,7 +440,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	if len(open) > 0 {
 		err := a.writeAttempts(store, all)
 		if fault.NoSpace(err) {
-			err = a.makeRoom(ctx, store, all)
+			err = a.makeRoom(ctx, store, all, err)
 		}
 		if err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "could not write the record of activations", "err", err)
@@ -464,12 +469,11 @@ func restorePointers(store *install.Store, to install.Pointers) (back bool, err 
 		return false, err
 	}
 	back = was.Current != to.Current
-	if to.Current == "" {
-		return back, restore(store, install.Pointers{Copy: to.Copy}, nil)
-	}
-	before, err := store.SetAt(to.Current)
-	if err != nil || before == nil {
-		return false, nil
+	var before *install.Set
+	if to.Current != "" {
+		if before, err = store.SetAt(to.Current); err != nil || before == nil {
+			return false, nil
+		}
 	}
 	if previous, err := store.SetAt(to.Previous); err != nil || previous == nil {
 		to.Previous = ""

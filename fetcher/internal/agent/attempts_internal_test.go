@@ -1,14 +1,26 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
+	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // TestByNeed checks the order of the records of load attempts. If there are too many records, a node drops those at the
@@ -69,6 +81,79 @@ func TestPrecious(t *testing.T) {
 	} {
 		if got := (attempts{"sha256:ab": &row.at}).precious("now"); got != row.want {
 			t.Errorf("row %d: precious = %t; want %t", i, got, row.want)
+		}
+	}
+}
+
+// emptyNode returns an agent and a store of a node without drivers.
+func emptyNode(t *testing.T) (*Agent, *install.Store, string) {
+	t.Helper()
+	dir := t.TempDir()
+	root, err := noderoot.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = root.Close() }) // a failed close of a folder loses no data
+	store, err := install.Open(root, "/nvidia", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	a := New(Config{InstallDir: "/nvidia"}, Parts{Node: root, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	return a, store, filepath.Join(dir, "nvidia/.prebake")
+}
+
+// TestPreviousStays ends an activation that began without an active driver. The previous driver must stay the previous
+// one, if it is still on the disk.
+func TestPreviousStays(t *testing.T) {
+	t.Parallel()
+	for _, there := range []bool{true, false} {
+		_, store, own := emptyNode(t)
+		want := ""
+		before := install.Pointers{Previous: "sets/" + strings.Repeat("a", 64)}
+		if there {
+			want = before.Previous
+			sample.Write(t, own, want+"/set.json", `{"digest":"sha256:`+strings.Repeat("a", 64)+`"}`)
+		}
+		if _, err := restorePointers(store, before); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Readlink(filepath.Join(own, "previous")); (err == nil) != there {
+			t.Errorf("on the disk %t: the link previous: %v", there, err)
+		}
+		if got, err := store.Pointers(); err != nil || got.Current != "" || got.Previous != want {
+			t.Errorf("on the disk %t: Pointers() = %+v, %v; want the previous %q", there, got, err, want)
+		}
+	}
+}
+
+// TestNoRoom checks that the error of makeRoom says that the disk is full, even if the drivers cannot be listed.
+func TestNoRoom(t *testing.T) {
+	t.Parallel()
+	a, store, own := emptyNode(t)
+	if err := os.RemoveAll(filepath.Join(own, "sets")); err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, own, "sets", "a file")
+	full := fmt.Errorf("write: %w", unix.ENOSPC)
+	if err := a.makeRoom(t.Context(), store, attempts{}, full); !errors.Is(err, full) || !errors.Is(err, unix.ENOTDIR) {
+		t.Errorf("makeRoom = %v; want both causes", err)
+	}
+}
+
+// TestRefusedHint checks that the hint for a refused driver names the setting that counts on this node.
+func TestRefusedHint(t *testing.T) {
+	t.Parallel()
+	set := &install.Set{Digest: "sha256:ab", Driver: target.Driver{Version: "580.95.05", Flavour: target.Open}}
+	for labelled, want := range map[bool][]string{
+		false: {"set --driver", "fetcher install --retry"},
+		true:  {"set the node's label", "fetcher install --retry --driver 580.95.05"},
+	} {
+		s := nodeState{facts: &host.Facts{}, labelled: labelled, attempts: attempts{set.Digest: {Crashes: maxTries}}}
+		for _, words := range want {
+			if hint := fault.Hint(s.refused(set)); !strings.Contains(hint, words) {
+				t.Errorf("labelled %t: hint %q; want %q", labelled, hint, words)
+			}
 		}
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -303,4 +304,57 @@ func TestCompiledMeanwhile(t *testing.T) {
 			t.Errorf("the first fetcher: Run = %v after %d compiles; want success without another", err, b.calls)
 		}
 	})
+}
+
+// byType stands in for a compiler that knows the driver of each GPU type. It records the wishes.
+type byType struct {
+	answers map[target.Wish]resolve.Answer
+	asked   []target.Wish
+}
+
+func (c *byType) Build(_ context.Context, q resolve.Question) (resolve.Answer, func() error, error) {
+	c.asked = append(c.asked, q.Wish)
+	return c.answers[q.Wish], noRelease, nil
+}
+
+// TestCompiledForGPUType checks that a node compiles the driver that the farm names for its GPU type, if its driver, or
+// the driver that it compiled before, has another version.
+func TestCompiledForGPUType(t *testing.T) {
+	t.Parallel()
+	own := testkit.NewKey(t)
+	here := layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	const t4, b200 target.Wish = "default@NVIDIA_T4", "default@NVIDIA_B200"
+	compiled := map[target.Wish]resolve.Answer{
+		t4:   answerOf(resolve.SourceNode, here, sample.Publish(t, here, own, older).Digest, older.Driver),
+		b200: answerOf(resolve.SourceNode, here, sample.Publish(t, here, own, newer).Digest, newer.Driver),
+	}
+	named := map[target.Wish]resolve.Answer{
+		t4:   {State: api.Unknown, Source: resolve.SourceServer, Driver: older.Driver},
+		b200: {State: api.Unknown, Source: resolve.SourceServer, Driver: newer.Driver},
+	}
+	run := func(n *node, wish target.Wish) (*agent.Report, error) {
+		n.cfg.Wish, n.parts.Finder = wish, &byWish{has: named}
+		return n.runAs(t)
+	}
+	for name, works := range map[string]bool{"the former driver works": true, "the former driver finds no GPU": false} {
+		c := &byType{answers: compiled}
+		n := newNode(t, older, 1, testkit.NewKey(t))
+		n.reboot(t)
+		n.parts.Local = c
+		n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
+		if !works {
+			n.kernel.refuse["nvidia "+oldVersion] = syscall.ENODEV
+		}
+		if _, err := run(n, t4); (err == nil) != works {
+			t.Errorf("%s: Run for the wrong GPU type = %v", name, err)
+		}
+		for range 2 { // the second run must not compile again
+			r, err := run(n, b200)
+			if err != nil || r.Verdict.Digest != compiled[b200].Digest || !slices.Equal(c.asked, []target.Wish{t4, b200}) {
+				t.Errorf("%s: Run = %s, %v after compiles for %v; want the driver compiled for the other GPU type", name,
+					r.Verdict.Driver, err, c.asked)
+			}
+		}
+	}
 }

@@ -196,7 +196,7 @@ func (s nodeState) refused(set *install.Set) error {
 	if a == nil || s.retry {
 		return nil
 	}
-	return a.refused(set.Driver, s.another(set.Digest))
+	return a.refused(set.Driver, s.another(set.Digest), s.labelled)
 }
 
 // onlyRolledBack reports whether a driver is refused, but only because an operator rolled it back.
@@ -206,7 +206,7 @@ func (s nodeState) onlyRolledBack(set *install.Set) bool {
 	}
 	rest := *s.attempts[set.Digest]
 	rest.ByHand = false
-	return rest.refused(set.Driver, true) == nil
+	return rest.refused(set.Driver, true, s.labelled) == nil
 }
 
 // another reports whether the node may run a driver with another digest: the active, the previous or a loaded foreign
@@ -220,7 +220,7 @@ func (s nodeState) another(digest string) bool {
 			return false
 		}
 		a := s.attempts[set.Digest]
-		return a == nil || a.refused(set.Driver, true) == nil
+		return a == nil || a.refused(set.Driver, true, s.labelled) == nil
 	})
 }
 

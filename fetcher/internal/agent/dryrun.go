@@ -6,6 +6,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // dryRun adds to the report what a run would do.
@@ -14,8 +15,9 @@ func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store 
 	if err != nil {
 		return err
 	}
-	r.Answer, _, s.none = a.resolve(ctx, facts, !serves(s.current, s.question),
-		func() *install.Set { return a.madeBefore(ctx, store) })
+	r.Answer, _, s.none = a.resolve(ctx, facts,
+		func(named target.Driver) bool { return !servesNamed(s.current, s.question, named) },
+		func(named target.Driver) *install.Set { return a.madeBefore(ctx, store, named) })
 	silent := s.none != nil
 	if !silent {
 		s.wanted, s.none = a.fetchAndStage(ctx, r, store, facts, s.current)

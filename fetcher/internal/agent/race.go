@@ -9,14 +9,18 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // mayBuild reports whether this node should compile a driver that is not published. It should not if:
 //
 //   - the owner wants one artifact by its digest;
 //   - a foreign driver stays loaded;
-//   - the active driver matches the wish, and is verified or loaded.
-func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
+//   - the active driver matches the wish and the named driver (see servesNamed), and is verified or loaded.
+//
+// named is the driver that the farm named, or the zero value.
+func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set,
+	named target.Driver) bool {
 	if a.parts.Local == nil || a.pin() != "" {
 		return false
 	}
@@ -24,22 +28,24 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 	if err != nil || s.keepsForeign() {
 		return false
 	}
-	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
+	return !servesNamed(current, a.question(facts), named) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
 // madeBefore returns a driver on the disk that this node compiled for the present wish. Its artifact must still exist.
-// Such a driver waits for an idle GPU, or is refused. With --retry, the node compiles a refused driver again.
-func (a *Agent) madeBefore(ctx context.Context, store *install.Store) *install.Set {
+// Such a driver waits for an idle GPU, or is refused. With --retry, the node compiles a refused driver again. With a
+// GPU type, only the driver that the farm named counts, because the node may have compiled another one for another
+// type.
+func (a *Agent) madeBefore(ctx context.Context, store *install.Store, named target.Driver) *install.Set {
 	s, err := a.readState(ctx, store)
-	if err != nil {
+	if _, gpu := s.question.Wish.GPU(); err != nil || gpu != "" && named.Version == "" {
 		return nil
 	}
 	for _, set := range s.staged {
-		if set.Origin != install.MadeHere || !serves(set, s.question) || !s.acceptable(set) {
+		if set.Origin != install.MadeHere || !servesNamed(set, s.question, named) || !s.acceptable(set) {
 			continue
 		}
 		at := s.attempts[set.Digest]
-		if a.cfg.Retry && at != nil && at.refused(set.Driver, true) != nil {
+		if a.cfg.Retry && at != nil && at.refused(set.Driver, true, s.labelled) != nil {
 			continue
 		}
 		repo, err := a.parts.Open(set.Repository)
@@ -59,31 +65,45 @@ func nothingHeld() error { return nil }
 
 // resolve finds the artifact. If none is published and the node may compile, the answer is the driver that findMade
 // returns. If findMade returns nil, the node compiles while it waits for the farm, and the first verified artifact
-// wins. The result release is never nil (see [localBuilder]).
-func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool,
-	findMade func() *install.Set) (answer resolve.Answer, release func() error, err error) {
+// wins. mayBuild and findMade get the driver that the farm named, or the zero value. The result release is never nil
+// (see [localBuilder]).
+func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild func(target.Driver) bool,
+	findMade func(target.Driver) *install.Set) (answer resolve.Answer, release func() error, err error) {
 	release = nothingHeld
 	if a.wanted.err != nil {
 		return answer, release, a.wanted.err
 	}
-	made := findMade()
 	q := a.question(facts)
-	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
-	patience := resolve.WaitLimits{Wait: a.cfg.Wait,
+	can := a.parts.Local != nil && q.Pin == ""
+	compiles := can && mayBuild(target.Driver{})
+	var made *install.Set
+	patience := resolve.WaitLimits{Wait: a.wait,
 		Progress: func(text string) { a.parts.Line.Progress("resolve", "%s", text) }}
-	if compiles && !a.cfg.DryRun {
+	// With a GPU type, only an answer can show whether the node compiles.
+	if _, gpu := q.Wish.GPU(); can && (compiles || gpu != "") && !a.cfg.DryRun {
 		patience.Wait = 0
+	}
+	find := func() (err error) {
+		answer, err = patience.Find(ctx, a.parts.Finder, q)
+		compiles = compiles || err == nil && can && mayBuild(answer.Driver)
+		return err
 	}
 	var grace time.Duration
 	err = a.parts.Line.Do("resolve", func() (string, error) {
-		var err error
-		answer, err = patience.Find(ctx, a.parts.Finder, q)
+		err := find()
+		if !compiles && patience.Wait < a.wait && (resolve.Passing(err) || err == nil && answer.Pending()) {
+			patience.Wait = a.wait
+			err = find()
+		}
+		if compiles && (err != nil || answer.Err() != nil) {
+			made = findMade(answer.Driver)
+		}
 		switch {
-		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && resolve.Passing(err):
+		case err != nil && compiles && a.wait > 0 && !a.cfg.DryRun && resolve.Passing(err):
 			if made != nil {
 				return err.Error() + usesMade, nil
 			}
-			grace = min(a.cfg.Wait/2, maxGrace)
+			grace = min(a.wait/2, maxGrace)
 			return fmt.Sprintf("%v; compiling on this node if this error lasts for %v", err, grace), nil
 		case err != nil:
 			return "", err
@@ -152,7 +172,7 @@ func (a *Agent) race(
 	answer resolve.Answer,
 	facts *host.Facts,
 	grace time.Duration,
-	findMade func() *install.Set,
+	findMade func(target.Driver) *install.Set,
 ) (_ resolve.Answer, release func() error, err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -171,14 +191,14 @@ func (a *Agent) race(
 			ended <- outcome{resolve.Answer{}, nil, context.Cause(ctx), true}
 			return
 		}
-		if set := findMade(); set != nil { // another fetcher compiled it during the grace time
+		if set := findMade(answer.Driver); set != nil { // another fetcher compiled it during the grace time
 			ended <- outcome{madeAnswer(set), nil, nil, true}
 			return
 		}
 		built, held, err := a.parts.Local.Build(ctx, local)
 		ended <- outcome{built, held, err, true}
 	}()
-	if a.cfg.Wait > 0 {
+	if a.wait > 0 {
 		runners++
 		go func() {
 			won, err := a.findArtifact(ctx, q, facts)
@@ -236,7 +256,7 @@ func (a *Agent) race(
 // does not pass, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
-	until := a.parts.Now().Add(a.cfg.Wait)
+	until := a.parts.Now().Add(a.wait)
 	for pauses := resolve.Pauses(); ; {
 		left := until.Sub(a.parts.Now())
 		answer, err := resolve.WaitLimits{Wait: left, Progress: say}.Find(ctx, a.parts.Finder, q)

@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // revertPlan has what an activation has changed, and what revert must restore.
@@ -74,7 +75,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		}
 	}
 	if reload {
-		mark, params := a.loader.Mark(), a.paramsBefore()
+		mark, params := a.loader.Mark(), a.paramsBefore(before.Driver)
 		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, params, true)); err != nil {
 			errs = append(errs, fmt.Errorf("load driver %s again: %w", before.Driver, err))
 			could = usableAfter(err)
@@ -153,9 +154,11 @@ func usableAfter(err error) int {
 	return unknown
 }
 
-// paramsBefore returns the module parameters with which the former driver was loaded in this boot.
-func (a *Agent) paramsBefore() map[string]string {
-	if rec := a.readRecord(); rec != nil {
+// paramsBefore returns the module parameters with which the former driver d was loaded in this boot. If the last record
+// is about another driver, a run was killed after it loaded d, with the present parameters. The digests may differ: of
+// two artifacts with the same modules, the second becomes active without a load.
+func (a *Agent) paramsBefore(d target.Driver) map[string]string {
+	if rec := a.readRecord(); rec != nil && rec.Verdict.Driver.Modules() == d.Modules() {
 		return rec.Params
 	}
 	return a.cfg.ModuleParams

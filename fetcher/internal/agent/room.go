@@ -10,11 +10,11 @@ import (
 
 // makeRoom frees space on a full disk, and then writes the records. It removes leftovers of staging, and all drivers
 // and layers except these: the current and the previous driver, drivers that this node compiled, and drivers that a
-// record names.
-func (a *Agent) makeRoom(ctx context.Context, store *install.Store, all attempts) error {
+// record names. full is the error of the write on the full disk.
+func (a *Agent) makeRoom(ctx context.Context, store *install.Store, all attempts, full error) error {
 	sets, err := store.Sets()
 	if err != nil {
-		return err
+		return errors.Join(full, err)
 	}
 	var keep []string // digests
 	for _, set := range sets {

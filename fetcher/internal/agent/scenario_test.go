@@ -369,6 +369,23 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
+// TestParametersAfterKill kills a run after it has loaded another driver with changed parameters. The next run must not
+// take the former driver's parameters for those of the loaded driver.
+func TestParametersAfterKill(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
+	n.answer(ref, pn.Digest, newer.Driver)
+	n.killedIn(t, "validate")
+	if want := "load nvidia " + newVersion + " NVreg_Foo=1"; !slices.Contains(n.kernel.calls, want) {
+		t.Fatalf("calls %v; want %s", n.kernel.calls, want)
+	}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || len(r.Waiting) > 0 || len(n.kernel.calls) > 0 {
+		t.Errorf("Run = %+v, %v, calls %v; want no note on the parameters, and nothing loaded", r.Waiting, err,
+			n.kernel.calls)
+	}
+}
+
 // TestOptionalModule checks that parameters for nvidia-peermem load it, and that the driver is ready without it: most
 // kernels refuse it.
 func TestOptionalModule(t *testing.T) {

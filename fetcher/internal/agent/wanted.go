@@ -3,14 +3,16 @@ package agent
 import (
 	"cmp"
 	"context"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// wanted is the driver that a node should have. A run reads it once.
+// wanted is the driver that a node should have. A run reads it at its start.
 type wanted struct {
 	wish target.Wish
 	// labelled means that the node's label is the source of the wish, and not Config.Wish.
@@ -24,10 +26,29 @@ type wanted struct {
 }
 
 // UseLabel sets the function that returns the wish of the node's label; "" means that the node has no label, so that
-// Config.Wish holds. Each run calls it once. While the function returns an error, the active driver stays. After a
-// passing error (see [resolve.Passing]), the last known wish holds.
+// Config.Wish holds. Each run calls it once; see awaitLabel for the exception. While the function returns an error, the
+// active driver stays. After a passing error (see [resolve.Passing]), the last known wish holds.
 func (a *Agent) UseLabel(label func(ctx context.Context) (target.Wish, error)) {
 	a.wanted.label = label
+}
+
+// awaitLabel reads the node's label again while no label is known and the error is passing, but at most for
+// Config.Wait. Right after a boot, the cluster's network may not work yet. The rest of the time is for the farm.
+func (a *Agent) awaitLabel(ctx context.Context) {
+	until := a.parts.Now().Add(a.wait)
+	defer func() { a.wait = min(a.wait, max(until.Sub(a.parts.Now()), 0)) }()
+	for pauses := resolve.Pauses(); a.wanted.err != nil && resolve.Passing(a.wanted.err); {
+		pause := pauses.NextBackOff()
+		if a.parts.Now().Add(pause).After(until) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		a.readWanted(ctx)
+	}
 }
 
 // readWanted reads the node's label, if it counts.
@@ -70,4 +91,43 @@ func (a *Agent) isWanted(set *install.Set, q resolve.Question) bool {
 		return resolve.Passing(a.wanted.err)
 	}
 	return serves(set, q)
+}
+
+// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. silent
+// is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server does not
+// know, and a web page or wrong bytes in place of a source are always errors.
+func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
+	switch {
+	case s.wanted != nil || a.wanted.err != nil || !servesNamed(s.current, s.question, answer.Driver) ||
+		answer.State == api.Yanked || lacksList(answer, s.question) || fault.Is(s.none, fault.WebPage) ||
+		resolve.IsOtherService(s.none):
+		return false
+	case resolve.Passing(s.none):
+		return true
+	}
+	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&
+		!fault.Is(s.none, fault.Unsupported)
+}
+
+// servesNamed reports whether an installed driver matches the question and the driver that the farm named for it. With
+// a GPU type, the version must be the named one: a driver with another version is from an earlier wish, because the
+// lists of a COS build do not change. A named driver without a version matches each version.
+func servesNamed(set *install.Set, q resolve.Question, named target.Driver) bool {
+	_, gpu := q.Wish.GPU()
+	return serves(set, q) && (gpu == "" || named.Version == "" || named.Version == set.Driver.Version)
+}
+
+// lacksList reports whether the server does not know the GPU type of the question on this COS build.
+func lacksList(answer resolve.Answer, q resolve.Question) bool {
+	_, gpu := q.Wish.GPU()
+	return gpu != "" && answer.State == api.Unknown && answer.Source == resolve.SourceServer && answer.Driver.Version == ""
+}
+
+// isUnconfirmed reports whether the farm may name another driver than the installed one later. It is false for an exact
+// version and for a digest, and if no source is configured.
+func isUnconfirmed(answer resolve.Answer, s nodeState) bool {
+	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || answer.Source == resolve.SourceNone {
+		return false
+	}
+	return resolve.Passing(s.none) || answer.Driver.Version != s.current.Driver.Version
 }

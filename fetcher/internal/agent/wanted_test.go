@@ -3,6 +3,8 @@ package agent_test
 import (
 	"context"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -16,14 +18,19 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// byWish is a farm that has one artifact for each wish. It records the questions.
+// byWish is a farm that has one artifact for each wish. For the wishes in silent, nobody answers. It records the
+// questions.
 type byWish struct {
-	has   map[target.Wish]resolve.Answer
-	asked []resolve.Question
+	has    map[target.Wish]resolve.Answer
+	silent map[target.Wish]bool
+	asked  []resolve.Question
 }
 
 func (f *byWish) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
 	f.asked = append(f.asked, q)
+	if f.silent[q.Wish] {
+		return resolve.Answer{}, fault.New(fault.Transient, "nobody answers", "")
+	}
 	if a, ok := f.has[q.Wish]; ok {
 		return a, nil
 	}
@@ -44,7 +51,8 @@ var (
 )
 
 // TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed,
-// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold.
+// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold. If
+// the farm does not say which driver the label means, the report must say so, so that another run follows.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -54,8 +62,11 @@ func TestLabel(t *testing.T) {
 		"535.100.01":        answerOf("server", ref, po.Digest, older.Driver),
 		"default@NVIDIA_B200": {State: api.Unknown, Source: "server",
 			Driver: target.Driver{Version: "580.95.05", Flavour: target.Open}},
-		"latest@NVIDIA_L4": {State: api.Failed, Source: "server", Driver: newer.Driver},
-	}}
+		"latest@NVIDIA_L4":    {State: api.Failed, Source: "server", Driver: newer.Driver},
+		"default@NVIDIA_H100": {State: api.Unknown, Source: "server"},
+		"R535": {State: api.Failed, Source: "server",
+			Driver: target.Driver{Version: "535.999.01", Flavour: target.Open}},
+	}, silent: map[target.Wish]bool{"latest@NVIDIA_T4": true}}
 	n.parts.Finder = farm
 	label := &nodeLabel{}
 	a := agent.New(n.cfg, n.parts)
@@ -66,17 +77,23 @@ func TestLabel(t *testing.T) {
 		asked  target.Wish // "" means that the farm is not asked
 		active string
 		kind   fault.Kind // Internal means no error
+		open   bool       // whether the farm must be asked again
 	}{
-		{"no label", nodeLabel{}, "default", po.Digest, fault.Internal},
-		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
-		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage},
-		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal},
+		{"no label", nodeLabel{}, "default", po.Digest, fault.Internal, false},
+		{"a silent farm", nodeLabel{wish: "latest@NVIDIA_T4"}, "latest@NVIDIA_T4", po.Digest, fault.Internal, true},
+		{"a farm that does not know the kernel", nodeLabel{wish: "latest"}, "latest", po.Digest, fault.Internal, true},
+		{"a newer driver that does not compile", nodeLabel{wish: "R535"}, "R535", po.Digest, fault.Internal, true},
+		{"a GPU type without a list", nodeLabel{wish: "default@NVIDIA_H100"}, "default@NVIDIA_H100", po.Digest,
+			fault.NoArtifact, false},
+		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
+		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage, false},
+		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
 		{"a GPU type whose driver is not published", nodeLabel{wish: "default@NVIDIA_B200"}, "default@NVIDIA_B200", pn.Digest,
-			fault.NoArtifact},
+			fault.NoArtifact, false},
 		{"a GPU type whose driver is installed", nodeLabel{wish: "latest@NVIDIA_L4"}, "latest@NVIDIA_L4", pn.Digest,
-			fault.Internal},
-		{"a removed label, which would be a downgrade", nodeLabel{}, "default", pn.Digest, fault.Mismatch},
-		{"a label with an older version", nodeLabel{wish: "535.100.01"}, "535.100.01", po.Digest, fault.Internal},
+			fault.Internal, false},
+		{"a removed label, which would be a downgrade", nodeLabel{}, "default", pn.Digest, fault.Mismatch, false},
+		{"a label with an older version", nodeLabel{wish: "535.100.01"}, "535.100.01", po.Digest, fault.Internal, false},
 	} {
 		farm.asked, *label = nil, row.label
 		r, err := a.Run(t.Context())
@@ -85,9 +102,10 @@ func TestLabel(t *testing.T) {
 			asked = farm.asked[0].Wish
 		}
 		if asked != row.asked || r.Verdict.Digest != row.active || r.Verdict.State != gpucheck.Ready ||
-			(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) {
-			t.Errorf("%s: the farm is asked for %q, driver %s is %s, %v; want %q, %s, %v", row.name, asked, r.Verdict.Digest,
-				r.Verdict.State, err, row.asked, row.active, row.kind)
+			(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) ||
+			r.Unconfirmed != row.open {
+			t.Errorf("%s: the farm is asked for %q, driver %s is %s, unconfirmed %t, %v; want %q, %s, %t, %v", row.name, asked,
+				r.Verdict.Digest, r.Verdict.State, r.Unconfirmed, err, row.asked, row.active, row.open, row.kind)
 		}
 	}
 }
@@ -151,5 +169,53 @@ func TestLabelAtBoot(t *testing.T) {
 	if r, err := a.Run(t.Context()); !fault.Is(err, fault.Usage) || r.Verdict.State != "" || len(n.kernel.calls) > 0 {
 		t.Errorf("a malformed label, no driver: Run = %+v, %v, system calls %v; want usage, and nothing done", r.Verdict, err,
 			n.kernel.calls)
+	}
+}
+
+// TestLabelOnSlowNetwork starts a node without a driver before its network works, so that the first reads of the label
+// fail. With a time to wait, the run must read the label again. The wait for the label and for the farm must not take
+// longer than that time.
+func TestLabelOnSlowNetwork(t *testing.T) {
+	t.Parallel()
+	key, ref := testkit.NewKey(t), layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	for _, row := range []struct {
+		name  string
+		wait  time.Duration
+		lacks time.Duration // how long the network does not work
+		reads int           // at least
+		away  bool          // whether the farm does not answer
+		kind  fault.Kind    // Internal means that the driver is ready
+	}{
+		{"a short time", 10 * time.Minute, time.Minute, 3, false, fault.Internal},
+		{"a short time, and a farm that does not answer", 10 * time.Minute, 6 * time.Minute, 3, true, fault.Transient},
+		{"a long time", time.Minute, time.Hour, 3, false, fault.Transient},
+		{"no time to wait", 0, time.Minute, 1, false, fault.Transient},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNode(t, c, 1, key)
+			n.reboot(t)
+			n.cfg.Wait = row.wait
+			n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+				"R535": answerOf("server", ref, p.Digest, c.Driver)}, silent: map[target.Wish]bool{"R535": row.away}}
+			a := agent.New(n.cfg, n.parts)
+			begun, reads := time.Now(), 0
+			a.UseLabel(func(context.Context) (target.Wish, error) {
+				if reads++; time.Since(begun) < row.lacks {
+					return "", unread
+				}
+				return "R535", nil
+			})
+			r, err := a.Run(t.Context())
+			if took := time.Since(begun); took > row.wait {
+				t.Errorf("%s: the run waits for %v; want at most %v", row.name, took, row.wait)
+			}
+			if reads < row.reads || row.reads == 1 && reads > 1 || (r.Verdict.State == gpucheck.Ready) != (err == nil) ||
+				(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) {
+				t.Errorf("%s: Run = %s, %v after %d reads of the label; want %v", row.name, r.Verdict.State, err, reads,
+					row.kind)
+			}
+		})
 	}
 }

@@ -31,7 +31,7 @@ const labelPause = time.Minute
 // malformed value is an error of kind Usage with [ErrLabel]. If the label cannot be read, the kind is Forbidden or
 // Transient.
 func (n *Node) Wanted(ctx context.Context) (target.Wish, error) {
-	value, err := n.label(ctx)
+	value, err := n.label(ctx, "")
 	if err != nil {
 		return "", err
 	}
@@ -62,7 +62,7 @@ func (n *Node) AwaitLabel(ctx context.Context) bool {
 			return false
 		case <-tick.C:
 		}
-		value, err := n.label(ctx)
+		value, err := n.label(ctx, fromCache)
 		if err != nil {
 			continue
 		}
@@ -75,12 +75,18 @@ func (n *Node) AwaitLabel(ctx context.Context) bool {
 	}
 }
 
-// label returns the value of the label [LabelWanted], or nil if the node has no such label.
-func (n *Node) label(ctx context.Context) (*string, error) {
+// fromCache is the query by which the API server may answer from its cache, which is cheaper than a read of the
+// cluster's database (Kubernetes documentation, "API Concepts", "Resource versions"). The label may then be an older
+// one.
+const fromCache = "?resourceVersion=0"
+
+// label returns the value of the label [LabelWanted], or nil if the node has no such label. query is fromCache, or ""
+// for the newest value.
+func (n *Node) label(ctx context.Context, query string) (*string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, labelTimeout, errors.New("the API server did not answer in time"))
 	defer cancel()
 	var have node
-	err := n.api.call(ctx, http.MethodGet, "/api/v1/nodes/"+url.PathEscape(n.name), metadataOnly, nil, &have)
+	err := n.api.call(ctx, http.MethodGet, "/api/v1/nodes/"+url.PathEscape(n.name)+query, metadataOnly, nil, &have)
 	switch {
 	case isDenied(err):
 		return nil, fault.Wrap(fault.Forbidden, fmt.Errorf("read label %s: %w", LabelWanted, err),

@@ -126,6 +126,33 @@ func TestWantedReadsMetadataOnly(t *testing.T) {
 	}
 }
 
+// TestReadsOfLabel checks that a run reads the newest label, and that the reads while a fetcher watches the driver may
+// come from the API server's cache.
+func TestReadsOfLabel(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var queries []string
+		n := (&oneNode{}).fetcher()
+		n.api.http.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+			queries = append(queries, r.URL.RawQuery)
+			o := &oneNode{}
+			if len(queries) > 2 {
+				o.node.Metadata.Labels = map[string]string{LabelWanted: "R580"}
+			}
+			return o.RoundTrip(r)
+		})
+		_, err := n.Wanted(t.Context())
+		changed := n.AwaitLabel(t.Context())
+		wish, again := n.Wanted(t.Context())
+		const cached = "resourceVersion=0"
+		if got := strings.Join(queries, ","); errors.Join(err, again) != nil || !changed || wish != "R580" ||
+			got != ","+cached+","+cached+"," {
+			t.Errorf("Wanted = %v, AwaitLabel = %t, Wanted = %q, %v with the queries %q; want R580, and %s in those of "+
+				"AwaitLabel", err, changed, wish, again, got, cached)
+		}
+	})
+}
+
 type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

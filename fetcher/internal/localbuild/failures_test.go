@@ -163,7 +163,8 @@ func TestFullDiskProcess(t *testing.T) {
 }
 
 // TestPauseOnFullDisk checks that the pause is kept although the disk of the state folder stays full. In each row, the
-// disk gets full at another step of the compile.
+// disk gets full at another step of the compile. If it gets full before the compile begins, only a node that has a
+// record of an earlier failure can keep the pause: the new record takes the space of that one.
 func TestPauseOnFullDisk(t *testing.T) {
 	t.Parallel()
 	installed.Program(t, "bwrap")
@@ -174,7 +175,8 @@ func TestPauseOnFullDisk(t *testing.T) {
 	}{
 		"during the compile": {makesKey, fill + " || exit 27", 2},
 		"with the key":       {`cat /dev/zero >"$2" 2>/dev/null || exit 27`, "exit 1", 1},
-		"before the compile": {makesKey + `; echo '{}' >"${0%/*}/state/failed.json"; ` + fill + " || true", "exit 1", 1},
+		"before the compile, after an earlier failure": {
+			makesKey + `; echo '{}' >"${0%/*}/state/failed.json"; ` + fill + " || true", "exit 1", 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
