@@ -194,8 +194,8 @@ func flagTable(root *ucli.Command) string {
 	fmt.Fprintf(&b, "# Flags of %s\n\n", root.Name)
 	b.WriteString("Generated from the commands: `make generate`. A flag's environment variable is `PREBAKE_` and its " +
 		"name in\n" +
-		"upper case, with `_` for `-`. A flag overrides its variable, the variable overrides `--config FILE`, and the file\n" +
-		"overrides the default.\n\n")
+		"upper case, with `_` for `-`. A flag overrides its variable, the variable overrides `--config FILE`, and the\n" +
+		"file overrides the default.\n\n")
 	b.WriteString("| flag | value | meaning | default | commands |\n|---|---|---|---|---|\n")
 	cell := strings.NewReplacer("|", "\\|", "<", "&lt;", "\n", " ").Replace
 	for _, u := range flagUses(root) {

@@ -21,7 +21,8 @@ type Signatures struct {
 	Materials []Material
 }
 
-// Limits in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the program sign-file.
+// Limits in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the
+// program sign-file.
 const (
 	maxSignatures = 16 << 20
 	maxTrustedKey = 1 << 20

@@ -105,7 +105,7 @@ func TestAttach(t *testing.T) {
 		{name: "the very bytes, another root", root: pemOf(stranger.cert),
 			leftOut: "which the kernel's root certificate did not certify"},
 		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
-			leftOut: "the signature for nvidia was made over other bytes"},
+			leftOut: "the signature for module nvidia was made over other bytes"},
 		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "the archive has no signature for module nvidia-uvm"},
 		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another),
 			refused: modsign.ErrUnknownKey},

@@ -273,7 +273,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		why          string
 	}{
 		{"one module has other bytes", newer, other, g.certs[0].Raw,
-			"the signature for nvidia-uvm was made over other bytes"},
+			"the signature for module nvidia-uvm was made over other bytes"},
 		{"one module has no signature, in the older layout", oldName, one, nil,
 			"the archive has no signature for module nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root certificate did not certify"},

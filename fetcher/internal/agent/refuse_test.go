@@ -180,7 +180,7 @@ func TestRefuses(t *testing.T) {
 		{"artifact of the sibling kernel", siblings, pb.Digest, newer.Driver, liar{}, fault.Mismatch,
 			"kernel match for COS " + buildB + "/lakitu; this node runs COS " + buildA + "/lakitu"},
 		{"modules for another kernel inside", insides, pw.Digest, newer.Driver, liar{}, fault.Mismatch,
-			`it has kernel release "6.1.99+"`},
+			`the module has kernel release "6.1.99+"`},
 		{"module with other options inside", insides, otherOptions, newer.Driver, liar{}, fault.Mismatch,
 			`vermagic "6.1.77+ SMP mod_unload"`},
 		{"module of another version inside", insides, otherVersion, newer.Driver, liar{}, fault.Mismatch,

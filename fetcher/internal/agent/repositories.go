@@ -78,8 +78,9 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 type unservedStatement struct{ by, digest string }
 
 // unservedBy returns the statements that a repository listed but did not serve, according to err. It trusts the labels
-// of statements, and leaves out statements whose labels say that they are no refusal. This is safe: a signer that attaches a refusal labels it as
-// one, and a repository that changes labels could also leave the refusal out of its list.
+// of statements, and leaves out statements whose labels say that they are no refusal. This is safe: a signer that
+// attaches a refusal labels it as one, and a repository that changes labels could also leave the refusal out of its
+// list.
 func unservedBy(ref string, err error) (unserved []unservedStatement) {
 	var failed interface {
 		Unread() []v1.Descriptor
@@ -120,8 +121,8 @@ func acceptDenied(ref string, err error) (denied, _ error) {
 // maxUnserved is the maximum number of unserved statements that readUnserved reads from a repository.
 const maxUnserved = 256
 
-// readUnserved reads the statements that earlier repositories listed but did not serve. If this repository lacks one, the error is of kind
-// Transient, because the statement may refuse the artifact.
+// readUnserved reads the statements that earlier repositories listed but did not serve. If this repository lacks one,
+// the error is of kind Transient, because the statement may refuse the artifact.
 func readUnserved(ctx context.Context, repo Repository, unserved []unservedStatement) (bundles [][]byte, err error) {
 	for i, o := range unserved {
 		var b []byte

@@ -63,7 +63,7 @@ func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	}
 	return s.node.Mounts(func() error {
 		if theirs, err := os.Stat(s.dir); err != nil || !os.SameFile(ours, theirs) {
-			return fmt.Errorf("%w: %s on the node is not the install folder that this container sees", noderoot.ErrNamespace, s.dir)
+			return fmt.Errorf("%w: %s on the node is not the install folder of this container", noderoot.ErrNamespace, s.dir)
 		}
 		return do()
 	})

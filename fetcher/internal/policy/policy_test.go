@@ -107,7 +107,7 @@ func TestRefuses(t *testing.T) {
 		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
 		"two documents":         {head + tail + "---\n" + head, "more than one document"},
 		"no roles":              {"version: 1\n" + tail, "without a role"},
-		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want the field keys"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: the role has no signer; want the field keys"},
 		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
 		"file and pem": {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail,
 			"want exactly one of the fields file and pem"},
