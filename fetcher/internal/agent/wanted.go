@@ -35,6 +35,9 @@ func (a *Agent) UseLabel(label func(ctx context.Context) (target.Wish, error)) {
 // awaitLabel reads the node's label again while no label is known and the error is passing, but at most for
 // Config.Wait. Right after a boot, the cluster's network may not work yet. The rest of the time is for the farm.
 func (a *Agent) awaitLabel(ctx context.Context) {
+	if a.wanted.err == nil {
+		return
+	}
 	until := a.parts.Now().Add(a.wait)
 	defer func() { a.wait = min(a.wait, max(until.Sub(a.parts.Now()), 0)) }()
 	for pauses := resolve.Pauses(); a.wanted.err != nil && resolve.Passing(a.wanted.err); {
