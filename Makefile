@@ -146,7 +146,7 @@ trees: setup build ## build NVIDIA's own sources of newer branches, from a clone
 	@[[ -n "$(TREES)" ]] || { echo "name a clone of open-gpu-kernel-modules: make trees TREES=FOLDER"; exit 2; }
 	bin/mirror --only-kernels --kernel-series 6.1,6.12 --kernels 2 --out "$(STATE)/trees" --cache "$(STATE)/packages"
 	PREBAKE_TREES="$(abspath $(TREES))" PREBAKE_TREES_MIRROR="$(STATE)/trees" PREBAKE_TREES_CELLS="$(CELLS)" \
-	  $(GO) test -v -count=1 -timeout 150m -run '^TestTrees$$' ./deploy/internal/mirror
+	  $(RAN) $(GO) test -v -count=1 -timeout 150m -run '^TestTrees$$' ./deploy/internal/mirror
 
 # The image builder-arm64 and the fetcher's image for arm64 nodes need these programs.
 .PHONY: arm64-programs

@@ -225,7 +225,7 @@ With --wish, the wish list replaces --board, --driver, --flavour and --label.
 				cli.String("build-id", "", "`BUILD_ID` of the COS build, such as 17800.66.78"),
 				cli.String("board", "lakitu", "COS `BOARD`: lakitu or lakitu-arm64"),
 				cli.String("driver", string(target.Default),
-					"`VERSION`, branch (R535), latest or default; all but VERSION also per GPU: default@NVIDIA_L4"),
+					"`VERSION`; or branch (R535), latest or default, each also per GPU: R535@NVIDIA_L4"),
 				cli.String("flavour", string(target.Proprietary), "`FLAVOUR`: proprietary or open"),
 			),
 			pipelineFlags(),

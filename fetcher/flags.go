@@ -45,7 +45,7 @@ func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
 			cli.String("driver", string(target.Default),
-				"`VERSION`, digest, branch (R535), latest or default; the last three also per GPU: default@NVIDIA_L4"),
+				"`VERSION` or digest; or branch (R535), latest or default, each also per GPU: R535@NVIDIA_L4"),
 			cli.String("flavour", resolve.Auto,
 				"driver `FLAVOUR`: proprietary, open, or auto (open if it supports this node's GPUs)"),
 		),

@@ -33,7 +33,7 @@ func cellFlags(required bool) []ucli.Flag {
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default),
-			"`VERSION`, branch (R535), latest or default; all but VERSION also per GPU: default@NVIDIA_L4"),
+			"`VERSION`; or branch (R535), latest or default, each also per GPU: R535@NVIDIA_L4"),
 		cli.String("flavour", "auto", "driver `FLAVOUR`: auto, proprietary or open"),
 	}
 }

@@ -165,8 +165,11 @@ func TestBucketIsCheckedBeforeTheCompile(t *testing.T) {
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("Content-Type", "application/json")
 				status, body := http.StatusForbidden, `{"error":{"code":403,"message":"no access"}}`
-				if r.Method == http.MethodGet {
+				switch {
+				case strings.HasSuffix(r.URL.Path, "/iam/testPermissions"):
 					status, body = row.status, row.body
+				case r.Method == http.MethodGet: // the bucket has no object
+					status, body = http.StatusNotFound, `{"error":{"code":404,"message":"No such object"}}`
 				}
 				w.WriteHeader(status)
 				_, _ = io.WriteString(w, body)
