@@ -25,8 +25,8 @@ import (
 
 // insidePlan is the folder inside the sandbox to which `make` writes the plan.
 //
-// A test is one call of the driver's conftest.sh. Each test has its own work folder, /tmp and fault file (guard.go), and
-// can write to nothing else. The work folder is at insideSource, in place of the driver's sources: there `make`
+// A test is one call of the driver's conftest.sh. Each test has its own work folder, /tmp and fault file (guard.go),
+// and can write to nothing else. The work folder is at insideSource, in place of the driver's sources: there `make`
 // runs the script, and the compiler's flags name this folder. A test may write a header there that only these flags
 // find.
 const insidePlan = "/prebake/plan"
