@@ -253,9 +253,10 @@ func freeTagsCommand() *ucli.Command {
 			return err
 		},
 	)
-	c.Description = `In repositories of --create-only, the tags of an artifact that was deleted from
-the server's registry accept only the same artifact. Run this when another one
-must replace it, for example after the mirror's kernel headers were corrected.
+	c.Description = `In repositories that match --create-only of "server serve", the tags of an
+artifact that was deleted from the server's registry accept only the same
+artifact. Run this when another one must replace it, for example after the
+mirror's kernel headers were corrected.
 Nodes verify signatures, not tags. But whoever pulls by tag gets other content.`
 	return c
 }

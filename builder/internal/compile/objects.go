@@ -105,7 +105,8 @@ var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
 	versionLine  = regexp.MustCompile(
 		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
-	// Lines that list conftest tests. The patterns allow only plain words, which neither the shell nor `make` expands.
+	// listLine matches a line of the driver's makefiles that lists a conftest test or a header. The patterns allow only
+	// plain words, which neither the shell nor `make` expands.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 

@@ -451,7 +451,7 @@ func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous
 	}
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
 		short(previous.Digest))
-	return fault.Wrap(fault.Busy, fmt.Errorf("%w; fetcher recorded that driver %s is wanted instead", busy,
+	return fault.Wrap(fault.Busy, fmt.Errorf("%w; fetcher recorded the rollback to driver %s for later", busy,
 		previous.Driver),
 		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
 			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+

@@ -139,12 +139,13 @@ const (
 
 // Verify reads all blobs and manifests, at most rate bytes per second, and compares them with their digests. The rate
 // must be positive. Verify continues an interrupted pass. It moves damaged and unreadable content to the folder
-// damaged. It reports this content by calls of found, at the end and each time that it stores its place.
+// damaged. It reports this content by calls of the function found, at the end and each time that it stores its place.
 //
-// Files and folders that it cannot open or move stay where they are. Verify calls found once for each of them, goes on,
-// and returns an error at the end. Until the next pass is due, it reads only these again. If two files in a row cannot
-// be read, or more than maxUnread cannot be opened or moved, Verify ends there with an error. With maxUnread of them,
-// the next call first reads these again, and then goes on. Pushes and collections may run at the same time.
+// Files and folders that it cannot open or move stay where they are. For each of them, Verify calls the function found
+// once, and not again in later calls. It goes on, and returns an error at the end. Until the next pass is due, it reads
+// only these again. If two files in a row cannot be read, or more than maxUnread cannot be opened or moved, Verify ends
+// there with an error. With maxUnread of them, the next call first reads these again, and then goes on. Pushes and
+// collections may run at the same time.
 func (s *Store) Verify(ctx context.Context, rate int64, found func(Damage)) (Verified, error) {
 	p := &pass{Store: s, rate: rate, found: found, place: s.readPlace(), damaged: map[string]error{}}
 	if err := p.run(ctx); err != nil {
