@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -59,10 +60,18 @@ func (s *settings) lock() (release func() error, err error) {
 // closes a file loses SQLite's own locks on it. Symbolic links to the file have the same lock. FILE.lock is the lock of
 // pkg/queue for migrations.
 func lockFile(file string) string {
-	if real, err := filepath.EvalSymlinks(file); err == nil {
-		file = real
-	} else if dir, err := filepath.EvalSymlinks(filepath.Dir(file)); err == nil { // the file does not exist yet
-		file = filepath.Join(dir, filepath.Base(file))
+	for range 40 { // Linux follows as many links
+		if dir, err := filepath.EvalSymlinks(filepath.Dir(file)); err == nil {
+			file = filepath.Join(dir, filepath.Base(file))
+		}
+		target, err := os.Readlink(file)
+		if err != nil { // file is no link, or does not exist yet
+			break
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Dir(file) + "/" + target
+		}
+		file = target
 	}
 	return file + ".server-lock"
 }

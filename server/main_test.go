@@ -354,21 +354,24 @@ func TestOneServerOnOneFile(t *testing.T) {
 		os.Symlink(filepath.Join(first, "catalogue.db"), filepath.Join(top, "file.db"))); err != nil {
 		t.Fatal(err)
 	}
-	second := filepath.Join(top, "second")
+	refuses := func(flag, file string) {
+		t.Helper()
+		file = filepath.Join(top, file)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a server that starts must end
+		defer cancel()
+		var out bytes.Buffer
+		code := cli.Run(ctx, program(), []string{"server", "serve", "--listen", "127.0.0.1:0", "--data",
+			filepath.Join(top, "second"), "--" + flag, "sqlite://" + file}, &out, &out)
+		if code != fault.Busy.ExitCode() || !strings.Contains(out.String(), flag+" "+file+" is in use by another") ||
+			!strings.Contains(out.String(), "hint:") {
+			t.Fatalf("a second server with --%s %s = %d\n%s\nwant busy, and the file", flag, file, code, &out)
+		}
+	}
 	for _, row := range []struct{ flag, file string }{
 		{"database", "first/catalogue.db"}, {"database", "folder/catalogue.db"}, {"database", "file.db"},
 		{"queue", "first/queue.db"}, {"queue", "folder/queue.db"},
 	} {
-		file := filepath.Join(top, row.file)
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a server that starts must end
-		var out bytes.Buffer
-		code := cli.Run(ctx, program(), []string{"server", "serve", "--listen", "127.0.0.1:0", "--data", second,
-			"--" + row.flag, "sqlite://" + file}, &out, &out)
-		cancel()
-		if code != fault.Busy.ExitCode() || !strings.Contains(out.String(), row.flag+" "+file+" is in use by another") ||
-			!strings.Contains(out.String(), "hint:") {
-			t.Fatalf("a second server with --%s %s = %d\n%s\nwant busy, and the file", row.flag, file, code, &out)
-		}
+		refuses(row.flag, row.file)
 	}
 	if code := stop(); code != 0 {
 		t.Errorf("stop = %d; want 0", code)
@@ -379,6 +382,15 @@ func TestOneServerOnOneFile(t *testing.T) {
 	start(t, moved)
 	both := "sqlite://" + filepath.Join(top, "both.db")
 	start(t, filepath.Join(top, "third"), "--database", both, "--queue", "sqlite://"+top+"//both.db")
+
+	// The server makes the file to which the link leads.
+	if err := errors.Join(os.Mkdir(filepath.Join(top, "real"), 0o700),
+		os.Symlink("real/later.db", filepath.Join(top, "later.db"))); err != nil {
+		t.Fatal(err)
+	}
+	start(t, filepath.Join(top, "fourth"), "--database", "sqlite://"+filepath.Join(top, "later.db"))
+	refuses("database", "later.db")
+	refuses("database", "real/later.db")
 }
 
 func TestServeRefuses(t *testing.T) {
