@@ -376,6 +376,13 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
 		return errors.Join(err, d.err, a.keepRolledBack(ctx, r, store))
 	}
+	// Only the wanted driver may be loaded at the next boot. A rollback still waits.
+	if err == nil && s.wanted != nil && d.set.Digest == s.wanted.Digest && !s.waitsForRollback() {
+		r.Pending = ""
+		if err := a.clearNext(store); err != nil {
+			a.parts.Log.WarnContext(ctx, "could not record that no driver waits", "err", err)
+		}
+	}
 	if resolve.Passing(d.err) {
 		return errors.Join(err, d.err) // keep the fetched layers for the next run
 	}

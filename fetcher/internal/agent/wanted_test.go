@@ -128,23 +128,37 @@ func TestLabelAndDigest(t *testing.T) {
 	}
 }
 
-// TestLabelAtBoot checks which driver a booting node loads if its label cannot be used: the active one if the label is
-// malformed, and the one that waits for the boot if the label cannot be read. A node without a driver gets none.
+// TestLabelAtBoot checks which driver a booting node loads while another one waits for the boot: the active one if the
+// label is malformed, and the one that waits if the label cannot be read. If the label was removed before the boot, and
+// a run has found the active driver to be the wanted one, no driver waits any more. A node without a driver gets none.
 func TestLabelAtBoot(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name    string
-		err     error
-		waiting bool // whether the driver that waits is loaded
-	}{{"a malformed label", malformed, false}, {"an unread label", unread, true}} {
-		n, ref, _, newer, po, pn := publishTwo(t, 1)
+		removed bool  // whether the label is removed before the boot
+		err     error // of the read at the boot
+		waiting bool  // whether the driver that waits is loaded
+	}{
+		{"a malformed label", false, malformed, false},
+		{"an unread label", false, unread, true},
+		{"a removed label", true, nil, false},
+		{"a removed label, which is unread at the boot", true, unread, false},
+	} {
+		n, ref, older, newer, po, pn := publishTwo(t, 1)
 		n.inUse(t, "1")
 		n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+			"default":           answerOf("server", ref, po.Digest, older.Driver),
 			"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver)}}
-		a := agent.New(n.cfg, n.parts)
-		a.UseLabel((&nodeLabel{wish: "default@NVIDIA_L4"}).read)
+		a, label := agent.New(n.cfg, n.parts), &nodeLabel{wish: "default@NVIDIA_L4"}
+		a.UseLabel(label.read)
 		if _, err := a.Run(t.Context()); !fault.Is(err, fault.Busy) {
 			t.Fatalf("Run with a driver in use = %v; want busy", err)
+		}
+		if label.wish = ""; row.removed {
+			if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != po.Digest || r.Pending != "" {
+				t.Errorf("%s: Run before the boot = %s, %v, pending %q; want %s", row.name, r.Verdict.Digest, err, r.Pending,
+					po.Digest)
+			}
 		}
 		n.reboot(t)
 		n.kernel.calls = nil
@@ -155,10 +169,10 @@ func TestLabelAtBoot(t *testing.T) {
 		if row.waiting {
 			want, digest = loads(newVersion), pn.Digest
 		}
-		if diff := cmp.Diff(want, n.kernel.calls); diff != "" || r.Verdict.Digest != digest ||
-			fault.Of(err) != fault.Of(row.err) {
-			t.Errorf("%s: Run = %s, %v; want %s, %v; system calls (-want +got):\n%s", row.name, r.Verdict.Digest, err, digest,
-				row.err, diff)
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" || r.Verdict.Digest != digest || r.Pending != "" ||
+			(err == nil) != (row.err == nil) || fault.Of(err) != fault.Of(row.err) {
+			t.Errorf("%s: Run = %s, %v, pending %q; want %s, %v; system calls (-want +got):\n%s", row.name, r.Verdict.Digest,
+				err, r.Pending, digest, row.err, diff)
 		}
 	}
 	n := newNode(t, sample.NewCell(t, buildA, newVersion), 1, testkit.NewKey(t))
