@@ -88,6 +88,44 @@ func TestCompiledWaits(t *testing.T) {
 	}
 }
 
+// TestCompiledForTypeWaits checks that a node without a farm compiles the driver for a GPU type only once, although the
+// driver then waits for an idle GPU. For another GPU type, the node must compile again, because only the compile finds
+// out which driver that type needs.
+func TestCompiledForTypeWaits(t *testing.T) {
+	t.Parallel()
+	farm, own := testkit.NewKey(t), testkit.NewKey(t)
+	ref, here := layout(t), layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, "550.90.07")
+	old, p := sample.Publish(t, ref, farm, older), sample.Publish(t, here, own, newer)
+	made := answerOf(resolve.SourceNode, here, p.Digest, newer.Driver)
+	c := &byType{answers: map[target.Wish]resolve.Answer{"R550@NVIDIA_L4": made, "R550@NVIDIA_T4": made}}
+	n := newNode(t, older, 1, farm)
+	n.reboot(t)
+	if _, err := n.run(t, ref, old.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "1")
+	n.parts.Local, n.parts.Finder = c, resolve.NoSource{}
+	n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
+	for _, wish := range []target.Wish{"R550@NVIDIA_L4", "R550@NVIDIA_T4"} {
+		n.cfg.Wish, c.asked = wish, nil
+		for i := range 3 {
+			r, err := n.runAs(t)
+			if !fault.Is(err, fault.Busy) || r.Verdict.Digest != old.Digest || !slices.Equal(c.asked, []target.Wish{wish}) {
+				t.Errorf("%s, run %d: Run = %s, %v after compiles for %v; want busy after one compile", wish, i,
+					r.Verdict.Digest, err, c.asked)
+			}
+		}
+	}
+	n.inUse(t, "0")
+	for range 2 { // the second run keeps the driver
+		r, err := n.runAs(t)
+		if err != nil || r.Verdict.Digest != p.Digest || r.Verdict.State != gpucheck.Ready || len(c.asked) != 1 {
+			t.Errorf("with an idle GPU: Run = %+v, %v after compiles for %v; want the compiled driver", r.Verdict, err, c.asked)
+		}
+	}
+}
+
 // TestCompiledIsGone checks that a node compiles a driver again if the artifact of its former compile was deleted.
 func TestCompiledIsGone(t *testing.T) {
 	t.Parallel()

@@ -34,13 +34,17 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 // madeBefore returns a driver on the disk that this node compiled for the present wish. Its artifact must still exist.
 // Such a driver waits for an idle GPU, or is refused. With --retry, the node compiles a refused driver again. With a
 // GPU type, only the driver that the farm named counts, because the node may have compiled another one for another
-// type.
+// type. If the farm named none, only a driver that was compiled for the same wish counts.
 func (a *Agent) madeBefore(ctx context.Context, store *install.Store, named target.Driver) *install.Set {
 	s, err := a.readState(ctx, store)
-	if _, gpu := s.question.Wish.GPU(); err != nil || gpu != "" && named.Version == "" {
+	if err != nil {
 		return nil
 	}
+	_, gpu := s.question.Wish.GPU()
 	for _, set := range s.staged {
+		if gpu != "" && named.Version == "" && set.Wish != s.question.Wish {
+			continue
+		}
 		if set.Origin != install.MadeHere || !servesNamed(set, s.question, named) || !s.acceptable(set) {
 			continue
 		}

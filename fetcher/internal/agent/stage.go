@@ -55,6 +55,9 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 		return nil, err
 	}
 	set := a.setOf(origin, r.Answer.Digest, repo.Name(), content, facts)
+	if origin == install.MadeHere {
+		set.Wish = a.wanted.wish
+	}
 	r.layers = set.Layers
 	if a.cfg.DryRun {
 		a.planStage(ctx, r, repo, store, set, current)

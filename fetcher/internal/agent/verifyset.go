@@ -87,7 +87,7 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 
 // verifySet verifies the statements of a driver on the disk, and compares its layers with the signed content: all
 // layers, or only the given kinds. It returns a description from the signed content. From set.json it takes only where
-// the files are.
+// the files are, the time and the wish.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -101,7 +101,7 @@ func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *instal
 		return fail(err)
 	}
 	proved := a.setOf(set.Origin, set.Digest, set.Repository, content, facts)
-	proved.InstalledAt = set.InstalledAt
+	proved.InstalledAt, proved.Wish = set.InstalledAt, set.Wish
 	g, gctx := errgroup.WithContext(ctx)
 	for _, l := range proved.Layers {
 		if len(kinds) == 0 || slices.Contains(kinds, l.Kind) {
