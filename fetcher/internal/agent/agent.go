@@ -199,6 +199,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
 			return err
 		}
+		if a.relabelled(ctx) { // the next run asks for the other driver
+			return err
+		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 		r.Pending, r.Waiting = "", r.Waiting[:waiting]
 	}

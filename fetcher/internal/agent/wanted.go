@@ -26,8 +26,9 @@ type wanted struct {
 }
 
 // UseLabel sets the function that returns the wish of the node's label; "" means that the node has no label, so that
-// Config.Wish holds. Each run calls it once; see awaitLabel for the exception. While the function returns an error, the
-// active driver stays. After a passing error (see [resolve.Passing]), the last known wish holds.
+// Config.Wish holds. Each run calls it once, and again while it waits (see awaitLabel and relabelled). While the
+// function returns an error, the active driver stays. After a passing error (see [resolve.Passing]), the last known
+// wish holds.
 func (a *Agent) UseLabel(label func(ctx context.Context) (target.Wish, error)) {
 	a.wanted.label = label
 }
@@ -76,6 +77,15 @@ func (a *Agent) readWanted(ctx context.Context) {
 		a.parts.Log.WarnContext(ctx, "the node's label does not say which driver is wanted, so the active driver stays",
 			"err", err, "hint", fault.Hint(err))
 	}
+}
+
+// relabelled reads the node's label again, and reports whether this run's wish no longer holds. A run may wait for an
+// idle GPU for hours.
+func (a *Agent) relabelled(ctx context.Context) bool {
+	was := a.wanted
+	a.readWanted(ctx)
+	now := a.wanted
+	return now.wish != was.wish || now.labelled != was.labelled || (now.err == nil) != (was.err == nil)
 }
 
 // pin returns the digest of the only wanted artifact, or "". If the node has a label, pin returns "", because the label

@@ -5,12 +5,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 func TestWindow(t *testing.T) {
@@ -96,6 +99,50 @@ func TestWaitIdle(t *testing.T) {
 	}
 	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
 		t.Errorf("while the agent waits, it reports %+v; want the active driver", told)
+	}
+}
+
+// TestWaitIdleRelabelled changes the node's label while a run waits for an idle GPU. If the label then asks for another
+// driver or is malformed, the run must end as busy, with the driver that was active. If the label cannot be read, the
+// last one holds.
+func TestWaitIdleRelabelled(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name  string
+		label nodeLabel // after the change
+		ends  bool
+	}{
+		{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, false},
+		{"an unread label", nodeLabel{err: unread}, false},
+		{"another label", nodeLabel{wish: oldVersion}, true},
+		{"a removed label", nodeLabel{}, true},
+		{"a malformed label", nodeLabel{err: malformed}, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n, ref, older, newer, po, pn := publishTwo(t, 1)
+			n.inUse(t, "1")
+			n.cfg.WaitIdle = time.Minute
+			n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+				"default":           answerOf("server", ref, po.Digest, older.Driver),
+				oldVersion:          answerOf("server", ref, po.Digest, older.Driver),
+				"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver)}}
+			n.kernel.calls = nil
+			a, label := agent.New(n.cfg, n.parts), &nodeLabel{wish: "default@NVIDIA_L4"}
+			a.UseLabel(label.read)
+			a.Watch(&ending{&told{}, func() { *label = row.label; n.inUse(t, "0") }})
+			r, err := a.Run(t.Context())
+			if row.ends && (!fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0) ||
+				!row.ends && (err != nil || r.Verdict.Digest != pn.Digest) {
+				t.Errorf("%s: Run = %s, %v, system calls %v; want busy: %t", row.name, r.Verdict.Digest, err, n.kernel.calls,
+					row.ends)
+			}
+			if !row.ends || row.label.err != nil {
+				return
+			}
+			if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != po.Digest || r.Pending != "" {
+				t.Errorf("%s: the next Run = %s, %v, pending %q; want %s", row.name, r.Verdict.Digest, err, r.Pending, po.Digest)
+			}
+		})
 	}
 }
 
