@@ -82,8 +82,8 @@ type Set struct {
 	Digest string `json:"digest"`
 	// Origin is empty in sets of older releases, and then means Published.
 	Origin Origin `json:"origin,omitempty"`
-	// Wish is the wish for which this node compiled the artifact. It is empty for Published artifacts, and in sets of older
-	// releases. It may decide that the node need not compile again, but nothing else.
+	// Wish is the wish for which this node compiled the artifact. It is empty for Published artifacts, and in sets of
+	// older releases. It may decide that the node need not compile again, but nothing else.
 	Wish       target.Wish   `json:"wish,omitempty"`
 	Repository string        `json:"repository"`
 	Kernel     target.Kernel `json:"kernel"`
