@@ -294,10 +294,11 @@ func (k daemon) stay(ctx context.Context) error {
 		}
 		var pending error
 		unconfirmed := false
+		relabelled := false // Monitor does not see this change of the label, because the run has read it
 		var last gpucheck.Verdict
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
-			unconfirmed = r.Unconfirmed
+			unconfirmed, relabelled = r.Unconfirmed, r.Relabelled
 			if r.Pending != "" {
 				pending = errors.New(r.Pending) // even if this run had no error, a reason of an earlier run is still true
 			}
@@ -328,6 +329,9 @@ func (k daemon) stay(ctx context.Context) error {
 			}
 			continue
 		}
+		if relabelled && ctx.Err() == nil && !k.once {
+			continue
+		}
 		if ctx.Err() != nil || k.once || err != nil && !watched {
 			return err
 		}
@@ -346,7 +350,7 @@ func (k daemon) stay(ctx context.Context) error {
 		k.outside.Watch(3*k.every + checkTimeout)
 		watch, ended := k.untilLabel(watch)
 		held := k.node.Monitor(watch, k.every, k.outside)
-		relabelled := ended()
+		relabelled = ended()
 		stop()
 		switch {
 		case ctx.Err() != nil:

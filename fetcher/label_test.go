@@ -72,6 +72,30 @@ func TestMalformedLabel(t *testing.T) {
 	})
 }
 
+// TestRelabelledRun checks that the daemon runs again at once after a run that ended because the label had changed. That
+// run has read the label, so the daemon's own reads find no change.
+func TestRelabelledRun(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
+			if n == 1 {
+				return &agent.Report{Verdict: readyVerdict, Relabelled: true}, fault.New(fault.Busy, "a program uses the GPU", "")
+			}
+			return &agent.Report{Verdict: readyVerdict}, nil
+		}, watch: func(ctx context.Context, n int) error {
+			if n == 1 {
+				<-ctx.Done()
+			}
+			return nil
+		}}
+		k, start := daemonOf(node, report.New(time.Now), unloadedState), time.Now()
+		k.awaitLabel = labelAfter(100 * time.Hour)
+		if err := k.stay(t.Context()); err != nil || node.runs != 2 || time.Since(start) != 0 {
+			t.Errorf("stay = %v after %d runs and %v; want nil after 2 runs, at once", err, node.runs, time.Since(start))
+		}
+	})
+}
+
 // TestMalformedLabelEnds checks that the program ends without an error if it is stopped while it waits for a label.
 func TestMalformedLabelEnds(t *testing.T) {
 	t.Parallel()

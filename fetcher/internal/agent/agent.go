@@ -87,6 +87,8 @@ type Report struct {
 	// Unconfirmed means that the run kept the active driver as the wanted one, but that the farm may name another driver
 	// for the same wish later.
 	Unconfirmed bool `json:"-"`
+	// Relabelled means that the run ended because the node's label changed meanwhile.
+	Relabelled bool `json:"-"`
 	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that the node had.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
@@ -199,7 +201,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
 			return err
 		}
-		if a.relabelled(ctx) { // the next run asks for the other driver
+		if r.Relabelled = a.relabelled(ctx); r.Relabelled { // the next run asks for the other driver
 			return err
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0

@@ -132,7 +132,7 @@ func TestWaitIdleRelabelled(t *testing.T) {
 			a.Watch(&ending{&told{}, func() { *label = row.label; n.inUse(t, "0") }})
 			r, err := a.Run(t.Context())
 			if row.ends && (!fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0) ||
-				!row.ends && (err != nil || r.Verdict.Digest != pn.Digest) {
+				!row.ends && (err != nil || r.Verdict.Digest != pn.Digest) || r.Relabelled != row.ends {
 				t.Errorf("%s: Run = %s, %v, system calls %v; want busy: %t", row.name, r.Verdict.Digest, err, n.kernel.calls,
 					row.ends)
 			}
