@@ -72,8 +72,8 @@ func TestMalformedLabel(t *testing.T) {
 	})
 }
 
-// TestRelabelledRun checks that the daemon runs again at once after a run that ended because the label had changed. That
-// run has read the label, so the daemon's own reads find no change.
+// TestRelabelledRun checks that the daemon runs again at once after a run that ended because the label had changed.
+// That run has read the label, so the daemon's own reads find no change.
 func TestRelabelledRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
