@@ -125,7 +125,8 @@ root keys as --threshold says; for the remaining root keys, the public key is
 enough. A later root must also be signed by keys of the previous root, by as
 many as the threshold of the previous root says.`,
 		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
-			cli.Strings("root-key", "`KEY` of the new root: private key file, KMS URI, or public key file (which does not sign)"),
+			cli.Strings("root-key",
+				"`KEY` of the new root: private key file, KMS URI, or public key file (which does not sign)"),
 			cli.Strings("former-key",
 				"`KEY` that the previous root lists and the new root does not; this key also signs the new root"),
 			cli.Int("threshold", 2, "`COUNT` of root keys that must sign a root"),

@@ -296,8 +296,8 @@ func TestOtherBTF(t *testing.T) {
 	checkRefusedEarly(t, cfg, "for ABI fingerprint", "--btf")
 }
 
-// TestOtherBTFRefused checks a case where another version of pahole gives other bytes. The first build compiles, and its
-// publication is refused. The next build must end before the compile. The errors of both must say which version of
+// TestOtherBTFRefused checks a case where another version of pahole gives other bytes. The first build compiles, and
+// its publication is refused. The next build must end before the compile. The errors of both must say which version of
 // pahole to install. A builder of another version must compile again, and so must a build with RetrySince.
 func TestOtherBTFRefused(t *testing.T) {
 	t.Parallel()
