@@ -60,6 +60,9 @@ func (s *settings) lock() (release func() error, err error) {
 // closes a file loses SQLite's own locks on it. Symbolic links to the file have the same lock. FILE.lock is the lock of
 // pkg/queue for migrations.
 func lockFile(file string) string {
+	if real, err := filepath.EvalSymlinks(file); err == nil {
+		return real + ".server-lock"
+	}
 	for range 40 { // Linux follows as many links
 		if dir, err := filepath.EvalSymlinks(filepath.Dir(file)); err == nil {
 			file = filepath.Join(dir, filepath.Base(file))

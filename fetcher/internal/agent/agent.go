@@ -372,6 +372,9 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		}
 		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
 			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, s)
+			if w := s.waiting(); w != nil && !serves(w, s.question) {
+				a.dropWaiting(ctx, r, store, s)
+			}
 		}
 		r.Answer = keptAnswer(d.set)
 		r.Answer.Reason = reason.Error()
@@ -381,12 +384,11 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
 		return errors.Join(err, d.err, a.keepRolledBack(ctx, r, store))
 	}
-	// Only the wanted driver may be loaded at the next boot. A rollback still waits.
-	if err == nil && s.wanted != nil && d.set.Digest == s.wanted.Digest && !s.waitsForRollback() {
-		r.Pending = ""
-		if err := a.clearNext(store); err != nil {
-			a.parts.Log.WarnContext(ctx, "could not record that no driver waits", "err", err)
-		}
+	// Only the wanted driver may be loaded at the next boot. A registry may lack the driver that waits, if another source
+	// named that one.
+	if err == nil && s.wanted != nil && d.set.Digest == s.wanted.Digest &&
+		(r.Answer.Source != resolve.SourceRegistry || !serves(s.waiting(), s.question)) {
+		a.dropWaiting(ctx, r, store, s)
 	}
 	if resolve.Passing(d.err) {
 		return errors.Join(err, d.err) // keep the fetched layers for the next run

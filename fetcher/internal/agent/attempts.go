@@ -330,20 +330,6 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 	return store.Sync() // the operator is told that the rollback is noted, and may cut the power next
 }
 
-// clearNext clears Next in all records. It writes the file only if a record changes.
-func (a *Agent) clearNext(store *install.Store) error {
-	all, err := readAttempts(store)
-	changed := false
-	for _, at := range all {
-		changed = changed || at.Next
-		at.Next = false
-	}
-	if err != nil || !changed {
-		return err
-	}
-	return a.writeAttempts(store, all)
-}
-
 // rollbackDue reports whether an operator rolled the active driver back while it was in use, and the previous driver
 // can replace it now. was is the result of the call before. If was is false, rollbackDue returns false while another
 // installer works: that may be "fetcher rollback", which records its rollback before it starts it.

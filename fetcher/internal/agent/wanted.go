@@ -144,3 +144,24 @@ func isUnconfirmed(answer resolve.Answer, s nodeState) bool {
 	}
 	return resolve.Passing(s.none) || answer.Driver.Version != s.current.Driver.Version
 }
+
+// dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back. It
+// writes the records only if one changes.
+func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store, s nodeState) {
+	if s.waitsForRollback() {
+		return
+	}
+	r.Pending = ""
+	all, err := readAttempts(store)
+	changed := false
+	for _, at := range all {
+		changed = changed || at.Next
+		at.Next = false
+	}
+	if err == nil && changed {
+		err = a.writeAttempts(store, all)
+	}
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "could not record that no driver waits", "err", err)
+	}
+}

@@ -186,6 +186,50 @@ func TestLabelAtBoot(t *testing.T) {
 	}
 }
 
+// TestWaitingDriver lets a newer driver wait for the next boot, and asks other sources before that boot. At the boot, no
+// source answers and the label cannot be read. The newer driver must be loaded if it still serves the wish, although a
+// registry has only the older one; but not if the wish is the older one's version.
+func TestWaitingDriver(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name  string
+		label target.Wish // before the boot
+		farm  func(older resolve.Answer) *byWish
+		want  string // the version that the boot loads
+	}{
+		{"a registry that lacks the newer driver", "", func(older resolve.Answer) *byWish {
+			older.Source = resolve.SourceRegistry
+			return &byWish{has: map[target.Wish]resolve.Answer{"default": older}}
+		}, newVersion},
+		{"the older version, and a silent farm", oldVersion, func(resolve.Answer) *byWish {
+			return &byWish{silent: map[target.Wish]bool{oldVersion: true}}
+		}, oldVersion},
+	} {
+		n, ref, older, newer, po, pn := publishTwo(t, 1)
+		n.inUse(t, "1")
+		n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+			"default": answerOf("server", ref, pn.Digest, newer.Driver)}}
+		if _, err := agent.New(n.cfg, n.parts).Run(t.Context()); !fault.Is(err, fault.Busy) {
+			t.Fatalf("Run with a driver in use = %v; want busy", err)
+		}
+		n.parts.Finder = row.farm(answerOf("server", ref, po.Digest, older.Driver))
+		a := agent.New(n.cfg, n.parts)
+		a.UseLabel((&nodeLabel{wish: row.label}).read)
+		if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != po.Digest {
+			t.Errorf("%s: Run before the boot = %s, %v; want %s", row.name, r.Verdict.Digest, err, po.Digest)
+		}
+		n.reboot(t)
+		n.kernel.calls = nil
+		n.parts.Finder = &byWish{silent: map[target.Wish]bool{"default": true}}
+		b := agent.New(n.cfg, n.parts)
+		b.UseLabel((&nodeLabel{err: unread}).read)
+		_, err := b.Run(t.Context())
+		if diff := cmp.Diff(loads(row.want), n.kernel.calls); diff != "" {
+			t.Errorf("%s: Run = %v; system calls (-want +got):\n%s", row.name, err, diff)
+		}
+	}
+}
+
 // TestLabelOnSlowNetwork starts a node without a driver before its network works, so that the first reads of the label
 // fail. With a time to wait, the run must read the label again. The wait for the label and for the farm must not take
 // longer than that time.
