@@ -145,8 +145,8 @@ func isUnconfirmed(answer resolve.Answer, s nodeState) bool {
 	return resolve.Passing(s.none) || answer.Driver.Version != s.current.Driver.Version
 }
 
-// dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back. It
-// writes the records only if one changes.
+// dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back.
+// It writes the records only if one changes.
 func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store, s nodeState) {
 	if s.waitsForRollback() {
 		return

@@ -186,9 +186,9 @@ func TestLabelAtBoot(t *testing.T) {
 	}
 }
 
-// TestWaitingDriver lets a newer driver wait for the next boot, and asks other sources before that boot. At the boot, no
-// source answers and the label cannot be read. The newer driver must be loaded if it still serves the wish, although a
-// registry has only the older one; but not if the wish is the older one's version.
+// TestWaitingDriver lets a newer driver wait for the next boot, and asks other sources before that boot. At the boot,
+// no source answers and the label cannot be read. The newer driver must be loaded if it still serves the wish, although
+// a registry has only the older one; but not if the wish is the older one's version.
 func TestWaitingDriver(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
