@@ -85,7 +85,8 @@ func changeFlags() []ucli.Flag {
 			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
 			cli.Bool("edit-boot", "if necessary, edit the kernel command line and reboot"),
 			cli.Bool("no-load", "make the driver active on the disk, but load no module"),
-			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
+			cli.Bool("no-cuda-check", "do not check that CUDA programs can start"),
+			cli.Strings("module-param", "`PARAM` of a module: nvidia.NVreg_NAME=1"),
 		),
 		cli.Group(groupOutput,
 			probeFlag(),
@@ -171,7 +172,8 @@ func programBeside(name string) string {
 func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
-		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait-build"),
+		NoLoad:     cmd.Bool("no-load"), NoCUDA: cmd.Bool("no-cuda-check"),
+		DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait-build"),
 		ReplaceForeign: cmd.String(
 			"foreign",
 		) == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"),

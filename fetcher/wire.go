@@ -42,6 +42,10 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 	if err != nil {
 		return agent.Parts{}, nil, err
 	}
+	probe := &gpucheck.Prober{
+		Program: cmd.String("probe"), Node: node,
+		Copy: filepath.Join(cfg.InstallDir, ".prebake", "probe"), ReadOnly: cmd.Name == "status",
+	}
 	return agent.Parts{
 		NodeVerifier: func() (agent.Verifier, error) {
 			state, err := node.Path(cmd.String("state-dir"))
@@ -53,10 +57,7 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
 		Boot: bootcfg.Node{Root: node},
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
-		Probe: &gpucheck.Prober{
-			Program: cmd.String("probe"), Node: node,
-			Copy: filepath.Join(cfg.InstallDir, ".prebake", "probe"), ReadOnly: cmd.Name == "status",
-		},
+		Probe: probe, CUDA: probe,
 	}, node.Close, nil
 }
 

@@ -1,6 +1,7 @@
 // Command nvmlprobe asks NVML, NVIDIA's management library, for the driver's version and the GPUs, and prints a JSON
-// object. It is a separate program, because NVML needs cgo and dlopen, and the fetcher is static. It does not judge the
-// answer. It changes nothing on a GPU except, with --persist, persistence mode.
+// object. With --cuda, it asks CUDA's library instead whether CUDA programs can start. It is a separate program,
+// because these libraries need cgo and dlopen, and the fetcher is static. It does not judge the answer. It changes
+// nothing on a GPU except, with --persist, persistence mode.
 package main
 
 import (
@@ -18,8 +19,8 @@ import (
 
 // These are the exit codes.
 const (
-	exitAnswered = 0 // NVML answered; devices may be empty
-	exitSilent   = 1 // NVML could not be opened or did not answer; error says why
+	exitAnswered = 0 // the library answered; devices may be empty
+	exitSilent   = 1 // the library could not be opened or did not answer; error says why
 	exitUsage    = 2 // the arguments are wrong
 )
 
@@ -46,6 +47,8 @@ type Device struct {
 	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. In
 	// persistence mode, the driver keeps an unused GPU initialised.
 	Persistence string `json:"persistence,omitempty"`
+	// MIG means that the GPU is in MIG mode: programs can only use the MIG instances that somebody makes.
+	MIG bool `json:"mig,omitempty"`
 	// Error is the reason why NVML cannot use or describe this GPU. Code is NVML's return value for it, or 0.
 	Error string `json:"error,omitempty"`
 	Code  int    `json:"code,omitempty"`
@@ -60,6 +63,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("nvmlprobe", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	lib := flags.String("lib", "libnvidia-ml.so.1", "NVML library: a path, or a name for the loader to find")
+	cuda := flags.String("cuda", "", "CUDA library, likewise: ask only whether CUDA programs can start")
 	persist := flags.Bool("persist", false, "turn persistence mode on, on every GPU")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitAnswered
@@ -70,16 +74,24 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "nvmlprobe: unexpected argument %q; give the NVML library with --lib\n", flags.Arg(0))
 		return exitUsage
 	}
-	library := nvml.New(nvml.WithLibraryPath(*lib))
-	a := ask(struct {
-		nvml.Interface
-		nvml.ExtendedInterface
-	}{library, library.Extensions()}, *persist, func() error { return openable(*lib) })
-	if err := json.NewEncoder(stdout).Encode(a); err != nil {
+	var answer any
+	var failure string
+	if *cuda != "" {
+		a := askCUDA(*cuda)
+		answer, failure = a, a.Error
+	} else {
+		library := nvml.New(nvml.WithLibraryPath(*lib))
+		a := ask(struct {
+			nvml.Interface
+			nvml.ExtendedInterface
+		}{library, library.Extensions()}, *persist, func() error { return openable(*lib) })
+		answer, failure = a, a.Error
+	}
+	if err := json.NewEncoder(stdout).Encode(answer); err != nil {
 		fmt.Fprintf(stderr, "nvmlprobe: print answer: %v\n", err)
 		return exitSilent
 	}
-	if a.Error != "" {
+	if failure != "" {
 		return exitSilent
 	}
 	return exitAnswered
@@ -143,6 +155,10 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 		// Drivers before R525 lack this function. A call of a missing function ends the program.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
 			device.Fabric = fabric(d)
+		}
+		if lib.LookupSymbol("nvmlDeviceGetMigMode") == nil { // since R450
+			mode, _, ret := d.GetMigMode()
+			device.MIG = ret == nvml.SUCCESS && mode == nvml.DEVICE_MIG_ENABLE
 		}
 		a.Devices = append(a.Devices, device)
 	}

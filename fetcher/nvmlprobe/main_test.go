@@ -131,6 +131,7 @@ func (gpu) GetPciInfo() (nvml.PciInfo, nvml.Return) {
 func (g gpu) GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return) {
 	return nvml.GpuFabricInfo{State: nvml.GPU_FABRIC_STATE_NOT_STARTED}, nvml.SUCCESS
 }
+func (gpu) GetMigMode() (int, int, nvml.Return) { return nvml.DEVICE_MIG_ENABLE, 0, nvml.SUCCESS }
 func (g gpu) GetMemoryInfo() (nvml.Memory, nvml.Return) {
 	return nvml.Memory{Total: 16 << 30}, g.memory
 }
@@ -141,9 +142,9 @@ func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
 func TestAsk(t *testing.T) {
 	t.Parallel()
 	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30,
-		Fabric: "not started"}
+		Fabric: "not started", MIG: true}
 	silent := good
-	silent.Fabric = ""
+	silent.Fabric, silent.MIG = "", false
 	for _, row := range []struct {
 		name string
 		lib  library
@@ -154,7 +155,7 @@ func TestAsk(t *testing.T) {
 		{"one good GPU, one lost", library{devices: []nvml.Return{nvml.SUCCESS, nvml.ERROR_GPU_IS_LOST}}, nil,
 			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{good,
 				{Error: "open GPU 1: " + words(nvml.ERROR_GPU_IS_LOST), Code: int(nvml.ERROR_GPU_IS_LOST)}}}},
-		{"a library that knows no fabric", library{old: true, devices: []nvml.Return{nvml.SUCCESS}}, nil,
+		{"a library that knows neither fabric nor MIG", library{old: true, devices: []nvml.Return{nvml.SUCCESS}}, nil,
 			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{silent}}},
 		{"library missing", library{init: nvml.ERROR_LIBRARY_NOT_FOUND}, errors.New("no such file"),
 			Answer{Devices: []Device{}, Error: "open NVML: no such file", Code: int(nvml.ERROR_LIBRARY_NOT_FOUND)}},

@@ -113,7 +113,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if d.do != keep { // GPU errors from before the load no longer count
-			a.xids = xidWatch{begun: true, mark: mark}
+			a.xids, a.cuda = xidWatch{begun: true, mark: mark}, cudaWatch{loaded: true}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
@@ -279,7 +279,13 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 	f.Since = xids
 	v := gpucheck.Judge(f)
 	if v.State == gpucheck.Ready {
-		v.Reason = a.xids.note
+		if f.CUDA, err = a.askCUDA(ctx, set.Digest); err != nil {
+			return gpucheck.Verdict{}, err
+		}
+		v = gpucheck.Judge(f)
+	}
+	if v.State == gpucheck.Ready {
+		v.Reason = cmp.Or(a.xids.note, v.Reason)
 	}
 	return v, nil
 }

@@ -307,6 +307,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	staged := false
 	if rec := a.readRecord(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
 		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
+		f.CUDA = rec.Verdict.CUDA
 		f.Since = a.xidsSince(rec.xidRecord)
 		staged = rec.Verdict.State == gpucheck.Staged && len(facts.Modules) == 0
 	}

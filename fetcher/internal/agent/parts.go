@@ -60,6 +60,12 @@ type prober interface {
 	Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error)
 }
 
+type cudaProber interface {
+	// AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error of kind ErrHung means that it did
+	// not return in time; any other error that it could not be called.
+	AskCUDA(ctx context.Context, library string) (gpucheck.CUDA, error)
+}
+
 // localBuilder compiles on the node when no artifact is published.
 type localBuilder interface {
 	// Build compiles a driver. After a success, the caller must call release when it no longer needs the artifact. A
@@ -94,12 +100,14 @@ type Config struct {
 	Persistence bool
 	// EditBoot permits a change of the kernel command line and a reboot, if the kernel refuses modules.
 	EditBoot bool
+	// NoCUDA calls the driver ready although CUDA was not asked.
+	NoCUDA bool
 	// DryRun changes nothing and reports the planned actions.
 	DryRun bool
 }
 
 // Parts are the interfaces and services that the agent uses. All are required except Registries, Reread, Refresh,
-// Local, Boot, Tried and Free.
+// Local, CUDA, Boot, Tried and Free.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
@@ -122,6 +130,8 @@ type Parts struct {
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober
+	// CUDA is nil when the agent does not ask CUDA.
+	CUDA cudaProber
 	// Boot changes the boot configuration. nil forbids changes.
 	Boot bootMaker
 	// Tried receives a report on each driver that was loaded or failed to load. It must not block, and may be nil.

@@ -1,5 +1,6 @@
-// Package gpucheck asks NVML, the driver's management library, whether the driver works, and judges the answer. A
-// separate program calls NVML, because NVML needs a C library. The package calls no node ready without evidence.
+// Package gpucheck asks NVML, the driver's management library, whether the driver works, and CUDA's library whether
+// programs can start. It judges the answers. A separate program calls these libraries, because they need a C library.
+// The package calls no node ready without evidence.
 package gpucheck
 
 import (
@@ -44,7 +45,9 @@ type Verdict struct {
 	// Foreign lists modules of the right version that were not loaded from the installed file.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML.
+	// CUDA is nil if CUDA was not asked.
+	CUDA *CUDA `json:"cuda,omitempty"`
+	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML. It is 0 if CUDA cannot use them.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.
@@ -73,6 +76,8 @@ type Device struct {
 	Fabric string `json:"fabric,omitempty"`
 	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it.
 	Persistence string `json:"persistence,omitempty"`
+	// MIG means that the GPU is in MIG mode: programs can only use the MIG instances that somebody makes.
+	MIG bool `json:"mig,omitempty"`
 	// Error is the reason why NVML cannot use the GPU. A healthy GPU has "". Code is NVML's return value for Error
 	// (nvmlReturn_t), or 0.
 	Error string `json:"error,omitempty"`
@@ -89,6 +94,7 @@ type Facts struct {
 	Modules map[string]string
 	Foreign []string
 	NVML    NVML
+	CUDA    *CUDA // nil if CUDA was not asked
 	// GPUs are the PCI addresses of the GPUs that the driver must drive.
 	GPUs []string
 	NVRM []string
@@ -125,7 +131,7 @@ func JudgeForeign(f Facts) Verdict {
 func Judge(f Facts) Verdict {
 	v := Verdict{
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
-		PCIGPUs: len(f.GPUs), NVRM: f.NVRM,
+		CUDA: f.CUDA, PCIGPUs: len(f.GPUs), NVRM: f.NVRM,
 	}
 	missing, reasons, gone := f.missing()
 	broken, marked := f.broken(gone)
@@ -171,7 +177,7 @@ func Judge(f Facts) Verdict {
 		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before "+
 			"nvidia-fabricmanager has connected these GPUs", len(waiting), waiting[0])
 	}
-	return v
+	return v.withCUDA()
 }
 
 // broken returns why GPUs that answer must not be used: fatal errors in the kernel log, and NVML's recovery actions.
@@ -323,6 +329,9 @@ func (v Verdict) Print(w io.Writer) error {
 		line("nvml", "%s", v.NVML.Version)
 	case v.NVML.Error != "":
 		line("nvml", "no answer: %s", v.NVML.Error)
+	}
+	if v.CUDA != nil {
+		line("cuda", "cuInit returns %s", v.CUDA)
 	}
 	if v.PCIGPUs > 0 && v.NVML.Version == "" && v.NVML.Error == "" {
 		line("gpus", "%d on the PCI bus, NVML was not asked about them", v.PCIGPUs)

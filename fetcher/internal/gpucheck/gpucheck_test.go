@@ -21,9 +21,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMain lets the test binary act as nvmlprobe if its first argument is --lib.
+// TestMain lets the test binary act as nvmlprobe if its first argument is --lib or --cuda.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "--lib" {
+	if len(os.Args) == 3 && (os.Args[1] == "--lib" || os.Args[1] == "--cuda") {
 		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // the test puts the answer in place of the library's folder
 		os.Exit(strings.Count(os.Args[2], "fail"))
 	}
@@ -77,6 +77,9 @@ func TestJudge(t *testing.T) {
 				Error: "read memory size: Insufficient Permissions"}
 		}, gpucheck.Unusable, fault.Unusable},
 		{"no GPU answers", func(f *gpucheck.Facts) { f.NVML.Devices = nil }, gpucheck.Unusable, fault.Unusable},
+		{"CUDA works", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{} }, gpucheck.Ready, fault.Internal},
+		{"CUDA fails", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{Code: 999} }, gpucheck.Unusable, fault.Unusable},
+		{"CUDA waits", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{Code: 802} }, gpucheck.Starting, fault.Unusable},
 		{"device error", func(f *gpucheck.Facts) { f.NVML.Error = "device 0 is lost" }, gpucheck.Unusable, fault.Unusable},
 	}
 	for _, row := range rows {
@@ -187,6 +190,34 @@ func TestProbe(t *testing.T) {
 	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), Node: node(t, "/")}
 	if _, err := none.Probe(t.Context(), "/x/y", false); !fault.Is(err, fault.Unusable) {
 		t.Errorf("Probe without a program = %v; want unusable", err)
+	}
+}
+
+func TestAskCUDA(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		answer, lib, err string
+		want             gpucheck.CUDA
+	}{
+		{`{"code":0,"name":"CUDA_SUCCESS"}`, "x", "", gpucheck.CUDA{Name: "CUDA_SUCCESS"}},
+		{`{"code":7777}`, "x", "", gpucheck.CUDA{Code: 7777}},
+		{`{"error":"open CUDA: no such file"}`, "fail", "no such file", gpucheck.CUDA{}},
+		{`{}`, "x", "ask CUDA", gpucheck.CUDA{}},
+		{`Segmentation fault`, "fail", "exit status 1", gpucheck.CUDA{}},
+	} {
+		p := gpucheck.Prober{Program: self, Node: node(t, "/")}
+		got, err := p.AskCUDA(t.Context(), "/"+row.answer+"/"+row.lib)
+		if got != row.want || (err == nil) != (row.err == "") || err != nil && !strings.Contains(err.Error(), row.err) {
+			t.Errorf("%s: AskCUDA = %+v, %v; want %+v, %q", row.answer, got, err, row.want, row.err)
+		}
+	}
+	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), Node: node(t, "/")}
+	if _, err := none.AskCUDA(t.Context(), "/x/y"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("AskCUDA without a program = %v; want that it does not exist", err)
 	}
 }
 

@@ -60,58 +60,70 @@ const maxAnswer = 1 << 20
 // turns persistence mode on. NVML's failures are part of the answer; an error means that the probe did not run or end.
 // A stuck probe does not block Probe, but later calls fail until it ends.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
+	args := []string{"--lib", library}
+	if persist {
+		args = append(args, "--persist")
+	}
+	stdout, stderr, err := p.run(ctx, library, args...)
+	if err != nil && stdout == nil {
+		return NVML{}, err
+	}
+	return parseAnswer(stdout, stderr, err)
+}
+
+// run runs the probe for a library. If the probe did not run or end, stdout is nil. Otherwise err is its exit status.
+func (p *Prober) run(ctx context.Context, library string, args ...string) (stdout []byte, stderr string, err error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
 		since := p.since
 		p.mu.Unlock()
-		return NVML{}, hung(time.Since(since))
+		return nil, "", hung(time.Since(since))
 	}
 	p.since = time.Now()
 	p.mu.Unlock()
 	type outcome struct {
-		nvml NVML
-		err  error
+		stdout []byte
+		stderr string
+		err    error
 	}
 	answered := make(chan outcome, 1)
 	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, hung(probeTime))
 	go func() {
 		defer cancel()
-		n, err := p.ask(ctx, library, persist)
+		var o outcome
+		o.stdout, o.stderr, o.err = p.start(ctx, library, args...)
 		p.mu.Lock()
 		p.since = time.Time{}
 		p.mu.Unlock()
-		answered <- outcome{n, err}
+		answered <- o
 	}()
 	select {
 	case o := <-answered:
-		return o.nvml, o.err
+		return o.stdout, o.stderr, o.err
 	case <-ctx.Done():
 	}
 	select {
 	case o := <-answered:
-		return o.nvml, o.err
+		return o.stdout, o.stderr, o.err
 	case <-time.After(killTime):
-		return NVML{}, context.Cause(ctx)
+		return nil, "", context.Cause(ctx)
 	}
 }
 
 func hung(d time.Duration) error {
-	return fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w in %s", ErrHung, d.Round(time.Second)),
+	return fault.Wrap(fault.Unusable, fmt.Errorf("ask the driver: %w in %s", ErrHung, d.Round(time.Second)),
 		"read the kernel log: dmesg | grep NVRM")
 }
 
-func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, error) {
+// start starts the probe and waits for its end. The results are those of run.
+func (p *Prober) start(ctx context.Context, library string, args ...string) (stdout []byte, stderr string, err error) {
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.Node.Dir() != "/" {
 		if err := p.ensureCopy(); err != nil {
-			return NVML{}, err
+			return nil, "", err
 		}
 		program, attr.Chroot = p.Copy, p.Node.Dir()
-	}
-	args := []string{"--lib", library}
-	if persist {
-		args = append(args, "--persist")
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Path, cmd.Err = program, nil // exec looked for the program in the fetcher's root: ignore its result
@@ -119,14 +131,14 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	if filepath.IsAbs(library) {
 		cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(library)}
 	}
-	var stdout, stderr limited
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	var out, errs limited
+	cmd.Stdout, cmd.Stderr = &out, &errs
 	cmd.WaitDelay = 5 * time.Second
-	err := cmd.Run()
+	err = cmd.Run()
 	if ctx.Err() != nil {
-		return NVML{}, context.Cause(ctx)
+		return nil, "", context.Cause(ctx)
 	}
-	return parseAnswer(stdout.Bytes(), stderr.String(), err)
+	return append([]byte{}, out.Bytes()...), errs.String(), err
 }
 
 // ensureCopy copies the probe into the node's root, unless an identical copy exists.

@@ -40,6 +40,8 @@ type Cell struct {
 	PointAt target.Kernel
 	// Bulk is the number of bytes that are added to one file of each layer. Half of them compress well.
 	Bulk int
+	// CUDA adds a file in place of CUDA's library.
+	CUDA bool
 	// Modify changes the files of the modules layer before they are packed. It may be nil.
 	Modify func(files map[string]string)
 }
@@ -93,6 +95,9 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		mods["drivers/nvidia.ko"] += bulk // an ELF file may have any bytes after its sections
 		libs["lib64/libcuda.so."+version] = bulk
 		firmware["firmware/nvidia/"+version+"/gsp_ga10x.bin"] = bulk
+	}
+	if c.CUDA {
+		libs["lib64/libcuda.so.1"] = "CUDA " + version
 	}
 	if c.Modify != nil {
 		c.Modify(mods)
