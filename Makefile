@@ -93,8 +93,9 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 # This machine must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
 .PHONY: gpu
 gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
-	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" $(RAN) $(GO) test -v -count=1 \
-	  -run '^(TestGPUOfThisMachine|TestThisMachine)$$' ./fetcher/internal/kube ./fetcher/internal/cdi
+	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA=libcuda.so.1 $(RAN) $(GO) test -v -count=1 \
+	  -run '^(TestGPUOfThisMachine|TestThisMachine|TestRealCUDA)$$' \
+	  ./fetcher/internal/kube ./fetcher/internal/cdi ./fetcher/internal/gpucheck
 
 .PHONY: soak
 soak: ## kill the fetcher at random moments, SOAK (1000) times, and check what it leaves

@@ -55,8 +55,8 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 			return nodeVerifier(cmd, state)
 		},
 		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
-		Boot: bootcfg.Node{Root: node},
-		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
+		Boot:  bootcfg.Node{Root: node},
+		Line:  &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
 		Probe: probe, CUDA: probe,
 	}, node.Close, nil
 }

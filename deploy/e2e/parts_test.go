@@ -84,6 +84,10 @@ func TestPartsOnRealInputs(t *testing.T) {
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 
 	filled := "PREBAKE_FILLED=" + shared.BuildCache()
+	probe, err := filepath.Abs("../../bin/nvmlprobe")
+	if err != nil {
+		t.Fatal(err)
+	}
 	carriers := ""
 	if os.Geteuid() == 0 {
 		carriers = "|TestCarriers" // containerd runs as root only
@@ -116,6 +120,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"power cuts", "./fetcher/internal/agent", "TestPowerCut", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
+		{"NVIDIA's CUDA library", "./fetcher/internal/gpucheck", "TestRealCUDA",
+			[]string{"PREBAKE_PROBE=" + probe, "PREBAKE_CUDA=" + filepath.Join(driver, "lib64/libcuda.so.1")}},
 		// The pattern leaves out the tests TestGPU…, which need a GPU.
 		{"a cluster's API server", "./fetcher/internal/kube ./server/internal/auth", "Test[^G]",
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},

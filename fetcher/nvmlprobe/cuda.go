@@ -34,7 +34,7 @@ type CUDAAnswer struct {
 }
 
 // askCUDA calls cuInit of a CUDA library: a path, or a name for the loader to find. A CUDA program begins with this
-// call. It opens every GPU, uses no memory of one, and makes no context.
+// call. It opens every GPU, and makes no context. As root, it also makes missing device files, as NVML does.
 func askCUDA(path string) (a CUDAAnswer) {
 	runtime.LockOSThread() // because dlerror is about the last call of its thread
 	defer runtime.UnlockOSThread()

@@ -20,14 +20,14 @@ type State string
 
 // These are the states of the driver on a node.
 const (
-	Ready    State = "ready"     // every GPU on the bus answers
+	Ready    State = "ready"     // every GPU on the bus answers, and CUDA programs can start
 	NoDevice State = "no-device" // no GPU is on the bus
 	Unusable State = "unusable"  // a GPU is on the bus, and the driver cannot use it
 	Drifted  State = "drifted"   // the loaded driver is not the installed one
 	Loaded   State = "loaded"    // the modules are right; nobody has asked NVML since the boot
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
-	Starting State = "starting"  // every GPU answers, but waits for the fabric manager
+	Starting State = "starting"  // every GPU answers, but CUDA programs wait for the fabric manager
 	Foreign  State = "foreign"   // nothing is installed; a foreign driver is loaded and works
 )
 

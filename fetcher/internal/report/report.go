@@ -58,7 +58,7 @@ func New(now func() time.Time) *Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(s.info, s.phases, s.runs,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "ready",
-			Help: "1 when every GPU of the node answers NVML with the installed driver."},
+			Help: "1 when every GPU answers NVML with the installed driver, and CUDA programs can start."},
 			func() float64 {
 				if s.valid().State == gpucheck.Ready {
 					return 1
@@ -69,7 +69,7 @@ func New(now func() time.Time) *Server {
 			Help: "NVIDIA GPUs on the PCI bus."},
 			func() float64 { return float64(s.valid().PCIGPUs) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "gpus_usable",
-			Help: "GPUs that answer NVML."},
+			Help: "GPUs that answer NVML; 0 if CUDA programs cannot start."},
 			func() float64 { return float64(s.valid().UsableGPUs) }))
 	s.mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	s.mux.HandleFunc("GET /healthz", s.healthz)

@@ -1,0 +1,35 @@
+package gpucheck_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+)
+
+// TestRealCUDA asks NVIDIA's own library. With a driver, as in make gpu, CUDA programs must be able to start. Without
+// one, the library finds no device.
+func TestRealCUDA(t *testing.T) {
+	t.Parallel()
+	program, library := os.Getenv("PREBAKE_PROBE"), os.Getenv("PREBAKE_CUDA")
+	if program == "" || library == "" {
+		t.Skip("set PREBAKE_PROBE to nvmlprobe, and PREBAKE_CUDA to NVIDIA's libcuda.so.1")
+	}
+	want := gpucheck.CUDA{Code: 0, Name: "CUDA_SUCCESS"}
+	if _, err := os.Stat("/proc/driver/nvidia/version"); errors.Is(err, fs.ErrNotExist) {
+		want = gpucheck.CUDA{Code: 100, Name: "CUDA_ERROR_NO_DEVICE"}
+		if _, err := os.Stat("/dev/nvidiactl"); errors.Is(err, fs.ErrNotExist) {
+			// As root, the library makes this device file.
+			defer func() { _ = os.Remove("/dev/nvidiactl") }() // it does not exist if this is not root
+		}
+	}
+	p := gpucheck.Prober{Program: program, Node: node(t, "/")}
+	got, err := p.AskCUDA(t.Context(), library)
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("AskCUDA: %v (-want +got):\n%s", err, diff)
+	}
+}
