@@ -93,7 +93,8 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 # This machine must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
 .PHONY: gpu
 gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
-	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA=libcuda.so.1 $(RAN) $(GO) test -v -count=1 \
+	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA=libcuda.so.1 \
+	  $(RAN) $(GO) test -v -count=1 \
 	  -run '^(TestGPUOfThisMachine|TestThisMachine|TestRealCUDA)$$' \
 	  ./fetcher/internal/kube ./fetcher/internal/cdi ./fetcher/internal/gpucheck
 

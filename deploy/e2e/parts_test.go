@@ -121,7 +121,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"NVIDIA's CUDA library", "./fetcher/internal/gpucheck", "TestRealCUDA",
-			[]string{"PREBAKE_PROBE=" + probe, "PREBAKE_CUDA=" + filepath.Join(driver, "lib64/libcuda.so.1")}},
+			[]string{"PREBAKE_CUDA_PROBE=" + probe, "PREBAKE_CUDA=" + filepath.Join(driver, "lib64/libcuda.so.1")}},
 		// The pattern leaves out the tests TestGPU…, which need a GPU.
 		{"a cluster's API server", "./fetcher/internal/kube ./server/internal/auth", "Test[^G]",
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},

@@ -24,9 +24,10 @@ type cudaWatch struct {
 	logged string         // the last logged reason why CUDA could not be asked
 }
 
-// askCUDA returns what cuInit returns with the driver of this digest, or nil if it cannot be asked. After a success, it
-// does not ask again until the driver is loaded again, also after a restart of the program: a node in use must not count
-// as unusable because one call failed, such as for a lack of memory. The error is that of a probe that does not answer in time.
+// askCUDA returns what cuInit returns with the driver of this digest, or nil if it cannot be called. After a success,
+// cuInit is not called again until the driver is loaded again, even if the fetcher restarts: a node in use must not
+// count as unusable because one call failed, such as for a lack of memory. The error is that of a probe that does not
+// answer in time.
 func (a *Agent) askCUDA(ctx context.Context, digest string) (*gpucheck.CUDA, error) {
 	if a.parts.CUDA == nil || a.cfg.NoCUDA {
 		return nil, nil

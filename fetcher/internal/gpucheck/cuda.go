@@ -55,9 +55,8 @@ func (v Verdict) withCUDA() Verdict {
 	return v
 }
 
-// AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error means that the probe could not ask:
-// the library does not open, or does not answer in time (ErrHung). This says nothing about CUDA programs in containers,
-// which have another C library.
+// AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error means that there is no answer: the
+// library does not open, or the call does not return in time (ErrHung).
 func (p *Prober) AskCUDA(ctx context.Context, library string) (CUDA, error) {
 	stdout, stderr, err := p.run(ctx, library, "--cuda", library)
 	if err != nil && stdout == nil {

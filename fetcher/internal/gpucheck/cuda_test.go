@@ -15,9 +15,9 @@ import (
 // one, the library finds no device.
 func TestRealCUDA(t *testing.T) {
 	t.Parallel()
-	program, library := os.Getenv("PREBAKE_PROBE"), os.Getenv("PREBAKE_CUDA")
+	program, library := os.Getenv("PREBAKE_CUDA_PROBE"), os.Getenv("PREBAKE_CUDA")
 	if program == "" || library == "" {
-		t.Skip("set PREBAKE_PROBE to nvmlprobe, and PREBAKE_CUDA to NVIDIA's libcuda.so.1")
+		t.Skip("set PREBAKE_CUDA_PROBE to nvmlprobe, and PREBAKE_CUDA to NVIDIA's libcuda.so.1")
 	}
 	want := gpucheck.CUDA{Code: 0, Name: "CUDA_SUCCESS"}
 	if _, err := os.Stat("/proc/driver/nvidia/version"); errors.Is(err, fs.ErrNotExist) {
