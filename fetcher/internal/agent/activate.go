@@ -113,7 +113,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if d.do != keep { // GPU errors from before the load no longer count
-			a.xids, a.cuda = xidWatch{begun: true, mark: mark}, cudaWatch{loaded: true}
+			a.xids = xidWatch{begun: true, mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
@@ -269,21 +269,21 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 		v.State, v.Reason = gpucheck.Staged, "installed; loading was turned off (--no-load)"
 		return v, nil
 	}
+	outer := ctx
+	ctx, cancel := context.WithTimeoutCause(ctx, checkTime, errSlow)
+	defer cancel()
 	if _, ok := f.Modules["nvidia"]; ok {
 		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary), a.cfg.Persistence); err != nil {
 			return gpucheck.Verdict{}, err
 		}
 		a.xids.compare(f.NVML)
 	}
-	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	f.Since = xids
-	v := gpucheck.Judge(f)
-	if v.State == gpucheck.Ready {
-		if f.CUDA, err = a.askCUDA(ctx, set.Digest); err != nil {
-			return gpucheck.Verdict{}, err
-		}
-		v = gpucheck.Judge(f)
+	v := a.judgeDriver(ctx, set, f, facts)
+	if err := outer.Err(); err != nil { // the answer of CUDA may be missing
+		return gpucheck.Verdict{}, context.Cause(outer)
 	}
+	v.NVRM = kmod.NVRM(a.loader.Since(mark), 8) // with what the driver logged about CUDA
 	if v.State == gpucheck.Ready {
 		v.Reason = cmp.Or(a.xids.note, v.Reason)
 	}

@@ -5,9 +5,13 @@ import (
 	"errors"
 	"io/fs"
 	"path"
+	"slices"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // cudaLibrary is the path of CUDA's library below the install folder.
@@ -16,60 +20,73 @@ const cudaLibrary = "lib64/libcuda.so.1"
 // cudaPause is the time between a failed cuInit and a second try. A failure may be short, such as too little memory.
 const cudaPause = time.Second
 
-// cudaWatch is what the agent knows about CUDA since the load of the driver.
-type cudaWatch struct {
-	loaded bool           // this process loaded the driver, so the record is about an earlier load
-	works  string         // the digest of the driver with which cuInit succeeded
-	answer *gpucheck.CUDA // the answer at that time
-	logged string         // the last logged reason why CUDA could not be asked
+// checkTime is the longest time of NVML and CUDA together in one check.
+const checkTime = 2 * time.Minute
+
+// errSlow is the error of a check that took longer than checkTime.
+var errSlow = fault.Wrap(fault.Unusable, gpucheck.ErrHung, "read the kernel log: dmesg | grep NVRM")
+
+// judgeDriver judges the facts about the active driver, and calls cuInit if that is due. It is due after each load, and
+// then at each check until it succeeds. Otherwise programs may use the GPUs already, and a node in use must not count
+// as unusable because one call failed, such as for a lack of memory. ctx limits NVML and CUDA together.
+func (a *Agent) judgeDriver(ctx context.Context, set *install.Set, f gpucheck.Facts,
+	facts *host.Facts) gpucheck.Verdict {
+	last, due := a.lastCUDA(set, facts)
+	v := gpucheck.Judge(f)
+	if due && v.State == gpucheck.Ready {
+		f.CUDA, a.cudaDue = a.askCUDA(ctx), false
+	} else {
+		f.CUDA = last
+	}
+	return gpucheck.Judge(f)
 }
 
-// askCUDA returns what cuInit returns with the driver of this digest, or nil if it cannot be called. After a success,
-// cuInit is not called again until the driver is loaded again, even if the fetcher restarts: a node in use must not
-// count as unusable because one call failed, such as for a lack of memory. The error is that of a probe that does not
-// answer in time.
-func (a *Agent) askCUDA(ctx context.Context, digest string) (*gpucheck.CUDA, error) {
+// lastCUDA returns the recorded answer of cuInit since the load of this driver, and whether cuInit must be called.
+func (a *Agent) lastCUDA(set *install.Set, facts *host.Facts) (last *gpucheck.CUDA, due bool) {
 	if a.parts.CUDA == nil || a.cfg.NoCUDA {
-		return nil, nil
+		return nil, false
 	}
-	if rec := a.readRecord(); !a.cuda.loaded && a.cuda.works == "" && rec != nil && rec.BootID == a.bootID() &&
-		rec.Verdict.Digest == digest && rec.Verdict.CUDA != nil && rec.Verdict.CUDA.Code == 0 {
-		a.cuda.works, a.cuda.answer = digest, rec.Verdict.CUDA
+	rec := a.readRecord()
+	switch {
+	case a.cudaDue:
+		return nil, true
+	case rec == nil || rec.Verdict.Driver.Modules() != set.Driver.Modules():
+		// No run has checked this driver since the boot, or it was another installer's until now. A CUDA program may run.
+		return nil, !slices.ContainsFunc(facts.Modules, func(m host.Module) bool {
+			return m.Name == "nvidia_uvm" && m.Refs > len(m.UsedBy)
+		})
 	}
-	if a.cuda.works == digest {
-		return a.cuda.answer, nil
-	}
+	last = rec.Verdict.CUDA
+	return last, last != nil && last.Code != 0 && rec.Verdict.State != gpucheck.Ready
+}
+
+// askCUDA calls cuInit, and once more if it failed. It returns nil if it cannot call cuInit. This does not count
+// against the driver, because programs in containers bring a C library of their own.
+func (a *Agent) askCUDA(ctx context.Context) (answer *gpucheck.CUDA) {
 	library := path.Join(a.cfg.InstallDir, cudaLibrary)
 	if _, err := fs.Stat(a.node, library[1:]); err != nil {
-		return a.cudaNotAsked(ctx, err), nil
+		a.parts.Log.WarnContext(ctx, "could not check that CUDA programs can start", "err", err)
+		return nil
 	}
-	for try := 1; ; try++ {
-		answer, err := a.parts.CUDA.AskCUDA(ctx, library)
+	for {
+		got, err := a.parts.CUDA.AskCUDA(ctx, library)
 		switch {
-		case ctx.Err() != nil || errors.Is(err, gpucheck.ErrHung):
-			return nil, err
-		case err != nil:
-			return a.cudaNotAsked(ctx, err), nil
-		case answer.Code == 0:
-			a.cuda.works, a.cuda.answer = digest, &answer
-			return &answer, nil
-		case try == 2:
-			return &answer, nil
+		case errors.Is(err, gpucheck.ErrHung) && answer == nil:
+			return &gpucheck.CUDA{Code: gpucheck.CUDASilent}
+		case err != nil && answer == nil:
+			a.parts.Log.WarnContext(ctx, "could not check that CUDA programs can start", "err", err)
+			return nil
+		case err != nil || answer != nil || !got.MayPass():
+			if err == nil {
+				answer = &got
+			}
+			return answer
 		}
+		answer = &got
 		select {
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+			return answer
 		case <-time.After(cudaPause):
 		}
 	}
-}
-
-// cudaNotAsked logs why CUDA could not be asked, once. This says nothing about CUDA programs in containers, which have
-// another C library, so it does not count against the driver.
-func (a *Agent) cudaNotAsked(ctx context.Context, err error) *gpucheck.CUDA {
-	if err.Error() != a.cuda.logged {
-		a.cuda.logged = err.Error()
-		a.parts.Log.WarnContext(ctx, "could not check that CUDA programs can start", "err", err)
-	}
-	return nil
 }

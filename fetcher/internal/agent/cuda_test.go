@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -20,23 +21,27 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// cuda stands in for cuInit. Each call takes the next code, and the last code stays. With a version in unfit, the calls
-// return unknown error while that driver is installed. The codes are those of cuda.h. NVIDIA's own library returned 0,
-// 100 and 999 on a machine with an H200 (see nvmlprobe's TestCUDA).
+// cuda stands in for cuInit. Each call takes the next code, and the last code stays. While the driver version unfit is
+// installed, all calls return unknown error. The codes are those of cuda.h. NVIDIA's own library returned 0, 100 and 999
+// on a machine with an H200 (see nvmlprobe's TestCUDA).
 type cuda struct {
 	root, unfit string
 	codes       []int
 	err         error
-	calls       int
+	calls       map[string]int // by version
 }
 
 func (c *cuda) AskCUDA(_ context.Context, library string) (gpucheck.CUDA, error) {
-	c.calls++
 	raw, err := os.ReadFile(filepath.Join(c.root, library))
+	version := strings.TrimPrefix(string(raw), "CUDA ")
+	if c.calls == nil {
+		c.calls = map[string]int{}
+	}
+	c.calls[version]++
 	if err := errors.Join(err, c.err); err != nil {
 		return gpucheck.CUDA{}, err
 	}
-	if string(raw) == "CUDA "+c.unfit {
+	if version == c.unfit {
 		return gpucheck.CUDA{Code: 999, Name: "CUDA_ERROR_UNKNOWN"}, nil
 	}
 	if len(c.codes) == 0 {
@@ -78,15 +83,16 @@ func TestCUDA(t *testing.T) {
 		"works":                   {state: gpucheck.Ready, calls: 1},
 		"works at the second try": {cuda: cuda{codes: []int{2, 0}}, state: gpucheck.Ready, calls: 2},
 		"fails":                   {cuda: cuda{codes: []int{999}}, state: gpucheck.Unusable, calls: 2, err: "NAME (999)"},
-		"no device":               {cuda: cuda{codes: []int{100}}, state: gpucheck.Unusable, calls: 2, err: "NAME (100)"},
-		"no device in MIG mode": {cuda: cuda{codes: []int{100}}, mig: true, state: gpucheck.Ready, calls: 2,
+		"no device":               {cuda: cuda{codes: []int{100}}, state: gpucheck.Unusable, calls: 1, err: "NAME (100)"},
+		"no device in MIG mode": {cuda: cuda{codes: []int{100}}, mig: true, state: gpucheck.Ready, calls: 1,
 			reason: "MIG instances"},
 		"another error in MIG mode": {cuda: cuda{codes: []int{999}}, mig: true, state: gpucheck.Unusable, calls: 2,
 			err: "NAME (999)"},
-		"waits for the fabric manager": {cuda: cuda{codes: []int{802}}, state: gpucheck.Starting, calls: 2,
+		"waits for the fabric manager": {cuda: cuda{codes: []int{802}}, state: gpucheck.Starting, calls: 1,
 			err: "nvidia-fabricmanager"},
-		"cannot be asked":   {cuda: cuda{err: errors.New("no library")}, state: gpucheck.Ready, calls: 1},
-		"does not answer":   {cuda: cuda{err: fmt.Errorf("ask: %w", gpucheck.ErrHung)}, calls: 1, err: "no answer"},
+		"cannot be asked": {cuda: cuda{err: errors.New("no library")}, state: gpucheck.Ready, calls: 1},
+		"does not answer": {cuda: cuda{err: fmt.Errorf("ask: %w", gpucheck.ErrHung)}, state: gpucheck.Unusable, calls: 1,
+			err: "cuInit does not return"},
 		"turned off":        {cuda: cuda{codes: []int{999}}, off: true, state: gpucheck.Ready},
 		"not in the driver": {cuda: cuda{codes: []int{999}}, without: true, state: gpucheck.Ready},
 	} {
@@ -104,87 +110,144 @@ func TestCUDA(t *testing.T) {
 				from, digest = other, po.Digest
 			}
 			r, err := n.run(t, from, digest, c.Driver)
-			if r.Verdict.State != row.state || row.cuda.calls != row.calls || (err == nil) != (row.err == "") ||
+			if r.Verdict.State != row.state || row.cuda.calls[newVersion] != row.calls || (err == nil) != (row.err == "") ||
 				err != nil && !strings.Contains(err.Error(), row.err) || !strings.Contains(r.Verdict.Reason, row.reason) {
-				t.Errorf("Run = %+v, %v, %d calls; want %s, %q, %q, %d calls", r.Verdict, err, row.calls, row.state, row.err,
-					row.reason, row.calls)
+				t.Errorf("Run = %+v, %v, %d calls; want %s, %q, %q, %d calls", r.Verdict, err, row.cuda.calls[newVersion], row.state,
+					row.err, row.reason, row.calls)
 			}
 			if row.state == gpucheck.Unusable && r.Verdict.UsableGPUs != 0 {
 				t.Errorf("%d GPUs are usable; want 0", r.Verdict.UsableGPUs)
 			}
 			// fetcher status reads the record.
 			if s, err := agent.New(n.cfg, n.parts).Status(t.Context()); err != nil ||
-				row.state != "" && (s.Verdict.State != row.state || s.Verdict.Reason != r.Verdict.Reason) {
+				(s.Verdict.State != row.state || s.Verdict.Reason != r.Verdict.Reason) {
 				t.Errorf("Status = %+v, %v; want as the run", s.Verdict, err)
 			}
 		})
 	}
 }
 
-// TestCUDAWorked checks that the agent does not ask again after a success, until the driver is loaded again. So a node
-// in use does not count as unusable because one call failed.
-func TestCUDAWorked(t *testing.T) {
-	t.Parallel()
+// withCUDA returns a node whose driver has just been loaded, and CUDA worked.
+func withCUDA(t *testing.T) (n *node, asked *cuda, run func() (*agent.Report, error)) {
+	t.Helper()
 	key, ref := testkit.NewKey(t), layout(t)
 	c := sample.NewCell(t, buildA, newVersion)
 	c.CUDA = true
 	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
+	n = newNode(t, c, 1, key)
 	n.reboot(t)
-	asked := &cuda{root: n.root, codes: []int{0, 999}}
+	asked = &cuda{root: n.root}
 	n.parts.CUDA = asked
-	for range 2 {
-		if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready || asked.calls != 1 {
-			t.Fatalf("Run = %+v, %v, %d calls; want ready, one call", r.Verdict, err, asked.calls)
-		}
+	run = func() (*agent.Report, error) { return n.run(t, ref, p.Digest, c.Driver) }
+	if r, err := run(); err != nil || r.Verdict.State != gpucheck.Ready || asked.calls[newVersion] != 1 {
+		t.Fatalf("Run = %+v, %v, %v calls; want ready, one call", r.Verdict, err, asked.calls)
 	}
-	verdicts := n.monitored(t)
-	if v := <-verdicts; v.State != gpucheck.Ready || asked.calls != 1 {
-		t.Errorf("a check has %+v; want ready, without a call", v)
+	return n, asked, run
+}
+
+// TestCUDAWorked checks that cuInit is not called again after a success, until the driver is loaded again. So a node in
+// use does not count as unusable because one call failed.
+func TestCUDAWorked(t *testing.T) {
+	t.Parallel()
+	n, asked, run := withCUDA(t)
+	asked.codes = []int{999}
+	if r, err := run(); err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.CUDA == nil {
+		t.Errorf("a second run: %+v, %v; want ready", r.Verdict, err)
+	}
+	if v := n.checked(t); v.State != gpucheck.Ready || v.CUDA == nil || asked.calls[newVersion] != 1 {
+		t.Errorf("a check: %+v, %v calls; want ready, without a call", v, asked.calls)
 	}
 	n.reboot(t)
-	if r, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unusable) ||
-		r.Verdict.State != gpucheck.Unusable || asked.calls < 3 {
-		t.Errorf("after a reboot, Run = %+v, %v, %d calls; want unusable", r.Verdict, err, asked.calls)
+	if r, err := run(); !fault.Is(err, fault.Unusable) || r.Verdict.State != gpucheck.Unusable ||
+		asked.calls[newVersion] < 3 {
+		t.Errorf("after a reboot: %+v, %v, %v calls; want unusable", r.Verdict, err, asked.calls)
+	}
+	// While NVML has no healthy GPU, cuInit is not called. Its failure stays recorded.
+	before := asked.calls[newVersion]
+	n.parts.Probe = probe{n.root, 0}
+	if v := n.checked(t); v.State != gpucheck.Unusable || asked.calls[newVersion] != before {
+		t.Errorf("a check without a GPU: %+v, %v calls; want unusable, without a call", v, asked.calls)
+	}
+	n.parts.Probe = probe{n.root, 1}
+	if v := n.checked(t); v.State != gpucheck.Unusable {
+		t.Errorf("a check with the GPU again: %+v; want unusable, because CUDA still fails", v)
 	}
 	asked.codes = nil
-	if v := <-n.monitored(t); v.State != gpucheck.Ready {
-		t.Errorf("once CUDA works, a check has %+v; want ready", v)
+	if v := n.checked(t); v.State != gpucheck.Ready {
+		t.Errorf("once CUDA works: %+v; want ready", v)
 	}
 }
 
-// monitored returns the verdicts of an agent that checks the driver.
-func (n *node) monitored(t *testing.T) <-chan gpucheck.Verdict {
-	t.Helper()
-	verdicts := make(watched, 1)
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error)
-	go func() { ended <- agent.New(n.cfg, n.parts).Monitor(ctx, time.Millisecond, verdicts) }()
-	v := <-verdicts
-	cancel()
-	for {
-		select {
-		case <-verdicts:
-			continue
-		case err := <-ended:
+// TestCUDAInUse checks on which loaded drivers cuInit is called although this run did not load them: on those that no
+// run has checked since the boot, unless a program has nvidia-uvm open.
+func TestCUDAInUse(t *testing.T) {
+	t.Parallel()
+	const file = installDir + "/.prebake/verdict.json"
+	for name, row := range map[string]struct {
+		record func(raw string) string // "" means no record
+		refs   string
+		state  gpucheck.State
+	}{
+		"a record of a former release": {func(raw string) string {
+			return regexp.MustCompile(`(?s)"cuda": \{[^}]*\},`).ReplaceAllString(raw, "")
+		}, "0", gpucheck.Ready},
+		"no record":                {func(string) string { return "" }, "0", gpucheck.Unusable},
+		"no record, and a program": {func(string) string { return "" }, "1", gpucheck.Ready},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n, asked, run := withCUDA(t)
+			raw, err := os.ReadFile(filepath.Join(n.root, file))
 			if err != nil {
-				t.Error(err)
+				t.Fatal(err)
 			}
-		}
-		break
+			changed := row.record(string(raw))
+			if changed == string(raw) {
+				t.Fatalf("the record has no answer of CUDA: %s", raw)
+			}
+			sample.Write(t, n.root, file, changed)
+			if changed == "" {
+				if err := os.Remove(filepath.Join(n.root, file)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.inUse(t, row.refs)
+			asked.codes = []int{999}
+			if r, _ := run(); r.Verdict.State != row.state {
+				t.Errorf("Run = %+v; want %s", r.Verdict, row.state)
+			}
+		})
 	}
-	out := make(chan gpucheck.Verdict, 1)
-	out <- v
-	return out
 }
 
-// watched receives the verdicts of checks.
-type watched chan gpucheck.Verdict
+// checked returns the verdict of one check.
+func (n *node) checked(t *testing.T) (v gpucheck.Verdict) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	w := watched{verdicts: make(chan gpucheck.Verdict, 1), done: cancel}
+	if err := agent.New(n.cfg, n.parts).Monitor(ctx, time.Millisecond, w); err != nil {
+		t.Fatal(err)
+	}
+	return <-w.verdicts
+}
 
-func (w watched) Report(v gpucheck.Verdict) { w <- v }
-func (watched) Alive()                      {}
-func (watched) CheckStarted()               {}
-func (watched) CheckStopped()               {}
+// watched takes one verdict, and then ends the checks.
+type watched struct {
+	verdicts chan gpucheck.Verdict
+	done     func()
+}
+
+func (w watched) Report(v gpucheck.Verdict) {
+	select {
+	case w.verdicts <- v:
+	default:
+	}
+	w.done()
+}
+func (watched) Alive()        {}
+func (watched) CheckStarted() {}
+func (watched) CheckStopped() {}
 
 // TestCUDARollsBack checks that a node returns to the former driver if CUDA programs cannot start with the new one.
 func TestCUDARollsBack(t *testing.T) {
@@ -210,5 +273,8 @@ func TestCUDARollsBack(t *testing.T) {
 	got := slices.DeleteFunc(slices.Clone(n.kernel.calls), func(s string) bool { return !strings.HasPrefix(s, "load") })
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("loads (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(map[string]int{oldVersion: 2, newVersion: 2}, asked.calls); diff != "" {
+		t.Errorf("calls of cuInit (-want +got):\n%s", diff)
 	}
 }

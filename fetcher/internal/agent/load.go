@@ -73,6 +73,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 			r.did("load %s", o.Name)
 		}
 	}
+	a.cudaDue = a.cudaDue || fresh > 0
 	if err := a.makeNodes(); err != nil {
 		return "", err
 	}

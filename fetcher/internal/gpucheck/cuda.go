@@ -12,7 +12,7 @@ import (
 // CUDA is what cuInit of CUDA's library returned. Every CUDA program begins with this call. It may fail although NVML
 // lists each GPU as healthy, because NVML needs neither nvidia-uvm nor the NVLink fabric.
 type CUDA struct {
-	// Code is the return value (CUresult of cuda.h); 0 is success.
+	// Code is the return value (CUresult of cuda.h); 0 is success. CUDASilent means that cuInit did not return in time.
 	Code int `json:"code"`
 	// Name is the library's name for Code, such as CUDA_ERROR_NO_DEVICE, or "" if it has none.
 	Name string `json:"name,omitempty"`
@@ -24,11 +24,22 @@ const (
 	cudaNotReady = 802 // CUDA_ERROR_SYSTEM_NOT_READY
 )
 
+// CUDASilent is a [CUDA].Code that is no value of CUresult.
+const CUDASilent = -1
+
 func (c CUDA) String() string {
-	if c.Name == "" {
-		return fmt.Sprintf("error %d", c.Code)
+	switch {
+	case c.Code == CUDASilent:
+		return "cuInit does not return"
+	case c.Name == "":
+		return fmt.Sprintf("cuInit returns error %d", c.Code)
 	}
-	return fmt.Sprintf("%s (%d)", c.Name, c.Code)
+	return fmt.Sprintf("cuInit returns %s (%d)", c.Name, c.Code)
+}
+
+// MayPass reports whether a second call may succeed at once.
+func (c CUDA) MayPass() bool {
+	return c.Code != 0 && c.Code != CUDASilent && c.Code != cudaNotReady && c.Code != cudaNoDevice
 }
 
 // withCUDA changes a ready verdict if CUDA programs cannot start.
@@ -41,24 +52,28 @@ func (v Verdict) withCUDA() Verdict {
 		return v
 	case cudaNotReady:
 		v.State = Starting
-		v.Reason = fmt.Sprintf("CUDA programs cannot start yet: cuInit returns %s: nvidia-fabricmanager has not connected "+
-			"the GPUs, or the ready state of a confidential node is not set", v.CUDA)
+		v.Reason = fmt.Sprintf("CUDA programs cannot start yet: %s: nvidia-fabricmanager has not connected the "+
+			"GPUs, or the ready state of a confidential node is not set", v.CUDA)
 		return v
 	case cudaNoDevice:
-		if slices.ContainsFunc(v.NVML.Devices, func(d Device) bool { return d.MIG }) {
+		if !slices.ContainsFunc(v.NVML.Devices, func(d Device) bool { return !d.MIG }) {
 			v.Reason = "GPUs are in MIG mode, and CUDA programs cannot start before somebody makes MIG instances"
 			return v
 		}
 	}
 	v.State, v.UsableGPUs = Unusable, 0
-	v.Reason = fmt.Sprintf("every GPU answers NVML, but CUDA programs cannot start: cuInit returns %s", v.CUDA)
+	v.Reason = fmt.Sprintf("every GPU answers NVML, but CUDA programs cannot start: %s", v.CUDA)
 	return v
 }
+
+// noMPS keeps CUDA from connecting to the node's MPS server, by a folder without one. Otherwise it would wait there for
+// the programs of other users, or start a server that then holds the GPU (nvidia-cuda-mps-control(1)).
+const noMPS = "CUDA_MPS_PIPE_DIRECTORY=/nonexistent"
 
 // AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error means that there is no answer: the
 // library does not open, or the call does not return in time (ErrHung).
 func (p *Prober) AskCUDA(ctx context.Context, library string) (CUDA, error) {
-	stdout, stderr, err := p.run(ctx, library, "--cuda", library)
+	stdout, stderr, err := p.run(ctx, library, []string{noMPS}, "--cuda", library)
 	if err != nil && stdout == nil {
 		return CUDA{}, err
 	}

@@ -47,7 +47,8 @@ type Verdict struct {
 	NVML    NVML     `json:"nvml"`
 	// CUDA is nil if CUDA was not asked.
 	CUDA *CUDA `json:"cuda,omitempty"`
-	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML. It is 0 if CUDA cannot use them.
+	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML. It is 0 if
+	// the driver is unusable for CUDA.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.
@@ -283,6 +284,10 @@ func (v Verdict) Err() error {
 		return is(fault.NoDevice, "no GPU present: "+text,
 			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
+		if v.CUDA != nil && v.CUDA.Code != 0 && v.UsableGPUs == 0 {
+			return is(fault.Unusable, "GPU present but not usable: "+text,
+				"read the kernel log: dmesg | grep -e NVRM -e Xid; --no-cuda-check turns this check off")
+		}
 		return is(fault.Unusable, "GPU present but not usable: "+text,
 			"read the kernel log: dmesg | grep -e NVRM -e Xid; after a fatal Xid, or if NVML demands it, reset the GPU "+
 				"(nvidia-smi --gpu-reset); if this verdict stays, reboot the node")
@@ -331,7 +336,7 @@ func (v Verdict) Print(w io.Writer) error {
 		line("nvml", "no answer: %s", v.NVML.Error)
 	}
 	if v.CUDA != nil {
-		line("cuda", "cuInit returns %s", v.CUDA)
+		line("cuda", "%s", v.CUDA)
 	}
 	if v.PCIGPUs > 0 && v.NVML.Version == "" && v.NVML.Error == "" {
 		line("gpus", "%d on the PCI bus, NVML was not asked about them", v.PCIGPUs)

@@ -24,6 +24,9 @@ import (
 // TestMain lets the test binary act as nvmlprobe if its first argument is --lib or --cuda.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && (os.Args[1] == "--lib" || os.Args[1] == "--cuda") {
+		if os.Args[1] == "--cuda" && os.Getenv("CUDA_MPS_PIPE_DIRECTORY") != "/nonexistent" {
+			os.Exit(1) // CUDA would connect to the MPS server of the node
+		}
 		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // the test puts the answer in place of the library's folder
 		os.Exit(strings.Count(os.Args[2], "fail"))
 	}
@@ -79,6 +82,12 @@ func TestJudge(t *testing.T) {
 		{"no GPU answers", func(f *gpucheck.Facts) { f.NVML.Devices = nil }, gpucheck.Unusable, fault.Unusable},
 		{"CUDA works", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{} }, gpucheck.Ready, fault.Internal},
 		{"CUDA fails", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{Code: 999} }, gpucheck.Unusable, fault.Unusable},
+		{"CUDA does not answer", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{Code: gpucheck.CUDASilent} },
+			gpucheck.Unusable, fault.Unusable},
+		{"no CUDA device beside MIG", func(f *gpucheck.Facts) {
+			f.GPUs, f.CUDA = append(f.GPUs, "0000:00:05.0"), &gpucheck.CUDA{Code: 100}
+			f.NVML.Devices = []gpucheck.Device{{MIG: true}, {}}
+		}, gpucheck.Unusable, fault.Unusable},
 		{"CUDA waits", func(f *gpucheck.Facts) { f.CUDA = &gpucheck.CUDA{Code: 802} }, gpucheck.Starting, fault.Unusable},
 		{"device error", func(f *gpucheck.Facts) { f.NVML.Error = "device 0 is lost" }, gpucheck.Unusable, fault.Unusable},
 	}

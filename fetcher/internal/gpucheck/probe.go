@@ -64,15 +64,17 @@ func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML,
 	if persist {
 		args = append(args, "--persist")
 	}
-	stdout, stderr, err := p.run(ctx, library, args...)
+	stdout, stderr, err := p.run(ctx, library, nil, args...)
 	if err != nil && stdout == nil {
 		return NVML{}, err
 	}
 	return parseAnswer(stdout, stderr, err)
 }
 
-// run runs the probe for a library. If the probe did not run or end, stdout is nil. Otherwise err is its exit status.
-func (p *Prober) run(ctx context.Context, library string, args ...string) (stdout []byte, stderr string, err error) {
+// run runs the probe for a library. Its environment is env and the library's folder. If the probe did not run or end,
+// stdout is nil. Otherwise err is its exit status.
+func (p *Prober) run(ctx context.Context, library string, env []string, args ...string) (stdout []byte, stderr string,
+	err error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
 		since := p.since
@@ -91,7 +93,7 @@ func (p *Prober) run(ctx context.Context, library string, args ...string) (stdou
 	go func() {
 		defer cancel()
 		var o outcome
-		o.stdout, o.stderr, o.err = p.start(ctx, library, args...)
+		o.stdout, o.stderr, o.err = p.start(ctx, library, env, args...)
 		p.mu.Lock()
 		p.since = time.Time{}
 		p.mu.Unlock()
@@ -116,7 +118,8 @@ func hung(d time.Duration) error {
 }
 
 // start starts the probe and waits for its end. The results are those of run.
-func (p *Prober) start(ctx context.Context, library string, args ...string) (stdout []byte, stderr string, err error) {
+func (p *Prober) start(ctx context.Context, library string, env []string, args ...string) (stdout []byte, stderr string,
+	err error) {
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.Node.Dir() != "/" {
@@ -127,9 +130,9 @@ func (p *Prober) start(ctx context.Context, library string, args ...string) (std
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Path, cmd.Err = program, nil // exec looked for the program in the fetcher's root: ignore its result
-	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
+	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, append([]string{}, env...)
 	if filepath.IsAbs(library) {
-		cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(library)}
+		cmd.Env = append(cmd.Env, "LD_LIBRARY_PATH="+filepath.Dir(library))
 	}
 	var out, errs limited
 	cmd.Stdout, cmd.Stderr = &out, &errs

@@ -69,7 +69,7 @@ func New(now func() time.Time) *Server {
 			Help: "NVIDIA GPUs on the PCI bus."},
 			func() float64 { return float64(s.valid().PCIGPUs) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "gpus_usable",
-			Help: "GPUs that answer NVML; 0 if CUDA programs cannot start."},
+			Help: "GPUs that answer NVML; 0 if they are unusable for CUDA."},
 			func() float64 { return float64(s.valid().UsableGPUs) }))
 	s.mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	s.mux.HandleFunc("GET /healthz", s.healthz)
