@@ -118,6 +118,11 @@ func TestCUDA(t *testing.T) {
 			if row.state == gpucheck.Unusable && r.Verdict.UsableGPUs != 0 {
 				t.Errorf("%d GPUs are usable; want 0", r.Verdict.UsableGPUs)
 			}
+			if row.state == gpucheck.Ready { // a ready node is not asked again
+				if v := n.checked(t); v.State != gpucheck.Ready || row.cuda.calls[newVersion] != row.calls {
+					t.Errorf("a check: %+v, %v calls; want ready, %d calls", v, row.cuda.calls, row.calls)
+				}
+			}
 			// fetcher status reads the record.
 			if s, err := agent.New(n.cfg, n.parts).Status(t.Context()); err != nil ||
 				(s.Verdict.State != row.state || s.Verdict.Reason != r.Verdict.Reason) {
@@ -175,6 +180,25 @@ func TestCUDAWorked(t *testing.T) {
 	asked.codes = nil
 	if v := n.checked(t); v.State != gpucheck.Ready {
 		t.Errorf("once CUDA works: %+v; want ready", v)
+	}
+}
+
+// TestCUDAAfterLoad checks that cuInit is called again if a run loads nvidia-uvm alone.
+func TestCUDAAfterLoad(t *testing.T) {
+	t.Parallel()
+	n, asked, run := withCUDA(t)
+	const file = "proc/modules"
+	raw, err := os.ReadFile(filepath.Join(n.root, file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, n.root, file, regexp.MustCompile(`(?m)^nvidia_uvm .*\n`).ReplaceAllString(string(raw), ""))
+	if err := os.RemoveAll(filepath.Join(n.root, "sys/module/nvidia_uvm")); err != nil {
+		t.Fatal(err)
+	}
+	asked.codes = []int{999}
+	if r, err := run(); !fault.Is(err, fault.Unusable) || !slices.Contains(n.kernel.calls, "load nvidia_uvm "+newVersion) {
+		t.Errorf("Run = %+v, %v, system calls %v; want nvidia_uvm loaded, and unusable", r.Verdict, err, n.kernel.calls)
 	}
 }
 
