@@ -333,8 +333,8 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		}
 		s.wanted, s.none = wanted, none
 	}
-	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
+	excused := a.upToDate(r.Answer, d.set, s, silent)
 	var waiting []string // digests of inactive drivers and layers that stay on the disk
 	if fault.Is(s.none, fault.DiskFull) {
 		for _, l := range r.layers { // the next run need not fetch the complete layers again
@@ -372,7 +372,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			}
 		}
 		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
-			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, s)
+			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, d.set, s)
 			if w := s.waiting(); w != nil && !serves(w, s.question) {
 				a.dropWaiting(ctx, r, store, s)
 			}

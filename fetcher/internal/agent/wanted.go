@@ -106,12 +106,12 @@ func (a *Agent) isWanted(set *install.Set, q resolve.Question) bool {
 	return serves(set, q)
 }
 
-// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. silent
-// is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server does not
-// know, and a web page or wrong bytes in place of a source are always errors.
-func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
+// upToDate reports whether the driver that stays active matches the wish, so that the run succeeds without an artifact.
+// silent is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server
+// does not know, and a web page or wrong bytes in place of a source are always errors.
+func (a *Agent) upToDate(answer resolve.Answer, set *install.Set, s nodeState, silent bool) bool {
 	switch {
-	case s.wanted != nil || a.wanted.err != nil || !servesNamed(s.current, s.question, answer.Driver) ||
+	case s.wanted != nil || a.wanted.err != nil || !servesNamed(set, s.question, answer.Driver) ||
 		answer.State == api.Yanked || lacksList(answer, s.question) || fault.Is(s.none, fault.WebPage) ||
 		resolve.IsOtherService(s.none):
 		return false
@@ -138,11 +138,11 @@ func lacksList(answer resolve.Answer, q resolve.Question) bool {
 
 // isUnconfirmed reports whether the farm may name another driver than the installed one later. It is false for an exact
 // version and for a digest, and if no source is configured.
-func isUnconfirmed(answer resolve.Answer, s nodeState) bool {
+func isUnconfirmed(answer resolve.Answer, set *install.Set, s nodeState) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || answer.Source == resolve.SourceNone {
 		return false
 	}
-	return resolve.Passing(s.none) || answer.Driver.Version != s.current.Driver.Version
+	return resolve.Passing(s.none) || answer.Driver.Version != set.Driver.Version
 }
 
 // dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back.
