@@ -97,13 +97,37 @@ func (a *Agent) pin() string {
 	return a.cfg.Pin
 }
 
+// wishText returns a wish as text. If the owner wants only one artifact, that is its digest.
+func wishText(wish target.Wish, pin string) string { return cmp.Or(pin, string(wish)) }
+
 // isWanted reports whether a driver that waits on the disk may become active. If the wish cannot be read at the moment,
-// the driver may become active, because a run that knew the wish chose it.
-func (a *Agent) isWanted(set *install.Set, q resolve.Question) bool {
+// the driver may become active, because a run that knew the wish chose it. Otherwise the driver must wait for the
+// present wish, or have the exact version or digest that is wanted. It is not enough that it matches: almost every
+// driver matches the wish default.
+func (a *Agent) isWanted(set *install.Set, s nodeState) bool {
 	if a.wanted.err != nil {
 		return resolve.Passing(a.wanted.err)
 	}
-	return serves(set, q)
+	at, q := s.attempts[set.Digest], s.question
+	return serves(set, q) && (namesOne(q) || at == nil || at.Wish == "" || at.Wish == wishText(q.Wish, q.Pin))
+}
+
+// namesOne reports whether the question is for an exact version, or for one artifact by its digest.
+func namesOne(q resolve.Question) bool {
+	_, exact := q.Wish.Exact()
+	return exact || q.Pin != ""
+}
+
+// bootOrder returns the drivers that start may load, in the order of their trial. Some may be nil.
+func (a *Agent) bootOrder(s nodeState) []*install.Set {
+	waiting, first, second := s.waiting(), s.current, s.previous
+	if waiting != nil && !a.isWanted(waiting, s) {
+		waiting = nil
+	}
+	if a.wanted.err == nil && namesOne(s.question) && serves(second, s.question) && !serves(first, s.question) {
+		first, second = second, first
+	}
+	return []*install.Set{waiting, first, second}
 }
 
 // upToDate reports whether the driver that stays active matches the wish, so that the run succeeds without an artifact.
@@ -139,10 +163,23 @@ func lacksList(answer resolve.Answer, q resolve.Question) bool {
 // isUnconfirmed reports whether the farm may name another driver than the installed one later. It is false for an exact
 // version and for a digest, and if no source is configured.
 func isUnconfirmed(answer resolve.Answer, set *install.Set, s nodeState) bool {
-	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || answer.Source == resolve.SourceNone {
+	if namesOne(s.question) || answer.Source == resolve.SourceNone {
 		return false
 	}
 	return resolve.Passing(s.none) || answer.Driver.Version != set.Driver.Version
+}
+
+// dropUnwanted records that no driver waits for the next boot, if the driver that waits is not wanted any more. It
+// reports whether it did so. If the wish is not known, the driver waits.
+func (a *Agent) dropUnwanted(ctx context.Context, r *Report, store *install.Store, s nodeState) bool {
+	set := s.waiting()
+	if set == nil || a.wanted.err != nil || s.waitsForRollback() || a.isWanted(set, s) {
+		return false
+	}
+	a.parts.Log.InfoContext(ctx, "a driver does not wait for the next boot any more", "driver", set.Driver,
+		"digest", set.Digest)
+	a.dropWaiting(ctx, r, store, s)
+	return true
 }
 
 // dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back.
