@@ -205,6 +205,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if r.Relabelled = a.relabelled(ctx); r.Relabelled { // the next run asks for the other driver
 			return err
 		}
+		a.whileWatching(ctx, current, func() { answer, none = a.askAgain(ctx, a.question(facts), answer, none) })
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 		r.Pending, r.Waiting = "", r.Waiting[:waiting]
 	}

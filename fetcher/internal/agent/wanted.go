@@ -130,6 +130,27 @@ func (a *Agent) bootOrder(s nodeState) []*install.Set {
 	return []*install.Set{waiting, first, second}
 }
 
+// askAgain asks the farm again for the driver that an answer names, after a wait for an idle GPU: the driver may have
+// been withdrawn during the wait. If the farm does not respond, or has no artifact now, the given answer holds, as it
+// does for a driver that waits for a boot. It also holds if a registry responds in place of a server. none is the
+// reason why the given answer has no artifact; then askAgain does not ask.
+func (a *Agent) askAgain(ctx context.Context, q resolve.Question, answer resolve.Answer, none error) (resolve.Answer,
+	error) {
+	if none != nil {
+		return answer, none
+	}
+	now, err := a.parts.Finder.Find(ctx, q)
+	switch {
+	case err != nil:
+		a.parts.Log.WarnContext(ctx, "could not ask for the driver again after the wait for an idle GPU", "err", err)
+	case now.State.Withdrawn():
+		return now, now.Err()
+	case now.State == api.Published && (now.Source != resolve.SourceRegistry || answer.Source == now.Source):
+		return now, nil
+	}
+	return answer, nil
+}
+
 // upToDate reports whether the driver that stays active matches the wish, so that the run succeeds without an artifact.
 // silent is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server
 // does not know, and a web page or wrong bytes in place of a source are always errors.
@@ -169,11 +190,18 @@ func isUnconfirmed(answer resolve.Answer, set *install.Set, s nodeState) bool {
 	return resolve.Passing(s.none) || answer.Driver.Version != set.Driver.Version
 }
 
-// dropUnwanted records that no driver waits for the next boot, if the driver that waits is not wanted any more. It
-// reports whether it did so. If the wish is not known, the driver waits.
+// withdraws reports whether the farm withdraws this driver. A server names the version alone, and only if it has no
+// published artifact of that version for this node.
+func withdraws(answer resolve.Answer, set *install.Set) bool {
+	return answer.State.Withdrawn() && (answer.Digest == set.Digest || answer.Driver.Version == set.Driver.Version)
+}
+
+// dropUnwanted records that no driver waits for the next boot, if the driver that waits is not wanted any more, or if
+// the farm's answer in the report withdraws it. It reports whether it did so. If the wish is not known, the driver
+// waits.
 func (a *Agent) dropUnwanted(ctx context.Context, r *Report, store *install.Store, s nodeState) bool {
 	set := s.waiting()
-	if set == nil || a.wanted.err != nil || s.waitsForRollback() || a.isWanted(set, s) {
+	if set == nil || a.wanted.err != nil || s.waitsForRollback() || a.isWanted(set, s) && !withdraws(r.Answer, set) {
 		return false
 	}
 	a.parts.Log.InfoContext(ctx, "a driver does not wait for the next boot any more", "driver", set.Driver,

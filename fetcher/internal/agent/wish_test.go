@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -200,6 +202,102 @@ func TestCrashOfADriverOfAFormerWish(t *testing.T) {
 	if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" || err != nil ||
 		r.Verdict.Digest != all[oldVersion].Digest {
 		t.Errorf("Run = %s, %v; want the former driver; system calls (-want +got):\n%s", r.Verdict.Driver, err, diff)
+	}
+}
+
+// TestWithdrawnWaits lets a driver wait for the next boot. Then the farm says that a driver is yanked or in quarantine.
+// If it is the one that waits, the boot must not load it, although no source responds then.
+func TestWithdrawnWaits(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		state  api.State
+		driver string // the version that the farm withdraws
+		kind   fault.Kind
+		loaded bool // whether the boot loads the driver that waits
+	}{
+		{api.Yanked, newVersion, fault.NoArtifact, false},
+		{api.Quarantined, newVersion, fault.Internal, false},
+		{api.Quarantined, branchVersion, fault.Internal, true},
+	} {
+		n, all := threeDrivers(t, oldVersion)
+		n.inUse(t, "1")
+		n.parts.Finder = finder{answer: all[newVersion]}
+		if _, err := n.runAs(t); !fault.Is(err, fault.Busy) {
+			t.Fatalf("Run with a driver in use = %v; want busy", err)
+		}
+		// A server names no digest in this answer.
+		n.parts.Finder = finder{answer: resolve.Answer{State: row.state, Source: resolve.SourceServer,
+			Driver: all[row.driver].Driver, Reason: "panics"}}
+		r, err := n.runAs(t)
+		if (err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) ||
+			(r.Pending != "") != row.loaded || r.Verdict.Digest != all[oldVersion].Digest {
+			t.Errorf("%s %s: Run = %s, %v, pending %q; want the active driver, %v, and a driver pending: %t", row.driver,
+				row.state, r.Verdict.Driver, err, r.Pending, row.kind, row.loaded)
+		}
+		n.reboot(t)
+		n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+		want := oldVersion
+		if row.loaded {
+			want = newVersion
+		}
+		r, err = n.runAs(t)
+		if diff := cmp.Diff(loads(want), n.kernel.calls); diff != "" || r.Verdict.Digest != all[want].Digest {
+			t.Errorf("%s %s: Run after the boot = %s, %v; system calls (-want +got):\n%s", row.driver, row.state,
+				r.Verdict.Driver, err, diff)
+		}
+	}
+}
+
+// TestWithdrawnDuringWaitIdle changes what the farm says while a run waits for an idle GPU. The run must not load a
+// driver that was withdrawn meanwhile. It must load the driver that the farm names then; or the first one, if the farm
+// does not respond or only a registry does.
+func TestWithdrawnDuringWaitIdle(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name string
+		then func(all map[string]resolve.Answer) finder
+		kind fault.Kind // Internal means no error
+		want string
+	}{
+		{"yanked", func(all map[string]resolve.Answer) finder {
+			return finder{answer: resolve.Answer{State: api.Yanked, Source: resolve.SourceServer,
+				Driver: all[newVersion].Driver}}
+		}, fault.NoArtifact, oldVersion},
+		{"in quarantine", func(all map[string]resolve.Answer) finder {
+			return finder{answer: resolve.Answer{State: api.Quarantined, Source: resolve.SourceServer,
+				Driver: all[newVersion].Driver}}
+		}, fault.Internal, oldVersion},
+		{"another driver", func(all map[string]resolve.Answer) finder { return finder{answer: all[branchVersion]} },
+			fault.Internal, branchVersion},
+		{"a registry's driver", func(all map[string]resolve.Answer) finder {
+			a := all[oldVersion]
+			a.Source = resolve.SourceRegistry
+			return finder{answer: a}
+		}, fault.Internal, newVersion},
+		{"no response", func(map[string]resolve.Answer) finder {
+			return finder{err: fault.New(fault.Transient, "nobody answers", "")}
+		}, fault.Internal, newVersion},
+		{"unknown", func(map[string]resolve.Answer) finder {
+			return finder{answer: resolve.Answer{State: api.Unknown, Source: resolve.SourceServer}}
+		}, fault.Internal, newVersion},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				n, all := threeDrivers(t, oldVersion)
+				n.inUse(t, "1")
+				n.cfg.WaitIdle = time.Minute
+				farm := &finder{answer: all[newVersion]}
+				n.parts.Finder = farm
+				a := agent.New(n.cfg, n.parts)
+				a.Watch(&ending{&told{}, func() { *farm = row.then(all); n.inUse(t, "0") }})
+				r, err := a.Run(t.Context())
+				if (err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) ||
+					r.Verdict.Digest != all[row.want].Digest || r.Pending != "" {
+					t.Errorf("Run = %s, %v, pending %q; want %s, %v", r.Verdict.Driver, err, r.Pending, row.want, row.kind)
+				}
+			})
+		})
 	}
 }
 
