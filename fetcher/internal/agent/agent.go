@@ -206,6 +206,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		if r.Relabelled = a.relabelled(ctx); r.Relabelled { // the next run asks for the other driver
 			return err
 		}
+		a.whileWatching(ctx, current, func() { answer, none = a.askAgain(ctx, a.question(facts), answer, none) })
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 		r.Pending, r.Waiting = "", r.Waiting[:waiting]
 	}
@@ -233,7 +234,7 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //
 //  1. the driver that waits (attempt.Next);
 //  2. the current driver;
-//  3. the previous driver;
+//  3. the previous driver, but before the current one if the wish is an exact version that only the previous one has;
 //  4. the current driver, even if an operator rolled it back; and also if it was refused at first because the node had
 //     another driver, and that driver has failed by now.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
@@ -257,18 +258,15 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	if err != nil || a.cfg.NoLoad {
 		return s.current, err
 	}
+	a.dropUnwanted(ctx, r, store, s)
 	if len(s.facts.Modules) > 0 {
 		if s.current != nil && s.runs(s.current) && fitsNode(s.current, s.facts) == nil && s.incomplete() {
 			a.try(ctx, r, store, s, s.current)
 		}
 		return store.Current()
 	}
-	waiting := s.waiting()
-	if waiting != nil && !a.isWanted(waiting, s.question) { // it does not match the present wish
-		waiting = nil
-	}
 	tried := map[string]bool{} // by digest
-	for _, set := range []*install.Set{waiting, s.current, s.previous} {
+	for _, set := range a.bootOrder(s) {
 		if set == nil || fitsNode(set, s.facts) != nil || s.refused(set) != nil {
 			continue
 		}
@@ -334,8 +332,8 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		}
 		s.wanted, s.none = wanted, none
 	}
-	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
+	excused := a.upToDate(r.Answer, d.set, s, silent)
 	var waiting []string // digests of inactive drivers and layers that stay on the disk
 	if fault.Is(s.none, fault.DiskFull) {
 		for _, l := range r.layers { // the next run need not fetch the complete layers again
@@ -347,7 +345,8 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
-		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
+		dropped := a.dropUnwanted(ctx, r, store, s)
+		if !dropped && serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
 			r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", set.Driver,
 				short(set.Digest))
 		}
@@ -373,10 +372,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			}
 		}
 		if excused && s.refused(d.set) == nil { // a refused driver stays only until its rollback is possible
-			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, s)
-			if w := s.waiting(); w != nil && !serves(w, s.question) {
-				a.dropWaiting(ctx, r, store, s)
-			}
+			d.err, r.Unconfirmed = nil, isUnconfirmed(r.Answer, d.set, s)
 		}
 		r.Answer = keptAnswer(d.set)
 		r.Answer.Reason = reason.Error()
@@ -388,8 +384,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	// Only the wanted driver may be loaded at the next boot. A registry may lack the driver that waits, if another source
 	// named that one.
-	if err == nil && s.wanted != nil && d.set.Digest == s.wanted.Digest &&
-		(r.Answer.Source != resolve.SourceRegistry || !serves(s.waiting(), s.question)) {
+	if s.wanted != nil && d.set.Digest == s.wanted.Digest && r.Answer.Source != resolve.SourceRegistry {
 		a.dropWaiting(ctx, r, store, s)
 	}
 	if resolve.Passing(d.err) {

@@ -52,6 +52,9 @@ type attempt struct {
 	Firmware string `json:"firmware,omitempty"`
 	// Next means that this driver is loaded as soon as no other driver is, for example after a reboot.
 	Next bool `json:"next,omitempty"`
+	// Wish is the wish for which the driver with Next waits (see wishText). It is "" if an operator rolled back to this
+	// driver, and in records of releases that did not store it.
+	Wish string `json:"wish,omitempty"`
 }
 
 // attempts has the record of each driver, by the digest of the driver's artifact.
@@ -301,8 +304,9 @@ func (all attempts) precious(boot string) bool {
 	return false
 }
 
-// noteNext sets Next in the record of the driver with this digest, and clears Next in all other records. If rolledBack
-// is not "", the same write also records that an operator rolled back the driver with that digest.
+// noteNext sets Next in the record of the driver with this digest, for the present wish, and clears Next in all other
+// records. If rolledBack is not "", the same write also records that an operator rolled back the driver with that
+// digest. Then the driver waits whatever the wish is.
 func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -322,7 +326,9 @@ func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error 
 		all[rolledBack].ByHand = true
 	}
 	for other, at := range all {
-		at.Next = other == digest
+		if at.Next, at.Wish = other == digest, ""; at.Next && rolledBack == "" {
+			at.Wish = wishText(a.wanted.wish, a.pin())
+		}
 	}
 	if err := a.writeAttempts(store, all); err != nil || rolledBack == "" {
 		return err

@@ -24,7 +24,7 @@ func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store 
 	}
 	d := decide(s)
 	a.plan(r, s, d)
-	if d.set != nil && a.upToDate(r.Answer, s, silent) {
+	if d.set != nil && a.upToDate(r.Answer, d.set, s, silent) {
 		return nil
 	}
 	return d.err

@@ -97,21 +97,66 @@ func (a *Agent) pin() string {
 	return a.cfg.Pin
 }
 
+// wishText returns a wish as text. If the owner wants only one artifact, that is its digest.
+func wishText(wish target.Wish, pin string) string { return cmp.Or(pin, string(wish)) }
+
 // isWanted reports whether a driver that waits on the disk may become active. If the wish cannot be read at the moment,
-// the driver may become active, because a run that knew the wish chose it.
-func (a *Agent) isWanted(set *install.Set, q resolve.Question) bool {
+// the driver may become active, because a run that knew the wish chose it. Otherwise the driver must wait for the
+// present wish, or have the exact version or digest that is wanted. It is not enough that it matches: almost every
+// driver matches the wish default.
+func (a *Agent) isWanted(set *install.Set, s nodeState) bool {
 	if a.wanted.err != nil {
 		return resolve.Passing(a.wanted.err)
 	}
-	return serves(set, q)
+	at, q := s.attempts[set.Digest], s.question
+	return serves(set, q) && (namesOne(q) || at == nil || at.Wish == "" || at.Wish == wishText(q.Wish, q.Pin))
 }
 
-// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. silent
-// is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server does not
-// know, and a web page or wrong bytes in place of a source are always errors.
-func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
+// namesOne reports whether the question is for an exact version, or for one artifact by its digest.
+func namesOne(q resolve.Question) bool {
+	_, exact := q.Wish.Exact()
+	return exact || q.Pin != ""
+}
+
+// bootOrder returns the drivers that start may load, in the order of their trial. Some may be nil.
+func (a *Agent) bootOrder(s nodeState) []*install.Set {
+	waiting, first, second := s.waiting(), s.current, s.previous
+	if waiting != nil && !a.isWanted(waiting, s) {
+		waiting = nil
+	}
+	if a.wanted.err == nil && namesOne(s.question) && serves(second, s.question) && !serves(first, s.question) {
+		first, second = second, first
+	}
+	return []*install.Set{waiting, first, second}
+}
+
+// askAgain asks the farm again for the driver that an answer names, after a wait for an idle GPU: the driver may have
+// been withdrawn during the wait. If the farm does not respond, or has no artifact now, the given answer holds, as it
+// does for a driver that waits for a boot. It also holds if a registry responds in place of a server. none is the
+// reason why the given answer has no artifact; then askAgain does not ask.
+func (a *Agent) askAgain(ctx context.Context, q resolve.Question, answer resolve.Answer, none error) (resolve.Answer,
+	error) {
+	if none != nil {
+		return answer, none
+	}
+	now, err := a.parts.Finder.Find(ctx, q)
 	switch {
-	case s.wanted != nil || a.wanted.err != nil || !servesNamed(s.current, s.question, answer.Driver) ||
+	case err != nil:
+		a.parts.Log.WarnContext(ctx, "could not ask for the driver again after the wait for an idle GPU", "err", err)
+	case now.State.Withdrawn():
+		return now, now.Err()
+	case now.State == api.Published && (now.Source != resolve.SourceRegistry || answer.Source == now.Source):
+		return now, nil
+	}
+	return answer, nil
+}
+
+// upToDate reports whether the driver that stays active matches the wish, so that the run succeeds without an artifact.
+// silent is true if the farm offers no artifact. A yanked driver, a failed verification, a GPU type that the server
+// does not know, and a web page or wrong bytes in place of a source are always errors.
+func (a *Agent) upToDate(answer resolve.Answer, set *install.Set, s nodeState, silent bool) bool {
+	switch {
+	case s.wanted != nil || a.wanted.err != nil || !servesNamed(set, s.question, answer.Driver) ||
 		answer.State == api.Yanked || lacksList(answer, s.question) || fault.Is(s.none, fault.WebPage) ||
 		resolve.IsOtherService(s.none):
 		return false
@@ -138,11 +183,31 @@ func lacksList(answer resolve.Answer, q resolve.Question) bool {
 
 // isUnconfirmed reports whether the farm may name another driver than the installed one later. It is false for an exact
 // version and for a digest, and if no source is configured.
-func isUnconfirmed(answer resolve.Answer, s nodeState) bool {
-	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || answer.Source == resolve.SourceNone {
+func isUnconfirmed(answer resolve.Answer, set *install.Set, s nodeState) bool {
+	if namesOne(s.question) || answer.Source == resolve.SourceNone {
 		return false
 	}
-	return resolve.Passing(s.none) || answer.Driver.Version != s.current.Driver.Version
+	return resolve.Passing(s.none) || answer.Driver.Version != set.Driver.Version
+}
+
+// withdraws reports whether the farm withdraws this driver. A server names the version alone, and only if it has no
+// published artifact of that version for this node.
+func withdraws(answer resolve.Answer, set *install.Set) bool {
+	return answer.State.Withdrawn() && (answer.Digest == set.Digest || answer.Driver.Version == set.Driver.Version)
+}
+
+// dropUnwanted records that no driver waits for the next boot, if the driver that waits is not wanted any more, or if
+// the farm's answer in the report withdraws it. It reports whether it did so. If the wish is not known, the driver
+// waits.
+func (a *Agent) dropUnwanted(ctx context.Context, r *Report, store *install.Store, s nodeState) bool {
+	set := s.waiting()
+	if set == nil || a.wanted.err != nil || s.waitsForRollback() || a.isWanted(set, s) && !withdraws(r.Answer, set) {
+		return false
+	}
+	a.parts.Log.InfoContext(ctx, "a driver does not wait for the next boot any more", "driver", set.Driver,
+		"digest", set.Digest)
+	a.dropWaiting(ctx, r, store, s)
+	return true
 }
 
 // dropWaiting records that no driver waits for the next boot, unless it is a driver to which an operator rolled back.
