@@ -22,8 +22,8 @@ import (
 )
 
 // cuda stands in for cuInit. Each call takes the next code, and the last code stays. While the driver version unfit is
-// installed, all calls return unknown error. The codes are those of cuda.h. NVIDIA's own library returned 0, 100 and 999
-// on a machine with an H200 (see nvmlprobe's TestCUDA).
+// installed, all calls return unknown error. The codes are those of cuda.h. NVIDIA's own library returned 0, 100 and
+// 999 on a machine with an H200 (see nvmlprobe's TestCUDA).
 type cuda struct {
 	root, unfit string
 	codes       []int
@@ -112,8 +112,8 @@ func TestCUDA(t *testing.T) {
 			r, err := n.run(t, from, digest, c.Driver)
 			if r.Verdict.State != row.state || row.cuda.calls[newVersion] != row.calls || (err == nil) != (row.err == "") ||
 				err != nil && !strings.Contains(err.Error(), row.err) || !strings.Contains(r.Verdict.Reason, row.reason) {
-				t.Errorf("Run = %+v, %v, %d calls; want %s, %q, %q, %d calls", r.Verdict, err, row.cuda.calls[newVersion], row.state,
-					row.err, row.reason, row.calls)
+				t.Errorf("Run = %+v, %v, %d calls; want %s, %q, %q, %d calls", r.Verdict, err, row.cuda.calls[newVersion],
+					row.state, row.err, row.reason, row.calls)
 			}
 			if row.state == gpucheck.Unusable && r.Verdict.UsableGPUs != 0 {
 				t.Errorf("%d GPUs are usable; want 0", r.Verdict.UsableGPUs)
