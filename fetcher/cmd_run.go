@@ -79,8 +79,8 @@ func checkLabel(cmd *ucli.Command) error {
 		"driver-label")
 }
 
-// checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
-const checkTimeout = 3 * time.Minute
+// checkTimeout is an upper bound for one check of the driver. The probes of NVML and CUDA time out earlier.
+const checkTimeout = 5 * time.Minute
 
 // runTimeout is the longest expected time between two verdicts during a run. While a run waits for the network, it
 // checks the active driver each minute. While it replaces the driver, it makes no checks.

@@ -269,9 +269,6 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 		v.State, v.Reason = gpucheck.Staged, "installed; loading was turned off (--no-load)"
 		return v, nil
 	}
-	outer := ctx
-	ctx, cancel := context.WithTimeoutCause(ctx, checkTime, errSlow)
-	defer cancel()
 	if _, ok := f.Modules["nvidia"]; ok {
 		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary), a.cfg.Persistence); err != nil {
 			return gpucheck.Verdict{}, err
@@ -280,8 +277,8 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 	}
 	f.Since = xids
 	v := a.judgeDriver(ctx, set, f, facts)
-	if err := outer.Err(); err != nil { // the answer of CUDA may be missing
-		return gpucheck.Verdict{}, context.Cause(outer)
+	if ctx.Err() != nil { // the answer of CUDA may be missing
+		return gpucheck.Verdict{}, context.Cause(ctx)
 	}
 	v.NVRM = kmod.NVRM(a.loader.Since(mark), 8) // with what the driver logged about CUDA
 	if v.State == gpucheck.Ready {

@@ -38,8 +38,7 @@ type Agent struct {
 	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
 	xids   xidWatch
-	// cudaDue means that modules were loaded, and that cuInit was not called since.
-	cudaDue bool
+	cuda   cudaWatch
 	// watcher receives the driver's state while a run waits. It is nil if nobody watches.
 	watcher Watcher
 	// checked holds the layers that this run compared with their signed content; seen holds those of earlier runs. Both

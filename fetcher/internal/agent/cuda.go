@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
-	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // cudaLibrary is the path of CUDA's library below the install folder.
@@ -20,44 +20,53 @@ const cudaLibrary = "lib64/libcuda.so.1"
 // cudaPause is the time between a failed cuInit and a second try. A failure may be short, such as too little memory.
 const cudaPause = time.Second
 
-// checkTime is the longest time of NVML and CUDA together in one check.
-const checkTime = 2 * time.Minute
-
-// errSlow is the error of a check that took longer than checkTime.
-var errSlow = fault.Wrap(fault.Unusable, gpucheck.ErrHung, "read the kernel log: dmesg | grep NVRM")
+// cudaWatch is what this process knows about CUDA since it loaded modules last.
+type cudaWatch struct {
+	due bool // modules were loaded, and cuInit was not called since
+	// answer is what cuInit returned with driver. It may be nil although cuInit was due: then it could not be called.
+	answer *gpucheck.CUDA
+	driver target.Driver
+}
 
 // judgeDriver judges the facts about the active driver, and calls cuInit if that is due. It is due after each load, and
 // then at each check until it succeeds. Otherwise programs may use the GPUs already, and a node in use must not count
-// as unusable because one call failed, such as for a lack of memory. ctx limits NVML and CUDA together.
+// as unusable because one call failed, such as for a lack of memory.
 func (a *Agent) judgeDriver(ctx context.Context, set *install.Set, f gpucheck.Facts,
 	facts *host.Facts) gpucheck.Verdict {
-	last, due := a.lastCUDA(set, facts)
-	v := gpucheck.Judge(f)
-	if due && v.State == gpucheck.Ready {
-		f.CUDA, a.cudaDue = a.askCUDA(ctx), false
-	} else {
-		f.CUDA = last
+	if a.parts.CUDA == nil || a.cfg.NoCUDA {
+		return gpucheck.Judge(f)
+	}
+	last, due := a.lastCUDA(set)
+	usable := gpucheck.Judge(f).State == gpucheck.Ready // as NVML reports
+	f.CUDA = last
+	failed := gpucheck.Judge(f).State != gpucheck.Ready
+	// If a program has nvidia-uvm open, it uses CUDA.
+	inUse := slices.ContainsFunc(facts.Modules, func(m host.Module) bool {
+		return m.Name == "nvidia_uvm" && m.Refs > len(m.UsedBy)
+	})
+	if usable && (failed || due && !inUse) {
+		if answer := a.askCUDA(ctx); ctx.Err() == nil {
+			a.cuda = cudaWatch{answer: answer, driver: set.Driver.Modules()}
+			f.CUDA = answer
+		}
 	}
 	return gpucheck.Judge(f)
 }
 
-// lastCUDA returns the recorded answer of cuInit since the load of this driver, and whether cuInit must be called.
-func (a *Agent) lastCUDA(set *install.Set, facts *host.Facts) (last *gpucheck.CUDA, due bool) {
-	if a.parts.CUDA == nil || a.cfg.NoCUDA {
-		return nil, false
-	}
+// lastCUDA returns the last answer of cuInit since the load of this driver, and whether cuInit must be called, because
+// there is none. The record counts first, because another process may have written it.
+func (a *Agent) lastCUDA(set *install.Set) (last *gpucheck.CUDA, due bool) {
 	rec := a.readRecord()
 	switch {
-	case a.cudaDue:
+	case a.cuda.due:
 		return nil, true
-	case rec == nil || rec.Verdict.Driver.Modules() != set.Driver.Modules():
-		// No run has checked this driver since the boot, or it was another installer's until now. A CUDA program may run.
-		return nil, !slices.ContainsFunc(facts.Modules, func(m host.Module) bool {
-			return m.Name == "nvidia_uvm" && m.Refs > len(m.UsedBy)
-		})
+	case rec != nil && rec.Verdict.Driver.Modules() == set.Driver.Modules():
+		last = rec.Verdict.CUDA
+		return last, last == nil && rec.Verdict.State != gpucheck.Ready
+	case a.cuda.driver == set.Driver.Modules(): // the record could not be written
+		return a.cuda.answer, false
 	}
-	last = rec.Verdict.CUDA
-	return last, last != nil && last.Code != 0 && rec.Verdict.State != gpucheck.Ready
+	return nil, true // no run has checked this driver since the boot
 }
 
 // askCUDA calls cuInit, and once more if it failed. It returns nil if it cannot call cuInit. This does not count
@@ -68,6 +77,7 @@ func (a *Agent) askCUDA(ctx context.Context) (answer *gpucheck.CUDA) {
 		a.parts.Log.WarnContext(ctx, "could not check that CUDA programs can start", "err", err)
 		return nil
 	}
+	start := a.parts.Now()
 	for {
 		got, err := a.parts.CUDA.AskCUDA(ctx, library)
 		switch {
@@ -76,7 +86,7 @@ func (a *Agent) askCUDA(ctx context.Context) (answer *gpucheck.CUDA) {
 		case err != nil && answer == nil:
 			a.parts.Log.WarnContext(ctx, "could not check that CUDA programs can start", "err", err)
 			return nil
-		case err != nil || answer != nil || !got.MayPass():
+		case err != nil || answer != nil || !got.MayPass() || a.parts.Now().Sub(start) > 10*cudaPause:
 			if err == nil {
 				answer = &got
 			}

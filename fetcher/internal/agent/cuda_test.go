@@ -29,6 +29,7 @@ type cuda struct {
 	codes       []int
 	err         error
 	calls       map[string]int // by version
+	during      func()         // called in each call, if not nil
 }
 
 func (c *cuda) AskCUDA(_ context.Context, library string) (gpucheck.CUDA, error) {
@@ -38,6 +39,9 @@ func (c *cuda) AskCUDA(_ context.Context, library string) (gpucheck.CUDA, error)
 		c.calls = map[string]int{}
 	}
 	c.calls[version]++
+	if c.during != nil {
+		c.during()
+	}
 	if err := errors.Join(err, c.err); err != nil {
 		return gpucheck.CUDA{}, err
 	}
@@ -52,14 +56,15 @@ func (c *cuda) AskCUDA(_ context.Context, library string) (gpucheck.CUDA, error)
 	return answer, nil
 }
 
-// mig stands in for NVML with a GPU in MIG mode.
-type mig struct{ probe }
+// having stands in for NVML with one GPU that has these properties.
+type having struct {
+	root   string
+	device gpucheck.Device
+}
 
-func (m mig) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
-	n, err := m.probe.Probe(ctx, library, persist)
-	for i := range n.Devices {
-		n.Devices[i].MIG = true
-	}
+func (h having) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
+	n, err := probe{h.root, 1}.Probe(ctx, library, persist)
+	n.Devices = []gpucheck.Device{h.device}
 	return n, err
 }
 
@@ -103,7 +108,7 @@ func TestCUDA(t *testing.T) {
 			row.cuda.root = n.root
 			n.parts.CUDA, n.cfg.NoCUDA = &row.cuda, row.off
 			if row.mig {
-				n.parts.Probe = mig{probe{n.root, 1}}
+				n.parts.Probe = having{n.root, gpucheck.Device{MIG: true}}
 			}
 			from, digest := ref, p.Digest
 			if row.without {
@@ -199,6 +204,89 @@ func TestCUDAAfterLoad(t *testing.T) {
 	asked.codes = []int{999}
 	if r, err := run(); !fault.Is(err, fault.Unusable) || !slices.Contains(n.kernel.calls, "load nvidia_uvm "+newVersion) {
 		t.Errorf("Run = %+v, %v, system calls %v; want nvidia_uvm loaded, and unusable", r.Verdict, err, n.kernel.calls)
+	}
+}
+
+// TestCUDAAfterFabric checks that cuInit is called once NVML reports the NVLink fabric as ready, although another
+// process loaded the driver, and although the first call was cancelled.
+func TestCUDAAfterFabric(t *testing.T) {
+	t.Parallel()
+	key, ref := testkit.NewKey(t), layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	c.CUDA = true
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	asked := &cuda{root: n.root, codes: []int{999}}
+	n.parts.CUDA, n.parts.Probe = asked, having{n.root, gpucheck.Device{Fabric: "in progress"}}
+	if r, _ := n.run(t, ref, p.Digest, c.Driver); r.Verdict.State != gpucheck.Starting || len(asked.calls) > 0 {
+		t.Fatalf("Run = %+v, %v calls; want starting, no call", r.Verdict, asked.calls)
+	}
+	n.parts.Probe = having{n.root, gpucheck.Device{Fabric: "completed"}}
+	ctx, cancel := context.WithCancel(t.Context())
+	asked.during = cancel
+	a := agent.New(n.cfg, n.parts)
+	w := watched{verdicts: make(chan gpucheck.Verdict, 1), done: func() {}}
+	if err := a.Monitor(ctx, time.Millisecond, w); err != nil || len(w.verdicts) > 0 || len(asked.calls) == 0 {
+		t.Errorf("a cancelled check: %v, %d verdicts, %v calls; want no verdict", err, len(w.verdicts), asked.calls)
+	}
+	asked.during = nil
+	if v := n.checked(t); v.State != gpucheck.Unusable {
+		t.Errorf("the next check: %+v; want unusable", v)
+	}
+}
+
+// TestCUDAAfterMIG checks that cuInit is called again if GPUs leave MIG mode.
+func TestCUDAAfterMIG(t *testing.T) {
+	t.Parallel()
+	n, asked, run := withCUDA(t)
+	n.reboot(t)
+	n.parts.Probe, asked.codes = having{n.root, gpucheck.Device{MIG: true}}, []int{100}
+	if r, err := run(); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
+	}
+	n.parts.Probe, asked.codes = probe{n.root, 1}, nil
+	if v := n.checked(t); v.State != gpucheck.Ready || v.CUDA == nil || v.CUDA.Code != 0 {
+		t.Errorf("without MIG: %+v; want ready, and CUDA asked", v)
+	}
+}
+
+// TestCUDAAfterBusyRollback fails a new driver that then cannot be unloaded. As long as cuInit fails, the driver must
+// not count as ready, although the record is about the former driver and a program has nvidia-uvm open.
+func TestCUDAAfterBusyRollback(t *testing.T) {
+	t.Parallel()
+	key, ref := testkit.NewKey(t), layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	older.CUDA, newer.CUDA = true, true
+	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n := newNode(t, older, 1, key)
+	n.reboot(t)
+	asked := &cuda{root: n.root, unfit: newVersion}
+	n.parts.CUDA = asked
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	asked.during = func() { n.inUse(t, "1") }
+	n.answer(ref, pn.Digest, newer.Driver)
+	a := agent.New(n.cfg, n.parts)
+	if _, err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "stays active") {
+		t.Fatalf("Run = %v; want that the new driver stays active", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	checks := 0
+	w := watched{verdicts: make(chan gpucheck.Verdict, 9), done: func() {
+		if checks++; checks == 3 {
+			cancel()
+		}
+	}}
+	if err := a.Monitor(ctx, time.Millisecond, w); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if v := <-w.verdicts; v.State != gpucheck.Unusable || !v.OnlyCUDA {
+			t.Errorf("a check: %+v; want unusable for CUDA", v)
+		}
 	}
 }
 

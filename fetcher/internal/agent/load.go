@@ -73,7 +73,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 			r.did("load %s", o.Name)
 		}
 	}
-	a.cudaDue = a.cudaDue || fresh > 0
+	a.cuda.due = a.cuda.due || fresh > 0
 	if err := a.makeNodes(); err != nil {
 		return "", err
 	}

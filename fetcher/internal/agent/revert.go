@@ -82,7 +82,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
-			a.xids, a.cudaDue = xidWatch{begun: true, mark: mark}, true
+			a.xids, a.cuda.due = xidWatch{begun: true, mark: mark}, true
 			probed = true
 			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
 				errs = append(errs, err)

@@ -130,6 +130,9 @@ func (a *Agent) bootOrder(s nodeState) []*install.Set {
 	return []*install.Set{waiting, first, second}
 }
 
+// againTime is the longest time of askAgain. The GPU may be idle for a short time only.
+const againTime = 5 * time.Second
+
 // askAgain asks the farm again for the driver that an answer names, after a wait for an idle GPU: the driver may have
 // been withdrawn during the wait. If the farm does not respond, or has no artifact now, the given answer holds, as it
 // does for a driver that waits for a boot. It also holds if a registry responds in place of a server. none is the
@@ -139,7 +142,9 @@ func (a *Agent) askAgain(ctx context.Context, q resolve.Question, answer resolve
 	if none != nil {
 		return answer, none
 	}
-	now, err := a.parts.Finder.Find(ctx, q)
+	ask, cancel := context.WithTimeout(ctx, againTime)
+	defer cancel()
+	now, err := a.parts.Finder.Find(ask, q)
 	switch {
 	case err != nil:
 		a.parts.Log.WarnContext(ctx, "could not ask for the driver again after the wait for an idle GPU", "err", err)

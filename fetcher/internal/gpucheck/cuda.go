@@ -57,11 +57,11 @@ func (v Verdict) withCUDA() Verdict {
 		return v
 	case cudaNoDevice:
 		if !slices.ContainsFunc(v.NVML.Devices, func(d Device) bool { return !d.MIG }) {
-			v.Reason = "GPUs are in MIG mode, and CUDA programs cannot start before somebody makes MIG instances"
+			v.Reason = "GPUs are in MIG mode; after the load there were no MIG instances for CUDA programs"
 			return v
 		}
 	}
-	v.State, v.UsableGPUs = Unusable, 0
+	v.State, v.UsableGPUs, v.OnlyCUDA = Unusable, 0, true
 	v.Reason = fmt.Sprintf("every GPU answers NVML, but CUDA programs cannot start: %s", v.CUDA)
 	return v
 }

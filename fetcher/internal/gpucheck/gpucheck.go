@@ -56,6 +56,8 @@ type Verdict struct {
 	// OnlyReset means that the verdict says nothing about the driver: NVML wants a GPU reset or the node rebooted, and the
 	// driver has logged no fatal error since its load.
 	OnlyReset bool `json:"-"`
+	// OnlyCUDA means that every GPU answers NVML, and only CUDA fails.
+	OnlyCUDA bool `json:"-"`
 }
 
 // NVML is what the probe learned from NVML about the driver and the GPUs.
@@ -284,7 +286,7 @@ func (v Verdict) Err() error {
 		return is(fault.NoDevice, "no GPU present: "+text,
 			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
-		if v.CUDA != nil && v.CUDA.Code != 0 && v.UsableGPUs == 0 {
+		if v.OnlyCUDA {
 			return is(fault.Unusable, "GPU present but not usable: "+text,
 				"read the kernel log: dmesg | grep -e NVRM -e Xid; --no-cuda-check turns this check off")
 		}
