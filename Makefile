@@ -84,6 +84,7 @@ unit: ## run the tests of single packages only, without the end-to-end ones
 
 .PHONY: race
 race: ## run the tests of single packages with the race detector
+	@deploy/setup.sh build
 	CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $(UNITS) $(CGO)
 
 .PHONY: scenarios
@@ -217,13 +218,18 @@ release-packages: ## list the newest Debian packages for the builder image of re
 	builder/release/packages.sh >builder/release/packages.lock.new
 	mv builder/release/packages.lock.new builder/release/packages.lock
 
+# go generate installs protoc-gen-go, and protoc looks for it on PATH. Two more tables of faults need
+# a virtual machine: the tests that compare these say how to write them.
 .PHONY: generate
 generate: ## write the generated parts of the documentation again
-	$(GO) generate ./...
+	@deploy/setup.sh build run test
+	GOBIN="$(CURDIR)/bin" PATH="$(CURDIR)/bin:$$PATH" $(GO) generate ./...
+	$(RAN) $(GO) test ./fetcher/internal/policy ./pkg/plan -run '^TestSchema$$' -update
 	$(RAN) $(GO) test ./deploy -run '^TestGenerated' -update
 	$(RAN) $(GO) test ./builder ./server ./fetcher ./deploy/mirror -run '^TestReference$$' -write-page
 	$(RAN) $(GO) test ./server/internal/httpapi -run '^TestDescription' -update
 	$(RAN) $(GO) test ./builder ./server ./fetcher -run '^TestDocs$$' -update
+	$(RAN) $(GO) test ./builder/internal/pipeline ./fetcher/internal/agent -run '^TestFaults$$' -update
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
@@ -236,7 +242,8 @@ clean: ## remove what was built here; the user's cache folder stays
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$(STATE)"; \
-	  for name in passed mirror packages build demo browser images references release tools trees; do \
+	  for name in passed mirror bench-mirror bench-clang-mirror packages build demo browser images references release tools \
+	    trees; do \
 	    [[ -d "$$state/$$name" ]] || continue; \
 	    du -sh "$$state/$$name"; chmod -R u+rwX "$$state/$$name"; rm -rf "$${state:?}/$$name"; \
 	  done

@@ -2,7 +2,6 @@ package deploy_test
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/rhysd/actionlint"
 	"go.yaml.in/yaml/v3"
-	"google.golang.org/api/cloudbuild/v1"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -197,51 +195,6 @@ func variables(t *testing.T) map[string]bool {
 		}
 	}
 	return known
-}
-
-// TestCloudBuild checks that cloudbuild.yaml has only fields that Google's own client for Cloud Build knows. Each step
-// must run an existing script, and set only variables that a script reads.
-func TestCloudBuild(t *testing.T) {
-	t.Parallel()
-	strict := func(text string) (b cloudbuild.Build, err error) {
-		var doc any
-		if err := yaml.Unmarshal([]byte(text), &doc); err != nil {
-			return b, err
-		}
-		raw, err := json.Marshal(doc)
-		if err != nil {
-			return b, err
-		}
-		dec := json.NewDecoder(bytes.NewReader(raw))
-		dec.DisallowUnknownFields()
-		return b, dec.Decode(&b)
-	}
-	text := read(t, "deploy/ci/cloudbuild.yaml")
-	b, err := strict(text)
-	if err != nil || len(b.Steps) != 2 {
-		t.Fatalf("cloudbuild.yaml has %d steps, %v; want 2", len(b.Steps), err)
-	}
-	if _, err := strict(strings.Replace(text, "secretEnv:", "secretsEnv:", 1)); err == nil {
-		t.Error("a step with a member that Cloud Build does not know passed")
-	}
-	known := variables(t)
-	used := regexp.MustCompile(`\$(_[A-Z_]+)`)
-	for _, step := range b.Steps {
-		if info, err := os.Stat(filepath.Join(root, step.Dir, step.Args[0])); err != nil || info.Mode().Perm()&0o100 == 0 {
-			t.Errorf("step %s runs %s/%s: %v", step.Id, step.Dir, step.Args[0], err)
-		}
-		for _, env := range step.Env {
-			name, value, _ := strings.Cut(env, "=")
-			if !known[name] {
-				t.Errorf("step %s sets %s, which no script reads", step.Id, name)
-			}
-			for _, m := range used.FindAllStringSubmatch(value, -1) {
-				if _, ok := b.Substitutions[m[1]]; !ok {
-					t.Errorf("step %s uses %s, which the file does not declare", step.Id, m[1])
-				}
-			}
-		}
-	}
 }
 
 // TestGitHubFiles checks the workflow with actionlint. actionlint reads only the action's inputs, so the test itself

@@ -2,10 +2,9 @@ package deploy_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -15,50 +14,103 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// TestClusterTakesPagePatches renders each block of patches on a page as part of an overlay. A real API server must
-// accept the result.
-func TestClusterTakesPagePatches(t *testing.T) {
-	c := cluster.Start(t)
-	base, err := filepath.Abs("kubernetes/base")
-	if err != nil {
-		t.Fatal(err)
+// addPatches returns a function that adds a page's blocks of patches to an overlay, as the pages say: if the overlay
+// has patches already, below that line.
+func addPatches(blocks ...page.Block) func(string) string {
+	return func(text string) string {
+		for _, b := range blocks {
+			const line = "\npatches:\n"
+			before, after, found := strings.Cut(text, line)
+			if !found {
+				text += b.Text
+				continue
+			}
+			text = before + line + strings.TrimPrefix(b.Text, line[1:]) + after
+		}
+		return text
 	}
-	plain, err := c.Kubectl("", "kustomize", base)
-	if err != nil {
-		t.Fatal(err)
-	}
-	found := 0
+}
+
+// patchBlocks returns the blocks of patches on all pages, by page and line. It checks that the text before a block says
+// what to do with an overlay that has patches already.
+func patchBlocks(t *testing.T) map[string]page.Block {
+	t.Helper()
+	all := map[string]page.Block{}
 	for name, p := range pages(t) {
+		lines := strings.Split(read(t, name), "\n")
 		for _, b := range p.Blocks {
 			if b.Language != "yaml" || !strings.HasPrefix(b.Text, "patches:") {
 				continue
 			}
-			found++
-			dir := t.TempDir()
-			to, err := filepath.Rel(dir, base)
-			if err != nil {
-				t.Fatal(err)
-			}
-			text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n  - " + to + "\n" + b.Text
-			if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			rendered, err := c.Kubectl("", "kustomize", dir)
-			if err != nil {
-				t.Errorf("%s:%d: %v", name, b.Line, err)
-				continue
-			}
-			if rendered == plain {
-				t.Errorf("%s:%d: the patches change nothing", name, b.Line)
-			}
-			if _, err := c.Kubectl(rendered, "apply", "--server-side", "--force-conflicts", "--validate=strict", "-f",
-				"-"); err != nil {
-				t.Errorf("%s:%d: %v", name, b.Line, err)
+			all[fmt.Sprintf("%s:%d", name, b.Line)] = b
+			before := strings.Join(lines[max(0, b.Line-6):b.Line], " ")
+			if !strings.Contains(strings.Join(strings.Fields(before), " "), "has `patches:` already") {
+				t.Errorf("%s:%d does not say what to do if the overlay has `patches:` already", name, b.Line)
 			}
 		}
 	}
-	if found < 3 {
-		t.Errorf("%d blocks of patches were rendered; want those of upgrade.md, gke.md and keys.md", found)
+	if len(all) < 5 {
+		t.Errorf("%d blocks of patches; want those of upgrade.md, gke.md, keys.md and deploy/README.md", len(all))
+	}
+	return all
+}
+
+// TestClusterTakesPagePatches adds each block of patches on a page to overlays/gke. A real API server must accept the
+// result. The fetcher that asks for a policy must not have the variable of a public key, too: it would not start.
+func TestClusterTakesPagePatches(t *testing.T) {
+	c := cluster.Start(t)
+	plain, err := c.Kubectl("", "kustomize", overlayWith(t, "gke", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	policies := 0
+	for at, b := range patchBlocks(t) {
+		rendered, err := c.Kubectl("", "kustomize", overlayWith(t, "gke", addPatches(b)))
+		if err != nil {
+			t.Errorf("%s: %v", at, err)
+			continue
+		}
+		if rendered == plain {
+			t.Errorf("%s: the patches change nothing", at)
+		}
+		if _, err := c.Kubectl(rendered, "apply", "--server-side", "--force-conflicts", "--validate=strict", "-f",
+			"-"); err != nil {
+			t.Errorf("%s: %v", at, err)
+		}
+		if strings.Contains(rendered, "PREBAKE_POLICY") || strings.Contains(rendered, "--policy=") {
+			policies++
+			if strings.Contains(rendered, "PREBAKE_PUBLIC_KEY") {
+				t.Errorf("%s: the fetcher has a policy and a public key, which exclude each other", at)
+			}
+		}
+	}
+	if policies != 1 {
+		t.Errorf("%d blocks give the fetchers a policy; want that of keys.md", policies)
+	}
+}
+
+// TestClusterOverlaysTakePatches adds all blocks of patches of all pages to each overlay. The overlay's own patches
+// must stay: if a file has two lists of patches, kubectl uses only the last one, and reports no error.
+func TestClusterOverlaysTakePatches(t *testing.T) {
+	t.Parallel()
+	kubectl := kubectlProgram(t)
+	var blocks []page.Block
+	for _, b := range patchBlocks(t) {
+		blocks = append(blocks, b)
+	}
+	for overlay, own := range map[string]string{
+		"gke": "", "gke-fetcher": "- --server=http://ADDRESS:8440\n", "plain": "value: /var/lib/nvidia\n",
+	} {
+		rendered, err := kubectl("kustomize", overlayWith(t, overlay, addPatches(blocks...)))
+		if err != nil {
+			t.Errorf("overlays/%s: %v", overlay, err)
+			continue
+		}
+		for _, want := range []string{own, "- --driver=R535\n", "name: PREBAKE_POLICY\n", "- arm64\n"} {
+			if !strings.Contains(rendered, want) {
+				t.Errorf("overlays/%s with the patches of all pages lacks %q", overlay, want)
+			}
+		}
 	}
 }
 

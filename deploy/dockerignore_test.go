@@ -32,3 +32,26 @@ func TestDockerignore(t *testing.T) {
 		t.Errorf("found %d programs; want 12 or more", found)
 	}
 }
+
+// TestDockerfilePlatform checks that docker build --platform, which a Dockerfile's comment gives, runs no program of
+// another architecture: each stage with a RUN must be of the machine that builds.
+func TestDockerfilePlatform(t *testing.T) {
+	t.Parallel()
+	found := 0
+	for _, name := range []string{"Dockerfile.builder", "Dockerfile.fetcher"} {
+		text := read(t, name)
+		if !strings.Contains(text, "# --platform ") {
+			continue
+		}
+		found++
+		for stage := range strings.SplitSeq(text, "\nFROM ") {
+			from, commands, _ := strings.Cut(stage, "\n")
+			if strings.Contains("\n"+commands, "\nRUN ") && !strings.HasPrefix(from, "--platform=$BUILDPLATFORM ") {
+				t.Errorf("%s runs programs in the stage FROM %s; want --platform=$BUILDPLATFORM there", name, from)
+			}
+		}
+	}
+	if found != 1 {
+		t.Errorf("%d Dockerfiles have --platform in their comments; want Dockerfile.fetcher", found)
+	}
+}

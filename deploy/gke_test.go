@@ -1,6 +1,8 @@
 package deploy_test
 
 import (
+	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -100,20 +102,34 @@ func TestSigningKeyIsOptional(t *testing.T) {
 	}
 }
 
-// rendered returns the objects that kustomize makes of an overlay, by kind and name.
-func rendered(t *testing.T, overlay string) map[string]manifest {
+// kubectlProgram returns a function that runs kubectl without a cluster, and returns what it printed.
+func kubectlProgram(t *testing.T) func(args ...string) (string, error) {
 	t.Helper()
 	bin := os.Getenv(cluster.Env)
 	if bin == "" {
 		t.Skip(cluster.Env + " is not set, so there is no kubectl: run deploy/kubernetes.sh")
 	}
-	out, err := exec.CommandContext(t.Context(), filepath.Join(bin, "kubectl"), "kustomize",
-		"kubernetes/overlays/"+overlay).Output()
+	return func(args ...string) (string, error) {
+		var stderr bytes.Buffer
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "kubectl"), args...)
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil {
+			err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr.Bytes())
+		}
+		return string(out), err
+	}
+}
+
+// rendered returns the objects that kustomize makes of an overlay, by kind and name.
+func rendered(t *testing.T, overlay string) map[string]manifest {
+	t.Helper()
+	out, err := kubectlProgram(t)("kustomize", "kubernetes/overlays/"+overlay)
 	if err != nil {
 		t.Fatal(err)
 	}
 	all := map[string]manifest{}
-	for part := range strings.SplitSeq(string(out), "\n---\n") {
+	for part := range strings.SplitSeq(out, "\n---\n") {
 		var head struct {
 			Kind     string
 			Metadata struct{ Name string }

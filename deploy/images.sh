@@ -16,13 +16,8 @@ images=(builder server fetcher)
 programs=(builder server fetcher nvmlprobe guestinit)
 fetcher_bytes=30000000
 
-if ((EUID != 0)); then
-  # Only root can make a root file system with files of several owners and with devices.
-  echo "images: going on with sudo" >&2
-  exec sudo PREBAKE_STATE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" deploy/images.sh "$@"
-fi
-
 say() { echo "images: $*" >&2; }
+args=("$@")
 if [[ ${1:-} == --arm64 ]]; then
   shift
   images=(builder-arm64 fetcher)
@@ -34,8 +29,27 @@ for program in "${programs[@]}"; do
 done
 
 mkdir -p "$cache/images" "$out"
+if ((EUID != 0)); then
+  # Only root can make a root file system with files of several owners and with devices.
+  say "going on with sudo"
+  exec sudo PREBAKE_STATE="$cache" PREBAKE_OWNER="$(id -u):$(id -g)" BASE_IMAGE="${BASE_IMAGE:-}" deploy/images.sh "${args[@]}"
+fi
+
 work=$(mktemp -d "$cache/images/.work-XXXXXX")
-trap 'rm -rf "$work"' EXIT
+# leave removes the temporary files. If a user started the script, leave gives that user the files
+# that root has made in the user's folders. Otherwise the user's next make or builder could not
+# open them.
+leave() {
+  rm -rf "$work" || true
+  [[ -n ${PREBAKE_OWNER:-} ]] || return 0
+  local name files=("$cache")
+  [[ $out != bin/images ]] || files+=("$out")
+  for name in "${images[@]}"; do
+    [[ ! -f $out/$name.tar ]] || files+=("$out/$name.tar")
+  done
+  chown -hR --from=0 "$PREBAKE_OWNER" "${files[@]}" || say "the files of root in ${files[*]} still belong to root"
+}
+trap leave EXIT
 
 # debian_sources prints this machine's Debian sources as lines of a sources.list.
 debian_sources() {
@@ -103,9 +117,15 @@ sizes() {
     printf '%-13s %10s %10s\n' "$name" \
       "$(buildah_ images --format '{{.Size}}' "localhost/prebake/$name" | tr -d ' ')" "$(du -h "$out/$name.tar" | cut -f1)"
   done
-  printf '\nFor the overlay, once these are in a registry of yours:\nimages:\n'
+  # With --arm64, the lines replace two of the three that make images prints. The manifests name no
+  # image builder-arm64: it takes the place of builder.
+  if [[ ${images[0]} == builder-arm64 ]]; then
+    printf '\nFor the overlay, once these are in a registry of yours, in place of the lines with the same names:\nimages:\n'
+  else
+    printf '\nFor the overlay, once these are in a registry of yours:\nimages:\n'
+  fi
   for name in "${images[@]}"; do
-    printf '  - {name: ghcr.io/prebake/%s, newName: REGISTRY/%s, digest: "%s"}\n' "$name" "$name" "$(cat "$work/$name.digest")"
+    printf '  - {name: ghcr.io/prebake/%s, newName: REGISTRY/%s, digest: "%s"}\n' "${name%-arm64}" "$name" "$(cat "$work/$name.digest")"
   done
 }
 

@@ -24,12 +24,14 @@ const monitoring = "deploy/kubernetes/components/monitoring/"
 type rules struct {
 	Spec struct {
 		Groups []struct {
-			Rules []struct {
-				Alert, Expr, For    string
-				Labels, Annotations map[string]string
-			}
+			Rules []alert
 		}
 	}
+}
+
+type alert struct {
+	Alert, Expr, For    string
+	Labels, Annotations map[string]string
 }
 
 // expressions returns all PromQL expressions of the manifests. The key says where an expression is.
@@ -176,7 +178,11 @@ func TestNodeAlert(t *testing.T) {
 	if err := yaml.Unmarshal([]byte(read(t, monitoring+"rules.yaml")), &r); err != nil {
 		t.Fatal(err)
 	}
-	for _, rule := range r.Spec.Groups[0].Rules {
+	var all []alert
+	for _, g := range r.Spec.Groups {
+		all = append(all, g.Rules...)
+	}
+	for _, rule := range all {
 		if rule.Alert != "PrebakeNodeWithoutDriver" {
 			continue
 		}

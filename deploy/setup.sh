@@ -15,8 +15,8 @@ declare -A groups=(
   # edits, zstd and xz compress archives, patchelf makes the compiler of the mirror's
   # toolchain find its own libraries. For the load test and the demo's node: qemu;
   # ipxe-qemu has the boot ROM without which qemu does not make the network card; mke2fs
-  # (e2fsprogs) makes the file system of the node's disk.
-  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
+  # (e2fsprogs) makes the file system of the node's disk. For make bench: curl.
+  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs curl"
   # postgresql: the second database that server and queue support; see deploy/postgres.sh.
   # docker-registry: a registry of another project. skopeo and containerd: clients of
   # registries. etcd-server: the store of a real kube-apiserver. fdisk, dosfstools and

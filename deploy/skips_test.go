@@ -139,6 +139,8 @@ func skipped(functions []*ast.FuncDecl, variables []string) map[string]string {
 					lack = "a program on PATH"
 				case of != nil && (of.Name == "gcs" || of.Name == "cluster") && n.Sel.Name == "Start":
 					lack, skips = "an emulated "+of.Name, true
+				case of != nil && of.Name == "cluster" && n.Sel.Name == "Env":
+					lack = "kubectl"
 				}
 			}
 			return true

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -55,7 +56,7 @@ func main() {
 	flag.StringVar(&archives, "archive", "",
 		"`URLS` of Debian archives with these packages, separated by commas; if empty, those of this machine's apt")
 	flag.StringVar(&c.cache, "cache", "",
-		"`FOLDER` that keeps downloaded packages; if empty, one in the user's cache folder")
+		"`FOLDER` that keeps downloaded packages; if empty, release in PREBAKE_STATE or in the user's cache folder")
 	flag.StringVar(&c.key, "key", "", "signing `KEY`: a file or a KMS URI; if empty, a new key that is not kept")
 	flag.StringVar(&c.builderID, "builder-id", "https://prebake.dev/release",
 		"`URI` that names the builder of the release in the provenance")
@@ -71,6 +72,19 @@ func main() {
 		}
 		os.Exit(1)
 	}
+}
+
+// defaultCache returns the folder that keeps downloaded packages. It is in the folder of the Makefile's STATE, so that
+// make clean-cache removes it.
+func defaultCache() (string, error) {
+	if state := os.Getenv("PREBAKE_STATE"); state != "" {
+		return filepath.Join(state, "release"), nil
+	}
+	user, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(user, "prebake", "release"), nil
 }
 
 func run(ctx context.Context, c config, out, archives, verify string) error {
@@ -90,11 +104,11 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		c.archives = strings.Split(archives, ",")
 	}
 	if c.cache == "" {
-		dir, err := os.UserCacheDir()
+		dir, err := defaultCache()
 		if err != nil {
 			return err
 		}
-		c.cache = dir + "/prebake/release"
+		c.cache = dir
 	}
 	c.arches = []string{"amd64", "arm64"}
 	if err := c.checkGo(ctx, runtime.Version()); err != nil {

@@ -126,7 +126,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"a cluster's API server", "./fetcher/internal/kube ./server/internal/auth", "Test[^G]",
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		// The components on a cluster, and stock clients of the server's registry.
-		{"clusters and registry clients", "./deploy", "TestCluster|TestRemovePage|TestStockClients" + carriers,
+		{"clusters and registry clients", "./deploy", "TestCluster|TestRemovePage|TestStockClients|Overlay" + carriers,
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh"), tools}},
 		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
 		{"a release's signature in cosign", "./builder/release", "TestCosign", []string{tools}},
