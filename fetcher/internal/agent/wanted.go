@@ -62,6 +62,7 @@ func (a *Agent) readWanted(ctx context.Context) {
 		return
 	}
 	own, err := w.label(ctx)
+	before := w.err
 	w.err = nil
 	switch {
 	case err == nil:
@@ -70,6 +71,10 @@ func (a *Agent) readWanted(ctx context.Context) {
 		if w.wish != was {
 			a.parts.Log.InfoContext(ctx, "the wanted driver changed", "driver", w.wish, "was", was)
 		}
+	case before != nil && !resolve.Passing(before) && resolve.Passing(err): // such as after a malformed label
+		w.err = before
+		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the error of the last read", "err", err,
+			"last", before)
 	case w.known && resolve.Passing(err):
 		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the last one", "err", err)
 	default:

@@ -53,8 +53,9 @@ var (
 )
 
 // TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed,
-// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold. If
-// the farm does not say which driver the label means, the report must say so, so that another run follows.
+// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last value must hold,
+// also a malformed one. If the farm does not say which driver the label means, the report must say so and why, so that
+// another run follows.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -88,8 +89,9 @@ func TestLabel(t *testing.T) {
 		{"a GPU type without a list", nodeLabel{wish: "default@NVIDIA_H100"}, "default@NVIDIA_H100", po.Digest,
 			fault.NoArtifact, false},
 		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
-		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage, false},
 		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
+		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage, false},
+		{"an unread label, which was malformed", nodeLabel{err: unread}, "", pn.Digest, fault.Usage, false},
 		{"a GPU type whose driver is not published", nodeLabel{wish: "default@NVIDIA_B200"}, "default@NVIDIA_B200", pn.Digest,
 			fault.NoArtifact, false},
 		{"a GPU type whose driver is installed", nodeLabel{wish: "latest@NVIDIA_L4"}, "latest@NVIDIA_L4", pn.Digest,
@@ -105,9 +107,10 @@ func TestLabel(t *testing.T) {
 		}
 		if asked != row.asked || r.Verdict.Digest != row.active || r.Verdict.State != gpucheck.Ready ||
 			(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) ||
-			r.Unconfirmed != row.open {
-			t.Errorf("%s: the farm is asked for %q, driver %s is %s, unconfirmed %t, %v; want %q, %s, %t, %v", row.name, asked,
-				r.Verdict.Digest, r.Verdict.State, r.Unconfirmed, err, row.asked, row.active, row.open, row.kind)
+			r.Unconfirmed != row.open || row.open && r.Answer.Reason == "" {
+			t.Errorf("%s: the farm is asked for %q, driver %s is %s, unconfirmed %t (%s), %v; want %q, %s, %t, %v", row.name,
+				asked, r.Verdict.Digest, r.Verdict.State, r.Unconfirmed, r.Answer.Reason, err, row.asked, row.active, row.open,
+				row.kind)
 		}
 	}
 }
