@@ -178,6 +178,7 @@ type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
 	watched bool // whether verdicts expire
+	last    gpucheck.Verdict
 }
 
 // Watch sets the age at which a verdict expires; 0 means never.
@@ -194,6 +195,7 @@ func (l *listeners) Report(v gpucheck.Verdict) {
 	if v.State == gpucheck.Ready && !l.watched {
 		l.Watch(runTimeout)
 	}
+	l.last = v
 	l.server.Report(v)
 	if l.cluster != nil {
 		l.cluster.Report(v)
@@ -221,6 +223,15 @@ func (l *listeners) CheckStopped() {
 	l.server.CheckStopped()
 	if l.cluster != nil {
 		l.cluster.CheckStopped()
+	}
+}
+
+var _ agent.PendingWatcher = (*listeners)(nil)
+
+// Pending implements [agent.PendingWatcher]. The agent logs the reason itself.
+func (l *listeners) Pending(why error) {
+	if l.cluster != nil {
+		l.cluster.Pending(besides(why, l.last))
 	}
 }
 

@@ -199,7 +199,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 			}
 		}
 		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
-		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
+		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, r, err, end) {
 			return err
 		}
 		if r.Relabelled = a.relabelled(ctx); r.Relabelled { // the next run asks for the other driver
