@@ -251,3 +251,9 @@ func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store
 		a.parts.Log.WarnContext(ctx, "could not record that no driver waits", "err", err)
 	}
 }
+
+// retryCommand returns the command that tries a driver again, for a hint. It names the driver and its source, because
+// the command install reads no label, and in the manifests both are arguments of the command run.
+func retryCommand(d target.Driver) string {
+	return "fetcher install --retry --driver " + d.Version + ", with the same --server or --registry as before"
+}
