@@ -178,6 +178,7 @@ type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
 	watched bool // whether verdicts expire
+	last    gpucheck.Verdict
 }
 
 // Watch sets the age at which a verdict expires; 0 means never.
@@ -194,6 +195,7 @@ func (l *listeners) Report(v gpucheck.Verdict) {
 	if v.State == gpucheck.Ready && !l.watched {
 		l.Watch(runTimeout)
 	}
+	l.last = v
 	l.server.Report(v)
 	if l.cluster != nil {
 		l.cluster.Report(v)
@@ -221,6 +223,15 @@ func (l *listeners) CheckStopped() {
 	l.server.CheckStopped()
 	if l.cluster != nil {
 		l.cluster.CheckStopped()
+	}
+}
+
+var _ agent.PendingWatcher = (*listeners)(nil)
+
+// Pending implements [agent.PendingWatcher]. The agent logs the reason itself.
+func (l *listeners) Pending(why error) {
+	if l.cluster != nil {
+		l.cluster.Pending(besides(why, l.last))
 	}
 }
 
@@ -264,9 +275,9 @@ func (k daemon) untilLabel(ctx context.Context) (context.Context, func() bool) {
 }
 
 // waitForLabel waits until the node's label changes, but at most as long as the daemon waits between two runs, because
-// somebody may load a driver meanwhile.
-func (k daemon) waitForLabel(ctx context.Context) {
-	k.pending(nil)     // the verdict has the reason
+// somebody may load a driver meanwhile. why is what the reported verdict does not say, or nil.
+func (k daemon) waitForLabel(ctx context.Context, why error) {
+	k.pending(why)
 	k.outside.Watch(0) // nothing is checked meanwhile
 	inner, stop := context.WithTimeout(ctx, retryChecks*k.every)
 	defer stop()
@@ -299,8 +310,11 @@ func (k daemon) stay(ctx context.Context) error {
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
 			unconfirmed, relabelled = r.Unconfirmed, r.Relabelled
-			if r.Pending != "" {
+			switch {
+			case r.Pending != "":
 				pending = errors.New(r.Pending) // even if this run had no error, a reason of an earlier run is still true
+			case unconfirmed && r.Answer.Reason != "":
+				pending = errors.New(r.Answer.Reason)
 			}
 			if last = r.Verdict; last.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(last)
@@ -324,7 +338,11 @@ func (k daemon) stay(ctx context.Context) error {
 		})
 		if ctx.Err() == nil && !k.once && !watched && k.awaitLabel != nil && errors.Is(err, kube.ErrLabel) {
 			// Do not end: kubelet or systemd would start the program again, and it would find the same label.
-			if k.waitForLabel(ctx); ctx.Err() != nil {
+			var why error
+			if last.State != "" { // else reportFailure has reported it with the verdict
+				why = besides(err, last)
+			}
+			if k.waitForLabel(ctx, why); ctx.Err() != nil {
 				return nil
 			}
 			continue

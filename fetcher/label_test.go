@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -72,6 +73,44 @@ func TestMalformedLabel(t *testing.T) {
 	})
 }
 
+// TestMalformedLabelIsPending checks nodes with a malformed label whose run has a verdict, but no driver to watch. The
+// verdict says nothing about the label, so the reason must be pending. Without a verdict of the run, the reported one
+// has the reason.
+func TestMalformedLabelIsPending(t *testing.T) {
+	t.Parallel()
+	malformed := fault.Wrap(fault.Usage, fmt.Errorf("read %w: driver newest", kube.ErrLabel), "correct the label")
+	staged := gpucheck.Verdict{State: gpucheck.Staged, Reason: "installed, and by request not loaded"}
+	noDevice := gpucheck.Verdict{State: gpucheck.NoDevice, Reason: "no GPU"}
+	for _, row := range []struct {
+		name string
+		v    gpucheck.Verdict
+		err  error
+		want string
+	}{
+		{"no driver", gpucheck.Verdict{}, malformed, "<nil>"},
+		{"a driver that is not to be loaded", staged, malformed, malformed.Error()},
+		{"no GPU", noDevice, errors.Join(noDevice.Err(), malformed), malformed.Error()},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				node := &scripted{run: func(context.Context, int) (*agent.Report, error) {
+					return &agent.Report{Verdict: row.v}, row.err
+				}}
+				k := daemonOf(node, report.New(time.Now), unloadedState)
+				k.awaitLabel = labelAfter(time.Hour)
+				var pending []string
+				k.pending = func(why error) { pending = append(pending, fmt.Sprint(why)) }
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				if err := k.stay(ctx); err != nil || strings.Join(pending, "|") != row.want {
+					t.Errorf("stay = %v, pending %q; want nil, %q", err, pending, row.want)
+				}
+			})
+		})
+	}
+}
+
 // TestRelabelledRun checks that the daemon runs again at once after a run that ended because the label had changed.
 // That run has read the label, so the daemon's own reads find no change.
 func TestRelabelledRun(t *testing.T) {
@@ -138,14 +177,16 @@ func TestRelabelled(t *testing.T) {
 }
 
 // TestUnconfirmed checks a node whose farm did not say which driver the new label means. The label was read, so no
-// change of the label will start another run. The daemon must run again nevertheless.
+// change of the label will start another run. The daemon must run again nevertheless, and report the reason until then.
 func TestUnconfirmed(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		start, took := time.Now(), time.Duration(0)
 		node := &scripted{run: func(_ context.Context, n int) (*agent.Report, error) {
 			took = time.Since(start)
-			return &agent.Report{Verdict: readyVerdict, Unconfirmed: n == 1}, nil
+			r := &agent.Report{Verdict: readyVerdict, Unconfirmed: n == 1}
+			r.Answer.Reason = "nobody answers"
+			return r, nil
 		}, watch: func(ctx context.Context, n int) error {
 			if n == 1 {
 				<-ctx.Done()
@@ -154,8 +195,12 @@ func TestUnconfirmed(t *testing.T) {
 		}}
 		k := daemonOf(node, report.New(time.Now), readyVerdict)
 		k.awaitLabel = labelAfter(3 * time.Hour)
-		if err := k.stay(t.Context()); err != nil || node.runs != 2 || took != retryChecks*time.Minute {
-			t.Errorf("stay = %v after %d runs, the second after %v; want nil, 2, 10m", err, node.runs, took)
+		var pending []string
+		k.pending = func(why error) { pending = append(pending, fmt.Sprint(why)) }
+		if err := k.stay(t.Context()); err != nil || node.runs != 2 || took != retryChecks*time.Minute ||
+			strings.Join(pending, "|") != "nobody answers|<nil>" {
+			t.Errorf("stay = %v after %d runs, the second after %v, pending %q; want nil, 2, 10m, and the reason once", err,
+				node.runs, took, pending)
 		}
 	})
 }

@@ -199,7 +199,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 			}
 		}
 		// An idle GPU does not help if the search for the driver was busy, such as with the compile of another fetcher.
-		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, err, end) {
+		if fault.Is(none, fault.Busy) && errors.Is(err, none) || !a.waitIdle(ctx, r, err, end) {
 			return err
 		}
 		if r.Relabelled = a.relabelled(ctx); r.Relabelled { // the next run asks for the other driver
@@ -376,6 +376,8 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		r.Answer = keptAnswer(d.set)
 		r.Answer.Reason = reason.Error()
 		a.parts.Log.WarnContext(ctx, "kept installed driver", "driver", d.set.Driver, "digest", d.set.Digest, "err", reason)
+	} else if a.isOutdated(ctx, r, s, d) { // the next run asks for the other driver
+		return nil
 	}
 	err = a.activate(ctx, r, store, s, d)
 	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run

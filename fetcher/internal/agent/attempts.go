@@ -76,12 +76,11 @@ func (a *attempt) refused(d target.Driver, other, labelled bool) error {
 	default:
 		return nil
 	}
-	hint := "to get another version, set --driver; to try this driver again, run: fetcher install --retry"
-	if labelled { // the command install does not read the label
-		hint = "to get another version, set the node's label to it; to try this driver again, run: fetcher install " +
-			"--retry --driver " + d.Version
+	hint := "to get another version, set --driver; to try this driver again, run: "
+	if labelled {
+		hint = "to get another version, set the node's label to it; to try this driver again, run: "
 	}
-	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint)
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint+retryCommand(d))
 }
 
 // readAttempts reads attemptsFile. A damaged file counts as empty.

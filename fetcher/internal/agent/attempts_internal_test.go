@@ -146,8 +146,8 @@ func TestRefusedHint(t *testing.T) {
 	t.Parallel()
 	set := &install.Set{Digest: "sha256:ab", Driver: target.Driver{Version: "580.95.05", Flavour: target.Open}}
 	for labelled, want := range map[bool][]string{
-		false: {"set --driver", "fetcher install --retry"},
-		true:  {"set the node's label", "fetcher install --retry --driver 580.95.05"},
+		false: {"set --driver", "fetcher install --retry --driver 580.95.05", "--server"},
+		true:  {"set the node's label", "fetcher install --retry --driver 580.95.05", "--server"},
 	} {
 		s := nodeState{facts: &host.Facts{}, labelled: labelled, attempts: attempts{set.Digest: {Crashes: maxTries}}}
 		for _, words := range want {

@@ -91,7 +91,7 @@ func decide(s nodeState) decision {
 			"to install the older driver, set "+from+" to its version, or add --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
-	if d.set == nil && good != nil && good.Digest != s.wanted.Digest {
+	if d.set == nil && good != nil && (good.Digest != s.wanted.Digest || s.waitsForRollback()) {
 		return stay(d.err)
 	}
 	return d

@@ -135,6 +135,27 @@ func TestNotedRollbackIsPending(t *testing.T) {
 	}
 }
 
+// TestNotedRollbackIsWanted checks a node on which a rollback waits, after the farm begins to name the previous driver.
+// The loaded driver works, so each run must check it. Once the GPU is idle, the previous driver must be loaded.
+func TestNotedRollbackIsWanted(t *testing.T) {
+	t.Parallel()
+	n, ref, _, po, pn := noted(t)
+	older := sample.NewCell(t, buildA, oldVersion)
+	n.cfg.Wish = oldVersion
+	for i := range 2 { // each by a new process
+		r, err := n.run(t, ref, po.Digest, older.Driver)
+		if !fault.Is(err, fault.Busy) || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != pn.Digest ||
+			r.Pending == "" || len(n.kernel.calls) > 0 {
+			t.Errorf("run %d: %+v, %v, pending %q, calls %v; want busy, and the present driver ready", i, r.Verdict, err,
+				r.Pending, n.kernel.calls)
+		}
+	}
+	n.inUse(t, "0")
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.Digest != po.Digest || r.Pending != "" {
+		t.Errorf("idle: Run = %+v, %v, pending %q; want the previous driver", r.Verdict, err, r.Pending)
+	}
+}
+
 // TestMonitorEndsForNotedRollback checks when Monitor ends so that a run can do a noted rollback: as soon as the GPU
 // becomes idle. If the GPU was already idle in the last run, that run failed to do the rollback. Then Monitor must not
 // end again and again.

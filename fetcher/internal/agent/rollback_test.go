@@ -44,7 +44,8 @@ func TestRollbackOfABusyDriver(t *testing.T) {
 			}
 			n.inUse(t, "1")
 			if _, err := n.rollback(); !fault.Is(err, fault.Busy) || !strings.Contains(fault.Hint(err), "reboot") ||
-				len(n.kernel.calls) > 0 {
+				!strings.Contains(fault.Hint(err), "fetcher install --retry --driver "+newVersion) ||
+				!strings.Contains(fault.Hint(err), "--server") || len(n.kernel.calls) > 0 {
 				t.Fatalf("Rollback = %v, hint %q, calls %v; want busy, and nothing done", err, fault.Hint(err), n.kernel.calls)
 			}
 			for range 2 { // the newer driver works, and its verdict is ready

@@ -26,9 +26,9 @@ type wanted struct {
 }
 
 // UseLabel sets the function that returns the wish of the node's label; "" means that the node has no label, so that
-// Config.Wish holds. Each run calls it once, and again while it waits (see awaitLabel and relabelled). While the
-// function returns an error, the active driver stays. After a passing error (see [resolve.Passing]), the last known
-// wish holds.
+// Config.Wish holds. Each run calls it once, again while it waits, and before it makes the wanted driver active (see
+// awaitLabel and relabelled). While the function returns an error, the active driver stays. After a passing error (see
+// [resolve.Passing]), the result of the last call without one holds.
 func (a *Agent) UseLabel(label func(ctx context.Context) (target.Wish, error)) {
 	a.wanted.label = label
 }
@@ -62,6 +62,7 @@ func (a *Agent) readWanted(ctx context.Context) {
 		return
 	}
 	own, err := w.label(ctx)
+	before := w.err
 	w.err = nil
 	switch {
 	case err == nil:
@@ -70,6 +71,10 @@ func (a *Agent) readWanted(ctx context.Context) {
 		if w.wish != was {
 			a.parts.Log.InfoContext(ctx, "the wanted driver changed", "driver", w.wish, "was", was)
 		}
+	case before != nil && !resolve.Passing(before) && resolve.Passing(err): // such as after a malformed label
+		w.err = before
+		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the error of the last read", "err", err,
+			"last", before)
 	case w.known && resolve.Passing(err):
 		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the last one", "err", err)
 	default:
@@ -79,13 +84,24 @@ func (a *Agent) readWanted(ctx context.Context) {
 	}
 }
 
-// relabelled reads the node's label again, and reports whether this run's wish no longer holds. A run may wait for an
-// idle GPU for hours.
+// relabelled reads the node's label again, and reports whether this run's wish no longer holds. A run may wait for the
+// farm for minutes, and for an idle GPU for hours.
 func (a *Agent) relabelled(ctx context.Context) bool {
 	was := a.wanted
 	a.readWanted(ctx)
 	now := a.wanted
 	return now.wish != was.wish || now.labelled != was.labelled || (now.err == nil) != (was.err == nil)
+}
+
+// isOutdated reports whether the node's label changed after this run read it, so that the run must not make the wanted
+// driver active. The search for a driver, its compile or its download may have taken long. It reads the label only if
+// the decision changes the active driver or loads a module.
+func (a *Agent) isOutdated(ctx context.Context, r *Report, s nodeState, d decision) bool {
+	if d.do == keep && s.current != nil && s.current.Digest == d.set.Digest {
+		return false
+	}
+	r.Relabelled = a.relabelled(ctx)
+	return r.Relabelled
 }
 
 // pin returns the digest of the only wanted artifact, or "". If the node has a label, pin returns "", because the label
@@ -234,4 +250,10 @@ func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store
 	if err != nil {
 		a.parts.Log.WarnContext(ctx, "could not record that no driver waits", "err", err)
 	}
+}
+
+// retryCommand returns the command that tries a driver again, for a hint. It names the driver and its source, because
+// the command install reads no label, and in the manifests both are arguments of the command run.
+func retryCommand(d target.Driver) string {
+	return "fetcher install --retry --driver " + d.Version + ", with the same --server or --registry as before"
 }

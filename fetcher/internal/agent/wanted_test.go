@@ -2,6 +2,8 @@ package agent_test
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -51,8 +53,9 @@ var (
 )
 
 // TestLabel changes a node's label. The node must get the driver that the label asks for. If the label is malformed,
-// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last wish must hold. If
-// the farm does not say which driver the label means, the report must say so, so that another run follows.
+// the active driver must stay, and the farm must not be asked. If the label cannot be read, the last value must hold,
+// also a malformed one. If the farm does not say which driver the label means, the report must say so and why, so that
+// another run follows.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)
@@ -86,8 +89,9 @@ func TestLabel(t *testing.T) {
 		{"a GPU type without a list", nodeLabel{wish: "default@NVIDIA_H100"}, "default@NVIDIA_H100", po.Digest,
 			fault.NoArtifact, false},
 		{"a label", nodeLabel{wish: "default@NVIDIA_L4"}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
-		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage, false},
 		{"an unread label", nodeLabel{err: unread}, "default@NVIDIA_L4", pn.Digest, fault.Internal, false},
+		{"a malformed label", nodeLabel{err: malformed}, "", pn.Digest, fault.Usage, false},
+		{"an unread label, which was malformed", nodeLabel{err: unread}, "", pn.Digest, fault.Usage, false},
 		{"a GPU type whose driver is not published", nodeLabel{wish: "default@NVIDIA_B200"}, "default@NVIDIA_B200", pn.Digest,
 			fault.NoArtifact, false},
 		{"a GPU type whose driver is installed", nodeLabel{wish: "latest@NVIDIA_L4"}, "latest@NVIDIA_L4", pn.Digest,
@@ -103,9 +107,10 @@ func TestLabel(t *testing.T) {
 		}
 		if asked != row.asked || r.Verdict.Digest != row.active || r.Verdict.State != gpucheck.Ready ||
 			(err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) ||
-			r.Unconfirmed != row.open {
-			t.Errorf("%s: the farm is asked for %q, driver %s is %s, unconfirmed %t, %v; want %q, %s, %t, %v", row.name, asked,
-				r.Verdict.Digest, r.Verdict.State, r.Unconfirmed, err, row.asked, row.active, row.open, row.kind)
+			r.Unconfirmed != row.open || row.open && r.Answer.Reason == "" {
+			t.Errorf("%s: the farm is asked for %q, driver %s is %s, unconfirmed %t (%s), %v; want %q, %s, %t, %v", row.name,
+				asked, r.Verdict.Digest, r.Verdict.State, r.Unconfirmed, r.Answer.Reason, err, row.asked, row.active, row.open,
+				row.kind)
 		}
 	}
 }
@@ -183,6 +188,80 @@ func TestLabelAtBoot(t *testing.T) {
 	if r, err := a.Run(t.Context()); !fault.Is(err, fault.Usage) || r.Verdict.State != "" || len(n.kernel.calls) > 0 {
 		t.Errorf("a malformed label, no driver: Run = %+v, %v, system calls %v; want usage, and nothing done", r.Verdict, err,
 			n.kernel.calls)
+	}
+}
+
+// slowFarm is a farm during whose answer something happens on the node.
+type slowFarm struct {
+	byWish
+	during func()
+}
+
+func (f *slowFarm) Find(ctx context.Context, q resolve.Question) (resolve.Answer, error) {
+	a, err := f.byWish.Find(ctx, q)
+	if f.during != nil {
+		f.during()
+	}
+	return a, err
+}
+
+// TestRelabelledMeanwhile changes the node's label while a run waits for the farm. If the label then asks for another
+// driver or is malformed, the run must not make the driver of the former label active: it could stay for ever, if it is
+// newer. The next run must follow the label. If the label cannot be read, the last one holds.
+func TestRelabelledMeanwhile(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name  string
+		label nodeLabel // after the change
+		ends  bool
+	}{
+		{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, false},
+		{"an unread label", nodeLabel{err: unread}, false},
+		{"another label", nodeLabel{wish: oldVersion}, true},
+		{"a removed label", nodeLabel{}, true},
+		{"a malformed label", nodeLabel{err: malformed}, true},
+	} {
+		for where, set := range map[string]func(n *node){
+			"a new node":               func(n *node) { n.reset(t) },
+			"another driver is loaded": func(*node) {},
+			"no driver is to be loaded": func(n *node) {
+				n.reset(t)
+				n.cfg.NoLoad = true
+			},
+		} {
+			n, ref, older, newer, po, pn := publishTwo(t, 1)
+			set(n)
+			farm := &slowFarm{byWish: byWish{has: map[target.Wish]resolve.Answer{
+				"default":           answerOf("server", ref, po.Digest, older.Driver),
+				oldVersion:          answerOf("server", ref, po.Digest, older.Driver),
+				"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver)}}}
+			n.parts.Finder, n.kernel.calls = farm, nil
+			label := &nodeLabel{wish: "default@NVIDIA_L4"}
+			farm.during = func() { *label, farm.during = row.label, nil }
+			a := agent.New(n.cfg, n.parts)
+			a.UseLabel(label.read)
+			r, err := a.Run(t.Context())
+			if err != nil || r.Relabelled != row.ends || r.Changed == row.ends || row.ends && len(n.kernel.calls) > 0 ||
+				!row.ends && r.Verdict.Digest != pn.Digest {
+				t.Errorf("%s, %s: Run = %s, %v, relabelled %t, system calls %v; want nothing done: %t", where, row.name,
+					r.Verdict.Digest, err, r.Relabelled, n.kernel.calls, row.ends)
+			}
+			if !row.ends || row.label.err != nil {
+				continue
+			}
+			if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != po.Digest || r.Relabelled {
+				t.Errorf("%s, %s: the next Run = %s, %v; want %s", where, row.name, r.Verdict.Digest, err, po.Digest)
+			}
+		}
+	}
+}
+
+// reset reboots the node with an empty install folder.
+func (n *node) reset(t *testing.T) {
+	t.Helper()
+	n.reboot(t)
+	if err := os.RemoveAll(filepath.Join(n.root, installDir)); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -63,6 +63,14 @@ func (w Window) Closed(now time.Time) string {
 	return fmt.Sprintf("the present time is outside the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
 }
 
+// PendingWatcher is a [Watcher] that also receives the reason why the node lacks the wanted driver, while a run waits
+// for an idle GPU.
+type PendingWatcher interface {
+	Watcher
+	// Pending receives the reason at each check of the loaded driver.
+	Pending(why error)
+}
+
 // idlePause is the time between two checks whether programs use the driver.
 const idlePause = 2 * time.Second
 
@@ -90,7 +98,8 @@ func (a *Agent) pauseUntil(ctx context.Context, end time.Time) bool {
 	}
 }
 
-// idleCheck is the time between two checks of the loaded driver while the agent waits for idle GPUs.
+// idleCheck is the time between two checks of the loaded driver, and between two reads of the node's label, while the
+// agent waits for idle GPUs.
 const idleCheck = time.Minute
 
 // reportWaiting reports the state of the active driver to the watcher while another driver waits.
@@ -121,8 +130,9 @@ func (a *Agent) checkFor(ctx context.Context, w Watcher) (gpucheck.Verdict, erro
 }
 
 // waitIdle waits until no program uses the loaded driver, at most until the given end. It waits only after an error of
-// kind Busy. The result is true if the caller should try again.
-func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
+// kind Busy. The result is true if the caller should try again. If the node's label changes meanwhile, waitIdle sets
+// r.Relabelled and returns false.
+func (a *Agent) waitIdle(ctx context.Context, r *Report, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false
 	}
@@ -138,6 +148,12 @@ func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 		if now := a.parts.Now(); now.Sub(looked) >= idleCheck {
 			looked = now
 			a.reportWaiting(ctx)
+			if w, ok := a.watcher.(PendingWatcher); ok {
+				w.Pending(why)
+			}
+			if r.Relabelled = a.relabelled(ctx); r.Relabelled {
+				return false
+			}
 		}
 		select {
 		case <-ctx.Done():

@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -145,6 +146,65 @@ func TestWaitIdleRelabelled(t *testing.T) {
 		})
 	}
 }
+
+// TestWaitIdleRelabelledInUse changes the node's label an hour after a run began to wait for an idle GPU. The GPU stays
+// in use. The run must end soon, so that the driver of the former wish does not stay noted for the next boot. At once,
+// the watcher must learn why the node lacks the wanted driver.
+func TestWaitIdleRelabelledInUse(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name  string
+		label nodeLabel // after an hour
+		took  time.Duration
+	}{
+		{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, 3 * time.Hour},
+		{"an unread label", nodeLabel{err: unread}, 3 * time.Hour},
+		{"a removed label", nodeLabel{}, time.Hour},
+		{"a malformed label", nodeLabel{err: malformed}, time.Hour},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				n, ref, older, newer, po, pn := publishTwo(t, 1)
+				n.inUse(t, "1")
+				n.cfg.WaitIdle = 3 * time.Hour
+				n.parts.Finder = &byWish{has: map[target.Wish]resolve.Answer{
+					"default":           answerOf("server", ref, po.Digest, older.Driver),
+					"default@NVIDIA_L4": answerOf("server", ref, pn.Digest, newer.Driver)}}
+				a, start := agent.New(n.cfg, n.parts), time.Now()
+				label := nodeLabel{wish: "default@NVIDIA_L4"}
+				a.UseLabel(func(ctx context.Context) (target.Wish, error) {
+					if time.Since(start) >= time.Hour {
+						label = row.label
+					}
+					return label.read(ctx)
+				})
+				w := &reasons{told: &told{}}
+				a.Watch(w)
+				r, err := a.Run(t.Context())
+				took, ends := time.Since(start).Round(idleCheck), row.took == time.Hour
+				if !fault.Is(err, fault.Busy) || r.Relabelled != ends || took != row.took {
+					t.Errorf("Run = %v after %v, relabelled %t; want busy after %v", err, took, r.Relabelled, row.took)
+				}
+				if len(w.why) == 0 || !fault.Is(w.why[0], fault.Busy) || w.at[0].Sub(start) >= idleCheck {
+					t.Errorf("the watcher gets the reasons %v at %v; want busy at once", w.why, w.at)
+				}
+			})
+		})
+	}
+}
+
+// idleCheck is the time between two reads of the label while a run waits for an idle GPU.
+const idleCheck = time.Minute
+
+// reasons is a watcher that records why the wanted driver waits, and the time.
+type reasons struct {
+	*told
+	why []error
+	at  []time.Time
+}
+
+func (w *reasons) Pending(why error) { w.why, w.at = append(w.why, why), append(w.at, time.Now()) }
 
 // ending is a watcher that calls a function after each report.
 type ending struct {
