@@ -211,7 +211,8 @@ func TestBackupPage(t *testing.T) {
 	db, _ := ownDatabase(t, "page")
 	flags := []string{"--queue", db, "--token", scriptToken}
 	dir, home, bin := filepath.Join(t.TempDir(), "state"), t.TempDir(), t.TempDir()
-	if err := os.WriteFile(filepath.Join(bin, "kubectl"), []byte(podCommands), 0o755); err != nil { //nolint:gosec // run below
+	program := filepath.Join(bin, "kubectl")
+	if err := os.WriteFile(program, []byte(podCommands), 0o755); err != nil { //nolint:gosec // run below
 		t.Fatal(err)
 	}
 	follow := func(block string) {
