@@ -205,14 +205,15 @@ func TestBackupPage(t *testing.T) {
 	_, section, _ := strings.Cut(string(page), "\n## On a cluster\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(section, -1)
-	if len(blocks) < 2 || !strings.Contains(blocks[0][1], "server backup") || !strings.Contains(blocks[1][1], "pg_restore") {
+	if len(blocks) < 2 || !strings.Contains(blocks[0][1], "server backup") ||
+		!strings.Contains(blocks[1][1], "pg_restore") {
 		t.Fatalf("back-up.md has %d blocks for a cluster; want the backup, then the restore", len(blocks))
 	}
 	db, _ := ownDatabase(t, "page")
 	flags := []string{"--queue", db, "--token", scriptToken}
 	dir, home, bin := filepath.Join(t.TempDir(), "state"), t.TempDir(), t.TempDir()
-	program := filepath.Join(bin, "kubectl")
-	if err := os.WriteFile(program, []byte(podCommands), 0o755); err != nil { //nolint:gosec // run below
+	kubectl := filepath.Join(bin, "kubectl")
+	if err := os.WriteFile(kubectl, []byte(podCommands), 0o755); err != nil { //nolint:gosec // run below
 		t.Fatal(err)
 	}
 	follow := func(block string) {
