@@ -175,8 +175,10 @@ func TestClusterTakesComponents(t *testing.T) {
 		!strings.Contains(google, "\nkind: ClusterRules\n") {
 		t.Error("the component managed-prometheus has kinds of the Prometheus operator, or lacks Google's")
 	}
-	if _, err := c.Kubectl("", "-n", "prebake-privileged", "create", "serviceaccount", "default"); err != nil {
-		t.Fatal(err) // this API server runs without the controller that makes this account; the namespace default has one
+	for _, namespace := range []string{"prebake", "prebake-privileged"} {
+		if _, err := c.Kubectl("", "-n", namespace, "create", "serviceaccount", "default"); err != nil {
+			t.Fatal(err) // this API server runs without the controller that makes this account; the namespace default has one
+		}
 	}
 	rendered += "---\n" + google
 	examples, err := filepath.Glob("kubernetes/examples/*.yaml")

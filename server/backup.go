@@ -21,8 +21,16 @@ import (
 type backupResult struct {
 	Folder string   `json:"folder"`
 	Files  []string `json:"files"`
+	// Dump has the databases in PostgreSQL, which the command does not copy.
+	Dump []dump `json:"dump,omitempty"`
 	// Left has the paths in the data folder that the operator still has to copy, in this order.
 	Left []string `json:"left"`
+}
+
+// dump is a database in PostgreSQL that the operator has to dump.
+type dump struct {
+	Database string `json:"database"` // queue or catalogue
+	When     string `json:"when"`     // before or after this command
 }
 
 func backupCommand() *ucli.Command {
@@ -37,7 +45,10 @@ Build logs are in DATA/logs.
 To restore, stop the server, put an empty folder in place of DATA, copy all
 files back, start the server, and run server reindex.
 
-Back up PostgreSQL with its own tools: pg_dump --format=custom, pg_restore.
+The command copies SQLite files. If only the queue is in PostgreSQL, dump it
+before this command; if only the catalogue is, dump it after this command.
+If both are, the command has nothing to do: dump them, and copy the token.
+Use pg_dump --format=custom and pg_restore.
 
 Example:
   server backup --data /var/lib/prebake /backup/$(date +%F)`,
@@ -70,11 +81,11 @@ Example:
 	}
 }
 
-// backup copies the queue, then the catalogue. The operator copies the registry last. Do not change this order:
+// backup copies the queue, then the catalogue. The operator copies the registry last. A database in PostgreSQL is left
+// to the operator. Do not change this order:
 //
 //   - The queue before the catalogue. A queued build without a job is queued again by the sweep. In the other
-//     order, the queue would have jobs of builds that the catalogue lacks. The catalogue would give the numbers of
-//     those builds to other builds.
+//     order, the queue would have jobs of builds that the catalogue lacks. The sweep would remove those jobs.
 //   - The catalogue before the registry. Builders push an artifact before they report it, so the later copy of the
 //     registry has every artifact of the catalogue. The command reindex finds the artifacts that only the registry has.
 //
@@ -88,19 +99,34 @@ func backup(ctx context.Context, s settings, folder string) (done backupResult, 
 		return done, fault.New(fault.Usage, "the folder exists already",
 			"give the path of a folder that does not exist yet")
 	}
-	type database struct{ url, flag, name string }
-	databases := []database{{s.Queue, "queue", "queue.db"}, {s.Database, "database", "catalogue.db"}}
+	type database struct{ url, flag, what, name string }
+	databases := []database{
+		{s.Queue, "queue", "queue", "queue.db"}, {s.Database, "database", "catalogue", "catalogue.db"},
+	}
 	if s.Queue == s.Database {
 		databases = databases[1:]
 	}
+	done = backupResult{Folder: folder}
+	var files []database
 	for _, d := range databases {
-		if !strings.HasPrefix(d.url, "sqlite://") {
-			return done, fault.New(
-				fault.Usage,
-				"--"+d.flag+" is not an SQLite file",
-				"back up a PostgreSQL database with its own program: pg_dump --format=custom",
-			)
+		switch {
+		case strings.HasPrefix(d.url, "sqlite://"):
+			files = append(files, d)
+		case !strings.HasPrefix(d.url, "postgres://") && !strings.HasPrefix(d.url, "postgresql://"):
+			return done, fault.New(fault.Usage, "--"+d.flag+" is neither sqlite:///PATH nor postgres://…",
+				"give --"+d.flag+" the same value as server serve")
+		case len(files) > 0:
+			done.Dump = append(done.Dump, dump{d.what, "after"})
+		default:
+			done.Dump = append(done.Dump, dump{d.what, "before"})
 		}
+	}
+	if len(files) == 0 {
+		return done, fault.New(
+			fault.Usage,
+			"neither catalogue nor queue is an SQLite file",
+			"back up a PostgreSQL database with its own program: pg_dump --format=custom",
+		)
 	}
 	// The backup gets its final name only when it is complete.
 	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
@@ -112,8 +138,7 @@ func backup(ctx context.Context, s settings, folder string) (done backupResult, 
 			err = errors.Join(err, os.RemoveAll(part))
 		}
 	}()
-	done = backupResult{Folder: folder}
-	for _, d := range databases {
+	for _, d := range files {
 		if err := store.CopySQLite(ctx, strings.TrimPrefix(d.url, "sqlite://"), filepath.Join(part, d.name)); err != nil {
 			return done, err
 		}
@@ -169,12 +194,15 @@ func syncFolder(dir string) error {
 }
 
 func printCopied(w io.Writer, c backupResult) error {
-	_, err := fmt.Fprintf(
-		w,
-		"copied to %s: %s\nnow copy, in this order:\n  %s\n",
-		c.Folder,
-		strings.Join(c.Files, ", "),
-		strings.Join(c.Left, "\n  "),
-	)
+	text := fmt.Sprintf("copied to %s: %s\n", c.Folder, strings.Join(c.Files, ", "))
+	for _, d := range c.Dump {
+		text += "not copied: the " + d.Database + ", which is in PostgreSQL. "
+		if d.When == "before" {
+			text += "Use the dump that you made before this command.\n"
+		} else {
+			text += "Dump it now, before you copy anything else.\n"
+		}
+	}
+	_, err := fmt.Fprintf(w, "%snow copy, in this order:\n  %s\n", text, strings.Join(c.Left, "\n  "))
 	return err
 }

@@ -197,7 +197,8 @@ func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 // TestBackupRefuses checks that a backup that fails leaves no folder behind.
 func TestBackupRefuses(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
+	dir, one := t.TempDir(), t.TempDir()
+	put(t, filepath.Join(one, "catalogue.db"), nil)
 	for _, row := range []struct {
 		name string
 		args []string
@@ -209,6 +210,9 @@ func TestBackupRefuses(t *testing.T) {
 			fault.NotFound.ExitCode(), "--data FOLDER"},
 		{"postgres", []string{"backup", "--data", dir, "--database", "postgres://u@localhost/x", filepath.Join(dir, "out")},
 			fault.Usage.ExitCode(), "pg_dump"},
+		{"no queue", []string{"backup", "--data", one, filepath.Join(dir, "out")}, fault.NotFound.ExitCode(), "--queue URL"},
+		{"wrong queue", []string{"backup", "--data", one, "--queue", filepath.Join(one, "queue.db"),
+			filepath.Join(dir, "out")}, fault.Usage.ExitCode(), "same value as server serve"},
 		{"no parent", []string{"backup", "--data", dir, filepath.Join(dir, "a/b")}, fault.Usage.ExitCode(), "may write"},
 	} {
 		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {

@@ -171,6 +171,9 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closing("queue", q.Close)
+	if err := skipQueued(ctx, s, db, q, log); err != nil {
+		return err
+	}
 	logs, err := store.OpenLogs(filepath.Join(s.Data, "logs"))
 	if err != nil {
 		return err
@@ -286,6 +289,27 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	})
 	log.Info("server ready", "url", scheme+"://"+address, "data", s.Data, "version", version)
 	return group.Wait()
+}
+
+// skipQueued keeps new builds from getting a number for which the queue has a job already. That would happen after an
+// older catalogue was restored and the queue was not. A builder would then build the job's cell for another cell's
+// build.
+func skipQueued(ctx context.Context, s settings, db *store.Store, q *queue.Queue, log *slog.Logger) error {
+	if s.Queue == s.Database {
+		return nil // a build and its job are written in one transaction
+	}
+	newest, err := q.Newest(ctx)
+	if err != nil || newest == 0 {
+		return err
+	}
+	skipped, err := db.SkipBuilds(ctx, newest)
+	if err != nil {
+		return err
+	}
+	if skipped {
+		log.Warn("build numbers skipped: the queue is newer than the catalogue", "build", newest)
+	}
+	return nil
 }
 
 // sources returns the places that discovery reads.

@@ -225,3 +225,27 @@ func TestEnd(t *testing.T) {
 		wake()
 	})
 }
+
+// TestNewest checks that ended jobs count, and that numbers are compared as numbers.
+func TestNewest(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, open func(t *testing.T) *queue.Queue) {
+		q := open(t)
+		for _, step := range []struct{ insert, want int64 }{{0, 0}, {9, 9}, {10, 10}, {2, 10}} {
+			if step.insert > 0 {
+				if err := q.Insert(t.Context(), job(step.insert), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got, err := q.Newest(t.Context()); err != nil || got != step.want {
+				t.Errorf("Newest() after Insert(%d) = %d, %v; want %d", step.insert, got, err, step.want)
+			}
+		}
+		if err := q.Cancel(t.Context(), 10); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := q.Newest(t.Context()); err != nil || got != 10 {
+			t.Errorf("Newest() after Cancel(10) = %d, %v; want 10", got, err)
+		}
+	})
+}

@@ -290,6 +290,28 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 	return rows[0], nil
 }
 
+// Newest returns the highest number of a build for which the queue has a job, open or ended. 0 means that it has none.
+func (q *Queue) Newest(ctx context.Context) (int64, error) {
+	order := `json_extract(args, '$.build') DESC`
+	if q.pg != nil {
+		order = `(args->>'build')::bigint DESC`
+	}
+	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+		Max: 1, WhereClause: "kind = @kind", OrderByClause: order, NamedArgs: map[string]any{"kind": api.BuildJob{}.Kind()},
+	})
+	if err != nil {
+		return 0, fault.Wrap(fault.Transient, fmt.Errorf("find the newest build of the queue: %w", err), "")
+	}
+	if len(rows) == 0 {
+		return 0, nil
+	}
+	var job api.BuildJob
+	if err := json.Unmarshal(rows[0].EncodedArgs, &job); err != nil {
+		return 0, fmt.Errorf("read job %d: %w", rows[0].ID, err)
+	}
+	return job.Build, nil
+}
+
 // jobsPerQuery is the largest number of jobs that one query returns.
 const jobsPerQuery = 5000
 

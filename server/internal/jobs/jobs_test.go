@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/server/internal/jobs"
 )
@@ -22,6 +23,7 @@ type world struct {
 	standing map[int64]queue.JobState
 	ended    map[int64]api.State // states of builds that are not open
 	finished time.Time           // when those builds ended; zero means not known
+	unknown  int64               // the number of a build that the catalogue does not have
 	away     bool
 	readOnly bool          // Release fails
 	slow     time.Duration // how long Open takes
@@ -41,6 +43,9 @@ func (w *world) Abandon(_ context.Context, id int64, why string) error {
 	return nil
 }
 func (w *world) Build(_ context.Context, id int64) (api.Build, error) {
+	if id == w.unknown {
+		return api.Build{}, fault.New(fault.NotFound, "build does not exist", "")
+	}
 	b := api.Build{ID: id, State: w.ended[id]}
 	if !w.finished.IsZero() {
 		b.FinishedAt = &w.finished
@@ -273,5 +278,16 @@ func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 		if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, want) {
 			t.Errorf("%v after its end, Sweep() = %v and did %v; want %v", after, err, w.did, want)
 		}
+	}
+}
+
+// TestSweepEndsJobsOfUnknownBuilds checks that the sweep ends the job of a build that the catalogue does not have. Such
+// jobs exist after an older catalogue was restored.
+func TestSweepEndsJobsOfUnknownBuilds(t *testing.T) {
+	t.Parallel()
+	w := &world{unknown: 2, standing: map[int64]queue.JobState{2: {Found: true, State: "running"}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
+	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"end"}) {
+		t.Errorf("Sweep() = %v and did %v; want the job ended", err, w.did)
 	}
 }

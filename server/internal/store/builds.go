@@ -241,3 +241,35 @@ UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6
 	}
 	return tx.chooseCounted(ctx, CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver})
 }
+
+// SkipBuilds ensures that each new build gets a higher number than last. It reports whether that changed the next
+// number.
+func (s *Store) SkipBuilds(ctx context.Context, last int64) (skipped bool, err error) {
+	err = s.Write(ctx, func(tx *Tx) error {
+		if tx.postgres {
+			// This lock waits for the transactions that insert builds, because they change the number, too.
+			if _, err := tx.ExecContext(ctx, `LOCK TABLE builds IN SHARE ROW EXCLUSIVE MODE`); err != nil {
+				return err
+			}
+			return query(ctx, tx, func(row func(...any) error) error {
+				skipped = true
+				return row(new(int64))
+			}, `SELECT setval(seq, $1) FROM (SELECT pg_get_serial_sequence('builds', 'id')::regclass AS seq) AS s
+WHERE COALESCE(pg_sequence_last_value(seq), 0) < $1`, last)
+		}
+		// SQLite has no row for a table that never had a row.
+		_, err := tx.ExecContext(ctx, `INSERT INTO sqlite_sequence (name, seq)
+SELECT 'builds', 0 WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'builds')`)
+		if err != nil {
+			return err
+		}
+		done, err := tx.ExecContext(ctx, `UPDATE sqlite_sequence SET seq = $1 WHERE name = 'builds' AND seq < $1`, last)
+		if err != nil {
+			return err
+		}
+		n, err := done.RowsAffected()
+		skipped = n > 0
+		return err
+	})
+	return skipped, err
+}
