@@ -259,7 +259,11 @@ func TestProbeHangs(t *testing.T) {
 		if _, err := os.Stat(pipe + ".runs"); err == nil {
 			break
 		}
-		time.Sleep(time.Millisecond)
+		select {
+		case err := <-first:
+			t.Fatalf("the first Probe = %v; want that it hangs", err)
+		case <-time.After(time.Millisecond):
+		}
 	}
 	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !errors.Is(err, gpucheck.ErrHung) {
 		t.Errorf("Probe while another probe hangs = %v; want unusable", err)
@@ -273,6 +277,24 @@ func TestProbeHangs(t *testing.T) {
 	}
 	if err := <-first; !fault.Is(err, fault.Unusable) || errors.Is(err, gpucheck.ErrHung) {
 		t.Errorf("the first Probe = %v; want the error of a probe without output", err)
+	}
+}
+
+// TestProbeOfBusyFile starts a probe whose file is open for writing for a short time.
+func TestProbeOfBusyFile(t *testing.T) {
+	t.Parallel()
+	program := filepath.Join(t.TempDir(), "probe")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\necho '{\"code\":7}'\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writer, err := os.OpenFile(program, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { _ = writer.Close() }) // a failed close loses no data
+	p := gpucheck.Prober{Program: program, Node: node(t, "/")}
+	if got, err := p.AskCUDA(t.Context(), "x"); err != nil || got.Code != 7 {
+		t.Errorf("AskCUDA = %+v, %v; want the answer", got, err)
 	}
 }
 

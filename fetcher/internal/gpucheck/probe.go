@@ -128,21 +128,34 @@ func (p *Prober) start(ctx context.Context, library string, env []string, args .
 		}
 		program, attr.Chroot = p.Copy, p.Node.Dir()
 	}
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Path, cmd.Err = program, nil // exec looked for the program in the fetcher's root: ignore its result
-	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, append([]string{}, env...)
-	if filepath.IsAbs(library) {
-		cmd.Env = append(cmd.Env, "LD_LIBRARY_PATH="+filepath.Dir(library))
+	for try := 1; ; try++ {
+		cmd := exec.CommandContext(ctx, program, args...)
+		cmd.Path, cmd.Err = program, nil // exec looked for the program in the fetcher's root: ignore its result
+		cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, append([]string{}, env...)
+		if filepath.IsAbs(library) {
+			cmd.Env = append(cmd.Env, "LD_LIBRARY_PATH="+filepath.Dir(library))
+		}
+		var out, errs limited
+		cmd.Stdout, cmd.Stderr = &out, &errs
+		cmd.WaitDelay = 5 * time.Second
+		err = cmd.Run()
+		switch {
+		case ctx.Err() != nil:
+			return nil, "", context.Cause(ctx)
+		case errors.Is(err, syscall.ETXTBSY) && try < busyTries:
+			time.Sleep(busyPause)
+			continue
+		}
+		return append([]byte{}, out.Bytes()...), errs.String(), err
 	}
-	var out, errs limited
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	cmd.WaitDelay = 5 * time.Second
-	err = cmd.Run()
-	if ctx.Err() != nil {
-		return nil, "", context.Cause(ctx)
-	}
-	return append([]byte{}, out.Bytes()...), errs.String(), err
 }
+
+// The kernel refuses to start a program that a process has open for writing (ETXTBSY). A process that this program
+// started at the moment when it wrote the probe's copy has the file open until its own exec (go.dev/issue/22315).
+const (
+	busyTries = 100
+	busyPause = 10 * time.Millisecond
+)
 
 // ensureCopy copies the probe into the node's root, unless an identical copy exists.
 func (p *Prober) ensureCopy() (err error) {
