@@ -93,7 +93,7 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 
 # This machine must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
 .PHONY: gpu
-gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
+gpu: setup build ## compare reports and CDI with this machine's GPU, and call cuInit; needs NVIDIA's driver
 	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA_PROBE="$(CURDIR)/bin/nvmlprobe" PREBAKE_CUDA=libcuda.so.1 \
 	  $(RAN) $(GO) test -v -count=1 \
 	  -run '^(TestGPUOfThisMachine|TestThisMachine|TestRealCUDA)$$' \
@@ -219,7 +219,7 @@ release-packages: ## list the newest Debian packages for the builder image of re
 	mv builder/release/packages.lock.new builder/release/packages.lock
 
 # go generate installs protoc-gen-go, and protoc looks for it on PATH. Two more tables of faults need
-# a virtual machine: the tests that compare these say how to write them.
+# a virtual machine: TestMachineFaults and TestPowerCut name the command.
 .PHONY: generate
 generate: ## write the generated parts of the documentation again
 	@deploy/setup.sh build run test

@@ -15,7 +15,7 @@ import (
 )
 
 // addPatches returns a function that adds a page's blocks of patches to an overlay, as the pages say: if the overlay
-// has patches already, below that line.
+// already has a list of patches, to that list.
 func addPatches(blocks ...page.Block) func(string) string {
 	return func(text string) string {
 		for _, b := range blocks {
@@ -44,8 +44,8 @@ func patchBlocks(t *testing.T) map[string]page.Block {
 			}
 			all[fmt.Sprintf("%s:%d", name, b.Line)] = b
 			before := strings.Join(lines[max(0, b.Line-6):b.Line], " ")
-			if !strings.Contains(strings.Join(strings.Fields(before), " "), "has `patches:` already") {
-				t.Errorf("%s:%d does not say what to do if the overlay has `patches:` already", name, b.Line)
+			if !strings.Contains(strings.Join(strings.Fields(before), " "), "already has a list `patches:`") {
+				t.Errorf("%s:%d does not say what to do if the overlay already has a list `patches:`", name, b.Line)
 			}
 		}
 	}

@@ -36,9 +36,9 @@ if ((EUID != 0)); then
 fi
 
 work=$(mktemp -d "$cache/images/.work-XXXXXX")
-# leave removes the temporary files. If a user started the script, leave gives that user the files
-# that root has made in the user's folders. Otherwise the user's next make or builder could not
-# open them.
+# leave removes the temporary files. If a user started the script, leave makes that user the
+# owner of the files that root has made in the user's folders: otherwise the user's next make or
+# builder could not open them.
 leave() {
   rm -rf "$work" || true
   [[ -n ${PREBAKE_OWNER:-} ]] || return 0
@@ -47,7 +47,7 @@ leave() {
   for name in "${images[@]}"; do
     [[ ! -f $out/$name.tar ]] || files+=("$out/$name.tar")
   done
-  chown -hR --from=0 "$PREBAKE_OWNER" "${files[@]}" || say "the files of root in ${files[*]} still belong to root"
+  chown -hR --from=0 "$PREBAKE_OWNER" "${files[@]}" || say "could not make you the owner of the files that root made in ${files[*]}"
 }
 trap leave EXIT
 

@@ -86,7 +86,7 @@ func changeFlags() []ucli.Flag {
 			cli.Bool("edit-boot", "if necessary, edit the kernel command line and reboot"),
 			cli.Bool("no-load", "make the driver active on the disk, but load no module"),
 			cli.Bool("no-cuda-check", "do not check that CUDA programs can start"),
-			cli.Strings("module-param", "`PARAM` of a module: nvidia.NVreg_NAME=1"),
+			cli.Strings("module-param", "`PARAM` such as nvidia.NVreg_NAME=1"),
 		),
 		cli.Group(groupOutput,
 			probeFlag(),

@@ -47,7 +47,7 @@ files back, start the server, and run server reindex.
 
 The command copies SQLite files. If only the queue is in PostgreSQL, dump it
 before this command; if only the catalogue is, dump it after this command.
-If both are, the command has nothing to do: dump them, and copy the token.
+If both are, this command refuses: dump the two, and copy the token.
 Use pg_dump --format=custom and pg_restore.
 
 Example:
@@ -85,7 +85,8 @@ Example:
 // to the operator. Do not change this order:
 //
 //   - The queue before the catalogue. A queued build without a job is queued again by the sweep. In the other
-//     order, the queue would have jobs of builds that the catalogue lacks. The sweep would remove those jobs.
+//     order, the queue would have jobs of builds that the catalogue lacks. The sweep would remove those jobs, and
+//     the builds would be lost.
 //   - The catalogue before the registry. Builders push an artifact before they report it, so the later copy of the
 //     registry has every artifact of the catalogue. The command reindex finds the artifacts that only the registry has.
 //

@@ -292,8 +292,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 }
 
 // skipQueued keeps new builds from getting a number for which the queue has a job already. That would happen after an
-// older catalogue was restored and the queue was not. A builder would then build the job's cell for another cell's
-// build.
+// older catalogue was restored and the queue was not. The queue would then keep the older job of that number, and a
+// builder would build the wrong cell.
 func skipQueued(ctx context.Context, s settings, db *store.Store, q *queue.Queue, log *slog.Logger) error {
 	if s.Queue == s.Database {
 		return nil // a build and its job are written in one transaction

@@ -56,7 +56,8 @@ func main() {
 	flag.StringVar(&archives, "archive", "",
 		"`URLS` of Debian archives with these packages, separated by commas; if empty, those of this machine's apt")
 	flag.StringVar(&c.cache, "cache", "",
-		"`FOLDER` that keeps downloaded packages; if empty, release in PREBAKE_STATE or in the user's cache folder")
+		"`FOLDER` that keeps downloaded packages; if empty, PREBAKE_STATE/release, or prebake/release in the user's "+
+			"cache folder")
 	flag.StringVar(&c.key, "key", "", "signing `KEY`: a file or a KMS URI; if empty, a new key that is not kept")
 	flag.StringVar(&c.builderID, "builder-id", "https://prebake.dev/release",
 		"`URI` that names the builder of the release in the provenance")

@@ -25,8 +25,8 @@ import (
 
 // CUDAAnswer is the JSON object that the probe prints about CUDA.
 type CUDAAnswer struct {
-	// Code is what cuInit returned (CUresult of cuda.h); 0 is success. null means that cuInit was not called, and Error
-	// says why.
+	// Code is what cuInit returned (CUresult of cuda.h); 0 is success. Without Code, cuInit was not called, and Error says
+	// why.
 	Code *int `json:"code,omitempty"`
 	// Name is the library's name for Code, such as CUDA_ERROR_NO_DEVICE, or "" if it has none.
 	Name  string `json:"name,omitempty"`

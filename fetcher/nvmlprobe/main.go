@@ -1,7 +1,7 @@
 // Command nvmlprobe asks NVML, NVIDIA's management library, for the driver's version and the GPUs, and prints a JSON
-// object. With --cuda, it asks CUDA's library instead whether CUDA programs can start. It is a separate program,
-// because these libraries need cgo and dlopen, and the fetcher is static. It does not judge the answer. It changes
-// nothing on a GPU except, with --persist, persistence mode.
+// object. With --cuda, it calls cuInit of CUDA's library instead. It is a separate program, because these libraries
+// need cgo and dlopen, and the fetcher is static. It does not judge the answer. It changes nothing on a GPU except,
+// with --persist, persistence mode.
 package main
 
 import (
@@ -63,7 +63,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("nvmlprobe", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	lib := flags.String("lib", "libnvidia-ml.so.1", "NVML library: a path, or a name for the loader to find")
-	cuda := flags.String("cuda", "", "CUDA library, likewise: ask only whether CUDA programs can start")
+	cuda := flags.String("cuda", "", "call cuInit of this CUDA library (path or name), and do not ask NVML")
 	persist := flags.Bool("persist", false, "turn persistence mode on, on every GPU")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitAnswered

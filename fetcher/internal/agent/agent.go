@@ -233,7 +233,8 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 //
 //  1. the driver that waits (attempt.Next);
 //  2. the current driver;
-//  3. the previous driver, but before the current one if the wish is an exact version that only the previous one has;
+//  3. the previous driver, but before the current one if the wish is an exact version or a digest that only the
+//     previous one has;
 //  4. the current driver, even if an operator rolled it back; and also if it was refused at first because the node had
 //     another driver, and that driver has failed by now.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {

@@ -76,9 +76,9 @@ func (a *attempt) refused(d target.Driver, other, labelled bool) error {
 	default:
 		return nil
 	}
-	hint := "to get another version, set --driver; to try this driver again, run: "
+	hint := "to get another version, set --driver; to try this driver again, "
 	if labelled {
-		hint = "to get another version, set the node's label to it; to try this driver again, run: "
+		hint = "to get another version, set the node's label to it; to try this driver again, "
 	}
 	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint+retryCommand(d))
 }
@@ -305,7 +305,8 @@ func (all attempts) precious(boot string) bool {
 
 // noteNext sets Next in the record of the driver with this digest, for the present wish, and clears Next in all other
 // records. If rolledBack is not "", the same write also records that an operator rolled back the driver with that
-// digest. Then the driver waits whatever the wish is.
+// digest. The driver with the given digest then waits whatever the wish is, while the rolled-back driver is loaded. At
+// a boot it comes first only if it matches the wish, as far as the wish is known.
 func (a *Agent) noteNext(store *install.Store, digest, rolledBack string) error {
 	all, err := readAttempts(store)
 	if err != nil {

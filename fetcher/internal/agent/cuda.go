@@ -29,8 +29,8 @@ type cudaWatch struct {
 }
 
 // judgeDriver judges the facts about the active driver, and calls cuInit if that is due. It is due after each load, and
-// then at each check until it succeeds. Otherwise programs may use the GPUs already, and a node in use must not count
-// as unusable because one call failed, such as for a lack of memory.
+// then at each check while its last result keeps the driver from being ready. judgeDriver does not call it again for a
+// ready driver: programs may use the GPUs, and one call that lacks memory must not make a node unusable.
 func (a *Agent) judgeDriver(ctx context.Context, set *install.Set, f gpucheck.Facts,
 	facts *host.Facts) gpucheck.Verdict {
 	if a.parts.CUDA == nil || a.cfg.NoCUDA {
@@ -53,8 +53,9 @@ func (a *Agent) judgeDriver(ctx context.Context, set *install.Set, f gpucheck.Fa
 	return gpucheck.Judge(f)
 }
 
-// lastCUDA returns the last answer of cuInit since the load of this driver, and whether cuInit must be called, because
-// there is none. The record counts first, because another process may have written it.
+// lastCUDA returns the last result of cuInit since the load of this driver, and whether cuInit is due because there is
+// none. If this process loaded modules and has not called cuInit since, cuInit is due. Otherwise the record counts,
+// because another process may have written it. Without a record, the last result in this process counts.
 func (a *Agent) lastCUDA(set *install.Set) (last *gpucheck.CUDA, due bool) {
 	rec := a.readRecord()
 	switch {
@@ -69,8 +70,9 @@ func (a *Agent) lastCUDA(set *install.Set) (last *gpucheck.CUDA, due bool) {
 	return nil, true // no run has checked this driver since the boot
 }
 
-// askCUDA calls cuInit, and once more if it failed. It returns nil if it cannot call cuInit. This does not count
-// against the driver, because programs in containers bring a C library of their own.
+// askCUDA calls cuInit. If the call fails and a second one may pass, askCUDA repeats it once, unless the first took
+// more than ten seconds. It returns nil if it cannot call cuInit. A missing result does not count against the driver,
+// because programs in containers bring a C library of their own.
 func (a *Agent) askCUDA(ctx context.Context) (answer *gpucheck.CUDA) {
 	library := path.Join(a.cfg.InstallDir, cudaLibrary)
 	if _, err := fs.Stat(a.node, library[1:]); err != nil {

@@ -57,7 +57,7 @@ type decision struct {
 }
 
 // decide chooses the node's driver. A driver that fits this COS build stays active until another driver can replace it,
-// whatever the farm responds.
+// whatever the farm answers.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {

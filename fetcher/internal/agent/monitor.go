@@ -456,7 +456,7 @@ func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous
 		previous.Driver),
 		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
 			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+
-			"\"fetcher install\"; to keep the present driver, run: "+retryCommand(current.Driver))
+			"\"fetcher install\"; to keep the present driver, "+retryCommand(current.Driver))
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.

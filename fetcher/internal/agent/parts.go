@@ -61,8 +61,9 @@ type prober interface {
 }
 
 type cudaProber interface {
-	// AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error of kind ErrHung means that it did
-	// not return in time; any other error that it could not be called.
+	// AskCUDA calls cuInit of the CUDA library at this path in the node's root. [gpucheck.ErrHung] means that the call did
+	// not return in time, or that an earlier probe still runs. Any other error means that there is no result, such as
+	// when the library does not open or the probe crashes.
 	AskCUDA(ctx context.Context, library string) (gpucheck.CUDA, error)
 }
 
@@ -100,7 +101,7 @@ type Config struct {
 	Persistence bool
 	// EditBoot permits a change of the kernel command line and a reboot, if the kernel refuses modules.
 	EditBoot bool
-	// NoCUDA calls the driver ready although CUDA was not asked.
+	// NoCUDA turns off the call of cuInit: the driver is ready once NVML lists every GPU as healthy.
 	NoCUDA bool
 	// DryRun changes nothing and reports the planned actions.
 	DryRun bool
@@ -130,7 +131,7 @@ type Parts struct {
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober
-	// CUDA is nil when the agent does not ask CUDA.
+	// CUDA is nil when the agent does not call cuInit.
 	CUDA cudaProber
 	// Boot changes the boot configuration. nil forbids changes.
 	Boot bootMaker

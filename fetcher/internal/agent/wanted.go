@@ -28,7 +28,7 @@ type wanted struct {
 // UseLabel sets the function that returns the wish of the node's label; "" means that the node has no label, so that
 // Config.Wish holds. Each run calls it once, again while it waits, and before it makes the wanted driver active (see
 // awaitLabel and relabelled). While the function returns an error, the active driver stays. After a passing error (see
-// [resolve.Passing]), the result of the last call without one holds.
+// [resolve.Passing]), the wish of the last successful read counts.
 func (a *Agent) UseLabel(label func(ctx context.Context) (target.Wish, error)) {
 	a.wanted.label = label
 }
@@ -73,7 +73,7 @@ func (a *Agent) readWanted(ctx context.Context) {
 		}
 	case before != nil && !resolve.Passing(before) && resolve.Passing(err): // such as after a malformed label
 		w.err = before
-		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the error of the last read", "err", err,
+		a.parts.Log.WarnContext(ctx, "could not read the node's label; the error of the last read still counts", "err", err,
 			"last", before)
 	case w.known && resolve.Passing(err):
 		a.parts.Log.WarnContext(ctx, "could not read the node's label, and keeps the last one", "err", err)
@@ -84,8 +84,8 @@ func (a *Agent) readWanted(ctx context.Context) {
 	}
 }
 
-// relabelled reads the node's label again, and reports whether this run's wish no longer holds. A run may wait for the
-// farm for minutes, and for an idle GPU for hours.
+// relabelled reads the node's label again, and reports whether the wish differs from the last one that this run read. A
+// run may wait for the farm for minutes, and for an idle GPU for hours.
 func (a *Agent) relabelled(ctx context.Context) bool {
 	was := a.wanted
 	a.readWanted(ctx)
@@ -94,8 +94,8 @@ func (a *Agent) relabelled(ctx context.Context) bool {
 }
 
 // isOutdated reports whether the node's label changed after this run read it, so that the run must not make the wanted
-// driver active. The search for a driver, its compile or its download may have taken long. It reads the label only if
-// the decision changes the active driver or loads a module.
+// driver active. The search for a driver, its compile or its download may have taken long. isOutdated does not read the
+// label if the decision keeps the active driver.
 func (a *Agent) isOutdated(ctx context.Context, r *Report, s nodeState, d decision) bool {
 	if d.do == keep && s.current != nil && s.current.Digest == d.set.Digest {
 		return false
@@ -118,8 +118,8 @@ func wishText(wish target.Wish, pin string) string { return cmp.Or(pin, string(w
 
 // isWanted reports whether a driver that waits on the disk may become active. If the wish cannot be read at the moment,
 // the driver may become active, because a run that knew the wish chose it. Otherwise the driver must wait for the
-// present wish, or have the exact version or digest that is wanted. It is not enough that it matches: almost every
-// driver matches the wish default.
+// present wish, or have the exact version or digest that is wanted. A match is not enough: almost every driver
+// matches the wish default.
 func (a *Agent) isWanted(set *install.Set, s nodeState) bool {
 	if a.wanted.err != nil {
 		return resolve.Passing(a.wanted.err)
@@ -150,9 +150,9 @@ func (a *Agent) bootOrder(s nodeState) []*install.Set {
 const againTime = 5 * time.Second
 
 // askAgain asks the farm again for the driver that an answer names, after a wait for an idle GPU: the driver may have
-// been withdrawn during the wait. If the farm does not respond, or has no artifact now, the given answer holds, as it
-// does for a driver that waits for a boot. It also holds if a registry responds in place of a server. none is the
-// reason why the given answer has no artifact; then askAgain does not ask.
+// been withdrawn during the wait. If the farm does not answer, or has no artifact now, the given answer counts, as it
+// does for a driver that waits for a boot. A server's given answer also counts if now only a registry answers. none is
+// the reason why the given answer has no artifact; then askAgain does not ask.
 func (a *Agent) askAgain(ctx context.Context, q resolve.Question, answer resolve.Answer, none error) (resolve.Answer,
 	error) {
 	if none != nil {
@@ -218,14 +218,14 @@ func withdraws(answer resolve.Answer, set *install.Set) bool {
 }
 
 // dropUnwanted records that no driver waits for the next boot, if the driver that waits is not wanted any more, or if
-// the farm's answer in the report withdraws it. It reports whether it did so. If the wish is not known, the driver
-// waits.
+// the farm's answer in the report withdraws it. It does nothing while the wish is not known, or while a rollback waits.
+// It reports whether it tried to record this.
 func (a *Agent) dropUnwanted(ctx context.Context, r *Report, store *install.Store, s nodeState) bool {
 	set := s.waiting()
 	if set == nil || a.wanted.err != nil || s.waitsForRollback() || a.isWanted(set, s) && !withdraws(r.Answer, set) {
 		return false
 	}
-	a.parts.Log.InfoContext(ctx, "a driver does not wait for the next boot any more", "driver", set.Driver,
+	a.parts.Log.InfoContext(ctx, "dropped the waiting driver", "driver", set.Driver,
 		"digest", set.Digest)
 	a.dropWaiting(ctx, r, store, s)
 	return true
@@ -252,8 +252,9 @@ func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store
 	}
 }
 
-// retryCommand returns the command that tries a driver again, for a hint. It names the driver and its source, because
-// the command install reads no label, and in the manifests both are arguments of the command run.
+// retryCommand returns the end of a hint: how to try a driver again. It names the driver and the flags of its source,
+// because the command install reads no label, and in the manifests both are arguments of the command run.
 func retryCommand(d target.Driver) string {
-	return "fetcher install --retry --driver " + d.Version + ", with the same --server or --registry as before"
+	return "run, with the --server or --registry of \"fetcher run\" if it has one: fetcher install --retry --driver " +
+		d.Version
 }

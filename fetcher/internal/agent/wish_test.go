@@ -56,7 +56,7 @@ func (l nodeLabel) runAs(t *testing.T, n *node) (*agent.Report, error) {
 
 // TestWaitsForItsWish lets a driver wait for the next boot, then changes the node's label, and boots the node. The boot
 // must load the driver only if it waits for the present wish, or is exactly the wanted one. Otherwise it must load the
-// active driver, whatever the farm responds, and although the driver that waits would match the wish, too.
+// active driver, whatever the farm answers, and although the driver that waits would match the wish, too.
 func TestWaitsForItsWish(t *testing.T) {
 	t.Parallel()
 	away := fault.New(fault.Transient, "nobody answers", "")
@@ -206,7 +206,7 @@ func TestCrashOfADriverOfAFormerWish(t *testing.T) {
 }
 
 // TestWithdrawnWaits lets a driver wait for the next boot. Then the farm says that a driver is yanked or in quarantine.
-// If it is the one that waits, the boot must not load it, although no source responds then.
+// If it is the one that waits, the boot must not load it, although no source answers then.
 func TestWithdrawnWaits(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -250,7 +250,7 @@ func TestWithdrawnWaits(t *testing.T) {
 
 // TestWithdrawnDuringWaitIdle changes what the farm says while a run waits for an idle GPU. The run must not load a
 // driver that was withdrawn meanwhile. It must load the driver that the farm names then; or the first one, if the farm
-// does not respond or only a registry does.
+// does not answer or only a registry does.
 func TestWithdrawnDuringWaitIdle(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -326,7 +326,7 @@ func TestPreviousIsTheVersion(t *testing.T) {
 	}
 }
 
-// TestRolledBackFromTheVersion rolls back the driver whose version is wanted. While no source responds, each run must
+// TestRolledBackFromTheVersion rolls back the driver whose version is wanted. While no source answers, each run must
 // say so, because another driver than the wanted one is active: not only the runs after the rollback.
 func TestRolledBackFromTheVersion(t *testing.T) {
 	t.Parallel()

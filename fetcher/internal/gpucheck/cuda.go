@@ -29,6 +29,8 @@ const CUDASilent = -1
 
 func (c CUDA) String() string {
 	switch {
+	case c.Code == 0:
+		return "cuInit succeeded"
 	case c.Code == CUDASilent:
 		return "cuInit does not return"
 	case c.Name == "":
@@ -66,14 +68,15 @@ func (v Verdict) withCUDA() Verdict {
 	return v
 }
 
-// noMPS keeps CUDA from connecting to the node's MPS server, by a folder without one. Otherwise it would wait there for
-// the programs of other users, or start a server that then holds the GPU (nvidia-cuda-mps-control(1)).
+// noMPS names a folder without an MPS server. With the node's MPS server, cuInit would wait for other users' programs,
+// or start a server that then holds the GPU (nvidia-cuda-mps-control(1)).
 const noMPS = "CUDA_MPS_PIPE_DIRECTORY=/nonexistent"
 
-// AskCUDA calls cuInit of the CUDA library at this path in the node's root. An error means that there is no answer: the
-// library does not open, or the call does not return in time (ErrHung).
+// AskCUDA calls cuInit of the CUDA library at this path in the node's root. ErrHung means that the call did not return
+// in time, or that an earlier probe still runs. Any other error means that there is no result, such as when the library
+// does not open or the probe crashes.
 func (p *Prober) AskCUDA(ctx context.Context, library string) (CUDA, error) {
-	stdout, stderr, err := p.run(ctx, library, []string{noMPS}, "--cuda", library)
+	stdout, stderr, err := p.run(ctx, "CUDA", library, []string{noMPS}, "--cuda", library)
 	if err != nil && stdout == nil {
 		return CUDA{}, err
 	}

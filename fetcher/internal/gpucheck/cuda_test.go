@@ -11,6 +11,25 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 )
 
+// TestCUDAString checks the text of results with and without a name.
+func TestCUDAString(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		result gpucheck.CUDA
+		want   string
+	}{
+		{gpucheck.CUDA{}, "cuInit succeeded"},
+		{gpucheck.CUDA{Name: "CUDA_SUCCESS"}, "cuInit succeeded"},
+		{gpucheck.CUDA{Code: 802}, "cuInit returns error 802"},
+		{gpucheck.CUDA{Code: 100, Name: "CUDA_ERROR_NO_DEVICE"}, "cuInit returns CUDA_ERROR_NO_DEVICE (100)"},
+		{gpucheck.CUDA{Code: gpucheck.CUDASilent}, "cuInit does not return"},
+	} {
+		if got := row.result.String(); got != row.want {
+			t.Errorf("String() of %#v = %q; want %q", row.result, got, row.want)
+		}
+	}
+}
+
 // TestRealCUDA asks NVIDIA's own library. With a driver, as in make gpu, CUDA programs must be able to start. Without
 // one, the library finds no device.
 func TestRealCUDA(t *testing.T) {

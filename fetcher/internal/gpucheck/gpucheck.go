@@ -1,5 +1,5 @@
-// Package gpucheck asks NVML, the driver's management library, whether the driver works, and CUDA's library whether
-// programs can start. It judges the answers. A separate program calls these libraries, because they need a C library.
+// Package gpucheck asks NVML, the driver's management library, whether the driver works, and calls cuInit of CUDA's
+// library. It judges the answers. A separate program calls these libraries, because they need a C library.
 // The package calls no node ready without evidence.
 package gpucheck
 
@@ -20,14 +20,14 @@ type State string
 
 // These are the states of the driver on a node.
 const (
-	Ready    State = "ready"     // every GPU on the bus answers, and CUDA programs can start
+	Ready    State = "ready"     // every GPU on the bus answers, and the check with cuInit did not fail
 	NoDevice State = "no-device" // no GPU is on the bus
 	Unusable State = "unusable"  // a GPU is on the bus, and the driver cannot use it
 	Drifted  State = "drifted"   // the loaded driver is not the installed one
 	Loaded   State = "loaded"    // the modules are right; nobody has asked NVML since the boot
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
-	Starting State = "starting"  // every GPU answers, but CUDA programs wait for the fabric manager
+	Starting State = "starting"  // every GPU answers; CUDA waits for a fabric manager or a confidential node's ready state
 	Foreign  State = "foreign"   // nothing is installed; a foreign driver is loaded and works
 )
 
@@ -45,7 +45,7 @@ type Verdict struct {
 	// Foreign lists modules of the right version that were not loaded from the installed file.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// CUDA is nil if CUDA was not asked.
+	// CUDA is the result of cuInit, or nil if there is none.
 	CUDA *CUDA `json:"cuda,omitempty"`
 	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML. It is 0 if
 	// the driver is unusable for CUDA.
@@ -97,7 +97,7 @@ type Facts struct {
 	Modules map[string]string
 	Foreign []string
 	NVML    NVML
-	CUDA    *CUDA // nil if CUDA was not asked
+	CUDA    *CUDA // the result of cuInit, or nil if there is none
 	// GPUs are the PCI addresses of the GPUs that the driver must drive.
 	GPUs []string
 	NVRM []string
@@ -296,7 +296,7 @@ func (v Verdict) Err() error {
 	case Starting:
 		return is(fault.Unusable, text,
 			"start NVIDIA's fabric manager in the version of this driver, which is no part of Prebake: docs/how-to/gke.md "+
-				"has who starts it; then run: fetcher status")
+				"has who starts it; on a confidential node, set the GPUs' ready state; then run: fetcher status")
 	case Drifted:
 		return is(fault.Mismatch, text, "when the GPUs are idle, run: fetcher install")
 	case Absent:

@@ -268,6 +268,10 @@ func TestProbeHangs(t *testing.T) {
 	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !errors.Is(err, gpucheck.ErrHung) {
 		t.Errorf("Probe while another probe hangs = %v; want unusable", err)
 	}
+	if _, err := p.AskCUDA(t.Context(), "x"); !errors.Is(err, gpucheck.ErrHung) ||
+		!strings.HasPrefix(err.Error(), "ask NVML: ") {
+		t.Errorf("AskCUDA while another probe hangs = %v; want an error that names the probe's library, NVML", err)
+	}
 	out, err := os.OpenFile(pipe, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)

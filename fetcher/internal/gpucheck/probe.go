@@ -37,14 +37,15 @@ type Prober struct {
 	// ReadOnly forbids to write the copy. If the copy is missing, Probe then returns an error.
 	ReadOnly bool
 
-	mu    sync.Mutex
-	since time.Time // when the running probe started; zero if none runs
+	mu      sync.Mutex
+	since   time.Time // when the running probe started; zero if none runs
+	running string    // the library that the running probe asks: NVML or CUDA
 }
 
 // ErrHung is the error of a probe that did not answer in time.
 var ErrHung = errors.New("no answer")
 
-var errNotThere = errors.New("ask NVML: nvmlprobe was not copied to this node yet")
+var errNotThere = errors.New("run nvmlprobe: it was not copied to this node yet")
 
 // probeTime is the longest time of one probe. On large machines, NVML's first call takes some seconds for each GPU.
 const probeTime = 2 * time.Minute
@@ -64,24 +65,25 @@ func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML,
 	if persist {
 		args = append(args, "--persist")
 	}
-	stdout, stderr, err := p.run(ctx, library, nil, args...)
+	stdout, stderr, err := p.run(ctx, "NVML", library, nil, args...)
 	if err != nil && stdout == nil {
 		return NVML{}, err
 	}
 	return parseAnswer(stdout, stderr, err)
 }
 
-// run runs the probe for a library. Its environment is env and the library's folder. If the probe did not run or end,
-// stdout is nil. Otherwise err is its exit status.
-func (p *Prober) run(ctx context.Context, library string, env []string, args ...string) (stdout []byte, stderr string,
-	err error) {
+// run runs the probe for a library: name is NVML or CUDA, and library its path or file name. The probe gets the
+// variables env, and LD_LIBRARY_PATH with the folder of a library with an absolute path. If the probe could not be
+// copied or did not end, stdout is nil. Otherwise err is the result of [exec.Cmd.Run].
+func (p *Prober) run(ctx context.Context, name, library string, env []string, args ...string) (stdout []byte,
+	stderr string, err error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
-		since := p.since
+		since, running := p.since, p.running
 		p.mu.Unlock()
-		return nil, "", hung(time.Since(since))
+		return nil, "", hung(running, time.Since(since))
 	}
-	p.since = time.Now()
+	p.since, p.running = time.Now(), name
 	p.mu.Unlock()
 	type outcome struct {
 		stdout []byte
@@ -89,7 +91,7 @@ func (p *Prober) run(ctx context.Context, library string, env []string, args ...
 		err    error
 	}
 	answered := make(chan outcome, 1)
-	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, hung(probeTime))
+	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, hung(name, probeTime))
 	go func() {
 		defer cancel()
 		var o outcome
@@ -112,8 +114,9 @@ func (p *Prober) run(ctx context.Context, library string, env []string, args ...
 	}
 }
 
-func hung(d time.Duration) error {
-	return fault.Wrap(fault.Unusable, fmt.Errorf("ask the driver: %w in %s", ErrHung, d.Round(time.Second)),
+// hung returns the error of a probe that has asked a library, NVML or CUDA, for the time d.
+func hung(library string, d time.Duration) error {
+	return fault.Wrap(fault.Unusable, fmt.Errorf("ask %s: %w in %s", library, ErrHung, d.Round(time.Second)),
 		"read the kernel log: dmesg | grep NVRM")
 }
 

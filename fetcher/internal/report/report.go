@@ -58,7 +58,7 @@ func New(now func() time.Time) *Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(s.info, s.phases, s.runs,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "ready",
-			Help: "1 when every GPU answers NVML with the installed driver, and CUDA programs can start."},
+			Help: "1 when every GPU answers NVML with the installed driver, and the check with cuInit did not fail."},
 			func() float64 {
 				if s.valid().State == gpucheck.Ready {
 					return 1

@@ -6,7 +6,7 @@
 //   - It removes jobs of cancelled builds from the queue.
 //   - It raises the priority of jobs to the priority of their builds.
 //   - It gives the jobs of a dead builder to other builders.
-//   - It removes jobs of builds that the catalogue does not know, because an older catalogue was restored.
+//   - It removes jobs of builds that the catalogue does not know, such as after the restore of an older catalogue.
 //
 // The package runs no builds: builders take their jobs from the queue.
 package jobs
@@ -206,19 +206,23 @@ func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	return nil
 }
 
-// endLeftOver ends a job without an open build. It ends the job of a cancelled build or an unknown build at once. Other
-// jobs usually end by themselves, so it ends them only after deadAfter.
+// endLeftOver removes a job without an open build. It removes the job of a cancelled build or an unknown build at once.
+// Other jobs usually end by themselves, so it removes them only after deadAfter.
 func (s *Sweeper) endLeftOver(ctx context.Context, id int64, now time.Time) error {
 	b, err := s.Catalogue.Build(ctx, id)
 	switch {
 	case fault.Is(err, fault.NotFound): // a build is stored before its job, so it is not a new one
+		if err := s.Queue.End(ctx, id); err != nil {
+			return err
+		}
 		s.Log.WarnContext(ctx, "job of an unknown build removed", "build", id)
-		return s.Queue.End(ctx, id)
 	case err != nil:
 		return err
 	case b.FinishedAt != nil && now.Sub(*b.FinishedAt) > deadAfter:
+		if err := s.Queue.End(ctx, id); err != nil {
+			return err
+		}
 		s.Log.WarnContext(ctx, "job of an ended build removed", "build", id, "state", b.State)
-		return s.Queue.End(ctx, id)
 	case b.State == api.Cancelled:
 		return s.Queue.Cancel(ctx, id)
 	}

@@ -23,7 +23,7 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 	// If the database is missing, SQLite would make an empty one.
 	if _, err := os.Stat(from); err != nil {
 		return fault.Wrap(fault.NotFound, err,
-			"give what server serve has: --data FOLDER, and --database URL and --queue URL if it has them")
+			"give the same --data, --database and --queue as to server serve")
 	}
 	// SQLite accepts an empty file as target, so create it with a mode that lets only this user read it.
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)

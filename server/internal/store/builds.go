@@ -257,7 +257,7 @@ func (s *Store) SkipBuilds(ctx context.Context, last int64) (skipped bool, err e
 			}, `SELECT setval(seq, $1) FROM (SELECT pg_get_serial_sequence('builds', 'id')::regclass AS seq) AS s
 WHERE COALESCE(pg_sequence_last_value(seq), 0) < $1`, last)
 		}
-		// SQLite has no row for a table that never had a row.
+		// sqlite_sequence has no row for builds before the first insert.
 		_, err := tx.ExecContext(ctx, `INSERT INTO sqlite_sequence (name, seq)
 SELECT 'builds', 0 WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'builds')`)
 		if err != nil {
