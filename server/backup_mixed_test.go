@@ -273,8 +273,8 @@ exec "$@"
 
 // TestBackupPage runs the commands by which docs/how-to/back-up.md backs up a cluster and restores it, as a person
 // pastes them. The catalogue is in SQLite, and the queue in PostgreSQL, as in deploy/kubernetes/base/server.yaml. An
-// earlier backup broke off. A restore from a broken file must change nothing, and one that breaks off must not start the
-// server. A restore that follows must be complete.
+// earlier backup broke off. A restore from a broken file must change nothing. A restore that breaks off must not start
+// the server. A restore that follows must be complete.
 func TestBackupPage(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../docs/how-to/back-up.md")
