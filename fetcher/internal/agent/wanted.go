@@ -254,6 +254,11 @@ func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store
 
 // retryCommand returns the command that tries a driver again, for a hint. It names the driver and its source, because
 // the command install reads no label, and in the manifests both are arguments of the command run.
-func retryCommand(d target.Driver) string {
-	return "fetcher install --retry --driver " + d.Version + ", with the same --server or --registry as before"
+// If the owner wants only one artifact, pin is its digest; otherwise it is "".
+func retryCommand(d target.Driver, pin string) string {
+	driver := cmp.Or(pin, d.Version)
+	if pin == "" && d.Flavour != "" {
+		driver += " --flavour " + string(d.Flavour)
+	}
+	return "fetcher install --retry --driver " + driver + ", with the same --server or --registry as before"
 }
