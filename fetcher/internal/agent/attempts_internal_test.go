@@ -141,8 +141,8 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
-// TestRetryCommand checks that the command of a hint installs the same driver: with its flavour, or by its digest if the
-// owner wants one artifact.
+// TestRetryCommand checks that the command of a hint installs the same driver: with its flavour, or by its digest if
+// the owner wants one artifact.
 func TestRetryCommand(t *testing.T) {
 	t.Parallel()
 	set := &install.Set{Digest: "sha256:ab", Driver: target.Driver{Version: "580.95.05", Flavour: target.Proprietary}}
