@@ -154,7 +154,7 @@ func TestWrongCatalogue(t *testing.T) {
 	for _, wrong := range []string{"old", "empty"} {
 		t.Run(wrong, func(t *testing.T) {
 			t.Parallel()
-			db, _ := ownDatabase(t, wrong)
+			db, _ := ownDatabase(t, "wrong_"+wrong)
 			flags := []string{"--queue", db, "--token", scriptToken}
 			right, other := filepath.Join(t.TempDir(), "right"), filepath.Join(t.TempDir(), "wrong")
 			ask := func(url, buildID string) int64 {
