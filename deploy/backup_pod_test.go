@@ -18,6 +18,7 @@ type backupPod struct {
 }
 
 type backupPodSpec struct {
+	ActiveDeadline  int            `yaml:"activeDeadlineSeconds"`
 	SecurityContext map[string]any `yaml:"securityContext"`
 	Affinity        struct {
 		PodAffinity struct {
@@ -92,6 +93,9 @@ func TestBackupPod(t *testing.T) {
 		}
 	}
 	other := server.Spec.Template.Spec
+	if pod.Spec.ActiveDeadline <= 0 {
+		t.Error("the pod has no deadline; want one, because it keeps the claim on its node")
+	}
 	if len(pod.Spec.Containers) != 1 || len(other.Containers) != 1 {
 		t.Fatalf("the pods have %d and %d containers; want one each", len(pod.Spec.Containers), len(other.Containers))
 	}

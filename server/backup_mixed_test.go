@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"maps"
@@ -145,6 +146,77 @@ func TestQueueOfAnotherTime(t *testing.T) {
 	}
 }
 
+// TestWrongCatalogue starts a server with the wrong catalogue beside the farm's queue: an old one, or an empty one that
+// gets a build. Then it starts the server with the right catalogue again. All builds of the right catalogue must then
+// have a job, and the server must accept the start of each.
+func TestWrongCatalogue(t *testing.T) {
+	t.Parallel()
+	for _, wrong := range []string{"old", "empty"} {
+		t.Run(wrong, func(t *testing.T) {
+			t.Parallel()
+			db, _ := ownDatabase(t, "wrong_"+wrong)
+			flags := []string{"--queue", db, "--token", scriptToken}
+			right, other := filepath.Join(t.TempDir(), "right"), filepath.Join(t.TempDir(), "wrong")
+			ask := func(url, buildID string) int64 {
+				t.Helper()
+				b, err := api.NewClient(url, scriptToken, nil).RequestBuild(t.Context(), api.BuildRequest{BuildID: buildID,
+					Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return b.ID
+			}
+			end := func(stop func() int) {
+				t.Helper()
+				if code := stop(); code != 0 {
+					t.Fatalf("stop = %d; want 0", code)
+				}
+			}
+			url, stop, _ := start(t, right, flags...)
+			want, inWrong := map[int64]string{}, map[int64]string{}
+			if wrong == "old" {
+				first := ask(url, "17800.1.1")
+				want[first], inWrong[first] = "17800.1.1", "17800.1.1"
+				end(stop)
+				copyFolder(t, right, other)
+				url, stop, _ = start(t, right, flags...)
+			}
+			for _, buildID := range []string{"17800.1.2", "17800.1.3"} {
+				want[ask(url, buildID)] = buildID
+			}
+			end(stop)
+			url, stop, _ = start(t, other, flags...)
+			inWrong[ask(url, "17800.1.4")] = "17800.1.4"
+			checkJobs(t, db, inWrong)
+			end(stop)
+			url, _, _ = start(t, right, flags...)
+			checkJobs(t, db, want)
+			q, err := queue.Open(t.Context(), db)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer q.Close()
+			ctx, done := context.WithTimeout(t.Context(), time.Minute)
+			defer done()
+			got := map[int64]string{}
+			err = q.Work(ctx, "w1", 1, func(ctx context.Context, j api.BuildJob, attempt int) error {
+				_, err := api.NewClient(url, scriptToken, nil).UpdateBuild(ctx, j.Build,
+					api.BuildUpdate{State: api.Building, Worker: "w1", Attempt: attempt})
+				if err != nil {
+					t.Errorf("start of build %d: %v", j.Build, err)
+				}
+				if got[j.Build] = j.BuildID; len(got) == len(want) {
+					done()
+				}
+				return nil
+			})
+			if diff := cmp.Diff(want, got); err != nil || diff != "" {
+				t.Errorf("Work() = %v; builds (-want +got):\n%s", err, diff)
+			}
+		})
+	}
+}
+
 // checkJobs waits until the queue has open jobs for exactly these builds, and checks the COS build of each job.
 func checkJobs(t *testing.T, url string, want map[int64]string) {
 	t.Helper()
@@ -185,17 +257,24 @@ WHERE args->>'build' = $1 AND state = 'available'`, strconv.FormatInt(build, 10)
 }
 
 // podCommands is a program in place of kubectl: there is no cluster. It runs what "kubectl exec" runs in a pod, on this
-// machine. Other commands of kubectl do nothing.
-const podCommands = `#!/bin/sh
+// machine. Other commands of kubectl do nothing. It writes each call to the file $CALLS. If a call contains the text
+// $BREAK, the program in the pod gets only the first 1,000 bytes, as if the connection broke off.
+const podCommands = `#!/bin/bash
+echo "$*" >> "$CALLS"
+cut=
+[[ -z "$BREAK" || "$*" != *"$BREAK"* ]] || cut=yes
 while [ $# -gt 0 ] && [ "$1" != exec ]; do shift; done
 while [ $# -gt 0 ] && [ "$1" != -- ]; do shift; done
 [ $# -gt 1 ] || exit 0
 shift
+[ -z "$cut" ] || exec "$@" < <(head -c 1000)
 exec "$@"
 `
 
-// TestBackupPage runs the commands by which docs/how-to/back-up.md backs up a cluster and restores it. The catalogue is
-// in SQLite, and the queue in PostgreSQL, as in deploy/kubernetes/base/server.yaml.
+// TestBackupPage runs the commands by which docs/how-to/back-up.md backs up a cluster and restores it, as a person
+// pastes them. The catalogue is in SQLite, and the queue in PostgreSQL, as in deploy/kubernetes/base/server.yaml. An
+// earlier backup broke off. A restore from a broken file must change nothing. A restore that breaks off must not start
+// the server. A restore that follows must be complete.
 func TestBackupPage(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../docs/how-to/back-up.md")
@@ -216,15 +295,32 @@ func TestBackupPage(t *testing.T) {
 	if err := os.WriteFile(kubectl, []byte(podCommands), 0o755); err != nil { //nolint:gosec // run below
 		t.Fatal(err)
 	}
-	follow := func(block string) {
+	calls := filepath.Join(home, "calls")
+	try := func(block, breakAt string) (string, error) {
 		t.Helper()
+		if err := os.WriteFile(calls, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
 		text := strings.ReplaceAll(block, "/var/lib/prebake", dir)
 		text = strings.ReplaceAll(text, "/usr/local/bin/server", "server")
-		cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", text)
+		cmd := exec.CommandContext(t.Context(), "bash", "-c", text)
 		cmd.Dir = home
-		cmd.Env = append(os.Environ(), "PATH="+bin+":"+postgresFolder(t)+":"+os.Getenv("PATH"), "PREBAKE_QUEUE="+db)
-		if said, err := cmd.CombinedOutput(); err != nil {
+		cmd.Env = append(os.Environ(), "PATH="+bin+":"+postgresFolder(t)+":"+os.Getenv("PATH"), "PREBAKE_QUEUE="+db,
+			"CALLS="+calls, "BREAK="+breakAt)
+		said, err := cmd.CombinedOutput()
+		return string(said), err
+	}
+	follow := func(block string) {
+		t.Helper()
+		if said, err := try(block, ""); err != nil || !strings.HasSuffix(said, "complete\n") {
 			t.Fatalf("%s%v\n%s", block, err, said)
+		}
+	}
+	refuse := func(block, breakAt string) {
+		t.Helper()
+		said, err := try(block, breakAt)
+		if all, rerr := os.ReadFile(calls); rerr != nil || err == nil || strings.Contains(string(all), "--replicas 1") {
+			t.Errorf("the restore ends with %v, %v; want an error before the server starts\n%s%s", err, rerr, said, all)
 		}
 	}
 	url, stop, _ := start(t, dir, flags...)
@@ -249,6 +345,12 @@ func TestBackupPage(t *testing.T) {
 		return b
 	}
 	queued := ask("17800.1.1")
+	if err := os.Mkdir(filepath.Join(dir, "backup"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "backup", "catalogue.db"), []byte("old"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	follow(blocks[0][1])
 	if left, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(left,
 		func(e os.DirEntry) bool { return e.Name() == "backup" }) {
@@ -264,7 +366,40 @@ func TestBackupPage(t *testing.T) {
 	if code := stop(); code != 0 {
 		t.Fatalf("stop = %d; want 0", code)
 	}
+	good := filepath.Join(home, "prebake-2026-11-29", "data.tar")
+	data, err := os.ReadFile(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, length := range []int{0, len(data) / 2} { // no file, and half a file
+		if err := os.Remove(good); err != nil {
+			t.Fatal(err)
+		}
+		if length > 0 {
+			if err := os.WriteFile(good, data[:length], 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		refuse(blocks[1][1], "")
+		for _, name := range []string{"catalogue.db", "registry", "logs"} {
+			if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+				t.Errorf("after a restore without a complete file: %v", err)
+			}
+		}
+		if err := os.WriteFile(good, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refuse(blocks[1][1], "tar -xf")
 	follow(blocks[1][1])
+	url, stop, _ = start(t, dir, flags...)
+	if _, err := api.NewClient(url, scriptToken, nil).Unyank(t.Context(), yanked.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if code := stop(); code != 0 {
+		t.Fatalf("stop = %d; want 0", code)
+	}
+	follow(blocks[1][1]) // each restore is complete, not only the first
 	url, _, _ = start(t, dir, flags...)
 	c = api.NewClient(url, scriptToken, nil)
 	for s, want := range map[*testkit.Sample]api.State{&yanked: api.Yanked, &kept: api.Published} {

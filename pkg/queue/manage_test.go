@@ -226,6 +226,35 @@ func TestEnd(t *testing.T) {
 	})
 }
 
+// TestRemove checks that Remove removes waiting jobs without a record, so that the same builds can be inserted again. It
+// must change no job that runs or has ended.
+func TestRemove(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		busy := open(t)
+		insert(t, busy, map[int64]int{1: 1})
+		wake := hang(t, busy, "busy", nil)
+		q := open(t)
+		insert(t, q, map[int64]int{2: 1, 3: 1})
+		if err := q.Cancel(t.Context(), 3); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := q.Remove(t.Context(), 1, 2, 3, 99); err != nil || n != 1 {
+			t.Errorf("Remove() = %d, %v; want 1", n, err)
+		}
+		for build, want := range map[int64]string{1: "running", 2: "", 3: "cancelled"} {
+			if got, err := q.Lookup(t.Context(), build); err != nil || got.State != want {
+				t.Errorf("Lookup(%d) = %+v, %v; want state %q", build, got, err, want)
+			}
+		}
+		insert(t, q, map[int64]int{2: 1})
+		if got, err := q.Lookup(t.Context(), 2); err != nil || got.Ended || !got.Found {
+			t.Errorf("Lookup(2) after another Insert = %+v, %v; want a waiting job", got, err)
+		}
+		wake()
+	})
+}
+
 // TestNewest checks that ended jobs count, and that numbers are compared as numbers.
 func TestNewest(t *testing.T) {
 	t.Parallel()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/riverqueue/river/riverdriver"
@@ -51,6 +52,31 @@ func (q *Queue) End(ctx context.Context, build int64) error {
 		return fault.Wrap(fault.Transient, fmt.Errorf("end the job of build %d: %w", build, err), "")
 	}
 	return nil
+}
+
+// Remove removes the waiting jobs of these builds, and returns how many it removed. It keeps no record of them, so a
+// build can be inserted again. It changes no running and no ended job.
+func (q *Queue) Remove(ctx context.Context, builds ...int64) (removed int, err error) {
+	for part := range slices.Chunk(builds, jobsPerQuery) {
+		where, list := `(args->>'build')::bigint = ANY(@builds)`, any(part)
+		if q.pg == nil {
+			text, err := json.Marshal(part)
+			if err != nil {
+				return removed, fmt.Errorf("remove jobs: %w", err)
+			}
+			where, list = `json_extract(args, '$.build') IN (SELECT value FROM json_each(@builds))`, string(text)
+		}
+		rows, err := q.exec.JobDeleteMany(ctx, &riverdriver.JobDeleteManyParams{
+			Max: jobsPerQuery, OrderByClause: "id",
+			WhereClause: "kind = @kind AND state IN ('available', 'pending', 'retryable', 'scheduled') AND " + where,
+			NamedArgs:   map[string]any{"kind": api.BuildJob{}.Kind(), "builds": list},
+		})
+		if err != nil {
+			return removed, fault.Wrap(fault.Transient, fmt.Errorf("remove %d jobs: %w", len(part), err), "")
+		}
+		removed += len(rows)
+	}
+	return removed, nil
 }
 
 // replaceJobs ends jobs and inserts their successors, in one transaction.

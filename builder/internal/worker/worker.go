@@ -199,6 +199,9 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	defer cancel()
 	if rerr := w.reportEnd(ctx, log, job.Build, update); rerr != nil {
 		log.WarnContext(ctx, "build not reported", "state", update.State, "err", rerr)
+		if fault.Is(rerr, fault.NotFound) { // see reportStart
+			return queue.Requeue(rerr)
+		}
 		if stopped || !mayPass(rerr) {
 			return errors.Join(err, rerr)
 		}
@@ -241,10 +244,11 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 		err = fault.Wrap(kind, err, "check --server and --token; if you use --token-file, check the token in that file")
 		w.stop(err)
 		return queue.Requeue(err)
-	case kind != fault.Busy && mayPass(err):
+	// A server that does not know the build may have the wrong catalogue. If it has the right one, it removes the job.
+	case kind == fault.NotFound, kind != fault.Busy && mayPass(err):
 		return queue.Requeue(err)
 	}
-	// The server refused the start. A build that has ended or is gone leaves the queue. If another build of the cell is
+	// The server refused the start. A build that has ended leaves the queue. If another build of the cell is
 	// open (fault.Busy), the queue counts the attempt and offers this build later.
 	return err
 }

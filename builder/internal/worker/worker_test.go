@@ -436,3 +436,31 @@ func TestServerStartsAgain(t *testing.T) {
 	}
 	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1})
 }
+
+// TestUnknownBuild runs a build that the server does not know, at its start or at its end. The server may have the wrong
+// catalogue, so the job must stay in the queue, without a lost attempt.
+func TestUnknownBuild(t *testing.T) {
+	t.Parallel()
+	for name, refused := range map[string]api.State{"start": api.Building, "end": api.Published} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, works)
+			r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+				if u.State == refused {
+					return &api.Problem{Kind: fault.NotFound, Detail: "build 7 does not exist"}
+				}
+				return nil
+			}
+			states := 1
+			if name == "end" {
+				states = 2
+			}
+			if err := r.run(t, states); err != nil {
+				t.Fatal(err)
+			}
+			if at, err := r.queue.Lookup(t.Context(), 7); err != nil || at.Ended || at.Attempt != 0 {
+				t.Errorf("Lookup() = %+v, %v; want a waiting job without attempts", at, err)
+			}
+		})
+	}
+}

@@ -316,7 +316,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	silent := none != nil
 	if none == nil && !a.cfg.Retry {
 		if at := s.attempts[r.Answer.Digest]; at != nil { // do not fetch a refused driver
-			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest), s.labelled)
+			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest), s.labelled, s.pin)
 		}
 	}
 	if none == nil && s.keepsForeign() && !s.facts.Runs(r.Answer.Driver) { // do not fetch a driver that must wait

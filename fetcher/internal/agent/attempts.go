@@ -62,8 +62,8 @@ type attempts map[string]*attempt
 
 // refused returns the reason why the driver d is not tried again without --retry, or nil. other is whether the node has
 // another good driver. If other is false, only crashes count, not failures or a rollback. labelled is whether the
-// node's label, which the hint then names, is the source of the wish.
-func (a *attempt) refused(d target.Driver, other, labelled bool) error {
+// node's label, which the hint then names, is the source of the wish. pin is as for retryCommand.
+func (a *attempt) refused(d target.Driver, other, labelled bool, pin string) error {
 	why := ""
 	switch {
 	case a.ByHand && other:
@@ -80,7 +80,7 @@ func (a *attempt) refused(d target.Driver, other, labelled bool) error {
 	if labelled {
 		hint = "to get another version, set the node's label to it; to try this driver again, "
 	}
-	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint+retryCommand(d))
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), hint+retryCommand(d, pin))
 }
 
 // readAttempts reads attemptsFile. A damaged file counts as empty.

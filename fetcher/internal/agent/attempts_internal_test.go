@@ -141,6 +141,22 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
+// TestRetryCommand checks that the command of a hint installs the same driver: with its flavour, or by its digest if
+// the owner wants one artifact.
+func TestRetryCommand(t *testing.T) {
+	t.Parallel()
+	set := &install.Set{Digest: "sha256:ab", Driver: target.Driver{Version: "580.95.05", Flavour: target.Proprietary}}
+	for pin, want := range map[string]string{
+		"":          "fetcher install --retry --driver 580.95.05 --flavour proprietary",
+		"sha256:ab": "fetcher install --retry --driver sha256:ab",
+	} {
+		s := nodeState{facts: &host.Facts{}, pin: pin, attempts: attempts{set.Digest: {Crashes: maxTries}}}
+		if hint := fault.Hint(s.refused(set)); !strings.Contains(hint, want) {
+			t.Errorf("pin %q: hint %q; want %q", pin, hint, want)
+		}
+	}
+}
+
 // TestRefusedHint checks that the hint for a refused driver names the setting that counts on this node.
 func TestRefusedHint(t *testing.T) {
 	t.Parallel()

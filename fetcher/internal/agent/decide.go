@@ -30,6 +30,8 @@ type nodeState struct {
 	closed string
 	// labelled means that the node's label is the source of the wish, not --driver.
 	labelled bool
+	// pin is the digest of the only artifact that the owner wants, or "".
+	pin string
 	// replaceForeign, allowDowngrade, retry and noLoad are settings of the node's owner.
 	replaceForeign, allowDowngrade, retry, noLoad bool
 }
@@ -196,7 +198,7 @@ func (s nodeState) refused(set *install.Set) error {
 	if a == nil || s.retry {
 		return nil
 	}
-	return a.refused(set.Driver, s.another(set.Digest), s.labelled)
+	return a.refused(set.Driver, s.another(set.Digest), s.labelled, s.pin)
 }
 
 // onlyRolledBack reports whether a driver is refused, but only because an operator rolled it back.
@@ -206,7 +208,7 @@ func (s nodeState) onlyRolledBack(set *install.Set) bool {
 	}
 	rest := *s.attempts[set.Digest]
 	rest.ByHand = false
-	return rest.refused(set.Driver, true, s.labelled) == nil
+	return rest.refused(set.Driver, true, s.labelled, s.pin) == nil
 }
 
 // another reports whether the node may run a driver with another digest: the active, the previous or a loaded foreign
@@ -220,7 +222,7 @@ func (s nodeState) another(digest string) bool {
 			return false
 		}
 		a := s.attempts[set.Digest]
-		return a == nil || a.refused(set.Driver, true, s.labelled) == nil
+		return a == nil || a.refused(set.Driver, true, s.labelled, s.pin) == nil
 	})
 }
 

@@ -452,11 +452,15 @@ func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous
 	}
 	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
 		short(previous.Digest))
+	pin := a.pin()
+	if pin != "" {
+		pin = current.Digest
+	}
 	return fault.Wrap(fault.Busy, fmt.Errorf("%w; fetcher recorded the rollback to driver %s for later", busy,
 		previous.Driver),
 		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
 			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+
-			"\"fetcher install\"; to keep the present driver, "+retryCommand(current.Driver))
+			"\"fetcher install\"; to keep the present driver, "+retryCommand(current.Driver, pin))
 }
 
 // withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.

@@ -49,7 +49,7 @@ func (a *Agent) madeBefore(ctx context.Context, store *install.Store, named targ
 			continue
 		}
 		at := s.attempts[set.Digest]
-		if a.cfg.Retry && at != nil && at.refused(set.Driver, true, s.labelled) != nil {
+		if a.cfg.Retry && at != nil && at.refused(set.Driver, true, s.labelled, s.pin) != nil {
 			continue
 		}
 		repo, err := a.parts.Open(set.Repository)

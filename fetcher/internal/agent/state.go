@@ -11,7 +11,7 @@ import (
 // readState reads what a decision about the driver needs: the node's facts, the drivers on its disk, and the attempts.
 func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeState, err error) {
 	s = nodeState{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry,
-		noLoad: a.cfg.NoLoad, labelled: a.wanted.labelled}
+		noLoad: a.cfg.NoLoad, labelled: a.wanted.labelled, pin: a.pin()}
 	if s.facts, err = host.Observe(a.node); err != nil {
 		return s, err
 	}

@@ -253,8 +253,13 @@ func (a *Agent) dropWaiting(ctx context.Context, r *Report, store *install.Store
 }
 
 // retryCommand returns the end of a hint: how to try a driver again. It names the driver and the flags of its source,
-// because the command install reads no label, and in the manifests both are arguments of the command run.
-func retryCommand(d target.Driver) string {
+// because the command install reads no label, and in the manifests both are arguments of the command run. If the owner
+// wants only one artifact, pin is its digest; otherwise it is "".
+func retryCommand(d target.Driver, pin string) string {
+	driver := cmp.Or(pin, d.Version)
+	if pin == "" && d.Flavour != "" {
+		driver += " --flavour " + string(d.Flavour)
+	}
 	return "run, with the --server or --registry of \"fetcher run\" if it has one: fetcher install --retry --driver " +
-		d.Version
+		driver
 }

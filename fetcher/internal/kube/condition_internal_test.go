@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -35,6 +36,24 @@ func TestConditionReason(t *testing.T) {
 		if c := n.condition(row.state, nil); c.Status != row.status || c.Reason != row.reason {
 			t.Errorf("%s: condition = %s, %s; want %s, %s", row.name, c.Status, c.Reason, row.status, row.reason)
 		}
+	}
+}
+
+// TestReasonWithoutPorts checks that two runs with the same network error give the node the same reasons, although the
+// node's port differs. A changed reason costs an Event.
+func TestReasonWithoutPorts(t *testing.T) {
+	t.Parallel()
+	n := &Node{now: time.Now, changed: make(chan struct{}, 1)}
+	var seen []state
+	for _, port := range []string{"43512", "51000"} {
+		text := "lookup farm: read udp 10.4.1.7:" + port + "->10.8.0.10:53: i/o timeout"
+		n.Pending(errors.New(text))
+		n.Report(gpucheck.Verdict{State: gpucheck.Unusable, Reason: "transient: " + text})
+		seen = append(seen, state{verdict: n.verdict, pending: n.pending})
+	}
+	if !seen[0].same(seen[1]) || !strings.Contains(seen[0].pending, "10.4.1.7->10.8.0.10:53") {
+		t.Errorf("reasons of two runs are %q, %q and %q, %q; want no difference", seen[0].pending, seen[0].verdict.Reason,
+			seen[1].pending, seen[1].verdict.Reason)
 	}
 }
 

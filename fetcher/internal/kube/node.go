@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -117,6 +118,7 @@ func (n *Node) isOld() bool {
 // Report stores a verdict for the next write to the cluster. It does not wait for that write.
 func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
+	v.Reason = withoutPorts(v.Reason)
 	n.verdict, n.verdictAt = v, n.now()
 	n.check.Answer(n.verdictAt)
 	n.mu.Unlock()
@@ -154,11 +156,17 @@ func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
 	if why != nil {
-		n.pending = why.Error()
+		n.pending = withoutPorts(why.Error())
 	}
 	n.mu.Unlock()
 	n.wake()
 }
+
+// localPort is the port of this node in the text of a network error: "read tcp 10.4.1.7:43512->10.8.0.10:443: …".
+var localPort = regexp.MustCompile(`:[0-9]+->`)
+
+// withoutPorts removes this node's ports from a reason. They differ in each run, and a changed reason costs an Event.
+func withoutPorts(reason string) string { return localPort.ReplaceAllString(reason, "->") }
 
 func (n *Node) wake() {
 	select {

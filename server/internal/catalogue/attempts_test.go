@@ -72,6 +72,29 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
+// TestEnqueueAgain queues a build again whose job was lost after its second attempt. The attempts of its new job start
+// at 1, and the server must accept them.
+func TestEnqueueAgain(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	if has, err := c.HasBuilds(t.Context()); err != nil || has {
+		t.Errorf("HasBuilds() = %t, %v; want none", has, err)
+	}
+	b := request(t, c, first, v261, "open")
+	if has, err := c.HasBuilds(t.Context()); err != nil || !has {
+		t.Errorf("HasBuilds() after a request = %t, %v; want builds", has, err)
+	}
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 2})
+	b = update(t, c, b.ID, api.BuildUpdate{State: api.Queued, Attempt: 2, Class: "transient", Error: "mirror is away"})
+	if err := c.Enqueue(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	if got := update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1}); got.State != api.Building ||
+		got.Attempt != 1 {
+		t.Errorf("the start of attempt 1 made it %+v; want building, in attempt 1", got)
+	}
+}
+
 // TestNextAttemptStartsAfresh checks that an attempt starts without phases and without an error, although the attempt
 // before it failed or was killed.
 func TestNextAttemptStartsAfresh(t *testing.T) {

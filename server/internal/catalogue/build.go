@@ -217,8 +217,22 @@ func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	return b, err
 }
 
-// Enqueue puts a stored build into the queue.
+// Enqueue puts a stored build into the queue if the queue has no job for it any more. The attempts of the new job are
+// counted from 1, so Enqueue forgets the former attempts. Otherwise the new attempts would count as superseded.
 func (c *Catalogue) Enqueue(ctx context.Context, b api.Build) error {
+	if b.Attempt > 0 {
+		err := c.Store.Write(ctx, func(tx *store.Tx) error {
+			b, err := tx.Build(ctx, b.ID)
+			if err != nil || b.State != api.Queued || b.Attempt == 0 {
+				return err
+			}
+			b.Attempt = 0
+			return tx.SetBuild(ctx, b)
+		})
+		if err != nil {
+			return err
+		}
+	}
 	return c.enqueue(ctx, c.Queue, b)
 }
 
@@ -233,6 +247,12 @@ func (c *Catalogue) enqueue(ctx context.Context, q Enqueuer, b api.Build) error 
 // OpenBuilds lists the builds that are queued or building.
 func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
+}
+
+// HasBuilds reports whether the catalogue has any build, open or ended.
+func (c *Catalogue) HasBuilds(ctx context.Context) (bool, error) {
+	all, _, err := c.Store.Builds(ctx, store.BuildFilter{}, store.Page{Limit: 1})
+	return len(all) > 0, err
 }
 
 // Abandon marks an open build as failed if no builder will work on it again. The build keeps the error of its last

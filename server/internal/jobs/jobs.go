@@ -6,7 +6,8 @@
 //   - It removes jobs of cancelled builds from the queue.
 //   - It raises the priority of jobs to the priority of their builds.
 //   - It gives the jobs of a dead builder to other builders.
-//   - It removes jobs of builds that the catalogue does not know, such as after the restore of an older catalogue.
+//   - It removes waiting jobs of builds that the catalogue does not know, such as after the restore of an older
+//     catalogue. If this is the wrong catalogue, the right one queues these builds again.
 //
 // The package runs no builds: builders take their jobs from the queue.
 package jobs
@@ -26,6 +27,7 @@ import (
 // catalogue has the use-cases that the sweep needs.
 type catalogue interface {
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
+	HasBuilds(ctx context.Context) (bool, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
 	Enqueue(ctx context.Context, b api.Build) error
 	Abandon(ctx context.Context, id int64, why string) error
@@ -39,6 +41,7 @@ type jobQueue interface {
 	Cancel(ctx context.Context, build int64) error
 	SetPriority(ctx context.Context, build int64, priority int) error
 	End(ctx context.Context, build int64) error
+	Remove(ctx context.Context, builds ...int64) (removed int, err error)
 	Release(ctx context.Context, builds ...int64) error
 }
 
@@ -70,6 +73,7 @@ type Sweeper struct {
 	read  time.Time
 	pause time.Duration
 	late  bool // the last sweep came later than its pause explains
+	empty bool // the last sweep found jobs and a catalogue without builds
 }
 
 // heard has the time of a builder's last report, and the time at which a sweep first saw this report.
@@ -127,7 +131,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		delete(jobs, b.ID)
 		switch {
 		case !found:
-			note(b.ID, s.repairLost(ctx, b))
+			note(b.ID, s.repairLost(ctx, b, b.State == api.Building && s.dead(b, before, now())))
 		case b.State == api.Building && s.dead(b, before, now()):
 			err := s.releaseJob(ctx, b, at)
 			note(b.ID, err)
@@ -139,10 +143,50 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	if refused { // the database may have refused the builders' reports, too
 		s.heard = nil
 	}
-	for id := range jobs { // these jobs have no open build
-		note(id, s.endLeftOver(ctx, id, now()))
+	if len(open) > 0 || len(jobs) == 0 {
+		s.empty = false
+	} else if err := s.checkEmpty(ctx, len(jobs)); err != nil || s.empty {
+		return errors.Join(append(errs, err)...)
 	}
-	return errors.Join(errs...)
+	var unknown []int64
+	for id := range jobs { // these jobs have no open build
+		known, err := s.endLeftOver(ctx, id, now())
+		note(id, err)
+		if !known {
+			unknown = append(unknown, id)
+		}
+	}
+	return errors.Join(append(errs, s.removeUnknown(ctx, unknown))...)
+}
+
+// checkEmpty sets whether the catalogue has no builds at all, and warns about it once. Then the server probably has the
+// wrong catalogue, so the sweep leaves the queue as it is.
+func (s *Sweeper) checkEmpty(ctx context.Context, jobs int) error {
+	has, err := s.Catalogue.HasBuilds(ctx)
+	if err != nil {
+		return err
+	}
+	if !has && !s.empty {
+		s.Log.WarnContext(ctx, "jobs left in the queue, because the catalogue has no builds", "jobs", jobs, "hint",
+			"start the server with its own --data and --database, or restore the catalogue: docs/how-to/back-up.md")
+	}
+	s.empty = !has
+	return nil
+}
+
+// removeUnknown removes the waiting jobs of builds that the catalogue does not know. It removes them without a record,
+// and it ends no running job. So if this is the wrong catalogue, the right one queues the builds again.
+func (s *Sweeper) removeUnknown(ctx context.Context, builds []int64) error {
+	if len(builds) == 0 {
+		return nil
+	}
+	n, err := s.Queue.Remove(ctx, builds...)
+	if n > 0 {
+		s.Log.WarnContext(ctx, "jobs of unknown builds removed", "jobs", n, "hint",
+			"if the catalogue is not of the queue's farm, start the server with its own --data and --database; that server "+
+				"queues the builds again: docs/how-to/back-up.md")
+	}
+	return err
 }
 
 // stalled reports whether the server or its database was stalled since the last sweep: this sweep came later than its
@@ -180,8 +224,9 @@ func (s *Sweeper) releaseJob(ctx context.Context, b api.Build, at queue.JobState
 	return err
 }
 
-// repairLost handles an open build without an open job: it queues the build again or marks it as failed.
-func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
+// repairLost handles an open build without an open job: it queues the build again or marks it as failed. dead is
+// whether the builder of a running build is dead. Such a build becomes queued, and the next sweep queues it again.
+func (s *Sweeper) repairLost(ctx context.Context, b api.Build, dead bool) error {
 	at, err := s.Queue.Lookup(ctx, b.ID)
 	switch {
 	case err != nil:
@@ -189,8 +234,10 @@ func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	case !at.Found && b.State == api.Queued:
 		s.Log.InfoContext(ctx, "build queued again", "build", b.ID)
 		return s.Catalogue.Enqueue(ctx, b)
-	case !at.Found:
-		return s.Catalogue.Abandon(ctx, b.ID, "the queue lost the build's job")
+	case !at.Found && dead:
+		return s.releaseJob(ctx, b, at)
+	case !at.Found: // the builder can still report the end of the build
+		return nil
 	case at.Ended:
 		why := at.Error
 		if why == "" {
@@ -206,25 +253,24 @@ func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	return nil
 }
 
-// endLeftOver removes a job without an open build. It removes the job of a cancelled build or an unknown build at once.
-// Other jobs usually end by themselves, so it removes them only after deadAfter.
-func (s *Sweeper) endLeftOver(ctx context.Context, id int64, now time.Time) error {
+// endLeftOver removes a job without an open build, and reports whether the catalogue knows the build. It removes no job
+// of an unknown build. It removes the job of a cancelled build at once. Other jobs usually end by themselves, so it
+// removes them only after deadAfter.
+func (s *Sweeper) endLeftOver(ctx context.Context, id int64, now time.Time) (known bool, err error) {
 	b, err := s.Catalogue.Build(ctx, id)
 	switch {
 	case fault.Is(err, fault.NotFound): // a build is stored before its job, so it is not a new one
-		if err := s.Queue.End(ctx, id); err != nil {
-			return err
-		}
-		s.Log.WarnContext(ctx, "job of an unknown build removed", "build", id)
+		return false, nil
 	case err != nil:
-		return err
+		return true, err
 	case b.FinishedAt != nil && now.Sub(*b.FinishedAt) > deadAfter:
 		if err := s.Queue.End(ctx, id); err != nil {
-			return err
+			return true, err
 		}
 		s.Log.WarnContext(ctx, "job of an ended build removed", "build", id, "state", b.State)
+		return true, nil
 	case b.State == api.Cancelled:
-		return s.Queue.Cancel(ctx, id)
+		return true, s.Queue.Cancel(ctx, id)
 	}
-	return nil
+	return true, nil
 }

@@ -24,6 +24,7 @@ type world struct {
 	ended    map[int64]api.State // states of builds that are not open
 	finished time.Time           // when those builds ended; zero means not known
 	unknown  int64               // the number of a build that the catalogue does not have
+	empty    bool                // the catalogue has no builds at all
 	away     bool
 	readOnly bool          // Release fails
 	slow     time.Duration // how long Open takes
@@ -61,7 +62,12 @@ func (w *world) SetPriority(_ context.Context, id int64, priority int) error {
 	w.did = append(w.did, fmt.Sprintf("raise %d to %d", id, priority))
 	return nil
 }
-func (w *world) End(context.Context, int64) error { w.did = append(w.did, "end"); return nil }
+func (w *world) End(context.Context, int64) error        { w.did = append(w.did, "end"); return nil }
+func (w *world) HasBuilds(context.Context) (bool, error) { return !w.empty, nil }
+func (w *world) Remove(_ context.Context, builds ...int64) (int, error) {
+	w.did = append(w.did, fmt.Sprintf("remove %v", builds))
+	return len(builds), nil
+}
 func (w *world) Release(context.Context, ...int64) error {
 	if w.readOnly {
 		return errors.New("the database is read-only")
@@ -98,7 +104,7 @@ func TestSweep(t *testing.T) {
 		{"waits", api.Queued, queue.JobState{Found: true, State: "available"}, nil},
 		{"runs", api.Building, queue.JobState{Found: true, State: "running"}, nil},
 		{"between two attempts", api.Building, queue.JobState{Found: true, State: "retryable", Error: "x"}, nil},
-		{"job is gone", api.Building, queue.JobState{}, []string{"abandon: the queue lost the build's job"}},
+		{"job is gone, but perhaps not its builder", api.Building, queue.JobState{}, nil},
 		{"worker died five times", api.Building,
 			queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "the worker ended during the build"},
 			[]string{"abandon: the job ended as discarded after 5 attempts: the worker ended during the build"}},
@@ -281,13 +287,39 @@ func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	}
 }
 
-// TestSweepEndsJobsOfUnknownBuilds checks that the sweep ends the job of a build that the catalogue does not have. Such
-// jobs exist after an older catalogue was restored.
-func TestSweepEndsJobsOfUnknownBuilds(t *testing.T) {
+// TestSweepOfUnknownBuilds checks that the sweep removes the job of a build that the catalogue does not have. Such jobs
+// exist after an older catalogue was restored. A catalogue without any build is probably the wrong one, and the sweep
+// must then change nothing.
+func TestSweepOfUnknownBuilds(t *testing.T) {
 	t.Parallel()
-	w := &world{unknown: 2, standing: map[int64]queue.JobState{2: {Found: true, State: "running"}}}
+	w := &world{unknown: 2, empty: true, standing: map[int64]queue.JobState{2: {Found: true, State: "available"}}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
-	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"end"}) {
-		t.Errorf("Sweep() = %v and did %v; want the job ended", err, w.did)
+	for _, step := range []struct {
+		empty bool
+		want  []string
+	}{{true, nil}, {true, nil}, {false, []string{"remove [2]"}}} {
+		w.empty = step.empty
+		if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, step.want) {
+			t.Errorf("catalogue empty %t: Sweep() = %v and did %v; want %v", step.empty, err, w.did, step.want)
+		}
+	}
+}
+
+// TestSweepAfterLostJob checks a running build whose job is lost, and whose builder is dead. The build must be queued
+// again.
+func TestSweepAfterLostJob(t *testing.T) {
+	t.Parallel()
+	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	now := noon
+	w := &world{open: []api.Build{{ID: 1, State: api.Building, HeartbeatAt: &noon}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	for _, step := range []struct {
+		at   time.Duration
+		want []string
+	}{{0, nil}, {30 * time.Second, nil}, {31 * time.Second, []string{"release", "put back: transient"}}} {
+		now = noon.Add(step.at)
+		if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, step.want) {
+			t.Errorf("after %v, Sweep() = %v and did %v; want %v", step.at, err, w.did, step.want)
+		}
 	}
 }

@@ -1,8 +1,11 @@
 package store_test
 
 import (
+	"context"
+	"database/sql"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
@@ -39,5 +42,33 @@ func TestSkipBuilds(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestSkipBuildsBesideWriter checks that SkipBuilds does not wait for a writer if it has nothing to change.
+func TestSkipBuildsBesideWriter(t *testing.T) {
+	t.Parallel()
+	url := newPostgres(t, "skipping")
+	s := open(t, url)
+	if _, err := s.SkipBuilds(t.Context(), 7); err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("pgx", url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	tx, err := db.BeginTx(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	if _, err := tx.ExecContext(t.Context(), `LOCK TABLE builds IN ROW EXCLUSIVE MODE`); err != nil { // as an insert does
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	defer stop()
+	if skipped, err := s.SkipBuilds(ctx, 7); err != nil || skipped {
+		t.Errorf("SkipBuilds(7) beside a writer = %v, %v; want nothing to skip, without waiting", skipped, err)
 	}
 }
