@@ -207,10 +207,11 @@ func TestBackupRefuses(t *testing.T) {
 	}{
 		{"no folder", []string{"backup"}, fault.Usage.ExitCode(), "needs one FOLDER"},
 		{"no data", []string{"backup", "--data", filepath.Join(dir, "none"), filepath.Join(dir, "out")},
-			fault.NotFound.ExitCode(), "--data FOLDER"},
+			fault.NotFound.ExitCode(), "--data, --database and --queue"},
 		{"postgres", []string{"backup", "--data", dir, "--database", "postgres://u@localhost/x", filepath.Join(dir, "out")},
 			fault.Usage.ExitCode(), "pg_dump"},
-		{"no queue", []string{"backup", "--data", one, filepath.Join(dir, "out")}, fault.NotFound.ExitCode(), "--queue URL"},
+		{"no queue", []string{"backup", "--data", one, filepath.Join(dir, "out")}, fault.NotFound.ExitCode(),
+			"--data, --database and --queue"},
 		{"wrong queue", []string{"backup", "--data", one, "--queue", filepath.Join(one, "queue.db"),
 			filepath.Join(dir, "out")}, fault.Usage.ExitCode(), "same value as server serve"},
 		{"no parent", []string{"backup", "--data", dir, filepath.Join(dir, "a/b")}, fault.Usage.ExitCode(), "may write"},

@@ -226,8 +226,8 @@ func TestEnd(t *testing.T) {
 	})
 }
 
-// TestRemove checks that Remove removes waiting jobs without a record, so that the same builds can be inserted again. It
-// must change no job that runs or has ended.
+// TestRemove checks that Remove removes waiting jobs without a record, so that the same builds can be inserted again.
+// It must change no job that runs or has ended.
 func TestRemove(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

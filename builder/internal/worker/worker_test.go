@@ -437,8 +437,8 @@ func TestServerStartsAgain(t *testing.T) {
 	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1})
 }
 
-// TestUnknownBuild runs a build that the server does not know, at its start or at its end. The server may have the wrong
-// catalogue, so the job must stay in the queue, without a lost attempt.
+// TestUnknownBuild runs a build that the server does not know, at its start or at its end. The server may have the
+// wrong catalogue, so the job must stay in the queue, without a lost attempt.
 func TestUnknownBuild(t *testing.T) {
 	t.Parallel()
 	for name, refused := range map[string]api.State{"start": api.Building, "end": api.Published} {

@@ -190,3 +190,22 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 	}
 	return a.unload(ctx, r, facts)
 }
+
+// rollbackLater notes a rollback for the time when the loaded driver is no longer in use. It returns the given error
+// with a note on that.
+func (a *Agent) rollbackLater(r *Report, store *install.Store, current, previous *install.Set, busy error) error {
+	if err := a.noteNext(store, previous.Digest, current.Digest); err != nil {
+		return errors.Join(busy, fmt.Errorf("record that a rollback is wanted: %w", err))
+	}
+	r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", previous.Driver,
+		short(previous.Digest))
+	pin := ""
+	if a.pin() != "" {
+		pin = current.Digest
+	}
+	err := fmt.Errorf("%w; fetcher recorded the rollback to driver %s for later", busy, previous.Driver)
+	return fault.Wrap(fault.Busy, err,
+		"reboot the node, or stop the programs that use the GPU (\"fetcher status\" lists their processes); "+
+			"the previous driver is then loaded by \"fetcher run\", if it watches this node, or by the next "+
+			"\"fetcher install\"; to keep the present driver, "+retryCommand(current.Driver, pin))
+}
