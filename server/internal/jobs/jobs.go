@@ -52,8 +52,9 @@ const (
 	deadAfter  = 30 * time.Second
 	sweepEvery = 5 * time.Second
 	// idleFactor is the minimum pause after a sweep, as a multiple of its duration. It limits sweeps to some hundredths
-	// of a core.
+	// of a core. After a sweep that queues many builds again, the pause is maxPause.
 	idleFactor = 25
+	maxPause   = time.Minute
 )
 
 // Sweeper compares open builds with the queue.
@@ -90,7 +91,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
 			s.Log.WarnContext(ctx, "comparison of the builds with the queue failed", "err", err)
 		}
-		s.pause = max(every, idleFactor*time.Since(begin))
+		s.pause = max(every, min(maxPause, idleFactor*time.Since(begin)))
 		select {
 		case <-ctx.Done():
 			return nil
