@@ -251,21 +251,29 @@ func TestCUDAAfterMIG(t *testing.T) {
 	}
 }
 
-// TestCUDAAfterBusyRollback fails a new driver that then cannot be unloaded. As long as cuInit fails, the driver must
-// not count as ready, although the record is about the former driver and a program has nvidia-uvm open.
-func TestCUDAAfterBusyRollback(t *testing.T) {
-	t.Parallel()
+// withUnfit publishes two drivers, and returns a node on which the older one is active. CUDA cannot start with the
+// newer one.
+func withUnfit(t *testing.T) (n *node, asked *cuda, ref string, newer sample.Cell, po, pn sample.Published) {
+	t.Helper()
 	key, ref := testkit.NewKey(t), layout(t)
 	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
 	older.CUDA, newer.CUDA = true, true
-	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
-	n := newNode(t, older, 1, key)
+	po, pn = sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n = newNode(t, older, 1, key)
 	n.reboot(t)
-	asked := &cuda{root: n.root, unfit: newVersion}
+	asked = &cuda{root: n.root, unfit: newVersion}
 	n.parts.CUDA = asked
 	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
 		t.Fatal(err)
 	}
+	return n, asked, ref, newer, po, pn
+}
+
+// TestCUDAAfterBusyRollback fails a new driver that then cannot be unloaded. As long as cuInit fails, the driver must
+// not count as ready, although the record is about the former driver and a program has nvidia-uvm open.
+func TestCUDAAfterBusyRollback(t *testing.T) {
+	t.Parallel()
+	n, asked, ref, newer, _, pn := withUnfit(t)
 	asked.during = func() { n.inUse(t, "1") }
 	n.answer(ref, pn.Digest, newer.Driver)
 	a := agent.New(n.cfg, n.parts)
@@ -364,18 +372,7 @@ func (watched) CheckStopped() {}
 // TestCUDARollsBack checks that a node returns to the former driver if CUDA programs cannot start with the new one.
 func TestCUDARollsBack(t *testing.T) {
 	t.Parallel()
-	key, ref := testkit.NewKey(t), layout(t)
-	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
-	older.CUDA, newer.CUDA = true, true
-	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
-	n := newNode(t, older, 1, key)
-	n.reboot(t)
-	asked := &cuda{root: n.root}
-	n.parts.CUDA = asked
-	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
-		t.Fatal(err)
-	}
-	asked.unfit = newVersion
+	n, asked, ref, newer, po, pn := withUnfit(t)
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "CUDA_ERROR_UNKNOWN (999)") ||
 		r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || r.Changed {

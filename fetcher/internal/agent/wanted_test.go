@@ -205,22 +205,25 @@ func (f *slowFarm) Find(ctx context.Context, q resolve.Question) (resolve.Answer
 	return a, err
 }
 
+// labelChanges are what may happen to the label default@NVIDIA_L4 during a run, and whether that ends the run.
+var labelChanges = []struct {
+	name  string
+	label nodeLabel // after the change
+	ends  bool
+}{
+	{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, false},
+	{"an unread label", nodeLabel{err: unread}, false},
+	{"another label", nodeLabel{wish: oldVersion}, true},
+	{"a removed label", nodeLabel{}, true},
+	{"a malformed label", nodeLabel{err: malformed}, true},
+}
+
 // TestRelabelledMeanwhile changes the node's label while a run waits for the farm. If the label then asks for another
 // driver or is malformed, the run must not make the driver of the former label active: it could stay for ever, if it is
 // newer. The next run must follow the label. If the label cannot be read, the last one holds.
 func TestRelabelledMeanwhile(t *testing.T) {
 	t.Parallel()
-	for _, row := range []struct {
-		name  string
-		label nodeLabel // after the change
-		ends  bool
-	}{
-		{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, false},
-		{"an unread label", nodeLabel{err: unread}, false},
-		{"another label", nodeLabel{wish: oldVersion}, true},
-		{"a removed label", nodeLabel{}, true},
-		{"a malformed label", nodeLabel{err: malformed}, true},
-	} {
+	for _, row := range labelChanges {
 		for where, set := range map[string]func(n *node){
 			"a new node":               func(n *node) { n.reset(t) },
 			"another driver is loaded": func(*node) {},

@@ -108,17 +108,7 @@ func TestWaitIdle(t *testing.T) {
 // last one holds.
 func TestWaitIdleRelabelled(t *testing.T) {
 	t.Parallel()
-	for _, row := range []struct {
-		name  string
-		label nodeLabel // after the change
-		ends  bool
-	}{
-		{"the same label", nodeLabel{wish: "default@NVIDIA_L4"}, false},
-		{"an unread label", nodeLabel{err: unread}, false},
-		{"another label", nodeLabel{wish: oldVersion}, true},
-		{"a removed label", nodeLabel{}, true},
-		{"a malformed label", nodeLabel{err: malformed}, true},
-	} {
+	for _, row := range labelChanges {
 		synctest.Test(t, func(t *testing.T) {
 			n, ref, older, newer, po, pn := publishTwo(t, 1)
 			n.inUse(t, "1")

@@ -52,7 +52,7 @@ const (
 	deadAfter  = 30 * time.Second
 	sweepEvery = 5 * time.Second
 	// idleFactor is the minimum pause after a sweep, as a multiple of its duration. It limits sweeps to some hundredths
-	// of a core. After a sweep that queues many builds again, the pause is maxPause.
+	// of a core. But no pause is longer than maxPause, even after a sweep that queues many builds again.
 	idleFactor = 25
 	maxPause   = time.Minute
 )
